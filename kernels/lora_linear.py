@@ -1,0 +1,274 @@
+"""Linear layer with low-rank adapters, for a group of matrices that share their input
+
+    S   = x^ A^T                      x^ = dropout(x); A (R, K): the members' A, one below the other
+    y_i = x W_i^T + s S_i B_i^T       for every member i of the group (q, k, v; o; gate, up; down)
+
+backward   dS_i = s dy_i B_i          dB_i += s dy_i^T S_i         dA += dS^T x^
+           dx   = dy W + mask * (dS A)
+           W is frozen: no gradient. dx is skipped where nothing below needs it.
+shapes     x, dx (T, K)    weight (N, K): the members' weights, one below the other    y, dy (T, N)
+           S, dS (T, R), R = rank * adapted members    B_i (N_i, rank)
+precision  products accumulate in at least fp32; dA and dB are added to fp32 buffers
+saved      x and S (R / K of x); S is never recomputed, dS is made once for dB, dA and dx
+row form   `prepack` gives the one product form that the sampler uses for a whole run on a CPU:
+           oneDNN with prepacked weights, in which row i does not depend on the number of rows
+"""
+
+# T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.philox import Dropout, mix
+from kernels.spec import Spec, autograd
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """The adapters of one group: views into the flat buffers of a `Lora`."""
+
+    a: Tensor  # (R, K) compute dtype
+    b: tuple[Tensor | None, ...]  # per member (N_i, rank) compute dtype, None where not adapted
+    da: Tensor  # (R, K) accumulates
+    db: tuple[Tensor | None, ...]  # per member (N_i, rank), accumulate
+    sizes: tuple[int, ...]  # N_i
+    rank: int
+    scale: float  # s
+
+    def members(self) -> list[tuple[int, slice, slice]]:
+        """(i, columns of y, columns of S) of every adapted member."""
+        found, column, s_column = [], 0, 0
+        for i, size in enumerate(self.sizes):
+            if self.b[i] is not None:
+                columns = slice(column, column + size)
+                found.append((i, columns, slice(s_column, s_column + self.rank)))
+                s_column += self.rank
+            column += size
+        return found
+
+
+# ---- reference: the definition
+
+
+def lora_linear_reference(
+    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and S (T, R); differentiable in x and, through the group's views, in A and B."""
+    y = x @ weight.T
+    if group is None:
+        return y, None
+    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)
+    s = dropped @ group.a.T
+    parts = list(y.split(group.sizes, dim=1))
+    for i, _, s_columns in group.members():
+        parts[i] = parts[i] + group.scale * (s[:, s_columns] @ group.b[i].T)
+    return torch.cat(parts, dim=1), s
+
+
+def lora_linear_reference_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor | None = None,
+    group: LoraGroup | None = None,
+    need_dx: bool = True,
+    dropout: Dropout | None = None,
+) -> Tensor | None:
+    """By autograd; adds dA and dB into the group's views."""
+    if group is None:
+        return autograd(lambda x: x @ weight.T, (x,), dy)[0] if need_dx else None
+    adapted = [b for b in group.b if b is not None]
+
+    def forward(x: Tensor, a: Tensor, *b: Tensor) -> Tensor:
+        it = iter(b)
+        views = tuple(None if old is None else next(it) for old in group.b)
+        rebound = LoraGroup(a, views, group.da, group.db, group.sizes, group.rank, group.scale)
+        return lora_linear_reference(x, weight, rebound, dropout)[0]
+
+    dx, da, *db = autograd(forward, (x, group.a, *adapted), dy)
+    group.da.add_(da)
+    for (i, _, _), grad in zip(group.members(), db, strict=True):
+        group.db[i].add_(grad)
+    return dx if need_dx else None
+
+
+# ---- torch
+
+
+class Prepacked:
+    """A weight in oneDNN's own layout, for fp32 inference on a CPU.
+
+    The product of a row is the same bits for any number of rows from `min_rows` on (fewer are
+    padded to it). `min_rows` is measured per matrix shape, since it differs between CPUs: on one
+    with AVX-512 a single row of the down projection takes another path than two.
+    """
+
+    _measured: dict[tuple[int, int, int], int] = {}  # (N, K, threads) -> min_rows
+    PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        hint = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), hint)
+        key = (*weight.shape, torch.get_num_threads())
+        if key not in self._measured:
+            self._measured[key] = self._measure()
+        self.min_rows = self._measured[key]
+
+    @staticmethod
+    def available(weight: Tensor) -> bool:
+        """Whether this weight can be prepacked here."""
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        return on_cpu and torch.backends.mkldnn.is_available()
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def _measure(self) -> int:
+        n, k = self.shape
+        probes = [m for m in self.PROBES if m * n < 8_000_000]  # 257 rows of a head take too long
+        x = torch.randn(max(probes), k, generator=torch.Generator().manual_seed(0))
+        whole = self._product(x)
+        same = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
+        for least in (1, 2, 8, 17):
+            if all(ok for m, ok in same.items() if m >= least):
+                return least
+        raise RuntimeError(
+            f"oneDNN's product of a {n} x {k} matrix depends on the number of rows on this CPU "
+            f"(equal for: {[m for m, ok in same.items() if ok]}), so text would depend on --rows"
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows >= self.min_rows:
+            return self._product(x.contiguous())
+        if rows == 0:
+            return x.new_zeros(0, self.shape[0])
+        padded = x.new_zeros(self.min_rows, x.shape[1])
+        padded[:rows] = x
+        return self._product(padded)[:rows]
+
+
+def prepack(weight: Tensor) -> Tensor | Prepacked:
+    """The form of `weight` for the products of a sampling run: prepacked where that exists."""
+    return Prepacked(weight) if Prepacked.available(weight) else weight
+
+
+def linear(x: Tensor, weight: Tensor | Prepacked) -> Tensor:
+    """x (T, K) times weight (N, K) transposed: (T, N)."""
+    return weight(x) if isinstance(weight, Prepacked) else F.linear(x, weight)
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor | Prepacked,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and, with a group, S (T, R) for the backward."""
+    assert x.dim() == 2 and x.shape[1] == weight.shape[1], (
+        f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
+    )
+    y = linear(x, weight)
+    if group is None:
+        return y, None
+    assert sum(group.sizes) == weight.shape[0], f"{group.sizes} do not add to {weight.shape[0]}"
+    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)
+    s = F.linear(dropped, group.a)
+    for i, columns, s_columns in group.members():
+        y[:, columns].addmm_(s[:, s_columns], group.b[i].T, alpha=group.scale)
+    return y, s
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor | None = None,
+    group: LoraGroup | None = None,
+    need_dx: bool = True,
+    dropout: Dropout | None = None,
+) -> Tensor | None:
+    """dx (T, K), or None where not needed; adds dA and dB into the group's views."""
+    dx = dy @ weight if need_dx else None
+    if group is None:
+        return dx
+    ds = torch.empty_like(s)
+    for i, columns, s_columns in group.members():
+        dy_i, b = dy[:, columns], group.b[i]
+        ds[:, s_columns] = dy_i @ b
+        _add_product(group.db[i], dy_i.T, s[:, s_columns], group.scale)
+    ds.mul_(group.scale)
+    if dropout is None:
+        _add_product(group.da, ds.T, x, 1.0)
+        return dx.addmm_(ds, group.a) if need_dx else None
+    mask = dropout.mask(x.shape[1], x.dtype)
+    _add_product(group.da, ds.T, x * mask, 1.0)
+    return dx.add_((ds @ group.a).mul_(mask)) if need_dx else None
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """out += alpha left right, in out's dtype (fp32 masters under 16-bit activations)."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=alpha)
+    else:
+        out.add_((left @ right).to(out.dtype), alpha=alpha)
+
+
+# ---- contract
+
+
+def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
+    t, k, rank, *sizes = shape
+    n = sum(sizes)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    adapted = [i != 1 for i in range(len(sizes))]  # the second member has no adapter
+    b = tuple(normal(m, rank) if on else None for m, on in zip(sizes, adapted, strict=True))
+    a = normal(rank * sum(adapted), k) / k**0.5
+    group = LoraGroup(
+        a,
+        b,
+        torch.zeros_like(a),
+        tuple(None if v is None else torch.zeros_like(v) for v in b),
+        tuple(sizes),
+        rank,
+        0.75,
+    )
+    keys = torch.randint(2**32, (t,), generator=g)
+    dropout = Dropout(0.25, mix("dropout", 0, 0, 0), torch.arange(t), keys, torch.tensor(3))
+    weight = normal(n, k) / k**0.5
+    return {"x": normal(t, k), "w": weight, "dy": normal(t, n), "group": group, "drop": dropout}
+
+
+def _run(ops, i: dict) -> dict[str, Tensor]:
+    out = {"y_plain": ops.lora_linear_forward(i["x"], i["w"])[0]}
+    out["dx_plain"] = ops.lora_linear_backward(i["dy"], i["x"], i["w"])
+    for name, drop in (("", None), ("_drop", i["drop"])):
+        y, s = ops.lora_linear_forward(i["x"], i["w"], i["group"], drop)
+        group = i["group"]
+        for grad in (group.da, *group.db):
+            if grad is not None:
+                grad.fill_(1.0)  # gradients are added to what is there
+        dx = ops.lora_linear_backward(i["dy"], i["x"], i["w"], s, group, True, drop)
+        out |= {f"y{name}": y, f"s{name}": s, f"dx{name}": dx, f"da{name}": group.da.clone()}
+        out |= {f"db{j}{name}": v.clone() for j, v in enumerate(group.db) if v is not None}
+    return out
+
+
+SPEC = Spec(
+    "lora_linear",
+    _make_inputs,
+    _run,
+    test_shapes=((1, 16, 4, 8), (3, 63, 1, 9, 5, 7), (65, 96, 8, 96, 32, 32), (0, 16, 4, 8, 8)),
+    bench_shapes=((4096, 576, 8, 576, 192, 192), (8192, 4096, 16, 4096, 4096, 4096)),
+    slack=3.0,  # y is rounded twice (product, then adapter added) where the reference sums parts
+    floor=1e-5,  # a different summation order over K is not an error
+)

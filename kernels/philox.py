@@ -1,0 +1,76 @@
+"""Philox4x32-10: counter-based random bits (Salmon et al. 2011, "Parallel Random Numbers: As Easy
+as 1, 2, 3"). The same (key, counter) gives the same 128 bits everywhere, so a random number is
+named by what it is for and not by when it is drawn:
+
+    sampling   key = mix("sample", seed)                counter = (position, sample, row lo, row hi)
+    dropout    key = mix("dropout", seed, layer, input) counter = (column / 8, position, row, step)
+
+A uniform is (word + 1/2) / 2^32, never 0 or 1. A dropout lane is 16 bits, so p is a multiple of
+2^-16 and one call serves eight columns. Words are held in int64 tensors (torch has no uint32).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def mix(*parts: int | str) -> int:
+    """A 64-bit number that depends on every part; distinct uses get unrelated streams."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words (int64 tensors) for every element of the broadcast counter."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & MASK32, key >> 32
+    for _ in range(_ROUNDS):
+        # the int64 product wraps, yet bits 32..63 are right once the sign extension is masked off
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        hi0, lo0 = (p0 >> 32) & MASK32, p0 & MASK32
+        hi1, lo1 = (p1 >> 32) & MASK32, p1 & MASK32
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _WEYL[0]) & MASK32, (k1 + _WEYL[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def uniform(positions: Tensor, samples: Tensor, row_keys: Tensor, seed: int) -> Tensor:
+    """One fp64 uniform in (0, 1) per row: positions, samples, row_keys (B,) int64 (64-bit keys)."""
+    counter = (positions, samples, row_keys & MASK32, (row_keys >> 32) & MASK32)
+    word = philox4x32(counter, mix("sample", seed))[0]
+    return (word.to(torch.float64) + 0.5) / 2**32
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of an adapter's input are dropped, as a function and not as a stored mask."""
+
+    p: float  # probability of dropping, rounded to a multiple of 2^-16
+    key: int  # mix("dropout", seed, layer, input)
+    positions: Tensor  # (T,) int64
+    row_keys: Tensor  # (T,) int64, 32 bits
+    step: Tensor  # () int64, the optimizer step
+
+    def mask(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """(T, columns): 0 where dropped, 1 / (1 - p) elsewhere."""
+        threshold = round(self.p * 65536)
+        assert 0 <= threshold < 65536, f"dropout {self.p} is not in [0, 1)"
+        blocks = torch.arange(-(-columns // 8), device=self.positions.device)
+        column = blocks[None, :]
+        words = philox4x32(
+            (column, self.positions[:, None], self.row_keys[:, None], self.step), self.key
+        )
+        lanes = torch.stack([lane for w in words for lane in (w & 0xFFFF, w >> 16)], dim=-1)
+        kept = lanes.flatten(1)[:, :columns] >= threshold
+        return kept.to(dtype) * (65536 / (65536 - threshold))

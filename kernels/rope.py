@@ -1,0 +1,92 @@
+"""Rotary position embedding, in place on the q and k heads of a qkv buffer
+
+    for each head, with its two halves x1, x2 and the angle of the token's position:
+        x1' = x1 cos - x2 sin        x2' = x2 cos + x1 sin
+    backward: the rotation by the opposite angle (`inverse=True`).
+
+shapes     qkv (T, (H + 2G) d)    positions (T,) int64    cos_sin (positions, d): cos, then sin
+precision  the rotation in max(fp32, dtype), one rounding
+traffic    2T(H + G)d elements; bandwidth-bound
+"""
+
+# T = tokens, H = query heads, G = key/value heads, d = head size
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.spec import Spec, accumulate_dtype
+
+# ---- reference: the definition
+
+
+def rope_reference(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
+) -> Tensor:
+    """A new (T, (H + 2G) d) with q and k rotated; differentiable."""
+    heads = qkv.unflatten(1, (H + 2 * G, -1)).to(accumulate_dtype(qkv.dtype))
+    cos, sin = cos_sin[positions].to(heads.dtype)[:, None].chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
+    x1, x2 = heads[:, : H + G].chunk(2, dim=-1)
+    rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return torch.cat((rotated, heads[:, H + G :]), dim=1).flatten(1).to(qkv.dtype)
+
+
+# ---- torch
+
+
+def rope_(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
+) -> Tensor:
+    """Rotate q and k inside `qkv` and return it."""
+    assert qkv.is_contiguous() and qkv.shape[1] % (H + 2 * G) == 0, (
+        f"qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not hold {H} + 2 x {G} heads"
+    )
+    heads = qkv.unflatten(1, (H + 2 * G, -1))[:, : H + G]  # a view
+    x1, x2 = heads.chunk(2, dim=-1)  # (T, H + G, d / 2), views
+    cos, sin = cos_sin.index_select(0, positions)[:, None].chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
+    if qkv.dtype != cos.dtype:  # 16-bit heads: rotate in the accumulation dtype, round once
+        a, b = x1.to(cos.dtype), x2.to(cos.dtype)
+        x1.copy_(a * cos - b * sin)
+        x2.copy_(b * cos + a * sin)
+        return qkv
+    x1_sin = x1 * sin
+    x1.mul_(cos).sub_(x2 * sin)
+    x2.mul_(cos).add_(x1_sin)
+    return qkv
+
+
+# ---- contract
+
+
+def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
+    t, h, kv, d = shape
+    angles = torch.rand(512, d // 2, generator=g, dtype=torch.float64) * 6.3
+    return {
+        "qkv": torch.randn(t, (h + 2 * kv) * d, generator=g, dtype=torch.float64),
+        "positions": torch.randint(512, (t,), generator=g),
+        "cos_sin": torch.cat((angles.cos(), angles.sin()), dim=1),
+        "H": h,
+        "G": kv,
+    }
+
+
+def _run(ops, i: dict) -> dict[str, Tensor]:
+    args = (i["positions"], i["cos_sin"].to(accumulate_dtype(i["qkv"].dtype)), i["H"], i["G"])
+    return {
+        "rotated": ops.rope_(i["qkv"].clone(), *args),
+        "inverse": ops.rope_(i["qkv"].clone(), *args, inverse=True),
+    }
+
+
+SPEC = Spec(
+    "rope",
+    _make_inputs,
+    _run,
+    test_shapes=((1, 1, 1, 64), (5, 9, 3, 64), (63, 4, 4, 80), (0, 2, 1, 64)),
+    bench_shapes=((4096, 9, 3, 64), (8192, 32, 8, 128)),
+)

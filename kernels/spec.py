@@ -1,0 +1,104 @@
+"""What an operation promises, and the check that holds it to that.
+
+An operation file ends in a `SPEC`. `check` runs one table of operations on the spec's inputs and
+compares every output and every gradient with the definition (the REFERENCE table) in fp64:
+
+    err(ours) <= slack * err(reference in the same dtype) + floor * max|truth|
+
+so the yardstick is what the dtype itself costs, not a tolerance somebody chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, statistics and softmax: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autograd(fn: Callable[..., Tensor], wanted: tuple[Tensor, ...], douts: Any) -> list[Tensor]:
+    """Gradients of `fn(*wanted)` against `douts` by torch's autograd: backward of REFERENCE."""
+    leaves = tuple(t.detach().requires_grad_() for t in wanted)
+    with torch.enable_grad():
+        outs = fn(*leaves)
+    return list(torch.autograd.grad(outs, leaves, douts, allow_unused=False))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The contract of one operation.
+
+    `make_inputs(shape, generator)` returns fp64 inputs on the CPU; `run(ops, inputs)` calls the
+    operation's forward and backward from a table and returns every output and gradient by name.
+    """
+
+    name: str
+    make_inputs: Callable[[tuple[int, ...], torch.Generator], dict[str, Any]]
+    run: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
+    test_shapes: tuple[tuple[int, ...], ...]  # odd and small: for truth
+    bench_shapes: tuple[tuple[int, ...], ...]  # large: for speed
+    slack: float = 2.0  # raising it is a reviewed change with its reason in the file
+    floor: float = 1e-6  # of max|truth|: the error below which nobody looks
+
+
+def cast(value: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """`value` with every floating tensor in it copied to `dtype`, structures walked."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None, copy=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **{k: cast(v, dtype, device) for k, v in fields.items()})
+    if isinstance(value, dict):
+        return {k: cast(v, dtype, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(v, dtype, device) for v in value)
+    return value
+
+
+def check(
+    spec: Spec,
+    ops: Any,
+    reference: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Error and bound per output name; raises AssertionError naming the first that is over.
+
+    The inputs are first rounded to `dtype`, so that the truth is that of the rounded inputs.
+    """
+    inputs = cast(spec.make_inputs(shape, torch.Generator().manual_seed(seed)), dtype, device)
+    truth = spec.run(reference, cast(inputs, torch.float64, device))
+    yardstick = spec.run(reference, cast(inputs, dtype, device))
+    ours = spec.run(ops, cast(inputs, dtype, device))
+    assert ours.keys() == truth.keys(), f"{spec.name}: outputs {ours.keys()}, not {truth.keys()}"
+    report = {}
+    for name, want in truth.items():
+        got = ours[name]
+        assert got.shape == want.shape, f"{spec.name} {name}: {got.shape}, not {want.shape}"
+        if want.numel() == 0:
+            continue
+        if not want.is_floating_point():
+            assert torch.equal(got, want), f"{spec.name} {name} {shape}: integers differ"
+            continue
+        error = (got.double() - want).abs().max().item()
+        unit = (yardstick[name].double() - want).abs().max().item()
+        floor = spec.floor * want.abs().max().item()
+        if dtype == torch.float64:  # the yardstick is the truth itself; only rounding may remain
+            floor = 1e-12 * max(1.0, want.abs().max().item())
+        bound = spec.slack * unit + floor
+        report[name] = (error, bound)
+        assert error <= bound, (
+            f"{spec.name} {name} {shape} {dtype}: error {error:.3g} over the bound {bound:.3g} "
+            f"(reference in the same dtype: {unit:.3g})"
+        )
+    return report

