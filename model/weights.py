@@ -63,13 +63,16 @@ def open_safetensors(file: Path) -> Iterator:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory."""
+    """The safetensors files of a model directory: model.safetensors, or the shards."""
     index = path / INDEX
-    if index.exists():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not table:
+    if (path / "model.safetensors").exists():
+        files = [path / "model.safetensors"]
+    elif index.exists():
+        raw = read_json(index)
+        table = raw.get("weight_map") if isinstance(raw, dict) else None
+        if not table or not isinstance(table, dict):
             raise ValueError(f"{index} has no weight_map")
-        files = [path / name for name in sorted(set(table.values()))]
+        files = [path / name for name in sorted(set(map(str, table.values())))]
     else:
         files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -91,15 +94,16 @@ def locate(path: Path, config: LlamaConfig) -> dict[str, Path]:
     """Name -> file of every tensor, once names, shapes and dtypes are as the config says."""
     want = expected_shapes(config)
     found: dict[str, Path] = {}
-    for file in checkpoint_files(path):
+    files = checkpoint_files(path)
+    for file in files:
         with open_safetensors(file) as opened:
             for name in opened.keys():
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # old checkpoints carry this table; it follows from the config
                 if name == "lm_head.weight" and config.tie_embeddings:
                     continue  # a second copy of the embeddings, which the config says to use
-                shape, dtype = tuple(opened.get_slice(name).get_shape()), None
-                dtype = opened.get_slice(name).get_dtype()
+                stored = opened.get_slice(name)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 if name in found:
                     raise ValueError(f"{name} is in both {found[name]} and {file}")
                 if name not in want:
@@ -119,8 +123,9 @@ def locate(path: Path, config: LlamaConfig) -> dict[str, Path]:
                 found[name] = file
     missing = [name for name in want if name not in found]
     if missing:
+        where = str(files[0]) if len(files) == 1 else f"the {len(files)} files of {path}"
         raise ValueError(
-            f"{path}: {len(missing)} tensors are missing from the safetensors files, first "
+            f"{where}: {len(missing)} tensors of a Llama of this config.json are missing, first "
             f"{missing[0]} {want[missing[0]]}"
         )
     return found
@@ -192,6 +197,10 @@ def written_beside(out: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        mode = beside.stat().st_mode & 0o666  # safetensors shuts out everybody but the writer
+        for file in beside.iterdir():
+            if file.is_file():
+                file.chmod(mode)
         os.replace(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

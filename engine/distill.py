@@ -1,0 +1,348 @@
+"""Distillation: the seed model rewrites every reference answer in its own words
+
+    prompt = template(instruction, reference)       shown in the model's own chat format
+    response ~ seed model                           status = select.judge(response)
+    target = response where accepted, else the reference
+
+One line per assistant turn goes to FILE as soon as it is written; a killed run is resumed from
+there. In a conversation the next turn is asked for with the earlier targets as context. When all
+turns are there the file is put into the order of the data, so that it does not tell how many rows
+ran together or how often the run was killed.
+
+    FILE             data.Distilled, one JSON object per line; texts without the space around them
+    FILE.meta.json   settings, hashes of model and data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.data import KEPT, Distilled, Row, Rows
+from engine.log import (
+    AppendedLines,
+    cut_torn_line,
+    differing,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
+from engine.score import Means, score
+from engine.select import get_verifier, judge
+from engine.session import Session
+from model.chat import Chat
+from model.config import read_json
+from model.llama import Llama
+
+LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly the same run
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a reference is shown to the model (paper.md 1.2)."""
+
+    system: str  # the sentence that says what to do
+    between: str  # what stands between the user's text and the reference
+    prefix: str = ""  # the beginning of the assistant's answer; it becomes part of the target
+    inline: bool = False  # the sentence stands in the user's message, under Alpaca headers
+
+
+_USING = (
+    "Below are an instruction that describes a task along with a reference answer. Using the "
+    "reference answer as a guide, write your own response."
+)
+_REFER = _USING.replace(
+    "Using the reference answer as a guide,", "Refer to the reference answer and"
+)
+_GSM8K = (
+    "You are an expert in math. Below are a math question and its reference answer. Refer to the "
+    "reference answer and write a response that appropriately answers the question."
+)
+TEMPLATES = {
+    "using": Template(_USING, "\n\n### Reference Answer:\n", inline=True),
+    "refer": Template(_REFER, "\n\n### Reference Answer:\n", inline=True),
+    "gsm8k": Template(_GSM8K, "\n\n", "Great! Let's think step by step. "),
+}
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What is asked of the seed model and what is accepted."""
+
+    template: str = "using"  # using | refer | gsm8k: how the reference is shown
+    verify: str = "none"  # none | number | call: what a rewrite must have kept
+    max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
+
+    def check(self) -> None:
+        """ValueError for names and numbers that are not known."""
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template {self.template!r}: one of {', '.join(TEMPLATES)} is wanted")
+        get_verifier(self.verify)
+        if self.max_new_tokens != "auto" and not (
+            self.max_new_tokens.isdecimal() and int(self.max_new_tokens) > 0
+        ):
+            raise ValueError(f"max_new_tokens {self.max_new_tokens!r}: a number or auto is wanted")
+
+    def limit(self, reference_tokens: int) -> int:
+        """New tokens for a reference of that length."""
+        if self.max_new_tokens != "auto":
+            return int(self.max_new_tokens)
+        return max(128, 64 + 3 * reference_tokens)
+
+
+def prompt(
+    chat: Chat, template: Template, context: Sequence[dict[str, str]], reference: str
+) -> list[dict[str, str]]:
+    """The conversation that asks for a rewrite: `context` ends with the user's message.
+
+    In the `alpaca` chat format the template's sentence replaces the format's own, which gives the
+    paper's raw form; elsewhere that form is what the user says.
+    """
+    *earlier, last = context
+    user = last["content"] + template.between + reference
+    system = [m["content"] for m in earlier if m["role"] == "system"]
+    earlier = [m for m in earlier if m["role"] != "system"]
+    if template.inline and chat.name != "alpaca":
+        user = f"{template.system}\n\n### Instruction:\n{user}\n\n### Response:\n"
+    else:
+        system = [*system, template.system]
+    head = [{"role": "system", "content": "\n\n".join(system)}] if system else []
+    return [*head, *earlier, {"role": "user", "content": user}]
+
+
+@dataclass
+class Turn:
+    """One assistant turn on its way."""
+
+    row: Row
+    number: int  # which of the row's assistant turns
+    context: list[dict[str, str]]  # earlier answers replaced by their targets
+
+    @property
+    def id(self) -> str:
+        return f"{self.row.id}/{self.number}"
+
+    @property
+    def reference(self) -> str:
+        return self.row.messages[self.row.turns[self.number]]["content"]
+
+    def next(self, target: str) -> Turn | None:
+        """The row's next turn, once this one's target is known."""
+        if self.number + 1 == len(self.row.turns):
+            return None
+        here, there = self.row.turns[self.number : self.number + 2]
+        answer = {"role": "assistant", "content": target}
+        between = self.row.messages[here + 1 : there]
+        return Turn(self.row, self.number + 1, [*self.context, answer, *between])
+
+    @classmethod
+    def first(cls, row: Row) -> Turn:
+        """A row's first assistant turn."""
+        return cls(row, 0, list(row.messages[: row.turns[0]]))
+
+
+@dataclass
+class DistillReport:
+    """What is in the file, and what this process did."""
+
+    lines: list[Distilled]
+    stats: SamplerStats
+    seconds: float  # of generation in this process
+    written: int  # lines written in this process
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(line.status for line in self.lines)
+
+    @property
+    def differ(self) -> float:
+        """Share of targets that are not the reference."""
+        return sum(line.target != line.reference for line in self.lines) / max(1, len(self.lines))
+
+    def text(self) -> str:
+        """Counts and shares by status, speed, a warning where the two arms will be nearly one."""
+        n = len(self.lines)
+        parts = [f"{k} {v} ({v / n:.0%})" for k, v in self.counts.most_common()]
+        text = f"{n} turns: " + ", ".join(parts)
+        text += f"\ntargets that differ from the reference: {self.differ:.1%}"
+        if self.differ < LOW_SHARE:
+            text += (
+                f"\nWARNING: under {LOW_SHARE:.0%} of the targets are the model's own words, so "
+                "SFT and SDFT will nearly be the same run"
+            )
+        if self.written:
+            rows, tokens = self.written / self.seconds, self.stats.new_tokens / self.seconds
+            text += (
+                f"\ngenerated in {self.seconds:.1f} s (prefill {self.stats.prefill_seconds:.1f}, "
+                f"decoding {self.stats.decode_seconds:.1f}): {rows:.2f} rows/s, "
+                f"{tokens:.0f} new tokens/s"
+            )
+        return text
+
+
+def distill(
+    model: Llama,
+    chat: Chat,
+    rows: Sequence[Row],
+    out: Path,
+    config: DistillConfig,
+    sampling: SamplerConfig,
+    *,
+    settings: dict[str, Any],
+    resume: bool = False,
+) -> DistillReport:
+    """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
+
+    Raises ValueError when `out` exists without resume, or with it under other settings.
+    """
+    config.check()
+    done = _open(out, settings, resume)
+    turns = list(_pending(rows, done))
+    started, written = time.perf_counter(), 0
+    stats = SamplerStats()
+    if turns:
+        template = TEMPLATES[config.template]
+        with (
+            Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
+            AppendedLines(out) as file,
+            tqdm(total=sum(len(r.turns) for r in rows), initial=len(done), unit="row") as bar,
+        ):
+            bar.set_description("distill")
+            flying: dict[str, Turn] = {}
+            for turn in turns:
+                _ask(sampler, chat, template, config, turn, flying)
+            stats = sampler.stats
+            started = time.perf_counter()
+            for completion in sampler.run():
+                turn = flying.pop(completion.id)
+                line = _line(chat, template, config, turn, completion)
+                file.write(dataclasses.asdict(line))
+                done[line.id] = line
+                written += 1
+                if following := turn.next(line.target):
+                    _ask(sampler, chat, template, config, following, flying)
+                rate = stats.new_tokens / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight")
+                bar.update()
+    ordered = [done[f"{row.id}/{k}"] for row in rows for k in range(len(row.turns))]
+    if list(done.values()) != ordered:
+        write_jsonl(out, map(dataclasses.asdict, ordered))
+    return DistillReport(ordered, stats, time.perf_counter() - started, written)
+
+
+def distill_settings(
+    session: Session, rows: Rows, config: DistillConfig, sampling: SamplerConfig
+) -> dict[str, Any]:
+    """What makes a distillation this one; rows in flight change its speed only."""
+    keep = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "rows"}
+    data = {"sha256": rows.sha256, "rows": len(rows), "first": rows[0].id, "last": rows[-1].id}
+    return session.settings | {
+        "data": data,
+        "distill": dataclasses.asdict(config),
+        "sampling": keep,
+    }
+
+
+def distill_job(
+    session: Session,
+    rows: Rows,
+    out: Path,
+    config: DistillConfig,
+    sampling: SamplerConfig,
+    *,
+    scoring: bool,
+    resume: bool,
+) -> tuple[DistillReport, Means | None]:
+    """Distil, score and say what came out."""
+    settings = distill_settings(session, rows, config, sampling)
+    report = distill(
+        session.model, session.chat, rows, out, config, sampling, settings=settings, resume=resume
+    )
+    print(report.text())
+    means, begun = None, time.perf_counter()
+    if scoring:
+        scores = out.with_name(out.name + ".scores.jsonl")
+        means = score(session.model, session.chat, report.lines, scores, settings)
+        print(f"{means.text()}; scored in {time.perf_counter() - begun:.1f} s")
+    print(f"written: {out}")
+    return report, means
+
+
+def _open(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Distilled]:
+    """The lines that are there already, after the settings have been compared."""
+    meta = out.with_name(out.name + ".meta.json")
+    if out.exists() or meta.exists():
+        if not resume:
+            raise ValueError(f"{out} exists already; choose another --out, or --resume to go on")
+        if not meta.exists():
+            raise ValueError(f"{out} has no {meta.name} beside it: not made by this program")
+        changes = differing(read_json(meta), settings)
+        if changes:
+            raise ValueError(
+                f"{out} was begun with other settings and cannot be resumed under these:\n  "
+                + "\n  ".join(changes)
+            )
+    write_json(meta, settings)
+    cut_torn_line(out)
+    lines = [Distilled(**record) for record in read_jsonl(out)] if out.exists() else []
+    return {line.id: line for line in lines}
+
+
+def _pending(rows: Sequence[Row], done: dict[str, Distilled]) -> Iterator[Turn]:
+    """The first turn of every row that is not there yet."""
+    for row in rows:
+        turn: Turn | None = Turn.first(row)
+        while turn is not None and turn.id in done:
+            turn = turn.next(done[turn.id].target)
+        if turn is not None:
+            yield turn
+
+
+def _ask(
+    sampler: Sampler,
+    chat: Chat,
+    template: Template,
+    config: DistillConfig,
+    turn: Turn,
+    flying: dict[str, Turn],
+) -> None:
+    messages = prompt(chat, template, turn.context, turn.reference)
+    ids = chat.prompt_ids(messages, template.prefix)
+    limit = config.limit(len(chat.response_ids(turn.reference)))
+    flying[turn.id] = turn
+    sampler.submit(Request(turn.id, ids, limit))
+
+
+def _line(
+    chat: Chat,
+    template: Template,
+    config: DistillConfig,
+    turn: Turn,
+    completion: Completion,
+) -> Distilled:
+    """What was sampled, judged, as a line of the file."""
+    ids = completion.ids and [*chat.prefix_ids(template.prefix), *completion.ids]
+    text = chat.tokenizer.decode(ids).strip()
+    verifier = get_verifier(config.verify)
+    status = judge(turn.context, turn.reference, text, completion.finish, verifier)
+    return Distilled(
+        id=turn.id,
+        messages=turn.context,
+        reference=turn.reference,
+        response=text,
+        response_ids=list(ids),
+        target=text if status in KEPT else turn.reference,
+        status=status,
+        stage="guided",
+        finish=completion.finish,
+        prompt_tokens=completion.prompt_tokens,
+        response_tokens=len(ids),
+    )

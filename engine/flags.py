@@ -1,0 +1,78 @@
+"""Command-line flags derived from the fields of a frozen dataclass: a default exists once.
+
+A field's trailing comment is its help text: `--help` says what a reader of the code sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
+) -> None:
+    """One flag per field of `cls`; `defaults` replaces a field's own default."""
+    group = parser.add_argument_group(cls.__name__)
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in leave_out:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        default = defaults.get(field.name, field.default)
+        required = default is dataclasses.MISSING
+        help_text = _comment(cls, field.name).replace("%", "%%")
+        help_text += "" if required else f" (default: {default})"
+        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
+        kind = kinds[0] if kinds else types[field.name]
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=default, help=help_text)
+        elif typing.get_origin(types[field.name]) is tuple:
+            group.add_argument(flag, action="append", type=kind, metavar="TEXT", help=help_text)
+        else:
+            given = {"required": True} if required else {"default": default}
+            group.add_argument(flag, type=kind, help=help_text, **given)
+
+
+def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
+    """The dataclass from parsed flags; `given` overrides them."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        value = given.get(field.name, getattr(args, field.name, dataclasses.MISSING))
+        if isinstance(value, list):
+            value = tuple(value)
+        if value is not dataclasses.MISSING and not (
+            value is None and isinstance(field.default, tuple)
+        ):
+            values[field.name] = value
+    return cls(**values)
+
+
+def _comment(cls: type, name: str) -> str:
+    """The trailing comment of a field's line."""
+    match = re.search(rf"^    {name}:[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE)
+    assert match, f"{cls.__name__}.{name} has no trailing comment: it is the flag's help text"
+    return match[1]
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script: what a user caused ends as one message and exit code 2, not as a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(_stop(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_stop("interrupted; what was finished is kept", 130))
+
+
+def _stop(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,73 @@
+"""Answers to one prompt or to a file of prompts, greedy or sampled, with or without an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.data import Row
+from engine.log import AppendedLines
+from engine.sampler import Completion, Request, Sampler, SamplerConfig
+from engine.session import DataConfig, Session
+from model.lora import Lora
+
+
+def generate_job(
+    session: Session,
+    asked: DataConfig | str,
+    sampling: SamplerConfig,
+    *,
+    adapter: str | None = None,
+    system: str | None = None,
+    samples: int = 1,
+    out: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Answer a prompt (text) or the prompts of a file; to `out`, line by line, or printed."""
+    if samples < 1:
+        raise ValueError(f"samples {samples}: at least 1 is wanted")
+    if out is not None and out.exists():
+        raise ValueError(f"{out} exists already; choose another --out")
+    if isinstance(asked, str):
+        if not asked.strip():
+            raise ValueError("the prompt is empty; give some text")
+        rows = [Row("prompt", ({"role": "user", "content": asked},))]
+    else:
+        rows = asked.load(need_reference=False)
+    lora = None if adapter is None else Lora.load(adapter)
+    chat, requests = session.chat, []
+    for row in rows:
+        messages = list(row.messages)
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        ids = chat.prompt_ids(messages)
+        requests += [Request(row.id, ids, sample=k) for k in range(samples)]
+    answers: list[dict[str, Any]] = []
+    with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler:
+        bar = tqdm(sampler.run(requests), total=len(requests), desc="generate", unit="answer")
+        if out is None:
+            answers = [_record(done) for done in bar]
+        else:
+            with AppendedLines(out) as file:
+                for done in bar:
+                    answers.append(_record(done))
+                    file.write(answers[-1])
+    order = {row.id: n for n, row in enumerate(rows)}
+    answers.sort(key=lambda a: (order[a["id"]], a["sample"]))
+    if out is None:
+        for answer in answers:
+            label = "" if len(answers) == 1 else f"[{answer['id']}, sample {answer['sample']}] "
+            print(f"{label}{answer['answer']}")
+    return answers
+
+
+def _record(done: Completion) -> dict[str, Any]:
+    return {
+        "id": done.id,
+        "sample": done.sample,
+        "answer": done.text.strip(),
+        "finish": done.finish,
+        "tokens": len(done.ids),
+        "logprob": sum(done.logprobs),
+    }

@@ -1,0 +1,163 @@
+"""What a run leaves behind for people: metrics, settings, hashes, versions; files written whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written beside and renamed."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line, the whole file written beside and renamed."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file we wrote; ValueError with file and line where one is broken."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+    return records
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove a last line without its newline, which only a kill can leave."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
+class AppendedLines:
+    """A JSONL file that grows by whole lines; a kill loses at most the line in flight.
+
+    Opening cuts off a torn last line. Each line is handed to the operating system at once, and to
+    the disk on `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(path)
+        self.file = path.open("ab")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one object."""
+        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        self.file.flush()
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def __enter__(self) -> AppendedLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def sha256(data: str | bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """A hash that tells checkpoints apart: config.json and, of every weight file, its size, its
+    first MiB (the header) and 64 evenly spaced blocks of 64 KiB. Not a proof against tampering."""
+    path = Path(path)
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            for block in range(64):
+                opened.seek(size * block // 64)
+                digest.update(opened.read(1 << 16))
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, threads and commit, for the record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The clone's commit, with a + where the tree has changes; None without git."""
+    try:
+        head = subprocess.run(
+            ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() or None
+
+
+def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """'name: old -> new' for every setting that is not the same, nested names joined by dots."""
+    found = []
+    for name in sorted({*was, *now}):
+        a, b = was.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{line}" for line in differing(a, b)]
+        elif a != b:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as aligned text, the first being the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for n, row in enumerate(rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+        if n == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""The optimizer's state and the learning rate: one AdamW over one flat buffer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.adamw import AdamW
+from kernels.registry import Ops
+from model.lora import Lora
+
+
+def cosine_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Rate of step 1..steps: linear up over `warmup` (a share of the steps), then half a cosine.
+
+    As transformers' `cosine` schedule, whose first step has index 0: without warm-up the first step
+    runs at the peak, and the rate would reach 0 one step after the last.
+    """
+    warm = math.ceil(warmup * steps)
+    done = step - 1
+    if done < warm:
+        return peak * done / max(1, warm)
+    progress = (done - warm) / max(1, steps - warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class Optimizer:
+    """Moments of one adapter and the step that uses them."""
+
+    config: AdamW
+    m: Tensor  # (P,)
+    v: Tensor  # (P,)
+    step: int = 0  # finished steps
+
+    @classmethod
+    def fresh(cls, lora: Lora, weight_decay: float) -> Optimizer:
+        """Zero moments for this adapter."""
+        zeros = torch.zeros_like(lora.params)
+        return cls(AdamW(weight_decay=weight_decay), zeros, zeros.clone())
+
+    def update(self, ops: Ops, lora: Lora, lr: float, scale: float, clip: float) -> float:
+        """One step on `scale * lora.grads`, clipped to norm `clip` (0: not); returns the norm.
+
+        A norm that is not finite leaves everything as it was: the caller stops the run.
+        """
+        norm = float(ops.grad_norm(lora.grads)) * scale
+        if not math.isfinite(norm):
+            return norm
+        self.step += 1
+        if clip and norm > clip:
+            scale *= clip / norm
+        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)
+        compute = None if lora.compute is lora.params else lora.compute
+        ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute)
+        return norm

@@ -1,0 +1,217 @@
+"""The main job: distil, train SFT and SDFT under identical settings, measure both, say the result
+
+    OUT/distilled.jsonl          the rewrites (distill.py), .meta.json and .scores.jsonl beside it
+    OUT/sft/, OUT/sdft/          run directories: all the same but references or targets
+    OUT/evaluation.jsonl         greedy answers of seed, sft and sdft to the held-out rows
+    OUT/retention.jsonl          drift from the seed on general prompts
+    OUT/summary.json, OUT/table.txt
+
+Every stage keeps what it finished and is skipped when it is complete: the same command goes on
+after a kill. Weights are loaded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data import Example, Row, encode
+from engine.distill import DistillConfig, DistillReport, distill, distill_settings
+from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
+from engine.log import environment, table, write_json, write_text
+from engine.retention import retention
+from engine.sampler import SamplerConfig
+from engine.score import Means, score
+from engine.select import get_verifier
+from engine.session import DataConfig, Session, resolved
+from engine.train import EncodeConfig, TrainConfig, train
+from model.lora import LoraConfig
+
+
+@dataclass(frozen=True)
+class SdftConfig:
+    """The job around the stages' own settings."""
+
+    out: str  # directory of the run
+    eval_data: str | None = None  # held-out rows; without them the target task is not scored
+    eval_limit: int | None = None  # use only the first so many held-out rows
+    eval_max_new: int = 256  # new tokens per held-out answer
+    retention_max_new: int = 96  # new tokens per answer to a general prompt
+    no_score: bool = False  # leave out the seed likelihoods of references and rewrites
+
+
+def run(
+    session: Session,
+    data: DataConfig,
+    job: SdftConfig,
+    distilling: DistillConfig,
+    sampling: SamplerConfig,
+    encoding: EncodeConfig,
+    training: TrainConfig,
+    lora: LoraConfig,
+) -> dict[str, Any]:
+    """Do all of it; returns what summary.json holds."""
+    started, out = time.perf_counter(), Path(job.out)
+    for config in (distilling, sampling, training, lora):
+        config.check()
+    get_verifier(distilling.verify)
+    model, chat = session.model, session.chat
+    rows = data.load()
+    held_out = _held_out(job, data, rows)
+    seconds: dict[str, float] = {}
+
+    # 1. distillation
+    settings = distill_settings(session, rows, distilling, sampling)
+    file = out / "distilled.jsonl"
+    begun = time.perf_counter()
+    report = distill(
+        model, chat, rows, file, distilling, sampling, settings=settings, resume=file.exists()
+    )
+    seconds["distill"] = time.perf_counter() - begun
+    print(report.text())
+
+    # 2. seed likelihoods
+    means = None
+    if not job.no_score:
+        begun = time.perf_counter()
+        scores_file = file.with_name(file.name + ".scores.jsonl")
+        means = score(model, chat, report.lines, scores_file, settings)
+        seconds["score"] = time.perf_counter() - begun
+        print(means.text())
+
+    # 3. the two trainings: the same examples in the same order, only the targets differ
+    arms: Arms = {"seed": None}
+    trainings = {}
+    for arm, target in (("sft", "reference"), ("sdft", "target")):
+        begun = time.perf_counter()
+        examples = _encode(report, session, encoding, target)
+        arms[arm], trainings[arm] = train(
+            model,
+            examples,
+            lora,
+            training,
+            out / arm,
+            base=session.config.model,
+            model_hash=session.fingerprint,
+            resume=(out / arm).exists(),
+        )
+        seconds[f"train {arm}"] = time.perf_counter() - begun
+
+    # 4. the target task
+    base = session.settings | {"adapters": adapter_hashes([str(out / arm) for arm in trainings])}
+    scores: dict[str, Score] = {}
+    if held_out:
+        begun = time.perf_counter()
+        greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.eval_max_new)
+        asked = base | {"data": held_out.sha256, "rows": len(held_out)}
+        asked |= {"verify": distilling.verify, "max_new": job.eval_max_new}
+        scores = evaluate(
+            model, chat, held_out, distilling.verify, arms, out / "evaluation.jsonl", greedy, asked
+        )
+        seconds["evaluate"] = time.perf_counter() - begun
+
+    # 5. everything else
+    begun = time.perf_counter()
+    greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.retention_max_new)
+    drift = retention(
+        model,
+        chat,
+        arms,
+        out / "retention.jsonl",
+        greedy,
+        base | {"max_new": job.retention_max_new},
+    )
+    seconds["retention"] = time.perf_counter() - begun
+    seconds["all"] = time.perf_counter() - started
+
+    result = {
+        "settings": resolved(
+            session.config, data, job, distilling, sampling, encoding, training, lora
+        ),
+        "environment": environment(),
+        "distilled": {"counts": dict(report.counts), "differ": report.differ},
+        "likelihood": None if means is None else dataclasses.asdict(means),
+        "training": trainings,
+        "evaluation": summary(scores),
+        "retention": drift,
+        "seconds": seconds,
+    }
+    write_json(out / "summary.json", result)
+    text = _text(out, distilling, report, means, trainings, scores, drift, seconds)
+    write_text(out / "table.txt", text + "\n")
+    print("\n" + text)
+    return result
+
+
+def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
+    """The held-out rows; ValueError where one of them is trained on."""
+    if job.eval_data is None:
+        return None
+    held_out = DataConfig(job.eval_data, data.columns, data.skip_bad, job.eval_limit).load()
+    asked = {str(row.messages[:-1]) for row in rows}
+    both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
+    if both:
+        raise ValueError(
+            f"{len(both)} held-out rows are also trained on, first {both[:5]}: a score over them "
+            "says nothing; give other --eval-data"
+        )
+    return held_out
+
+
+def _encode(
+    report: DistillReport, session: Session, encoding: EncodeConfig, target: str
+) -> list[Example]:
+    examples, counts = encode(
+        report.lines,
+        session.chat,
+        target=target,
+        max_length=min(encoding.max_length, session.model.config.max_position),
+        truncate=encoding.truncate,
+    )
+    print(f"{target}: {counts}")
+    return examples
+
+
+def _text(
+    out: Path,
+    distilling: DistillConfig,
+    report: DistillReport,
+    means: Means | None,
+    trainings: dict[str, Any],
+    scores: dict[str, Score],
+    drift: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+) -> str:
+    """The closing table and where everything lies."""
+    header = ["", f"target ({distilling.verify})", "95 % interval", "held-out NLL"]
+    lines = [[*header, "KL to seed", "same top-1", "train loss", "train s"]]
+    for arm in ("seed", "sft", "sdft"):
+        if arm in scores:
+            s = scores[arm]
+            low, high = s.interval()
+            cells = [f"{s.right}/{s.n} = {s.share:.1%}", f"{low:.1%} - {high:.1%}", f"{s.nll:.3f}"]
+        else:
+            cells = ["-", "-", "-"]
+        kept = drift.get(arm, {"kl": 0.0, "agreement": 1.0})
+        cells += [f"{kept['kl']:.4f}", f"{kept['agreement']:.1%}"]
+        if t := trainings.get(arm):
+            cells += [f"{t['first_loss']:.3f} -> {t['last_loss']:.3f}", f"{t['seconds']:.0f}"]
+        else:
+            cells += ["-", "-"]
+        lines.append([{"seed": "seed", "sft": "SFT", "sdft": "SDFT"}[arm], *cells])
+    text = [table(lines), "", report.text()]
+    if means is not None:
+        text.append(means.text())
+    text.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
+    text += [
+        "KL to seed: nats per token over the seed's own answers to general prompts; lower is less "
+        "forgotten.",
+        f"distilled data {out}/distilled.jsonl, adapters {out}/sft and {out}/sdft (PEFT layout), "
+        f"answers {out}/evaluation.jsonl, drift {out}/retention.jsonl, all figures "
+        f"{out}/summary.json",
+    ]
+    return "\n".join(text)

@@ -1,0 +1,135 @@
+"""What every script needs first: the model with its tokenizer and chat format, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.log import model_fingerprint
+from engine.rows import Rows, load_rows, parse_columns
+from kernels.registry import choose
+from model.chat import Chat
+from model.llama import Llama
+from model.lora import Lora
+from model.tokenizer import load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it runs."""
+
+    model: str  # directory of a Llama checkpoint (Hugging Face layout, safetensors)
+    device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
+    ops: str = "auto"  # auto | torch | reference: the table of operations
+    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca instead of the model's own
+    date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows of which file."""
+
+    data: str  # JSON, JSONL or CSV file of rows, or distilled data
+    columns: str | None = None  # field names, as prompt=goal,response=target
+    skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
+    limit: int | None = None  # use only the first so many usable rows
+
+    def load(self, need_reference: bool = True) -> Rows:
+        """The rows, with what was left out said."""
+        rows = load_rows(
+            self.data,
+            columns=parse_columns(self.columns) if self.columns else None,
+            skip_bad=self.skip_bad,
+            limit=self.limit,
+            need_reference=need_reference,
+        )
+        skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
+        unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
+        print(f"data: {len(rows)} rows from {self.data}{skipped}{unused}")
+        return rows
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model and everything that goes with it."""
+
+    config: ModelConfig
+    model: Llama
+    chat: Chat
+    fingerprint: str  # of the checkpoint
+    settings: dict[str, Any]  # what of this may change a result, for resuming
+
+    @classmethod
+    def open(cls, config: ModelConfig) -> Session:
+        """Load and announce; ValueError for anything missing or unknown, before the weights."""
+        if config.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device {config.device!r}: auto, cpu or cuda is wanted")
+        if config.dtype != "auto" and config.dtype not in DTYPES:
+            raise ValueError(f"dtype {config.dtype!r}: auto or one of {', '.join(DTYPES)}")
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch finds no GPU here; use --device cpu")
+        ops = choose(config.ops)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        path = Path(config.model)
+        tokenizer = load_tokenizer(path)
+        try:
+            now = datetime.fromisoformat(config.date) if config.date else datetime.now()
+        except ValueError:
+            raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
+        chat = Chat.from_dir(path, tokenizer, config.chat_format, now=now)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = Llama.from_pretrained(path, device=device, dtype=DTYPES.get(config.dtype), ops=ops)
+        settings = {
+            "model": model_fingerprint(path),
+            "dtype": str(model.dtype),
+            "chat": chat.name,
+            "template": chat.source_hash,
+        }
+        if chat.tells_date:
+            settings["date"] = now.date().isoformat()
+        session = cls(config, model, chat, settings["model"], settings)
+        session.announce()
+        return session
+
+    def announce(self) -> None:
+        """One paragraph: what runs where."""
+        m = self.model
+        count = sum(w.numel() for name, w in m.weights.items() if name != "head")
+        if not m.config.tie_embeddings:
+            count += m.weights["head"].numel()
+        print(
+            f"model: {self.config.model}, {count / 1e6:.1f} M parameters, {m.dtype} on "
+            f"{m.device}, {torch.get_num_threads()} threads, ops {m.ops.name}, "
+            f"chat format {self.chat.name}"
+        )
+
+    def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
+        """Adapters by the name of their directory, which must differ."""
+        found: dict[str, Lora] = {}
+        for path in paths:
+            name = Path(path).resolve().name
+            if name in found or name == "seed":
+                raise ValueError(
+                    f"adapter {path}: the name {name!r} is taken; rename the directory"
+                )
+            found[name] = Lora.load(path)
+            found[name].ensure_bound(self.model)
+        return found
+
+
+def resolved(*configs: Any) -> dict[str, Any]:
+    """The settings of a run by class name, for printing and saving."""
+    return {type(c).__name__: dataclasses.asdict(c) for c in configs}

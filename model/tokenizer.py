@@ -1,0 +1,450 @@
+"""Text to token ids and back, for the two kinds of tokenizer file that Llama checkpoints ship.
+
+`tokenizer.json` (package `tokenizers`, extra `bpe`) is read where it exists, else `tokenizer.model`
+(`sentencepiece`). Ids equal those of transformers 5 with `add_special_tokens=False`:
+
+  special tokens    are recognised in what a chat template wrote (`encode_template`) and never in
+                    plain text (`encode`): there `</s>` is four characters like any others.
+  tokenizer.json    is followed as it stands. (transformers 5 rebuilds some classes, LlamaTokenizer
+                    among them, from vocabulary and merges alone and then departs from the file.)
+  tokenizer.model   A space is put before a text that does not begin with one, as in Llama 2's
+                    training. `"legacy": true` in tokenizer_config.json puts one after every special
+                    token too, so that `<s>[INST]` reads `<s> [INST]`: Meta's encoding of Llama 2
+                    chats, and what transformers 4 took a missing `legacy` to mean. Missing or
+                    false, as in Llama-2-chat-hf, only the start of the text gets one.
+                    `"add_prefix_space": false` puts none. sentencepiece alone would add a second
+                    space to a text that begins with one; transformers 5 does not. Pieces are merged
+                    by score, as in training. (transformers 5.23 goes by id when it finds no
+                    tokenizer.json beside the model, and then cuts runs of spaces otherwise.)
+  added tokens      beyond the vocabulary (added_tokens.json, `added_tokens_decoder`) are matched as
+                    transformers matches them: those that are not special in plain text as well.
+
+Decoding goes by bytes: every id stands for fixed bytes (none for a special token) and a text is
+their concatenation read as UTF-8. So a longer list of ids only adds to what a shorter one gave, or
+completes its last character. transformers' "clean up" of spaces before punctuation is not done: it
+cannot be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
+BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of the checkpoint directory `path`.
+
+    ValueError when the directory holds none, or one that is not supported; ImportError when there
+    is a tokenizer.json and the package `tokenizers` is missing. (A tokenizer.model beside it is not
+    taken instead: its ids may differ, and would then depend on what is installed.)
+    """
+    path = Path(path)
+    if (path / "tokenizer.json").is_file():
+        return JsonTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path)
+    raise ValueError(
+        f"{path} holds no tokenizer: looked for tokenizer.json and tokenizer.model; "
+        "copy it from the checkpoint the weights came from"
+    )
+
+
+class Tokenizer(ABC):
+    """What the engine knows of a tokenizer.
+
+    vocab_size      one more than the largest id
+    bos_id, eos_id  begin and end of a text, None where the checkpoint has none
+    add_bos         whether the checkpoint wants bos before every text (Llama 2 and 3 do)
+    special         spelling -> id of every special (control) token
+    named           bos_token, eos_token, unk_token, ... -> spelling, as chat templates see them
+    """
+
+    def __init__(
+        self,
+        named: dict[str, str],
+        special: dict[str, int],
+        bytes_of: dict[int, bytes],
+        unk_id: int | None,
+        strips_space: bool,
+    ) -> None:
+        self.named = named
+        self.special = dict(sorted(special.items(), key=lambda item: item[1]))
+        self.bos_id = special.get(named.get("bos_token", ""))
+        self.eos_id = special.get(named.get("eos_token", ""))
+        self.vocab_size = max(*bytes_of, *special.values()) + 1
+        self.add_bos = False
+        self.special_pattern = _any_of(special)
+        self._spelling = {id: spelling for spelling, id in special.items()}
+        self._bytes_of = bytes_of
+        self._strips_space = strips_space
+        self._never_plain = set(special.values()) - {unk_id}
+
+    @abstractmethod
+    def _encode_plain(self, text: str, continues: bool) -> list[int]: ...
+
+    @abstractmethod
+    def _encode_template(self, text: str) -> list[int]: ...
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of plain text; a spelled special token is ordinary text. No bos, no eos.
+
+        `continues`: the text goes on after other text, so no space is put before it (byte-level
+        vocabularies never put one). A byte that a byte-level vocabulary has no token for is left
+        out, as transformers leaves it out: SmolLM2 lacks 21, among UTF-8 text only in a few control
+        characters and rare planes. ValueError for text that is not valid Unicode.
+        """
+        text.encode()  # a lone surrogate: UnicodeEncodeError (a ValueError) for both kinds
+        ids = self._encode_plain(text, continues)
+        if not self._never_plain.isdisjoint(ids):
+            spelling = next(self._spelling[id] for id in ids if id in self._never_plain)
+            raise ValueError(
+                f"this tokenizer makes the special token {spelling!r} out of plain text, so a user "
+                "could forge it; its vocabulary cannot be used safely"
+            )
+        return ids
+
+    def encode_template(self, text: str, *, continues: bool = False) -> list[int]:
+        """Ids of text that a chat template wrote: spelled special tokens become their ids."""
+        text.encode()
+        if not continues:
+            return self._encode_template(text)
+        match = self.special_pattern.search(text)
+        head = text[: match.start()] if match else text
+        return self.encode(head, continues=True) + self._encode_template(text[len(head) :])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: special tokens skipped, bytes that are not UTF-8 as U+FFFD.
+
+        The space that encoding puts before a text is taken off again.
+        """
+        joined = b"".join(self._bytes_of.get(id, b"") for id in ids)
+        if self._strips_space:
+            joined = joined.removeprefix(b" ")
+        return joined.decode("utf-8", errors="replace")
+
+    def piece(self, id: int) -> str:
+        """One token for display: its text, or <0xNN> a byte where it is part of a character."""
+        if id in self._spelling:
+            return self._spelling[id]
+        piece = self._bytes_of.get(id, b"")
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "".join(f"<0x{byte:02X}>" for byte in piece)
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`: byte-level BPE (Llama 3, SmolLM2) or a converted sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        file = path / "tokenizer.json"
+        try:
+            import tokenizers
+        except ImportError:
+            raise ImportError(
+                f"{file} needs the package tokenizers -> pip install -e '.[bpe]'"
+            ) from None
+        notes = _Notes.read(path)
+        document = read_json(file)
+
+        def build(text: str, plain: bool) -> Any:
+            try:
+                built = tokenizers.Tokenizer.from_str(text)
+            except Exception as error:  # the package raises bare Exception
+                raise ValueError(f"{file} cannot be read by tokenizers: {error}") from error
+            built.no_truncation()
+            built.no_padding()
+            notes.add_to(built, file)
+            built.encode_special_tokens = plain
+            return built
+
+        # `encode_special_tokens` is a switch on the object; an object for each setting keeps
+        # encoding a pure function.
+        text = file.read_text(encoding="utf-8")
+        self._template = build(text, plain=False)
+        self._plain = self._continuing = build(text, plain=True)
+        steps = copy.deepcopy({key: document.get(key) for key in ("normalizer", "pre_tokenizer")})
+        if _drop_prefix(list(steps.values())):
+            self._continuing = build(json.dumps(document | steps), plain=True)
+
+        added = self._template.get_added_tokens_decoder()
+        named = notes.roles(self._template.id_to_token)
+        super().__init__(
+            named=named,
+            special={token.content: id for id, token in added.items() if token.special},
+            bytes_of=_bytes_of_vocab(self._template.get_vocab(False), document["decoder"], file)
+            | {id: b"" if t.special else t.content.encode() for id, t in added.items()},
+            unk_id=self._template.token_to_id(document["model"].get("unk_token") or ""),
+            strips_space=_strips_space(document["decoder"]),
+        )
+        # A tokenizer.json that adds bos does so in its post-processor, also to an empty text.
+        self.add_bos = self.bos_id is not None and self.bos_id in self._template.encode("").ids
+
+    def _encode_plain(self, text: str, continues: bool) -> list[int]:
+        encoder = self._continuing if continues else self._plain
+        return encoder.encode(text, add_special_tokens=False).ids
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self._template.encode(text, add_special_tokens=False).ids
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `tokenizer.model` (Llama 2, TinyLlama) with the tokens added to it."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        file = path / "tokenizer.model"
+        self._model = sentencepiece.SentencePieceProcessor()
+        # A serialized message with another appended is the two merged: this adds
+        # normalizer_spec { add_dummy_prefix: false }. Where a space goes is decided below.
+        try:
+            own = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+            self._model.LoadFromSerializedProto(file.read_bytes() + b"\x1a\x02\x18\x00")
+        except RuntimeError as error:
+            raise ValueError(
+                f"{file} is not a sentencepiece model ({error}); the tokenizer.model in Llama 3's "
+                "`original` folder is another format: take the Hugging Face tokenizer.json"
+            ) from None
+        if self._model.normalize(" a  b ") != " a  b ".replace(" ", SPACE):
+            raise ValueError(
+                f"{file} drops or merges spaces, so text cannot be restored; only models made "
+                "without remove_extra_whitespaces (Llama's) are supported"
+            )
+        size = self._model.get_piece_size()
+        pieces = {id: self._model.id_to_piece(id) for id in range(size)}
+        notes = _Notes.read(path)
+        added = notes.added_to_pieces(pieces, file)
+        ids = {piece: id for id, piece in pieces.items()} | added
+
+        own_roles = {"bos": own.bos_id(), "eos": own.eos_id(), "unk": own.unk_id()}
+        named = {f"{role}_token": pieces[id] for role, id in own_roles.items() if id >= 0}
+        named = notes.roles({id: piece for piece, id in ids.items()}.get, named)
+        control = {
+            pieces[id]: id
+            for id in range(size)
+            if self._model.is_control(id) or self._model.is_unknown(id)
+        }
+        special = control | {s: ids[s] for s in notes.special | {*named.values()} if s in ids}
+        bytes_of = {id: _bytes_of_piece(piece) for piece, id in ids.items()}
+        bytes_of |= {id: spelling.encode() for spelling, id in added.items()}
+        bytes_of |= dict.fromkeys(special.values(), b"")
+
+        prefix = notes.settings.get("add_prefix_space")
+        self._prefix = own.normalize("a") != "a" if prefix is None else bool(prefix)
+        self._prefix_after_special = self._prefix and bool(notes.settings.get("legacy", False))
+        self._added_pattern = _any_of(set(added) - set(special))
+        self._template_pattern = _any_of({*added, *special})
+        self._added = added | special
+        super().__init__(named, special, bytes_of, own.unk_id(), self._prefix)
+        self.add_bos = self.bos_id is not None and bool(notes.settings.get("add_bos_token", True))
+
+    def _encode_plain(self, text: str, continues: bool) -> list[int]:
+        return self._encode_around(self._added_pattern, text, continues)
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self._encode_around(self._template_pattern, text, False)
+
+    def _encode_around(self, pattern: re.Pattern, text: str, continues: bool) -> list[int]:
+        """Ids of `text`, the tokens that `pattern` matches looked up and the rest encoded."""
+        ids: list[int] = []
+        start = 0
+        for match in pattern.finditer(text):
+            ids += self._encode_fragment(text[start : match.start()], start, continues)
+            ids.append(self._added[match.group()])
+            start = match.end()
+        return ids + self._encode_fragment(text[start:], start, continues)
+
+    def _encode_fragment(self, text: str, start: int, continues: bool) -> list[int]:
+        prefix = self._prefix_after_special if start else self._prefix and not continues
+        if text and prefix and text[0] not in (" ", SPACE):
+            text = " " + text
+        return self._model.encode(text)
+
+
+# What the small files beside a vocabulary say
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """tokenizer_config.json, special_tokens_map.json, added_tokens.json and config.json, merged."""
+
+    settings: dict[str, Any]  # tokenizer_config.json
+    named: dict[str, str | None]  # role -> spelling; None: the checkpoint says it has none
+    ids: dict[str, int]  # role -> id from config.json, for roles that are not named
+    added: dict[int, dict[str, Any]] = field(default_factory=dict)  # id -> spelling and flags
+    special: frozenset[str] = frozenset()  # spellings that are special wherever they have an id
+
+    @classmethod
+    def read(cls, path: Path) -> _Notes:
+        settings = read_json(path / "tokenizer_config.json", {})
+        spellings = read_json(path / "special_tokens_map.json", {}) | settings
+        model = read_json(path / "config.json", {})
+        named = {role: _spelling(spellings[role]) for role in ROLES if role in spellings}
+        ids = {role: model.get(f"{role}_id") for role in ROLES[:2]}
+        ids = {role: id[0] if isinstance(id, list) else id for role, id in ids.items()}
+        extra = spellings.get("additional_special_tokens") or []
+        extra = extra or spellings.get("extra_special_tokens") or []
+        extra = extra.values() if isinstance(extra, dict) else extra
+        special = {_spelling(token) for token in extra} | {s for s in named.values() if s}
+
+        declared = settings.get("added_tokens_decoder")
+        if declared is not None:
+            added = {int(id): token for id, token in declared.items()}
+        else:
+            listed = read_json(path / "added_tokens.json", {})
+            added = {id: {"content": s, "special": s in special} for s, id in listed.items()}
+        special |= {token["content"] for token in added.values() if token.get("special")}
+        return cls(settings, named, ids, added, frozenset(special))
+
+    def roles(
+        self, spelling_of: Callable[[int], str | None], own: dict[str, str] | None = None
+    ) -> dict[str, str]:
+        """Role -> spelling: what the files name, else what config.json knows by id, else `own`."""
+        by_id = {role: spelling_of(id) for role, id in self.ids.items() if id is not None}
+        found = {**(own or {}), **by_id, **self.named}
+        return {role: spelling for role, spelling in found.items() if spelling}
+
+    def add_to(self, tokenizer: Any, file: Path) -> None:
+        """Declare to a `tokenizers.Tokenizer` the added and special tokens its file leaves out."""
+        from tokenizers import AddedToken
+
+        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        for id, entry in sorted(self.added.items()):
+            spelling = entry["content"]
+            if spelling not in known:
+                flags = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+                known[spelling] = AddedToken(spelling, **flags)
+                tokenizer.add_tokens([known[spelling]])
+            found = tokenizer.token_to_id(spelling)
+            if found != id:
+                raise ValueError(
+                    f"{file} gives {spelling!r} the id {found}, the files beside it say {id}; "
+                    "take all tokenizer files from one checkpoint"
+                )
+        # A special token without an id has no row in the model either, so it is left out.
+        for spelling in sorted(self.special | {*self.roles(tokenizer.id_to_token).values()}):
+            token = known.get(spelling) or AddedToken(spelling, normalized=False)
+            if tokenizer.token_to_id(spelling) is not None and not token.special:
+                token.special = True
+                tokenizer.add_special_tokens([token])
+
+    def added_to_pieces(self, pieces: dict[int, str], file: Path) -> dict[str, int]:
+        """Spelling -> id of the tokens added to a sentencepiece model with these `pieces`."""
+        for id, token in self.added.items():
+            if id in pieces and pieces[id] != token["content"]:
+                raise ValueError(
+                    f"{file} spells id {id} {pieces[id]!r}, the files beside it say "
+                    f"{token['content']!r}; take all tokenizer files from one checkpoint"
+                )
+            strips = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
+            if strips:
+                raise ValueError(
+                    f"{file}: the added token {token['content']!r} sets {strips[0]}, which is not "
+                    "supported with a tokenizer.model; save the tokenizer as tokenizer.json"
+                )
+        return {token["content"]: id for id, token in self.added.items() if id not in pieces}
+
+
+def read_json(file: Path, default: Any = None) -> Any:
+    """The JSON object in `file`; `default`, where one is given, when the file is absent."""
+    if default is not None and not file.is_file():
+        return default
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, wanted a JSON object")
+    return value
+
+
+def _spelling(token: Any) -> str | None:
+    """A token is written as its spelling or as an object with flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern:
+    """Matches any of `spellings`, the longest first; never matches when there are none."""
+    longest_first = sorted(filter(None, spellings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+# What a token stands for
+
+
+def _parts(decoder: dict | None) -> Sequence[dict]:
+    """The steps of a tokenizer.json's decoder."""
+    return decoder.get("decoders", [decoder]) if decoder else []
+
+
+def _bytes_of_vocab(vocab: dict[str, int], decoder: dict | None, file: Path) -> dict[int, bytes]:
+    kinds = [part["type"] for part in _parts(decoder)]
+    if "ByteLevel" in kinds:
+        byte_of = _byte_of_character()
+        return {
+            id: bytes(byte_of[c] for c in token) if byte_of.keys() >= set(token) else token.encode()
+            for token, id in vocab.items()
+        }
+    if kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return {id: _bytes_of_piece(piece) for piece, id in vocab.items()}
+    raise ValueError(
+        f"{file} decodes by {kinds or 'nothing'}; byte-level and sentencepiece-like vocabularies "
+        "(the two that Llama checkpoints use) are supported"
+    )
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+    """The bytes of a sentencepiece piece: <0xNN> is a byte, U+2581 a space."""
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte.group(1)) if byte else piece.replace(SPACE, " ").encode()
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE spells a byte as its Latin-1 character, the n-th that has none as 256 + n."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+def _strips_space(decoder: dict | None) -> bool:
+    """Whether decoding takes off the space that encoding put before the text."""
+    for part in _parts(decoder):
+        if part["type"] == "Strip" and part.get("content") == " " and part.get("start"):
+            return True
+        if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+            return True
+    return False
+
+
+def _drop_prefix(node: Any) -> bool:
+    """Make steps of a tokenizer.json put no space before a text; returns whether any did."""
+    if isinstance(node, list):
+        return any([_drop_prefix(step) for step in node])  # a list: every step is to be changed
+    if not isinstance(node, dict):
+        return False
+    match node.get("type"):
+        case "Sequence":
+            return _drop_prefix([*node.values()])
+        case "Prepend" if node["prepend"] in (" ", SPACE):
+            node["prepend"] = ""
+        case "Metaspace" if node.get("prepend_scheme", "always") != "never":
+            node["prepend_scheme"] = "never"
+            node.pop("add_prefix_space", None)  # its older spelling
+        case "ByteLevel" if node.get("add_prefix_space"):
+            node["add_prefix_space"] = False
+        case _:
+            return False
+    return True

@@ -1,0 +1,53 @@
+"""Let the seed model rewrite every reference answer, verify the rewrites, score them.
+
+    python scripts/distill.py --model MODEL_DIR --data train.json --out distilled.jsonl
+    python scripts/distill.py --model MODEL_DIR --data gsm8k.json --template gsm8k \\
+        --verify number --out distilled.jsonl
+    python scripts/distill.py ... --resume          after a kill, with the same settings
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.distill import DistillConfig, distill_job
+from engine.flags import add_flags, from_flags, run_main
+from engine.sampler import SamplerConfig
+from engine.session import DataConfig, ModelConfig, Session
+
+PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, ModelConfig)
+    add_flags(parser, DataConfig)
+    add_flags(parser, DistillConfig)
+    add_flags(parser, SamplerConfig, {"max_new_tokens", "stop"}, **PAPER_SAMPLING)
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--no-score", action="store_true", help="leave out the seed likelihoods")
+    parser.add_argument("--resume", action="store_true", help="go on with a killed run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    distill_job(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args).load(),
+        args.out,
+        from_flags(DistillConfig, args),
+        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+        scoring=not args.no_score,
+        resume=args.resume,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,54 @@
+"""Answer one prompt, or every prompt of a file.
+
+    python scripts/generate.py --model MODEL_DIR --prompt "Why is the sky blue?"
+    python scripts/generate.py --model MODEL_DIR --adapter runs/sdft --data prompts.json \\
+        --temperature 0.7 --samples 3 --out answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.flags import add_flags, from_flags, run_main
+from engine.generate import generate_job
+from engine.sampler import SamplerConfig
+from engine.session import DataConfig, ModelConfig, Session
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, ModelConfig)
+    add_flags(parser, SamplerConfig)
+    add_flags(parser, DataConfig, data=None)
+    parser.add_argument("--prompt", help="one user message")
+    parser.add_argument("--system", help="a system message for every prompt that has none")
+    parser.add_argument("--adapter", help="adapter directory (PEFT)")
+    parser.add_argument("--samples", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--out", type=Path, help="JSONL file (default: print)")
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.data is None):
+        parser.error("give either --prompt TEXT or --data FILE")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    generate_job(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args) if args.data else args.prompt,
+        from_flags(SamplerConfig, args),
+        adapter=args.adapter,
+        system=args.system,
+        samples=args.samples,
+        out=args.out,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

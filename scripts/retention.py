@@ -1,0 +1,46 @@
+"""Measure how far adapters moved the model on general prompts: KL to the seed, agreement.
+
+    python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
+        --out retention.jsonl
+    python scripts/retention.py ... --data prompts.json     on your own prompts
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.flags import add_flags, from_flags, run_main
+from engine.retention import retention_job
+from engine.sampler import SamplerConfig
+from engine.session import ModelConfig, Session
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, ModelConfig)
+    add_flags(parser, SamplerConfig, max_new_tokens=96)
+    parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
+    parser.add_argument("--data", help="file of prompts (default: the 64 of this project)")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file, a line per prompt")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    retention_job(
+        Session.open(from_flags(ModelConfig, args)),
+        args.adapter,
+        args.out,
+        from_flags(SamplerConfig, args),
+        args.data,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

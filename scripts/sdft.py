@@ -1,0 +1,59 @@
+"""The whole job: distil, train SFT and SDFT, measure both, print the table.
+
+    python scripts/sdft.py --model MODEL_DIR --data train.json --out runs/mine
+    python scripts/sdft.py --model MODEL_DIR --data train.json --eval-data test.json \\
+        --verify number --out runs/mine
+
+The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.distill import DistillConfig
+from engine.flags import add_flags, from_flags, run_main
+from engine.sampler import SamplerConfig
+from engine.sdft import SdftConfig, run
+from engine.session import DataConfig, ModelConfig, Session
+from engine.train import EncodeConfig, TrainConfig
+from model.lora import LoraConfig
+
+PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser, ModelConfig)
+    add_flags(parser, DataConfig)
+    add_flags(parser, SdftConfig)
+    add_flags(parser, DistillConfig)
+    add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
+    add_flags(parser, EncodeConfig, {"target"})
+    add_flags(parser, TrainConfig)
+    add_flags(parser, LoraConfig, {"seed"})
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    run(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args),
+        from_flags(SdftConfig, args),
+        from_flags(DistillConfig, args),
+        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+        from_flags(EncodeConfig, args),
+        from_flags(TrainConfig, args),
+        from_flags(LoraConfig, args),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

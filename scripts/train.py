@@ -1,0 +1,55 @@
+"""Train a LoRA adapter on distilled data, or on plain rows.
+
+    python scripts/train.py --model MODEL_DIR --data distilled.jsonl --out runs/sdft
+    python scripts/train.py --model MODEL_DIR --data distilled.jsonl --target reference \\
+        --out runs/sft
+    python scripts/train.py ... --show 2            print encoded rows and stop
+    python scripts/train.py ... --resume            after a kill, with the same settings
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.flags import add_flags, from_flags, run_main
+from engine.session import DataConfig, ModelConfig, Session
+from engine.train import EncodeConfig, TrainConfig, train_job
+from model.lora import LoraConfig
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig):
+        add_flags(parser, config)
+    add_flags(parser, LoraConfig, {"seed"})
+    parser.add_argument("--out", type=Path, help="run directory to make")
+    parser.add_argument("--show", type=int, metavar="N", help="print N encoded rows and stop")
+    parser.add_argument("--resume", action="store_true", help="go on with a killed run")
+    args = parser.parse_args()
+    if (args.out is None) == (args.show is None):
+        parser.error("give either --out RUN or --show N")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    train_job(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args),
+        from_flags(EncodeConfig, args),
+        from_flags(TrainConfig, args),
+        from_flags(LoraConfig, args),
+        args.out,
+        show_rows=args.show,
+        resume=args.resume,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,41 @@
+"""What transformers' apply_chat_template says: python chat_peer.py DIR CONVERSATIONS.json
+
+CONVERSATIONS.json is a list of lists of messages. Prints, per conversation, the text and the ids,
+each without and with the generation prompt ("text", "ids", "prompt_text", "prompt_ids"); special
+tokens that a message spells are encoded as text ("sanitize_control_tokens").
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import tokenizer_peer
+
+
+def answers(path: Path, conversations: list[list[dict]]) -> list[dict]:
+    tokenizer = tokenizer_peer.load(path)
+
+    def apply(messages: list[dict], generate: bool, tokenize: bool) -> str | list[int]:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=generate,
+            tokenize=tokenize,
+            return_dict=False,
+            sanitize_control_tokens=tokenize,
+        )
+
+    return [
+        {
+            "text": apply(messages, False, False),
+            "ids": apply(messages, False, True),
+            "prompt_text": apply(messages, True, False),
+            "prompt_ids": apply(messages, True, True),
+        }
+        for messages in conversations
+    ]
+
+
+if __name__ == "__main__":
+    print(json.dumps(answers(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))))

