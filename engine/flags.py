@@ -67,7 +67,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script: what a user caused ends as one message and exit code 2, not as a traceback."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(_stop(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_stop("interrupted; what was finished is kept", 130))

@@ -140,6 +140,7 @@ def _commit() -> str | None:
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """'name: old -> new' for every setting that is not the same, nested names joined by dots."""
+    now = json.loads(json.dumps(now))  # as a file gives it back: tuples are lists
     found = []
     for name in sorted({*was, *now}):
         a, b = was.get(name), now.get(name)

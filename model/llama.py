@@ -215,7 +215,7 @@ class Llama:
             f"a row of {longest} tokens, but the model was made for {self.config.max_position}"
         )
         have = 0 if self._cos_sin is None else self._cos_sin.shape[0]
-        if longest > have:
+        if self._cos_sin is None or longest > have:
             positions = min(max(longest, 2 * have, 512), self.config.max_position)
             dtype = accumulate_dtype(self.dtype)
             self._cos_sin = cos_sin_table(self.config, positions, self.device, dtype)
@@ -298,8 +298,14 @@ class Llama:
     def logits(self, tokens: Tensor, lora: Lora | None = None) -> Tensor:
         """(T, V) logits of one sequence (T,) of token ids."""
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
-        if tokens.dim() != 1:
-            raise ValueError(f"tokens {tuple(tokens.shape)}: one sequence (T,) is wanted")
+        vocab, longest = self.config.vocab_size, self.config.max_position
+        if tokens.dim() != 1 or len(tokens) > longest:
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)}: one sequence (T,) of up to {longest} is wanted"
+            )
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            low, high = int(tokens.min()), int(tokens.max())
+            raise ValueError(f"token ids {low} to {high}: 0 to {vocab - 1} are wanted")
         packed = Packed.from_lengths([len(tokens)] if len(tokens) else [], self.device)
         return self.head(self.forward(tokens, packed, lora=lora))
 

@@ -32,7 +32,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ class Tokenizer(ABC):
 
     vocab_size      one more than the largest id
     bos_id, eos_id  begin and end of a text, None where the checkpoint has none
-    add_bos         whether the checkpoint wants bos before every text (Llama 2 and 3 do)
+    add_bos         whether the checkpoint wants bos before every text (Llama 2 and 3 do); a
+                    tokenizer.model does unless tokenizer_config.json says otherwise
     special         spelling -> id of every special (control) token
     named           bos_token, eos_token, unk_token, ... -> spelling, as chat templates see them
     """
@@ -100,8 +101,8 @@ class Tokenizer(ABC):
 
         `continues`: the text goes on after other text, so no space is put before it (byte-level
         vocabularies never put one). A byte that a byte-level vocabulary has no token for is left
-        out, as transformers leaves it out: SmolLM2 lacks 21, among UTF-8 text only in a few control
-        characters and rare planes. ValueError for text that is not valid Unicode.
+        out, as transformers leaves it out; SmolLM2's lacks six control characters and bytes of
+        unassigned planes. ValueError for text that is not valid Unicode.
         """
         text.encode()  # a lone surrogate: UnicodeEncodeError (a ValueError) for both kinds
         ids = self._encode_plain(text, continues)
@@ -177,15 +178,16 @@ class JsonTokenizer(Tokenizer):
         if _drop_prefix(list(steps.values())):
             self._continuing = build(json.dumps(document | steps), plain=True)
 
+        decoder, unk = document.get("decoder"), document["model"].get("unk_token")
         added = self._template.get_added_tokens_decoder()
-        named = notes.roles(self._template.id_to_token)
+        bytes_of = _bytes_of_vocab(self._template.get_vocab(False), decoder, file)
+        bytes_of |= {id: b"" if t.special else t.content.encode() for id, t in added.items()}
         super().__init__(
-            named=named,
+            named=notes.roles(self._template.id_to_token),
             special={token.content: id for id, token in added.items() if token.special},
-            bytes_of=_bytes_of_vocab(self._template.get_vocab(False), document["decoder"], file)
-            | {id: b"" if t.special else t.content.encode() for id, t in added.items()},
-            unk_id=self._template.token_to_id(document["model"].get("unk_token") or ""),
-            strips_space=_strips_space(document["decoder"]),
+            bytes_of=bytes_of,
+            unk_id=document["model"].get("unk_id", self._template.token_to_id(unk or "")),
+            strips_space=_strips_space(decoder),
         )
         # A tokenizer.json that adds bos does so in its post-processor, also to an empty text.
         self.add_bos = self.bos_id is not None and self.bos_id in self._template.encode("").ids
@@ -281,9 +283,9 @@ class _Notes:
 
     settings: dict[str, Any]  # tokenizer_config.json
     named: dict[str, str | None]  # role -> spelling; None: the checkpoint says it has none
-    ids: dict[str, int]  # role -> id from config.json, for roles that are not named
-    added: dict[int, dict[str, Any]] = field(default_factory=dict)  # id -> spelling and flags
-    special: frozenset[str] = frozenset()  # spellings that are special wherever they have an id
+    ids: dict[str, int | None]  # bos and eos in config.json, for roles that are not named
+    added: dict[int, dict[str, Any]]  # id -> spelling ("content") and flags
+    special: frozenset[str]  # spellings that are special if they have an id
 
     @classmethod
     def read(cls, path: Path) -> _Notes:
@@ -311,8 +313,11 @@ class _Notes:
         self, spelling_of: Callable[[int], str | None], own: dict[str, str] | None = None
     ) -> dict[str, str]:
         """Role -> spelling: what the files name, else what config.json knows by id, else `own`."""
-        by_id = {role: spelling_of(id) for role, id in self.ids.items() if id is not None}
-        found = {**(own or {}), **by_id, **self.named}
+        found: dict[str, str | None] = dict(own or {})
+        for role, id in self.ids.items():
+            if id is not None and (spelling := spelling_of(id)):
+                found[role] = spelling
+        found |= self.named
         return {role: spelling for role, spelling in found.items() if spelling}
 
     def add_to(self, tokenizer: Any, file: Path) -> None:

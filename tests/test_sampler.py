@@ -1,4 +1,4 @@
-"""The sampler: a row's text is its own, whatever runs beside it; it equals a loop without a cache."""
+"""The sampler: a row's text is its own whatever runs beside it, and equals a loop without cache."""
 
 import random
 

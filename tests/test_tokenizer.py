@@ -156,6 +156,33 @@ def test_converted_model_has_the_ids_of_its_source(load):
         assert json_kind.encode(text, continues=True) == model_kind.encode(text, continues=True)
 
 
+def test_metaspace_has_the_ids_of_its_source(tmp_path, load):
+    """The same vocabulary as transformers 5 saves it: a space before the text only."""
+    pytest.importorskip("tokenizers")
+    path = tiny_converted(tmp_path)
+    document = json.loads((path / "tokenizer.json").read_text())
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    change = {"normalizer": None, "pre_tokenizer": {**metaspace, "split": False}}
+    write_json(path / "tokenizer.json", document | change)
+    ours, source = load_tokenizer(path), load("tiny_sentencepiece")
+    for text in [*TEXTS, *spelled(source.special, 100)]:
+        assert ours.encode(text) == source.encode(text), text
+        assert ours.encode(text, continues=True) == source.encode(text, continues=True), text
+        assert ours.encode_template(text) == source.encode_template(text), text
+        assert ours.decode(ours.encode(text)) == source.decode(source.encode(text))
+
+
+def test_byte_level_vocabulary_that_puts_a_space(tiny_llama_dir):
+    pytest.importorskip("tokenizers")
+    path = tiny_llama_dir(tokenizer=True)
+    document = json.loads((path / "tokenizer.json").read_text())
+    document["pre_tokenizer"]["add_prefix_space"] = True
+    write_json(path / "tokenizer.json", document)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("ab") == [*b" ab"]
+    assert tokenizer.encode("ab", continues=True) == [*b"ab"]
+
+
 def test_lone_surrogate_is_a_value_error(load):
     for kind in ("tiny_sentencepiece", "tiny_converted"):
         for encode in (load(kind).encode, load(kind).encode_template):

@@ -1,0 +1,1 @@
+"""Performance, with peers beside us in one run. Nothing imports this."""

@@ -1,0 +1,32 @@
+"""What the tests of adapters share: an adapter that does something, and the way to ask peft."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from model.lora import Lora
+
+TOKENS = torch.randint(320, (40,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def random_lora(model, modules, rslora=False, rank=8):
+    """An adapter that does something: B is not zero."""
+    lora = Lora.init(model, rank=rank, alpha=16.0, modules=modules, seed=3, rslora=rslora)
+    generator = torch.Generator().manual_seed(4)
+    for name, view in lora.views(lora.params).items():
+        if ".lora_B." in name:
+            view.copy_(0.02 * torch.randn(view.shape, generator=generator))
+    return lora
+
+
+def ask_peft(run_peer, tmp_path, **jobs):
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs, default=str))
+    run_peer("lora_peer.py", tmp_path / "jobs.json", tmp_path / "out.safetensors")
+    return load_file(tmp_path / "out.safetensors")
+
+
+def distance(a, b):
+    return (a.double() - b.double()).abs().max().item()
