@@ -31,7 +31,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 def open_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
     """Create a run directory, or check that the one there is the same run; returns its meta."""
     meta_file = out / "meta.json"
-    if not out.exists():
+    if not out.exists() or all(p.name.startswith(".") for p in out.iterdir()):  # killed at once
         meta = {"settings": settings, "finished": False}
         write_json(meta_file, meta)
         return meta

@@ -51,6 +51,13 @@ class Score:
     def share(self) -> float:
         return self.right / self.n if self.n else math.nan
 
+    def cells(self) -> list[str]:
+        """Share and interval for a table; dashes where nothing was judged."""
+        if not self.n:
+            return ["-", "-"]
+        low, high = self.interval()
+        return [f"{self.right}/{self.n} = {self.share:.1%}", f"{low:.1%} - {high:.1%}"]
+
     def interval(self, z: float = 1.96) -> tuple[float, float]:
         """Wilson's score interval of the share (Wilson 1927)."""
         if not self.n:
@@ -87,7 +94,12 @@ def evaluate(
     sampling: SamplerConfig,
     settings: dict[str, Any],
 ) -> dict[str, Score]:
-    """Answer and judge every row with every arm; answers go to `out`, lines there are kept."""
+    """Answer and judge every row with every arm; answers go to `out`, lines there are kept.
+
+    With verify "none" there is nothing to judge: only the references' NLL is taken (n is 0).
+    """
+    if verify == "none":
+        return {arm: Score(0, 0, 0, v) for arm, v in reference_nll(model, chat, rows, arms).items()}
     verifier = get_verifier(verify)
     done = {(a["arm"], a["id"]): a for a in resume_lines(out, settings)}
     prompts = {row.id: chat.prompt_ids(row.messages[:-1]) for row in rows}
@@ -141,9 +153,7 @@ def evaluate_job(
     scores = evaluate(session.model, session.chat, rows, verify, arms, out, sampling, settings)
     lines = [["", f"target ({verify})", "95 % interval", "cut short", "NLL of references"]]
     for arm, s in scores.items():
-        low, high = s.interval()
-        shares = [f"{s.right}/{s.n} = {s.share:.1%}", f"{low:.1%} - {high:.1%}"]
-        lines.append([arm, *shares, str(s.truncated), f"{s.nll:.3f}"])
+        lines.append([arm, *s.cells(), str(s.truncated), f"{s.nll:.3f}"])
     print(f"{table(lines)}\nanswers: {out}")
     return scores
 

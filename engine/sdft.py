@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import Example, Row, encode
+from engine.data import Distilled, Example, Row, encode
 from engine.distill import DistillConfig, DistillReport, distill, distill_settings
 from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
 from engine.log import environment, table, write_json, write_text
@@ -62,15 +62,14 @@ def run(
     model, chat = session.model, session.chat
     rows = data.load()
     held_out = _held_out(job, data, rows)
+    _encode(rows, session, encoding, "reference")  # a row that is too long stops here, not later
     seconds: dict[str, float] = {}
 
     # 1. distillation
     settings = distill_settings(session, rows, distilling, sampling)
     file = out / "distilled.jsonl"
     begun = time.perf_counter()
-    report = distill(
-        model, chat, rows, file, distilling, sampling, settings=settings, resume=file.exists()
-    )
+    report = distill(model, chat, rows, file, distilling, sampling, settings=settings, resume=True)
     seconds["distill"] = time.perf_counter() - begun
     print(report.text())
 
@@ -88,7 +87,7 @@ def run(
     trainings = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         begun = time.perf_counter()
-        examples = _encode(report, session, encoding, target)
+        examples = _encode(report.lines, session, encoding, target)
         arms[arm], trainings[arm] = train(
             model,
             examples,
@@ -163,16 +162,17 @@ def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
 
 
 def _encode(
-    report: DistillReport, session: Session, encoding: EncodeConfig, target: str
+    rows: Sequence[Row] | Sequence[Distilled], session: Session, encoding: EncodeConfig, target: str
 ) -> list[Example]:
     examples, counts = encode(
-        report.lines,
+        rows,
         session.chat,
         target=target,
         max_length=min(encoding.max_length, session.model.config.max_position),
         truncate=encoding.truncate,
     )
-    print(f"{target}: {counts}")
+    numbers = ", ".join(f"{name} {n}" for name, n in dataclasses.asdict(counts).items() if n)
+    print(f"training on the {target}: {numbers}")
     return examples
 
 
@@ -191,9 +191,7 @@ def _text(
     lines = [[*header, "KL to seed", "same top-1", "train loss", "train s"]]
     for arm in ("seed", "sft", "sdft"):
         if arm in scores:
-            s = scores[arm]
-            low, high = s.interval()
-            cells = [f"{s.right}/{s.n} = {s.share:.1%}", f"{low:.1%} - {high:.1%}", f"{s.nll:.3f}"]
+            cells = [*scores[arm].cells(), f"{scores[arm].nll:.3f}"]
         else:
             cells = ["-", "-", "-"]
         kept = drift.get(arm, {"kl": 0.0, "agreement": 1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -81,7 +82,7 @@ class Session:
         ops = choose(config.ops)
         if config.threads:
             torch.set_num_threads(config.threads)
-        path = Path(config.model)
+        started, path = time.perf_counter(), Path(config.model)
         tokenizer = load_tokenizer(path)
         try:
             now = datetime.fromisoformat(config.date) if config.date else datetime.now()
@@ -101,10 +102,10 @@ class Session:
         if chat.tells_date:
             settings["date"] = now.date().isoformat()
         session = cls(config, model, chat, settings["model"], settings)
-        session.announce()
+        session.announce(time.perf_counter() - started)
         return session
 
-    def announce(self) -> None:
+    def announce(self, seconds: float) -> None:
         """One paragraph: what runs where."""
         m = self.model
         count = sum(w.numel() for name, w in m.weights.items() if name != "head")
@@ -113,7 +114,7 @@ class Session:
         print(
             f"model: {self.config.model}, {count / 1e6:.1f} M parameters, {m.dtype} on "
             f"{m.device}, {torch.get_num_threads()} threads, ops {m.ops.name}, "
-            f"chat format {self.chat.name}"
+            f"chat format {self.chat.name}; loaded in {seconds:.1f} s"
         )
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:

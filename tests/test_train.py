@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from engine import train as training
-from engine.data import Example
+from engine.data import Example, encode, load_rows
+from engine.demo import write_demo
 from engine.optim import cosine_rate
 from engine.train import MicroBatch, TrainConfig, micro_step, train
 from kernels.adamw import AdamW
+from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
+from model.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = TrainConfig(lr=5e-3, epochs=2, batch_rows=4, micro_tokens=64, save_every=3, seed=5)
@@ -68,6 +71,20 @@ def test_loss_falls_and_the_run_directory_is_complete(tiny, tmp_path):
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert meta["finished"] and meta["settings"]["lora"]["rank"] == 4
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == SMALL.keep
+
+
+def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
+    """Eight word problems, two steps an epoch; the paper's modules and rank."""
+    tokenizer = load_tokenizer(smollm2_dir)
+    (tmp_path / "data").mkdir()
+    write_demo(tmp_path / "data", n_train=8, n_test=1)
+    rows = load_rows(tmp_path / "data" / "train.json")
+    encoded, _ = encode(rows, Chat.from_dir(smollm2_dir, tokenizer), max_length=512)
+    config = TrainConfig(lr=2e-3, epochs=5, batch_rows=4, micro_tokens=512)
+    model = Llama.from_pretrained(smollm2_dir)
+    go(model, tmp_path / "run", config, encoded, lora=LoraConfig())
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2]), losses
 
 
 def test_micro_batches_change_nothing(tiny_llama_dir):
