@@ -5,7 +5,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -195,7 +194,7 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, t
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path):
+def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path, monkeypatch):
     go(tiny, tmp_path / "run")
     with pytest.raises(ValueError, match="exists already"):
         go(tiny, tmp_path / "run")
@@ -203,9 +202,9 @@ def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path)
         go(tiny, tmp_path / "run", dataclasses.replace(SMALL, lr=0.1), resume=True)
     with pytest.raises(ValueError, match="data: "):
         go(tiny, tmp_path / "run", rows=examples(seed=1), resume=True)
-    started = time.perf_counter()
+    monkeypatch.setattr(training, "micro_step", None)  # a finished run is loaded, not trained
     lora, _ = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
-    assert time.perf_counter() - started < 1 and len(lines(tmp_path / "run")) == 10
+    assert len(lines(tmp_path / "run")) == 10
     assert torch.equal(lora.params, Lora.load(tmp_path / "run").params)
 
 

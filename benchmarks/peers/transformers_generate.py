@@ -7,7 +7,6 @@ batches in the given order, greedy, KV cache. Run with a directory outside the c
 """
 
 import json
-import resource
 import sys
 import time
 
@@ -43,7 +42,9 @@ def main() -> None:
     seconds = time.perf_counter() - started
     # the end token is a useful token too: it was sampled
     useful = sum(len(a) + (len(a) < asked["max_new"]) for a in answers)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # VmHWM: ru_maxrss would start at what the parent held when it forked
+    with open("/proc/self/status") as file:
+        rss = next(int(x.split()[1]) * 1024 for x in file if x.startswith("VmHWM"))
     print(json.dumps({"seconds": seconds, "tokens": useful, "rss": rss, "answers": answers}))
 
 
