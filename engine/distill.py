@@ -42,6 +42,7 @@ from model.chat import Chat
 from model.config import read_json
 from model.llama import Llama
 
+PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Factory's defaults
 LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly the same run
 
 

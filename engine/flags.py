@@ -17,6 +17,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with the script's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_flags(
     parser: argparse.ArgumentParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
 ) -> None:

@@ -41,7 +41,8 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.tokenizer import Tokenizer, read_json
+from model.config import read_json
+from model.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 

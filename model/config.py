@@ -17,17 +17,22 @@ _LLAMA3_KEYS = (
 )
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; ValueError naming the file when it is missing or not JSON."""
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file; `default`, where one is given, when the file is absent.
+
+    ValueError naming the file when it is missing, not JSON, or holds something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing; a Hugging Face model directory is wanted (config.json, "
-            "*.safetensors, tokenizer.json or tokenizer.model)"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if default is not None:
+            return default
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:  # no JSON, no UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, an object was wanted")
+    return value
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,12 @@ class LlamaConfig:
     def from_dir(cls, path: str | Path) -> LlamaConfig:
         """Read and check `path`/config.json; ValueError names what we do not compute."""
         file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{file} is missing; a Hugging Face model directory is wanted (config.json, "
+                "*.safetensors, tokenizer.json or tokenizer.model)"
+            )
         raw = read_json(file)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file} holds {type(raw).__name__}, an object was wanted")
         _refuse(file, raw)
 
         def number(key: str, kind: type = int, default: Any = None) -> Any:

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config import read_json
+
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
 BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -359,19 +361,6 @@ class _Notes:
                     "supported with a tokenizer.model; save the tokenizer as tokenizer.json"
                 )
         return {token["content"]: id for id, token in self.added.items() if id not in pieces}
-
-
-def read_json(file: Path, default: Any = None) -> Any:
-    """The JSON object in `file`; `default`, where one is given, when the file is absent."""
-    if default is not None and not file.is_file():
-        return default
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, wanted a JSON object")
-    return value
 
 
 def _spelling(token: Any) -> str | None:

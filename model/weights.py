@@ -68,8 +68,7 @@ def checkpoint_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").exists():
         files = [path / "model.safetensors"]
     elif index.exists():
-        raw = read_json(index)
-        table = raw.get("weight_map") if isinstance(raw, dict) else None
+        table = read_json(index).get("weight_map")
         if not table or not isinstance(table, dict):
             raise ValueError(f"{index} has no weight_map")
         files = [path / name for name in sorted(set(map(str, table.values())))]

@@ -13,16 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import add_flags, from_flags, run_main
+from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.retention import retention_job
 from engine.sampler import SamplerConfig
 from engine.session import ModelConfig, Session
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig, max_new_tokens=96)
     parser.add_argument("--adapter", action="append", required=True, help="adapter directory")

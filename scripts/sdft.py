@@ -15,21 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import DistillConfig
-from engine.flags import add_flags, from_flags, run_main
+from engine.distill import PAPER_SAMPLING, DistillConfig
+from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
-PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}
-
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig)
     add_flags(parser, SdftConfig)

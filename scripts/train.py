@@ -15,16 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import add_flags, from_flags, run_main
+from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig, train_job
 from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig):
         add_flags(parser, config)
     add_flags(parser, LoraConfig, {"seed"})

@@ -193,7 +193,7 @@ def test_broken_shards_are_refused(tiny_llama_dir, tmp_path):
     path = split(tiny_llama_dir(), tmp_path / "sharded", 3)
     index = path / "model.safetensors.index.json"
     table, second = index.read_text(), path / "model-00002-of-00003.safetensors"
-    for text, named in [("{", "is not JSON"), ("[]", "weight_map"), ("{}", "weight_map")]:
+    for text, named in [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "weight_map")]:
         index.write_text(text)
         assert_refused(path, str(index), named)
     index.write_text(table)

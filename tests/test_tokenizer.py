@@ -386,9 +386,7 @@ def test_tokenizer_json_of_another_kind(tiny_llama_dir, change, reason):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [("{", "is not valid JSON"), ("[]", "holds a list")]
-)
+@pytest.mark.parametrize(("content", "reason"), [("{", "is not JSON"), ("[]", "holds a list")])
 def test_broken_settings_name_their_file(tmp_path, content, reason):
     path = tiny_sentencepiece(tmp_path)
     (path / "tokenizer_config.json").write_text(content)
