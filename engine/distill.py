@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.data import KEPT, Distilled, Row, Rows
 from engine.log import (
     AppendedLines,
     cut_torn_line,
     differing,
+    progress,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -214,7 +213,7 @@ def distill(
         with (
             Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
             AppendedLines(out) as file,
-            tqdm(total=sum(len(r.turns) for r in rows), initial=len(done), unit="row") as bar,
+            progress(total=sum(len(r.turns) for r in rows), initial=len(done), unit="row") as bar,
         ):
             bar.set_description("distill")
             flying: dict[str, Turn] = {}
@@ -231,7 +230,9 @@ def distill(
                 if following := turn.next(line.target):
                     _ask(sampler, chat, template, config, following, flying)
                 rate = stats.new_tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight")
+                bar.set_postfix_str(
+                    f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
+                )
                 bar.update()
     ordered = [done[f"{row.id}/{k}"] for row in rows for k in range(len(row.turns))]
     if list(done.values()) != ordered:

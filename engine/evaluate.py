@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.data import Row, Rows
 from engine.log import (
     AppendedLines,
     cut_torn_line,
     differing,
+    progress,
     read_jsonl,
     sha256,
     table,
@@ -112,7 +111,7 @@ def evaluate(
             requests = [Request(row.id, prompts[row.id]) for row in todo]
             with (
                 Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler,
-                tqdm(total=len(todo), desc=f"evaluate {arm}", unit="row") as bar,
+                progress(total=len(todo), desc=f"evaluate {arm}", unit="row") as bar,
             ):
                 for answer in sampler.run(requests):
                     row = by_id[answer.id]
@@ -167,7 +166,7 @@ def adapter_hashes(paths: Sequence[str]) -> dict[str, str]:
 def reference_nll(model: Llama, chat: Chat, rows: Sequence[Row], arms: Arms) -> dict[str, float]:
     """Nats per reference token (end token included) under each arm; sums are kept, no logits."""
     sums, tokens = dict.fromkeys(arms, 0.0), 0
-    for row in tqdm(rows, desc="held-out NLL", unit="row"):
+    for row in progress(rows, desc="held-out NLL", unit="row"):
         prompt = chat.prompt_ids(row.messages[:-1])
         answer = [*chat.response_ids(row.reference), chat.end_id]
         if len(prompt) + len(answer) > model.config.max_position:

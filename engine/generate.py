@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from engine.data import Row
-from engine.log import AppendedLines
+from engine.log import AppendedLines, progress
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.session import DataConfig, Session
 from model.lora import Lora
@@ -45,7 +43,7 @@ def generate_job(
         requests += [Request(row.id, ids, sample=k) for k in range(samples)]
     answers: list[dict[str, Any]] = []
     with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler:
-        bar = tqdm(sampler.run(requests), total=len(requests), desc="generate", unit="answer")
+        bar = progress(sampler.run(requests), total=len(requests), desc="generate", unit="answer")
         if out is None:
             answers = [_record(done) for done in bar]
         else:

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def progress(*args: Any, **kwargs: Any) -> tqdm:
+    """tqdm, ten seconds between lines where nobody watches: a log is not a terminal."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 10, **kwargs)
 
 
 def write_text(path: Path, text: str) -> None:

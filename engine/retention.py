@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.data import load_rows
 from engine.evaluate import Arms, adapter_hashes, resume_lines
-from engine.log import AppendedLines, sha256, table
+from engine.log import AppendedLines, progress, sha256, table
 from engine.retention_prompts import PROMPTS
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.session import Session
@@ -51,10 +50,12 @@ def retention(
     if todo:
         with Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler:
             requests = [Request(prompt, ids) for prompt, ids in asked.items()]
-            bar = tqdm(sampler.run(requests), desc="seed's answers", total=len(todo), unit="row")
+            bar = progress(
+                sampler.run(requests), desc="seed's answers", total=len(todo), unit="row"
+            )
             answers = {answer.id: answer for answer in bar}
     with AppendedLines(out) as file:
-        for category, prompt in tqdm(todo, desc="retention", unit="row"):
+        for category, prompt in progress(todo, desc="retention", unit="row"):
             answer = answers[prompt]
             ends = [chat.end_id] if answer.finish == "stop" else []
             ids = [*asked[prompt], *answer.ids, *ends]

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from engine.data import Distilled
-from engine.log import AppendedLines, cut_torn_line, differing, read_jsonl, write_json
+from engine.log import AppendedLines, cut_torn_line, differing, progress, read_jsonl, write_json
 from kernels.context import Packed
 from model.chat import Chat
 from model.config import read_json
@@ -78,7 +77,7 @@ def score(
     done = {s["id"]: s for s in read_jsonl(out)} if out.exists() else {}
     means = Means()
     with AppendedLines(out) as file:
-        for line in tqdm(lines, desc="score", unit="row"):
+        for line in progress(lines, desc="score", unit="row"):
             if line.id not in done:
                 done[line.id] = _score(model, chat, line)
                 file.write(done[line.id])

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine import checkpoint
 from engine.data import Example, encode, is_distilled, load_distilled, pack, show
@@ -35,6 +34,7 @@ from engine.log import (
     AppendedLines,
     cut_torn_line,
     environment,
+    progress,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -267,7 +267,7 @@ def _loop(
         kept = [m for m in read_jsonl(metrics) if m["step"] <= optimizer.step]
         write_jsonl(metrics, kept)
     trained, begin = 0, time.perf_counter()
-    bar = tqdm(total=len(plan), initial=optimizer.step, desc=f"train {out.name}", unit="step")
+    bar = progress(total=len(plan), initial=optimizer.step, desc=f"train {out.name}", unit="step")
     with AppendedLines(metrics) as log, bar:
         for epoch, rows in plan[optimizer.step :]:
             started = time.perf_counter()
