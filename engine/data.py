@@ -206,7 +206,11 @@ def encode(
     counts = EncodeCounts()
     examples, faults, too_long = [], [], []
     for turn in _turns(rows, target):
-        prompt = chat.prompt_ids(turn.messages)
+        try:
+            prompt = chat.prompt_ids(turn.messages)
+        except ValueError as error:  # the chat template refuses this conversation
+            faults.append(f"{turn.id}: {error}")
+            continue
         answer = chat.response_ids(turn.text) if turn.ids is None else list(turn.ids)
         room = max_length - len(prompt)
         where = f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"  # an id alone is a mere hash

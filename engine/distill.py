@@ -317,7 +317,10 @@ def _ask(
     flying: dict[str, Turn],
 ) -> None:
     messages = prompt(chat, template, turn.context, turn.reference)
-    ids = chat.prompt_ids(messages, template.prefix)
+    try:
+        ids = chat.prompt_ids(messages, template.prefix)
+    except ValueError as error:  # the chat template refuses this conversation
+        raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
     limit = config.limit(len(chat.response_ids(turn.reference)))
     flying[turn.id] = turn
     sampler.submit(Request(turn.id, ids, limit))

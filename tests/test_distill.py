@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data import Row, load_distilled
+from engine.data import Row, encode, load_distilled
 from engine.distill import TEMPLATES, DistillConfig, DistillReport, distill, prompt
 from engine.sampler import SamplerConfig, SamplerStats
 from engine.score import score
@@ -177,6 +177,22 @@ def test_resume_is_refused_under_other_settings_naming_them(tiny, tmp_path):
     before = out.read_bytes()
     report = go(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "a"}})
     assert report.written == 0 and out.read_bytes() == before
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
+    tokenizer = load_tokenizer(tiny)
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat, model = Chat(template, tokenizer), Llama.from_pretrained(tiny)
+    system = {"role": "system", "content": "Be brief."}
+    bad = [*rows(2), Row("bad", (system, *rows(1)[0].messages))]
+    with pytest.raises(ValueError, match="bad/0.*no system"):
+        encode(bad, chat, max_length=400)
+    with pytest.raises(ValueError, match="row bad/0.*no system"):
+        distill(model, chat, bad, tmp_path / "d.jsonl", CONFIG, SAMPLING, settings={})
 
 
 def test_few_own_words_are_said(tiny, tmp_path):
