@@ -243,13 +243,12 @@ def distill(
 def distill_settings(
     session: Session, rows: Rows, config: DistillConfig, sampling: SamplerConfig
 ) -> dict[str, Any]:
-    """What makes a distillation this one; rows in flight change its speed only."""
-    keep = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "rows"}
+    """What makes a distillation this one."""
     data = {"sha256": rows.sha256, "rows": len(rows), "first": rows[0].id, "last": rows[-1].id}
     return session.settings | {
         "data": data,
         "distill": dataclasses.asdict(config),
-        "sampling": keep,
+        "sampling": sampling.settings(),
     }
 
 

@@ -147,8 +147,7 @@ def evaluate_job(
     get_verifier(verify)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}
-    sampling_settings = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "rows"}
-    settings |= {"sampling": sampling_settings, "adapters": adapter_hashes(adapters)}
+    settings |= {"sampling": sampling.settings(), "adapters": adapter_hashes(adapters)}
     scores = evaluate(session.model, session.chat, rows, verify, arms, out, sampling, settings)
     lines = [["", f"target ({verify})", "95 % interval", "cut short", "NLL of references"]]
     for arm, s in scores.items():

@@ -11,7 +11,6 @@ Deterministic, local, no judge. Sums per prompt are kept, never logits.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,9 +86,8 @@ def retention_job(
             raise ValueError(f"{data}: rows {several[:5]} are conversations; prompts are wanted")
         prompts = list(dict.fromkeys(("file", row.messages[0]["content"]) for row in rows))
     arms: Arms = {"seed": None, **session.adapters(adapters)}
-    asked = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "rows"}
     settings = session.settings | {
-        "sampling": asked,
+        "sampling": sampling.settings(),
         "adapters": adapter_hashes(adapters),
         "prompts": sha256(repr(prompts)),
     }

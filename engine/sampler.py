@@ -14,10 +14,12 @@ Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,10 @@ class SamplerConfig:
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
     prefill_tokens: int = 512  # prompt tokens per forward; a longer prompt goes alone
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
+
+    def settings(self) -> dict[str, Any]:
+        """What names a run of it: rows in flight change its speed only."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "rows"}
 
     def check(self) -> None:
         """ValueError for settings that cannot sample."""
