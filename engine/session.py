@@ -16,7 +16,7 @@ from engine.log import model_fingerprint
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
-from model.llama import Llama
+from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ class ModelConfig:
     model: str  # directory of a Llama checkpoint (Hugging Face layout, safetensors)
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
-    ops: str = "auto"  # auto | torch | reference: the table of operations
+    ops: str = "auto"  # auto | torch | triton | reference; auto: what passes its check on a GPU
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca instead of the model's own
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
@@ -79,7 +79,11 @@ class Session:
             raise ValueError(f"dtype {config.dtype!r}: auto or one of {', '.join(DTYPES)}")
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch finds no GPU here; use --device cpu")
-        ops = choose(config.ops)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = DTYPES.get(config.dtype) or default_dtype(device)
+        ops = choose(config.ops, device, dtype)
         if config.threads:
             torch.set_num_threads(config.threads)
         started, path = time.perf_counter(), Path(config.model)
@@ -89,10 +93,7 @@ class Session:
         except ValueError:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
         chat = Chat.from_dir(path, tokenizer, config.chat_format, now=now)
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = Llama.from_pretrained(path, device=device, dtype=DTYPES.get(config.dtype), ops=ops)
+        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),

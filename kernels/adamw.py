@@ -9,7 +9,10 @@
 
 shapes     params, grads, m, v, compute (P,)    scalars (4,): lr, 1 - b1^t, 1 - b2^t, scale
 precision  masters, moments and gradients fp32 (fp64 where the model is)
-traffic    reads 4P, writes 3P, once per optimizer step
+traffic    reads 4P, writes 3P and the copy, once per optimizer step
+triton     one launch for the step, whose numbers are read from `scalars` on the device
+           the norm in fp64: a partial sum per program, added in order by a second launch
+tiles      BP elements per program; one row for every P
 """
 
 # P = trained parameters
@@ -21,7 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._triton import cdiv, jit, launch, tl
 from kernels.spec import Spec
+from kernels.tiles import tile
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,88 @@ def grad_norm(grads: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grads, dtype=torch.float64)
 
 
+# ---- triton
+
+
+@jit
+def adamw_kernel(
+    params_ptr, grads_ptr, m_ptr, v_ptr, compute_ptr, scalars_ptr, P,
+    one_minus_beta1, one_minus_beta2, eps, weight_decay, COPY: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    inside = at < P
+    lr = tl.load(scalars_ptr).to(tl.float32)
+    correction1 = tl.load(scalars_ptr + 1).to(tl.float32)
+    correction2 = tl.load(scalars_ptr + 2).to(tl.float32)
+    scale = tl.load(scalars_ptr + 3).to(tl.float32)
+    p = tl.load(params_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
+    m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    # b x + (1 - b) y as x + (1 - b)(y - x): fp32(0.999) is off by 1.3e-5 of 1 - 0.999
+    m += one_minus_beta1 * (g - m)
+    v += one_minus_beta2 * (g * g - v)
+    update = (m / correction1) / (tl.sqrt(v / correction2) + eps)
+    p = (p - lr * (update + weight_decay * p)).to(params_ptr.dtype.element_ty)
+    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=inside)
+    tl.store(params_ptr + at, p, mask=inside)
+    if COPY:
+        tl.store(compute_ptr + at, p.to(compute_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def sum_of_squares_kernel(x_ptr, sums_ptr, P, BP: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    x = tl.load(x_ptr + at, mask=at < P, other=0.0).to(tl.float64)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
+
+
+@jit
+def root_of_sum_kernel(sums_ptr, norm_ptr, P, BP: tl.constexpr):
+    total = tl.zeros((BP,), tl.float64)
+    for start in range(0, P, BP):
+        at = start + tl.arange(0, BP)
+        total += tl.load(sums_ptr + at, mask=at < P, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)))
+
+
+def adamw_triton_(
+    params: Tensor,
+    grads: Tensor,
+    m: Tensor,
+    v: Tensor,
+    scalars: Tensor,
+    config: AdamW,
+    compute: Tensor | None = None,
+) -> None:
+    """As `adamw_`, in one launch."""
+    tensors = [params, grads, m, v] + ([] if compute is None else [compute])
+    assert all(t.shape == params.shape and t.is_contiguous() for t in tensors), (
+        f"flat buffers of one size are needed, not {[(t.shape, t.stride()) for t in tensors]}"
+    )
+    assert scalars.shape == (4,) and scalars.is_contiguous(), f"scalars {tuple(scalars.shape)}"
+    P = params.numel()
+    row = tile("adamw_kernel", params.device)
+    rates = (1 - config.beta1, 1 - config.beta2, config.eps, config.weight_decay)
+    args = (params, grads, m, v, compute, scalars, P, *rates)
+    launch(adamw_kernel, (cdiv(P, row["BP"]),), *args, COPY=compute is not None, **row)
+
+
+def grad_norm_triton(grads: Tensor) -> Tensor:
+    """As `grad_norm`, in two launches."""
+    grads = grads.contiguous()
+    P = grads.numel()
+    row = tile("sum_of_squares_kernel", grads.device)
+    programs = 16 * cdiv(P, 16 * row["BP"])  # so that the second launch reads whole vectors
+    sums = grads.new_empty(programs, dtype=torch.float64)
+    norm = grads.new_empty((), dtype=torch.float64)
+    launch(sum_of_squares_kernel, sums.shape, grads, sums, P, **row)
+    row = tile("root_of_sum_kernel", grads.device)
+    launch(root_of_sum_kernel, (1,), sums, norm, sums.numel(), **row)
+    return norm
+
+
 # ---- contract
 
 
@@ -126,8 +213,10 @@ SPEC = Spec(
     "adamw",
     _make_inputs,
     _run,
-    test_shapes=((1,), (257,), (100_003,)),
-    bench_shapes=((460_800,), (20_000_000,)),
+    test_shapes=((0,), (1,), (257,), (100_003,)),
+    # r 8 on q, v of SmolLM2-135M; r 16 on every matrix of Llama-2-7B and of Llama-3-8B
+    bench_shapes=((460_800,), (39_976_960,), (41_943_040,)),
+    interpreter_shapes=((0,), (1,), (257,), (5_003,)),
     slack=4.0,  # the reference rounds once per step, a pass in fp32 several times
     floor=1e-6,
 )

@@ -5,10 +5,13 @@
 backward   delta = sum(do * o)      dV = P^T do      dS = P * (do V^T - delta) / sqrt(d)
            dq = dS K                dK = dS^T q      with P = exp(q K^T / sqrt(d) - lse) recomputed
 shapes     qkv, dqkv (T, (H + 2G) d)    o, do (T, H d)    lse (T, H) accumulation dtype, saved
-precision  a row's q, k, v are widened to max(fp32, dtype) and everything is computed there
+precision  a row's q, k, v are widened to max(fp32, dtype) and everything is computed there; flash
+           attention and triton keep the operands of products in the dtype: P and dS are rounded
 traffic    the torch form holds a block of scores; a row is cut into blocks of BLOCK queries, and a
            block looks at no key behind its last query, so long rows do about half the square
+torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention
 A row's result depends on that row alone: rows are handled one after the other.
+The Triton kernels are in attention_triton.py.
 """
 
 # T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size, n = H / G
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.context import Packed
-from kernels.spec import Spec, accumulate_dtype, autograd
+from kernels.spec import MODELS, Spec, accumulate_dtype, autograd
 
 BLOCK = 256  # queries of a row handled together: (G, n * BLOCK, L) scores are held
 
@@ -53,6 +56,71 @@ def attention_reference_backward(
 
 
 # ---- torch
+
+
+def head_size(qkv: Tensor, packed: Packed, H: int, G: int) -> int:
+    """d, from shapes that are looked at."""
+    tokens = packed.starts[-1]
+    assert qkv.shape[0] == tokens and qkv.shape[1] % (H + 2 * G) == 0 and H % G == 0, (
+        f"qkv {tuple(qkv.shape)} for {tokens} tokens and {H} + 2 x {G} heads"
+    )
+    return qkv.shape[1] // (H + 2 * G)
+
+
+def longest_row(packed: Packed) -> int:
+    """Tokens of the longest row."""
+    return max((end - start for start, end in packed.rows), default=0)
+
+
+def _flash(qkv: Tensor, packed: Packed, d: int) -> bool:
+    """Whether torch's variable-length flash attention takes this: NVIDIA from sm_80 on, 16 bits.
+
+    Not where every row has one token: there it reorders heads, and the log-sums with them.
+    """
+    return (
+        qkv.is_cuda
+        and torch.version.hip is None  # its log-sum-exp has a layout nobody here has seen
+        and qkv.dtype in (torch.float16, torch.bfloat16)
+        and (d % 8 == 0 and d <= 256)
+        and longest_row(packed) > 1
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(qkv.device)[0] >= 8
+    )
+
+
+def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
+    """The operator under torch.nn.attention.varlen, with the arguments that torch 2.13 gives it.
+
+    Written without a GPU, so never run: what it must return is looked at.
+    """
+    q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)  # (T, H or G, d)
+    cu, longest = packed.cu_seqlens, longest_row(packed)
+    forward = torch.ops.aten._flash_attention_forward
+    o, lse, *_ = forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)
+    assert o.shape == q.shape and lse.shape == (H, len(qkv)) and lse.dtype == torch.float32, (
+        f"torch {torch.__version__} gave o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; "
+        f"wanted {tuple(q.shape)} and {(H, len(qkv))} float32"
+    )
+    return o.flatten(1), lse.T
+
+
+def _flash_backward(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
+) -> Tensor:
+    """dqkv; never run, as above. Its dq has atomic sums, so the bits differ from run to run unless
+    torch.use_deterministic_algorithms is on.
+    """
+    q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)
+    do, o = (t.unflatten(1, (H, -1)) for t in (do, o))
+    cu, longest = packed.cu_seqlens, longest_row(packed)
+    random = torch.zeros(2, dtype=torch.uint64, device=qkv.device)  # unread without dropout
+    unused = torch.empty(0, device=qkv.device)
+    backward = torch.ops.aten._flash_attention_backward
+    lengths = (cu, cu, longest, longest)
+    grads = backward(do, q, k, v, o, lse.T.contiguous(), *lengths, 0.0, True, random, unused)
+    got, want = [t.shape for t in grads], [t.shape for t in (q, k, v)]
+    assert got == want, f"torch {torch.__version__} gave gradients {got}, not {want}"
+    return torch.cat(grads, dim=1).flatten(1)
 
 
 def split_heads(row: Tensor, H: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,10 +174,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: int) -> tuple[Tensor, Tenso
 
 def attention_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
     """o (T, H d) and lse (T, H) for the backward."""
-    assert qkv.shape[0] == packed.starts[-1] and qkv.shape[1] % (H + 2 * G) == 0, (
-        f"qkv {tuple(qkv.shape)} for {packed.starts[-1]} tokens and {H} + 2 x {G} heads"
-    )
-    d = qkv.shape[1] // (H + 2 * G)
+    d = head_size(qkv, packed, H, G)
+    if _flash(qkv, packed, d):
+        return _flash_forward(qkv, packed, H, G)
     o = qkv.new_empty(qkv.shape[0], H * d)
     lse = qkv.new_empty(qkv.shape[0], H, dtype=accumulate_dtype(qkv.dtype))
     for start, end in packed.rows:
@@ -124,9 +191,11 @@ def attention_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
     """dqkv (T, (H + 2G) d), one buffer."""
+    d = head_size(qkv, packed, H, G)
+    if _flash(qkv, packed, d):
+        return _flash_backward(do, qkv, o, lse, packed, H, G)
     dqkv = torch.empty_like(qkv)
-    acc = lse.dtype
-    scale = (qkv.shape[1] // (H + 2 * G)) ** -0.5
+    acc, scale = lse.dtype, d**-0.5
     delta = (do.to(acc) * o.to(acc)).unflatten(1, (H, -1)).sum(-1)  # (T, H)
     for start, end in packed.rows:
         q, k, v = split_heads(qkv[start:end].to(acc), H, G)
@@ -175,7 +244,29 @@ SPEC = Spec(
     "attention",
     _make_inputs,
     _run,
-    test_shapes=((1, 1, 16, 1), (4, 4, 80, 3, 1, 63), (9, 3, 64, 257, 40, 2), (8, 1, 16, 520)),
-    bench_shapes=((9, 3, 64, 512, 512, 512, 512), (32, 8, 128, 2048, 2048)),
+    test_shapes=(
+        (1, 1, 16, 1),
+        (4, 4, 80, 3, 1, 63),
+        (9, 3, 64, 257, 40, 2),
+        (8, 2, 128, 63, 1, 257),
+        (4, 1, 96, 130),
+        (8, 1, 16, 520),
+        (2, 1, 64),  # no rows
+    ),
+    interpreter_shapes=(
+        (1, 1, 16, 1),
+        (4, 4, 80, 3, 1, 63),
+        (9, 3, 64, 40, 2),
+        (8, 2, 128, 1, 37),
+        (8, 1, 96, 34),
+        (2, 1, 20, 17, 30),  # heads begin on no 16 bytes
+        (1, 1, 32, 257),
+        (2, 1, 64),
+    ),
+    bench_shapes=tuple(
+        (m.H, m.G, m.d, *lengths)
+        for m in MODELS.values()
+        for lengths in ((256,), (512,) * 8, (4096,), (2048,) * 4)
+    ),
     floor=1e-5,  # the order of the sums over keys is another than the reference's
 )

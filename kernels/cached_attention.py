@@ -16,20 +16,36 @@ Prefill and extension handle one row after the other.
 shapes     qkv (T, (H + 2G) d)    o (T, H d)    k, v of one layer (pages, G, page size, d)
 precision  scores and softmax in max(fp32, dtype)
 traffic    decoding reads each page once for all H / G query heads of a group
+triton     the n heads of a group and a row's new tokens are one list of n m queries, query f being
+           head f % n of token f / n, so a tile of BM queries reads the group's keys once for all.
+           decode  rows of up to 16 / n new tokens: one tile; its context is cut every SPLIT
+                   tokens, a program per part, and `cached_join` adds the parts in order
+           extend  all other rows: a program per BM queries walks over their whole context
+           Both are launched where a batch has both kinds; each skips the other's rows. Cuts and
+           steps lie at fixed tokens of the row and the choice is by its own m, so a row's result
+           is bitwise its own. A key's page is looked up lane by lane: any page size will do.
+tiles      shape classes: padded head size x bytes of an element, as "D128x2"; else the bytes, as
+           "x4"; SPLIT is in the decode row; `kv_write` and `cached_join` have one row for all
 """
 
 # T = new tokens, B = rows, H = query heads, G = key/value heads, d = head size, n = H / G
+# P = pages of the longest row, S = parts of the longest decode row, W = queries of the widest
 
 from __future__ import annotations
+
+import random
 
 import torch
 from torch import Tensor
 
+from kernels._triton import cdiv, jit, launch, power_of_two, tl
 from kernels.attention import attend, attention_reference, split_heads
 from kernels.context import Cached, Packed
-from kernels.spec import Spec, accumulate_dtype
+from kernels.spec import MODELS, Spec, accumulate_dtype
+from kernels.tiles import tile
 
 HIDDEN = -1e30  # score of a token that must not be attended to; finite, so that no row is NaN
+DECODED = 16  # queries (heads of a group x new tokens) up to which a row is decoded
 
 # ---- reference: the definition
 
@@ -60,7 +76,7 @@ def cached_attention_reference(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached
         whole = torch.cat((q, *row), dim=1)
         outs.append(attention_reference(whole, Packed.from_lengths([total]), H, G)[0][context:])
         start += new
-    return torch.cat(outs)
+    return torch.cat(outs) if outs else qkv[:, : H * d]
 
 
 # ---- torch
@@ -127,15 +143,233 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
     return out.div_(norm[..., None]).flatten(1).to(q.dtype)
 
 
+# ---- triton
+
+
+@jit
+def kv_write_kernel(
+    qkv_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, stride,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BW + tl.arange(0, BW)  # of the token's G heads end to end
+    inside = cols < G * D
+    first = tl.load(page_ptr + token) * G * PAGE + tl.load(offset_ptr + token)
+    to = (first + cols // D * PAGE) * D + cols % D
+    source = qkv_ptr + token * stride + H * D + cols
+    tl.store(k_ptr + to, tl.load(source, mask=inside, other=0.0), mask=inside)
+    tl.store(v_ptr + to, tl.load(source + G * D, mask=inside, other=0.0), mask=inside)
+
+
+@jit
+def _queries(
+    qkv_ptr, start, new, stride, flat, g,
+    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Queries `flat` of key/value head g: (BM, BD)."""
+    cols = tl.arange(0, BD)
+    at = (start + flat // N).to(tl.int64) * stride + (g * N + flat % N) * D
+    live = (flat < new * N)[:, None] & (cols < D)[None, :]
+    return tl.load(qkv_ptr + at[:, None] + cols[None, :], mask=live, other=0.0)
+
+
+@jit
+def _step(
+    q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys begin .. begin + BN - 1 of a row of `end` tokens, base 2."""
+    keys, cols = begin + tl.arange(0, BN), tl.arange(0, BD)
+    page = tl.load(table_ptr + keys // PAGE, mask=keys < end, other=0)  # (BN,) int64
+    at = ((page * G + g) * PAGE + keys % PAGE)[:, None] * D + cols[None, :]
+    live = (keys < end)[:, None] & (cols < D)[None, :]
+    k = tl.load(k_ptr + at, mask=live, other=0.0)  # (BN, BD)
+    scores = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN)
+    if CAUSAL:
+        scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    e = tl.exp2(scores - new_top[:, None])
+    fade = tl.exp2(top - new_top)
+    v = tl.load(v_ptr + at, mask=live, other=0.0)
+    acc = tl.dot(e.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    return new_top, total * fade + tl.sum(e, axis=1), acc
+
+
+@jit(varying=("P", "S", "W"))
+def cached_decode_kernel(
+    qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, top_ptr, total_ptr, acc_ptr,
+    stride, P, S, W, scale,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    LIMIT: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    row, g, part = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
+    new = tl.load(cu_ptr + row + 1) - start
+    end = context + new
+    if (new > LIMIT) | (part * SPLIT >= end):
+        return
+    flat = tl.arange(0, BM)
+    q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
+    positions = context + flat // N
+    top = tl.full((BM,), -1e30, tl.float32)  # finite: a query may see no key of its last part
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    table_ptr += row.to(tl.int64) * P
+    for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, end), BN):
+        top, total, acc = _step(
+            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+            G, D, BD, PAGE, BN, True,
+        )  # fmt: skip
+    at = (tl.program_id(0).to(tl.int64) * W + flat) * S + part
+    cols = tl.arange(0, BD)
+    live = flat < new * N
+    tl.store(top_ptr + at, top, mask=live)
+    tl.store(total_ptr + at, total, mask=live)
+    acc_at = at[:, None] * D + cols[None, :]
+    tl.store(acc_ptr + acc_at, acc, mask=live[:, None] & (cols < D)[None, :])
+
+
+@jit(varying=("S", "W"))
+def cached_join_kernel(
+    top_ptr, total_ptr, acc_ptr, cu_ptr, contexts_ptr, o_ptr, S, W,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    LIMIT: tl.constexpr, SPLIT: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    row, g, flat = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
+    new = tl.load(cu_ptr + row + 1) - start
+    if (new > LIMIT) | (flat >= new * N):
+        return
+    first = (tl.program_id(0).to(tl.int64) * W + flat) * S
+    parts, cols = (context + new + SPLIT - 1) // SPLIT, tl.arange(0, BD)
+    top, total, out = -1e30, 0.0, tl.zeros((BD,), tl.float32)
+    for begin in range(0, parts, BS):
+        part = begin + tl.arange(0, BS)
+        part_top = tl.load(top_ptr + first + part, mask=part < parts, other=-1e30)  # (BS,)
+        part_total = tl.load(total_ptr + first + part, mask=part < parts, other=0.0)
+        live = (part < parts)[:, None] & (cols < D)[None, :]
+        at = (first + part)[:, None] * D + cols[None, :]
+        acc = tl.load(acc_ptr + at, mask=live, other=0.0)  # (BS, BD)
+        new_top = tl.maximum(top, tl.max(part_top, axis=0))
+        fade, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+        total = total * fade + tl.sum(part_total * weight, axis=0)
+        out = out * fade + tl.sum(acc * weight[:, None], axis=0)
+        top = new_top
+    at = ((start + flat // N).to(tl.int64) * G * N + g * N + flat % N) * D + cols
+    tl.store(o_ptr + at, (out / total).to(o_ptr.dtype.element_ty), mask=cols < D)
+
+
+@jit(varying=("P",))
+def cached_extend_kernel(
+    qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, o_ptr, stride, P, scale,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    row, g = tl.program_id(0) // G, tl.program_id(0) % G
+    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
+    new = tl.load(cu_ptr + row + 1) - start
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest walks begin first
+    if (new <= LIMIT) | (first >= new * N):
+        return
+    flat = first + tl.arange(0, BM)
+    q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
+    positions = context + flat // N
+    top = tl.full((BM,), -1e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BD), tl.float32)
+    table_ptr += row.to(tl.int64) * P
+    end = context + new
+    last = tl.minimum(context + (first + BM - 1) // N + 1, end)  # what the last query sees
+    shared = (context + first // N + 1) // BN * BN  # what every query of the tile sees
+    for begin in range(0, shared, BN):
+        top, total, acc = _step(
+            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+            G, D, BD, PAGE, BN, False,
+        )  # fmt: skip
+    for begin in range(shared, last, BN):
+        top, total, acc = _step(
+            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+            G, D, BD, PAGE, BN, True,
+        )  # fmt: skip
+    cols = tl.arange(0, BD)
+    at = (start + flat // N).to(tl.int64) * (G * N * D) + (g * N + flat % N) * D
+    live = (flat < new * N)[:, None] & (cols < D)[None, :]
+    out = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + at[:, None] + cols[None, :], out, mask=live)
+
+
+def _head_counts(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> tuple[int, int, int]:
+    """H, G and d, after a look at the shapes."""
+    G, size, d = k.shape[1:]
+    H = qkv.shape[1] // d - 2 * G
+    assert qkv.shape == (len(cached.write_page), (H + 2 * G) * d) and H % G == 0, (
+        f"qkv {tuple(qkv.shape)}, {len(cached.write_page)} tokens, {G} key/value heads of {d}"
+    )
+    assert v.shape == k.shape and size == cached.page_size, (
+        f"k {tuple(k.shape)}, v {tuple(v.shape)}, pages of {cached.page_size} tokens"
+    )
+    assert k.is_contiguous() and v.is_contiguous() and qkv.stride(1) == 1, "rows with gaps"
+    return H, G, d
+
+
+def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
+    """As `kv_write_`, in one launch."""
+    H, G, d = _head_counts(qkv, k, v, cached)
+    row = tile("kv_write_kernel", qkv.device)
+    args = (qkv, k, v, cached.write_page, cached.write_offset, qkv.stride(0))
+    grid = (qkv.shape[0], cdiv(G * d, row["BW"]))
+    launch(kv_write_kernel, grid, *args, H=H, G=G, D=d, PAGE=cached.page_size, **row)
+
+
+def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
+    """As `cached_attention`: decode and join for rows of few new tokens, extend for the others."""
+    H, G, d = _head_counts(qkv, k, v, cached)
+    n, BD, B = H // G, power_of_two(d), len(cached.query_lens)
+    limit = max(1, DECODED // n)
+    rows = list(zip(cached.query_lens, cached.context_lens, strict=True))
+    few = [(m, m + c) for m, c in rows if m <= limit]
+    many = [m for m, _ in rows if m > limit]
+    o = qkv.new_empty(qkv.shape[0], H * d)
+    shapes = (f"D{BD}x{qkv.element_size()}", f"x{qkv.element_size()}")
+    sizes = {"N": n, "G": G, "D": d, "BD": BD, "LIMIT": limit}
+    cache = (qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts)
+    stride, P, scale = qkv.stride(0), cached.block_table.shape[1], d**-0.5 * 1.4426950408889634
+    if few:
+        row = tile("cached_decode_kernel", qkv.device, *shapes)
+        SPLIT = row["SPLIT"]
+        assert SPLIT % row["BN"] == 0, f"parts of {SPLIT} tokens in steps of {row['BN']}"
+        W, S = n * max(m for m, _ in few), cdiv(max(end for _, end in few), SPLIT)
+        top, total = (qkv.new_empty(B, G, W, S, dtype=torch.float32) for _ in range(2))
+        acc = qkv.new_empty(B, G, W, S, d, dtype=torch.float32)
+        launch(
+            cached_decode_kernel, (B * G, S), *cache, top, total, acc, stride, P, S, W, scale,
+            BM=power_of_two(n), PAGE=cached.page_size, **sizes, **row,
+        )  # fmt: skip
+        launch(
+            cached_join_kernel, (B * G, W), top, total, acc, *cache[4:], o, S, W,
+            SPLIT=SPLIT, **sizes, **tile("cached_join_kernel", qkv.device),
+        )  # fmt: skip
+    if many:
+        row = tile("cached_extend_kernel", qkv.device, *shapes)
+        grid = (B * G, cdiv(n * max(many), row["BM"]))
+        launch(
+            cached_extend_kernel, grid, *cache, o, stride, P, scale,
+            PAGE=cached.page_size, **sizes, **row,
+        )  # fmt: skip
+    return o
+
+
 # ---- contract
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    h, kv, d, decode, *contexts = shape
-    size = 8
-    new = [1 if decode else 1 + i % 5 for i in range(len(contexts))]
+    """Rows with these contexts; even rows bring `even` new tokens each, odd rows `odd`."""
+    h, kv, d, size, even, odd, *contexts = shape
+    new = [odd if i % 2 else even for i in range(len(contexts))]
     need = [-(-(c + m) // size) for c, m in zip(contexts, new, strict=True)]
-    order = (torch.randperm(sum(need) + 3, generator=g)).tolist()  # 3 pages belong to nobody
+    order = list(range(sum(need) + 3))  # 3 pages belong to nobody
+    random.Random(g.initial_seed()).shuffle(order)
     tables = [[order.pop() for _ in range(count)] for count in need]
     k, v = (
         torch.randn(sum(need) + 3, kv, size, d, generator=g, dtype=torch.float64) for _ in range(2)
@@ -150,18 +384,28 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
     return {"k": i["k"], "v": i["v"], "o": o}
 
 
+_BENCH_ROWS = (
+    (1, 1, 512),
+    (1, 1, *([512] * 16)),
+    (1, 1, *([512] * 64)),
+    (1, 1, 4096),
+    (256, 256, *([128] * 8)),
+)
 SPEC = Spec(
     "cached_attention",
     _make_inputs,
     _run,
     test_shapes=(
-        (1, 1, 16, True, 0),
-        (9, 3, 64, True, 0, 7, 8, 30, 63),
-        (9, 3, 64, False, 0, 5, 8, 17),
-        (8, 1, 80, False, 300),
-        (4, 4, 16, True, 1, 1, 2),
+        (1, 1, 16, 8, 1, 1, 0),
+        (9, 3, 64, 8, 1, 1, 0, 7, 8, 30, 63),
+        (9, 3, 64, 8, 3, 6, 0, 5, 8, 17),
+        (8, 1, 80, 8, 5, 5, 300),
+        (4, 4, 16, 8, 1, 1, 1, 1, 2, 150),
+        (4, 1, 96, 8, 1, 40, 31, 0, 64, 9),  # decode and extend rows; 32 and 65 tokens in all
+        (3, 3, 128, 24, 16, 17, 16, 0, 7),  # parts and pages end together and apart
+        (16, 2, 16, 8, 2, 3, 30, 29, 0),
+        (9, 3, 64, 8, 1, 1),  # no rows
     ),
-    bench_shapes=((9, 3, 64, True, *([300] * 32)), (32, 8, 128, True, *([512] * 64))),
+    bench_shapes=tuple((m.H, m.G, m.d, 64, *rows) for m in MODELS.values() for rows in _BENCH_ROWS),
     slack=3.0,  # as attention; and the parts of a split context are each rounded
-    floor=1e-5,
 )

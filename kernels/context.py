@@ -77,6 +77,8 @@ class Cached:
     last: Tensor  # (B,) int64: index of each row's last new token
     block_table: Tensor  # (B, P) int64 device mirror of `tables`, padded with page 0
     pages_used: Tensor  # (B, P) bool: False where block_table is padding
+    cu_queries: Tensor  # (B + 1,) int32: row i's new tokens are cu_queries[i] .. cu_queries[i + 1]
+    contexts: Tensor  # (B,) int32 device mirror of `context_lens`
     pool: Pool | None = field(default=None)  # decode steps only
 
     @classmethod
@@ -90,8 +92,8 @@ class Cached:
     ) -> Cached:
         """Describe one forward; pages for the new tokens must be in `tables` already."""
         assert len(query_lens) == len(context_lens) == len(tables), "one entry per row in each list"
-        positions, page, offset, last = [], [], [], []
-        used = []
+        positions, page, offset = [], [], []
+        used, ends = [], [0]
         for new, context, table in zip(query_lens, context_lens, tables, strict=True):
             total = context + new
             used.append(-(-total // page_size))
@@ -102,8 +104,8 @@ class Cached:
             positions.extend(span)
             page.extend(table[p // page_size] for p in span)
             offset.extend(p % page_size for p in span)
-            last.append(len(positions) - 1)
-        width = max(used, default=0)
+            ends.append(len(positions))
+        rows, width = len(used), max(used, default=0)
         padded = [
             list(t[:n]) + [0] * (width - n) for t, n in zip(tables, used, strict=True)
         ]  # a page behind the row's tokens is not looked at
@@ -118,11 +120,13 @@ class Cached:
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             write_page=torch.tensor(page, dtype=torch.int64, device=device),
             write_offset=torch.tensor(offset, dtype=torch.int64, device=device),
-            last=torch.tensor(last, dtype=torch.int64, device=device),
-            block_table=torch.tensor(padded, dtype=torch.int64, device=device).view(-1, width),
+            last=torch.tensor([end - 1 for end in ends[1:]], dtype=torch.int64, device=device),
+            block_table=torch.tensor(padded, dtype=torch.int64, device=device).view(rows, width),
             pages_used=torch.tensor(
                 [[p < n for p in range(width)] for n in used], dtype=torch.bool, device=device
-            ).view(-1, width),
+            ).view(rows, width),
+            cu_queries=torch.tensor(ends, dtype=torch.int32, device=device),
+            contexts=torch.tensor(context_lens, dtype=torch.int32, device=device),
             pool=pool,
         )
 

@@ -10,8 +10,7 @@ shapes     x, dx (T, K)    weight (N, K): the members' weights, one below the ot
            S, dS (T, R), R = rank * adapted members    B_i (N_i, rank)
 precision  products accumulate in at least fp32; dA and dB are added to fp32 buffers
 saved      x and S (R / K of x); S is never recomputed, dS is made once for dB, dA and dx
-row form   `prepack` gives the one product form that the sampler uses for a whole run on a CPU:
-           oneDNN with prepacked weights, in which row i does not depend on the number of rows
+The Triton kernels are in lora_linear_triton.py.
 """
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
@@ -25,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.philox import Dropout, mix
-from kernels.spec import Spec, autograd
+from kernels.prepack import Prepacked, linear
+from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 
 @dataclass(frozen=True)
@@ -98,70 +98,6 @@ def lora_linear_reference_backward(
 
 
 # ---- torch
-
-
-class Prepacked:
-    """A weight in oneDNN's own layout, for fp32 inference on a CPU.
-
-    The product of a row is the same bits for any number of rows from `min_rows` on (fewer are
-    padded to it). `min_rows` is measured per matrix shape, since it differs between CPUs: on one
-    with AVX-512 a single row of the down projection takes another path than two.
-    """
-
-    _measured: dict[tuple[int, int, int], int] = {}  # (N, K, threads) -> min_rows
-    PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)
-
-    def __init__(self, weight: Tensor) -> None:
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        hint = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), hint)
-        key = (*weight.shape, torch.get_num_threads())
-        if key not in self._measured:
-            self._measured[key] = self._measure()
-        self.min_rows = self._measured[key]
-
-    @staticmethod
-    def available(weight: Tensor) -> bool:
-        """Whether this weight can be prepacked here."""
-        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-        return on_cpu and torch.backends.mkldnn.is_available()
-
-    def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-    def _measure(self) -> int:
-        n, k = self.shape
-        probes = [m for m in self.PROBES if m * n < 8_000_000]  # 257 rows of a head take too long
-        x = torch.randn(max(probes), k, generator=torch.Generator().manual_seed(0))
-        whole = self._product(x)
-        same = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
-        for least in (1, 2, 8, 17):
-            if all(ok for m, ok in same.items() if m >= least):
-                return least
-        raise RuntimeError(
-            f"oneDNN's product of a {n} x {k} matrix depends on the number of rows on this CPU "
-            f"(equal for: {[m for m, ok in same.items() if ok]}), so text would depend on --rows"
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        if rows >= self.min_rows:
-            return self._product(x.contiguous())
-        if rows == 0:
-            return x.new_zeros(0, self.shape[0])
-        padded = x.new_zeros(self.min_rows, x.shape[1])
-        padded[:rows] = x
-        return self._product(padded)[:rows]
-
-
-def prepack(weight: Tensor) -> Tensor | Prepacked:
-    """The form of `weight` for the products of a sampling run: prepacked where that exists."""
-    return Prepacked(weight) if Prepacked.available(weight) else weight
-
-
-def linear(x: Tensor, weight: Tensor | Prepacked) -> Tensor:
-    """x (T, K) times weight (N, K) transposed: (T, N)."""
-    return weight(x) if isinstance(weight, Prepacked) else F.linear(x, weight)
 
 
 def lora_linear_forward(
@@ -263,12 +199,31 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
     return out
 
 
+def _bench_shapes() -> tuple[tuple[int, ...], ...]:
+    """Every group of every model, at three ranks."""
+    shapes = []
+    for m in MODELS.values():
+        q, kv = m.H * m.d, m.G * m.d
+        groups = ((m.D, (q, kv, kv)), (q, (m.D,)), (m.D, (m.F, m.F)), (m.F, (m.D,)))
+        for t in TOKENS:
+            shapes += [(t, k, r, *sizes) for k, sizes in groups for r in (8, 16, 64)]
+    return tuple(shapes)
+
+
 SPEC = Spec(
     "lora_linear",
     _make_inputs,
     _run,
-    test_shapes=((1, 16, 4, 8), (3, 63, 1, 9, 5, 7), (65, 96, 8, 96, 32, 32), (0, 16, 4, 8, 8)),
-    bench_shapes=((4096, 576, 8, 576, 192, 192), (8192, 4096, 16, 4096, 4096, 4096)),
+    test_shapes=(
+        (1, 16, 4, 8),
+        (3, 63, 1, 9, 5, 7),
+        (65, 96, 8, 96, 32, 32),
+        (33, 40, 20, 24, 8),
+        (257, 32, 40, 16, 8, 40),
+        (17, 48, 128, 33),
+        (0, 16, 4, 8, 8),
+    ),
+    bench_shapes=_bench_shapes(),
     slack=3.0,  # y is rounded twice (product, then adapter added) where the reference sums parts
     floor=1e-5,  # a different summation order over K is not an error
 )

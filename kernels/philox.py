@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._triton import jit, tl
+
 MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -52,6 +54,14 @@ def uniform(positions: Tensor, samples: Tensor, row_keys: Tensor, seed: int) -> 
     return (word.to(torch.float64) + 0.5) / 2**32
 
 
+@jit
+def uniform_triton(key, position, sample, row_key):
+    """`uniform` inside a kernel: int64 in, fp64 out. `key` is mix("sample", seed), signed."""
+    low, high = row_key.to(tl.uint32), (row_key >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(key, position.to(tl.uint32), sample.to(tl.uint32), low, high)
+    return (word.to(tl.float64) + 0.5) / 4294967296.0
+
+
 @dataclass(frozen=True)
 class Dropout:
     """Which elements of an adapter's input are dropped, as a function and not as a stored mask."""
@@ -74,3 +84,31 @@ class Dropout:
         lanes = torch.stack([lane for w in words for lane in (w & 0xFFFF, w >> 16)], dim=-1)
         kept = lanes.flatten(1)[:, :columns] >= threshold
         return kept.to(dtype) * (65536 / (65536 - threshold))
+
+
+def dropout_arguments(dropout: Dropout | None) -> tuple:
+    """What a kernel needs to draw the mask again: positions, row keys, step, key, threshold."""
+    if dropout is None:
+        return None, None, None, 0, 0
+    threshold = round(dropout.p * 65536)
+    assert 0 <= threshold < 65536, f"dropout {dropout.p} is not in [0, 1)"
+    key = dropout.key - (1 << 64) if dropout.key >> 63 else dropout.key  # the same bits, signed
+    return dropout.positions, dropout.row_keys, dropout.step, key, threshold
+
+
+@jit
+def dropout_tile(
+    position, row_key, step, key, first_column, threshold, BM: tl.constexpr, BK: tl.constexpr
+):
+    """Dropout.mask for a tile whose first column is a multiple of 8: (BM, BK) fp32."""
+    block = first_column // 8 + tl.arange(0, BK // 8)
+    zero = tl.zeros((BM, BK // 8), tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        key, zero + block[None, :].to(tl.uint32), zero + position[:, None].to(tl.uint32),
+        zero + row_key[:, None].to(tl.uint32), zero + step.to(tl.uint32),
+    )  # fmt: skip
+    # lane 2 i + half of a block is that half of word i: the last joins vary fastest
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    lanes = tl.reshape(tl.join(low, high), (BM, BK))
+    return tl.where(lanes >= threshold, 65536.0 / (65536 - threshold), 0.0)

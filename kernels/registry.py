@@ -2,6 +2,7 @@
 
 REFERENCE  the definitions, differentiable; their backwards by autograd. Slow, and the truth.
 TORCH      hand-written pairs on torch products: CPUs, and the honest baseline on GPUs.
+TRITON     our kernels; what has none yet is TORCH's.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from kernels import (
+    _triton,
     adamw,
     attention,
+    attention_triton,
     cached_attention,
     linear_cross_entropy,
     lora_linear,
+    lora_linear_triton,
     rms_norm,
     rope,
     sampling,
     swiglu,
 )
+from kernels.choose import checked, described
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,51 @@ TORCH = Ops(
     sample=sampling.sample,
 )
 
-OPS = {"reference": REFERENCE, "torch": TORCH}
+TRITON = dataclasses.replace(
+    TORCH,
+    name="triton",
+    rms_norm_forward=rms_norm.rms_norm_forward_triton,
+    rms_norm_backward=rms_norm.rms_norm_backward_triton,
+    add_rms_norm_forward=rms_norm.add_rms_norm_forward_triton,
+    add_rms_norm_backward=rms_norm.add_rms_norm_backward_triton,
+    rope_=rope.rope_triton_,
+    swiglu_forward=swiglu.swiglu_forward_triton,
+    swiglu_backward=swiglu.swiglu_backward_triton,
+    lora_linear_forward=lora_linear_triton.lora_linear_forward_triton,
+    lora_linear_backward=lora_linear_triton.lora_linear_backward_triton,
+    kv_write_=cached_attention.kv_write_triton_,
+    cached_attention=cached_attention.cached_attention_triton,
+    attention_forward=attention_triton.attention_forward_triton,
+    attention_backward=attention_triton.attention_backward_triton,
+    linear_cross_entropy=linear_cross_entropy.linear_cross_entropy_triton,
+    adamw_=adamw.adamw_triton_,
+    grad_norm=adamw.grad_norm_triton,
+    sample=sampling.sample_triton,
+)
+
+# TRITON with one operation in another form: the table of tiles, or the memory, may ask for it.
+VARIANTS = {
+    name: dataclasses.replace(TRITON, name=f"triton ({name})", **{field: function})
+    for name, field, function in (
+        (
+            "lora_linear fused",
+            "lora_linear_forward",
+            lora_linear_triton.lora_linear_forward_fused_triton,
+        ),
+        (
+            "lora_linear split",
+            "lora_linear_forward",
+            lora_linear_triton.lora_linear_forward_split_triton,
+        ),
+        (
+            "linear_cross_entropy fused",
+            "linear_cross_entropy",
+            linear_cross_entropy.linear_cross_entropy_fused_triton,
+        ),
+    )
+}
+
+OPS = {"reference": REFERENCE, "torch": TORCH, "triton": TRITON}
 SPECS = {
     module.SPEC.name: module.SPEC
     for module in (
@@ -112,10 +163,48 @@ SPECS = {
 }
 
 
-def choose(name: str = "auto") -> Ops:
-    """The table of that name; `auto` is TORCH until a GPU table has passed its checks there."""
-    if name == "auto":
-        return TORCH
-    if name not in OPS:
+# Which functions of a table each SPEC holds to account.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "rms_norm": (
+        "rms_norm_forward",
+        "rms_norm_backward",
+        "add_rms_norm_forward",
+        "add_rms_norm_backward",
+    ),
+    "rope": ("rope_",),
+    "swiglu": ("swiglu_forward", "swiglu_backward"),
+    "lora_linear": ("lora_linear_forward", "lora_linear_backward"),
+    "attention": ("attention_forward", "attention_backward"),
+    "cached_attention": ("kv_write_", "cached_attention"),
+    "linear_cross_entropy": ("linear_cross_entropy",),
+    "adamw": ("adamw_", "grad_norm"),
+    "sample": ("sample",),
+}
+
+
+def choose(
+    name: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Ops:
+    """The table of that name for a model on this device; the result's name says what is in it.
+
+    `auto` is TORCH on a CPU; on a GPU it is TRITON as far as it passes its checks there, operation
+    by operation (kernels/choose.py). ValueError for an unknown name, and for `triton` where it
+    cannot run, with the reason.
+    """
+    device = torch.device(device)
+    if name not in ("auto", *OPS):
         raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
-    return OPS[name]
+    reason = _triton.usable(device)
+    if name == "triton" and reason:
+        raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
+    if name == "auto" and (device.type == "cpu" or reason or dtype == torch.float64):
+        return TORCH  # kernels compute in fp32
+    ops, reasons = OPS.get(name), {}
+    if ops is None:
+        ops, reasons = checked(TRITON, TORCH, REFERENCE, SPECS, FIELDS, device, dtype)
+    elif ops is not TRITON:
+        return ops
+    name = described(ops, [TORCH, TRITON], FIELDS, reasons)
+    return dataclasses.replace(ops, name=name)

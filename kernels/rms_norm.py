@@ -8,6 +8,8 @@ backward, with g = dy * w:    dx = r * (g - x * r^2 * mean(g * x))
 shapes     x, y, h, dy, dx (T, D) activation dtype    w (D,)    rstd (T,) accumulation dtype, saved
 precision  statistics in max(fp32, dtype); x * r is rounded to the dtype before * w, as Llama does
 traffic    forward 2TD elements (4TD with the addition), backward 3TD (4TD): bandwidth-bound
+triton     a program holds BT whole tokens in registers: every element is read once
+tiles      shape class: the power of two that holds D, as "D1024"
 """
 
 # T = tokens, D = model width
@@ -17,7 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.spec import Spec, accumulate_dtype, autograd
+from kernels._triton import cdiv, jit, launch, power_of_two, tl
+from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
+from kernels.tiles import tile
 
 # ---- reference: the definition
 
@@ -90,6 +94,112 @@ def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Te
     return rms_norm_backward(dy, h, w, rstd).add_(dh)
 
 
+# ---- triton
+
+
+@jit(varying=("T",))
+def rms_norm_forward_kernel(
+    x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, T, eps,
+    ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    cols = tl.arange(0, BD)
+    inside = (rows < T)[:, None] & (cols < D)[None, :]
+    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BT, BD)
+    if ADD:
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(h_ptr + at, x, mask=inside)
+    x32 = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=1) / D + eps)  # (BT,)
+    x_hat = (x32 * rstd[:, None]).to(x_ptr.dtype.element_ty)
+    w = tl.load(w_ptr + cols, mask=cols < D, other=0.0)
+    y = x_hat.to(tl.float32) * w.to(tl.float32)[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < T)
+
+
+@jit(varying=("T",))
+def rms_norm_backward_kernel(
+    dy_ptr, dh_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, T,
+    ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    cols = tl.arange(0, BD)
+    inside = (rows < T)[:, None] & (cols < D)[None, :]
+    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    w = tl.load(w_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)[:, None]
+    x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * w[None, :]
+    dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=1) / D)[:, None])
+    if ADD:
+        dx += tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch_by_rows(kernel, x: Tensor, *args, **constants) -> None:
+    T, D = x.shape
+    BD = power_of_two(D)
+    row = tile(kernel.__name__, x.device, f"D{BD}")
+    launch(kernel, (cdiv(T, row["BT"]),), *args, D=D, BD=BD, **constants, **row)
+
+
+def _forward_triton(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    assert residual is None or residual.shape == x.shape, (
+        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+    )
+    x, w = x.contiguous(), w.contiguous()
+    y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    h = None
+    if residual is not None:
+        residual, h = residual.contiguous(), torch.empty_like(x)
+    args = (x, residual, w, y, h, rstd, x.shape[0], eps)
+    _launch_by_rows(rms_norm_forward_kernel, x, *args, ADD=h is not None)
+    return y, h, rstd
+
+
+def rms_norm_forward_triton(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_forward`, in one launch."""
+    y, _, rstd = _forward_triton(x, None, w, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward_triton(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `add_rms_norm_forward`, in one launch."""
+    return _forward_triton(x, residual, w, eps)
+
+
+def _backward_triton(dy: Tensor, dh: Tensor | None, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    assert dy.shape == x.shape and rstd.shape == x.shape[:1], (
+        f"dy {tuple(dy.shape)}, x {tuple(x.shape)}, rstd {tuple(rstd.shape)}"
+    )
+    dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
+    dh = None if dh is None else dh.contiguous()
+    dx = torch.empty_like(x)
+    args = (dy, dh, x, w, rstd, dx, x.shape[0])
+    _launch_by_rows(rms_norm_backward_kernel, x, *args, ADD=dh is not None)
+    return dx
+
+
+def rms_norm_backward_triton(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    """As `rms_norm_backward`, in one launch."""
+    return _backward_triton(dy, None, x, w, rstd)
+
+
+def add_rms_norm_backward_triton(
+    dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Tensor
+) -> Tensor:
+    """As `add_rms_norm_backward`, in one launch."""
+    return _backward_triton(dy, dh, h, w, rstd)
+
+
 # ---- contract
 
 
@@ -117,5 +227,5 @@ SPEC = Spec(
     _make_inputs,
     _run,
     test_shapes=((1, 64), (3, 63), (257, 576), (0, 64)),
-    bench_shapes=((4096, 576), (8192, 4096)),
+    bench_shapes=tuple((t, m.D) for m in MODELS.values() for t in TOKENS),
 )

@@ -7,6 +7,8 @@
 shapes     qkv (T, (H + 2G) d)    positions (T,) int64    cos_sin (positions, d): cos, then sin
 precision  the rotation in max(fp32, dtype), one rounding
 traffic    2T(H + G)d elements; bandwidth-bound
+triton     a program rotates BH heads of BT tokens and reads the angles of a token once for them
+tiles      shape class: the power of two that holds d, as "d128"
 """
 
 # T = tokens, H = query heads, G = key/value heads, d = head size
@@ -16,7 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.spec import Spec, accumulate_dtype
+from kernels._triton import cdiv, jit, launch, power_of_two, tl
+from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype
+from kernels.tiles import tile
 
 # ---- reference: the definition
 
@@ -60,6 +64,54 @@ def rope_(
     return qkv
 
 
+# ---- triton
+
+
+@jit(varying=("T",))
+def rope_kernel(
+    qkv_ptr, positions_ptr, cos_sin_ptr, T,
+    INVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    half: tl.constexpr = d // 2
+    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    cols = tl.arange(0, BD)  # of a half; heads of 80 or 96 leave some idle
+    position = tl.load(positions_ptr + rows, mask=rows < T, other=0).to(tl.int64)
+    known = (rows < T)[:, None] & (cols < half)[None, :]
+    angle = position[:, None] * d + cols[None, :]
+    cos = tl.load(cos_sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
+    sin = tl.load(cos_sin_ptr + half + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
+    if INVERSE:
+        sin = -sin
+    inside = known[:, None, :] & (heads < H + G)[None, :, None]
+    at = rows.to(tl.int64)[:, None, None] * ((H + 2 * G) * d) + heads[None, :, None] * d
+    at += cols[None, None, :]
+    x1 = tl.load(qkv_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BH, BD)
+    x2 = tl.load(qkv_ptr + half + at, mask=inside, other=0.0).to(tl.float32)
+    dtype = qkv_ptr.dtype.element_ty
+    tl.store(qkv_ptr + at, (x1 * cos - x2 * sin).to(dtype), mask=inside)
+    tl.store(qkv_ptr + half + at, (x2 * cos + x1 * sin).to(dtype), mask=inside)
+
+
+def rope_triton_(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
+) -> Tensor:
+    """As `rope_`, in one launch."""
+    T, d = qkv.shape[0], cos_sin.shape[1]
+    assert qkv.is_contiguous() and qkv.shape[1] == (H + 2 * G) * d and d % 2 == 0, (
+        f"qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not hold {H} + 2 x {G} heads of "
+        f"{d}, as many as cos_sin {tuple(cos_sin.shape)} has angles for"
+    )
+    assert positions.shape == (T,), f"positions {tuple(positions.shape)}, {T} tokens"
+    row = tile("rope_kernel", qkv.device, f"d{power_of_two(d)}")
+    grid = (cdiv(T, row["BT"]), cdiv(H + G, row["BH"]))
+    args = (qkv, positions.contiguous(), cos_sin.contiguous(), T)
+    constants = {"INVERSE": inverse, "H": H, "G": G, "d": d, "BD": power_of_two(d // 2, 1)}
+    launch(rope_kernel, grid, *args, **constants, **row)
+    return qkv
+
+
 # ---- contract
 
 
@@ -88,5 +140,14 @@ SPEC = Spec(
     _make_inputs,
     _run,
     test_shapes=((1, 1, 1, 64), (5, 9, 3, 64), (63, 4, 4, 80), (0, 2, 1, 64)),
-    bench_shapes=((4096, 9, 3, 64), (8192, 32, 8, 128)),
+    bench_shapes=tuple((t, m.H, m.G, m.d) for m in MODELS.values() for t in TOKENS),
+    interpreter_shapes=(
+        (1, 1, 1, 64),
+        (5, 9, 3, 64),
+        (7, 4, 4, 80),
+        (3, 8, 1, 96),
+        (2, 3, 1, 16),
+        (4, 8, 1, 128),
+        (0, 2, 1, 64),
+    ),
 )

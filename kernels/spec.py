@@ -47,6 +47,27 @@ class Spec:
     bench_shapes: tuple[tuple[int, ...], ...]  # large: for speed
     slack: float = 2.0  # raising it is a reviewed change with its reason in the file
     floor: float = 1e-6  # of max|truth|: the error below which nobody looks
+    interpreter_shapes: tuple[tuple[int, ...], ...] = ()  # for kernels, where test_shapes are slow
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes of a model that its kernels are benchmarked at."""
+
+    D: int  # model width
+    F: int  # feed-forward width
+    H: int  # query heads
+    G: int  # key/value heads
+    d: int  # head size
+    V: int  # vocabulary
+
+
+MODELS = {
+    "smollm2-135m": Widths(576, 1536, 9, 3, 64, 49152),
+    "llama-2-7b": Widths(4096, 11008, 32, 32, 128, 32000),
+    "llama-3-8b": Widths(4096, 14336, 32, 8, 128, 128256),
+}
+TOKENS = (1, 16, 256, 4096, 8192)  # rows of a benchmark: one row decoding ... a training step
 
 
 def cast(value: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -71,15 +92,17 @@ def check(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs,
 ) -> dict[str, tuple[float, float]]:
     """Error and bound per output name; raises AssertionError naming the first that is over.
 
-    The inputs are first rounded to `dtype`, so that the truth is that of the rounded inputs.
+    The inputs are first rounded to `dtype`, so that the truth is that of the rounded inputs;
+    `prepare` may lay them out otherwise for the table that is judged (strides, guards).
     """
     inputs = cast(spec.make_inputs(shape, torch.Generator().manual_seed(seed)), dtype, device)
     truth = spec.run(reference, cast(inputs, torch.float64, device))
     yardstick = spec.run(reference, cast(inputs, dtype, device))
-    ours = spec.run(ops, cast(inputs, dtype, device))
+    ours = spec.run(ops, prepare(cast(inputs, dtype, device)))
     assert ours.keys() == truth.keys(), f"{spec.name}: outputs {ours.keys()}, not {truth.keys()}"
     report = {}
     for name, want in truth.items():

@@ -5,6 +5,8 @@ backward, with s = sigma(gate):    dup   = dh * gate * s
 shapes     gate_up (T, 2F): gate then up    h, dh (T, F)    dgate_up (T, 2F)
 precision  silu in max(fp32, dtype), rounded to the dtype before * up, as Llama does
 traffic    forward 3TF elements, backward 5TF; sigma is recomputed, nothing is saved
+triton     a program holds a tile of BT tokens x BF columns of gate and of up: one pass
+tiles      one shape class
 """
 
 # T = tokens, F = feed-forward width
@@ -15,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.spec import Spec, accumulate_dtype, autograd
+from kernels._triton import cdiv, jit, launch, tl
+from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
+from kernels.tiles import tile
 
 # ---- reference: the definition
 
@@ -57,6 +61,70 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     return dgate_up
 
 
+# ---- triton
+
+
+@jit(varying=("T",))
+def swiglu_forward_kernel(
+    gate_up_ptr, h_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+):  # fmt: skip
+    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
+    inside = (rows < T) & (cols < F)
+    at = rows * (2 * F) + cols
+    gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
+    up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(h_ptr.dtype.element_ty)
+    h = (silu.to(tl.float32) * up).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + rows * F + cols, h, mask=inside)
+
+
+@jit(varying=("T",))
+def swiglu_backward_kernel(
+    dh_ptr, gate_up_ptr, dgate_up_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
+):  # fmt: skip
+    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
+    inside = (rows < T) & (cols < F)
+    at = rows * (2 * F) + cols
+    gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
+    up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    dgate = dh * up * (s * (1 + gate * (1 - s)))
+    dup = dh * (gate * s)
+    dtype = dgate_up_ptr.dtype.element_ty
+    tl.store(dgate_up_ptr + at, dgate.to(dtype), mask=inside)
+    tl.store(dgate_up_ptr + F + at, dup.to(dtype), mask=inside)
+
+
+def _launch_tiles(kernel, gate_up: Tensor, *args: Tensor) -> None:
+    T, width = gate_up.shape
+    row = tile(kernel.__name__, gate_up.device)
+    grid = (cdiv(T, row["BT"]), cdiv(width // 2, row["BF"]))
+    launch(kernel, grid, *args, T, F=width // 2, **row)
+
+
+def swiglu_forward_triton(gate_up: Tensor) -> Tensor:
+    """As `swiglu_forward`, in one launch."""
+    assert gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"gate_up {tuple(gate_up.shape)}"
+    gate_up = gate_up.contiguous()
+    h = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _launch_tiles(swiglu_forward_kernel, gate_up, gate_up, h)
+    return h
+
+
+def swiglu_backward_triton(dh: Tensor, gate_up: Tensor) -> Tensor:
+    """As `swiglu_backward`, in one launch."""
+    assert gate_up.shape == (dh.shape[0], 2 * dh.shape[1]), (
+        f"dh {tuple(dh.shape)}, gate_up {tuple(gate_up.shape)}"
+    )
+    dh, gate_up = dh.contiguous(), gate_up.contiguous()
+    dgate_up = torch.empty_like(gate_up)
+    _launch_tiles(swiglu_backward_kernel, gate_up, dh, gate_up, dgate_up)
+    return dgate_up
+
+
 # ---- contract
 
 
@@ -78,5 +146,6 @@ SPEC = Spec(
     _make_inputs,
     _run,
     test_shapes=((1, 32), (3, 63), (257, 96), (0, 32)),
-    bench_shapes=((4096, 1536), (8192, 11008)),
+    bench_shapes=tuple((t, m.F) for m in MODELS.values() for t in TOKENS),
+    interpreter_shapes=((1, 32), (3, 63), (7, 96), (0, 32)),
 )

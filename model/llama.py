@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from kernels.context import Cached, Packed
-from kernels.lora_linear import LoraGroup, Prepacked, linear, prepack
+from kernels.lora_linear import LoraGroup
 from kernels.philox import Dropout, mix
+from kernels.prepack import Prepacked, linear, prepack
 from kernels.registry import Ops, choose
 from kernels.spec import accumulate_dtype
 from model.config import LlamaConfig
@@ -85,7 +86,7 @@ class Llama:
         self, config: LlamaConfig, weights: dict[str, Tensor | Prepacked], ops: Ops | None = None
     ) -> None:
         self.config, self.weights = config, weights
-        self.ops = ops or choose("auto")
+        self.ops = ops or choose("auto", self.device, self.dtype)
         self._cos_sin: Tensor | None = None
 
     @classmethod
@@ -319,8 +320,8 @@ class Llama:
         On a CPU in fp32: a second copy of the matrices in oneDNN's layout, the adapter merged into
         it (the base stays as it is). Elsewhere: this model and the adapter.
         """
-        if not Prepacked.available(self.weights["embed"]):
-            return self, lora
+        if self.ops.name == "reference" or not Prepacked.available(self.weights["embed"]):
+            return self, lora  # the definition knows plain matrices only
         if lora is not None:
             lora.ensure_bound(self)
         packed: dict[str, Tensor | Prepacked] = {}

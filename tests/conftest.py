@@ -18,6 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+# Where there is no GPU, kernels run in triton's interpreter; it is decided when triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
     "{% for message in messages %}"

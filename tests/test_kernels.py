@@ -1,14 +1,185 @@
-"""Every operation of every table against its definition, by the ratio rule of kernels/spec.py."""
+"""Every operation of every table against its definition, by the ratio rule of kernels/spec.py.
+
+Without a GPU the Triton kernels run in the interpreter, made strict by tests/interpreter.py: exact
+bf16, every address checked, undefined lanes and fresh outputs poisoned, inputs between guards. With
+one, the same tests run on it: `pytest -m gpu tests/test_kernels.py`.
+"""
 
 import copy
 import dataclasses
+import random
 
 import pytest
 import torch
 
+from kernels import _triton
 from kernels.philox import Dropout, mix, philox4x32, uniform
-from kernels.registry import OPS, REFERENCE, SPECS, TORCH
+from kernels.registry import FIELDS, OPS, REFERENCE, SPECS, TORCH, TRITON, VARIANTS
 from kernels.spec import cast, check
+from tests import interpreter
+
+if _triton.INTERPRETED:
+    interpreter.install()
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def variants(name):
+    """The tables that launch kernels of their own for this spec."""
+    yield "triton", TRITON
+    for label, ops in VARIANTS.items():
+        if any(getattr(ops, field) is not getattr(TRITON, field) for field in FIELDS[name]):
+            yield label, ops
+
+
+def triton_cases(shapes_of):
+    return [
+        pytest.param(
+            name, ops, shape, marks=pytest.mark.gpu if ON_GPU else (),
+            id=f"{label}-{name}-{'x'.join(map(str, shape))[:50]}",
+        )
+        for name, spec in SPECS.items()
+        for label, ops in variants(name)
+        for shape in shapes_of(spec)
+    ]  # fmt: skip
+
+
+def shapes_here(spec):
+    return spec.test_shapes if ON_GPU else spec.interpreter_shapes or spec.test_shapes
+
+
+def random_shapes(spec):
+    """Eight shapes of no pattern, the same ones every time."""
+    rng = random.Random(spec.name)
+    pick = rng.randint
+
+    def rows(count, longest):
+        return [pick(1, longest) for _ in range(count)]
+
+    makers = {
+        "rms_norm": lambda: (pick(1, 9), pick(1, 200)),
+        "rope": lambda: (pick(1, 20), pick(1, 5), pick(1, 3), 2 * pick(8, 40)),
+        "swiglu": lambda: (pick(1, 20), pick(1, 200)),
+        "lora_linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 70), *rows(pick(1, 3), 50)),
+        "attention": lambda: (
+            (g := pick(1, 2)) * pick(1, 8), g, 8 * pick(2, 12), *rows(pick(1, 3), 50)
+        ),
+        "cached_attention": lambda: (
+            (g := pick(1, 2)) * pick(1, 8), g, 8 * pick(2, 12), 8 * pick(1, 3), pick(1, 6),
+            pick(1, 40), *[pick(0, 60) for _ in range(pick(1, 3))],
+        ),
+        "linear_cross_entropy": lambda: (pick(1, 40), pick(1, 80), pick(2, 400)),
+        "adamw": lambda: (pick(1, 5000),),
+        "sample": lambda: (
+            pick(1, 4), pick(2, 300), pick(0, 1) * rng.uniform(0.3, 2), pick(0, 60),
+            rng.uniform(0.3, 1),
+        ),
+    }  # fmt: skip
+    return [makers[spec.name]() for _ in range(8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(shapes_here))
+def test_triton_against_reference(name, ops, shape, dtype):
+    """Outputs and gradients, with the inputs between guards and every fresh tensor poisoned."""
+    buffers = []
+    with interpreter.poisoned():
+        check(
+            SPECS[name], ops, REFERENCE, shape, dtype, DEVICE,
+            prepare=lambda inputs: interpreter.guarded(inputs, buffers),
+        )  # fmt: skip
+    assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
+
+
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(random_shapes))
+def test_triton_on_random_shapes(name, ops, shape):
+    buffers = []
+    with interpreter.poisoned():
+        check(
+            SPECS[name], ops, REFERENCE, shape, torch.float32, DEVICE, seed=1,
+            prepare=lambda inputs: interpreter.guarded(inputs, buffers),
+        )  # fmt: skip
+    assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
+
+
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: shapes_here(s)[:3]))
+def test_triton_is_repeatable(name, ops, shape):
+    """Two runs on copies of the same inputs give the same bits."""
+    inputs = SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1))
+    first, second = (SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE)) for _ in range(2))
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+# What an operation's contract lets it write into: in-place outputs and gradient accumulators.
+WRITTEN = {
+    "lora_linear": {"da", "db"},
+    "cached_attention": {"k", "v"},
+    "adamw": {"params", "m", "v"},
+}
+# Inputs that may come with any strides, per operation.
+STRIDED = {
+    "rms_norm": ("x", "residual", "dy", "dh"),
+    "swiglu": ("gate_up", "dh"),
+    "lora_linear": ("x", "dy"),
+    "attention": ("do",),
+    "linear_cross_entropy": ("hidden",),
+    "sample": ("logits",),
+}
+
+
+def named_tensors(value, name=""):
+    """(name of the field or key that holds it, tensor) of every tensor in a structure."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from named_tensors(getattr(value, field.name), field.name)
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            yield from named_tensors(v, key)
+    elif isinstance(value, tuple | list):
+        for v in value:
+            yield from named_tensors(v, name)
+
+
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: shapes_here(s)[1:2]))
+def test_triton_leaves_inputs_alone(name, ops, shape):
+    inputs = cast(
+        SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1)), torch.float32, DEVICE
+    )
+    before = copy.deepcopy(inputs)
+    SPECS[name].run(ops, inputs)
+    pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
+    compared = 0
+    for (field, was), (_, now) in pairs:
+        if field not in WRITTEN.get(name, ()):
+            assert torch.equal(was, now), f"{name} wrote into {field}"
+            compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+@pytest.mark.parametrize(
+    ("name", "ops", "shape"),
+    [c for c in triton_cases(lambda s: shapes_here(s)[1:3]) if c.values[0] in STRIDED],
+)
+def test_triton_takes_any_strides(name, ops, shape, layout):
+    def strided(inputs):
+        for key in STRIDED[name]:
+            rows, columns = inputs[key].shape
+            if layout == "transposed":
+                home = inputs[key].new_full((columns + 1, rows), torch.nan)[:columns].T
+            else:
+                home = inputs[key].new_full((rows, columns + 24), torch.nan)[:, 16 : columns + 16]
+            inputs[key] = home.copy_(inputs[key])
+            assert rows < 2 or not inputs[key].is_contiguous()
+        return inputs
+
+    check(SPECS[name], ops, REFERENCE, shape, torch.bfloat16, DEVICE, prepare=strided)
+
 
 CASES = [(name, shape) for name, spec in SPECS.items() for shape in spec.test_shapes]
 IDS = [f"{name}-{'x'.join(map(str, shape))[:40]}" for name, shape in CASES]

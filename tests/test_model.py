@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kernels.context import Cached, Packed
-from kernels.lora_linear import Prepacked
+from kernels.prepack import Prepacked
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.rope import inverse_frequencies

@@ -1,0 +1,175 @@
+"""What the benchmarks of kernels share: which kernels there are, and who launches which, and how.
+
+Nothing here writes a launch down: an operation is run and `kernels._triton.recorder` is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+
+import kernels
+from kernels import _triton, registry, tiles
+from kernels.registry import Ops
+from kernels.spec import Spec, cast
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What triton's launcher asks of a tensor; a recorded tensor has no memory."""
+
+    dtype: torch.dtype
+    offset: int  # bytes into its storage, which itself begins on 16 bytes
+    bytes: int  # of its storage
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Pointer:
+        offset = tensor.storage_offset() * tensor.element_size()
+        return cls(tensor.dtype, offset, tensor.untyped_storage().nbytes())
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    def ptr_range(self) -> int:
+        return self.bytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it was asked for, its tensors as `Pointer`s."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recording(device_class: str | None = None) -> Iterator[list[Launch]]:
+    """Launches inside are collected and none is made; rows of the table are those of the class."""
+    launches: list[Launch] = []
+
+    def note(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
+        described = tuple(Pointer.of(a) if isinstance(a, Tensor) else a for a in args)
+        launches.append(Launch(kernel, grid, described, dict(options)))
+
+    kept = _triton.recorder, tiles.pretended
+    _triton.recorder, tiles.pretended = note, device_class
+    try:
+        yield launches
+    finally:
+        _triton.recorder, tiles.pretended = kept
+
+
+class _RealOrder(TorchFunctionMode):
+    """randperm gives values even among fake tensors: inputs are laid out on the host by it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.randperm:
+            return func(*args, **(kwargs or {}))
+        with unset_fake_temporarily():
+            return func(*args, **(kwargs or {}))
+
+
+_fakes = FakeTensorMode()
+
+
+@functools.cache
+def _fake_inputs(spec: Spec, shape: tuple[int, ...]) -> dict[str, Any]:
+    return spec.make_inputs(shape, torch.Generator().manual_seed(0))
+
+
+def record(
+    spec: Spec, ops: Ops, shape: tuple[int, ...], dtype: torch.dtype, device_class: str
+) -> list[Launch]:
+    """The launches of an operation at a shape of any size: its tensors have no memory."""
+    with recording(device_class) as launches, _fakes, _RealOrder():
+        spec.run(ops, cast(_fake_inputs(spec, shape), dtype))
+    return launches
+
+
+def tables(spec: Spec) -> list[Ops]:
+    """TRITON, and those of its variants that do this operation in another way."""
+
+    def functions(ops: Ops) -> list:
+        return [getattr(ops, name) for name in registry.FIELDS[spec.name]]
+
+    variants = registry.VARIANTS.values()
+    return [registry.TRITON, *(o for o in variants if functions(o) != functions(registry.TRITON))]
+
+
+def jitted() -> dict[str, Any]:
+    """Every `@jit` function of the package, by name: kernels end in `_kernel`, others are helpers.
+
+    >>> sorted(name for name in jitted() if name.endswith("_kernel"))
+    """
+    found = {}
+    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            fn = getattr(value, "fn", None)
+            if hasattr(value, "arg_names") and getattr(fn, "__module__", None) == module.name:
+                assert found.setdefault(name, value) is value, f"two @jit functions named {name}"
+    return found
+
+
+def specs_of(wanted: str) -> list[Spec]:
+    """The specs that can launch a kernel whose name contains `wanted`; all of them for ""."""
+    modules = tuple({f.fn.__module__ for name, f in jitted().items() if wanted in name})
+
+    def launches(spec: Spec) -> bool:  # kernels.x_triton has the kernels of kernels.x
+        return any(module.startswith(spec.make_inputs.__module__) for module in modules)
+
+    return [s for s in registry.SPECS.values() if wanted in s.name or launches(s)]
+
+
+def other_triton(wanted: str) -> Path:
+    """The folder holding `triton/`: `wanted` itself, or .triton/<version>, fetched by pip once."""
+    if Path(wanted, "triton").is_dir():
+        return Path(wanted).resolve()
+    if not re.fullmatch(r"\d+(\.\d+)+", wanted):
+        sys.exit(f"--triton {wanted}: neither a version nor a folder with triton/ in it")
+    folder = ROOT / ".triton" / wanted
+    if not folder.is_dir():
+        folder.parent.mkdir(exist_ok=True)
+        (folder.parent / ".gitignore").write_text("*\n")
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+            subprocess.check_call([*pip, "--target", f"{beside}/new", f"triton=={wanted}"])
+            Path(beside, "new").rename(folder)
+    return folder
+
+
+def settle(module: str, wanted: str | None) -> None:
+    """Restart `python -m module` without the interpreter, with the triton that is wanted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    restart = _triton.INTERPRETED
+    if wanted is not None:
+        folder = other_triton(wanted)
+        here = _triton.triton is not None and Path(_triton.triton.__file__)
+        restart |= not (here and here.is_relative_to(folder))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), env.get("PYTHONPATH"))))
+    if restart:
+        if "SDFT_RESTARTED" in env:
+            sys.exit(f"triton {wanted} cannot be imported here")
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, env | {"SDFT_RESTARTED": "1"})
+    if _triton.triton is None:
+        sys.exit("triton is not installed (there are wheels for Linux)")

@@ -1,0 +1,159 @@
+"""What the benchmarks that time have in common: the machine, its ceilings, a clock, the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.log import environment
+from kernels import _triton
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SLOW = 2.0  # seconds of one call from which on it is called only once
+
+# ---- the machine
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures are of: card or processor, versions, commit, date."""
+    about = environment() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    about["triton"] = getattr(_triton.triton, "__version__", None)
+    about["driver"] = None
+    about["device"] = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        about["device"] = names[0].split(":")[1].strip() if names else about["device"]
+    if device.startswith("cuda"):
+        about["device"] = torch.cuda.get_device_name(device)
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            about["driver"] = said.stdout.strip().splitlines()[0]
+        except (OSError, IndexError, subprocess.TimeoutExpired):
+            about["driver"] = "unknown"
+    return about
+
+
+def header(about: dict[str, Any], rates: dict[str, float], dtype: str) -> str:
+    """The machine and its two ceilings, for people."""
+    names = ("device", "driver", "torch", "triton", "python", "threads", "commit", "date")
+    return (
+        ", ".join(f"{name} {about[name]}" for name in names)
+        + f"\nceilings measured now: {dtype} product {rates['flops'] / 1e12:.3g} TFLOP/s, "
+        f"copy {rates['bytes'] / 1e9:.1f} GB/s"
+    )
+
+
+def record(document: dict[str, Any], wanted: bool) -> None:
+    """Append to $OUT, if there is one, and to benchmarks/results if that is wanted; print."""
+    folders = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
+    folders += [RESULTS] if wanted else []
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{document['benchmark']}.jsonl").open("a") as log:
+            log.write(json.dumps(document) + "\n")
+    print(json.dumps(document))
+
+
+# ---- time
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: str, seconds: float, repeats: int = 50) -> None:
+        self.gpu, self.seconds, self.repeats = device.startswith("cuda"), seconds, repeats
+        size = 64 << 20
+        if self.gpu:
+            cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+            size = max(2 * cache, 256 << 20)
+        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def once(self, fn: Callable[[], Any]) -> Callable[[], float]:
+        """Call `fn`; a function that gives its milliseconds once the device is through."""
+        self.flush.zero_()
+        if not self.gpu:
+            started = time.perf_counter()
+            fn()
+            taken = 1e3 * (time.perf_counter() - started)
+            return lambda: taken
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        return lambda: start.elapsed_time(end)
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def peak(self, fn: Callable[[], Any]) -> float | None:
+        """Call once; MiB that it takes beyond what it was given, None on a CPU."""
+        if not self.gpu:
+            fn()
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        self.wait()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def measure(self, forms: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
+        """Every form's sorted times, the forms taking turns: {"ms", "peak_mib"} or {"skipped"}."""
+        found: dict[str, dict[str, Any]] = {}
+        costs: dict[str, float] = {}
+        for name, fn in forms.items():
+            try:
+                fn()  # compiles
+                self.wait()
+                started = time.perf_counter()
+                found[name] = {"ms": [], "peak_mib": self.peak(fn)}
+                costs[name] = time.perf_counter() - started
+            except Exception as error:
+                found[name] = {"skipped": first_line(error)}
+                if self.gpu:
+                    torch.cuda.empty_cache()
+        quick = [name for name, cost in costs.items() if cost < SLOW]
+        total = sum(costs[name] for name in quick)
+        count = max(min(3, self.repeats), min(self.repeats, int(self.seconds / (total or 1))))
+        pending = []
+        for n in range(count):
+            turn = quick if n else list(costs)
+            for k in range(len(turn)):
+                name = turn[(n + k) % len(turn)]
+                pending.append((name, self.once(forms[name])))
+        self.wait()
+        for name, taken in pending:
+            found[name]["ms"].append(taken())
+        for name in costs:
+            found[name]["ms"].sort()
+        return found
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Rates of a large product (operations/s) and of a large copy (bytes/s) on this machine."""
+    n, size = (8192, 1 << 30) if device.startswith("cuda") else (1536, 128 << 20)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.zeros_like(source)
+    forms = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    times = Clock(device, seconds=1.0, repeats=20).measure(forms)
+    product, copy = (times[name]["ms"][0] / 1e3 for name in forms)
+    return {"flops": 2 * n**3 / product, "bytes": 2 * size / copy}

@@ -1,0 +1,175 @@
+"""`--ops auto`: what fails its check falls back alone, results are remembered, refusals say why."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from engine.session import ModelConfig, Session
+from kernels import _triton, choose, registry
+from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "sdft-engine"
+
+
+def plain_swiglu(gate_up):
+    return TORCH.swiglu_forward(gate_up)
+
+
+def plain_rope(*args, **kwargs):
+    return TORCH.rope_(*args, **kwargs)
+
+
+def wrong_swiglu(gate_up):
+    return TORCH.swiglu_forward(gate_up) * 1.01
+
+
+def raising(*_):
+    raise RuntimeError("no room for 300 KiB of shared memory\nand a long trace")
+
+
+def candidate(**functions):
+    return dataclasses.replace(TORCH, name="triton", **functions)
+
+
+def run(ops, said=None):
+    say = (said if said is not None else []).append
+    dtype = torch.bfloat16
+    return choose.checked(ops, TORCH, REFERENCE, SPECS, FIELDS, CPU, dtype, say)
+
+
+def test_every_function_belongs_to_one_spec():
+    functions = [f for names in FIELDS.values() for f in names]
+    assert FIELDS.keys() == SPECS.keys()
+    assert sorted(functions) == sorted(TORCH.table())
+
+
+def test_only_the_operation_that_fails_falls_back():
+    said = []
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    ops, reasons = run(table, said)
+    assert list(reasons) == ["swiglu"] and "over the bound" in reasons["swiglu"]
+    assert ops.swiglu_forward is TORCH.swiglu_forward and ops.rope_ is plain_rope
+    assert any(line.startswith("ops: swiglu runs in its torch form") for line in said)
+    text = choose.described(ops, [TORCH, table], FIELDS, reasons)
+    assert text.startswith("torch (rms_norm, swiglu: check failed: swiglu h")
+    assert text.endswith("triton (rope)")
+
+
+def test_an_exception_is_a_failure():
+    ops, reasons = run(candidate(swiglu_forward=raising, swiglu_backward=plain_swiglu))
+    assert reasons == {"swiglu": "RuntimeError: no room for 300 KiB of shared memory"}
+    assert ops.swiglu_backward is TORCH.swiglu_backward, "the pair falls back together"
+
+
+def test_the_second_run_checks_nothing(cache, monkeypatch):
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    _, first = run(table)
+    monkeypatch.setattr(choose, "check", None)  # a call would raise, and count as failure
+    said = []
+    ops, second = run(table, said)
+    assert second == first and ops.rope_ is plain_rope
+    assert len(said) == 1, "one line for what does not run as wished, none about checking"
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["results"].keys() == {"swiglu", "rope"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": {"swiglu": 3}}', '{"results": null}'])
+def test_a_cache_file_that_is_not_understood_is_written_anew(cache, content):
+    table = candidate(swiglu_forward=wrong_swiglu)
+    run(table)
+    (file,) = cache.iterdir()
+    good = file.read_text()
+    file.write_text(content)
+    assert list(run(table)[1]) == ["swiglu"]
+    assert file.read_text() == good and list(cache.iterdir()) == [file], "nothing left beside it"
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert list(run(candidate(swiglu_forward=wrong_swiglu))[1]) == ["swiglu"]
+    assert "the next run checks again" in capsys.readouterr().out
+
+
+def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
+    folder = tmp_path / "kernels"
+    (folder / "tiles").mkdir(parents=True)
+    (folder / "a.py").write_text("1")
+    (folder / "tiles" / "a.json").write_text("{}")
+    hashes = {choose.sources_hash(folder)}
+    (folder / "tiles" / "a.json").write_text("{ }")
+    hashes.add(choose.sources_hash(folder))
+    (folder / "a.py").rename(folder / "b.py")
+    hashes.add(choose.sources_hash(folder))
+    assert len(hashes) == 3
+    here = choose.identity(CPU, torch.bfloat16)
+    assert here.keys() == {"card", "torch", "triton", "dtype", "kernels"}
+    files = {choose.cache_file(here | {name: "other"}) for name in here}
+    assert len(files | {choose.cache_file(here)}) == len(here) + 1
+
+
+def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
+    def dead(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(choose.torch, "zeros", dead)
+    table = candidate(swiglu_forward=raising)
+    with pytest.raises(RuntimeError, match="the Triton form of swiglu left cpu unusable.*again"):
+        run(table)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    assert list(run(table)[1]) == ["swiglu"]
+
+
+def test_auto_on_a_cpu_is_torch():
+    assert registry.choose() is registry.choose("auto", "cpu", torch.bfloat16) is TORCH
+
+
+def test_auto_on_a_gpu_asks_the_check(monkeypatch):
+    """With a card that only the checking knows: the table is named by what is in it."""
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    monkeypatch.setattr(registry, "TRITON", table)
+    monkeypatch.setattr(_triton, "usable", lambda device: "")
+    seen = []
+
+    def checked(*args):
+        seen.append(args[5:])
+        return choose.checked(*args[:5], CPU, args[6])
+
+    monkeypatch.setattr(registry, "checked", checked)
+    ops = registry.choose("auto", "cuda", torch.bfloat16)
+    assert seen == [(torch.device("cuda"), torch.bfloat16)]
+    assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
+    assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
+    assert registry.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
+    monkeypatch.setattr(_triton, "usable", lambda device: "no triton")
+    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+
+
+def test_refusals_say_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="--ops triton cannot run here: TRITON_INTERPRET is not"):
+        registry.choose("triton")
+    with pytest.raises(ValueError, match="--ops triton cannot run here"):
+        Session.open(ModelConfig(str(tmp_path), device="cpu", ops="triton"))
+    monkeypatch.setattr(_triton, "triton", None)
+    with pytest.raises(ValueError, match="triton is not installed.*use --ops auto or torch"):
+        registry.choose("triton", "cuda")
+    with pytest.raises(ValueError, match="--ops 'fast' is not known; choose one of auto"):
+        registry.choose("fast")
+
+
+def test_the_interpreter_counts_as_usable():
+    if _triton.usable("cpu"):
+        pytest.skip("there is a GPU, so kernels are not interpreted here")
+    ops = registry.choose("triton")
+    assert ops.name.startswith("triton (") or ", triton (" in ops.name
+    assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward

@@ -1,0 +1,118 @@
+"""The strict interpreter of tests/interpreter.py finds what it is there to find."""
+
+import pytest
+import torch
+
+from kernels import _triton
+from kernels._triton import jit, launch, tl
+from tests import interpreter
+
+pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="kernels run on the GPU here")
+if _triton.INTERPRETED:
+    interpreter.install()
+
+
+@jit
+def cast_kernel(x_ptr, up_ptr, down_ptr, n, BN: tl.constexpr):
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(up_ptr + at, x.to(tl.float32), mask=at < n)
+    tl.store(down_ptr + at, x.to(tl.float32).to(tl.bfloat16), mask=at < n)
+
+
+@jit
+def sum_kernel(x_ptr, y_ptr, out_ptr, n, BN: tl.constexpr):
+    at = tl.arange(0, BN)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    y = tl.load(y_ptr + at, mask=at < n, other=0.0)
+    tl.store(out_ptr + at, x * y + x, mask=at < n)
+
+
+@jit
+def dot_kernel(x_ptr, y_ptr, out_ptr, BN: tl.constexpr, BK: tl.constexpr):
+    n, k = tl.arange(0, BN), tl.arange(0, BK)
+    x = tl.load(x_ptr + n[:, None] * BK + k[None, :])
+    y = tl.load(y_ptr + n[:, None] * BK + k[None, :])
+    tl.store(out_ptr + n[:, None] * BN + n[None, :], tl.dot(x, y.T))
+
+
+@jit
+def undefined_kernel(x_ptr, out_ptr, n, BN: tl.constexpr):
+    at = tl.arange(0, BN)
+    x = tl.load(x_ptr + at, mask=at < n)
+    tl.store(out_ptr, tl.sum(x))
+
+
+def test_bf16_is_that_of_torch():
+    """Every 16-bit pattern widened; arithmetic rounded to nearest even after each operation."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16)
+    up, down = torch.empty(65536), torch.empty(65536, dtype=torch.bfloat16)
+    launch(cast_kernel, (64,), x, up, down, 65536, BN=1024)
+    numbers = ~x.isnan()
+    assert torch.equal(up[numbers], x.float()[numbers])
+    assert torch.equal(down.view(torch.int16)[numbers], bits[numbers])
+    assert up[~numbers].isnan().all() and down[~numbers].isnan().all()
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, generator=g).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    launch(sum_kernel, (1,), a, b, out, 512, BN=512)
+    assert torch.equal(out, a * b + a)
+
+
+def test_rounding_from_fp32_is_that_of_torch():
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 1e3
+    up, down = torch.empty(4096), torch.empty(4096, dtype=torch.bfloat16)
+    launch(cast_kernel, (4,), x, up, down, 4096, BN=1024)
+    assert torch.equal(down, x.bfloat16())
+
+
+def test_bf16_products_are_exact():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-8, 9, (32, 64), generator=g).bfloat16() for _ in range(2))
+    out = torch.empty(32, 32)
+    launch(dot_kernel, (1,), x, y, out, BN=32, BK=64)
+    assert torch.equal(out, x.float() @ y.float().T)
+
+
+def test_a_short_inner_dimension_is_refused():
+    x, out = torch.zeros(16, 8), torch.empty(16, 16)
+    with pytest.raises(Exception, match="16 at least"):
+        launch(dot_kernel, (1,), x, x, out, BN=16, BK=8)
+
+
+@pytest.mark.parametrize("extra", [1, 8])
+def test_an_overrun_is_found(extra):
+    buffer = torch.zeros(256)
+    x, y, out = buffer[:100], buffer[100:200], torch.empty(100 + extra)
+    launch(sum_kernel, (1,), x, x, out, 100, BN=128)
+    with pytest.raises(Exception, match="outside every tensor"):
+        launch(sum_kernel, (1,), y, y, out, 100 + extra, BN=128)  # reads behind y
+    with pytest.raises(Exception, match="outside every tensor"):
+        launch(sum_kernel, (1,), torch.zeros(128), torch.zeros(128), out[:100], 128, BN=128)
+
+
+def test_undefined_lanes_are_poisoned():
+    out = torch.zeros(1)
+    launch(undefined_kernel, (1,), torch.ones(32), out, 32, BN=32)
+    assert out.item() == 32
+    launch(undefined_kernel, (1,), torch.ones(32), out, 31, BN=32)
+    assert out.isnan().all()
+
+
+def test_guards_and_poison():
+    buffers = []
+    moved = interpreter.guarded({"x": torch.arange(12.0).view(3, 4).T, "n": 3}, buffers)
+    assert torch.equal(moved["x"], torch.arange(12.0).view(3, 4).T) and moved["n"] == 3
+    assert moved["x"].stride() == (1, 4) and interpreter.guards_intact(buffers)
+    buffers[0][0][interpreter.GUARD + 12] = 0.0
+    assert not interpreter.guards_intact(buffers)
+    with interpreter.poisoned():
+        assert torch.empty(3).isnan().all() and moved["x"].new_empty(2).isnan().all()
+    assert torch.empty(0).numel() == 0
+
+
+def test_a_misspelt_option_is_refused():
+    with pytest.raises(AssertionError, match="num_warp"):
+        launch(undefined_kernel, (1,), torch.ones(1), torch.ones(1), 1, BN=16, num_warp=4)
