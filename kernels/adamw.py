@@ -201,7 +201,9 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     config = AdamW(weight_decay=0.1)
-    compute = torch.empty_like(i["params"])
+    masters = i["params"].dtype
+    copy = torch.bfloat16 if masters == torch.float32 else masters  # as a 16-bit model has it
+    compute = torch.empty_like(i["params"], dtype=copy)
     norm = ops.grad_norm(i["grads"])
     for step in (1, 2, 3):
         scalars = config.scalars(1e-2, step, 0.5, i["params"].device)

@@ -261,6 +261,7 @@ SPEC = Spec(
         (8, 1, 96, 34),
         (2, 1, 20, 17, 30),  # heads begin on no 16 bytes
         (1, 1, 32, 257),
+        (2, 1, 16, 130, 5),  # a row that begins behind the first PAD tokens
         (2, 1, 64),
     ),
     bench_shapes=tuple(

@@ -12,9 +12,9 @@ backward   1. a tile of dy is read once for dS (a sum over columns, whole within
 An output tile never straddles two members. Rank is padded inside to a power of two, at least 16.
 Dropout is drawn again from its key wherever x^ is needed. With dropout the forward is always split:
 every column tile of the fused form would draw the whole mask again.
-tiles      shape classes: "fp32"; else "few r16" (at most 64 tokens, padded rank), "many r16",
-           "few", "many"; "drop" before them for dx with dropout on many tokens. The rows of
-           lora_linear_forward and lora_linear_backward name the form of the public functions.
+tiles      shape classes: "fp32 r16" (padded rank), "fp32"; else "few r16" (at most 64 tokens),
+           "many r16", "few", "many"; before them "drop" for dx with dropout on many tokens. The
+           rows lora_linear_forward and lora_linear_backward name the public functions' form.
 traffic    forward T (K + N + 2R) + N K elements; backward T (2K + 2N + 3R) + N K and the parts
 """
 
@@ -291,10 +291,11 @@ def _members(group: LoraGroup) -> tuple[list[Tensor], dict[str, int]]:
 
 
 def _shape_classes(x: Tensor, rank: int) -> tuple[str, ...]:
-    """fp32 first, for its products need small tiles; then rows and rank; then rows."""
-    rows = "few" if x.shape[0] <= 64 else "many"
-    ranks = f"{rows} r{power_of_two(rank)}"
-    return ("fp32", rows) if x.dtype == torch.float32 else (ranks, rows)
+    """fp32 first, for its products need small tiles; then tokens and rank; then tokens."""
+    rows, ranks = "few" if x.shape[0] <= 64 else "many", f"r{power_of_two(rank)}"
+    if x.dtype == torch.float32:
+        return f"fp32 {ranks}", "fp32", rows
+    return f"{rows} {ranks}", rows
 
 
 def _inner_contiguous(t: Tensor) -> Tensor:
@@ -377,8 +378,7 @@ def lora_linear_backward_kernels_triton(
     dy, x, s = _inner_contiguous(dy), _inner_contiguous(x), s.contiguous()
     weight, a = weight.contiguous(), group.a.contiguous()
     (b, members), classes = _members(group), _shape_classes(x, group.rank)
-    drop, DROP = dropout_arguments(dropout), dropout is not None
-    BR = power_of_two(group.rank)
+    drop, DROP, BR = dropout_arguments(dropout), dropout is not None, power_of_two(group.rank)
 
     row = tile("lora_up_backward_kernel", x.device, *classes)
     parts, ds = cdiv(T, row["BM"]), torch.empty_like(s)

@@ -65,10 +65,10 @@ def _row(kernel: str, device: str, shapes: tuple[str, ...]) -> dict[str, int]:
 
 
 def tile(kernel: str, device: torch.device, *shapes: str) -> dict[str, int]:
-    """The row for a kernel: the first of the shape classes that has one, else `any`."""
+    """The caller's own copy of a kernel's row: the first shape class that has one, else `any`."""
     if kernel in overrides:
-        return overrides[kernel]
-    return _row(kernel, device_class(device), shapes)
+        return dict(overrides[kernel])
+    return dict(_row(kernel, device_class(device), shapes))
 
 
 def write(path: Path, rows: dict[str, dict[str, dict[str, dict]]]) -> None:

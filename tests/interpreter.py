@@ -10,7 +10,7 @@
     dots       the inner dimension must be at least 16, as the compiler for NVIDIA demands.
 
 `guarded` puts inputs into the middle of larger buffers filled with NaN, so that an address one past
-the end is nobody's and a stray write shows; `poisoned` fills fresh outputs with NaN.
+the end is nobody's and a stray write shows; `poisoned` does so with fresh tensors, filled with NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GUARD = 64  # elements before and behind a guarded tensor; keeps 16-byte alignment
+GUARD = 256  # elements before and behind a guarded tensor; keeps 16-byte alignment
 
 
 class OutOfBounds(Exception):
@@ -238,14 +238,24 @@ def guards_intact(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty, empty_like and new_empty give NaN (or the largest integer)."""
+    """Inside, torch.empty, empty_like and new_empty give NaN (or the largest integer).
+
+    Each lies in the middle of a larger buffer: an address just outside is not another tensor's.
+    """
     makers = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
     kept = [getattr(owner, name) for owner, name in makers]
 
     def poisoning(make):
         def made(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(_undefined(out.dtype)) if out.numel() else out
+            if out.numel() == 0:
+                return out
+            low, high = _extent(out)
+            count = (high - low) // out.element_size()
+            buffer = torch.full(
+                (count + 2 * GUARD,), _undefined(out.dtype), dtype=out.dtype, device=out.device
+            )
+            return buffer.as_strided(out.shape, out.stride(), GUARD)
 
         return made
 

@@ -1,5 +1,7 @@
-"""A two-layer Llama on the Triton kernels does what it does on torch's: in the interpreter without a
-GPU, on the GPU with one."""
+"""A two-layer Llama on the Triton kernels does what it does on torch's.
+
+In the interpreter without a GPU, on the GPU with one.
+"""
 
 import dataclasses
 
