@@ -92,11 +92,13 @@ CANDIDATES: dict[str, list[dict]] = {
     "lora_linear_backward": forms("kernels", "addmm"),
     "lora_down_kernel": rows((4, 8), (2, 3, 4), BM=(16, 32, 64, 128), BK=(32, 64, 128)),
     "lora_linear_kernel": rows(
-        (4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64, 128)
+        (4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64, 128), GROUP=(8,)
     ),
     "lora_up_backward_kernel": rows((4, 8), (1, 2, 3), BM=(64, 128, 256), BN=(32, 64, 128)),
     "lora_da_kernel": rows((4, 8), (1, 2, 3), BM=(32, 64), BK=(64, 128), CHUNK=(512, 1024, 2048)),
-    "lora_dx_kernel": rows((4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64)),
+    "lora_dx_kernel": rows(
+        (4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64), GROUP=(8,)
+    ),
     "cross_entropy_slices_kernel": rows(
         (4, 8), (2, 3, 4), BN=(64, 128), BV=(128, 256), BD=(32, 64), SLICE=(512, 1024, 2048)
     ),

@@ -40,6 +40,8 @@ class SamplerConfig:
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this probability
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0 drops none
+    repetition_penalty: float = 1.0  # above 1 weakens tokens of the prompt and the answer so far
     max_new_tokens: int = 512  # where a request names no limit of its own
     seed: int = 0  # with row id, sample and position it names every random number
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
@@ -57,6 +59,11 @@ class SamplerConfig:
             (self.temperature < 0, f"temperature {self.temperature}: 0 (greedy) or more is wanted"),
             (self.top_k < 0, f"top_k {self.top_k}: 0 (all) or more is wanted"),
             (not 0 < self.top_p <= 1, f"top_p {self.top_p}: 0 < top_p <= 1 is wanted"),
+            (not 0 <= self.min_p <= 1, f"min_p {self.min_p}: 0 to 1 is wanted"),
+            (
+                not 0 < self.repetition_penalty < float("inf"),
+                f"repetition_penalty {self.repetition_penalty}: above 0 is wanted, 1 for none",
+            ),
             (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
             ("" in self.stop, "an empty stop string would end every row at once"),
         ]
@@ -260,7 +267,17 @@ class Sampler:
             temperature=c.temperature,
             top_k=c.top_k,
             top_p=c.top_p,
+            min_p=c.min_p,
+            repetition_penalty=c.repetition_penalty,
+            history=None if c.repetition_penalty == 1 else self._history(rows, device),
         )
+
+    def _history(self, rows: list[_Row], device: torch.device) -> Tensor:
+        """(B, L): each row's prompt and answer so far, padded with -1."""
+        seen = [[*row.request.prompt, *row.ids] for row in rows]
+        longest = max(map(len, seen))
+        padded = [ids + [-1] * (longest - len(ids)) for ids in seen]
+        return torch.tensor(padded, dtype=torch.int64, device=device)
 
     # ---- the ends of rows
 

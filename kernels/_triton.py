@@ -25,6 +25,7 @@ try:
 except ImportError:  # no wheel for this system
     triton = tl = None
 
+OLDEST = (3, 6)  # compiled with 3.6 and 3.9; before, tensor descriptors are not there or differ
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPTIONS = {"num_warps", "num_stages"}
 
@@ -43,6 +44,8 @@ def usable(device: str | torch.device) -> str:
     """Empty when kernels can be launched for tensors of this device, else the reason."""
     if triton is None:
         return "triton is not installed (there are wheels for Linux)"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"triton is {triton.__version__}, and the kernels need 3.6 or newer"
     kind = torch.device(device).type
     if kind == "cuda" and not INTERPRETED:
         return ""

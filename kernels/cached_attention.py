@@ -404,6 +404,7 @@ SPEC = Spec(
         (4, 1, 96, 8, 1, 40, 31, 0, 64, 9),  # decode and extend rows; 32 and 65 tokens in all
         (3, 3, 128, 24, 16, 17, 16, 0, 7),  # parts and pages end together and apart
         (16, 2, 16, 8, 2, 3, 30, 29, 0),
+        (6, 2, 64, 8, 1, 1, 15, 23),  # ends with its last page, inside a step
         (9, 3, 64, 8, 1, 1),  # no rows
     ),
     bench_shapes=tuple((m.H, m.G, m.d, 64, *rows) for m in MODELS.values() for rows in _BENCH_ROWS),

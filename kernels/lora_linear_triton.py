@@ -97,7 +97,7 @@ def lora_linear_kernel(
     x_ptr, w_ptr, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, y_ptr, T, x_stride, scale,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-    FUSED: tl.constexpr, DESCRIBED: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIBED: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y_i = x W_i^T + s S_i B_i^T of one tile inside member i; FUSED makes S_i on the way.
@@ -106,7 +106,7 @@ def lora_linear_kernel(
     """
     t0, t1 = (N0 + BN - 1) // BN, (N1 + BN - 1) // BN
     tiles_n = t0 + t1 + (N2 + BN - 1) // BN
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(T, BM), tiles_n, 8)
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(T, BM), tiles_n, GROUP)
     member = (pid_n >= t0).to(tl.int32) + (pid_n >= t0 + t1).to(tl.int32)
     first = (pid_n - pick(member, 0, t0, t0 + t1)) * BN  # column within the member
     begin, size = pick(member, 0, N0, N0 + N1), pick(member, N0, N1, N2)
@@ -233,11 +233,11 @@ def lora_reduce_kernel(part_ptr, out_ptr, parts, stride, first, count, scale, BN
 def lora_dx_kernel(
     dy_ptr, w_ptr, ds_ptr, a_ptr, dx_ptr, position_ptr, row_key_ptr, step_ptr, key, threshold,
     T, dy_stride, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    DROP: tl.constexpr, DESCRIBED: tl.constexpr,
+    DROP: tl.constexpr, DESCRIBED: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx = dy W + mask * (dS A) of one tile (BM, BN) of dx; the inner loop is over W's rows."""
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(T, BM), tl.cdiv(K, BN), 8)
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
     rows, cols = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
     safe_cols = tl.where(cols < K, cols, 0)

@@ -33,6 +33,7 @@ class OutOfBounds(Exception):
 # ---- the interpreter
 
 _extents: list[tuple[int, int]] = []  # address ranges of the tensors of the launch in progress
+_backwards = False  # whether a launch takes its last program first
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -87,6 +88,7 @@ def install() -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
     reduce_sum, run = interpreter.ReduceOps.sum, interpreter.GridExecutor.__call__
+    set_program = builder.set_grid_idx
 
     # -- bf16
     def is_bf16(value: Any) -> bool:
@@ -171,6 +173,11 @@ def install() -> None:
         _inside("atomic", pointer, None, self.grid_idx)
         return cas(self, pointer, *args)
 
+    def ordered_program(self, *index):
+        if _backwards:
+            index = [n - 1 - i for n, i in zip(self.grid_dim, index, strict=True)]
+        set_program(self, *index)
+
     def strict_run(self, *args, **kwargs):
         _extents.clear()
         try:
@@ -187,8 +194,20 @@ def install() -> None:
     builder.create_dot = strict_dot
     builder.create_masked_load, builder.create_masked_store = strict_load, strict_store
     builder.create_atomic_rmw, builder.create_atomic_cas = strict_rmw, strict_cas
+    builder.set_grid_idx = ordered_program
     interpreter.ReduceOps.sum = strict_sum
     interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = noted, strict_run
+
+
+@contextlib.contextmanager
+def last_programs_first() -> Iterator[None]:
+    """Inside, the programs of a launch run in the opposite order, as a GPU may run them."""
+    global _backwards
+    _backwards = True
+    try:
+        yield
+    finally:
+        _backwards = False
 
 
 # ---- inputs and outputs

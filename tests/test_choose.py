@@ -173,3 +173,10 @@ def test_the_interpreter_counts_as_usable():
     ops = registry.choose("triton")
     assert ops.name.startswith("triton (") or ", triton (" in ops.name
     assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward
+
+
+@pytest.mark.parametrize(("version", "said"), [("3.2.0", "need 3.6"), ("3.10.1", "")])
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, said):
+    monkeypatch.setattr(_triton.triton, "__version__", version)
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    assert said in _triton.usable("cpu") if said else _triton.usable("cpu") == ""

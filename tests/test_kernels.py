@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from kernels import _triton
-from kernels.philox import Dropout, mix, philox4x32, uniform
+from kernels._triton import jit, launch, tl
+from kernels.philox import (
+    Dropout,
+    dropout_arguments,
+    dropout_tile,
+    mix,
+    philox4x32,
+    uniform,
+    uniform_triton,
+)
 from kernels.registry import FIELDS, OPS, REFERENCE, SPECS, TORCH, TRITON, VARIANTS
 from kernels.spec import cast, check
 from tests import interpreter
@@ -106,9 +115,15 @@ def test_triton_on_random_shapes(name, ops, shape):
 
 @pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: shapes_here(s)[:3]))
 def test_triton_is_repeatable(name, ops, shape):
-    """Two runs on copies of the same inputs give the same bits."""
+    """Two runs on copies of the same inputs give the same bits.
+
+    In the interpreter the second run takes the programs of every launch in the opposite order:
+    what one program writes over another's work would show.
+    """
     inputs = SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1))
-    first, second = (SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE)) for _ in range(2))
+    first = SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE))
+    with interpreter.last_programs_first():
+        second = SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE))
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
@@ -265,6 +280,51 @@ def test_philox_known_answers():
     for counter, (k0, k1), want in cases:
         got = philox4x32(tuple(torch.tensor([c]) for c in counter), k0 | k1 << 32)
         assert tuple(int(w) for w in got) == want
+
+
+@jit
+def draw_kernel(key_ptr, positions_ptr, samples_ptr, row_keys_ptr, out_ptr, BN: tl.constexpr):
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    u = uniform_triton(
+        tl.load(key_ptr), tl.load(positions_ptr + at), tl.load(samples_ptr + at),
+        tl.load(row_keys_ptr + at),
+    )  # fmt: skip
+    tl.store(out_ptr + at, u)
+
+
+@jit
+def mask_kernel(
+    position_ptr, row_key_ptr, step_ptr, key, threshold, out_ptr, K,
+    BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    rows, first = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK
+    mask = dropout_tile(
+        tl.load(position_ptr + rows), tl.load(row_key_ptr + rows), tl.load(step_ptr), key, first,
+        threshold, BM, BK,
+    )  # fmt: skip
+    tl.store(out_ptr + rows[:, None] * K + (first + tl.arange(0, BK))[None, :], mask)
+
+
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=pytest.mark.gpu if ON_GPU else ())])
+def test_kernels_draw_the_same_numbers(device):
+    """Uniforms to the last bit; the dropout mask lane for lane, also at the threshold itself."""
+    g = torch.Generator().manual_seed(0)
+    positions, samples = (torch.randint(2**20, (64,), generator=g).to(device) for _ in range(2))
+    row_keys = torch.randint(-(2**62), 2**62, (64,), generator=g).to(device)
+    key = torch.tensor([mix("sample", 3) - 2**64], device=device)
+    assert mix("sample", 3) >= 2**63, "take a seed whose key uses the sign bit"
+    u = torch.empty(64, dtype=torch.float64, device=device)
+    launch(draw_kernel, (2,), key, positions, samples, row_keys, u, BN=32)
+    assert torch.equal(u, uniform(positions, samples, row_keys, 3))
+
+    step = torch.tensor(5, device=device)
+    drop = Dropout(
+        0.25, mix("dropout", 1), positions.repeat(8), row_keys.repeat(8) & 2**32 - 1, step
+    )
+    mask = torch.empty(512, 2048, device=device)
+    arguments = dropout_arguments(drop)
+    launch(mask_kernel, (8, 4), *arguments, mask, 2048, BM=64, BK=512)
+    assert torch.equal(mask, drop.mask(2048, torch.float32))
 
 
 def test_uniform_is_uniform_and_keyed():

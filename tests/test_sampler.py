@@ -12,6 +12,10 @@ from kernels.sampling import SampleRows
 from model.llama import Llama
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
+PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.2, "repetition_penalty": 1.3}
+DECODINGS = pytest.mark.parametrize(
+    "decoding", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"]
+)
 
 
 def text(ids):
@@ -52,6 +56,9 @@ def without_a_cache(model, request, config, end_ids=(7,)):
             config.temperature,
             config.top_k,
             config.top_p,
+            config.repetition_penalty,
+            config.min_p,
+            torch.tensor([ids]),
         )
         token = TORCH.sample(model.logits(torch.tensor(ids))[-1:], rows)[0].item()
         ids.append(token)
@@ -65,7 +72,7 @@ def tiny(tiny_llama_dir):
     return Llama.from_pretrained(tiny_llama_dir(heads=6, kv_heads=2))
 
 
-@pytest.mark.parametrize("decoding", [{}, SAMPLED], ids=["greedy", "sampled"])
+@DECODINGS
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_a_loop_without_a_cache(tiny, decoding, seed):
     wanted = requests(tiny, seed=seed, longest=40)
@@ -78,7 +85,7 @@ def test_equals_a_loop_without_a_cache(tiny, decoding, seed):
         assert len(done.logprobs) == len(ids) and done.prompt_tokens == len(request.prompt)
 
 
-@pytest.mark.parametrize("decoding", [{}, SAMPLED], ids=["greedy", "sampled"])
+@DECODINGS
 def test_rows_order_and_pages_change_nothing(tiny, decoding):
     """Bitwise: tokens and log-probabilities."""
     wanted = requests(tiny, 20)
@@ -99,6 +106,22 @@ def test_same_text_for_any_rows_on_the_real_model(smollm2_dir, decoding):
     base = run(model, wanted, rows=1, end_ids=(2,), **decoding)
     for rows in (3, 16):
         assert run(model, wanted, rows=rows, end_ids=(2,), **decoding) == base
+
+
+def test_a_penalty_makes_texts_repeat_less(tiny):
+    """Greedy text of a random model falls into a loop; a strong penalty forbids every repeat."""
+    wanted = [Request("a", [1, 2, 3], 40)]
+    plain = run(tiny, wanted, end_ids=())["a", 0].ids
+    penalised = run(tiny, wanted, end_ids=(), repetition_penalty=1e6)["a", 0].ids
+    assert len(set(plain)) < 40 and len(set(penalised)) == 40 and not set(penalised) & {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}], ids=str
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplerConfig(**wrong).check()
 
 
 def test_samples_seeds_and_ids_have_their_own_numbers(tiny):

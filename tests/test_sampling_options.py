@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from kernels.registry import REFERENCE, TORCH
+from kernels import _triton
+from kernels.registry import REFERENCE, TORCH, TRITON
 from kernels.sampling import SampleRows
+from tests import interpreter
 
 NEVER = float("-inf")
 
@@ -125,3 +127,15 @@ def test_settings_that_mean_nothing():
         rows(1, min_p=1.5)
     with pytest.raises(AssertionError, match="repetition_penalty 0"):
         rows(1, [[0]], repetition_penalty=0)
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="runs in the interpreter")
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}])
+def test_broken_logits_give_a_token_of_the_vocabulary(settings):
+    """NaN and +inf name no likeliest token, but must not send the kernel outside the row."""
+    interpreter.install()
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    logits[0], logits[1, 7], logits[2, 3] = torch.nan, torch.nan, torch.inf
+    buffers = []
+    tokens, _ = TRITON.sample(interpreter.guarded(logits, buffers), rows(4, **settings))
+    assert ((0 <= tokens) & (tokens < 100)).all()
