@@ -314,7 +314,7 @@ def _forward_kernels(
     s, y = x.new_empty(T, a.shape[0]), x.new_empty(T, weight.shape[0])
     if not fused:
         row = tile("lora_down_kernel", x.device, *classes)
-        row["BR"] = min(row["BR"], power_of_two(a.shape[0]))
+        row["BR"] = 16 if a.shape[0] <= 16 else row["BR"]
         launch(
             lora_down_kernel, (cdiv(T, row["BM"]), cdiv(a.shape[0], row["BR"])),
             x, a, s, *dropout_arguments(dropout), T, x.stride(0),
@@ -391,7 +391,7 @@ def lora_linear_backward_kernels_triton(
         _reduce(part, columns.start * group.rank, group.db[i], group.scale)
 
     row = tile("lora_da_kernel", x.device, *classes)
-    row["BR"] = min(row["BR"], power_of_two(R))
+    row["BR"] = 16 if R <= 16 else row["BR"]
     parts = cdiv(T, row["CHUNK"])
     part = x.new_empty(parts, R, K, dtype=torch.float32)
     launch(

@@ -53,6 +53,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "live = (flat < new * N)[:, None] & (cols < D)[None, :]",
         "<",
     ): "q's extra column meets a column of k that is zero",
+    (
+        "_key_id",
+        "return tl.minimum((1 << IB) - 1 - (key & ((1 << IB) - 1)), V - 1)",
+        "-",
+    ): "the clamp guards memory against a key that is nobody's; no input tried, NaN included, is",
     ("lora_up_backward_kernel", "tl.assume(size > 0)", ">"): "a hint to the compiler",
 }
 
