@@ -47,7 +47,13 @@ JUDGED_BY = {"philox": ("lora_linear", "sample")}  # operations, where the file 
 BEHIND = "at equality the program has nothing in its tile: it computes and stores nothing"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("attention_dkv_kernel", "if j >= n:", ">="): BEHIND,
+    ("cached_decode_kernel", "if (new > LIMIT) | (part * SPLIT >= end):", ">="): BEHIND,
     ("cached_extend_kernel", "if (new <= LIMIT) | (first >= new * N):", ">="): BEHIND,
+    (
+        "cached_extend_kernel",
+        "if (new <= LIMIT) | (first >= new * N):",
+        "<=",
+    ): "rows of LIMIT tokens are computed by both launches, the same within rounding: only slower",
     (
         "_queries",
         "live = (flat < new * N)[:, None] & (cols < D)[None, :]",
