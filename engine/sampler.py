@@ -1,12 +1,16 @@
 """KV-cached continuous sampling over the no-batch forward
 
-Up to `rows` rows are in flight. Waiting prompts are prefilled packed, then every row in flight
-gets one token per step; a finished row is handed out at once and a waiting one takes its place.
+Up to `rows` rows are in flight, the longest expected first. Waiting prompts are prefilled packed,
+in chunks; then every row in flight gets one token per step, or as many as its draft guessed right
+(drafting.py). A finished row is handed out at once and a waiting one takes its place. What prompts
+have in common (the template, or all of it for several samples of a row) is computed once and
+copied. When memory runs short the youngest row is put back and starts again from its prompt later.
 
 Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
     products    one prepacked form for the whole run, in which a row is a row (lora_linear.py)
-    attention   a prompt is prefilled whole and alone; decoding splits the context by page and joins
-                in page order (cached_attention.py)
+    attention   a prompt is computed in blocks of one page of queries, wherever it was cut into
+                chunks; a decoded or drafted token is a query of its own that splits its context by
+                page and joins in page order (cached_attention.py)
     sampling    one uniform per token, named by (seed, row id, sample, position) (philox.py)
 """
 
@@ -16,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.drafting import LONGEST, Controller, Drafter
 from kernels.context import Cached
 from kernels.philox import mix
 from kernels.sampling import SampleRows
@@ -31,12 +37,15 @@ from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
 
+WORTH = 64  # prompt tokens saved from which on a forward for a common beginning pays
+SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps")  # they change no text
+
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 32  # rows in flight; changes speed and memory, never text (fp32 on a CPU)
+    rows: int = 64  # rows in flight; changes speed and memory, never text (fp32 on a CPU)
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this probability
@@ -45,12 +54,16 @@ class SamplerConfig:
     max_new_tokens: int = 512  # where a request names no limit of its own
     seed: int = 0  # with row id, sample and position it names every random number
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
-    prefill_tokens: int = 512  # prompt tokens per forward; a longer prompt goes alone
+    ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
+    prefill_tokens: int = 512  # prompt tokens per forward; a longer prompt is cut
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
+    kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
+    draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
+    steps: int = 1  # decode steps between two visits of the host; more pays on a GPU
 
     def settings(self) -> dict[str, Any]:
-        """What names a run of it: rows in flight change its speed only."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "rows"}
+        """What names a run of it: not what changes its speed only."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
 
     def check(self) -> None:
         """ValueError for settings that cannot sample."""
@@ -66,6 +79,14 @@ class SamplerConfig:
             ),
             (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
             ("" in self.stop, "an empty stop string would end every row at once"),
+            (self.prefill_tokens < 1, f"prefill_tokens {self.prefill_tokens}: at least 1"),
+            (self.page_size < 1, f"page_size {self.page_size}: at least 1"),
+            (self.kv_memory < 0, f"kv_memory {self.kv_memory}: GB, 0 for what is needed"),
+            (
+                self.draft not in ("auto", "off", "always"),
+                f"draft {self.draft!r}: auto, off or always is wanted",
+            ),
+            (self.steps < 1, f"steps {self.steps}: at least 1"),
         ]
         for wrong, message in problems:
             if wrong:
@@ -80,6 +101,9 @@ class Request:
     prompt: Sequence[int]  # token ids
     max_new: int | None = None  # new tokens at most; None: the sampler's default
     sample: int = 0  # which of several samples of this row
+    seed: int | None = None  # of this row alone, instead of the sampler's
+    expected: int | None = None  # new tokens it will likely have: the longest begin first
+    draft: Sequence[int] = ()  # token ids it may copy from: its reference
 
 
 @dataclass(frozen=True)
@@ -100,27 +124,71 @@ class _Row:
     """A row in flight."""
 
     request: Request
-    limit: int
+    prompt: tuple[int, ...]
+    limit: int  # new tokens at most
+    expected: int  # new tokens that memory is set aside for
     key: int  # signed 64-bit hash of the id
     pages: list[int]
-    length: int = 0  # tokens in the cache
+    filled: int  # prompt tokens that the cache holds
+    drafter: Drafter | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    done: Completion | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache: all but the one drawn last."""
+        return self.filled + max(0, len(self.ids) - 1)
 
 
 @dataclass
 class SamplerStats:
     """What a run did, for the summary."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # of prompts
+    shared_tokens: int = 0  # of these, copied and not computed
     new_tokens: int = 0
-    steps: int = 0
+    steps: int = 0  # forwards that decoded
+    row_steps: int = 0  # rows in them
+    drafted: int = 0  # tokens guessed
+    held: int = 0  # guesses that were right
+    put_back: int = 0  # rows that began again for want of memory
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
+    def text(self) -> str:
+        """Tokens per step and acceptance, what was shared, what was put back."""
+        text = f"{(self.new_tokens) / max(1, self.row_steps):.2f} tokens per row and step"
+        if self.drafted:
+            share = self.held / self.drafted
+            text += f", {self.drafted} guessed from references, {share:.0%} right"
+        text += f"; {self.shared_tokens} of {self.prompt_tokens} prompt tokens shared"
+        if self.put_back:
+            text += f"; memory was short: {self.put_back} rows were put back and begun again"
+        return text
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The beginning that saves the most computation: its length times the prompts that have it."""
+    group, n, saved, best = list(prompts), 0, WORTH, []
+    while group:
+        counts = Counter(p[n] for p in group if len(p) > n + 1)  # the last token is never shared
+        if not counts:
+            break
+        token = counts.most_common(1)[0][0]
+        group = [p for p in group if len(p) > n + 1 and p[n] == token]
+        n += 1
+        if n * (len(group) - 1) > saved:
+            saved, best = n * (len(group) - 1), list(group[0][:n])
+    return best
+
 
 class Sampler:
-    """Writes texts with one model (and one adapter). Usable from `with`: memory goes at its end."""
+    """Writes texts with one model (and one adapter).
+
+    In a `with` block the model gives its matrices to the sampler and has them back at the end;
+    outside of one they are copied.
+    """
 
     def __init__(
         self,
@@ -131,169 +199,422 @@ class Sampler:
         lora: Lora | None = None,
     ) -> None:
         config.check()
-        self.config, self.decode, self.end_ids = config, decode, frozenset(end_ids)
-        self.model, self.lora = model.for_sampling(lora)
-        self.waiting: deque[Request] = deque()
+        self.config, self.decode = config, decode
+        self.end_ids = frozenset(() if config.ignore_eos else end_ids)
+        self.owner, self.adapter = model, lora
+        self.model: Llama | None = None
+        self.waiting: list[Request] = []
         self.flying: list[_Row] = []
+        self.draining = False
         self.cache: KVCache | None = None
+        self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
+        self.twins: Counter[tuple[int, ...]] = Counter()  # waiting requests by prompt
+        self.kept: dict[tuple[int, ...], list[int]] = {}  # pages of ended rows with twins waiting
+        self.controller = Controller()
         self.stats = SamplerStats()
 
     def __enter__(self) -> Sampler:
+        self._prepare(release=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.model, self.lora, self.cache
+        self.model = self.cache = None
+        self.owner.restore()
+
+    def _prepare(self, release: bool) -> None:
+        self.model, self.lora = self.owner.for_sampling(self.adapter, release)
 
     def submit(self, request: Request) -> None:
         """Queue a request; allowed at any time, also while `run` is handing rows out."""
-        self.waiting.append(request)
+        assert len(request.prompt) > 0, f"request {request.id} has an empty prompt"
+        insort(self.waiting, request, key=lambda r: -self._expected(r))
+        self.twins[tuple(request.prompt)] += 1
+
+    def drain(self) -> None:
+        """Begin no further row: `run` ends when those in flight have."""
+        self.draining = True
 
     def run(self, requests: Iterable[Request] = ()) -> Iterator[Completion]:
         """Hand out completions as rows finish, until nothing waits or flies."""
+        if self.model is None:
+            self._prepare(release=False)
         for request in requests:
             self.submit(request)
-        while self.waiting or self.flying:
+        if self.waiting and not self.flying:
+            self._open()
+        while self.flying or (self.waiting and not self.draining):
             admitted, refused = self._admit()
             yield from refused
-            for chunk in self._chunks(admitted):
-                started = time.perf_counter()
-                self._forward(chunk, [list(row.request.prompt) for row in chunk])
-                self.stats.prefill_seconds += time.perf_counter() - started
             self.flying += admitted
+            self._prefill(admitted)
             yield from self._finished()
             if self.flying:
-                started = time.perf_counter()
-                self._forward(self.flying, [[row.ids[-1]] for row in self.flying])
-                self.stats.decode_seconds += time.perf_counter() - started
-                self.stats.steps += 1
+                self._decode()
                 yield from self._finished()
+        self._drop_kept()
+        if self.cache is not None:
+            self.cache.give_back(self.prefix[1])
+        self.prefix = [], []
 
-    # ---- admission
+    # ---- admission and memory
 
     def _limit(self, request: Request) -> int:
         """New tokens this request may have: its own limit, within the model's context."""
         wanted = request.max_new or self.config.max_new_tokens
-        return min(wanted, self.model.config.max_position - len(request.prompt))
+        return min(wanted, self.owner.config.max_position - len(request.prompt))
+
+    def _expected(self, request: Request) -> int:
+        """New tokens it will likely have."""
+        limit = self._limit(request)
+        return limit if request.expected is None else min(limit, request.expected)
 
     def _admit(self) -> tuple[list[_Row], list[Completion]]:
         """Move waiting requests into flight while rows and pages last."""
         admitted: list[_Row] = []
         refused: list[Completion] = []
-        while self.waiting and len(self.flying) + len(admitted) < self.config.rows:
-            request = self.waiting[0]
-            limit = self._limit(request)
-            assert len(request.prompt) > 0, f"request {request.id} has an empty prompt"
-            if limit < 1:
-                n = len(request.prompt)
-                gone = Completion(request.id, request.sample, [], "", "prompt_too_long", [], n)
-                refused.append(gone)
-                self.waiting.popleft()
-                continue
-            need = self._make_room(len(request.prompt) + limit)
-            if need > len(self.cache.free):
+        later: list[Request] = []
+        fresh: set[tuple[int, ...]] = set()  # prompts of `admitted`, which are not computed yet
+        while self.waiting and not self.draining:
+            if len(self.flying) + len(admitted) == self.config.rows:
                 break
-            self.waiting.popleft()
-            key = mix("row", request.id)
-            signed = key - 2**64 if key >= 2**63 else key
-            admitted.append(_Row(request, limit, signed, self.cache.take(need)))
+            request = self.waiting[0]
+            prompt, limit = tuple(request.prompt), self._limit(request)
+            if limit < 1:
+                gone = (request.id, request.sample, [], "", "prompt_too_long", [], len(prompt))
+                refused.append(Completion(*gone))
+                self._taken()
+                continue
+            if prompt in fresh:  # its twin is computed first
+                later.append(self.waiting.pop(0))
+                continue
+            expected = self._expected(request)
+            least = self.cache.pages_for(len(prompt) + limit) + len(self.prefix[1])
+            self._make_room(least, least)
+            promised = sum(self._missing(row) for row in (*self.flying, *admitted))
+            need = self.cache.pages_for(len(prompt) + expected)
+            if len(self.cache.free) - promised < need:
+                if self.flying or admitted:
+                    break
+                self._drop_kept()  # alone, every row fits
+            self._taken()
+            row = self._begin(request, prompt, limit, expected)
+            admitted.append(row)
+            fresh.add(prompt)
+        self.waiting[:0] = later
         return admitted, refused
 
-    def _make_room(self, tokens: int) -> int:
-        """Pages a row of so many tokens needs; the cache is made, or grown while nobody waits on
-        anybody, so that `rows` rows of the longest request fit."""
-        size = self.config.page_size
-        need = -(-tokens // size)
-        if self.cache is None:
-            known = [len(r.prompt) + self._limit(r) for r in self.waiting]
-            longest = sorted((-(-n // size) for n in known), reverse=True)[: self.config.rows]
-            self.cache = KVCache(
-                self.model.config, sum(longest), size, self.model.device, self.model.dtype
+    def _taken(self) -> None:
+        """The first request leaves the queue."""
+        prompt = tuple(self.waiting.pop(0).prompt)
+        self.twins[prompt] -= 1
+        if not self.twins[prompt]:
+            del self.twins[prompt]
+
+    def _missing(self, row: _Row) -> int:
+        """Pages that a row will likely still ask for."""
+        return max(0, self.cache.pages_for(len(row.prompt) + row.expected) - len(row.pages))
+
+    def _open(self) -> None:
+        """A cache for what is known to come, and in it what many prompts begin with."""
+        size, longest = self.config.page_size, self.owner.config.max_position
+        shared = common_prefix([r.prompt for r in self.waiting])
+        known = [min(len(r.prompt) + self._limit(r), longest) for r in self.waiting]
+        pages = sorted((-(-n // size) for n in known), reverse=True)[: self.config.rows]
+        self._make_room(sum(pages) - (-len(shared) // size), pages[0] - (-len(shared) // size))
+        if shared:
+            self._compute_prefix(shared)
+
+    def _make_room(self, wanted: int, least: int) -> None:
+        """A pool of the wanted pages as far as memory allows; ValueError for fewer than `least`."""
+        if self.cache is not None and wanted <= self.cache.pages:
+            return
+        m, size = self.owner, self.config.page_size
+        page = KVCache.page_bytes(m.config, size, m.dtype)
+        budget = self.config.kv_memory * 1e9
+        if not budget and m.device.type == "cuda":
+            have = 0 if self.cache is None else self.cache.pages * page
+            budget = 0.9 * (torch.cuda.mem_get_info(m.device)[0] + have)
+        if budget and least * page > budget:
+            raise ValueError(
+                f"kv_memory {budget / 1e9:.3g} GB: the longest row needs {least * page / 1e9:.3g} "
+                "GB of keys and values; allow more, or fewer new tokens"
             )
-        elif need > self.cache.pages:
-            self.cache.grow(need)
-        return need
+        pages = max(1, min(wanted, int(budget // page)) if budget else wanted)
+        if self.cache is None:
+            self.cache = KVCache(m.config, pages, size, m.device, m.dtype)
+        else:
+            self.cache.grow(pages)
 
-    def _chunks(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Prompts to prefill together: up to prefill_tokens, never a part of a prompt."""
-        chunk: list[_Row] = []
-        total = 0
-        for row in rows:
-            n = len(row.request.prompt)
-            if chunk and total + n > self.config.prefill_tokens:
-                yield chunk
-                chunk, total = [], 0
-            chunk.append(row)
-            total += n
-        if chunk:
-            yield chunk
+    def _compute_prefix(self, tokens: list[int]) -> None:
+        """Fill pages with what many prompts begin with."""
+        pages = self.cache.take(self.cache.pages_for(len(tokens)))
+        for start in range(0, len(tokens), self._chunk()):
+            piece = tokens[start : start + self._chunk()]
+            cached = self._describe([len(piece)], [start], [pages], alone=False)
+            self._hidden(piece, cached, wanted=cached.last)
+        self.prefix = tokens, pages
 
-    # ---- one forward
-
-    def _forward(self, rows: list[_Row], new: list[list[int]]) -> None:
-        """Run the new tokens of the rows and append one sampled token to each."""
-        device = self.model.device
-        cached = Cached.build(
-            [len(tokens) for tokens in new],
-            [row.length for row in rows],
-            [row.pages for row in rows],
-            self.config.page_size,
-            device,
+    def _begin(self, request: Request, prompt: tuple[int, ...], limit: int, expected: int) -> _Row:
+        """A row with its pages; what is known of its prompt is copied into them."""
+        twin = next((row.pages for row in self.flying if row.prompt == prompt), None)
+        twin = self.kept.get(prompt, twin)
+        if twin is not None:
+            source, known = twin, len(prompt) - 1
+        else:
+            source, known = self.prefix[1], 0
+            most = min(len(self.prefix[0]), len(prompt) - 1)
+            while known < most and self.prefix[0][known] == prompt[known]:
+                known += 1
+        pages = self.cache.take(self.cache.pages_for(len(prompt)))
+        whole = self.cache.pages_for(known)
+        self.cache.copy(source[:whole], pages[:whole])
+        if prompt in self.kept and prompt not in self.twins:
+            self.cache.give_back(self.kept.pop(prompt))
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.shared_tokens += known
+        key = (
+            mix("row", request.id) if request.seed is None else mix("row", request.id, request.seed)
         )
-        tokens = torch.tensor([t for row in new for t in row], dtype=torch.int64, device=device)
-        hidden = self.model.forward(tokens, cached, lora=self.lora, cache=self.cache)
-        logits = self.model.head(hidden[cached.last])
-        chosen, logprobs = self.model.ops.sample(logits, self._sample_rows(rows, new, device))
-        triples = zip(rows, new, chosen.tolist(), logprobs.tolist(), strict=True)
-        for row, row_tokens, token, logprob in triples:
-            row.length += len(row_tokens)
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-        prefill = sum(len(row_tokens) for row_tokens in new if len(row_tokens) > 1)
-        self.stats.prompt_tokens += prefill
-        self.stats.new_tokens += len(rows)
+        signed = key - 2**64 if key >= 2**63 else key
+        drafts = self.config.draft != "off"
+        drafter = Drafter(request.draft) if drafts and request.draft else None
+        return _Row(request, prompt, limit, expected, signed, pages, known, drafter)
 
-    def _sample_rows(
-        self, rows: list[_Row], new: list[list[int]], device: torch.device
-    ) -> SampleRows:
-        def column(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=device)
+    def _drop_kept(self) -> None:
+        for pages in self.kept.values():
+            self.cache.give_back(pages)
+        self.kept.clear()
 
-        c = self.config
-        return SampleRows(
-            positions=column(r.length + len(t) for r, t in zip(rows, new, strict=True)),
-            samples=column(row.request.sample for row in rows),
-            row_keys=column(row.key for row in rows),
+    def _reserve(self, ahead: int) -> None:
+        """Pages for so many new tokens of every row, the oldest first; the youngest gives way."""
+        for row in list(self.flying):
+            if row not in self.flying:
+                break  # put back below, as are all behind it
+            need = self.cache.pages_for(row.length + ahead) - len(row.pages)
+            while need > len(self.cache.free):
+                if self.kept:
+                    self._drop_kept()
+                    continue
+                assert self.flying[-1] is not row or len(self.flying) == 1, "the pool is too small"
+                self._put_back(self.flying.pop())
+            row.pages += self.cache.take(max(0, need))
+
+    def _put_back(self, row: _Row) -> None:
+        """Out of flight and to the head of the queue; drawn again, its tokens are the same."""
+        self.cache.give_back(row.pages)
+        again = dataclasses.replace(row.request, draft=row.ids or row.request.draft)
+        self.waiting.insert(0, again)
+        self.twins[row.prompt] += 1
+        self.stats.put_back += 1
+
+    def _compact(self) -> None:
+        """Bring the pages in use together where the attention reads the pool as it lies."""
+        cache = self.cache
+        if cache.k.device.type != "cpu" or cache.pages == len(cache.free):
+            return
+        tables = [self.prefix[1], *self.kept.values(), *(row.pages for row in self.flying)]
+        used = cache.pages - len(cache.free)
+        if max(map(max, filter(None, tables))) >= used + max(4, used // 8):
+            cache.compact([table for table in tables if table])
+
+    # ---- forwards
+
+    def _describe(
+        self,
+        new: Sequence[int],
+        context: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        alone: bool,
+        ahead: int = 0,
+    ) -> Cached:
+        size, device = self.config.page_size, self.model.device
+        return Cached.build(new, context, tables, size, device, alone=alone, ahead=ahead)
+
+    def _hidden(
+        self, tokens: Sequence[int] | Tensor, cached: Cached, wanted: Tensor | None = None
+    ) -> Tensor:
+        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
+        return self.model.forward(ids, cached, lora=self.lora, cache=self.cache, wanted=wanted)
+
+    def _draw(
+        self, hidden: Tensor, rows: Sequence[_Row], positions: Tensor, history: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One token (n,) and its log-probability (n,) for each hidden state (n, D)."""
+        c, device = self.config, self.model.device
+        keys = SampleRows(
+            positions=positions + 1,
+            samples=torch.tensor([row.request.sample for row in rows], device=device),
+            row_keys=torch.tensor([row.key for row in rows], device=device),
             seed=c.seed,
             temperature=c.temperature,
             top_k=c.top_k,
             top_p=c.top_p,
             min_p=c.min_p,
             repetition_penalty=c.repetition_penalty,
-            history=None if c.repetition_penalty == 1 else self._history(rows, device),
+            history=history,
         )
+        return self.model.ops.sample(self.model.head(hidden), keys)
 
-    def _history(self, rows: list[_Row], device: torch.device) -> Tensor:
-        """(B, L): each row's prompt and answer so far, padded with -1."""
-        seen = [[*row.request.prompt, *row.ids] for row in rows]
-        longest = max(map(len, seen))
-        padded = [ids + [-1] * (longest - len(ids)) for ids in seen]
-        return torch.tensor(padded, dtype=torch.int64, device=device)
+    def _history(self, seen: Sequence[Sequence[int]], ahead: int = 0) -> Tensor | None:
+        """(n, L): each row's prompt and answer so far, padded with -1; None where nobody asks."""
+        if self.config.repetition_penalty == 1:
+            return None
+        longest = max(map(len, seen)) + ahead
+        padded = [[*ids, *[-1] * (longest - len(ids))] for ids in seen]
+        return torch.tensor(padded, dtype=torch.int64, device=self.model.device)
+
+    def _chunk(self) -> int:
+        """Prompt tokens per forward: whole pages, so that a block is never computed twice."""
+        size = self.config.page_size
+        return max(size, self.config.prefill_tokens // size * size)
+
+    def _chunks(self, rows: list[_Row]) -> Iterator[list[tuple[_Row, int, int]]]:
+        """(row, start, end) of what is prefilled together; prompts are cut at pages only."""
+        size, room, chunk = self.config.page_size, self._chunk(), []
+        for row in rows:
+            start, end = row.filled, len(row.prompt)
+            while start < end:
+                stop = end if end - start <= room else (start + room) // size * size
+                if stop > start:
+                    chunk.append((row, start, stop))
+                    room, start = room - (stop - start), stop
+                if start < end or room < size:
+                    yield chunk
+                    room, chunk = self._chunk(), []
+        if chunk:
+            yield chunk
+
+    def _prefill(self, rows: list[_Row]) -> None:
+        """Compute prompts and draw every row's first token."""
+        started = time.perf_counter()
+        for chunk in self._chunks(rows):
+            context = [start for _, start, _ in chunk]
+            new = [end - start for _, start, end in chunk]
+            cached = self._describe(new, context, [row.pages for row, _, _ in chunk], alone=False)
+            tokens = [t for row, start, end in chunk for t in row.prompt[start:end]]
+            ready = [i for i, (row, _, end) in enumerate(chunk) if end == len(row.prompt)]
+            wanted = cached.last[torch.tensor(ready, dtype=torch.int64, device=cached.last.device)]
+            hidden = self._hidden(tokens, cached, wanted)
+            for row, _, end in chunk:
+                row.filled = end
+            if ready:
+                drawn = [chunk[i][0] for i in ready]
+                history = self._history([row.prompt for row in drawn])
+                chosen = self._draw(hidden, drawn, cached.positions[wanted], history)
+                self._take(drawn, *(values.tolist() for values in chosen))
+        self.stats.prefill_seconds += time.perf_counter() - started
+
+    def _decode(self) -> None:
+        """One visit: a step with guesses, or `steps` steps without."""
+        started = time.perf_counter()
+        guesses = self._guesses()
+        most = max(map(len, guesses))
+        furthest = self.model.config.max_position - max(row.length for row in self.flying)
+        steps = 1 if most else min(self.config.steps, furthest)
+        before = len(self.flying)
+        self._reserve(max(steps, 1 + most))
+        guesses = guesses[: len(self.flying)]
+        self._compact()
+        rows = list(self.flying)
+        if any(guesses):
+            self._verify(rows, guesses)
+        else:
+            self._step(rows, steps)
+        seconds = time.perf_counter() - started
+        self.stats.decode_seconds += seconds
+        self.stats.steps += steps
+        self.stats.row_steps += steps * len(rows)
+        if before == len(rows):
+            self.controller.measured(len(rows) + sum(map(len, guesses)), seconds / steps)
+
+    def _guesses(self) -> list[list[int]]:
+        """What each row carries along, empty where nothing is worth its computation."""
+        if self.config.draft == "off":
+            return [[] for _ in self.flying]
+        offers = []
+        for row in self.flying:
+            room = row.limit - len(row.ids) - 1
+            offers.append(row.drafter.guess(room) if row.drafter and room > 0 else [])
+        if self.config.draft == "always" or not any(offers):
+            return offers
+        matches = [row.drafter.match if row.drafter else 0 for row in self.flying]
+        room = LONGEST * len(offers)
+        taken = self.controller.choose(matches, [len(o) for o in offers], room)
+        return [offer[:n] for offer, n in zip(offers, taken, strict=True)]
+
+    def _step(self, rows: list[_Row], steps: int) -> None:
+        """`steps` tokens for every row; nothing is asked of the device before the last."""
+        tables = [row.pages for row in rows]
+        cached = self._describe(
+            [1] * len(rows), [row.length for row in rows], tables, alone=True, ahead=steps - 1
+        )
+        history = self._history([(*row.prompt, *row.ids) for row in rows], ahead=steps - 1)
+        last: Sequence[int] | Tensor = [row.ids[-1] for row in rows]
+        drawn = []
+        for step in range(steps):
+            if step:
+                cached = cached.advance()
+                if history is not None:
+                    seen = torch.tensor([len(r.prompt) + len(r.ids) for r in rows]) + step - 1
+                    history.scatter_(1, seen[:, None].to(history.device), last[:, None])
+            hidden = self._hidden(last, cached)
+            drawn.append(self._draw(hidden, rows, cached.positions, history))
+            last = drawn[-1][0]
+        tokens, logprobs = (torch.stack(values).tolist() for values in zip(*drawn, strict=True))
+        for step_tokens, step_logprobs in zip(tokens, logprobs, strict=True):
+            self._take(rows, step_tokens, step_logprobs)
+
+    def _verify(self, rows: list[_Row], guesses: list[list[int]]) -> None:
+        """One forward over every row's last token and its guesses; what is drawn is what counts."""
+        new = [1 + len(guess) for guess in guesses]
+        lengths = [row.length for row in rows]
+        cached = self._describe(new, lengths, [row.pages for row in rows], alone=True)
+        pairs = list(zip(rows, guesses, strict=True))
+        hidden = self._hidden([t for row, g in pairs for t in (row.ids[-1], *g)], cached)
+        each = [row for row, g in pairs for _ in range(1 + len(g))]
+        seen = [(*row.prompt, *row.ids, *g[:n]) for row, g in pairs for n in range(1 + len(g))]
+        drawn = self._draw(hidden, each, cached.positions, self._history(seen))
+        tokens, logprobs = (values.tolist() for values in drawn)
+        start = 0
+        for row, guess in pairs:
+            match, held = row.drafter.match if row.drafter else 0, 0
+            for i in range(1 + len(guess)):
+                self._take([row], [tokens[start + i]], [logprobs[start + i]])
+                if i == len(guess) or row.done or tokens[start + i] != guess[i]:
+                    break
+                held += 1
+            start += 1 + len(guess)
+            self.stats.drafted += len(guess)
+            self.stats.held += held
+            if guess and not row.done:
+                self.controller.judged(match, len(guess), held)
 
     # ---- the ends of rows
 
+    def _take(self, rows: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
+        """Append a drawn token to every row that has not ended."""
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if row.done is not None:
+                continue
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            row.done = self._end(row)
+            self.stats.new_tokens += 1
+            if row.drafter is not None:
+                row.drafter.extend(token)
+
     def _finished(self) -> Iterator[Completion]:
         """Take finished rows out of flight and hand them out."""
-        still: list[_Row] = []
-        done: list[Completion] = []
-        for row in self.flying:
-            completion = self._end(row)
-            if completion is None:
-                still.append(row)
-            else:
-                self.cache.give_back(row.pages)
-                done.append(completion)
-        self.flying = still
-        yield from done
+        done = [row for row in self.flying if row.done is not None]
+        self.flying = [row for row in self.flying if row.done is None]
+        for row in done:
+            if row.prompt in self.twins and row.prompt not in self.kept:
+                whole = self.cache.pages_for(len(row.prompt))
+                self.kept[row.prompt] = row.pages[:whole]
+                row.pages = row.pages[whole:]
+            self.cache.give_back(row.pages)
+        for row in done:
+            yield row.done
 
     def _end(self, row: _Row) -> Completion | None:
         """The completion of a row whose last token ended it, else None."""

@@ -4,14 +4,14 @@
     row i    brings m new tokens to c cached ones; new token j attends to the first c + j + 1
              ("bottom-right causal")
 
-Decoding (one new token in every row) splits the context by page and joins the parts in page order:
-    per page   mx = max of the scores, e = exp(scores - mx), l = sum e, o = e V
-    per row    M = max over its pages of mx, w = exp(mx - M), out = sum w o / sum w l
-The split size is the page and the sum runs page by page, so a row's result does not depend on its
-neighbours or on where its pages lie (bitwise, as long as the batched product treats each matrix
-alone; torch's does, and a test holds it to that). All pages in use are read where they lie.
-
-Prefill and extension handle one row after the other.
+The torch form has two fixed shapes of computation, so that a row's result depends neither on its
+neighbours nor on where its pages lie nor on where its tokens were cut into forwards (bitwise, as
+long as the batched product and the row-wise softmax treat each matrix and row alone; torch's do,
+and tests hold them to that):
+    alone    decoding and drafts, one query per row and pass. Scores of every page where it lies,
+             softmax over the row's pages side by side (what is hidden adds exact zeros), values of
+             every page, and the sum over a row's pages in page order
+    prompts  a page of query places (those that are not there are idle) against all pages up to it
 
 shapes     qkv (T, (H + 2G) d)    o (T, H d)    k, v of one layer (pages, G, page size, d)
 precision  scores and softmax in max(fp32, dtype)
@@ -39,12 +39,11 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, power_of_two, tl
-from kernels.attention import attend, attention_reference, split_heads
-from kernels.context import Cached, Packed
+from kernels.attention import attention_reference
+from kernels.context import HIDDEN, Block, Cached, Packed, Pass
 from kernels.spec import MODELS, Spec, accumulate_dtype
 from kernels.tiles import tile
 
-HIDDEN = -1e30  # score of a token that must not be attended to; finite, so that no row is NaN
 DECODED = 16  # queries (heads of a group x new tokens) up to which a row is decoded
 
 # ---- reference: the definition
@@ -95,52 +94,52 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
     """o (T, H d) of the new tokens, which `kv_write_` has already put into the cache."""
     G, d = k.shape[1], k.shape[3]
     H = qkv.shape[1] // d - 2 * G
-    if cached.pool is not None:
-        return _decode(qkv[:, : H * d], k, v, cached)
-    out = qkv.new_empty(qkv.shape[0], H * d)
-    start = 0
-    for i, (new, context) in enumerate(zip(cached.query_lens, cached.context_lens, strict=True)):
-        q, row_k, row_v = split_heads(qkv[start : start + new], H, G)
-        if context:
-            row_k, row_v = _gather(k, v, cached, i, context + new)
-        out[start : start + new] = attend(q, row_k, row_v, context)[0].flatten(1)
-        start += new
-    return out
+    q = qkv[:, : H * d] * d**-0.5
+    if cached.alone and len(cached.passes) == 1:
+        return _decode(q, k, v, cached.passes[0])
+    o = torch.empty_like(q)
+    if cached.alone:
+        for one in cached.passes:
+            o.index_copy_(0, one.tokens, _decode(q, k, v, one))
+        return o
+    for block in cached.blocks:
+        part = _prefill(q, k, v, block)
+        o.index_copy_(0, block.scatter, part.index_select(0, block.source))
+    return o
 
 
-def _gather(
-    k: Tensor, v: Tensor, cached: Cached, row: int, total: int
-) -> tuple[Tensor, Tensor]:  # (G, total, d) each
-    pages = cached.block_table[row, : -(-total // cached.page_size)]
-    k, v = (c.index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, :total] for c in (k, v))
-    return k, v
+def _decode(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
+    """One query per row: scores by page, softmax by row, values by page, added in page order."""
+    acc = accumulate_dtype(q.dtype)
+    (G, size, d), (B, P) = k.shape[1:], one.table.shape
+    n = q.shape[1] // (G * d)
+    k, v = (c[: one.pages].view(-1, size, d) for c in (k, v))
+    there, back = one.spread(G * n)
+    scores = torch.bmm(q.index_select(0, one.owner).view(-1, n, d), k.transpose(1, 2))
+    scores = scores.to(acc).view(-1, size).index_select(0, there).view(B, -1, P * size)
+    p = torch.softmax(scores.add_(one.hidden), dim=-1).to(v.dtype)
+    parts = v.new_zeros(one.pages + 1, G * n * d)  # the last is what padding of the table adds
+    p = p.view(-1, size).index_select(0, back).view(-1, n, size)
+    torch.bmm(p, v, out=parts[:-1].view(-1, n, d))
+    by_row = parts.index_select(0, one.table.flatten()).view(B, P, -1)
+    return by_row.to(acc).sum(1).to(q.dtype)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
-    """One query per row, the context split by page."""
-    pool, acc = cached.pool, accumulate_dtype(q.dtype)
-    rows, (G, size, d) = q.shape[0], k.shape[1:]
-    q = (q * d**-0.5).unflatten(1, (G, -1, d))  # (B, G, n, d)
-    n = q.shape[2]
-    flat = (pool.pages * G, size, d)
-    k, v = k[: pool.pages].view(flat), v[: pool.pages].view(flat)
-    scores = torch.bmm(q[pool.owner].view(-1, n, d), k.transpose(1, 2)).to(acc)
-    scores.view(pool.pages, G * n, size).masked_fill_(pool.hidden[:, None], HIDDEN)
-    top = scores.amax(-1, keepdim=True)
-    e = scores.sub_(top).exp_()
-    part = torch.bmm(e.to(v.dtype), v).view(pool.pages, G * n, d)
-    total, top = (t.view(pool.pages, G * n) for t in (e.sum(-1), top))
-
-    table, used = cached.block_table, cached.pages_used[..., None]  # (B, P), (B, P, 1)
-    row_top = top[table].masked_fill_(~used, HIDDEN)  # (B, P, H)
-    weight = (row_top - row_top.amax(1, keepdim=True)).exp_().mul_(used)
-    out = part.new_zeros(rows, G * n, d, dtype=acc)
-    norm = out.new_zeros(rows, G * n)
-    for p in range(table.shape[1]):  # in page order: the sum must not depend on the neighbours
-        page, w = table[:, p], weight[:, p]
-        out.addcmul_(part[page].to(acc), w[..., None])
-        norm.addcmul_(total[page], w)
-    return out.div_(norm[..., None]).flatten(1).to(q.dtype)
+def _prefill(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+    """A whole page of queries of each row, (rows * page size, H d); causal within the last page."""
+    acc = accumulate_dtype(q.dtype)
+    G, size, d = k.shape[1:]
+    n, keys = q.shape[1] // (G * d), block.pages * size
+    q = q.index_select(0, block.gather).view(-1, size, G, n, d).transpose(1, 2)
+    heads = torch.arange(G, device=q.device)[:, None]
+    lines = (block.table[:, None] * G + heads).flatten()  # (rows, G, pages): a head's page each
+    k, v = (c.view(-1, size * d).index_select(0, lines).view(-1, keys, d) for c in (k, v))
+    scores = torch.bmm(q.reshape(-1, size * n, d), k.transpose(1, 2)).to(acc)
+    tokens = torch.arange(size, device=q.device)
+    later = tokens > tokens.repeat_interleave(n)[:, None]
+    scores[..., -size:].masked_fill_(later, HIDDEN)
+    o = torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)
+    return o.view(-1, G, size, n, d).transpose(1, 2).reshape(-1, G * n * d)
 
 
 # ---- triton

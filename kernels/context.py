@@ -11,10 +11,14 @@ to ask the device. Both are built once per step and shared by all layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+HIDDEN = -1e30  # added to the score of a token that must not be attended to; finite: no row is NaN
 
 
 @dataclass(frozen=True)
@@ -71,34 +75,39 @@ class Cached:
     context_lens: tuple[int, ...]  # (B,) host, tokens in the cache before this forward
     tables: tuple[tuple[int, ...], ...]  # (B,) host, the pages of each row in order
     page_size: int  # tokens per page
+    alone: bool  # sampled tokens and drafts, each computed as if it came alone; else prompts
     positions: Tensor  # (T,) int64
     write_page: Tensor  # (T,) int64: where each token's key and value go
     write_offset: Tensor  # (T,) int64
     last: Tensor  # (B,) int64: index of each row's last new token
     block_table: Tensor  # (B, P) int64 device mirror of `tables`, padded with page 0
-    pages_used: Tensor  # (B, P) bool: False where block_table is padding
     cu_queries: Tensor  # (B + 1,) int32: row i's new tokens are cu_queries[i] .. cu_queries[i + 1]
     contexts: Tensor  # (B,) int32 device mirror of `context_lens`
-    pool: Pool | None = field(default=None)  # decode steps only
 
     @classmethod
     def build(
         cls,
-        query_lens: list[int],
-        context_lens: list[int],
-        tables: list[list[int]],
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        tables: Sequence[Sequence[int]],
         page_size: int,
         device: str | torch.device = "cpu",
+        alone: bool | None = None,
+        ahead: int = 0,
     ) -> Cached:
-        """Describe one forward; pages for the new tokens must be in `tables` already."""
+        """Describe one forward; pages for the new tokens must be in `tables` already.
+
+        alone None: decoding if every row brings one token. `ahead`: how often `advance` may be
+        called; pages for those tokens must be in `tables` too.
+        """
         assert len(query_lens) == len(context_lens) == len(tables), "one entry per row in each list"
         positions, page, offset = [], [], []
         used, ends = [], [0]
         for new, context, table in zip(query_lens, context_lens, tables, strict=True):
             total = context + new
-            used.append(-(-total // page_size))
+            used.append(-(-(total + ahead) // page_size))
             assert new > 0 and len(table) >= used[-1], (
-                f"row of {context} + {new} tokens has {len(table)} pages of {page_size}"
+                f"row of {context} + {new} + {ahead} tokens has {len(table)} pages of {page_size}"
             )
             span = range(context, total)
             positions.extend(span)
@@ -109,58 +118,132 @@ class Cached:
         padded = [
             list(t[:n]) + [0] * (width - n) for t, n in zip(tables, used, strict=True)
         ]  # a page behind the row's tokens is not looked at
-        pool = None
-        if all(n == 1 for n in query_lens) and query_lens:
-            pool = Pool.build(context_lens, tables, used, page_size, device)
         return cls(
             query_lens=tuple(query_lens),
             context_lens=tuple(context_lens),
-            tables=tuple(tuple(t) for t in tables),
+            tables=tuple(tuple(t[:n]) for t, n in zip(tables, used, strict=True)),
             page_size=page_size,
+            alone=all(n == 1 for n in query_lens) if alone is None else alone,
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             write_page=torch.tensor(page, dtype=torch.int64, device=device),
             write_offset=torch.tensor(offset, dtype=torch.int64, device=device),
             last=torch.tensor([end - 1 for end in ends[1:]], dtype=torch.int64, device=device),
             block_table=torch.tensor(padded, dtype=torch.int64, device=device).view(rows, width),
-            pages_used=torch.tensor(
-                [[p < n for p in range(width)] for n in used], dtype=torch.bool, device=device
-            ).view(rows, width),
             cu_queries=torch.tensor(ends, dtype=torch.int32, device=device),
             contexts=torch.tensor(context_lens, dtype=torch.int32, device=device),
-            pool=pool,
         )
+
+    def advance(self) -> Cached:
+        """The same rows one token later, after a step in which each brought one token.
+
+        The device mirrors are moved in place and nothing is copied to the device, so that steps
+        can follow each other without a visit to the host (and be captured).
+        """
+        assert len(self.positions) == len(self.query_lens), "only single tokens can be advanced"
+        self.positions.add_(1)
+        self.contexts.add_(1)
+        page = (self.positions // self.page_size)[:, None]
+        self.write_page.copy_(self.block_table.gather(1, page)[:, 0])
+        self.write_offset.copy_(self.positions % self.page_size)
+        return replace(self, context_lens=tuple(n + 1 for n in self.context_lens))
+
+    @cached_property
+    def passes(self) -> list[Pass]:
+        """The new tokens by depth: every row's first, every row's second, ..."""
+        starts = self.cu_queries.tolist()
+        depths = range(max(self.query_lens, default=0))
+        return [Pass.build(self, starts, depth) for depth in depths]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The new tokens by the page they lie in."""
+        found: dict[int, list[tuple[int, int]]] = {}  # page of its row -> (row, first new token)
+        start = 0
+        for row, (new, context) in enumerate(zip(self.query_lens, self.context_lens, strict=True)):
+            for b in range(context // self.page_size, (context + new - 1) // self.page_size + 1):
+                found.setdefault(b, []).append((row, start - context))
+            start += new
+        return [Block.build(self, b, rows) for b, rows in sorted(found.items())]
 
 
 @dataclass(frozen=True)
-class Pool:
-    """A decode step seen from the cache: for every page, whose it is and which tokens count.
+class Pass:
+    """One query per row, seen from the cache: the torch path reads all pages where they lie.
 
-    Lets the torch path read every page where it lies (a gather would copy the whole context).
+    (A gather would copy the whole context.) Heads are numbered within a row: `spread` is in units
+    of a head's scores of one page.
     """
 
     pages: int  # pages 0 .. pages - 1 of the cache are looked at
-    owner: Tensor  # (pages,) int64: row that owns the page; 0 where nobody does
-    hidden: Tensor  # (pages, page_size) bool: True for a token that must not be attended to
+    tokens: Tensor  # (B,) int64: the queries' places among the new tokens
+    owner: Tensor  # (pages,) int64: token whose query meets the page; any where nobody does
+    place: Tensor  # (pages,) int64: row * P + place of the page in its row; 0 where nobody's
+    table: Tensor  # (B, P) int64: the rows' pages, padded with the number `pages`
+    hidden: Tensor  # (B, 1, P * page_size): 0, or HIDDEN for what must not be attended to
+    memo: dict[int, tuple[Tensor, Tensor]]  # H -> what `spread` gave
 
     @classmethod
-    def build(
-        cls,
-        context_lens: list[int],
-        tables: list[list[int]],
-        used: list[int],
-        page_size: int,
-        device: str | torch.device,
-    ) -> Pool:
-        """One new token per row, so row i has context_lens[i] + 1 tokens."""
-        pages = 1 + max(max(t[:n]) for t, n in zip(tables, used, strict=True))
-        owner, visible = [0] * pages, [0] * pages
-        for row, (context, table, n) in enumerate(zip(context_lens, tables, used, strict=True)):
-            for i, page in enumerate(table[:n]):
-                owner[page] = row
-                visible[page] = min(page_size, context + 1 - i * page_size)
-        offsets = torch.arange(page_size, device=device)
+    def build(cls, cached: Cached, starts: Sequence[int], depth: int) -> Pass:
+        """The tokens number `depth` of the rows that have so many."""
+        size, device = cached.page_size, cached.positions.device
+        rows = [i for i, new in enumerate(cached.query_lens) if new > depth]
+        lengths = [cached.context_lens[i] + depth + 1 for i in rows]
+        tables = [cached.tables[i][: -(-n // size)] for i, n in zip(rows, lengths, strict=True)]
+        pages, width = 1 + max(map(max, tables)), max(map(len, tables))
+        owner, place = [starts[rows[0]] + depth] * pages, [0] * pages
+        for b, (i, table) in enumerate(zip(rows, tables, strict=True)):
+            for p, page in enumerate(table):
+                owner[page], place[page] = starts[i] + depth, b * width + p
+        padded = [list(t) + [pages] * (width - len(t)) for t in tables]
+        behind = torch.arange(width * size) >= torch.tensor(lengths)[:, None]
         return cls(
             pages=pages,
-            owner=torch.tensor(owner, dtype=torch.int64, device=device),
-            hidden=offsets >= torch.tensor(visible, device=device)[:, None],
+            tokens=torch.tensor([starts[i] + depth for i in rows], device=device),
+            owner=torch.tensor(owner, device=device),
+            place=torch.tensor(place, device=device),
+            table=torch.tensor(padded, device=device),
+            hidden=torch.zeros(behind.shape).masked_fill_(behind, HIDDEN)[:, None].to(device),
+            memo={},
         )
+
+    def spread(self, H: int) -> tuple[Tensor, Tensor]:
+        """Between page order (page, head) and row order (row, head, page of the row): where each
+        line of the second lies in the first, (B * H * P,), and the other way round, (pages * H,).
+        """
+        if H not in self.memo:
+            heads = torch.arange(H, device=self.table.device)
+            there = self.table.clamp(max=self.pages - 1)[:, None] * H + heads[:, None]
+            P = self.table.shape[1]
+            row, page = self.place // P, self.place % P
+            back = ((row[:, None] * H + heads) * P) + page[:, None]
+            self.memo[H] = there.flatten(), back.flatten()
+        return self.memo[H]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries at the places of one page of their rows, against all pages up to it.
+
+    The shape of what is computed follows from the place alone, not from where a prompt was cut.
+    """
+
+    pages: int  # keys of the first so many pages of each row
+    gather: Tensor  # (rows * page_size,) int64: token at each place; 0 where there is none
+    scatter: Tensor  # (m,) int64: tokens that are here ...
+    source: Tensor  # (m,) int64: ... and their places
+    table: Tensor  # (rows, pages) int64
+
+    @classmethod
+    def build(cls, cached: Cached, b: int, rows: list[tuple[int, int]]) -> Block:
+        """Page b of the rows (row, place of its token 0 among the new tokens)."""
+        size, device = cached.page_size, cached.positions.device
+        gather = [0] * (len(rows) * size)
+        scatter, source = [], []
+        for j, (row, zero) in enumerate(rows):
+            context, new = cached.context_lens[row], cached.query_lens[row]
+            for p in range(max(context, b * size), min(context + new, (b + 1) * size)):
+                source.append(j * size + p - b * size)
+                scatter.append(zero + p)
+                gather[source[-1]] = zero + p
+        index = (gather, scatter, source, [cached.tables[row][: b + 1] for row, _ in rows])
+        return cls(b + 1, *(torch.tensor(i, device=device) for i in index))

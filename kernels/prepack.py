@@ -58,6 +58,10 @@ class Prepacked:
             f"(equal for: {[m for m, ok in same.items() if ok]}), so text would depend on --rows"
         )
 
+    def unpack(self) -> Tensor:
+        """The weight (N, K) as it was, bit for bit: packing only moves numbers."""
+        return self.packed.to_dense()
+
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
         if rows >= self.min_rows:

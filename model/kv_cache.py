@@ -8,6 +8,7 @@ pages in use lie together. A page is zeroed when it is handed out: what an earli
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ class KVCache:
         self.v: Tensor = torch.empty(self.shape, device=device, dtype=dtype)
         self.free = list(range(pages))
 
+    @staticmethod
+    def page_bytes(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page, keys and values of all layers."""
+        numbers = config.num_layers * config.num_kv_heads * page_size * config.head_dim
+        return 2 * numbers * dtype.itemsize
+
     @property
     def pages(self) -> int:
         """Pages in all."""
@@ -52,10 +59,34 @@ class KVCache:
             self.v[:, page] = 0
         return taken
 
-    def give_back(self, pages: list[int]) -> None:
+    def give_back(self, pages: Sequence[int]) -> None:
         """Return a finished row's pages."""
         for page in pages:
             heapq.heappush(self.free, page)
+
+    def copy(self, source: Sequence[int], to: Sequence[int]) -> None:
+        """Copy whole pages: a prefix that is computed once begins many rows."""
+        assert len(source) == len(to), f"{len(source)} pages onto {len(to)}"
+        if source:
+            self.k[:, list(to)] = self.k[:, list(source)]
+            self.v[:, list(to)] = self.v[:, list(source)]
+
+    def compact(self, tables: Sequence[list[int]]) -> None:
+        """Move the pages of `tables`, which are all that is in use, to the lowest numbers.
+
+        The lists are changed in place. torch's attention on a CPU reads the pool up to the highest
+        page in use; after many rows have ended most of that would be nobody's.
+        """
+        used = sum(map(len, tables))
+        assert used + len(self.free) == self.pages, f"{used} pages in use, {len(self.free)} free"
+        holes = sorted(page for page in self.free if page < used)
+        moves = {}
+        for table in tables:
+            for i, page in enumerate(table):
+                if page >= used:
+                    moves[page] = table[i] = holes[len(moves)]
+        self.copy(list(moves), list(moves.values()))
+        self.free = list(range(used, self.pages))
 
     def grow(self, pages: int) -> None:
         """Enlarge the pool to `pages`; what is in use keeps its place and content."""

@@ -128,14 +128,17 @@ class Llama:
         lora: Lora | None = None,
         tape: Tape | None = None,
         cache: KVCache | None = None,
+        wanted: Tensor | None = None,  # (n,) int64 tokens
     ) -> Tensor:
-        """Hidden states (T, D) after the last norm.
+        """Hidden states (T, D) after the last norm, or (n, D) of the `wanted` tokens alone.
 
         With a `Tape` (training; needs a Packed) what the backward needs is recorded and dropout
-        is on; with a `Cached` the new keys and values are written into `cache`.
+        is on; with a `Cached` the new keys and values are written into `cache`. Behind the last
+        layer's attention only the wanted tokens are computed: of a prompt, its last.
         """
         assert (cache is None) == isinstance(context, Packed), "a Cached context needs a cache"
         assert tape is None or cache is None, "only packed rows can be trained on"
+        assert wanted is None or tape is None, "a backward needs every token"
         if lora is not None:
             lora.ensure_bound(self)
         w, eps = self.weights, self.config.rms_norm_eps
@@ -147,7 +150,8 @@ class Llama:
             else:
                 y, h, rstd = self.ops.add_rms_norm_forward(x, h, w[f"{i}.attn_norm"], eps)
             saved = None if tape is None else Saved(h=h, rstd1=rstd)
-            x, h = self._layer(i, y, h, context, cos_sin, lora, saved, cache)
+            last = wanted if i == self.config.num_layers - 1 else None
+            x, h = self._layer(i, y, h, context, cos_sin, lora, saved, cache, last)
             if tape is not None:
                 _drop(saved, tape.policy)
                 tape.layers.append(saved)
@@ -166,6 +170,7 @@ class Llama:
         lora: Lora | None,
         saved: Saved | None,
         cache: KVCache | None = None,
+        wanted: Tensor | None = None,  # (n,) the tokens that go on behind attention
     ) -> tuple[Tensor, Tensor]:
         """The feed-forward branch's output x and the residual stream h it is to be added to."""
         c, ops, w = self.config, self.ops, self.weights
@@ -180,6 +185,8 @@ class Llama:
         else:
             ops.kv_write_(qkv, cache.k[i], cache.v[i], context)
             o = ops.cached_attention(qkv, cache.k[i], cache.v[i], context)
+        if wanted is not None:
+            o, h = o[wanted], h[wanted]
         a, s_o = ops.lora_linear_forward(o, w[f"{i}.o"], *args["o"])
         y, h, rstd = ops.add_rms_norm_forward(a, h, w[f"{i}.mlp_norm"], c.rms_norm_eps)
         gate_up, s_gate_up = ops.lora_linear_forward(y, w[f"{i}.gate_up"], *args["gate_up"])
@@ -314,29 +321,52 @@ class Llama:
         """Logits (N, V) of hidden states (N, D)."""
         return linear(hidden, self.weights["head"])
 
-    def for_sampling(self, lora: Lora | None = None) -> tuple[Llama, Lora | None]:
+    def for_sampling(
+        self, lora: Lora | None = None, release: bool = False
+    ) -> tuple[Llama, Lora | None]:
         """A model whose every product has one form for a whole run, and the adapter still to pass.
 
-        On a CPU in fp32: a second copy of the matrices in oneDNN's layout, the adapter merged into
-        it (the base stays as it is). Elsewhere: this model and the adapter.
+        On a CPU in fp32 the matrices are copied into oneDNN's layout, the adapter merged into the
+        copy (measured faster than two more products per group, and a row stays a row; the base
+        stays as it is). Elsewhere: this model and the adapter. `release` gives this model's own
+        matrices up while they are packed, so that memory does not double, until `restore`; with
+        an adapter they are kept, since a sum cannot be taken apart exactly.
         """
         if self.ops.name == "reference" or not Prepacked.available(self.weights["embed"]):
             return self, lora  # the definition knows plain matrices only
         if lora is not None:
             lora.ensure_bound(self)
         packed: dict[str, Tensor | Prepacked] = {}
-        for name, weight in self.weights.items():
+        for name in list(self.weights):
+            weight = self.weights[name]
             layer, _, group = name.partition(".")
+            assert lora is None or isinstance(weight, Tensor), "released: restore it first"
+            if isinstance(weight, Prepacked) or not (group in GROUPS or name == "head"):
+                packed[name] = weight
+                continue
             if lora is not None and group in GROUPS:
-                deltas = [
-                    lora.delta(f"model.layers.{layer}.{member}.weight") for member in GROUPS[group]
-                ]
-                if adapters := lora.group(int(layer), group):
-                    parts = zip(weight.split(adapters.sizes), deltas, strict=True)
-                    weight = torch.cat([p if d is None else p + d for p, d in parts])
-            is_matrix = group in GROUPS or name == "head"
-            packed[name] = prepack(weight) if is_matrix else weight
+                weight = _merged(weight, lora, layer, group)
+            packed[name] = prepack(weight)
+            if release and lora is None:
+                self.weights[name] = packed[name]
         return Llama(self.config, packed, self.ops), None
+
+    def restore(self) -> None:
+        """Take back, bit for bit, the matrices that `for_sampling` released."""
+        for name, weight in self.weights.items():
+            if isinstance(weight, Prepacked):
+                tied = name == "head" and self.config.tie_embeddings
+                self.weights[name] = self.weights["embed"] if tied else weight.unpack()
+
+
+def _merged(weight: Tensor, lora: Lora, layer: str, name: str) -> Tensor:
+    """W + s B A of a group's members, one below the other; W itself where there is no adapter."""
+    adapters = lora.group(int(layer), name)
+    if adapters is None:
+        return weight
+    deltas = [lora.delta(f"model.layers.{layer}.{member}.weight") for member in GROUPS[name]]
+    parts = zip(weight.split(adapters.sizes), deltas, strict=True)
+    return torch.cat([p if d is None else p + d for p, d in parts])
 
 
 def _drop(saved: Saved, policy: str) -> None:
