@@ -8,9 +8,11 @@ The torch form has two fixed shapes of computation, so that a row's result depen
 neighbours nor on where its pages lie nor on where its tokens were cut into forwards (bitwise, as
 long as the batched product and the row-wise softmax treat each matrix and row alone; torch's do,
 and tests hold them to that):
-    alone    decoding and drafts, one query per row and pass. Scores of every page where it lies,
-             softmax over the row's pages side by side (what is hidden adds exact zeros), values of
-             every page, and the sum over a row's pages in page order
+    alone    decoding and drafts, each token a query of its own. Scores of every page where it
+             lies, softmax over the row's pages side by side (what is hidden adds exact zeros),
+             values of every page, and the sum over a row's pages in page order. How many queries
+             meet a page together must not matter: `alone_width` measures that on a CPU, and where
+             it does, drafts are computed one depth after the other
     prompts  a page of query places (those that are not there are idle) against all pages up to it
 
 shapes     qkv (T, (H + 2G) d)    o (T, H d)    k, v of one layer (pages, G, page size, d)
@@ -33,6 +35,7 @@ tiles      shape classes: padded head size x bytes of an element, as "D128x2"; e
 
 from __future__ import annotations
 
+import functools
 import random
 
 import torch
@@ -92,15 +95,19 @@ def kv_write_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
 
 def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
     """o (T, H d) of the new tokens, which `kv_write_` has already put into the cache."""
-    G, d = k.shape[1], k.shape[3]
+    G, size, d = k.shape[1:]
     H = qkv.shape[1] // d - 2 * G
+    if not qkv.shape[0]:
+        return qkv.new_empty(0, H * d)
     q = qkv[:, : H * d] * d**-0.5
-    if cached.alone and len(cached.passes) == 1:
-        return _decode(q, k, v, cached.passes[0])
     o = torch.empty_like(q)
     if cached.alone:
-        for one in cached.passes:
-            o.index_copy_(0, one.tokens, _decode(q, k, v, one))
+        for one in cached.passes(alone_width(H // G, size, d, q.dtype, q.device.type)):
+            part = _decode(q, k, v, one)
+            tokens = one.tokens
+            if one.live is not None:
+                part, tokens = part.index_select(0, one.live), tokens.index_select(0, one.live)
+            o.index_copy_(0, tokens, part)
         return o
     for block in cached.blocks:
         part = _prefill(q, k, v, block)
@@ -108,21 +115,51 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
     return o
 
 
+@functools.cache
+def alone_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> int | None:
+    """Queries per row from which on their number changes no bit of a query's result.
+
+    n heads share a page's keys, so w queries are a product of w n rows. Measured (a CPU's library
+    takes other paths for one or two rows than for more); None where every number gave other bits.
+    On a GPU nothing is promised and 1 is given.
+    """
+    if device != "cpu":
+        return 1
+    g = torch.Generator().manual_seed(0)
+    most = max(48, 16 * n)
+    q, k, v = (torch.randn(4, m, d, generator=g).to(dtype) for m in (most, size, size))
+    p = torch.rand(4, most, size, generator=g).to(dtype)
+    whole = torch.bmm(q, k.transpose(1, 2)), torch.bmm(p, v)
+    same = {}
+    for m in range(n, most, n):
+        few = (
+            torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2)),
+            torch.bmm(p[:, :m].contiguous(), v),
+        )
+        same[m] = all(torch.equal(a, b[:, :m]) for a, b in zip(few, whole, strict=True))
+    least = next((m for m in same if all(ok for w, ok in same.items() if w >= m)), None)
+    return None if least is None or least > 8 * n else least // n
+
+
 def _decode(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
-    """One query per row: scores by page, softmax by row, values by page, added in page order."""
+    """(B W, H d), W queries per row: scores by page, softmax by row, values by page, added in page
+    order."""
     acc = accumulate_dtype(q.dtype)
-    (G, size, d), (B, P) = k.shape[1:], one.table.shape
+    (G, size, d), (B, P), W = k.shape[1:], one.table.shape, one.hidden.shape[1]
     n = q.shape[1] // (G * d)
     k, v = (c[: one.pages].view(-1, size, d) for c in (k, v))
-    there, back = one.spread(G * n)
-    scores = torch.bmm(q.index_select(0, one.owner).view(-1, n, d), k.transpose(1, 2))
-    scores = scores.to(acc).view(-1, size).index_select(0, there).view(B, -1, P * size)
-    p = torch.softmax(scores.add_(one.hidden), dim=-1).to(v.dtype)
-    parts = v.new_zeros(one.pages + 1, G * n * d)  # the last is what padding of the table adds
-    p = p.view(-1, size).index_select(0, back).view(-1, n, size)
-    torch.bmm(p, v, out=parts[:-1].view(-1, n, d))
+    q = q.index_select(0, one.tokens).view(B, W, G, n * d).transpose(1, 2).reshape(B, -1)
+    there, back = one.spread(G * W * n)
+    scores = torch.bmm(q.index_select(0, one.owner).view(-1, W * n, d), k.transpose(1, 2))
+    scores = scores.to(acc).view(-1, size).index_select(0, there).view(B, G, W, n, P * size)
+    p = torch.softmax(scores.add_(one.hidden[:, None, :, None]), dim=-1).to(v.dtype)
+    parts = v.new_empty(one.pages + 1, G * W * n * d)
+    parts[-1] = 0  # what the padding of the table adds
+    p = p.view(-1, size).index_select(0, back).view(-1, W * n, size)
+    torch.bmm(p, v, out=parts[:-1].view(-1, W * n, d))
     by_row = parts.index_select(0, one.table.flatten()).view(B, P, -1)
-    return by_row.to(acc).sum(1).to(q.dtype)
+    o = by_row.to(acc).sum(1).to(q.dtype)
+    return o.view(B, G, W, n * d).transpose(1, 2).reshape(B * W, -1)
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

@@ -12,8 +12,9 @@ to ask the device. Both are built once per step and shared by all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Cached:
     block_table: Tensor  # (B, P) int64 device mirror of `tables`, padded with page 0
     cu_queries: Tensor  # (B + 1,) int32: row i's new tokens are cu_queries[i] .. cu_queries[i + 1]
     contexts: Tensor  # (B,) int32 device mirror of `context_lens`
+    memo: dict[int | None, list[Pass]] = field(default_factory=dict, compare=False)  # `passes`
 
     @classmethod
     def build(
@@ -145,14 +147,19 @@ class Cached:
         page = (self.positions // self.page_size)[:, None]
         self.write_page.copy_(self.block_table.gather(1, page)[:, 0])
         self.write_offset.copy_(self.positions % self.page_size)
-        return replace(self, context_lens=tuple(n + 1 for n in self.context_lens))
+        return replace(self, context_lens=tuple(n + 1 for n in self.context_lens), memo={})
 
-    @cached_property
-    def passes(self) -> list[Pass]:
-        """The new tokens by depth: every row's first, every row's second, ..."""
-        starts = self.cu_queries.tolist()
-        depths = range(max(self.query_lens, default=0))
-        return [Pass.build(self, starts, depth) for depth in depths]
+    def passes(self, width: int | None) -> list[Pass]:
+        """The new tokens as queries of their own: all in one pass at least `width` wide, or, for
+        None, by depth: every row's first, every row's second, ..."""
+        if width not in self.memo:
+            if width is None:
+                depths = range(max(self.query_lens, default=0))
+                made = [Pass.build(self, depth, 1) for depth in depths]
+            else:
+                made = [Pass.build(self, 0, max(width, *self.query_lens))]
+            self.memo[width] = made
+        return self.memo[width]
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -168,56 +175,66 @@ class Cached:
 
 @dataclass(frozen=True)
 class Pass:
-    """One query per row, seen from the cache: the torch path reads all pages where they lie.
+    """Up to W queries per row, seen from the cache: the torch path reads all pages where they lie.
 
-    (A gather would copy the whole context.) Heads are numbered within a row: `spread` is in units
-    of a head's scores of one page.
+    (A gather would copy the whole context.) What a page computes, its lines, are numbered within
+    it: key/value head, query, query head of the group.
     """
 
     pages: int  # pages 0 .. pages - 1 of the cache are looked at
-    tokens: Tensor  # (B,) int64: the queries' places among the new tokens
-    owner: Tensor  # (pages,) int64: token whose query meets the page; any where nobody does
+    tokens: Tensor  # (B W,) int64: each query's place among the new tokens; idle ones repeat
+    live: Tensor | None  # (m,) int64: of these the ones that are no repeats; None for all
+    owner: Tensor  # (pages,) int64: row whose queries meet the page; any where nobody does
     place: Tensor  # (pages,) int64: row * P + place of the page in its row; 0 where nobody's
     table: Tensor  # (B, P) int64: the rows' pages, padded with the number `pages`
-    hidden: Tensor  # (B, 1, P * page_size): 0, or HIDDEN for what must not be attended to
-    memo: dict[int, tuple[Tensor, Tensor]]  # H -> what `spread` gave
+    hidden: Tensor  # (B, W, P * page_size): 0, or HIDDEN for what must not be attended to
+    memo: dict[int, tuple[Tensor, Tensor]]  # lines of a page -> what `spread` gave
 
     @classmethod
-    def build(cls, cached: Cached, starts: Sequence[int], depth: int) -> Pass:
-        """The tokens number `depth` of the rows that have so many."""
+    def build(cls, cached: Cached, depth: int, width: int) -> Pass:
+        """Tokens number depth .. depth + width - 1 of the rows that have so many."""
         size, device = cached.page_size, cached.positions.device
+        starts = [0, *accumulate(cached.query_lens)]
         rows = [i for i, new in enumerate(cached.query_lens) if new > depth]
-        lengths = [cached.context_lens[i] + depth + 1 for i in rows]
-        tables = [cached.tables[i][: -(-n // size)] for i, n in zip(rows, lengths, strict=True)]
-        pages, width = 1 + max(map(max, tables)), max(map(len, tables))
-        owner, place = [starts[rows[0]] + depth] * pages, [0] * pages
-        for b, (i, table) in enumerate(zip(rows, tables, strict=True)):
+        tokens, live, lengths, tables = [], [], [], []
+        for b, i in enumerate(rows):
+            new = min(width, cached.query_lens[i] - depth)
+            steps = [min(w, new - 1) for w in range(width)]
+            tokens += [starts[i] + depth + w for w in steps]
+            live += [b * width + w for w in range(new)]
+            lengths.append([cached.context_lens[i] + depth + w + 1 for w in steps])
+            tables.append(cached.tables[i][: -(-lengths[-1][-1] // size)])
+        pages, P = 1 + max(map(max, tables)), max(map(len, tables))
+        owner, place = [0] * pages, [0] * pages
+        for b, table in enumerate(tables):
             for p, page in enumerate(table):
-                owner[page], place[page] = starts[i] + depth, b * width + p
-        padded = [list(t) + [pages] * (width - len(t)) for t in tables]
-        behind = torch.arange(width * size) >= torch.tensor(lengths)[:, None]
+                owner[page], place[page] = b, b * P + p
+        padded = [list(t) + [pages] * (P - len(t)) for t in tables]
+        behind = torch.arange(P * size) >= torch.tensor(lengths)[:, :, None]
+        every = len(live) == len(tokens)
         return cls(
             pages=pages,
-            tokens=torch.tensor([starts[i] + depth for i in rows], device=device),
+            tokens=torch.tensor(tokens, device=device),
+            live=None if every else torch.tensor(live, device=device),
             owner=torch.tensor(owner, device=device),
             place=torch.tensor(place, device=device),
             table=torch.tensor(padded, device=device),
-            hidden=torch.zeros(behind.shape).masked_fill_(behind, HIDDEN)[:, None].to(device),
+            hidden=torch.zeros(behind.shape).masked_fill_(behind, HIDDEN).to(device),
             memo={},
         )
 
-    def spread(self, H: int) -> tuple[Tensor, Tensor]:
-        """Between page order (page, head) and row order (row, head, page of the row): where each
-        line of the second lies in the first, (B * H * P,), and the other way round, (pages * H,).
+    def spread(self, L: int) -> tuple[Tensor, Tensor]:
+        """Between page order (page, line) and row order (row, line, page of the row): where each
+        line of the second lies in the first, (B * L * P,), and the other way round, (pages * L,).
         """
-        if H not in self.memo:
-            heads = torch.arange(H, device=self.table.device)
-            there = self.table.clamp(max=self.pages - 1)[:, None] * H + heads[:, None]
+        if L not in self.memo:
+            lines = torch.arange(L, device=self.table.device)
+            there = self.table.clamp(max=self.pages - 1)[:, None] * L + lines[:, None]
             P = self.table.shape[1]
             row, page = self.place // P, self.place % P
-            back = ((row[:, None] * H + heads) * P) + page[:, None]
-            self.memo[H] = there.flatten(), back.flatten()
-        return self.memo[H]
+            back = ((row[:, None] * L + lines) * P) + page[:, None]
+            self.memo[L] = there.flatten(), back.flatten()
+        return self.memo[L]
 
 
 @dataclass(frozen=True)
