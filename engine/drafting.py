@@ -17,6 +17,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import numpy as np
+
 LONGEST = 12  # guesses per row and step
 SEEN = 8  # a match of so many tokens is as good as a longer one
 
@@ -68,58 +70,60 @@ class Drafter:
 class Controller:
     """Decides per step which guesses are worth their computation.
 
-    A step of n tokens is taken to cost a + b n seconds, fitted to the steps so far with older ones
-    fading; a guess at depth j of a row whose match is m holds with the share seen at (m, j). The
-    guesses likeliest to be reached are taken while tokens per second rise.
+    A step of n tokens, of at most w in each of B rows, is taken to cost a + b n + c B w seconds
+    (products; attention, where the widest row sets the width), fitted to the steps so far with
+    older ones fading. A guess at depth j of a row whose match is m holds with the share seen at
+    (m, j). For each width the guesses likeliest to be reached are taken while tokens per second
+    rise; the best width wins.
     """
 
     FADE = 0.98  # per step: what was 50 steps ago counts a third
     PRIOR = 4.0  # tries at which experience weighs as much as the first opinion below
+    WIDTHS = (1, 2, 3, 5, 8, 1 + LONGEST)
 
     def __init__(self) -> None:
-        self.moments = [0.0] * 5  # faded sums of 1, n, n n, seconds, n seconds
+        # first opinion of a step's cost: half of it at 20 tokens, a wide row costs a fifth more
+        self.products, self.seconds = np.zeros((3, 3)), np.zeros(3)
+        for tokens, area in ((1, 1), (20, 20), (20, 40), (60, 60)):
+            self.measured(tokens, area, 0.02 + 0.001 * tokens + 0.0002 * (area - tokens))
         self.tried = [[self.PRIOR] * LONGEST for _ in range(SEEN + 1)]
         first = [0.5, 0.6, 0.5, *[0.8] * (SEEN - 2)]  # by match: the head of a reference is likely
         self.held = [[p * self.PRIOR] * LONGEST for p in first]
 
-    def cost(self, tokens: int) -> float:
-        """Seconds (of any unit) of a step with so many tokens."""
-        w, x, xx, y, xy = self.moments
-        spread = w * xx - x * x
-        if w == 0 or spread <= 1e-6 * w * xx:
-            return 20.0 + tokens  # until two sizes were seen: half of the cost at 20 tokens
-        slope = max((w * xy - x * y) / spread, 0.0)
-        return max((y - slope * x) / w, 0.0) + slope * tokens + 1e-9
-
-    def measured(self, tokens: int, seconds: float) -> None:
-        """A step of that many tokens took that long."""
-        terms = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
-        self.moments = [self.FADE * m + t for m, t in zip(self.moments, terms, strict=True)]
+    def measured(self, tokens: int, area: int, seconds: float) -> None:
+        """A step of that many tokens, and rows times the widest row, took that long."""
+        x = np.array([1.0, tokens, area])
+        self.products = self.FADE * self.products + np.outer(x, x)
+        self.seconds = self.FADE * self.seconds + seconds * x
 
     def judged(self, match: int, drafted: int, held: int) -> None:
         """Of the guesses of a row with that match, so many held before one failed or all did."""
         row = min(match, SEEN)
         for depth in range(min(drafted, held + 1)):
-            tried = self.tried[row][depth]
-            fade = 1.0 if tried < 200 else 0.5
-            self.tried[row][depth] = tried * fade + 1
+            fade = 1.0 if self.tried[row][depth] < 200 else 0.5
+            self.tried[row][depth] = self.tried[row][depth] * fade + 1
             self.held[row][depth] = self.held[row][depth] * fade + (depth < held)
 
-    def choose(self, matches: Sequence[int], offered: Sequence[int], room: int) -> list[int]:
-        """Guesses to take of each row, which offers so many; at most `room` in all."""
-        slots = []
+    def choose(self, matches: Sequence[int], offered: Sequence[int]) -> list[int]:
+        """Guesses to take of each row, which offers so many."""
+        rows, slots = len(matches), []
         for i, (match, most) in enumerate(zip(matches, offered, strict=True)):
             row, reached = min(match, SEEN), 1.0
             for depth in range(most):
                 reached *= self.held[row][depth] / self.tried[row][depth]
                 slots.append((-reached, depth, i))
         slots.sort()
-        taken, rows = [0] * len(matches), len(matches)
-        expected, best, keep = float(rows), rows / self.cost(rows), 0
-        for n, (reached, _, _) in enumerate(slots[:room], start=1):
-            expected -= reached
-            if (rate := expected / self.cost(rows + n)) > best:
-                best, keep = rate, n
-        for _, _, i in slots[:keep]:
+        a, b, c = np.linalg.lstsq(self.products, self.seconds, rcond=1e-9)[0].tolist()
+        a, b, c = max(a, 1e-9), max(b, 0.0), max(c, 0.0)
+        best, keep = rows / (a + (b + c) * rows), []
+        for width in self.WIDTHS[1:]:
+            fixed, expected = a + c * rows * width, float(rows)
+            inside = [slot for slot in slots if slot[1] + 1 < width]
+            for n, (reached, _, _) in enumerate(inside, start=1):
+                expected -= reached
+                if (rate := expected / (fixed + b * (rows + n))) > best:
+                    best, keep = rate, inside[:n]
+        taken = [0] * rows
+        for _, _, i in keep:
             taken[i] += 1
         return taken

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.drafting import LONGEST, Controller, Drafter
+from engine.drafting import Controller, Drafter
 from kernels.context import Cached
 from kernels.philox import mix
 from kernels.sampling import SampleRows
@@ -525,7 +525,9 @@ class Sampler:
         self.stats.steps += steps
         self.stats.row_steps += steps * len(rows)
         if before == len(rows):
-            self.controller.measured(len(rows) + sum(map(len, guesses)), seconds / steps)
+            widest = 1 + max(map(len, guesses))
+            tokens = len(rows) + sum(map(len, guesses))
+            self.controller.measured(tokens, widest * len(rows), seconds / steps)
 
     def _guesses(self) -> list[list[int]]:
         """What each row carries along, empty where nothing is worth its computation."""
@@ -538,8 +540,7 @@ class Sampler:
         if self.config.draft == "always" or not any(offers):
             return offers
         matches = [row.drafter.match if row.drafter else 0 for row in self.flying]
-        room = LONGEST * len(offers)
-        taken = self.controller.choose(matches, [len(o) for o in offers], room)
+        taken = self.controller.choose(matches, [len(o) for o in offers])
         return [offer[:n] for offer, n in zip(offers, taken, strict=True)]
 
     def _step(self, rows: list[_Row], steps: int) -> None:
