@@ -4,10 +4,10 @@
     response ~ seed model                           status = select.judge(response)
     target = response where accepted, else the reference
 
-One line per assistant turn goes to FILE as soon as it is written; a killed run is resumed from
-there. In a conversation the next turn is asked for with the earlier targets as context. When all
-turns are there the file is put into the order of the data, so that it does not tell how many rows
-ran together or how often the run was killed.
+One line per assistant turn goes to FILE as soon as it is written (resumed.py); a killed run is
+resumed from there. In a conversation the next turn is asked for with the earlier targets as
+context. When all turns are there the file is put into the order of the data, so that it does not
+tell how many rows or processes ran together or how often the run was killed.
 
     FILE             data.Distilled, one JSON object per line; texts without the space around them
     FILE.meta.json   settings, hashes of model and data
@@ -24,21 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import KEPT, Distilled, Row, Rows
-from engine.log import (
-    AppendedLines,
-    cut_torn_line,
-    differing,
-    progress,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from engine.distributed import World
+from engine.log import progress
+from engine.process import Interruption
+from engine.resumed import ResumedLines
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, score
 from engine.select import get_verifier, judge
 from engine.session import Session
 from model.chat import Chat
-from model.config import read_json
 from model.llama import Llama
 
 PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Factory's defaults
@@ -183,7 +177,7 @@ class DistillReport:
             text += (
                 f"\ngenerated in {self.seconds:.1f} s (prefill {self.stats.prefill_seconds:.1f}, "
                 f"decoding {self.stats.decode_seconds:.1f}): {rows:.2f} rows/s, "
-                f"{tokens:.0f} new tokens/s"
+                f"{tokens:.0f} new tokens/s; {self.stats.text()}"
             )
         return text
 
@@ -198,46 +192,66 @@ def distill(
     *,
     settings: dict[str, Any],
     resume: bool = False,
+    world: World | None = None,
 ) -> DistillReport:
     """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
 
-    Raises ValueError when `out` exists without resume, or with it under other settings.
+    The first Ctrl-C lets the rows in flight end and begins no other, then raises
+    KeyboardInterrupt; the second stops at once. Raises ValueError when `out` exists without
+    resume, or with it under other settings.
     """
     config.check()
-    done = _open(out, settings, resume)
-    turns = list(_pending(rows, done))
-    started, written = time.perf_counter(), 0
-    stats = SamplerStats()
-    if turns:
-        template = TEMPLATES[config.template]
-        with (
-            Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
-            AppendedLines(out) as file,
-            progress(total=sum(len(r.turns) for r in rows), initial=len(done), unit="row") as bar,
-        ):
-            bar.set_description("distill")
-            flying: dict[str, Turn] = {}
-            for turn in turns:
-                _ask(sampler, chat, template, config, turn, flying)
-            stats = sampler.stats
-            started = time.perf_counter()
-            for completion in sampler.run():
-                turn = flying.pop(completion.id)
-                line = _line(chat, template, config, turn, completion)
-                file.write(dataclasses.asdict(line))
-                done[line.id] = line
-                written += 1
-                if following := turn.next(line.target):
-                    _ask(sampler, chat, template, config, following, flying)
-                rate = stats.new_tokens / (time.perf_counter() - started)
-                bar.set_postfix_str(
-                    f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
-                )
-                bar.update()
-    ordered = [done[f"{row.id}/{k}"] for row in rows for k in range(len(row.turns))]
-    if list(done.values()) != ordered:
-        write_jsonl(out, map(dataclasses.asdict, ordered))
-    return DistillReport(ordered, stats, time.perf_counter() - started, written)
+    world = world or World()
+    seconds, written, stats = 0.0, 0, SamplerStats()
+    with ResumedLines(out, settings, resume=resume, world=world) as file:
+        done = {name: Distilled(**record) for name, record in file.done.items()}
+        turns = list(_pending(file.mine(list(rows)), done))
+        if turns:
+            stats, seconds, written = _write(model, chat, turns, config, sampling, file)
+        order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
+        lines = [Distilled(**record) for record in file.finish(order)]
+    return DistillReport(lines, stats, seconds, written)
+
+
+def _write(
+    model: Llama,
+    chat: Chat,
+    turns: Sequence[Turn],
+    config: DistillConfig,
+    sampling: SamplerConfig,
+    file: ResumedLines,
+) -> tuple[SamplerStats, float, int]:
+    """Ask for these turns and those that follow them: what was done, in seconds, and lines."""
+    template, written = TEMPLATES[config.template], 0
+    asked = sum(len(turn.row.turns) - turn.number for turn in turns)
+    first = file.world.first
+    with (
+        Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
+        progress(total=asked, desc="distill", unit="row", disable=not first) as bar,
+        Interruption(sampler.drain, "the rows in flight are finished and kept"),
+    ):
+        flying: dict[str, Turn] = {}
+        for turn in turns:
+            _ask(sampler, chat, template, config, turn, flying)
+        started = time.perf_counter()
+        for completion in sampler.run():
+            turn = flying.pop(completion.id)
+            line = _line(chat, template, config, turn, completion)
+            file.write(dataclasses.asdict(line))
+            written += 1
+            if following := turn.next(line.target):
+                _ask(sampler, chat, template, config, following, flying)
+            rate = sampler.stats.new_tokens / (time.perf_counter() - started)
+            bar.set_postfix_str(
+                f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
+            )
+            bar.update()
+        if flying:
+            raise KeyboardInterrupt(
+                f"{written} turns were written, {len(flying)} rows are left; the same command "
+                f"with --resume goes on with {file.out}"
+            )
+        return sampler.stats, time.perf_counter() - started, written
 
 
 def distill_settings(
@@ -263,38 +277,19 @@ def distill_job(
     resume: bool,
 ) -> tuple[DistillReport, Means | None]:
     """Distil, score and say what came out."""
-    settings = distill_settings(session, rows, config, sampling)
+    settings, world = distill_settings(session, rows, config, sampling), session.world
+    model, chat = session.model, session.chat
     report = distill(
-        session.model, session.chat, rows, out, config, sampling, settings=settings, resume=resume
+        model, chat, rows, out, config, sampling, settings=settings, resume=resume, world=world
     )
     print(report.text())
-    means, begun = None, time.perf_counter()
+    means = None
     if scoring:
         scores = out.with_name(out.name + ".scores.jsonl")
-        means = score(session.model, session.chat, report.lines, scores, settings)
-        print(f"{means.text()}; scored in {time.perf_counter() - begun:.1f} s")
+        means = score(model, chat, report.lines, scores, settings, world)
+        print(means.text())
     print(f"written: {out}")
     return report, means
-
-
-def _open(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Distilled]:
-    """The lines that are there already, after the settings have been compared."""
-    meta = out.with_name(out.name + ".meta.json")
-    if out.exists() or meta.exists():
-        if not resume:
-            raise ValueError(f"{out} exists already; choose another --out, or --resume to go on")
-        if not meta.exists():
-            raise ValueError(f"{out} has no {meta.name} beside it: not made by this program")
-        changes = differing(read_json(meta), settings)
-        if changes:
-            raise ValueError(
-                f"{out} was begun with other settings and cannot be resumed under these:\n  "
-                + "\n  ".join(changes)
-            )
-    write_json(meta, settings)
-    cut_torn_line(out)
-    lines = [Distilled(**record) for record in read_jsonl(out)] if out.exists() else []
-    return {line.id: line for line in lines}
 
 
 def _pending(rows: Sequence[Row], done: dict[str, Distilled]) -> Iterator[Turn]:
@@ -320,9 +315,12 @@ def _ask(
         ids = chat.prompt_ids(messages, template.prefix)
     except ValueError as error:  # the chat template refuses this conversation
         raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
-    limit = config.limit(len(chat.response_ids(turn.reference)))
+    reference = chat.response_ids(turn.reference)
+    limit = config.limit(len(reference))
     flying[turn.id] = turn
-    sampler.submit(Request(turn.id, ids, limit))
+    # rewrites are about twice as long as what they rewrite (2.4 times in the paper's Alpaca)
+    expected = min(limit, 16 + 2 * len(reference))
+    sampler.submit(Request(turn.id, ids, limit, expected=expected, draft=reference))
 
 
 def _line(

@@ -64,7 +64,7 @@ class Drafter:
 
     def guess(self, most: int) -> list[int]:
         """Up to `most` tokens that may come next."""
-        return self.source[self.at : self.at + min(most, LONGEST)]
+        return self.source[self.at : self.at + max(0, min(most, LONGEST))]
 
 
 class Controller:

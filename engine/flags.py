@@ -76,8 +76,8 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         sys.exit(_stop(f"error: {error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_stop("interrupted; what was finished is kept", 130))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(_stop(f"interrupted: {interrupt or 'what was finished is kept'}", 130))
 
 
 def _stop(message: str, code: int) -> int:

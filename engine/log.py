@@ -45,9 +45,12 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file we wrote; ValueError with file and line where one is broken."""
+    """The objects of a JSONL file we wrote, without a torn last line; none where there is no file.
+
+    ValueError with file and line where one is broken.
+    """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path).decode().splitlines(), start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -55,36 +58,51 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def whole_lines(path: Path) -> bytes:
+    """What a file holds up to its last newline; nothing where there is no file."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def cut_torn_line(path: Path) -> None:
     """Remove a last line without its newline, which only a kill can leave."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+    if path.exists() and len(whole_lines(path)) < path.stat().st_size:
+        os.truncate(path, len(whole_lines(path)))
 
 
 class AppendedLines:
     """A JSONL file that grows by whole lines; a kill loses at most the line in flight.
 
-    Opening cuts off a torn last line. Each line is handed to the operating system at once, and to
-    the disk on `close`.
+    Opening cuts off a torn last line, which only a kill can leave. Each line is handed to the
+    operating system at once, and to the disk on `close`. OSError where a line does not fit on the
+    disk (what was written of it is cut off again) or the file is no longer in its place.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_line(path)
-        self.file = path.open("ab")
+        self.path, self.file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one object."""
-        self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        self.file.flush()
+        line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        before = self.file.tell()
+        if not self.path.exists() or not os.path.samestat(
+            self.path.stat(), os.fstat(self.file.fileno())
+        ):
+            raise OSError(f"{self.path} is no longer there; nothing more can be kept")
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            self.file.truncate(before)
+            raise OSError(
+                f"{self.path}: {error.strerror}; {before:,} bytes of finished lines are kept, make "
+                "room and go on"
+            ) from None
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
 

@@ -376,8 +376,7 @@ class Sampler:
             mix("row", request.id) if request.seed is None else mix("row", request.id, request.seed)
         )
         signed = key - 2**64 if key >= 2**63 else key
-        drafts = self.config.draft != "off"
-        drafter = Drafter(request.draft) if drafts and request.draft else None
+        drafter = None if self.config.draft == "off" else Drafter(request.draft)
         return _Row(request, prompt, limit, expected, signed, pages, known, drafter)
 
     def _drop_kept(self) -> None:
@@ -536,10 +535,10 @@ class Sampler:
         offers = []
         for row in self.flying:
             room = row.limit - len(row.ids) - 1
-            offers.append(row.drafter.guess(room) if row.drafter and room > 0 else [])
+            offers.append(row.drafter.guess(room))
         if self.config.draft == "always" or not any(offers):
             return offers
-        matches = [row.drafter.match if row.drafter else 0 for row in self.flying]
+        matches = [row.drafter.match for row in self.flying]
         taken = self.controller.choose(matches, [len(o) for o in offers])
         return [offer[:n] for offer, n in zip(offers, taken, strict=True)]
 
@@ -578,7 +577,7 @@ class Sampler:
         tokens, logprobs = (values.tolist() for values in drawn)
         start = 0
         for row, guess in pairs:
-            match, held = row.drafter.match if row.drafter else 0, 0
+            match, held = row.drafter.match, 0
             for i in range(1 + len(guess)):
                 self._take([row], [tokens[start + i]], [logprobs[start + i]])
                 if i == len(guess) or row.done or tokens[start + i] != guess[i]:

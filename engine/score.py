@@ -1,27 +1,38 @@
 """Seed likelihoods: how foreign are the references, and the rewrites, to the model itself?
 
 For every distilled line, the mean negative log-likelihood in nats per token, end token included, of
-the reference and of the response, both under the plain prompt (no reference shown). Each text is
-a forward of its own, so a number does not depend on its neighbours. FILE.scores.jsonl grows line by
-line and is resumed like the distilled file.
+the reference and of the response, both under the plain prompt (no reference shown). The prompt is
+computed once for both, and a number does not depend on its neighbours. FILE.scores.jsonl grows
+line by line and is resumed like the distilled file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.data import Distilled
-from engine.log import AppendedLines, cut_torn_line, differing, progress, read_jsonl, write_json
-from kernels.context import Packed
+from engine.distributed import World
+from engine.log import progress
+from engine.resumed import ResumedLines
+from engine.sampler import common_prefix
+from kernels.context import Cached, Packed
+from kernels.spec import accumulate_dtype
 from model.chat import Chat
-from model.config import read_json
+from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
+
+TOKENS = 1024  # of prompts and answers in a batch
+HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
 
 
 def nll(
@@ -45,6 +56,8 @@ class Means:
     reference_tokens: int = 0
     response: float = 0.0
     response_tokens: int = 0
+    scored: int = field(default=0, compare=False)  # answer tokens scored by this process ...
+    seconds: float = field(default=0.0, compare=False)  # ... in this time
 
     def add(self, score: dict[str, Any]) -> None:
         """Count one line of the scores file."""
@@ -59,41 +72,187 @@ class Means:
         """Nats per token of both."""
         a = self.reference / max(1, self.reference_tokens)
         b = self.response / max(1, self.response_tokens)
-        return (
+        text = (
             f"NLL per token under the seed model, plain prompt: references {a:.3f} "
             f"({self.reference_tokens} tokens), responses {b:.3f} ({self.response_tokens} tokens)"
         )
+        if self.scored:
+            text += f"; {self.scored / self.seconds:.0f} tokens/s scored"
+        return text
 
 
 def score(
-    model: Llama, chat: Chat, lines: Sequence[Distilled], out: Path, settings: dict[str, Any]
+    model: Llama,
+    chat: Chat,
+    lines: Sequence[Distilled],
+    out: Path,
+    settings: dict[str, Any],
+    world: World | None = None,
 ) -> Means:
     """Score every line into `out` (FILE.scores.jsonl); lines there already are kept."""
-    meta = out.with_name(out.name + ".meta.json")
-    if meta.exists() and (changes := differing(read_json(meta), settings)):
-        raise ValueError(f"{out} was made under other settings:\n  " + "\n  ".join(changes))
-    write_json(meta, settings)
-    cut_torn_line(out)
-    done = {s["id"]: s for s in read_jsonl(out)} if out.exists() else {}
-    means = Means()
-    with AppendedLines(out) as file:
-        for line in progress(lines, desc="score", unit="row"):
-            if line.id not in done:
-                done[line.id] = _score(model, chat, line)
-                file.write(done[line.id])
-            means.add(done[line.id])
+    means, started = Means(), time.perf_counter()
+    with ResumedLines(out, settings, resume=True, world=world) as file:
+        todo = [line for line in file.mine(list(lines)) if line.id not in file.done]
+        bar = progress(total=len(todo), desc="score", unit="row", disable=not file.world.first)
+        if todo:
+            asked_for = [_asked(model, chat, line) for line in todo]
+            with Scorer(model, [asked.prompt for asked in asked_for]) as scorer, bar:
+                for batch in _batches(asked_for):
+                    for asked, losses in zip(batch, scorer.losses(batch), strict=True):
+                        file.write(_record(asked, losses))
+                        means.scored += sum(len(values) for values in losses)
+                        bar.update()
+        means.seconds = time.perf_counter() - started
+        for record in file.finish([line.id for line in lines]):
+            means.add(record)
     return means
 
 
-def _score(model: Llama, chat: Chat, line: Distilled) -> dict[str, Any]:
-    """One line of the scores file; a response that is empty or too long has none."""
+@dataclass
+class Asked:
+    """A prompt and the answers whose likelihood is asked for."""
+
+    id: str
+    prompt: list[int]
+    answers: list[list[int]]  # one of no token is not scored: empty, or too long for the model
+
+
+def _asked(model: Llama, chat: Chat, line: Distilled) -> Asked:
+    """The reference and the response of a line, each with its end token if it has one."""
     prompt = chat.prompt_ids(line.messages)
-    answers = {"reference": [*chat.response_ids(line.reference), chat.end_id]}
     ends = [] if line.finish == "length" else [chat.end_id]
-    answers["response"] = [*line.response_ids, *ends] if line.response_ids else []
-    result: dict[str, Any] = {"id": line.id}
-    for name, ids in answers.items():
-        fits = 0 < len(ids) <= model.config.max_position - len(prompt)
-        value = nll(model, prompt, ids).double().mean().item() if fits else None
-        result |= {f"{name}_nll": value, f"{name}_tokens": len(ids) if fits else 0}
+    answers = [
+        [*chat.response_ids(line.reference), chat.end_id],
+        [*line.response_ids, *ends] if line.response_ids else [],
+    ]
+    room = model.config.max_position - len(prompt)
+    return Asked(line.id, prompt, [a if len(a) <= room else [] for a in answers])
+
+
+def _batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+    """Lines to score together: up to TOKENS tokens, never a part of a line."""
+    batch: list[Asked] = []
+    total = 0
+    for one in asked:
+        n = len(one.prompt) + sum(map(len, one.answers))
+        if batch and total + n > TOKENS:
+            yield batch
+            batch, total = [], 0
+        batch.append(one)
+        total += n
+    if batch:
+        yield batch
+
+
+def _record(asked: Asked, losses: list[list[float]]) -> dict[str, Any]:
+    """One line of the scores file; an answer that is empty or too long has none."""
+    result: dict[str, Any] = {"id": asked.id}
+    for name, values in zip(("reference", "response"), losses, strict=True):
+        mean = math.fsum(values) / len(values) if values else None
+        result |= {f"{name}_nll": mean, f"{name}_tokens": len(values)}
     return result
+
+
+class Scorer:
+    """Likelihoods of several answers to each of many prompts, every prompt computed once.
+
+    It is the sampler's prefill: a prompt and its first answer are one row of the paged cache, whose
+    prompt pages are then copied for the other answers; what all prompts begin with is copied too.
+    In fp32 on a CPU an answer's numbers are the same bits in any company (engine/sampler.py says
+    why). The model lends its matrices inside `with`.
+    """
+
+    def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], page_size: int = 64) -> None:
+        self.owner, self.page_size = model, page_size
+        self.prefix = common_prefix(prompts)
+
+    def __enter__(self) -> Scorer:
+        self.model, _ = self.owner.for_sampling(release=True)
+        m = self.model
+        self.cache = KVCache(m.config, 1, self.page_size, m.device, m.dtype)
+        self.shared: list[int] = []  # pages of the prefix
+        if self.prefix:
+            (self.shared,) = self._pages([len(self.prefix)])
+            self._forward([self.prefix], [0], [self.shared], [len(self.prefix) - 1])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.model, self.cache
+        self.owner.restore()
+
+    def losses(self, batch: Sequence[Asked]) -> list[list[list[float]]]:
+        """Nats of every token of every answer."""
+        # 1. prompts, each with its first answer behind it; the last token predicts nothing
+        known = [self._known(asked.prompt) for asked in batch]
+        rows = [[*asked.prompt, *asked.answers[0][:-1]] for asked in batch]
+        tables = self._pages([len(row) for row in rows])
+        for n, pages in zip(known, tables, strict=True):
+            whole = self.cache.pages_for(n)
+            self.cache.copy(self.shared[:whole], pages[:whole])
+        new = [row[n:] for row, n in zip(rows, known, strict=True)]
+        skip = [len(asked.prompt) - 1 - n for asked, n in zip(batch, known, strict=True)]
+        hidden = self._forward(new, known, tables, skip)
+
+        # 2. the other answers behind copies of the prompts
+        others = [(i, a) for i, asked in enumerate(batch) for a in asked.answers[1:]]
+        longer = [(i, a[:-1]) for i, a in others if len(a) > 1]
+        prompts = [len(batch[i].prompt) for i, _ in longer]
+        copies = self._pages([n + len(a) for n, (_, a) in zip(prompts, longer, strict=True)])
+        for n, (i, _), pages in zip(prompts, longer, copies, strict=True):
+            whole = self.cache.pages_for(n)
+            self.cache.copy(tables[i][:whole], pages[:whole])
+        answers = [a for _, a in longer]
+        more = iter(self._forward(answers, prompts, copies, [0] * len(answers)) if answers else [])
+
+        # 3. the product with the head, for answer tokens alone
+        states, targets = [], []
+        for asked, h in zip(batch, hidden, strict=True):
+            for n, answer in enumerate(asked.answers):
+                if answer:
+                    own = h[1:] if n == 0 else next(more) if len(answer) > 1 else h[:0]
+                    states += [h[:1], own[: len(answer) - 1]]
+                    targets += answer
+        nats = iter(self._nats(torch.cat(states), targets) if targets else [])
+        for pages in (*tables, *copies):
+            self.cache.give_back(pages)
+        return [[[next(nats) for _ in answer] for answer in asked.answers] for asked in batch]
+
+    def _known(self, prompt: Sequence[int]) -> int:
+        """Tokens of the prefix that a prompt begins with; its last token is always computed."""
+        pairs = zip(self.prefix, prompt[:-1], strict=False)
+        return next(
+            (n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.prefix), len(prompt) - 1)
+        )
+
+    def _pages(self, tokens: Sequence[int]) -> list[list[int]]:
+        """Pages for rows of so many tokens."""
+        need = [self.cache.pages_for(n) for n in tokens]
+        self.cache.grow(self.cache.pages - len(self.cache.free) + sum(need))
+        return [self.cache.take(count) for count in need]
+
+    def _forward(
+        self,
+        new: Sequence[Sequence[int]],
+        contexts: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        skip: Sequence[int],
+    ) -> list[Tensor]:
+        """For every row the hidden states of its new tokens, less the first `skip`."""
+        m, lengths = self.model, [len(row) for row in new]
+        cached = Cached.build(lengths, contexts, tables, self.page_size, m.device, alone=False)
+        starts = [0, *itertools.accumulate(lengths)]
+        wanted = [range(starts[i] + skip[i], starts[i + 1]) for i in range(len(new))]
+        index = torch.tensor([t for span in wanted for t in span], device=m.device)
+        tokens = torch.tensor([t for row in new for t in row], device=m.device)
+        hidden = m.forward(tokens, cached, cache=self.cache, wanted=index)
+        return list(hidden.split([len(span) for span in wanted]))
+
+    def _nats(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
+        """-log p of every target, HEAD_ROWS rows of logits at a time."""
+        found: list[float] = []
+        wanted = torch.tensor(targets, device=hidden.device)[:, None]
+        for h, t in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
+            logits = self.model.head(h)
+            logprobs = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
+            found += logprobs.gather(1, t)[:, 0].neg().double().tolist()
+        return found

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from engine.distributed import World, start
 from engine.log import model_fingerprint
+from engine.process import keep_freed_memory
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
@@ -69,6 +71,7 @@ class Session:
     chat: Chat
     fingerprint: str  # of the checkpoint
     settings: dict[str, Any]  # what of this may change a result, for resuming
+    world: World = World()  # the processes of the job
 
     @classmethod
     def open(cls, config: ModelConfig) -> Session:
@@ -82,6 +85,8 @@ class Session:
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        world = start(device)
+        keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
         ops = choose(config.ops, device, dtype)
         if config.threads:
@@ -102,7 +107,7 @@ class Session:
         }
         if chat.tells_date:
             settings["date"] = now.date().isoformat()
-        session = cls(config, model, chat, settings["model"], settings)
+        session = cls(config, model, chat, settings["model"], settings, world)
         session.announce(time.perf_counter() - started)
         return session
 

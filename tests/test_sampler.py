@@ -1,14 +1,19 @@
 """The sampler: a row's text is its own whatever runs beside it, and equals a loop without cache."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
-from engine.sampler import Request, Sampler, SamplerConfig
+from engine.drafting import Controller, Drafter
+from engine.sampler import Request, Sampler, SamplerConfig, common_prefix
+from kernels import cached_attention
 from kernels.philox import mix
 from kernels.registry import TORCH
+from kernels.rowwise import rowwise
 from kernels.sampling import SampleRows
+from model.kv_cache import KVCache
 from model.llama import Llama
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
@@ -36,12 +41,28 @@ def requests(model, count=12, seed=0, longest=90):
     ]
 
 
-def run(model, wanted, lora=None, end_ids=(7,), **config):
+def run(model, wanted, lora=None, end_ids=(7,), stats=None, **config):
     sampler = Sampler(model, text, end_ids, SamplerConfig(**config), lora)
     done = list(sampler.run(wanted))
     assert not sampler.flying and not sampler.waiting
     assert sorted(sampler.cache.free) == list(range(sampler.cache.pages)), "pages were lost"
+    assert len(done) == len(wanted)
+    if stats is not None:
+        stats.append(sampler.stats)
     return {(c.id, c.sample): c for c in done}
+
+
+def with_references(model, wanted, **config):
+    """The requests, each with a reference that its own text partly follows: a quarter changed."""
+    rng, vocab = random.Random(5), model.config.vocab_size
+    texts = {id: c.ids for (id, _), c in run(model, wanted, rows=1, **config).items()}
+    changed = {
+        id: [rng.randrange(vocab) if rng.random() < 0.1 else t for t in ids if rng.random() < 0.9]
+        for id, ids in texts.items()
+    }
+    return [
+        dataclasses.replace(r, draft=changed[r.id], expected=len(changed[r.id])) for r in wanted
+    ]
 
 
 def without_a_cache(model, request, config, end_ids=(7,)):
@@ -189,3 +210,187 @@ def test_settings_that_cannot_sample_are_refused():
     for bad in ({"rows": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}):
         with pytest.raises(ValueError):
             SamplerConfig(**bad).check()
+
+
+@DECODINGS
+def test_drafts_change_nothing_but_the_steps(tiny, decoding):
+    """Bitwise: tokens and log-probabilities, for any draft setting and number of rows."""
+    wanted = with_references(tiny, requests(tiny, 16), **decoding)
+    base = run(tiny, wanted, rows=1, draft="off", **decoding)
+    for draft in ("always", "auto"):
+        for rows in (1, 5, 16):
+            stats = []
+            assert run(tiny, wanted, rows=rows, draft=draft, stats=stats, **decoding) == base
+            assert draft == "auto" or stats[0].held > 0.2 * stats[0].new_tokens
+
+
+def test_drafts_where_the_number_of_queries_matters(tiny, monkeypatch):
+    """On a CPU whose products differ with it, drafts go through attention one by one."""
+    wanted = with_references(tiny, requests(tiny, 6))
+    base = run(tiny, wanted, rows=1, draft="off")
+    monkeypatch.setattr(cached_attention, "alone_width", lambda *_: None)
+    stats = []
+    assert run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].held
+
+
+def test_a_wrong_guess_is_never_kept(tiny):
+    """References that have nothing to do with the text."""
+    wanted = requests(tiny, 8)
+    noise = [dataclasses.replace(r, draft=list(range(9, 300, 3))) for r in wanted]
+    assert run(tiny, noise, draft="always") == run(tiny, wanted, draft="off")
+
+
+@pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
+def test_several_steps_between_visits_change_nothing(tiny, decoding):
+    wanted = requests(tiny, 10)
+    base = run(tiny, wanted, rows=4, draft="off", **decoding)
+    for steps in (2, 5, 64):
+        assert run(tiny, wanted, rows=4, draft="off", steps=steps, **decoding) == base
+    most = tiny.config.max_position  # the last visit must end at the last position
+    long = [Request("long", [5] * (most - 7), 99)]
+    done = run(tiny, long, end_ids=(), steps=4, draft="off")
+    assert len(done["long", 0].ids) == 7 and done == run(tiny, long, end_ids=(), draft="off")
+
+
+def test_a_common_beginning_is_computed_once_and_changes_nothing(tiny):
+    head = [random.Random(9).randrange(300) for _ in range(90)]  # a page and a part of one
+    plain = requests(tiny, 9, longest=30)
+    wanted = [dataclasses.replace(r, prompt=[*head, *r.prompt]) for r in plain]
+    odd = Request("odd", plain[0].prompt, 9)  # one that has another beginning
+    stats = []
+    got = run(tiny, [*wanted, odd], rows=4, stats=stats)
+    assert stats[0].shared_tokens >= 9 * 90
+    for request in (*wanted, odd):
+        alone = []
+        assert got[request.id, 0] == run(tiny, [request], stats=alone)[request.id, 0]
+        assert alone[0].shared_tokens == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_samples_of_a_row_share_its_prompt(tiny, rows):
+    prompts = {"a": list(range(20, 100)), "b": list(range(9, 79))}
+    wanted = [Request(i, p, 20, sample=k) for i, p in prompts.items() for k in range(3)]
+    stats = []
+    got = run(tiny, wanted, temperature=1.0, end_ids=(), rows=rows, stats=stats)
+    assert stats[0].shared_tokens == 2 * (79 + 69)
+    for request in wanted:
+        alone = run(tiny, [request], temperature=1.0, end_ids=())
+        assert got[request.id, request.sample] == alone[request.id, request.sample]
+
+
+def test_long_prompts_are_cut_into_chunks_and_change_nothing(tiny):
+    rng = random.Random(2)
+    lengths = (300, 5, 130, 64, 65, 200)
+    wanted = [Request(str(n), [rng.randrange(300) for _ in range(n)], 12) for n in lengths]
+    base = run(tiny, wanted, rows=1, prefill_tokens=10_000)
+    for chunk in (1, 64, 128, 192):
+        assert run(tiny, wanted, prefill_tokens=chunk) == base
+
+
+@DECODINGS
+def test_short_memory_puts_rows_back_and_drops_none(tiny, decoding):
+    wanted = [dataclasses.replace(r, expected=1) for r in requests(tiny, 14)]
+    base = run(tiny, wanted, rows=14, **decoding)
+    page = KVCache.page_bytes(tiny.config, 16, torch.float32)
+    stats = []
+    tight = {"page_size": 16, "kv_memory": 14 * page / 1e9}
+    got = run(tiny, wanted, rows=14, stats=stats, **tight, **decoding)
+    loose = run(tiny, wanted, rows=14, page_size=16, **decoding)
+    assert got == loose and stats[0].put_back > 0
+    assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
+
+
+def test_memory_that_holds_no_row_is_refused_with_what_is_needed(tiny):
+    with pytest.raises(ValueError, match="kv_memory .*the longest row needs"):
+        run(tiny, requests(tiny, 4), kv_memory=1e-5)
+
+
+def test_the_longest_expected_row_begins_first(tiny):
+    wanted = [Request(str(n), [n + 1] * 4, 5, expected=n) for n in (2, 5, 1, 4, 3)]
+    sampler = Sampler(tiny, text, (), SamplerConfig(rows=1))
+    assert [done.id for done in sampler.run(wanted)] == ["5", "4", "3", "2", "1"]
+
+
+def test_end_tokens_can_be_ignored_and_a_row_can_have_its_own_seed(tiny):
+    wanted = requests(tiny, 5)
+    free = run(tiny, wanted, end_ids=range(300), ignore_eos=True)
+    assert all(len(free[r.id, 0].ids) == r.max_new for r in wanted)
+    own = [dataclasses.replace(r, seed=4) for r in wanted]
+    plain, seeded = (run(tiny, w, temperature=1.0, end_ids=()) for w in (wanted, own))
+    assert all(plain[k].ids != seeded[k].ids for k in plain)
+    assert seeded == run(tiny, own, temperature=1.0, end_ids=(), rows=2)
+
+
+def test_the_model_lends_its_matrices_and_has_them_back(tiny, tiny_llama_dir):
+    for model in (tiny, Llama.from_pretrained(tiny_llama_dir(tied=False))):
+        before = {name: w.clone() for name, w in model.weights.items()}
+        with Sampler(model, text, (7,), SamplerConfig()) as sampler:
+            assert not isinstance(model.weights["0.qkv"], torch.Tensor), "memory doubles"
+            lent = list(sampler.run(requests(model, 3)))
+        assert all(torch.equal(w, model.weights[name]) for name, w in before.items())
+        assert (model.weights["head"] is model.weights["embed"]) == model.config.tie_embeddings
+        assert {(c.id, c.sample): c for c in lent} == run(model, requests(model, 3))
+
+
+def test_a_drained_sampler_ends_the_rows_in_flight_only(tiny):
+    sampler = Sampler(tiny, text, (), SamplerConfig(rows=3))
+    done = []
+    for completion in sampler.run(requests(tiny, 9)):
+        done.append(completion.id)
+        sampler.drain()
+    assert len(done) == 3 and len(sampler.waiting) == 6
+
+
+def test_common_prefix_is_the_one_that_saves_most():
+    head, other = list(range(50)), list(range(100, 180))
+    rows = [[*head, 1, i] for i in range(5)] + [[*other, i] for i in range(4)]
+    assert common_prefix(rows) == [*head, 1]
+    assert common_prefix(rows[:1]) == [] and common_prefix([[1, 2], [1, 2]]) == []
+    same = [list(range(200))] * 3
+    assert common_prefix(same) == list(range(199)), "the last token is computed for each"
+
+
+def test_elementwise_functions_keep_rows_apart():
+    """torch's own exp does not: which lane of a vector a number is in depends on its neighbours."""
+    for columns in (1, 33, 100, 192, 1000, 40_000):
+        x = torch.randn(500 if columns < 2000 else 5, columns)
+        whole = rowwise(torch.exp, x)
+        torch.testing.assert_close(whole, x.exp())
+        half = torch.cat((x, x), dim=1)[:, :columns]  # rows with something between them
+        for rows in (1, 2, 3, 7, 100, 333, 499):
+            assert torch.equal(rowwise(torch.exp, x[:rows]), whole[:rows])
+            gate = rowwise(torch.ops.aten.silu, half[:rows])
+            assert torch.equal(gate, rowwise(torch.ops.aten.silu, half)[:rows])
+
+
+def test_a_drafter_follows_its_reference():
+    drafter = Drafter([1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 9])
+    assert drafter.guess(3) == [1, 2, 3]
+    for token in (1, 2):
+        drafter.extend(token)
+    assert (drafter.guess(2), drafter.match) == ([3, 4], 2)
+    drafter.extend(50)  # leaves the reference ...
+    assert drafter.guess(5) == []
+    for token in (3, 4):  # ... comes back at the nearest later place, not at the last
+        drafter.extend(token)
+    assert drafter.guess(2) == [5, 6]
+    for token in (60, 3, 4):
+        drafter.extend(token)
+    assert drafter.guess(5) == [9], "the pointer never goes back"
+    for token in (70, 71, 72, 70, 71):
+        drafter.extend(token)
+    assert drafter.guess(1) == [72], "then the row's own text"
+
+
+def test_the_controller_takes_guesses_where_they_pay():
+    few, many = Controller(), Controller()
+    for _ in range(100):  # few rows: a step costs the same for up to 40 tokens
+        for tokens in (1, 8, 30):
+            few.measured(tokens, tokens, 0.02)
+            many.measured(tokens, tokens, 0.001 * tokens)  # every token costs its share
+    assert few.choose([8], [12]) == [12]
+    assert sum(many.choose([8] * 30, [12] * 30)) == 0
+    for _ in range(300):
+        few.judged(8, 12, 0)
+    assert few.choose([8], [12]) == [12] or few.choose([8], [12]) == [0]
+    assert few.held[8][0] / few.tried[8][0] < 0.05
