@@ -1,127 +1,330 @@
-"""The sampler against transformers' `generate`: same prompts, same stopping, same machine.
+"""The sampler beside transformers' `generate` and llama.cpp: same rows, prompts and stopping.
 
     python -m benchmarks.sampler --model MODEL_DIR --data ../shared/data/alpaca_train.json
-    python -m benchmarks.sampler ... --limit 64 --batches 8,16,32 --peer-python OTHER/bin/python
+    python -m benchmarks.sampler ... --limit 64 --rows 64,1 --batches 8,16,32,1 --draft off,auto \
+        --repeats 3 --score --peer-malloc --peer-python PATH --gguf FILE --llama-python PATH
 
-Prompts are the `using` template in the model's chat format, greedy. Ours and the peer's runs are
-interleaved, each peer run in a process of its own (loading is not timed on either side). Useful
-tokens are those up to and including the end token. The last line is JSON, also appended to
-benchmarks/results/sampler.jsonl.
+A CPU benchmark, fp32 (llama.cpp: what the GGUF file holds). Prompts are the template in the model's
+chat format, each row's reference in it; a row ends with an end token or after --max-new tokens;
+greedy. Every run of every engine is a process of its own with the same number of threads, and the
+engines take turns. Seconds are those of generation, detokenising included on our side only; loading
+and packing the weights are timed apart. Useful tokens are the new ones up to and including the end
+token. Peak RSS is the process's VmHWM, loading included.
+
+Ours must write the same tokens at every setting, or the benchmark fails. transformers computes
+in another order and llama.cpp with other weights: where their rows leave ours is reported.
+"share" is the arithmetic floor (benchmarks/floor.py has the formula), from ceilings measured before
+and after the runs, over our seconds.
+
+Our processes run with glibc's malloc kept from giving pages back (processes.MALLOC), as the scripts
+do; --peer-malloc adds runs of transformers under the same settings. llama.cpp runs where --gguf is
+given or the demo model's file is installed, and `llama_cpp` is importable by --llama-python.
+
+Other processes falsify times: with more than processes.BUSY cores taken by others, before the start
+or in any run, it stops and prints none (--busy prints them all the same, with a warning).
+The last line is JSON, appended to benchmarks/results/sampler.jsonl if all runs were undisturbed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from benchmarks.clock import machine, record
+from benchmarks.floor import generation_floor, scoring_floor
+from benchmarks.processes import BUSY, MALLOC, Job, Quiet, run
 from engine.distill import TEMPLATES, prompt
-from engine.log import environment, table
-from engine.sampler import Request, Sampler, SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.gguf import demo_gguf
+from engine.log import table
+from engine.session import DataConfig
+from model.chat import Chat
+from model.config import LlamaConfig
+from model.tokenizer import load_tokenizer
 
-HERE = Path(__file__).resolve().parent
+PEERS = Path(__file__).resolve().parent / "peers"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--limit", type=int, default=32, help="rows")
-    parser.add_argument("--max-new", type=int, default=128, help="new tokens per row")
-    parser.add_argument("--rows", default="32,1", help="rows in flight to try, ours")
-    parser.add_argument("--batches", default="8,16,32,1", help="batch sizes to try, the peer's")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--peer-python", default=sys.executable)
-    return parser.parse_args()
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in text.split(",") if n]
+
+    def interpreter(text: str) -> str:  # peers run in another directory
+        return os.path.abspath(shutil.which(text) or text)
+
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model directory")
+    add("--data", required=True, help="rows")
+    add("--limit", type=int, default=64, help="rows used")
+    add("--max-new", type=int, default=128, help="new tokens per row")
+    add("--template", default="using", choices=sorted(TEMPLATES), help="how references are shown")
+    add("--rows", type=numbers, default="64,1", help="rows in flight to try, ours")
+    add("--draft", default="off,auto", help="draft settings to try, ours")
+    add(
+        "--batches",
+        type=numbers,
+        default="8,16,32,1",
+        help="batch sizes, transformers; '' for none",
+    )
+    add("--sequences", type=numbers, default="1,8", help="sequences, llama.cpp; '' for none")
+    add("--repeats", type=int, default=1, help="runs of each; medians are printed")
+    add(
+        "--peer-python",
+        type=interpreter,
+        default=sys.executable,
+        help="interpreter with transformers",
+    )
+    add("--peer-malloc", action="store_true", help="transformers also with our malloc settings")
+    add("--gguf", help="the model for llama.cpp (default: the demo model's, where installed)")
+    add(
+        "--llama-python",
+        type=interpreter,
+        default=sys.executable,
+        help="interpreter with llama_cpp",
+    )
+    add("--score", action="store_true", help="time the scoring of references and answers, too")
+    add("--busy", action="store_true", help="print times even if the machine is busy")
+    args = parser.parse_args()
+    if not args.rows:
+        parser.error("--rows: at least one number is wanted")
+    return args
 
 
-def ours(session: Session, requests: list[Request], rows: int) -> dict:
-    """One run of our sampler."""
-    decode, end_ids = session.chat.tokenizer.decode, session.chat.end_ids
-    with Sampler(session.model, decode, end_ids, SamplerConfig(rows=rows)) as sampler:
-        started = time.perf_counter()
-        done = {c.id: c for c in sampler.run(requests)}
-        seconds = time.perf_counter() - started
-        stats = sampler.stats
+# ---- what runs
+
+
+def own_run(*what: object) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.sampler_job", *map(str, what)]
+
+
+def llama_file(args: argparse.Namespace) -> Path | None:
+    """The file llama.cpp shall run; None, with the reason printed, where it cannot."""
+    try:
+        file = Path(args.gguf).resolve() if args.gguf else demo_gguf()
+    except ValueError as error:
+        print(f"llama.cpp is left out: {error}")
+        return None
+    importing = [args.llama_python, "-c", "import llama_cpp"]
+    if subprocess.run(importing, capture_output=True).returncode:
+        print(f"llama.cpp is left out: {args.llama_python} cannot import llama_cpp")
+        return None
+    return file
+
+
+def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], bool]]:
+    """What runs: name -> command, and whether with our malloc settings; the engines take turns."""
+    ours, peers = {}, {}
+    for rows in args.rows:
+        for draft in args.draft.split(","):
+            ours[f"ours, {rows} rows, draft {draft}"] = own_run("generate", rows, draft), True
+    script = str(PEERS / "transformers_generate.py")
+    for batch in args.batches:
+        command = [args.peer_python, script, str(batch)]
+        peers[f"transformers, batch {batch}"] = command, False
+        if args.peer_malloc:
+            peers[f"transformers, batch {batch}, malloc"] = command, True
+    if args.sequences and (file := llama_file(args)):
+        script = str(PEERS / "llama_cpp_generate.py")
+        for n in args.sequences:
+            command = [args.llama_python, script, str(file), str(n)]
+            peers[f"llama.cpp {file.stem.rpartition('.')[2]}, {n} sequences"] = command, False
+    turns, left, right = {}, list(ours.items()), list(peers.items())
+    while left or right:
+        take = left if len(left) * len(peers) >= len(right) * len(ours) else right
+        name, what = take.pop(0)
+        turns[name] = what
+    return turns
+
+
+def make_job(args: argparse.Namespace) -> tuple[Job, Chat, LlamaConfig]:
+    """What every process is told."""
+    path = Path(args.model).resolve()
+    config = LlamaConfig.from_dir(path)
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    template, rows = TEMPLATES[args.template], []
+    for row in DataConfig(args.data, limit=args.limit).load():
+        context = list(row.messages[:-1])
+        ids = chat.prompt_ids(prompt(chat, template, context, row.reference), template.prefix)
+        if len(ids) + args.max_new > config.max_position:
+            sys.exit(f"row {row.id}: {len(ids)} + {args.max_new} tokens do not fit the model")
+        reference = {"reference": row.reference, "reference_ids": chat.response_ids(row.reference)}
+        rows.append({"id": row.id, "messages": context, "prompt": ids} | reference)
+    job = {"model": str(path), "threads": torch.get_num_threads(), "rows": rows}
+    job |= {"max_new": args.max_new, "end_ids": list(chat.end_ids), "pad_id": chat.end_id}
+    return job | {"vocab_size": config.vocab_size}, chat, config
+
+
+# ---- results
+
+
+def diverging(a: list[list[int]], b: list[list[int]]) -> dict[int, int]:
+    """Row -> first position at which the two differ, for the rows that are not identical."""
+    found = {}
+    for row, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x != y:
+            same = [p == q for p, q in zip(x, y, strict=False)]
+            found[row] = same.index(False) if False in same else len(same)
+    return found
+
+
+def summary(several: list[dict[str, Any]], job: Job, ours: list[list[int]]) -> dict[str, Any]:
+    """Medians of an engine's runs."""
+    answers = several[0]["answers"]
+    seconds = [r["seconds"] for r in several]
+    median = statistics.median(seconds)
+    new = [min(len(ids) + 1, job["max_new"]) for ids in answers]  # the end token is useful too
+    differ = diverging(answers, ours)
     return {
-        "seconds": seconds,
-        "tokens": sum(len(c.ids) + (c.finish == "stop") for c in done.values()),
-        "prefill_seconds": stats.prefill_seconds,
-        "answers": [done[r.id].ids for r in requests],
-        "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": median,
+        "spread": (max(seconds) - min(seconds)) / median,
+        "all_seconds": seconds,
+        "load_seconds": statistics.median(r["load_seconds"] for r in several),
+        "pack_seconds": statistics.median(r.get("pack_seconds", 0.0) for r in several),
+        "rss": max(r["rss"] for r in several),
+        "tokens": sum(new),
+        "tokens_s": sum(new) / median,
+        "rows_s": len(answers) / median,
+        "rows_as_ours": len(answers) - len(differ),
+        "diverging": differ,
+        "new": new,
+        "stats": several[0].get("stats"),
+        "others": [r["others"] for r in several],
+        "built": several[0].get("built"),
     }
 
 
-def peer(python: str, model: str, prompts: Path, batch: int) -> dict:
-    """One run of transformers."""
-    script = HERE / "peers" / "transformers_generate.py"
-    command = [python, str(script), str(Path(model).resolve()), str(prompts), str(batch)]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=prompts.parent, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def fastest(results: dict[str, dict[str, Any]], *starts: str) -> dict[str, Any] | None:
+    """The result with the most tokens/s among those whose name begins with one of these."""
+    found = [r for name, r in results.items() if name.startswith(starts)]
+    return max(found, key=lambda r: r["tokens_s"], default=None)
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ours over the peers', in tokens/s, and one in memory; only those whose sides both ran."""
+    plain = {name: r for name, r in results.items() if not name.endswith("malloc")}
+    same = {name: r for name, r in results.items() if name not in plain}
+    ours, theirs = fastest(plain, "ours"), fastest(plain, "transformers")
+    single = "ours, 1 rows, draft "
+    pairs = {
+        "ours / transformers' best": (ours, theirs),
+        "ours / transformers' best with malloc settings": (ours, fastest(same, "transformers")),
+        "ours / llama.cpp's best": (ours, fastest(plain, "llama.cpp")),
+    }
+    for name in plain:
+        if name.startswith(single):
+            pair = plain[name], plain.get("transformers, batch 1")
+            pairs[f"{name.replace('1 rows', '1 row')} / transformers, batch 1"] = pair
+    found = {name: a["tokens_s"] / b["tokens_s"] for name, (a, b) in pairs.items() if a and b}
+    if ours and theirs:
+        found["peak RSS, ours / transformers' best batch"] = ours["rss"] / theirs["rss"]
+    return found
+
+
+def report(results: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The table, then what each of ours did and where the peers' rows leave ours."""
+    names = "tokens/s,rows/s,seconds,spread,load + pack,peak RSS,share,rows as ours"
+    lines = [["engine", *names.split(",")]]
+    for name, r in results.items():
+        rates = f"{r['tokens_s']:.1f}", f"{r['rows_s']:.2f}", f"{r['seconds']:.1f}"
+        spread, load = f"{r['spread']:.0%}", f"{r['load_seconds']:.1f} + {r['pack_seconds']:.1f}"
+        share = f"{r['share']:.0%}" if "share" in r else "-"
+        same = f"{r['rows_as_ours']}/{len(r['new'])}"
+        lines.append([name, *rates, spread, load, f"{r['rss'] / 1e9:.2f} GB", share, same])
+    print(table(lines))
+    for name, several in runs.items():
+        if stats := several[0].get("stats"):
+            times = (
+                f"prefill {stats['prefill_seconds']:.1f} s, decode {stats['decode_seconds']:.1f}"
+            )
+            print(f"{name}: {several[0]['stats_text']}; {times} s in {stats['steps']} steps")
+        elif at := results[name]["diverging"]:
+            places = ", ".join(f"{row}@{position}" for row, position in at.items())
+            print(f"{name}: row@position where it leaves ours: {places}")
+
+
+def scoring(
+    job: Job, answers: list[list[int]], config: LlamaConfig, rates: dict[str, float], busy: bool
+) -> dict[str, Any]:
+    """engine.score on the same rows: its time, tokens/s (both answers' tokens), share of floor."""
+    with Quiet("while scoring", busy):
+        result = run(own_run("score"), job | {"answers": answers}, malloc=True)
+    tokens, seconds = result["answer_tokens"], result["seconds"]
+    floor = scoring_floor(config, result["prompt_tokens"], tokens, rates)
+    result |= {"tokens_s": tokens / seconds, "floor_seconds": floor, "share": floor / seconds}
+    print(
+        f"scoring: {tokens} answer tokens in {seconds:.1f} s, {result['tokens_s']:.0f} tokens/s, "
+        f"{result['share']:.0%} of the floor, peak RSS {result['rss'] / 1e9:.2f} GB"
+    )
+    return result
 
 
 def main() -> None:
     args = parse_args()
     load = os.getloadavg()[0]
-    if load > 0.7:
-        print(f"WARNING: the machine is busy (load {load:.1f}); timings will be wrong")
-    session = Session.open(ModelConfig(args.model))
-    chat, requests = session.chat, []
-    for row in DataConfig(args.data, limit=args.limit).load():
-        messages = prompt(chat, TEMPLATES["using"], row.messages[:-1], row.reference)
-        requests.append(Request(row.id, chat.prompt_ids(messages), args.max_new))
-    runs: dict[str, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompts.json"
-        asked = {"prompts": [r.prompt for r in requests], "max_new": args.max_new}
-        asked |= {"end_ids": list(chat.end_ids), "pad_id": chat.end_id}
-        file.write_text(json.dumps(asked))
-        for _ in range(args.repeats):
-            for rows in map(int, args.rows.split(",")):
-                runs.setdefault(f"ours, {rows} rows", []).append(ours(session, requests, rows))
-            for batch in map(int, args.batches.split(",")):
-                result = peer(args.peer_python, args.model, file, batch)
-                runs.setdefault(f"transformers, batch {batch}", []).append(result)
-    want = next(iter(runs.values()))[0]["answers"]
-    lines = [["engine", "tokens/s", "rows/s", "seconds", "peak RSS", "rows as ours"]]
-    results = {}
-    for name, several in runs.items():
-        seconds = statistics.median(r["seconds"] for r in several)
-        same = sum(a == b for a, b in zip(several[0]["answers"], want, strict=True))
-        rate, rss = several[0]["tokens"] / seconds, several[0]["rss"]
-        spread = [r["seconds"] for r in several]
-        cells = [f"{rate:.1f}", f"{len(requests) / seconds:.2f}", f"{seconds:.1f}"]
-        lines.append([name, *cells, f"{rss / 1e9:.2f} GB", f"{same}/{len(requests)}"])
-        results[name] = {"tokens_s": rate, "seconds": spread, "rss": rss, "rows_as_ours": same}
-    best = max(r["tokens_s"] for n, r in results.items() if n.startswith("transformers"))
-    mine = max(r["tokens_s"] for n, r in results.items() if n.startswith("ours"))
-    print(table(lines))
-    print(f"ours / transformers' best: {mine / best:.2f}")
-    record = {
+    with Quiet("before the start", args.busy):
+        time.sleep(2)
+    job, chat, config = make_job(args)
+    prompts = [row["prompt"] for row in job["rows"]]
+    turns, runs = commands(args), {}
+    rates = [run(own_run("ceilings"), job, malloc=True)]
+    for repeat in range(args.repeats):
+        for name, (command, malloc) in reversed(turns.items()) if repeat % 2 else turns.items():
+            with Quiet(f"during {name}", args.busy) as quiet:
+                result = run(command, job, malloc)
+            runs.setdefault(name, []).append(result | {"others": quiet.others})
+            print(f"{name}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+    engines = "ours", "transformers", "llama.cpp"
+    runs = {name: runs[name] for e in engines for name in turns if name.startswith(e)}
+    rates.append(run(own_run("ceilings"), job, malloc=True))
+    best = {name: max(r[name] for r in rates) for name in ("flops", "bytes")}
+    own = {name: several for name, several in runs.items() if name.startswith("ours")}
+    ours = next(iter(own.values()))[0]["answers"]
+    for name, several in own.items():
+        for result in several:
+            if at := diverging(result["answers"], ours):
+                sys.exit(f"{name} differs from {next(iter(own))}, row: position {at}")
+    results = {name: summary(several, job, ours) for name, several in runs.items()}
+    for name in own:
+        r, rows = results[name], int(name.split()[1])
+        r["floor_seconds"] = generation_floor(config, prompts, r["new"], rows, best)
+        r["share"] = r["floor_seconds"] / r["seconds"]
+    about, prompt_tokens = machine("cpu"), sum(map(len, prompts))
+    print(
+        f"{about['device']}, {job['threads']} threads, load {load:.1f} before; product "
+        f"{best['flops'] / 1e9:.0f} GFLOP/s, read {best['bytes'] / 1e9:.1f} GB/s; "
+        f"{len(prompts)} rows, {prompt_tokens} prompt tokens"
+    )
+    report(results, runs)
+    found = ratios(results)
+    for name, value in found.items():
+        print(f"{name}: {value:.2f}")
+    document = {
         "benchmark": "sampler",
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_before": load,
-        "data": f"{Path(args.data).name}, {args.limit} rows",
-        "prompt_tokens": sum(len(r.prompt) for r in requests),
-        "ratio": mine / best,
+        "busy_allowed": args.busy,
+        "data": f"{Path(args.data).name}, {len(prompts)} rows, template {args.template}",
+        "prompt_tokens": prompt_tokens,
+        "max_new": args.max_new,
+        "malloc": MALLOC,
+        "ceilings": rates,
+        "ratios": found,
         "results": results,
-        "environment": environment(),
     }
-    (HERE / "results").mkdir(exist_ok=True)
-    with (HERE / "results" / "sampler.jsonl").open("a") as log:
-        log.write(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    if args.score:
+        document["scoring"] = scoring(job, ours, config, best, args.busy)
+    quiet_runs = all(r["others"] <= BUSY for several in runs.values() for r in several)
+    record(document | {"environment": about}, wanted=quiet_runs)
 
 
 if __name__ == "__main__":

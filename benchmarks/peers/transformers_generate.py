@@ -1,9 +1,10 @@
 """transformers' `generate` on given prompts, in a process of its own; last line JSON.
 
-    python transformers_generate.py MODEL_DIR PROMPTS.json BATCH
+    python transformers_generate.py BATCH < JOB.json
 
-PROMPTS.json: {"prompts": [[ids]], "max_new": n, "end_ids": [ids], "pad_id": id}. Left-padded
-batches in the given order, greedy, KV cache. Run with a directory outside the clone as cwd.
+JOB.json: {"model": dir, "threads": n, "rows": [{"prompt": [ids]}], "max_new": n, "end_ids": [ids],
+"pad_id": id}. Left-padded batches in the given order, greedy, KV cache, fp32. Loading is timed
+apart. Run with a directory outside the clone as cwd.
 """
 
 import json
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    path, prompts_file, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    with open(prompts_file) as file:
-        asked = json.load(file)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    prompts, end_ids, pad = asked["prompts"], asked["end_ids"], asked["pad_id"]
+    batch, job = int(sys.argv[1]), json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    began = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    prompts, end_ids, pad = [r["prompt"] for r in job["rows"]], job["end_ids"], job["pad_id"]
     answers = []
     started = time.perf_counter()
     for i in range(0, len(prompts), batch):
@@ -31,7 +32,7 @@ def main() -> None:
             out = model.generate(
                 ids,
                 attention_mask=mask,
-                max_new_tokens=asked["max_new"],
+                max_new_tokens=job["max_new"],
                 do_sample=False,
                 eos_token_id=end_ids,
                 pad_token_id=pad,
@@ -40,12 +41,12 @@ def main() -> None:
             ends = [k for k, token in enumerate(row) if token in end_ids]
             answers.append(row[: ends[0]] if ends else row)
     seconds = time.perf_counter() - started
-    # the end token is a useful token too: it was sampled
-    useful = sum(len(a) + (len(a) < asked["max_new"]) for a in answers)
     # VmHWM: ru_maxrss would start at what the parent held when it forked
     with open("/proc/self/status") as file:
         rss = next(int(x.split()[1]) * 1024 for x in file if x.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "tokens": useful, "rss": rss, "answers": answers}))
+    loaded = started - began
+    found = {"load_seconds": loaded, "seconds": seconds, "rss": rss, "answers": answers}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""One run of ours for `benchmarks.sampler`, in a process of its own; the last line is JSON.
+
+    python -m benchmarks.sampler_job generate ROWS DRAFT < JOB.json
+    python -m benchmarks.sampler_job score < JOB.json
+    python -m benchmarks.sampler_job ceilings < JOB.json
+
+JOB.json is what benchmarks/sampler.py writes; `score` wants "answers" in it as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.floor import ceilings
+from engine.data import Distilled
+from engine.sampler import Request, Sampler, SamplerConfig
+from engine.score import score
+from engine.session import ModelConfig, Session
+
+
+def open_session(job: dict[str, Any]) -> tuple[Session, float]:
+    """The model on the CPU, and the seconds it took to load."""
+    started = time.perf_counter()
+    config = ModelConfig(job["model"], device="cpu", dtype="float32", threads=job["threads"])
+    return Session.open(config), time.perf_counter() - started
+
+
+def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
+    """All rows once with this many in flight."""
+    session, loaded = open_session(job)
+    requests = [
+        Request(row["id"], row["prompt"], job["max_new"], expected=len(ids), draft=ids)
+        for row in job["rows"]
+        for ids in [row["reference_ids"]]
+    ]
+    config = SamplerConfig(rows=rows, draft=draft)
+    decode = session.chat.tokenizer.decode
+    begun = time.perf_counter()
+    with Sampler(session.model, decode, job["end_ids"], config) as sampler:
+        started = time.perf_counter()
+        done = {c.id: c.ids for c in sampler.run(requests)}
+        seconds = time.perf_counter() - started
+        stats = sampler.stats
+    return {
+        "load_seconds": loaded,
+        "pack_seconds": started - begun,  # the weights into the form that products want
+        "seconds": seconds,
+        "answers": [done[row["id"]] for row in job["rows"]],
+        "stats": dataclasses.asdict(stats),
+        "stats_text": stats.text(),
+    }
+
+
+def score_rows(job: dict[str, Any]) -> dict[str, Any]:
+    """References and answers scored under the plain prompt."""
+    session, loaded = open_session(job)
+    decode, lines = session.chat.tokenizer.decode, []
+    for row, ids in zip(job["rows"], job["answers"], strict=True):
+        text = decode(ids).strip()
+        lines.append(
+            Distilled(
+                id=f"{row['id']}/0",
+                messages=row["messages"],
+                reference=row["reference"],
+                response=text,
+                response_ids=ids,
+                target=text,
+                status="ok",
+                stage="guided",
+                finish="stop" if len(ids) < job["max_new"] else "length",
+                prompt_tokens=len(row["prompt"]),
+                response_tokens=len(ids),
+            )
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        means = score(session.model, session.chat, lines, Path(folder, "scores.jsonl"), {})
+        seconds = time.perf_counter() - started
+    return {
+        "load_seconds": loaded,
+        "seconds": seconds,
+        "prompt_tokens": sum(len(session.chat.prompt_ids(line.messages)) for line in lines),
+        "answer_tokens": means.reference_tokens + means.response_tokens,
+        "nll": [means.reference, means.response],
+    }
+
+
+def peak_rss() -> int:
+    """Bytes. VmHWM: ru_maxrss would begin at what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in status if x.startswith("VmHWM"))
+
+
+def main() -> None:
+    kind, *settings = sys.argv[1:]
+    job = json.load(sys.stdin)
+    if kind == "ceilings":
+        torch.set_num_threads(job["threads"])
+        result = ceilings()
+    elif kind == "score":
+        result = score_rows(job)
+    else:
+        result = generate(job, int(settings[0]), settings[1])
+    print(json.dumps(result | {"rss": peak_rss()}))
+
+
+if __name__ == "__main__":
+    main()
