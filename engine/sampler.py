@@ -268,6 +268,15 @@ class Sampler:
         limit = self._limit(request)
         return limit if request.expected is None else min(limit, request.expected)
 
+    def _pages(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.config.page_size)
+
+    def _most_pages(self, request: Request) -> int:
+        """Pages it may come to need; a visit of several steps runs on behind a row's end."""
+        tokens = len(request.prompt) + self._limit(request) + self.config.steps - 1
+        return self._pages(min(tokens, self.owner.config.max_position))
+
     def _admit(self) -> tuple[list[_Row], list[Completion]]:
         """Move waiting requests into flight while rows and pages last."""
         admitted: list[_Row] = []
@@ -288,7 +297,7 @@ class Sampler:
                 later.append(self.waiting.pop(0))
                 continue
             expected = self._expected(request)
-            least = self.cache.pages_for(len(prompt) + limit) + len(self.prefix[1])
+            least = self._most_pages(request) + len(self.prefix[1])
             self._make_room(least, least)
             promised = sum(self._missing(row) for row in (*self.flying, *admitted))
             need = self.cache.pages_for(len(prompt) + expected)
@@ -316,11 +325,12 @@ class Sampler:
 
     def _open(self) -> None:
         """A cache for what is known to come, and in it what many prompts begin with."""
-        size, longest = self.config.page_size, self.owner.config.max_position
         shared = common_prefix([r.prompt for r in self.waiting])
-        known = [min(len(r.prompt) + self._limit(r), longest) for r in self.waiting]
-        pages = sorted((-(-n // size) for n in known), reverse=True)[: self.config.rows]
-        self._make_room(sum(pages) - (-len(shared) // size), pages[0] - (-len(shared) // size))
+        head = self._pages(len(shared))
+        rows = sorted((self._most_pages(r) for r in self.waiting), reverse=True)
+        kept = sorted((self._pages(len(p)) for p, n in self.twins.items() if n > 1), reverse=True)
+        most = self.config.rows
+        self._make_room(head + sum(rows[:most]) + sum(kept[:most]), head + rows[0])
         if shared:
             self._compute_prefix(shared)
 
@@ -384,18 +394,18 @@ class Sampler:
             self.cache.give_back(pages)
         self.kept.clear()
 
-    def _reserve(self, ahead: int) -> None:
-        """Pages for so many new tokens of every row, the oldest first; the youngest gives way."""
-        for row in list(self.flying):
-            if row not in self.flying:
-                break  # put back below, as are all behind it
-            need = self.cache.pages_for(row.length + ahead) - len(row.pages)
-            while need > len(self.cache.free):
+    def _reserve(self, ahead: Sequence[int]) -> None:
+        """Pages for so many new tokens of each row, the oldest first; the youngest gives way."""
+        for row, new in zip(list(self.flying), ahead, strict=True):
+            need = self.cache.pages_for(row.length + new) - len(row.pages)
+            while need > len(self.cache.free) and row in self.flying:
                 if self.kept:
                     self._drop_kept()
                     continue
-                assert self.flying[-1] is not row or len(self.flying) == 1, "the pool is too small"
+                assert len(self.flying) > 1, "the pool is too small for one row"
                 self._put_back(self.flying.pop())
+            if row not in self.flying:
+                break  # as are all behind it
             row.pages += self.cache.take(max(0, need))
 
     def _put_back(self, row: _Row) -> None:
@@ -511,7 +521,7 @@ class Sampler:
         furthest = self.model.config.max_position - max(row.length for row in self.flying)
         steps = 1 if most else min(self.config.steps, furthest)
         before = len(self.flying)
-        self._reserve(max(steps, 1 + most))
+        self._reserve([max(steps, 1 + len(guess)) for guess in guesses])
         guesses = guesses[: len(self.flying)]
         self._compact()
         rows = list(self.flying)
