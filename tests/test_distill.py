@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine.distill as module
 from engine.data import Row, encode, load_distilled
 from engine.distill import TEMPLATES, DistillConfig, DistillReport, distill, prompt
 from engine.sampler import SamplerConfig, SamplerStats
@@ -156,6 +158,120 @@ def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, kills):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+PROCESSES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from engine import distill
+from engine.distributed import start
+from engine.score import score
+from tests.test_distill import CONFIG, SAMPLING, load, rows
+torch.set_num_threads(1)
+world = start()
+made, count = distill._line, []
+def line(*args):
+    count.append(1)
+    if world.rank == 1 and len(count) == {kill}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(*args)
+distill._line = line
+model, chat = load({model!r})
+out = Path({out!r})
+report = distill.distill(model, chat, rows(), out, CONFIG, SAMPLING,
+    settings={{"sampling": "as above"}}, resume=True, world=world)
+score(model, chat, report.lines, Path({out!r} + ".scores.jsonl"), {{}}, world)
+"""
+
+
+def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
+    """torchrun, gloo; rank 1 is killed at its third line, the second job finishes the file."""
+    model, chat = load(tiny)
+    whole = go(tiny, tmp_path / "one.jsonl")
+    score(model, chat, whole.lines, tmp_path / "one.jsonl.scores.jsonl", {})
+    out, script = tmp_path / "two.jsonl", tmp_path / "job.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for kill in (3, 0):
+        script.write_text(
+            PROCESSES.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill)
+        )
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+        assert (done.returncode == 0) == (kill == 0), done.stderr[-2000:]
+        parts = list(tmp_path.glob("two.jsonl.part*"))
+        assert len(parts) == (2 if kill else 0)
+        if kill:
+            assert len((tmp_path / "two.jsonl.part1").read_text().splitlines()) == 2
+    for name in ("", ".scores.jsonl"):
+        one, two = (tmp_path / f"{n}.jsonl{name}" for n in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_ctrl_c_finishes_the_rows_in_flight_and_the_rest_follows(tiny, tmp_path, monkeypatch):
+    go(tiny, tmp_path / "whole.jsonl")
+    out, made, written = tmp_path / "d.jsonl", module._line, []
+
+    def line(*args):
+        if not written:
+            signal.raise_signal(signal.SIGINT)
+        written.append(1)
+        return made(*args)
+
+    monkeypatch.setattr(module, "_line", line)
+    with pytest.raises(KeyboardInterrupt, match="rows are left.*--resume"):
+        go(tiny, out)
+    assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "what was in flight, no more"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    go(tiny, out, resume=True)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
+    go(tiny, tmp_path / "whole.jsonl")
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(OSError, match="finished lines are kept"):
+            go(tiny, disk / "d.jsonl")
+        kept = load_distilled(disk / "d.jsonl")
+        assert 0 < len(kept) < 24
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        go(tiny, disk / "d.jsonl", resume=True)
+        assert (disk / "d.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_directory_that_vanishes_stops_the_run(tiny, tmp_path, monkeypatch):
+    out, made, written = tmp_path / "run" / "d.jsonl", module._line, []
+
+    def line(*args):
+        written.append(1)
+        if len(written) == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return made(*args)
+
+    monkeypatch.setattr(module, "_line", line)
+    with pytest.raises(OSError, match="no longer there"):
+        go(tiny, out)
+    assert len(load_distilled(tmp_path / "elsewhere" / "d.jsonl")) == 4
+
+
+def test_a_prompt_that_is_too_long_is_named_and_stops_nothing(tiny, tmp_path):
+    model, chat = load(tiny)
+    question = {"role": "user", "content": "x" * 600}
+    long = Row("long", (question, {"role": "assistant", "content": "y"}))
+    out = tmp_path / "d.jsonl"
+    report = distill(model, chat, [*rows(2), long], out, CONFIG, SAMPLING, settings={})
+    assert report.lines[-1].status == "prompt_too_long"
+    assert report.lines[-1].target == "y" and report.counts["prompt_too_long"] == 1
 
 
 def test_rows_in_flight_change_nothing(tiny, tmp_path):
