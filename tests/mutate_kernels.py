@@ -69,6 +69,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "-",
     ): "the clamp guards memory against a key that is nobody's; no input tried, NaN included, is",
     ("lora_up_backward_kernel", "tl.assume(size > 0)", ">"): "a hint to the compiler",
+    (
+        "sample_largest_kernel",
+        "largest = tl.maximum(largest, tl.where(ids < V, _keys(z, ids, IB), 0))",
+        "<",
+    ): "the lane behind the row holds -inf and the highest id: id 0 comes before it",
+    (
+        "_search",
+        "between = (key >= low) & (key < end)",
+        "<",
+    ): "the interval shrinks by its marks alone where `end` is a key: only slower",
+    (
+        "sample_draw_kernel",
+        "if TOP_P < 1:",
+        "<",
+    ): "a cut at all of the mass leaves out what does not change the sum and is never drawn",
 }
 
 
