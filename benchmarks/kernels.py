@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import operator
 import os
+import re
 import signal
 import statistics
 import sys
@@ -266,7 +267,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slot", type=float, default=0.2, help="seconds of a call at a shape")
     parser.add_argument("--seconds", type=float, default=0, help="in all; 0: as long as it takes")
     parser.add_argument("--dry", action="store_true", help="a tiny shape of each, two calls")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.shape and args.kernel not in (None, "lora_linear"):
+        parser.error(f"--shape is of lora_linear, not of {args.kernel}")
+    if args.shape and not re.fullmatch(r"\d+(,\d+){3}", args.shape):
+        parser.error(f"--shape {args.shape}: four numbers are wanted, M,K,N,r as 8192,4096,4096,16")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -55,6 +55,24 @@ def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypat
     assert last["results"] == [], "the rehearsal's shape has three rows"
 
 
+def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
+    """M, K, N, r: forward and backward of one matrix with its adapter, peft's form beside it."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    where = ["--device", "cpu", "--dtype", "fp32", "--slot", "0.01"]
+    bench.main(["--backward", "--shape", "5,24,16,4", *where])
+    _, last = document(capsys)
+    assert {r["form"] for r in last["results"]} == {"eager", "peft", "torch"}
+    for r in last["results"]:
+        assert (r["operation"], r["shape"]) == ("lora_linear", [5, 24, 4, 16])
+    for wrong in (["--shape", "5,24,16"], ["--shape", "5,24,16,4", "--kernel", "swiglu"]):
+        with pytest.raises(SystemExit):
+            bench.main([*wrong, *where])
+    assert (
+        "four numbers are wanted" in (said := capsys.readouterr().err) and "not of swiglu" in said
+    )
+
+
 def test_a_red_form_has_no_time(capsys, monkeypatch):
     """A kernel that is 1 % off is named RED beside the timed ones, and the run fails."""
 
