@@ -68,9 +68,8 @@ def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
     for wrong in (["--shape", "5,24,16"], ["--shape", "5,24,16,4", "--kernel", "swiglu"]):
         with pytest.raises(SystemExit):
             bench.main([*wrong, *where])
-    assert (
-        "four numbers are wanted" in (said := capsys.readouterr().err) and "not of swiglu" in said
-    )
+    said = capsys.readouterr().err
+    assert "four numbers are wanted" in said and "not of swiglu" in said
 
 
 def test_a_red_form_has_no_time(capsys, monkeypatch):
