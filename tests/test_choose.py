@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from engine import session
 from engine.session import ModelConfig, Session
 from kernels import _triton, choose, registry
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
@@ -85,6 +86,15 @@ def test_checks_at_the_models_own_widths():
     ops, reasons = run(table, widths=OWN)
     assert "over the bound" in reasons["swiglu"] and ops.swiglu_forward is TORCH.swiglu_forward
     assert run(table)[1] == {}, "remembered for the widths that it was found at"
+
+
+def test_a_session_asks_for_its_models_widths(monkeypatch, tiny_llama_dir):
+    def refuse(name, device, dtype, widths):
+        raise ValueError(f"asked for {widths}")
+
+    monkeypatch.setattr(session, "choose", refuse)
+    with pytest.raises(ValueError, match="asked for Widths.D=64, F=96, H=4, G=2, d=16, V=320"):
+        Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu"))
 
 
 @pytest.mark.parametrize("name", SPECS)
