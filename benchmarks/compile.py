@@ -16,6 +16,7 @@ The exit code is 1 and the configuration is named when
     mma        a product of 16-bit operands is not on tensor cores; 64 rows or more need wgmma on
                sm_90 (fewer have mma.sync); what is a product is read from triton's intermediate
                code, not from names
+    tf32       a product of fp32 operands is rounded to TF32, as triton's default has it
     serial     ptxas serialises wgmma
     loads      less than half of the bytes that the global loads name come 16 at a time. Each load
                instruction counts once, with the bytes it brings to a thread; a TMA load as 64
@@ -201,6 +202,7 @@ class Dot:
     rows: int
     dtype: str
     unit: str  # wgmma, mma (any other tensor-core instruction) or fma
+    tf32: bool = False
 
 
 def dots(ttgir: str) -> list[Dot]:
@@ -211,7 +213,9 @@ def dots(ttgir: str) -> list[Dot]:
         rest = ttgir[match.end() : ttgir.index("\n", match.end())]
         plain = re.search(r"parent = #blocked", rest)
         unit = "wgmma" if match[1] != "tt.dot" else "fma" if plain else "mma"
-        found.append(Dot(int(match[2].split("x")[-3]), match[3], unit))
+        # "ieee" is not printed; wgmma has no other way to take fp32
+        tf32 = match[3] == "f32" and ("inputPrecision =" in match[0] or unit == "wgmma")
+        found.append(Dot(int(match[2].split("x")[-3]), match[3], unit, tf32))
     return found
 
 
@@ -241,7 +245,7 @@ def facts(job: Job, compiled: Any, log: str) -> dict[str, Any]:
     asm = compiled.asm
     row = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
     row |= {"tile": job.tile, "shared": compiled.metadata.shared}
-    row["dots"] = [d for d in dots(asm["ttgir"]) if d.dtype in ("bf16", "f16")]
+    row["dots"] = dots(asm["ttgir"])
     if job.target == "gfx942":
         text = asm["amdgcn"]
         fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
@@ -287,6 +291,10 @@ def complaints(row: dict[str, Any]) -> dict[str, str]:
     if row["shared"] > SHARED[row["target"]]:
         found["shared"] = f"{row['shared']} bytes of shared memory, {SHARED[row['target']]} allowed"
     for dot in row["dots"]:
+        if dot.tf32:
+            found["tf32"] = f"a product of {dot.rows} rows of fp32 in TF32"
+        if dot.dtype not in ("bf16", "f16"):
+            continue
         wgmma = row["target"] == "sm_90" and dot.rows >= 64
         if dot.unit == "fma" or (wgmma and dot.unit != "wgmma") or not row["mma"]:
             found["mma"] = (

@@ -17,7 +17,7 @@ On a CPU 64 MiB are written before every call, which leaves a larger cache warm.
 
 The floor of a call is the longer of its operations over the rate of a large product and its bytes
 over the rate of a large copy, both measured on this machine first; `x floor` is time over floor.
-The last line is JSON, appended to $OUT/kernels.jsonl, or with --record to benchmarks/results/.
+The last line is JSON, appended to kernels.jsonl in $OUT, else in benchmarks/results/ (not --dry).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import operator
+import os
+import re
 import signal
 import statistics
 import sys
@@ -264,9 +266,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--slot", type=float, default=0.2, help="seconds of a call at a shape")
     parser.add_argument("--seconds", type=float, default=0, help="in all; 0: as long as it takes")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--dry", action="store_true", help="a tiny shape of each, two calls")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.shape and args.kernel not in (None, "lora_linear"):
+        parser.error(f"--shape is of lora_linear, not of {args.kernel}")
+    if args.shape and not re.fullmatch(r"\d+(,\d+){3}", args.shape):
+        parser.error(f"--shape {args.shape}: four numbers are wanted, M,K,N,r as 8192,4096,4096,16")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
             print(
                 f"\n{document['left_out']} shapes left out: --seconds {args.seconds:.0f} are over"
             )
-        record(document, args.record)
+        record(document, not (args.dry or os.environ.get("OUT")))
     red = {r["form"] for r in document["results"] if "RED" in r.get("skipped", "")}
     if red or document["stopped"]:
         sys.exit(1)

@@ -336,7 +336,7 @@ def measure(args: argparse.Namespace, config: LlamaConfig, document: dict[str, A
     models = {}
     for name in ours:
         try:
-            ops = choose(name, args.device, DTYPES[args.dtype])
+            ops = choose(name, args.device, DTYPES[args.dtype], config.widths)
         except ValueError as error:
             document["training"][name] = {"skipped": str(error)}
             continue

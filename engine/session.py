@@ -18,6 +18,7 @@ from engine.process import keep_freed_memory
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
+from model.config import LlamaConfig
 from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
@@ -88,10 +89,11 @@ class Session:
         world = start(device)
         keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
-        ops = choose(config.ops, device, dtype)
+        path = Path(config.model)
+        ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
         if config.threads:
             torch.set_num_threads(config.threads)
-        started, path = time.perf_counter(), Path(config.model)
+        started = time.perf_counter()
         tokenizer = load_tokenizer(path)
         try:
             now = datetime.fromisoformat(config.date) if config.date else datetime.now()

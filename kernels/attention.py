@@ -91,6 +91,8 @@ def _flash(qkv: Tensor, packed: Packed, d: int) -> bool:
 def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
     """The operator under torch.nn.attention.varlen, with the arguments that torch 2.13 gives it.
 
+    varlen_attn itself takes is_causal in torch 2.10, a window in 2.11, enable_gqa from 2.12 on, and
+    its backward is autograd's; the operator's first ten arguments are the same in all of them.
     Written without a GPU, so never run: what it must return is looked at.
     """
     q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)  # (T, H or G, d)
@@ -269,5 +271,6 @@ SPEC = Spec(
         for m in MODELS.values()
         for lengths in ((256,), (512,) * 8, (4096,), (2048,) * 4)
     ),
+    model_shapes=lambda m: ((m.H, m.G, m.d, 200, 1, 70),),
     floor=1e-5,  # the order of the sums over keys is another than the reference's
 )

@@ -444,5 +444,6 @@ SPEC = Spec(
         (9, 3, 64, 8, 1, 1),  # no rows
     ),
     bench_shapes=tuple((m.H, m.G, m.d, 64, *rows) for m in MODELS.values() for rows in _BENCH_ROWS),
+    model_shapes=lambda m: ((m.H, m.G, m.d, 64, 1, 70, 200, 130, 0, 9),),  # decode, extend
     slack=3.0,  # as attention; and the parts of a split context are each rounded
 )

@@ -1,10 +1,10 @@
 """What `--ops auto` does on a GPU: each operation is held to its definition there, once.
 
-The check is the SPEC's, at its two largest test shapes in the run's dtype and at the largest in
-fp32. An operation that fails it, or raises, is taken from the other table. Results lie in
-$XDG_CACHE_HOME (~/.cache) /sdft-engine/kernels-<key>.json; the key is made of the card, the
-versions of torch and triton, the dtype and the contents of this folder. A file that is not
-understood is written anew.
+The check is the SPEC's, at its two largest test shapes in the run's dtype, at the largest in fp32,
+and for a few tokens at the model's own widths: those are the kernels that will run. An operation
+that fails it, or raises, is taken from the other table. Results lie in $XDG_CACHE_HOME (~/.cache)
+/sdft-engine/kernels-<key>.json; the key is made of the card, the versions of torch and triton, the
+dtype, the widths and the contents of this folder. A file that is not understood is written anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kernels.spec import Spec, check
+from kernels.spec import Spec, Widths, check
 
 FOLDER = Path(__file__).resolve().parent
 REASON = 200  # characters of a reason that are kept
@@ -36,7 +36,9 @@ def sources_hash(folder: Path = FOLDER) -> str:
     return digest.hexdigest()
 
 
-def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def identity(
+    device: torch.device, dtype: torch.dtype, widths: Widths | None = None
+) -> dict[str, str]:
     """What a result is valid for."""
     try:
         triton = importlib.metadata.version("triton")
@@ -44,7 +46,8 @@ def identity(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         triton = "none"
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {"torch": torch.__version__, "triton": triton}
-    return {"card": card, **versions, "dtype": str(dtype), "kernels": sources_hash()}
+    model = {"dtype": str(dtype), "widths": str(widths)}
+    return {"card": card, **versions, **model, "kernels": sources_hash()}
 
 
 def cache_file(valid_for: dict[str, str]) -> Path:
@@ -85,11 +88,19 @@ def _shapes(spec: Spec) -> list[tuple[int, ...]]:
     return sorted(spec.test_shapes, key=numbers, reverse=True)
 
 
-def _failure(spec: Spec, ops: Any, reference: Any, device: torch.device, dtype: torch.dtype) -> str:
+def _failure(
+    spec: Spec,
+    ops: Any,
+    reference: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    widths: Widths | None,
+) -> str:
     """Why this operation of `ops` must not be used here, "" when it passes."""
     try:
         first, *others = _shapes(spec)
-        cases = [(s, dtype) for s in (first, *others[:1])]
+        own = () if widths is None else spec.model_shapes(widths)
+        cases = [(s, dtype) for s in (first, *others[:1], *own)]
         for shape, kind in dict.fromkeys([*cases, (first, torch.float32)]):
             check(spec, ops, reference, shape, kind, str(device))
     except Exception as error:  # whatever a compiler, a launch or the check may raise
@@ -118,10 +129,11 @@ def checked(
     fields: dict[str, tuple[str, ...]],
     device: torch.device,
     dtype: torch.dtype,
+    widths: Widths | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Any, dict[str, str]]:
     """The candidate with what fails replaced from the fallback, and the failures' reasons."""
-    valid_for = identity(device, dtype)
+    valid_for = identity(device, dtype, widths)
     path = cache_file(valid_for)
     results, new, started = _read(path), False, time.perf_counter()
     for name, spec in specs.items():
@@ -129,9 +141,10 @@ def checked(
             results.pop(name, None)
         elif name not in results:
             if not new:
-                say(f"ops: checking the kernels on {valid_for['card']} (once per card and version)")
+                card = valid_for["card"]
+                say(f"ops: checking the kernels on {card} (once per card, version and widths)")
             new = True
-            results[name] = _failure(spec, candidate, reference, device, dtype)
+            results[name] = _failure(spec, candidate, reference, device, dtype, widths)
             if results[name]:
                 _write(path, valid_for, results)
                 _ensure_alive(name, results[name], device)

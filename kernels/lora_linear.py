@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.philox import Dropout, mix
 from kernels.prepack import Prepacked, linear
-from kernels.spec import MODELS, TOKENS, Spec, autograd
+from kernels.spec import MODELS, TOKENS, Spec, Widths, autograd
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,11 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
     return out
 
 
-def _bench_shapes() -> tuple[tuple[int, ...], ...]:
-    """Every group of every model, at three ranks."""
-    shapes = []
-    for m in MODELS.values():
-        q, kv = m.H * m.d, m.G * m.d
-        groups = ((m.D, (q, kv, kv)), (q, (m.D,)), (m.D, (m.F, m.F)), (m.F, (m.D,)))
-        for t in TOKENS:
-            shapes += [(t, k, r, *sizes) for k, sizes in groups for r in (8, 16, 64)]
-    return tuple(shapes)
+def _shapes(m: Widths, tokens: tuple[int, ...], ranks: tuple[int, ...]) -> tuple:
+    """Every group of a model."""
+    q, kv = m.H * m.d, m.G * m.d
+    groups = ((m.D, (q, kv, kv)), (q, (m.D,)), (m.D, (m.F, m.F)), (m.F, (m.D,)))
+    return tuple((t, k, r, *sizes) for t in tokens for k, sizes in groups for r in ranks)
 
 
 SPEC = Spec(
@@ -223,7 +219,8 @@ SPEC = Spec(
         (17, 48, 128, 33),
         (0, 16, 4, 8, 8),
     ),
-    bench_shapes=_bench_shapes(),
+    bench_shapes=tuple(s for m in MODELS.values() for s in _shapes(m, TOKENS, (8, 16, 64))),
+    model_shapes=lambda m: _shapes(m, (17, 65), (16,)),
     slack=3.0,  # y is rounded twice (product, then adapter added) where the reference sums parts
     floor=1e-5,  # a different summation order over K is not an error
 )

@@ -408,7 +408,7 @@ def lora_linear_backward_kernels_triton(
     launch(
         lora_dx_kernel, (cdiv(T, row["BM"]) * cdiv(K, row["BN"]),),
         dy, weight, ds, a, dx, *drop, T, dy.stride(0), K=K, N=N, R=R, DROP=DROP,
-        DESCRIBED=described(dy, weight), BR=min(64, power_of_two(R)), **row,
+        DESCRIBED=described(dy, weight), **row | {"BR": min(row["BR"], power_of_two(R))},
     )  # fmt: skip
     return dx
 

@@ -28,6 +28,7 @@ from kernels import (
     swiglu,
 )
 from kernels.choose import checked, described
+from kernels.spec import Widths
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,13 @@ def choose(
     name: str = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    widths: Widths | None = None,
 ) -> Ops:
     """The table of that name for a model on this device; the result's name says what is in it.
 
     `auto` is TORCH on a CPU; on a GPU it is TRITON as far as it passes its checks there, operation
-    by operation (kernels/choose.py). ValueError for an unknown name, and for `triton` where it
-    cannot run, with the reason.
+    by operation and at the model's widths (kernels/choose.py). ValueError for an unknown name, and
+    for `triton` where it cannot run, with the reason.
     """
     device = torch.device(device)
     if name not in ("auto", *OPS):
@@ -203,7 +205,7 @@ def choose(
         return TORCH  # kernels compute in fp32
     ops, reasons = OPS.get(name), {}
     if ops is None:
-        ops, reasons = checked(TRITON, TORCH, REFERENCE, SPECS, FIELDS, device, dtype)
+        ops, reasons = checked(TRITON, TORCH, REFERENCE, SPECS, FIELDS, device, dtype, widths)
     elif ops is not TRITON:
         return ops
     name = described(ops, [TORCH, TRITON], FIELDS, reasons)

@@ -228,4 +228,5 @@ SPEC = Spec(
     _run,
     test_shapes=((1, 64), (3, 63), (257, 576), (0, 64)),
     bench_shapes=tuple((t, m.D) for m in MODELS.values() for t in TOKENS),
+    model_shapes=lambda m: ((33, m.D),),
 )

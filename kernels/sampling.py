@@ -385,6 +385,7 @@ SPEC = Spec(
         (b, m.V, *settings) for m in MODELS.values() for b in (1, 16, 64) for settings in _SETTINGS
     ),
     floor=1e-5,
+    model_shapes=lambda m: ((2, m.V), (2, m.V, 0.95, 50, 0.7)),
     interpreter_shapes=(
         (5, 300),
         (5, 100, 1.0),

@@ -33,6 +33,18 @@ def autograd(fn: Callable[..., Tensor], wanted: tuple[Tensor, ...], douts: Any) 
 
 
 @dataclass(frozen=True)
+class Widths:
+    """The sizes of a model that decide which kernels are compiled for it."""
+
+    D: int  # model width
+    F: int  # feed-forward width
+    H: int  # query heads
+    G: int  # key/value heads
+    d: int  # head size
+    V: int  # vocabulary
+
+
+@dataclass(frozen=True)
 class Spec:
     """The contract of one operation.
 
@@ -48,18 +60,8 @@ class Spec:
     slack: float = 2.0  # raising it is a reviewed change with its reason in the file
     floor: float = 1e-6  # of max|truth|: the error below which nobody looks
     interpreter_shapes: tuple[tuple[int, ...], ...] = ()  # for kernels, where test_shapes are slow
-
-
-@dataclass(frozen=True)
-class Widths:
-    """The sizes of a model that its kernels are benchmarked at."""
-
-    D: int  # model width
-    F: int  # feed-forward width
-    H: int  # query heads
-    G: int  # key/value heads
-    d: int  # head size
-    V: int  # vocabulary
+    # few tokens at a model's own widths: what `--ops auto` checks beside test_shapes
+    model_shapes: Callable[[Widths], tuple[tuple[int, ...], ...]] = lambda widths: ()
 
 
 MODELS = {

@@ -147,5 +147,6 @@ SPEC = Spec(
     _run,
     test_shapes=((1, 32), (3, 63), (257, 96), (0, 32)),
     bench_shapes=tuple((t, m.F) for m in MODELS.values() for t in TOKENS),
+    model_shapes=lambda m: ((33, m.F),),
     interpreter_shapes=((1, 32), (3, 63), (7, 96), (0, 32)),
 )

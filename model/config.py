@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kernels.spec import Widths
+
 ROPE_TYPES = ("default", "linear", "llama3")
 _LLAMA3_KEYS = (
     "factor",
@@ -57,6 +59,12 @@ class LlamaConfig:
         """Rows of the q, k and v weights, in the order they are concatenated."""
         kv = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv, kv
+
+    @property
+    def widths(self) -> Widths:
+        """What decides which kernels are compiled for the model."""
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return Widths(self.hidden_size, self.intermediate_size, *heads, self.vocab_size)
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:

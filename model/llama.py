@@ -86,7 +86,7 @@ class Llama:
         self, config: LlamaConfig, weights: dict[str, Tensor | Prepacked], ops: Ops | None = None
     ) -> None:
         self.config, self.weights = config, weights
-        self.ops = ops or choose("auto", self.device, self.dtype)
+        self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
 
     @classmethod

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
+from benchmarks import clock, operations, step
 from benchmarks import kernels as bench
-from benchmarks import operations, step
 from kernels import registry
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS
@@ -39,6 +39,37 @@ def test_a_run_ends_in_json_and_is_recorded(capsys, tmp_path, monkeypatch):
     assert 0 < low <= median <= high and first["calls"] >= 3
     assert first["x_floor"] == pytest.approx(median / first["floor_ms"])
     assert {"commit", "torch", "triton", "device", "driver", "date"} <= last["environment"].keys()
+
+
+def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypatch):
+    """Appended, unless $OUT is set (above) or it is a rehearsal."""
+    monkeypatch.setattr(clock, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    asked = ["--kernel", "swiglu", "--device", "cpu", "--dtype", "fp32", "--rows", "1"]
+    for n in (1, 2):
+        bench.main([*asked, "--slot", "0.01"])
+        assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) == n
+    bench.main([*asked, "--dry"])
+    assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) == 2
+    _, last = document(capsys)
+    assert last["results"] == [], "the rehearsal's shape has three rows"
+
+
+def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
+    """M, K, N, r: forward and backward of one matrix with its adapter, peft's form beside it."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    where = ["--device", "cpu", "--dtype", "fp32", "--slot", "0.01"]
+    bench.main(["--backward", "--shape", "5,24,16,4", *where])
+    _, last = document(capsys)
+    assert {r["form"] for r in last["results"]} == {"eager", "peft", "torch"}
+    for r in last["results"]:
+        assert (r["operation"], r["shape"]) == ("lora_linear", [5, 24, 4, 16])
+    for wrong in (["--shape", "5,24,16"], ["--shape", "5,24,16,4", "--kernel", "swiglu"]):
+        with pytest.raises(SystemExit):
+            bench.main([*wrong, *where])
+    said = capsys.readouterr().err
+    assert "four numbers are wanted" in said and "not of swiglu" in said
 
 
 def test_a_red_form_has_no_time(capsys, monkeypatch):

@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 
+from engine import session
 from engine.session import ModelConfig, Session
 from kernels import _triton, choose, registry
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
+from kernels.spec import MODELS, Widths, check
 
 CPU = torch.device("cpu")
 
@@ -39,10 +41,10 @@ def candidate(**functions):
     return dataclasses.replace(TORCH, name="triton", **functions)
 
 
-def run(ops, said=None):
+def run(ops, said=None, widths=None):
     say = (said if said is not None else []).append
     dtype = torch.bfloat16
-    return choose.checked(ops, TORCH, REFERENCE, SPECS, FIELDS, CPU, dtype, say)
+    return choose.checked(ops, TORCH, REFERENCE, SPECS, FIELDS, CPU, dtype, widths, say)
 
 
 def test_every_function_belongs_to_one_spec():
@@ -67,6 +69,42 @@ def test_an_exception_is_a_failure():
     ops, reasons = run(candidate(swiglu_forward=raising, swiglu_backward=plain_swiglu))
     assert reasons == {"swiglu": "RuntimeError: no room for 300 KiB of shared memory"}
     assert ops.swiglu_backward is TORCH.swiglu_backward, "the pair falls back together"
+
+
+OWN = Widths(D=56, F=72, H=6, G=2, d=24, V=301)
+
+
+def test_checks_at_the_models_own_widths():
+    """A form that is wrong at one width is used by models of another."""
+
+    def wrong_at_72(gate_up):
+        return TORCH.swiglu_forward(gate_up) * (1.01 if gate_up.shape[1] == 2 * OWN.F else 1)
+
+    table = candidate(swiglu_forward=wrong_at_72)
+    assert run(table)[1] == {}
+    assert run(table, widths=dataclasses.replace(OWN, F=64))[1] == {}
+    ops, reasons = run(table, widths=OWN)
+    assert "over the bound" in reasons["swiglu"] and ops.swiglu_forward is TORCH.swiglu_forward
+    assert run(table)[1] == {}, "remembered for the widths that it was found at"
+
+
+def test_a_session_asks_for_its_models_widths(monkeypatch, tiny_llama_dir):
+    def refuse(name, device, dtype, widths):
+        raise ValueError(f"asked for {widths}")
+
+    monkeypatch.setattr(session, "choose", refuse)
+    with pytest.raises(ValueError, match="asked for Widths.D=64, F=96, H=4, G=2, d=16, V=320"):
+        Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu"))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_shapes_of_a_model_have_its_widths(name):
+    """Torch's form passes at them, and they are another model's no longer."""
+    shapes = SPECS[name].model_shapes(OWN)
+    for shape in shapes:
+        check(SPECS[name], TORCH, REFERENCE, shape, torch.bfloat16)
+    assert bool(shapes) == (name != "adamw"), "which has no width"
+    assert not shapes or shapes != SPECS[name].model_shapes(MODELS["llama-3-8b"])
 
 
 def test_the_second_run_checks_nothing(cache, monkeypatch):
@@ -110,8 +148,8 @@ def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
     (folder / "a.py").rename(folder / "b.py")
     hashes.add(choose.sources_hash(folder))
     assert len(hashes) == 3
-    here = choose.identity(CPU, torch.bfloat16)
-    assert here.keys() == {"card", "torch", "triton", "dtype", "kernels"}
+    here = choose.identity(CPU, torch.bfloat16, OWN)
+    assert here.keys() == {"card", "torch", "triton", "dtype", "widths", "kernels"}
     files = {choose.cache_file(here | {name: "other"}) for name in here}
     assert len(files | {choose.cache_file(here)}) == len(here) + 1
 
@@ -142,11 +180,11 @@ def test_auto_on_a_gpu_asks_the_check(monkeypatch):
 
     def checked(*args):
         seen.append(args[5:])
-        return choose.checked(*args[:5], CPU, args[6])
+        return choose.checked(*args[:5], CPU, *args[6:])
 
     monkeypatch.setattr(registry, "checked", checked)
-    ops = registry.choose("auto", "cuda", torch.bfloat16)
-    assert seen == [(torch.device("cuda"), torch.bfloat16)]
+    ops = registry.choose("auto", "cuda", torch.bfloat16, OWN)
+    assert seen == [(torch.device("cuda"), torch.bfloat16, OWN)]
     assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
     assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
     assert registry.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
@@ -154,12 +192,12 @@ def test_auto_on_a_gpu_asks_the_check(monkeypatch):
     assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
 
 
-def test_refusals_say_why(monkeypatch, tmp_path):
+def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match="--ops triton cannot run here: TRITON_INTERPRET is not"):
         registry.choose("triton")
     with pytest.raises(ValueError, match="--ops triton cannot run here"):
-        Session.open(ModelConfig(str(tmp_path), device="cpu", ops="triton"))
+        Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
     monkeypatch.setattr(_triton, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed.*use --ops auto or torch"):
         registry.choose("triton", "cuda")

@@ -1,6 +1,5 @@
 """Ahead-of-time compilation and tuning: what is recorded, what is derived, what is refused."""
 
-import dataclasses
 import json
 import os
 import re
@@ -140,6 +139,8 @@ def row(**changes):
         ({"dots": [aot.Dot(32, "f16", "mma")], "mma": {"mma.sync": 8}}, []),
         ({"dots": [aot.Dot(128, "bf16", "mma")], "target": "sm_80"}, []),
         ({"dots": [], "mma": {}}, []),
+        ({"dots": [aot.Dot(64, "f32", "fma")], "mma": {}}, []),
+        ({"dots": [aot.Dot(64, "f32", "mma", tf32=True)]}, ["tf32"]),
         ({"serial": True}, ["serial"]),
         ({"wide": 0.49, "load": 16}, ["loads"]),
         ({"error": "PassManager::run failed"}, ["compiler"]),
@@ -163,10 +164,12 @@ def test_products_are_read_from_the_intermediate_code():
     %1 = ttng.warp_group_dot %a, %b, %c {{p = 0 : i32}} : !ttg.memdesc<128x64xbf16, #s> * x -> y
     %2 = tt.dot %a, %b, %c : tensor<16x32xf16, {mma}> * tensor<32x8xf16, ...> -> y
     %3 = tt.dot %a, %b, %c, inputPrecision = tf32 : tensor<64x16xf32, {blocked}> * x -> y
-    %4 = tt.load %p : tensor<64x16xbf16, #blocked>
+    %4 = tt.dot %a, %b, %c : tensor<64x16xf32, {blocked}> * tensor<16x64xf32, ...> -> y
+    %5 = tt.load %p : tensor<64x16xbf16, #blocked>
     """
-    dots = [(128, "bf16", "wgmma"), (16, "f16", "mma"), (64, "f32", "fma")]
-    assert [dataclasses.astuple(d) for d in aot.dots(code)] == dots
+    dots = [(128, "bf16", "wgmma"), (16, "f16", "mma"), (64, "f32", "fma", True)]
+    dots += [(64, "f32", "fma")]
+    assert aot.dots(code) == [aot.Dot(*d) for d in dots]
 
 
 def test_widths_of_loads_and_stores():

@@ -5,7 +5,7 @@ import torch
 
 from kernels import _triton
 from kernels._triton import jit, launch, tl
-from tests import interpreter
+from tests import interpreter, mutate_kernels
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="kernels run on the GPU here")
 if _triton.INTERPRETED:
@@ -116,3 +116,9 @@ def test_guards_and_poison():
 def test_a_misspelt_option_is_refused():
     with pytest.raises(AssertionError, match="num_warp"):
         launch(undefined_kernel, (1,), torch.ones(1), torch.ones(1), 1, BN=16, num_warp=4)
+
+
+def test_every_equivalent_mutant_is_one():
+    """A reason outlives the line that it was given for, and would excuse nothing or the wrong."""
+    keys = {mutant.key for mutant in mutate_kernels.mutants("*", per_kernel=1000)}
+    assert mutate_kernels.EQUIVALENT.keys() <= keys

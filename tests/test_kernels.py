@@ -12,8 +12,9 @@ import random
 import pytest
 import torch
 
-from kernels import _triton
+from kernels import _triton, attention
 from kernels._triton import jit, launch, tl
+from kernels.context import Packed
 from kernels.philox import (
     Dropout,
     dropout_arguments,
@@ -200,10 +201,15 @@ CASES = [(name, shape) for name, spec in SPECS.items() for shape in spec.test_sh
 IDS = [f"{name}-{'x'.join(map(str, shape))[:40]}" for name, shape in CASES]
 
 
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=IDS)
-def test_against_reference(name, shape, dtype):
-    check(SPECS[name], TORCH, REFERENCE, shape, dtype)
+def test_against_reference(name, shape, dtype, device):
+    """On a GPU too: there attention is torch's, and it is what `--ops auto` falls back to."""
+    check(SPECS[name], TORCH, REFERENCE, shape, dtype, device)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=IDS)
@@ -259,6 +265,22 @@ def test_non_contiguous_gradient():
     got = spec.run(TORCH, cast(inputs, torch.float64) | {"dy": strided})
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("H", "G"), [(4, 4), (8, 2)])
+def test_torchs_flash_attention_takes_what_we_give_it(H, G):
+    """The shapes that the operators of the installed torch promise; without memory, so no GPU."""
+    qkv = torch.empty(15, (H + 2 * G) * 64, dtype=torch.bfloat16, device="meta")
+    packed = Packed.from_lengths([5, 1, 9], device="meta")
+    o, lse = attention._flash_forward(qkv, packed, H, G)
+    assert o.shape == (15, H * 64) and lse.shape == (15, H) and lse.dtype == torch.float32
+    dqkv = attention._flash_backward(torch.empty_like(o), qkv, o, lse, packed, H, G)
+    assert dqkv.shape == qkv.shape and dqkv.dtype == qkv.dtype
+    names = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    assert names[:10] == ["query", "key", "value", *lengths, "return_debug_mask"]
+    names = [a.name for a in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    assert names[4:12] == ["out", "logsumexp", *lengths] and names[12:14] == ["rng_state", "unused"]
 
 
 @pytest.mark.parametrize("name", [n for n in OPS])

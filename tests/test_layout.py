@@ -24,10 +24,11 @@ TOP_LEVEL = set(
 MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # git ignores these
 
 # kernels was 2,800: every operation stands there three times (definition, torch, Triton), and the
-# decode, extend, fused and split forms that the kernel issue names are kernels of their own.
+# decode, extend, fused and split forms that the kernel issue names are kernels of their own; then
+# 3,150: `auto` checks at a model's own widths, and drafts are decoded with the others, in one pass.
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950.
-PACKAGE_BUDGET = {"kernels": 3150, "model": 1600, "engine": 3200}
+PACKAGE_BUDGET = {"kernels": 3250, "model": 1600, "engine": 3200}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 

@@ -139,3 +139,12 @@ def test_broken_logits_give_a_token_of_the_vocabulary(settings):
     buffers = []
     tokens, _ = TRITON.sample(interpreter.guarded(logits, buffers), rows(4, **settings))
     assert ((0 <= tokens) & (tokens < 100)).all()
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="runs in the interpreter")
+def test_an_id_behind_the_vocabulary_is_nobodys():
+    """It is no token's penalty, neither of this row nor of the next one's first."""
+    interpreter.install()
+    logits = torch.ones(3, 100)  # all equal, so an id 0 that is penalised loses to id 1
+    tokens, _ = TRITON.sample(logits, rows(3, [[100, 5]] * 3, repetition_penalty=2.0))
+    assert tokens.tolist() == [0, 0, 0]
