@@ -23,164 +23,21 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.drafting import Controller, Drafter
+from engine.endings import FlyingRow, ending
+from engine.pages import Pages, common_prefix
+from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
 from kernels.philox import mix
 from kernels.sampling import SampleRows
-from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
 
-WORTH = 64  # prompt tokens saved from which on a forward for a common beginning pays
-SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps")  # they change no text
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How tokens are chosen and how many rows run together."""
-
-    rows: int = 64  # rows in flight; changes speed and memory, never text (fp32 on a CPU)
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens up to this probability
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0 drops none
-    repetition_penalty: float = 1.0  # above 1 weakens tokens of the prompt and the answer so far
-    max_new_tokens: int = 512  # where a request names no limit of its own
-    seed: int = 0  # with row id, sample and position it names every random number
-    stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
-    ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 512  # prompt tokens per forward; a longer prompt is cut
-    page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
-    kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
-    draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
-    steps: int = 1  # decode steps between two visits of the host; more pays on a GPU
-
-    def settings(self) -> dict[str, Any]:
-        """What names a run of it: not what changes its speed only."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
-
-    def check(self) -> None:
-        """ValueError for settings that cannot sample."""
-        problems = [
-            (self.rows < 1, f"rows {self.rows}: at least 1 is wanted"),
-            (self.temperature < 0, f"temperature {self.temperature}: 0 (greedy) or more is wanted"),
-            (self.top_k < 0, f"top_k {self.top_k}: 0 (all) or more is wanted"),
-            (not 0 < self.top_p <= 1, f"top_p {self.top_p}: 0 < top_p <= 1 is wanted"),
-            (not 0 <= self.min_p <= 1, f"min_p {self.min_p}: 0 to 1 is wanted"),
-            (
-                not 0 < self.repetition_penalty < float("inf"),
-                f"repetition_penalty {self.repetition_penalty}: above 0 is wanted, 1 for none",
-            ),
-            (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
-            ("" in self.stop, "an empty stop string would end every row at once"),
-            (self.prefill_tokens < 1, f"prefill_tokens {self.prefill_tokens}: at least 1"),
-            (self.page_size < 1, f"page_size {self.page_size}: at least 1"),
-            (self.kv_memory < 0, f"kv_memory {self.kv_memory}: GB, 0 for what is needed"),
-            (
-                self.draft not in ("auto", "off", "always"),
-                f"draft {self.draft!r}: auto, off or always is wanted",
-            ),
-            (self.steps < 1, f"steps {self.steps}: at least 1"),
-        ]
-        for wrong, message in problems:
-            if wrong:
-                raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to write."""
-
-    id: str  # stable: the row's random numbers are named by it
-    prompt: Sequence[int]  # token ids
-    max_new: int | None = None  # new tokens at most; None: the sampler's default
-    sample: int = 0  # which of several samples of this row
-    seed: int | None = None  # of this row alone, instead of the sampler's
-    expected: int | None = None  # new tokens it will likely have: the longest begin first
-    draft: Sequence[int] = ()  # token ids it may copy from: its reference
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was written for a request."""
-
-    id: str
-    sample: int
-    ids: list[int]  # the sampled tokens, without the end token
-    text: str  # decoded; with a stop string, what stands before it
-    finish: str  # stop | stop_string | length | prompt_too_long
-    logprobs: list[float]  # of each of `ids` under the model's plain distribution
-    prompt_tokens: int
-
-
-@dataclass
-class _Row:
-    """A row in flight."""
-
-    request: Request
-    prompt: tuple[int, ...]
-    limit: int  # new tokens at most
-    expected: int  # new tokens that memory is set aside for
-    key: int  # signed 64-bit hash of the id
-    pages: list[int]
-    filled: int  # prompt tokens that the cache holds
-    drafter: Drafter | None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    done: Completion | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache: all but the one drawn last."""
-        return self.filled + max(0, len(self.ids) - 1)
-
-
-@dataclass
-class SamplerStats:
-    """What a run did, for the summary."""
-
-    prompt_tokens: int = 0  # of prompts
-    shared_tokens: int = 0  # of these, copied and not computed
-    new_tokens: int = 0
-    steps: int = 0  # forwards that decoded
-    row_steps: int = 0  # rows in them
-    drafted: int = 0  # tokens guessed
-    held: int = 0  # guesses that were right
-    put_back: int = 0  # rows that began again for want of memory
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    def text(self) -> str:
-        """Tokens per step and acceptance, what was shared, what was put back."""
-        text = f"{(self.new_tokens) / max(1, self.row_steps):.2f} tokens per row and step"
-        if self.drafted:
-            share = self.held / self.drafted
-            text += f", {self.drafted} guessed from references, {share:.0%} right"
-        text += f"; {self.shared_tokens} of {self.prompt_tokens} prompt tokens shared"
-        if self.put_back:
-            text += f"; memory was short: {self.put_back} rows were put back and begun again"
-        return text
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The beginning that saves the most computation: its length times the prompts that have it."""
-    group, n, saved, best = list(prompts), 0, WORTH, []
-    while group:
-        counts = Counter(p[n] for p in group if len(p) > n + 1)  # the last token is never shared
-        if not counts:
-            break
-        token = counts.most_common(1)[0][0]
-        group = [p for p in group if len(p) > n + 1 and p[n] == token]
-        n += 1
-        if n * (len(group) - 1) > saved:
-            saved, best = n * (len(group) - 1), list(group[0][:n])
-    return best
+__all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "SamplerStats"]
 
 
 class Sampler:
@@ -204,12 +61,10 @@ class Sampler:
         self.owner, self.adapter = model, lora
         self.model: Llama | None = None
         self.waiting: list[Request] = []
-        self.flying: list[_Row] = []
+        self.flying: list[FlyingRow] = []
         self.draining = False
-        self.cache: KVCache | None = None
-        self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
+        self.pages = Pages(model, config.page_size, config.kv_memory)
         self.twins: Counter[tuple[int, ...]] = Counter()  # waiting requests by prompt
-        self.kept: dict[tuple[int, ...], list[int]] = {}  # pages of ended rows with twins waiting
         self.controller = Controller()
         self.stats = SamplerStats()
 
@@ -218,7 +73,7 @@ class Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model = self.cache = None
+        self.model = self.pages.cache = None
         self.owner.restore()
 
     def _prepare(self, release: bool) -> None:
@@ -251,10 +106,7 @@ class Sampler:
             if self.flying:
                 self._decode()
                 yield from self._finished()
-        self._drop_kept()
-        if self.cache is not None:
-            self.cache.give_back(self.prefix[1])
-        self.prefix = [], []
+        self.pages.close()
 
     # ---- admission and memory
 
@@ -268,18 +120,14 @@ class Sampler:
         limit = self._limit(request)
         return limit if request.expected is None else min(limit, request.expected)
 
-    def _pages(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
-        return -(-tokens // self.config.page_size)
-
     def _most_pages(self, request: Request) -> int:
         """Pages it may come to need; a visit of several steps runs on behind a row's end."""
         tokens = len(request.prompt) + self._limit(request) + self.config.steps - 1
-        return self._pages(min(tokens, self.owner.config.max_position))
+        return self.pages.count(min(tokens, self.owner.config.max_position))
 
-    def _admit(self) -> tuple[list[_Row], list[Completion]]:
+    def _admit(self) -> tuple[list[FlyingRow], list[Completion]]:
         """Move waiting requests into flight while rows and pages last."""
-        admitted: list[_Row] = []
+        admitted: list[FlyingRow] = []
         refused: list[Completion] = []
         later: list[Request] = []
         fresh: set[tuple[int, ...]] = set()  # prompts of `admitted`, which are not computed yet
@@ -297,14 +145,14 @@ class Sampler:
                 later.append(self.waiting.pop(0))
                 continue
             expected = self._expected(request)
-            least = self._most_pages(request) + len(self.prefix[1])
-            self._make_room(least, least)
+            least = self._most_pages(request) + len(self.pages.prefix[1])
+            self.pages.make_room(least, least)
             promised = sum(self._missing(row) for row in (*self.flying, *admitted))
-            need = self.cache.pages_for(len(prompt) + expected)
-            if len(self.cache.free) - promised < need:
+            need = self.pages.count(len(prompt) + expected)
+            if self.pages.free - promised < need:
                 if self.flying or admitted:
                     break
-                self._drop_kept()  # alone, every row fits
+                self.pages.drop_kept()  # alone, every row fits
             self._taken()
             row = self._begin(request, prompt, limit, expected)
             admitted.append(row)
@@ -319,67 +167,38 @@ class Sampler:
         if not self.twins[prompt]:
             del self.twins[prompt]
 
-    def _missing(self, row: _Row) -> int:
+    def _missing(self, row: FlyingRow) -> int:
         """Pages that a row will likely still ask for."""
-        return max(0, self.cache.pages_for(len(row.prompt) + row.expected) - len(row.pages))
+        return max(0, self.pages.count(len(row.prompt) + row.expected) - len(row.pages))
 
     def _open(self) -> None:
         """A cache for what is known to come, and in it what many prompts begin with."""
         shared = common_prefix([r.prompt for r in self.waiting])
-        head = self._pages(len(shared))
+        head = self.pages.count(len(shared))
         rows = sorted((self._most_pages(r) for r in self.waiting), reverse=True)
-        kept = sorted((self._pages(len(p)) for p, n in self.twins.items() if n > 1), reverse=True)
+        kept = sorted(
+            (self.pages.count(len(p)) for p, n in self.twins.items() if n > 1), reverse=True
+        )
         most = self.config.rows
-        self._make_room(head + sum(rows[:most]) + sum(kept[:most]), head + rows[0])
+        self.pages.make_room(head + sum(rows[:most]) + sum(kept[:most]), head + rows[0])
         if shared:
             self._compute_prefix(shared)
 
-    def _make_room(self, wanted: int, least: int) -> None:
-        """A pool of the wanted pages as far as memory allows; ValueError for fewer than `least`."""
-        if self.cache is not None and wanted <= self.cache.pages:
-            return
-        m, size = self.owner, self.config.page_size
-        page = KVCache.page_bytes(m.config, size, m.dtype)
-        budget = self.config.kv_memory * 1e9
-        if not budget and m.device.type == "cuda":
-            have = 0 if self.cache is None else self.cache.pages * page
-            budget = 0.9 * (torch.cuda.mem_get_info(m.device)[0] + have)
-        if budget and least * page > budget:
-            raise ValueError(
-                f"kv_memory {budget / 1e9:.3g} GB: the longest row needs {least * page / 1e9:.3g} "
-                "GB of keys and values; allow more, or fewer new tokens"
-            )
-        pages = max(1, min(wanted, int(budget // page)) if budget else wanted)
-        if self.cache is None:
-            self.cache = KVCache(m.config, pages, size, m.device, m.dtype)
-        else:
-            self.cache.grow(pages)
-
     def _compute_prefix(self, tokens: list[int]) -> None:
         """Fill pages with what many prompts begin with."""
-        pages = self.cache.take(self.cache.pages_for(len(tokens)))
+        pages = self.pages.cache.take(self.pages.count(len(tokens)))
         for start in range(0, len(tokens), self._chunk()):
             piece = tokens[start : start + self._chunk()]
             cached = self._describe([len(piece)], [start], [pages], alone=False)
             self._hidden(piece, cached, wanted=cached.last)
-        self.prefix = tokens, pages
+        self.pages.prefix = tokens, pages
 
-    def _begin(self, request: Request, prompt: tuple[int, ...], limit: int, expected: int) -> _Row:
+    def _begin(
+        self, request: Request, prompt: tuple[int, ...], limit: int, expected: int
+    ) -> FlyingRow:
         """A row with its pages; what is known of its prompt is copied into them."""
         twin = next((row.pages for row in self.flying if row.prompt == prompt), None)
-        twin = self.kept.get(prompt, twin)
-        if twin is not None:
-            source, known = twin, len(prompt) - 1
-        else:
-            source, known = self.prefix[1], 0
-            most = min(len(self.prefix[0]), len(prompt) - 1)
-            while known < most and self.prefix[0][known] == prompt[known]:
-                known += 1
-        pages = self.cache.take(self.cache.pages_for(len(prompt)))
-        whole = self.cache.pages_for(known)
-        self.cache.copy(source[:whole], pages[:whole])
-        if prompt in self.kept and prompt not in self.twins:
-            self.cache.give_back(self.kept.pop(prompt))
+        pages, known = self.pages.begin(prompt, twin, prompt in self.twins)
         self.stats.prompt_tokens += len(prompt)
         self.stats.shared_tokens += known
         key = (
@@ -387,44 +206,29 @@ class Sampler:
         )
         signed = key - 2**64 if key >= 2**63 else key
         drafter = None if self.config.draft == "off" else Drafter(request.draft)
-        return _Row(request, prompt, limit, expected, signed, pages, known, drafter)
-
-    def _drop_kept(self) -> None:
-        for pages in self.kept.values():
-            self.cache.give_back(pages)
-        self.kept.clear()
+        return FlyingRow(request, prompt, limit, expected, signed, pages, known, drafter)
 
     def _reserve(self, ahead: Sequence[int]) -> None:
         """Pages for so many new tokens of each row, the oldest first; the youngest gives way."""
         for row, new in zip(list(self.flying), ahead, strict=True):
-            need = self.cache.pages_for(row.length + new) - len(row.pages)
-            while need > len(self.cache.free) and row in self.flying:
-                if self.kept:
-                    self._drop_kept()
+            need = self.pages.count(row.length + new) - len(row.pages)
+            while need > self.pages.free and row in self.flying:
+                if self.pages.kept:
+                    self.pages.drop_kept()
                     continue
                 assert len(self.flying) > 1, "the pool is too small for one row"
                 self._put_back(self.flying.pop())
             if row not in self.flying:
                 break  # as are all behind it
-            row.pages += self.cache.take(max(0, need))
+            row.pages += self.pages.cache.take(max(0, need))
 
-    def _put_back(self, row: _Row) -> None:
+    def _put_back(self, row: FlyingRow) -> None:
         """Out of flight and to the head of the queue; drawn again, its tokens are the same."""
-        self.cache.give_back(row.pages)
+        self.pages.cache.give_back(row.pages)
         again = dataclasses.replace(row.request, draft=row.ids or row.request.draft)
         self.waiting.insert(0, again)
         self.twins[row.prompt] += 1
         self.stats.put_back += 1
-
-    def _compact(self) -> None:
-        """Bring the pages in use together where the attention reads the pool as it lies."""
-        cache = self.cache
-        if cache.k.device.type != "cpu" or cache.pages == len(cache.free):
-            return
-        tables = [self.prefix[1], *self.kept.values(), *(row.pages for row in self.flying)]
-        used = cache.pages - len(cache.free)
-        if max(map(max, filter(None, tables))) >= used + max(4, used // 8):
-            cache.compact([table for table in tables if table])
 
     # ---- forwards
 
@@ -443,10 +247,12 @@ class Sampler:
         self, tokens: Sequence[int] | Tensor, cached: Cached, wanted: Tensor | None = None
     ) -> Tensor:
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
-        return self.model.forward(ids, cached, lora=self.lora, cache=self.cache, wanted=wanted)
+        return self.model.forward(
+            ids, cached, lora=self.lora, cache=self.pages.cache, wanted=wanted
+        )
 
     def _draw(
-        self, hidden: Tensor, rows: Sequence[_Row], positions: Tensor, history: Tensor | None
+        self, hidden: Tensor, rows: Sequence[FlyingRow], positions: Tensor, history: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One token (n,) and its log-probability (n,) for each hidden state (n, D)."""
         c, device = self.config, self.model.device
@@ -477,7 +283,7 @@ class Sampler:
         size = self.config.page_size
         return max(size, self.config.prefill_tokens // size * size)
 
-    def _chunks(self, rows: list[_Row]) -> Iterator[list[tuple[_Row, int, int]]]:
+    def _chunks(self, rows: list[FlyingRow]) -> Iterator[list[tuple[FlyingRow, int, int]]]:
         """(row, start, end) of what is prefilled together; prompts are cut at pages only."""
         size, room, chunk = self.config.page_size, self._chunk(), []
         for row in rows:
@@ -493,7 +299,7 @@ class Sampler:
         if chunk:
             yield chunk
 
-    def _prefill(self, rows: list[_Row]) -> None:
+    def _prefill(self, rows: list[FlyingRow]) -> None:
         """Compute prompts and draw every row's first token."""
         started = time.perf_counter()
         for chunk in self._chunks(rows):
@@ -523,7 +329,7 @@ class Sampler:
         before = len(self.flying)
         self._reserve([max(steps, 1 + len(guess)) for guess in guesses])
         guesses = guesses[: len(self.flying)]
-        self._compact()
+        self.pages.compact([row.pages for row in self.flying])
         rows = list(self.flying)
         if any(guesses):
             self._verify(rows, guesses)
@@ -552,7 +358,7 @@ class Sampler:
         taken = self.controller.choose(matches, [len(o) for o in offers])
         return [offer[:n] for offer, n in zip(offers, taken, strict=True)]
 
-    def _step(self, rows: list[_Row], steps: int) -> None:
+    def _step(self, rows: list[FlyingRow], steps: int) -> None:
         """`steps` tokens for every row; nothing is asked of the device before the last."""
         tables = [row.pages for row in rows]
         cached = self._describe(
@@ -574,7 +380,7 @@ class Sampler:
         for step_tokens, step_logprobs in zip(tokens, logprobs, strict=True):
             self._take(rows, step_tokens, step_logprobs)
 
-    def _verify(self, rows: list[_Row], guesses: list[list[int]]) -> None:
+    def _verify(self, rows: list[FlyingRow], guesses: list[list[int]]) -> None:
         """One forward over every row's last token and its guesses; what is drawn is what counts."""
         new = [1 + len(guess) for guess in guesses]
         lengths = [row.length for row in rows]
@@ -601,14 +407,14 @@ class Sampler:
 
     # ---- the ends of rows
 
-    def _take(self, rows: list[_Row], tokens: list[int], logprobs: list[float]) -> None:
+    def _take(self, rows: list[FlyingRow], tokens: list[int], logprobs: list[float]) -> None:
         """Append a drawn token to every row that has not ended."""
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if row.done is not None:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            row.done = self._end(row)
+            row.done = ending(row, self.end_ids, self.config.stop, self.decode)
             self.stats.new_tokens += 1
             if row.drafter is not None:
                 row.drafter.extend(token)
@@ -618,47 +424,6 @@ class Sampler:
         done = [row for row in self.flying if row.done is not None]
         self.flying = [row for row in self.flying if row.done is None]
         for row in done:
-            if row.prompt in self.twins and row.prompt not in self.kept:
-                whole = self.cache.pages_for(len(row.prompt))
-                self.kept[row.prompt] = row.pages[:whole]
-                row.pages = row.pages[whole:]
-            self.cache.give_back(row.pages)
+            self.pages.end(row.prompt, row.pages, row.prompt in self.twins)
         for row in done:
             yield row.done
-
-    def _end(self, row: _Row) -> Completion | None:
-        """The completion of a row whose last token ended it, else None."""
-        ids, request = row.ids, row.request
-        if ids[-1] in self.end_ids:
-            finish, keep, text = "stop", len(ids) - 1, None
-        elif (cut := self._stop_string(ids)) is not None:
-            finish, (keep, text) = "stop_string", cut
-        elif len(ids) >= row.limit:
-            finish, keep, text = "length", len(ids), None
-        else:
-            return None
-        kept = ids[:keep]
-        text = self.decode(kept) if text is None else text
-        logprobs = row.logprobs[:keep]
-        return Completion(
-            request.id, request.sample, kept, text, finish, logprobs, len(request.prompt)
-        )
-
-    def _stop_string(self, ids: list[int]) -> tuple[int, str] | None:
-        """(tokens that lie wholly before the stop string, the text before it), if one is there."""
-        if not self.config.stop:
-            return None
-        # a token is at least one byte of text, so a stop string that the last token completed
-        # lies within its own length in bytes, plus the tokens of a character cut in two
-        window = 4 + max(len(s.encode()) for s in self.config.stop)
-        if not any(s in self.decode(ids[-window:]) for s in self.config.stop):
-            return None
-        text = self.decode(ids)
-        ends = [text.find(s) for s in self.config.stop if s in text]
-        if not ends:
-            return None
-        text = text[: min(ends)]
-        keep = len(ids)
-        while keep and not text.startswith(self.decode(ids[:keep])):
-            keep -= 1
-        return keep, text

@@ -22,8 +22,8 @@ from torch import Tensor
 from engine.data import Distilled
 from engine.distributed import World
 from engine.log import progress
+from engine.pages import common_prefix
 from engine.resumed import ResumedLines
-from engine.sampler import common_prefix
 from kernels.context import Cached, Packed
 from kernels.spec import accumulate_dtype
 from model.chat import Chat

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from engine.drafting import Controller, Drafter
-from engine.sampler import Request, Sampler, SamplerConfig, common_prefix
+from engine.pages import common_prefix
+from engine.sampler import Request, Sampler, SamplerConfig
 from kernels import cached_attention
 from kernels.philox import mix
 from kernels.registry import TORCH
@@ -45,7 +46,9 @@ def run(model, wanted, lora=None, end_ids=(7,), stats=None, **config):
     sampler = Sampler(model, text, end_ids, SamplerConfig(**config), lora)
     done = list(sampler.run(wanted))
     assert not sampler.flying and not sampler.waiting
-    assert sorted(sampler.cache.free) == list(range(sampler.cache.pages)), "pages were lost"
+    assert sorted(sampler.pages.cache.free) == list(range(sampler.pages.cache.pages)), (
+        "pages were lost"
+    )
     assert len(done) == len(wanted)
     if stats is not None:
         stats.append(sampler.stats)
@@ -200,9 +203,9 @@ def test_a_page_left_dirty_does_not_reach_the_next_row(tiny):
     done = {}
     for c in sampler.run(wanted):
         done[c.id, c.sample] = c
-        for page in sampler.cache.free:
-            sampler.cache.k[:, page] = torch.nan
-            sampler.cache.v[:, page] = torch.nan
+        for page in sampler.pages.cache.free:
+            sampler.pages.cache.k[:, page] = torch.nan
+            sampler.pages.cache.v[:, page] = torch.nan
     assert done == base
 
 

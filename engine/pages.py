@@ -1,0 +1,126 @@
+"""The pages of the rows in flight: how many there are, who has them, what is copied into them
+
+What prompts have in common is computed once and copied: the beginning that many share (the
+template), and the whole prompt for further samples of a row, whose pages are kept while such
+samples wait.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from model.kv_cache import KVCache
+from model.llama import Llama
+
+WORTH = 64  # prompt tokens saved from which on a forward for a common beginning pays
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The beginning that saves the most computation: its length times the prompts that have it."""
+    group, n, saved, best = list(prompts), 0, WORTH, []
+    while group:
+        counts = Counter(p[n] for p in group if len(p) > n + 1)  # the last token is never shared
+        if not counts:
+            break
+        token = counts.most_common(1)[0][0]
+        group = [p for p in group if len(p) > n + 1 and p[n] == token]
+        n += 1
+        if n * (len(group) - 1) > saved:
+            saved, best = n * (len(group) - 1), list(group[0][:n])
+    return best
+
+
+class Pages:
+    """A pool of pages for one run of a sampler."""
+
+    def __init__(self, model: Llama, page_size: int, kv_memory: float) -> None:
+        self.model, self.size, self.budget = model, page_size, kv_memory * 1e9
+        self.cache: KVCache | None = None
+        self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
+        self.kept: dict[tuple[int, ...], list[int]] = {}  # of ended rows, by prompt
+
+    @property
+    def free(self) -> int:
+        """Pages that can be had at once."""
+        return len(self.cache.free)
+
+    def count(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.size)
+
+    def make_room(self, wanted: int, least: int) -> None:
+        """A pool of the wanted pages as far as memory allows; ValueError for fewer than `least`."""
+        if self.cache is not None and wanted <= self.cache.pages:
+            return
+        m, budget = self.model, self.budget
+        page = KVCache.page_bytes(m.config, self.size, m.dtype)
+        if not budget and m.device.type == "cuda":
+            have = 0 if self.cache is None else self.cache.pages * page
+            budget = 0.9 * (torch.cuda.mem_get_info(m.device)[0] + have)
+        if budget and least * page > budget:
+            raise ValueError(
+                f"kv_memory {budget / 1e9:.3g} GB: the longest row needs {least * page / 1e9:.3g} "
+                "GB of keys and values; allow more, or fewer new tokens"
+            )
+        pages = max(1, min(wanted, int(budget // page)) if budget else wanted)
+        if self.cache is None:
+            self.cache = KVCache(m.config, pages, self.size, m.device, m.dtype)
+        else:
+            self.cache.grow(pages)
+
+    def begin(
+        self, prompt: tuple[int, ...], twin: list[int] | None, more_wait: bool
+    ) -> tuple[list[int], int]:
+        """Pages for a prompt, and how many of its tokens are in them already.
+
+        twin: the pages of a row in flight with the same prompt. more_wait: keep what is kept.
+        """
+        twin = self.kept.get(prompt, twin)
+        if twin is not None:
+            source, known = twin, len(prompt) - 1
+        else:
+            source, known = self.prefix[1], 0
+            most = min(len(self.prefix[0]), len(prompt) - 1)
+            while known < most and self.prefix[0][known] == prompt[known]:
+                known += 1
+        pages = self.cache.take(self.count(len(prompt)))
+        whole = self.count(known)
+        self.cache.copy(source[:whole], pages[:whole])
+        if prompt in self.kept and not more_wait:
+            self.cache.give_back(self.kept.pop(prompt))
+        return pages, known
+
+    def end(self, prompt: tuple[int, ...], pages: list[int], more_wait: bool) -> None:
+        """Give a row's pages back, but for its prompt's where more of it wait."""
+        if more_wait and prompt not in self.kept:
+            whole = self.count(len(prompt))
+            self.kept[prompt], pages = pages[:whole], pages[whole:]
+        self.cache.give_back(pages)
+
+    def drop_kept(self) -> None:
+        """Give back what is kept for samples that have not begun."""
+        for pages in self.kept.values():
+            self.cache.give_back(pages)
+        self.kept.clear()
+
+    def close(self) -> None:
+        """Give back what no row has."""
+        self.drop_kept()
+        if self.cache is not None:
+            self.cache.give_back(self.prefix[1])
+        self.prefix = [], []
+
+    def compact(self, tables: Sequence[list[int]]) -> None:
+        """Bring the pages in use together where attention reads the pool as it lies (on a CPU).
+
+        `tables`: those of the rows in flight; they are changed in place.
+        """
+        if self.cache.k.device.type != "cpu":
+            return
+        every = [t for t in (self.prefix[1], *self.kept.values(), *tables) if t]
+        used = sum(map(len, every))
+        if used and max(map(max, every)) >= used + max(4, used // 8):
+            self.cache.compact(every)
