@@ -119,6 +119,7 @@ def evaluate(
                     line = {"arm": arm, "id": row.id, "ok": ok, "reason": reason}
                     line |= {"answer": answer.text.strip(), "reference": row.reference}
                     line |= {"finish": answer.finish, "tokens": len(answer.ids)}
+                    line |= {"messages": row.messages[:-1], "ids": list(answer.ids)}
                     file.write(line)
                     done[arm, row.id] = line
                     bar.update()

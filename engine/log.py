@@ -50,7 +50,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     ValueError with file and line where one is broken.
     """
     records = []
-    for number, line in enumerate(whole_lines(path).decode().splitlines(), start=1):
+    # Only "\n" ends a line: splitlines would also cut at U+2028, which a model may write.
+    for number, line in enumerate(whole_lines(path).decode().split("\n")[:-1], start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:

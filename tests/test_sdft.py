@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.evaluate import Score
+from engine.log import read_jsonl
 from engine.retention import compare
 from model.llama import Llama
 from model.lora import Lora
@@ -43,7 +44,8 @@ def data(tmp_path):
 
 
 FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
-FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2"]
+FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", "5"]
+FLAGS += ["--report-answers", "3"]
 
 
 def test_the_main_job(tiny, data, tmp_path):
@@ -59,8 +61,10 @@ def test_the_main_job(tiny, data, tmp_path):
     assert sum(result["distilled"]["counts"].values()) == 8
     for arm in ("sft", "sdft"):
         Lora.load(out / arm).bind(Llama.from_pretrained(tiny))
+    _what_the_report_shows(out, printed)
     # the same command again does nothing again
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
+    files += ["tokens.jsonl", "answers.jsonl"]
     before = [(out / f).read_bytes() for f in files]
     script("sdft", *args)
     assert [(out / f).read_bytes() for f in files] == before
@@ -71,6 +75,33 @@ def test_the_main_job(tiny, data, tmp_path):
     # and under another setting it is refused, naming it
     said = script("sdft", *args, "--template", "refer", code=2)
     assert "distill.template: 'using' -> 'refer'" in said and "Traceback" not in said
+
+
+def _what_the_report_shows(out, printed):
+    """The page, the training texts with the likelihoods that score.py found, the tuned answers."""
+    assert f"report: {out}/report.html" in printed and "8 rows" in printed
+    assert f'"name":"{out.name}"' in (out / "report.html").read_text()
+    scores = {s["id"]: s for s in read_jsonl(out / "distilled.jsonl.scores.jsonl")}
+    tokens = read_jsonl(out / "tokens.jsonl")
+    assert len(tokens) == 5 and len({line["id"] for line in tokens}) == 5
+    for line in tokens:
+        sft, score = line["sft"], scores[line["id"]]
+        assert len(sft["pieces"]) == sft["prompt"] + len(sft["nll"])
+        assert sum(sft["nll"]) / len(sft["nll"]) == pytest.approx(score["reference_nll"], abs=1e-3)
+        assert "".join(sft["pieces"][sft["prompt"] : -1]).startswith("The answer is")
+    lines = read_jsonl(out / "answers.jsonl")
+    general = [line for line in lines if "prompt" in line]
+    assert {arm: sum(x["arm"] == arm for x in general) for arm in ("sft", "sdft")} == {
+        "sft": 3, "sdft": 3}  # fmt: skip
+    drift = {}
+    for line in read_jsonl(out / "retention.jsonl"):
+        kl = line["kl"] / line["tokens"]
+        drift[line["prompt"]] = max(kl, drift.get(line["prompt"], 0))
+    assert {line["prompt"] for line in general} == set(sorted(drift, key=drift.get)[-3:])
+    held_out = [line for line in lines if "id" in line]
+    assert len(held_out) == 6 and all(0 <= x["kl"] < x["tokens"] for x in held_out)
+    seed = {x["id"]: x for x in read_jsonl(out / "evaluation.jsonl") if x["arm"] == "seed"}
+    assert all(x["tokens"] - len(seed[x["id"]]["ids"]) in (0, 1) for x in held_out)
 
 
 def test_held_out_rows_must_not_be_trained_on(tiny, data, tmp_path):
@@ -119,6 +150,7 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
         (["--model", "TINY", "--data", "DATA", "--columns", "prompt"], "--columns"),
         (["--model", "TINY", "--data", "DATA", "--chat-format", "llama3"], "llama3"),
         (["--model", "TINY", "--data", "DATA", "--rows", "0"], "rows 0"),
+        (["--model", "TINY", "--data", "DATA", "--report-rows", "-1"], "report_rows -1"),
     ],
 )
 def test_mistakes_get_one_clear_message_before_work_starts(tiny, data, tmp_path, args, said):

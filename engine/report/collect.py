@@ -1,0 +1,126 @@
+"""What the report shows that only the model can tell, taken at the end of a run
+
+    OUT/tokens.jsonl     of some rows the training text, token by token, with the seed's NLL of
+                         every token that carries loss: {id, sft, sdft}, `sdft` null where both
+                         arms train on the same text
+    OUT/answers.jsonl    of some general prompts the tuned models' answers ({arm, prompt, answer,
+                         finish}); of some held-out rows KL(seed || tuned) over the seed's answer
+                         ({arm, id, kl, agree, tokens})
+
+How many is bounded (SdftConfig.report_rows, report_answers), so that it does not cost another
+training. Both files are kept and added to, as everything in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.data import Example, Row
+from engine.evaluate import Arms, resume_lines
+from engine.log import AppendedLines, progress, read_jsonl
+from engine.retention import compare, hidden
+from engine.sampler import Request, Sampler, SamplerConfig
+from engine.score import nll
+from model.chat import Chat
+from model.llama import Llama
+from model.tokenizer import Tokenizer
+
+
+def spaced(items: Sequence[Any], n: int) -> list[Any]:
+    """At most n of the items, evenly spaced, the first among them."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def token_nll(
+    model: Llama,
+    tokenizer: Tokenizer,
+    sft: Sequence[Example],
+    sdft: Sequence[Example],
+    out: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Write a line to `out` for every pair of examples that has none yet (nats per token)."""
+    done = {line["id"] for line in resume_lines(out, settings)}
+
+    def tokens(example: Example) -> dict[str, Any]:
+        prompt, answer = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
+        values = nll(model, prompt, answer).tolist()
+        pieces = [tokenizer.piece(i) for i in example.ids]
+        return {"prompt": len(prompt), "pieces": pieces, "nll": [round(v, 3) for v in values]}
+
+    pairs = [pair for pair in zip(sft, sdft, strict=True) if pair[0].id not in done]
+    with AppendedLines(out) as file:
+        for a, b in progress(pairs, desc="report: tokens", unit="row"):
+            line = {"id": a.id, "sft": tokens(a)}
+            file.write(line | {"sdft": None if a.ids == b.ids else tokens(b)})
+
+
+def answers(
+    model: Llama,
+    chat: Chat,
+    arms: Arms,
+    run: Path,
+    held_out: Sequence[Row],
+    n: int,
+    sampling: SamplerConfig,
+    settings: dict[str, Any],
+) -> None:
+    """Write RUN/answers.jsonl from RUN/retention.jsonl and RUN/evaluation.jsonl, n of each.
+
+    General prompts: those that moved furthest under any arm. Held-out rows: those first on which
+    the verdicts of two arms differ. `sampling` is the retention's, so that seed and tuned models
+    answer under the same limit.
+    """
+    out = run / "answers.jsonl"
+    lines = resume_lines(out, settings)
+    answered = {(line["arm"], line["prompt"]) for line in lines if "prompt" in line}
+    measured = {(line["arm"], line["id"]) for line in lines if "id" in line}
+    tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
+
+    moved: dict[str, float] = {}
+    for line in read_jsonl(run / "retention.jsonl"):
+        value = line["kl"] / line["tokens"]
+        moved[line["prompt"]] = max(value, moved.get(line["prompt"], 0.0))
+    prompts = sorted(moved, key=lambda prompt: -moved[prompt])[:n]
+    with AppendedLines(out) as file:
+        for arm, lora in tuned.items():
+            todo = [prompt for prompt in prompts if (arm, prompt) not in answered]
+            if not todo:
+                continue
+            asked = [
+                Request(prompt, chat.prompt_ids([{"role": "user", "content": prompt}]))
+                for prompt in todo
+            ]
+            with (
+                Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler,
+                progress(total=len(todo), desc=f"report: answers of {arm}", unit="row") as bar,
+            ):
+                for answer in sampler.run(asked):
+                    text = {"answer": answer.text.strip(), "finish": answer.finish}
+                    file.write({"arm": arm, "prompt": answer.id} | text)
+                    bar.update()
+
+        verdicts: dict[str, set[bool]] = {}
+        seeds: dict[str, dict[str, Any]] = {}
+        if held_out and (run / "evaluation.jsonl").exists():
+            for line in read_jsonl(run / "evaluation.jsonl"):
+                verdicts.setdefault(line["id"], set()).add(line["ok"])
+                if line["arm"] == "seed" and line.get("ids"):
+                    seeds[line["id"]] = line
+        rows = [row for row in held_out if row.id in seeds]
+        rows.sort(key=lambda row: len(verdicts[row.id]) == 1)
+        for row in progress(rows[:n], desc="report: KL on held-out rows", unit="row"):
+            todo = [arm for arm in tuned if (arm, row.id) not in measured]
+            if not todo:
+                continue
+            seed = seeds[row.id]
+            prompt = chat.prompt_ids(row.messages[:-1])
+            ids = [*prompt, *seed["ids"], *([chat.end_id] if seed["finish"] == "stop" else [])]
+            before = hidden(model, ids, len(prompt), None)
+            for arm in todo:
+                kl, same = compare(model, before, hidden(model, ids, len(prompt), tuned[arm]))
+                line = {"arm": arm, "id": row.id, "kl": kl, "agree": same, "tokens": len(before)}
+                file.write(line)

@@ -1,0 +1,161 @@
+"""A run directory becomes what the page shows. Needs no model.
+
+Whatever a run lacks (no held-out rows, no scores, files of an older version) is left out of the
+page; what is there and broken raises ValueError naming file and line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data import KEPT, load_distilled
+from engine.log import read_jsonl
+from model.config import read_json
+
+ARMS = {"seed": "seed", "sft": "SFT", "sdft": "SDFT"}  # name on disk -> name for people
+TUNED = ("sft", "sdft")
+
+
+@dataclass
+class Run:
+    """One run of scripts/sdft.py. Likelihoods are nats per token, end token included."""
+
+    name: str  # what tells it from the other runs of the page
+    path: Path
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]  # distilled lines with their likelihoods
+    tokens: dict[str, dict[str, Any]]  # row id -> tokens.jsonl
+    answers: list[dict[str, Any]]  # prompts with the answers of all arms
+    losses: dict[str, list[tuple[int, float]]]  # arm -> (step, loss)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting as `Class.field`."""
+        groups = self.summary["settings"].items()
+        return {f"{group}.{name}": v for group, fields in groups for name, v in fields.items()}
+
+    def drift(self, arm: str) -> list[dict[str, Any]]:
+        """The general prompts on which that arm was compared with the seed, the KL finite."""
+        general = [a for a in self.answers if a["source"] == "general"]
+        return [a for a in general if a["kl"].get(arm) is not None]
+
+    def right(self, arm: str) -> dict[str, bool]:
+        """Held-out row id -> verdict."""
+        held_out = [a for a in self.answers if a["source"] == "held-out" and arm in a["answers"]]
+        return {a["id"]: a["answers"][arm]["ok"] for a in held_out}
+
+
+def load_run(path: Path, name: str) -> Run:
+    """Read one run; ValueError where `path` is not a finished run of scripts/sdft.py."""
+    if not (path / "summary.json").is_file():
+        what = "is no directory" if not path.is_dir() else "holds no summary.json"
+        raise ValueError(
+            f"{path} {what}; wanted the --out of a finished scripts/sdft.py (the same command "
+            "again finishes one that was stopped)"
+        )
+    losses = {arm: _lines(path / arm / "metrics.jsonl") for arm in TUNED}
+    return Run(
+        name=name,
+        path=path,
+        summary=read_json(path / "summary.json"),
+        rows=_rows(path),
+        tokens={line["id"]: _tokens(line) for line in _lines(path / "tokens.jsonl")},
+        answers=_held_out(path) + _general(path),
+        losses={arm: [(m["step"], m["loss"]) for m in lines] for arm, lines in losses.items()},
+    )
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read runs under the shortest ends of their paths that tell them apart."""
+    places = [path.resolve() for path in paths]
+    twice = {str(place) for place in places if places.count(place) > 1}
+    if twice or not places:
+        raise ValueError(f"{', '.join(sorted(twice)) or 'no run'}: wanted runs, each named once")
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    names = ["/".join(place.parts[-depth:]) for place in places]
+    return [load_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return read_jsonl(path) if path.exists() else []
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    scores = {line["id"]: line for line in _lines(path / "distilled.jsonl.scores.jsonl")}
+    rows = []
+    for line in load_distilled(path / "distilled.jsonl"):
+        row = {
+            "id": line.id,
+            "messages": line.messages,
+            "reference": line.reference,
+            "response": line.response,
+            "status": line.status,
+            "kept": line.status in KEPT,
+            "stage": line.stage,
+            "finish": line.finish,
+        }
+        score = scores.get(line.id, {})
+        for text in ("reference", "response"):
+            row[f"{text}_nll"] = finite(score.get(f"{text}_nll"))
+            row[f"{text}_tokens"] = score.get(f"{text}_tokens")
+        rows.append(row)
+    return rows
+
+
+def _tokens(line: dict[str, Any]) -> dict[str, Any]:
+    arms = {arm: line[arm] and dict(line[arm]) for arm in TUNED}
+    for arm in filter(None, arms.values()):
+        arm["nll"] = [finite(value) for value in arm["nll"]]
+    return arms
+
+
+def _general(path: Path) -> list[dict[str, Any]]:
+    """The retention prompts; the seed's answer is always there, the tuned ones' for some."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in _lines(path / "retention.jsonl"):
+        prompt = line["prompt"]
+        item = found.setdefault(prompt, _item("general", prompt, line["category"]))
+        item["messages"] = [{"role": "user", "content": prompt}]
+        item["answers"].setdefault("seed", {"text": line["answer"]})
+        _add_drift(item, line)
+    for line in _lines(path / "answers.jsonl"):
+        if "prompt" in line and line["prompt"] in found:
+            answer = {"text": line["answer"], "finish": line["finish"]}
+            found[line["prompt"]]["answers"][line["arm"]] = answer
+    return list(found.values())
+
+
+def _held_out(path: Path) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for line in _lines(path / "evaluation.jsonl"):
+        item = found.setdefault(line["id"], _item("held-out", line["id"], "held-out"))
+        item["messages"] = line.get("messages", [])
+        item["reference"] = line["reference"]
+        answer = {"text": line["answer"], "ok": line["ok"], "reason": line["reason"]}
+        item["answers"][line["arm"]] = answer | {"finish": line["finish"]}
+    for line in _lines(path / "answers.jsonl"):
+        if "id" in line and line["id"] in found:
+            _add_drift(found[line["id"]], line)
+    return list(found.values())
+
+
+def _item(source: str, id: str, category: str) -> dict[str, Any]:
+    empty: dict[str, Any] = {"answers": {}, "kl": {}, "agree": {}, "tokens": 0}
+    return {"source": source, "id": id, "category": category} | empty
+
+
+def _add_drift(item: dict[str, Any], line: dict[str, Any]) -> None:
+    item["kl"][line["arm"]] = finite(line["kl"] / line["tokens"])
+    item["agree"][line["arm"]] = line["agree"] / line["tokens"]
+    item["tokens"] = line["tokens"]
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
