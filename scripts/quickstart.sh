@@ -21,7 +21,7 @@ SDFT_FLAGS=(
     --verify number
     --template gsm8k --temperature 0 --max-new-tokens 160
     --lr 1e-3 --epochs 2 --rank 8 --modules qv
-    --eval-max-new 160 --retention-max-new 64
+    --eval-max-new 160 --retention-max-new 64 --report-rows 32 --report-answers 8
     --out runs/quickstart
 )
 

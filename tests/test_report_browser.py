@@ -122,6 +122,8 @@ def test_it_loads_asks_for_nothing_and_complains_of_nothing(page):
 
 
 def test_filter_search_and_sort(page, runs):
+    from selenium.webdriver.common.keys import Keys
+
     rows = read_jsonl(runs / "a" / "distilled.jsonl")
     wanted = [row for row in rows if row["status"] == "mismatch"]
     page.set("#rows [name=filter]", "status mismatch")
@@ -137,7 +139,8 @@ def test_filter_search_and_sort(page, runs):
     assert 0 < len(both) < 200 and page.count() == f"{len(both)} of 200 rows"
     page.find("#rows [name=search]").send_keys(" nowhere")
     assert page.count() == "0 of 200 rows" and "Nothing fits" in page.find("#rows .detail").text
-    page.find("#rows [name=search]").clear()
+    page.find("#rows [name=search]").send_keys(Keys.CONTROL, "a")
+    page.find("#rows [name=search]").send_keys(Keys.BACKSPACE)
     assert page.count() == "200 rows"
 
     def first():
@@ -197,7 +200,7 @@ def test_a_link_opens_its_row(chromium, runs):
     page = Page(chromium, runs / "two.html", "#row=row7%2F0&run=2")
     asked = read_jsonl(runs / "b" / "distilled.jsonl")[7]["messages"][0]["content"]
     assert page.find("#rows .instruction").text == asked and page.count() == "60 rows"
-    page.set("#run-select", "a")
+    page.set("#run-select", "1")
     assert page.count() == "200 rows" and page.complaints() == []
 
 
@@ -256,6 +259,9 @@ def test_answers_and_training_text(page, runs):
     assert spans[sft["prompt"] :] == [f"token n{shade}" for shade in shades]
     page.find("#tokens details summary").click()
     page.wait(f"return {column}.querySelectorAll('tbody tr').length === {len(sft['nll'])}")
+    page.find("#tokens .walk button:last-child").click()
+    assert page.find("#tokens h3").text == tokens[3]["id"]
+    assert page.js("return document.activeElement.textContent") == "→"  # to press it again
     page.js("location.hash = '#tokens=row1%2F0'")
     page.wait("return document.querySelector('#tokens').innerText.includes('not among them')")
 

@@ -70,12 +70,13 @@ def warnings(run: Run) -> list[str]:
             f"Under {LOW_SHARE:.0%} of the targets are the model's own words: SFT and SDFT are "
             "nearly the same run."
         )
-    for arm, score in run.summary["evaluation"].items():
-        if score["n"] and score["truncated"] > score["n"] / 10:
-            found.append(
-                f"{score['truncated']} of {score['n']} held-out answers of {ARMS[arm]} hit the "
-                "token limit and may have been judged before their end: raise --eval-max-new."
-            )
+    scores = run.summary["evaluation"]
+    if any(score["truncated"] > score["n"] / 10 for score in scores.values()):
+        cut = ", ".join(f"{ARMS[arm]} {score['truncated']}" for arm, score in scores.items())
+        found.append(
+            f"Of {scores['seed']['n']} held-out answers hit the token limit, and may have been "
+            f"judged before their end: {cut}. Raise --eval-max-new."
+        )
     return found
 
 

@@ -226,8 +226,11 @@
     open(item) {
       this.chosen = item;
       const step = (by, label, sign) => make("button", {
-        type: "button", "aria-label": label, title: label, click: () => this.step(by),
+        type: "button", "aria-label": label, title: label, "data-step": by,
+        click: () => this.step(by),
       }, sign);
+      const active = document.activeElement; // what is replaced must not take the focus with it
+      const focused = active !== this.detail && this.detail.contains(active);
       const head = make("div", { class: "head" },
         make("h3", { dir: "auto" }, this.view.title(item)), this.view.badges(item),
         make("span", { class: "walk" },
@@ -236,6 +239,10 @@
       this.detail.replaceChildren(head, ...this.view.detail(item));
       this.detail.setAttribute("aria-label", this.view.title(item));
       this.detail.scrollTop = 0;
+      if (focused) {
+        const again = this.detail.querySelector(`[data-step="${active.dataset.step}"]`);
+        (again ?? this.detail).focus({ preventScroll: true });
+      }
       this.view.opened?.(item);
       this.reveal();
       this.draw();
@@ -406,7 +413,8 @@
         const notes = [mark(answer), answer?.finish === "length" ? badge("cut short", "quiet") : null];
         if (arm !== "seed") {
           notes.push(` KL ${number(item.kl[arm], 4)}, same top-1 `,
-            item.agree[arm] === undefined ? "–" : percent(item.agree[arm]));
+            item.agree[arm] === undefined ? "–" : percent(item.agree[arm]),
+            answer?.text === seed ? ", the seed's own words" : "");
         } else if (item.tokens) notes.push(` KL taken over its ${item.tokens} tokens`);
         const text = !answer ? make("p", { class: "note" }, "Not asked (--report-answers).")
           : arm === "seed" ? plain(answer.text)
@@ -434,7 +442,11 @@
     const at = rows.indexOf(row);
     const jump = (to, label, sign) => (to === undefined ? null : make("button", {
       type: "button", title: label, "aria-label": label,
-      click: () => { browsers.row.find(to.id); history.replaceState(null, "", address("tokens", to.id)); },
+      click: () => {
+        browsers.row.find(to.id);
+        history.replaceState(null, "", address("tokens", to.id));
+        (place.querySelector(`[aria-label="${label}"]`) ?? place).focus({ preventScroll: true });
+      },
     }, sign));
     const from = current.rows.indexOf(row);
     const before = rows.filter((one) => current.rows.indexOf(one) < from).at(-1);
@@ -523,7 +535,8 @@
   function start() {
     report = JSON.parse(byId("report-data").textContent);
     current = report.runs[0];
-    byId("run-select").append(...report.runs.map((run) => make("option", {}, run.name)));
+    byId("run-select").append(...report.runs.map((run, i) =>
+      make("option", { value: i + 1 }, run.name)));
     byId("run-choice").hidden = !several();
     byId("run-select").addEventListener("change", (event) =>
       show(report.runs[event.target.selectedIndex]));

@@ -70,7 +70,7 @@ def table(rows: Table, caption: str, class_: str = "") -> Html:
         for row in rows[1:]
     ]
     inner = tag("thead", tag("tr", *head)), tag("tbody", *body)
-    whole = tag("table", tag("caption", caption), *inner, class_=class_)
+    whole = tag("table", tag("caption", tag("span", caption)), *inner, class_=class_)
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
@@ -201,7 +201,7 @@ def _facts(run: Run) -> Html:
         "Held out": str(s["SdftConfig.eval_data"] or "none"),
         "Rewrites": f"template {s['DistillConfig.template']}, verified by "
         f"{s['DistillConfig.verify']}, {sampling}",
-        "LoRA": lora,
+        "LoRA": f"{lora} on {s['LoraConfig.modules']}",
         "Training": training,
         "Operations": f"table {model.get('ops', '?')}, {model.get('dtype', '?')} on "
         f"{model.get('device', '?')}, {environment['threads']} threads",
@@ -217,7 +217,10 @@ def _facts(run: Run) -> Html:
         tag("dl", *terms, class_="facts")
         + tag(
             "div",
-            _folded("Times", table(times, "Seconds by stage, of the last process only")),
+            _folded(
+                f"Times ({seconds['all']:,.0f} s)",
+                table(times, "Seconds by stage, of the last process only"),
+            ),
             _folded("All settings", table(rows, "Every setting of the run")),
             _folded("Table of operations", table(ops, "What computed each operation")),
             _folded("Command", tag("pre", " ".join(environment["command"]))),

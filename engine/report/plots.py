@@ -126,10 +126,11 @@ def overview(runs: Sequence[Run]) -> list[Plot]:
             bars = [[[max(0, v[0] - v[1])], [max(0, v[2] - v[0])]] for v in (x, y)]
             axes.errorbar(x[0], y[0], xerr=bars[0], yerr=bars[1], color=INK[arm], marker="o",
                           markersize=6, elinewidth=1.1, zorder=3)  # fmt: skip
-            axes.annotate(label(name), (x[0], y[0]), (7, 6), textcoords="offset points")
+            place = (7, -13) if arm == "sdft" else (7, 6)  # the two may lie on each other
+            axes.annotate(label(name), (x[0], y[0]), place, textcoords="offset points")
         axes.set_xlabel("KL to seed on general prompts, nats per token")
         axes.set_ylabel(wanted)
-        axes.margins(x=0.18)
+        axes.margins(x=0.18, y=0.12)
         if judged:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
@@ -179,6 +180,7 @@ def _loss(run: Run) -> Plot | None:
             width = max(1, len(y) // 20)
             smooth = [y[max(0, i - width) : i + width + 1].mean() for i in range(len(y))]
             axes.plot(x, smooth, color=INK[arm], linewidth=1.6, label=ARMS[arm])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
         axes.legend()
@@ -208,6 +210,7 @@ def _histogram(
         for label_, (ink, _) in series.items():
             axes.stairs(counts[label_], edges, color=INK[ink], fill=True, alpha=0.16)
             axes.stairs(counts[label_], edges, color=INK[ink], linewidth=1.4, label=label_)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(axis)
         axes.set_ylabel(count)
         axes.set_xlim(0)
