@@ -43,6 +43,16 @@ def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
     assert wrong.returncode == 2 and "holds no summary.json; wanted the --out" in wrong.stderr
 
 
+@pytest.mark.parametrize("opens", [True, False])
+def test_open_shows_the_page_or_says_where_it_is(tmp_path, monkeypatch, capsys, opens):
+    run = make_run(tmp_path / "run", 3)
+    shown = []
+    monkeypatch.setattr("webbrowser.open", lambda address: shown.append(address) or opens)
+    report_job([run], tmp_path / "new" / "page.html", show=True)
+    assert shown == [(tmp_path / "new" / "page.html").as_uri()]
+    assert ("no browser could be started here" in capsys.readouterr().out) != opens
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     run = make_run(tmp_path / "run", 3)
     with pytest.raises(ValueError, match="nowhere is no directory"):

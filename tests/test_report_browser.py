@@ -144,7 +144,9 @@ def test_filter_search_and_sort(page, runs):
     assert page.count() == "200 rows"
 
     def first():
-        return page.js("return document.querySelector('#rows .option .id').textContent")
+        shown = page.js("return document.querySelector('#rows .option .id').textContent")
+        assert shown == page.chosen()
+        return shown
 
     page.set("#rows [name=sort]", "gap")
     scores = read_jsonl(runs / "a" / "distilled.jsonl.scores.jsonl")

@@ -45,6 +45,19 @@ def result(run: Run) -> Table:
     return table
 
 
+def results(runs: Sequence[Run]) -> Table:
+    """The tables of several runs as one, each row named by its run too."""
+    tables = [result(run) for run in runs]
+    if len(runs) == 1:
+        return tables[0]
+    rows = [
+        [f"{row[0]} · {run.name}", *row[1:]]
+        for run, table in zip(runs, tables, strict=True)
+        for row in table[1:]
+    ]
+    return [["", "Target", *tables[0][0][2:]], *rows]
+
+
 def drift_interval(run: Run, arm: str) -> tuple[float, float]:
     """95 % interval of an arm's KL per token over the general prompts."""
     items = run.drift(arm)

@@ -133,7 +133,10 @@
       this.form.addEventListener("submit", (event) => event.preventDefault());
       this.search.addEventListener("input", () => this.refresh());
       this.filter.addEventListener("change", () => this.refresh());
-      this.sort.addEventListener("change", () => this.refresh());
+      this.sort.addEventListener("change", () => {
+        this.chosen = null; // who sorts wants to see the first
+        this.refresh();
+      });
       this.list.addEventListener("scroll", () => this.draw(), { passive: true });
       this.list.addEventListener("click", (event) => {
         const option = event.target.closest("[role=option]");

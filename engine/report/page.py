@@ -26,6 +26,7 @@ from engine.report.findings import (
     findings,
     incomparable,
     result,
+    results,
     seeds,
     warnings,
 )
@@ -165,12 +166,12 @@ def _what_was_run(runs: Sequence[Run]) -> Html:
         said = [tag("div", tag("dt", name), tag("dd", text)) for name, text in findings(run)]
         notes = [tag("p", text, class_="note") for text in warnings(run)]
         glance = [[row[i] for i in GLANCE] for row in result(run)]
-        figures_ = table(glance, "At a glance", "arms")
+        numbers = table(glance, "At a glance", "arms")
         parts.append(
             tag(
                 "div",
                 tag("div", tag("dl", *said, class_="findings"), *notes),
-                figures_,
+                numbers,
                 class_="glance",
             )
         )
@@ -183,12 +184,11 @@ def _facts(run: Run) -> Html:
     s, environment = run.settings, run.summary["environment"]
     model = run.summary.get("model", {})
     counts = f"{len(run.rows):,} turns"
-    lora = (
-        f"rank {s['LoraConfig.rank']}, alpha {s['LoraConfig.alpha']} on {s['LoraConfig.modules']}"
-    )
+    lora = f"rank {s['LoraConfig.rank']}, alpha {s['LoraConfig.alpha']:g}"
     training = (
-        f"{s['TrainConfig.epochs']} epochs of batches of {s['TrainConfig.batch_rows']}, learning "
-        f"rate {s['TrainConfig.lr']:g}, seed {s['TrainConfig.seed']}"
+        f"{s['TrainConfig.epochs']} x {len(run.rows):,} turns in batches of "
+        f"{s['TrainConfig.batch_rows']}, learning rate {s['TrainConfig.lr']:g}, seed "
+        f"{s['TrainConfig.seed']}"
     )
     sampling = ", ".join(
         f"{k} {s[f'SamplerConfig.{k}']}" for k in ("temperature", "top_p", "top_k")
@@ -246,11 +246,9 @@ def _result(
     for group, numbers in seeds(runs):
         names = ", ".join(run.name for run in group)
         caption = f"Mean and 95 % interval (Student's t) over {len(group)} seeds: {names}"
-        parts.append(table(numbers, caption, "arms"))
-    for run in runs:
-        caption = "Intervals over held-out questions (Wilson) and over prompts (bootstrap)"
-        named = caption if len(runs) == 1 else f"{run.name}. {caption}"
-        parts.append(table(result(run), named, "arms"))
+        parts.append(table(numbers, caption, "arms seeds"))
+    caption = "Intervals over held-out questions (Wilson) and over prompts (bootstrap)"
+    parts.append(table(results(runs), caption, "arms"))
     parts.append(
         tag(
             "p",

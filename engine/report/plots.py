@@ -199,17 +199,17 @@ def _histogram(
     top = float(np.quantile(every, 0.99)) or 1.0  # the last bin holds what lies beyond
     edges = np.linspace(0, top, 25)
     counts = {}
-    for label_, (_, values) in series.items():
-        counts[label_] = np.histogram(np.minimum(values, top), bins=edges)[0]
+    for line, (_, values) in series.items():
+        counts[line] = np.histogram(np.minimum(values, top), bins=edges)[0]
     table = [[axis.capitalize(), *counts]]
     for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
         bin = f"{low:.3g} – {high:.3g}" if i < len(edges) - 2 else f"{low:.3g} and more"
         table.append([bin, *(str(c[i]) for c in counts.values())])
 
     def draw(axes: Any) -> None:
-        for label_, (ink, _) in series.items():
-            axes.stairs(counts[label_], edges, color=INK[ink], fill=True, alpha=0.16)
-            axes.stairs(counts[label_], edges, color=INK[ink], linewidth=1.4, label=label_)
+        for line, (ink, _) in series.items():
+            axes.stairs(counts[line], edges, color=INK[ink], fill=True, alpha=0.16)
+            axes.stairs(counts[line], edges, color=INK[ink], linewidth=1.4, label=line)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(axis)
         axes.set_ylabel(count)
