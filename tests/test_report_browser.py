@@ -328,6 +328,10 @@ def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
         "getComputedStyle(document.querySelector(s)).display)"
     )
     assert hidden == ["none"] * 3
+    if width > 700:  # a sheet of paper
+        size = {"width": 700, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        page.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert page.js("return document.documentElement.scrollWidth") <= 700
     assert page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
