@@ -64,6 +64,7 @@ def make_run(
             tokens.append({"id": id, "sft": _tokens(rng, reference)})
             tokens[-1]["sdft"] = _tokens(rng, response) if status == "accepted" else None
     write_jsonl(path / "distilled.jsonl", lines)
+    write_json(path / "distilled.jsonl.meta.json", {"data": {"sha256": "5ha256"}})
     write_jsonl(path / "distilled.jsonl.scores.jsonl", scores)
     write_jsonl(path / "tokens.jsonl", tokens)
 

@@ -37,6 +37,7 @@ def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
     assert f"report: {a / 'report.html'}" in said.stdout and "12 rows" in said.stdout
     subprocess.run([*command, a, b], cwd=tmp_path, check=True, capture_output=True)
     page = (tmp_path / "report.html").read_text()
+    assert page.count("5ha256") == 2 and "kernels.adamw.adamw_" in page
     assert "x/run" in page and "y/run" in page and "Settings in which the runs differ" in page
     assert "over 2 seeds" in page  # they differ in nothing else
     wrong = subprocess.run([*command, tmp_path], capture_output=True, text=True)

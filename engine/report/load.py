@@ -27,6 +27,7 @@ class Run:
     name: str  # what tells it from the other runs of the page
     path: Path
     summary: dict[str, Any]
+    data_sha256: str  # of the data file
     rows: list[dict[str, Any]]  # distilled lines with their likelihoods
     tokens: dict[str, dict[str, Any]]  # row id -> tokens.jsonl
     answers: list[dict[str, Any]]  # prompts with the answers of all arms
@@ -57,11 +58,13 @@ def load_run(path: Path, name: str) -> Run:
             f"{path} {what}; wanted the --out of a finished scripts/sdft.py (the same command "
             "again finishes one that was stopped)"
         )
+    meta = read_json(path / "distilled.jsonl.meta.json", {})
     losses = {arm: _lines(path / arm / "metrics.jsonl") for arm in TUNED}
     return Run(
         name=name,
         path=path,
         summary=read_json(path / "summary.json"),
+        data_sha256=meta.get("data", {}).get("sha256", "unknown"),
         rows=_rows(path),
         tokens={line["id"]: _tokens(line) for line in _lines(path / "tokens.jsonl")},
         answers=_held_out(path) + _general(path),

@@ -212,6 +212,8 @@ def _facts(run: Run) -> Html:
     seconds = run.summary["seconds"]
     times = [["Stage", "Seconds"], *([name, f"{value:,.0f}"] for name, value in seconds.items())]
     rows = [["Setting", "Value"], *([name, str(value)] for name, value in run.settings.items())]
+    rows += [["sha256 of the data", run.data_sha256]]
+    rows += [["fingerprint of the model", model.get("fingerprint", "unknown")]]
     ops = [["Operation", "Function"], *map(list, model.get("ops_table", {}).items())]
     return Html(
         tag("dl", *terms, class_="facts")
