@@ -202,6 +202,11 @@ def test_a_link_opens_its_row(chromium, runs):
     page = Page(chromium, runs / "two.html", "#row=row7%2F0&run=2")
     asked = read_jsonl(runs / "b" / "distilled.jsonl")[7]["messages"][0]["content"]
     assert page.find("#rows .instruction").text == asked and page.count() == "60 rows"
+    heads = "return [...document.querySelectorAll('#rows h4')].map(h => h.firstChild.textContent)"
+    assert page.js(heads) == ["Reference", "Rewrite", "Rewrite · a"]  # the same row in both runs
+    heads = heads.replace("#rows", "#prompts")
+    page.set("#prompts [name=filter]", "held")
+    assert page.js(heads) == ["seed", "SFT", "SDFT", "SFT · a", "SDFT · a"]
     page.set("#run-select", "1")
     assert page.count() == "200 rows" and page.complaints() == []
 

@@ -97,6 +97,10 @@
     return text;
   }
 
+  // The same entry in the other runs of the page, as [name of the run, entry].
+  const elsewhere = (list, id) => report.runs.filter((run) => run !== current)
+    .map((run) => [run.name, run[list].find((one) => one.id === id)]).filter(([, one]) => one);
+
   const plain = (text) => make("div", { class: "text", dir: "auto" }, text);
   const badge = (text, kind) => make("span", { class: `badge ${kind}` }, text);
 
@@ -343,17 +347,20 @@
         make("span", { class: "id" }, row.id)),
     ],
     detail: (row) => {
-      const [a, b] = compare(row.reference, row.response);
-      const cost = (text) => [`${row[`${text}_tokens`] ?? "–"} tokens, `,
-        make("b", {}, number(row[`${text}_nll`])), " nats per token under the seed"];
+      const cost = (one, text) => [`${one[`${text}_tokens`] ?? "–"} tokens, `,
+        make("b", {}, number(one[`${text}_nll`])), " nats per token under the seed"];
       const trains = { sft: badge("SFT trains on it", "sft"), sdft: badge("SDFT trains on it", "sdft") };
+      const rewrite = (one, title) => column(
+        [title, one.kept ? trains.sdft.cloneNode(true) : badge(one.status, "rejected")],
+        cost(one, "response"),
+        marked(compare(one.reference, one.response)[1], "only in the rewrite"));
       return [
         conversation(row.messages),
         make("div", { class: "columns" },
-          column(["Reference", trains.sft, row.kept ? null : trains.sdft], cost("reference"),
-            marked(a, "only in the reference")),
-          column(["Rewrite", row.kept ? trains.sdft : badge(row.status, "rejected")],
-            cost("response"), marked(b, "only in the rewrite"))),
+          column(["Reference", trains.sft, row.kept ? null : trains.sdft], cost(row, "reference"),
+            marked(compare(row.reference, row.response)[0], "only in the reference")),
+          rewrite(row, "Rewrite"),
+          elsewhere("rows", row.id).map(([name, one]) => rewrite(one, `Rewrite · ${name}`))),
         make("p", { class: "notes" },
           `NLL gap ${number(gap(row))} nats per token, length ratio `
           + `${number(row.response.length / row.reference.length)}. `,
@@ -410,21 +417,23 @@
           `KL ${number(item.kl.sft, 3)} / ${number(item.kl.sdft, 3)}`)),
     ],
     detail: (item) => {
-      const seed = item.answers.seed?.text ?? "";
-      const columns = ARMS.map(([arm, name]) => {
-        const answer = item.answers[arm];
+      const said = (one, arm, title) => {
+        const [answer, seed] = [one.answers[arm], one.answers.seed?.text ?? ""];
         const notes = [mark(answer), answer?.finish === "length" ? badge("cut short", "quiet") : null];
         if (arm !== "seed") {
-          notes.push(` KL ${number(item.kl[arm], 4)}, same top-1 `,
-            item.agree[arm] === undefined ? "–" : percent(item.agree[arm]),
+          notes.push(` KL ${number(one.kl[arm], 4)}, same top-1 `,
+            one.agree[arm] === undefined ? "–" : percent(one.agree[arm]),
             answer?.text === seed ? ", the seed's own words" : "");
-        } else if (item.tokens) notes.push(` KL taken over its ${item.tokens} tokens`);
+        } else if (one.tokens) notes.push(` KL taken over its ${one.tokens} tokens`);
         const text = !answer ? make("p", { class: "note" }, "Not asked (--report-answers).")
           : arm === "seed" ? plain(answer.text)
             : marked(compare(seed, answer.text)[1], "not in the seed's answer");
-        return column(name, notes, text, arm);
-      });
-      const parts = [conversation(item.messages), make("div", { class: "columns" }, columns)];
+        return column(title, notes, text, arm);
+      };
+      const parts = [conversation(item.messages), make("div", { class: "columns" },
+        ARMS.map(([arm, name]) => said(item, arm, name)),
+        elsewhere("answers", item.id).map(([run, one]) =>
+          ARMS.slice(1).map(([arm, name]) => said(one, arm, `${name} · ${run}`))))];
       if (item.reference !== undefined) {
         parts.push(make("details", {}, make("summary", {}, "Reference"), plain(item.reference)));
       }
