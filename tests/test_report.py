@@ -183,6 +183,6 @@ def test_only_a_newline_ends_a_line(tmp_path):
     assert read_jsonl(tmp_path / "x.jsonl") == lines
     (tmp_path / "x.jsonl").write_text("")
     assert read_jsonl(tmp_path / "x.jsonl") == []
-    (tmp_path / "x.jsonl").write_text("{}\n{")
+    (tmp_path / "x.jsonl").write_text("{}\n{\n")
     with pytest.raises(ValueError, match="x.jsonl:2 is not JSON"):
         read_jsonl(tmp_path / "x.jsonl")

@@ -20,7 +20,7 @@ from typing import Any
 from engine.data import Example, Row
 from engine.evaluate import Arms, resume_lines
 from engine.log import AppendedLines, progress, read_jsonl
-from engine.retention import compare, hidden
+from engine.retention import compare, hidden_states
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
 from model.chat import Chat
@@ -119,8 +119,10 @@ def answers(
             seed = seeds[row.id]
             prompt = chat.prompt_ids(row.messages[:-1])
             ids = [*prompt, *seed["ids"], *([chat.end_id] if seed["finish"] == "stop" else [])]
-            before = hidden(model, ids, len(prompt), None)
+            before = hidden_states(model, ids, len(prompt), None)
             for arm in todo:
-                kl, same = compare(model, before, hidden(model, ids, len(prompt), tuned[arm]))
+                kl, same = compare(
+                    model, before, hidden_states(model, ids, len(prompt), tuned[arm])
+                )
                 line = {"arm": arm, "id": row.id, "kl": kl, "agree": same, "tokens": len(before)}
                 file.write(line)

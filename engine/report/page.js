@@ -81,7 +81,7 @@
     const text = make("div", { class: "text", dir: "auto" });
     let run = "";
     const flush = () => {
-      if (run) text.append(make("mark", { "aria-label": label }, run));
+      if (run) text.append(make("mark", { title: label }, run));
       run = "";
     };
     pieces.forEach(([piece, differs], i) => {
