@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import math
 import re
@@ -74,6 +77,29 @@ def test_nothing_can_leave_the_data_block_or_an_element():
     with pytest.raises(ValueError):
         inline_json(math.nan)
     assert tag("a", "<b>", Html("<i>"), title='"<') == '<a title="&quot;&lt;">&lt;b&gt;<i></a>'
+
+
+def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+
+    def source(element: str) -> str:
+        (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = hashlib.sha256(inside.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    (policy,) = re.findall('Content-Security-Policy" content="(.*?)"', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": source("style"),
+        "script-src": source("script"),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
 
 
 def test_without_matplotlib_the_page_has_its_tables_and_says_so(tmp_path, monkeypatch):
