@@ -195,6 +195,8 @@ def test_a_link_opens_its_row(chromium, runs):
     page.find("#rows [name=search]").send_keys("nowhere")
     page.js("location.hash = '#row=row5%2F0'")
     page.wait("return document.querySelector('#rows .detail').ariaLabel === 'row5/0'")
+    assert page.find("#rows [aria-selected=true] .id").text == "row5/0"
+    assert page.count() == "200 rows"
     page.js("location.hash = '#row=' + encodeURIComponent('<img src=x onerror=window.owned=9>')")
     page.wait("return document.querySelector('#rows output').textContent.includes('<img')")
     assert page.js("return window.owned") is None
