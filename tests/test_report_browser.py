@@ -324,6 +324,8 @@ def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
     for scheme in ("light", "dark"):
         page = Page(chromium, runs / "two.html", width=width, scheme=scheme)
         assert page.js("return document.documentElement.scrollWidth") <= width
+        detail = page.js("return document.querySelector('#rows .detail').clientWidth")
+        assert detail > 0.6 * width  # beside the list where there is room, else below it
         grounds.add(page.js("return getComputedStyle(document.body).backgroundColor"))
         # a figure's ink is the page's: it follows the scheme
         ink = "return getComputedStyle(document.querySelector('figure svg text')).fill"
