@@ -105,11 +105,10 @@ def answers(
 
         verdicts: dict[str, set[bool]] = {}
         seeds: dict[str, dict[str, Any]] = {}
-        if held_out and (run / "evaluation.jsonl").exists():
-            for line in read_jsonl(run / "evaluation.jsonl"):
-                verdicts.setdefault(line["id"], set()).add(line["ok"])
-                if line["arm"] == "seed" and line.get("ids"):
-                    seeds[line["id"]] = line
+        for line in read_jsonl(run / "evaluation.jsonl"):
+            verdicts.setdefault(line["id"], set()).add(line["ok"])
+            if line["arm"] == "seed" and line.get("ids"):
+                seeds[line["id"]] = line
         rows = [row for row in held_out if row.id in seeds]
         rows.sort(key=lambda row: len(verdicts[row.id]) == 1)
         for row in progress(rows[:n], desc="report: KL on held-out rows", unit="row"):

@@ -59,14 +59,14 @@ def load_run(path: Path, name: str) -> Run:
             "again finishes one that was stopped)"
         )
     meta = read_json(path / "distilled.jsonl.meta.json", {})
-    losses = {arm: _lines(path / arm / "metrics.jsonl") for arm in TUNED}
+    losses = {arm: read_jsonl(path / arm / "metrics.jsonl") for arm in TUNED}
     return Run(
         name=name,
         path=path,
         summary=read_json(path / "summary.json"),
         data_sha256=meta.get("data", {}).get("sha256", "unknown"),
         rows=_rows(path),
-        tokens={line["id"]: _tokens(line) for line in _lines(path / "tokens.jsonl")},
+        tokens={line["id"]: _tokens(line) for line in read_jsonl(path / "tokens.jsonl")},
         answers=_held_out(path) + _general(path),
         losses={arm: [(m["step"], m["loss"]) for m in lines] for arm, lines in losses.items()},
     )
@@ -85,12 +85,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     return [load_run(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path) if path.exists() else []
-
-
 def _rows(path: Path) -> list[dict[str, Any]]:
-    scores = {line["id"]: line for line in _lines(path / "distilled.jsonl.scores.jsonl")}
+    scores = {line["id"]: line for line in read_jsonl(path / "distilled.jsonl.scores.jsonl")}
     rows = []
     for line in load_distilled(path / "distilled.jsonl"):
         row = {
@@ -121,13 +117,13 @@ def _tokens(line: dict[str, Any]) -> dict[str, Any]:
 def _general(path: Path) -> list[dict[str, Any]]:
     """The retention prompts; the seed's answer is always there, the tuned ones' for some."""
     found: dict[str, dict[str, Any]] = {}
-    for line in _lines(path / "retention.jsonl"):
+    for line in read_jsonl(path / "retention.jsonl"):
         prompt = line["prompt"]
         item = found.setdefault(prompt, _item("general", prompt, line["category"]))
         item["messages"] = [{"role": "user", "content": prompt}]
         item["answers"].setdefault("seed", {"text": line["answer"]})
         _add_drift(item, line)
-    for line in _lines(path / "answers.jsonl"):
+    for line in read_jsonl(path / "answers.jsonl"):
         if "prompt" in line and line["prompt"] in found:
             answer = {"text": line["answer"], "finish": line["finish"]}
             found[line["prompt"]]["answers"][line["arm"]] = answer
@@ -136,13 +132,13 @@ def _general(path: Path) -> list[dict[str, Any]]:
 
 def _held_out(path: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for line in _lines(path / "evaluation.jsonl"):
+    for line in read_jsonl(path / "evaluation.jsonl"):
         item = found.setdefault(line["id"], _item("held-out", line["id"], "held-out"))
         item["messages"] = line.get("messages", [])
         item["reference"] = line["reference"]
         answer = {"text": line["answer"], "ok": line["ok"], "reason": line["reason"]}
         item["answers"][line["arm"]] = answer | {"finish": line["finish"]}
-    for line in _lines(path / "answers.jsonl"):
+    for line in read_jsonl(path / "answers.jsonl"):
         if "id" in line and line["id"] in found:
             _add_drift(found[line["id"]], line)
     return list(found.values())
