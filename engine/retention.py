@@ -58,11 +58,11 @@ def retention(
             answer = answers[prompt]
             ends = [chat.end_id] if answer.finish == "stop" else []
             ids = [*asked[prompt], *answer.ids, *ends]
-            seed = _hidden(model, ids, len(asked[prompt]), None)
+            seed = hidden_states(model, ids, len(asked[prompt]), None)
             for arm, lora in tuned.items():
                 if (arm, prompt) in done:
                     continue
-                kl, same = compare(model, seed, _hidden(model, ids, len(asked[prompt]), lora))
+                kl, same = compare(model, seed, hidden_states(model, ids, len(asked[prompt]), lora))
                 line = {"arm": arm, "category": category, "prompt": prompt, "answer": answer.text}
                 line |= {"tokens": len(seed), "kl": kl, "agree": same}
                 file.write(line)
@@ -101,7 +101,7 @@ def retention_job(
     return drift
 
 
-def _hidden(model: Llama, ids: Sequence[int], start: int, lora: Any) -> Tensor:
+def hidden_states(model: Llama, ids: Sequence[int], start: int, lora: Any) -> Tensor:
     """Hidden states from which the answer's tokens are predicted: (answer tokens, D)."""
     tokens = torch.tensor(ids, device=model.device)
     packed = Packed.from_lengths([len(ids)], model.device)

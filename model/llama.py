@@ -215,7 +215,7 @@ class Llama:
     def _rope_table(self, context: Packed | Cached) -> Tensor:
         """cos_sin, long enough for this forward; built once and doubled when outgrown."""
         if isinstance(context, Packed):
-            longest = max((b - a for a, b in context.rows), default=0)
+            longest = max((b - a for a, b in context.rows), default=0) + context.prefix
         else:
             pairs = zip(context.query_lens, context.context_lens, strict=True)
             longest = max((q + c for q, c in pairs), default=0)

@@ -28,7 +28,10 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # 3,150: `auto` checks at a model's own widths, and drafts are decoded with the others, in one pass.
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950.
-PACKAGE_BUDGET = {"kernels": 3250, "model": 1600, "engine": 3200}
+# engine was 3,200: training grew by validation, guards, the memory plan, signals and processes,
+# each a file of its own (validate, metrics, memory, process, distributed; step is cut from train).
+# With the sampler's drafting, resumed and scoring beside them the engine has about 4,200.
+PACKAGE_BUDGET = {"kernels": 3250, "model": 1600, "engine": 4200}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 
