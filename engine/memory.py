@@ -100,7 +100,8 @@ def predict(
     # a layer: hidden states, their gradient and the residual's, two norms' outputs; then the
     # SwiGLU pass with its temporaries, or do, dqkv and what the qkv product gives back
     qkv = sum(c.qkv_sizes)
-    feed = 5 * c.hidden_size + 6 * c.intermediate_size
+    feed = (4 + ("mlp.gate_proj" in adapted or "mlp.up_proj" in adapted)) * c.hidden_size
+    feed += (4 + ("mlp.down_proj" in adapted)) * c.intermediate_size
     attend = 6 * c.hidden_size + c.qkv_sizes[0] + qkv
     scores = 3 * c.num_heads * min(longest, PACKED_BLOCK[device]) * longest * wide
     again = {"none": 0, "selective": 2 * c.intermediate_size}.get(policy)
