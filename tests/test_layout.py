@@ -30,8 +30,9 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950.
 # engine was 3,200: training grew by validation, guards, the memory plan, signals and processes,
 # each a file of its own (validate, metrics, memory, process, distributed; step is cut from train).
-# With the sampler's drafting, resumed and scoring beside them the engine has about 4,200.
-PACKAGE_BUDGET = {"kernels": 3250, "model": 1600, "engine": 4200}
+# With the sampler's drafting, resumed and scoring beside them the engine has about 4,200; the
+# kernels had 50 more with attention behind a shared prefix.
+PACKAGE_BUDGET = {"kernels": 3300, "model": 1600, "engine": 4250}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 
