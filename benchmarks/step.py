@@ -41,7 +41,7 @@ from engine.data import Example
 from engine.log import table
 from engine.optim import Optimizer
 from engine.sampler import Request, Sampler, SamplerConfig
-from engine.train import MicroBatch, micro_step
+from engine.step import MicroBatch, micro_step, stated_rate, step_operations
 from kernels.registry import choose
 from kernels.spec import MODELS, Widths
 from model.config import LlamaConfig
@@ -56,8 +56,6 @@ SHAPES = {
     "smollm2-135m": (MODELS["smollm2-135m"], 30, 1e5, 8192, True),
     "tiny": (Widths(64, 96, 4, 2, 16, 320), 2, 1e4, 512, False),
 }
-# dense bf16 rates that vendors state, operations/s; by a part of the card's name
-STATED = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
 
 def model_config(name: str) -> LlamaConfig:
@@ -100,15 +98,6 @@ def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype) -> dict
     return weights | {"head": weights["embed"] if tied else matrix(c.vocab_size, c.hidden_size)}
 
 
-def step_operations(config: LlamaConfig, lengths: list[int]) -> float:
-    """4 P per token and 3.5 x 2 L^2 per row, layer and width of the heads (see MFU above)."""
-    c = config
-    layer = c.hidden_size * (sum(c.qkv_sizes) + c.qkv_sizes[0] + 3 * c.intermediate_size)
-    weights = c.num_layers * layer + c.vocab_size * c.hidden_size
-    squares = sum(n * n for n in lengths)
-    return 4 * weights * sum(lengths) + 7 * squares * c.qkv_sizes[0] * c.num_layers
-
-
 def row_lengths(args: argparse.Namespace) -> list[int]:
     rest = args.tokens % args.row
     return [args.row] * (args.tokens // args.row) + ([rest] if rest > 1 else [])
@@ -140,7 +129,7 @@ class Trainer:
         self.lora.grads.zero_()
         nll = micro_step(self.model, self.lora, self.batch, self.policy)
         scale = 1 / len(nll)
-        norm = self.optimizer.update(self.model.ops, self.lora, 1e-4, scale, clip=1.0)
+        norm = self.optimizer.update(self.model.ops, self.lora, 1e-4, scale, clip=1.0).item()
         loss = nll.mean().item()  # waits for the device
         if gpu:
             torch.cuda.synchronize()
@@ -311,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     print(header(about, rates, args.dtype))
     document = {"benchmark": "step", "environment": about, "ceilings": rates, "ask": vars(args)}
     document["operations"] = step_operations(config, row_lengths(args))
-    document["stated"] = next((r for n, r in STATED.items() if n in about["device"]), None)
+    document["stated"] = stated_rate(about["device"])
     document |= {"training": {}, "decoding": {}}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is known by then is recorded
     try:

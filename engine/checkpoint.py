@@ -3,7 +3,8 @@
     RUN/meta.json                 settings, hashes of model and data; at the end the summary
     RUN/metrics.jsonl             one line per optimizer step
     RUN/checkpoints/step-000050/  adapter_model.safetensors, adapter_config.json (PEFT's layout),
-                                  optimizer.safetensors, state.json
+                                  optimizer.safetensors, state.json (step, data position, best
+                                  so far), metrics.jsonl (the lines up to here)
     RUN/adapter_model.safetensors, adapter_config.json     the finished adapter
 
 A checkpoint directory appears only when all of it is on disk. Nothing is ever unpickled.
@@ -19,12 +20,13 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engine.log import differing, write_json
+from engine.log import cut_torn_line, differing, read_jsonl, sha256, write_json, write_jsonl
 from engine.optim import Optimizer
 from model.config import read_json
 from model.lora import Lora
 from model.weights import open_safetensors, written_beside
 
+HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -42,27 +44,46 @@ def open_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any
             f"{out} exists but has no meta.json: it is not a run; choose another --out"
         )
     meta = read_json(meta_file)
-    changes = differing(meta.get("settings", {}), settings)
+    summary = dict if meta.get("finished") else type(None)
+    if type(meta.get("finished")) is not bool or type(meta.get("summary")) is not summary:
+        raise ValueError(f"{meta_file}: finished or summary is not what was written")
+    if not isinstance(meta.get("settings"), dict):
+        raise ValueError(f"{meta_file}: settings is {meta.get('settings')!r}")
+    changes = differing(meta["settings"], settings)
     if changes:
         raise ValueError(
-            f"{out} was started with other settings and cannot be resumed under these:\n  "
-            + "\n  ".join(changes)
+            f"{out} was started with other settings (its meta.json) and cannot be resumed under "
+            "these:\n  " + "\n  ".join(changes)
         )
     return meta
 
 
-def save_checkpoint(out: Path, lora: Lora, optimizer: Optimizer, base: str, keep: int) -> Path:
-    """Write checkpoints/step-N and delete all but the newest `keep`."""
-    place = out / "checkpoints" / f"step-{optimizer.step:06d}"
+def save_checkpoint(
+    out: Path,
+    lora: Lora,
+    optimizer: Optimizer,
+    base: str,
+    keep: int,
+    state: dict[str, Any],
+    spare: int = 0,
+) -> Path:
+    """Write checkpoints/step-N with the metrics so far, delete all but the newest `keep`.
+
+    `state` is what else a resumed run needs to know; the checkpoint of step `spare` stays.
+    """
+    place = place_of(out, optimizer.step)
     if not place.exists():
         with written_beside(place) as beside:
             lora.write(beside, base)
             moments = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
             save_file(moments, beside / "optimizer.safetensors")
-            state = json.dumps({"step": optimizer.step})
-            (beside / "state.json").write_text(state + "\n", encoding="utf-8")
+            shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
+            hashes = {name: sha256((beside / name).read_bytes()) for name in HASHED}
+            text = json.dumps({**state, "step": optimizer.step, "sha256": hashes})
+            (beside / "state.json").write_text(text + "\n", encoding="utf-8")
     for old in checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+        if old.name != f"step-{spare:06d}":
+            shutil.rmtree(old)
     return place
 
 
@@ -71,9 +92,46 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> None:
-    """Put the state of a checkpoint into an adapter and an optimizer of the same shape."""
-    file = place / "optimizer.safetensors"
+def place_of(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return out / "checkpoints" / f"step-{step:06d}"
+
+
+def note_validation(out: Path, found: dict[str, Any]) -> None:
+    """Append to validation.jsonl; a step that is there already (before a kill) is replaced."""
+    file = out / "validation.jsonl"
+    cut_torn_line(file)
+    lines = read_jsonl(file) if file.exists() else []
+    write_jsonl(file, [*(x for x in lines if x["step"] < found["step"]), found])
+
+
+def load_adapter(place: Path, lora: Lora) -> None:
+    """Put the adapter of a checkpoint into one of the same shape."""
+    lora.params.copy_(Lora.load(place).params)
+    if lora.compute is not lora.params:
+        lora.compute.copy_(lora.params)
+
+
+def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, Any]:
+    """Put a checkpoint into an adapter and an optimizer of the same shape; returns its state.
+
+    ValueError names the file that is missing or broken.
+    """
+    state, file = read_json(place / "state.json"), place / "optimizer.safetensors"
+    kinds = {"step": int, "micro_tokens": int, "best": dict, "sha256": dict}
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            raise ValueError(f"{place / 'state.json'}: {name} is {state.get(name)!r}")
+    if place != place_of(place.parent.parent, state["step"]) or state["micro_tokens"] < 1:
+        raise ValueError(f"{place / 'state.json'}: step or micro_tokens is not what was written")
+    for name in HASHED:
+        if not (place / name).exists() or state["sha256"].get(name) != sha256(
+            (place / name).read_bytes()
+        ):
+            raise ValueError(
+                f"{place / name} is missing or not what was written (its hash in state.json "
+                f"differs); delete {place} to go on from the checkpoint before it"
+            )
     with open_safetensors(file) as opened:
         for name, target in (("m", optimizer.m), ("v", optimizer.v), ("params", lora.params)):
             tensor = opened.get_tensor(name)
@@ -82,7 +140,16 @@ def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> None:
             target.copy_(tensor)
     if lora.compute is not lora.params:
         lora.compute.copy_(lora.params)
-    optimizer.step = int(read_json(place / "state.json")["step"])
+    optimizer.step = state["step"]
+    return state
+
+
+def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
+    """Make metrics.jsonl what it was at a checkpoint (None: the start); returns its lines."""
+    metrics = out / "metrics.jsonl"
+    lines = read_jsonl(saved / "metrics.jsonl") if saved else []
+    write_jsonl(metrics, lines)
+    return lines
 
 
 def publish(out: Path, place: Path) -> None:

@@ -10,6 +10,8 @@ silence: a turn that does not fit is named, or cut and counted.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -30,14 +32,16 @@ from engine.rows import (
     parse_columns,
     read_utf8,
 )
+from kernels.philox import mix as hashed
 
 if TYPE_CHECKING:
     from model.chat import Chat
     from model.tokenizer import Tokenizer
 
 __all__ = [
-    "BadRow", "Distilled", "EncodeCounts", "Example", "KEPT", "Row", "Rows", "encode",
-    "is_distilled", "load_distilled", "load_rows", "pack", "parse_columns", "show",
+    "BadRow", "Distilled", "EncodeCounts", "Example", "KEPT", "Row", "Rows", "check_examples",
+    "encode", "fingerprint", "is_distilled", "load_distilled", "load_rows", "pack",
+    "parse_columns", "show",
 ]  # fmt: skip
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
 FINISHES = ("stop", "length", "stop_string", "prompt_too_long")
@@ -168,6 +172,7 @@ class EncodeCounts:
     from_response: int = 0  # examples made of sampled ids; the others are encoded references
     truncated: int = 0  # cut from the answer's end to fit max_length, so without end token
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
+    mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
     special: int = 0  # their text spells a special token, encoded as plain text
 
 
@@ -178,6 +183,7 @@ class _Turn:
     text: str
     ids: list[int] | None = None  # sampled; None: encode the text
     ends: bool = True
+    mixed: bool = False  # a rewrite that gave way to its reference
 
 
 def encode(
@@ -187,6 +193,8 @@ def encode(
     target: str = "target",
     max_length: int,
     truncate: bool = False,
+    mix: float = 0.0,
+    seed: int = 0,
 ) -> tuple[list[Example], EncodeCounts]:
     """One example per assistant turn: prompt ids, answer ids, the chat's end token.
 
@@ -197,15 +205,22 @@ def encode(
     max_length  tokens of a whole example. Longer ones raise ValueError naming them, or with
                 `truncate` lose the end of their answer. A prompt is never cut: one that leaves no
                 room for an answer always raises
+    mix         share of the kept rewrites of "target" that give way to their reference, drawn by
+                row id and `seed`; the contexts stay as they are
 
     A response that hit the sampler's token limit ("response" only) gets no end token: a model must
     not learn to stop there. An answer without a token raises ValueError.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; wanted one of {', '.join(TARGETS)}")
+    if not 0 <= mix <= 1 or (mix and (target != "target" or isinstance(rows[0], Row))):
+        raise ValueError(
+            f"mix={mix} with target={target!r}: a share from 0 to 1 of the rewrites in distilled "
+            "data is wanted, with target='target'"
+        )
     counts = EncodeCounts()
     examples, faults, too_long = [], [], []
-    for turn in _turns(rows, target):
+    for turn in _turns(rows, target, mix, seed):
         try:
             prompt = chat.prompt_ids(turn.messages)
         except ValueError as error:  # the chat template refuses this conversation
@@ -229,6 +244,7 @@ def encode(
         counts.response_tokens += len(answer)
         counts.from_response += turn.ids is not None
         counts.unfinished += not turn.ends
+        counts.mixed += turn.mixed
         said = {"role": "assistant", "content": turn.text}
         counts.special += chat.spells_special([*turn.messages, said])
     if faults:
@@ -241,7 +257,9 @@ def encode(
     return examples, counts
 
 
-def _turns(rows: Sequence[Row] | Sequence[Distilled], target: str) -> Iterator[_Turn]:
+def _turns(
+    rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float, seed: int
+) -> Iterator[_Turn]:
     references = {row.id: row.reference for row in rows}
     for row in rows:
         if isinstance(row, Row):
@@ -252,6 +270,8 @@ def _turns(rows: Sequence[Row] | Sequence[Distilled], target: str) -> Iterator[_
                 )
             for k, at in enumerate(row.turns):
                 yield _Turn(f"{row.id}/{k}", row.messages[:at], row.messages[at]["content"])
+        elif target == "target" and row.status in KEPT and _drawn(row.id, seed) < mix:
+            yield _Turn(row.id, row.messages, row.reference, mixed=True)
         elif target == "response" or (target == "target" and row.status in KEPT):
             ends = row.finish != "length" or row.status == "identical"
             yield _Turn(row.id, row.messages, row.response, row.response_ids, ends)
@@ -259,6 +279,11 @@ def _turns(rows: Sequence[Row] | Sequence[Distilled], target: str) -> Iterator[_
             yield _Turn(row.id, row.messages, row.reference)
         else:
             yield _Turn(row.id, _as_given(row, references), row.reference)
+
+
+def _drawn(row_id: str, seed: int) -> float:
+    """A number in [0, 1) that belongs to the row."""
+    return hashed("mix", seed, row_id) / 2**64
 
 
 def _as_given(line: Distilled, references: dict[str, str]) -> list[dict[str, str]]:
@@ -273,6 +298,23 @@ def _as_given(line: Distilled, references: dict[str, str]) -> list[dict[str, str
             turn += 1
         messages.append(said)
     return messages
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """ValueError naming rows that cannot be trained on."""
+    if not examples:
+        raise ValueError("there is nothing to train on: no example")
+    empty = [e.id for e in examples if not 0 < e.n_prompt < len(e.ids)]
+    if empty:
+        raise ValueError(f"{len(empty)} rows have no prompt or no response token: {empty[:10]}")
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Hash of what is trained on: ids, tokens, where the loss begins."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, example.ids, example.n_prompt]).encode())
+    return digest.hexdigest()
 
 
 def pack(examples: Sequence[Example] | Sequence[int], micro_tokens: int) -> list[list[int]]:
@@ -298,18 +340,30 @@ def pack(examples: Sequence[Example] | Sequence[int], micro_tokens: int) -> list
     return [sorted(batch) for batch in batches]
 
 
-def show(examples: Sequence[Example], tokenizer: Tokenizer, n: int) -> str:
-    """The first n examples for a terminal: every token as id and piece; `*` marks loss."""
+def show(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    n: int,
+    losses: Sequence[Sequence[float]] | None = None,
+) -> str:
+    """The first n examples for a terminal: every token as id and piece; `*` marks loss.
+
+    With `losses`, per example those of its response tokens (nats), each stands behind its token.
+    """
     lines = []
-    for example in examples[:n]:
+    for number, example in enumerate(examples[:n]):
         loss = len(example.ids) - example.n_prompt
-        lines.append(f"{example.id}: {len(example.ids)} tokens, {loss} with loss (*)")
+        mean = "" if losses is None else f", {sum(losses[number]) / loss:.3f} nats each"
+        lines.append(f"{example.id}: {len(example.ids)} tokens, {loss} with loss (*){mean}")
         halves = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
         for margin, ids in zip(("    ", "  * "), halves, strict=True):
             # A piece's own spaces become ␣, so that lines break between tokens only.
-            tokens = " ".join(f"{i}{tokenizer.piece(i)!r}".replace(" ", "␣") for i in ids)
+            tokens = [f"{i}{tokenizer.piece(i)!r}".replace(" ", "␣") for i in ids]
+            if losses is not None and margin.strip():
+                pairs = zip(tokens, losses[number], strict=True)
+                tokens = [f"{token}:{nats:.2f}" for token, nats in pairs]
             lines += textwrap.wrap(
-                tokens,
+                " ".join(tokens),
                 width=96,
                 initial_indent=margin,
                 subsequent_indent=margin,

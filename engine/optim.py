@@ -12,19 +12,25 @@ from kernels.adamw import AdamW
 from kernels.registry import Ops
 from model.lora import Lora
 
+SCHEDULES = ("cosine", "linear", "constant")
 
-def cosine_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Rate of step 1..steps: linear up over `warmup` (a share of the steps), then half a cosine.
 
-    As transformers' `cosine` schedule, whose first step has index 0: without warm-up the first step
-    runs at the peak, and the rate would reach 0 one step after the last.
+def learning_rate(schedule: str, step: int, steps: int, peak: float, warmup: float) -> float:
+    """Rate of step 1..steps: linear up over `warmup` (a share of the steps), then by `schedule`.
+
+    As transformers' schedules of those names, whose first step has index 0: without warm-up the
+    first step runs at the peak, and cosine and linear would reach 0 one step after the last.
     """
     warm = math.ceil(warmup * steps)
     done = step - 1
     if done < warm:
         return peak * done / max(1, warm)
     progress = (done - warm) / max(1, steps - warm)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if schedule == "constant":
+        return peak
+    return peak * (
+        1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 @dataclass
@@ -42,18 +48,17 @@ class Optimizer:
         zeros = torch.zeros_like(lora.params)
         return cls(AdamW(weight_decay=weight_decay), zeros, zeros.clone())
 
-    def update(self, ops: Ops, lora: Lora, lr: float, scale: float, clip: float) -> float:
-        """One step on `scale * lora.grads`, clipped to norm `clip` (0: not); returns the norm.
+    def update(self, ops: Ops, lora: Lora, lr: float, scale: float, clip: float) -> Tensor:
+        """One step on `scale * lora.grads`, clipped to norm `clip` (0: not).
 
-        A norm that is not finite leaves everything as it was: the caller stops the run.
+        Returns the norm before clipping, () fp64 on the device: nobody waits for it here. One that
+        is not finite makes the adapter so too; the caller goes back to a checkpoint.
         """
-        norm = float(ops.grad_norm(lora.grads)) * scale
-        if not math.isfinite(norm):
-            return norm
         self.step += 1
-        if clip and norm > clip:
-            scale *= clip / norm
+        norm = ops.grad_norm(lora.grads) * scale
         scalars = self.config.scalars(lr, self.step, scale, lora.params.device)
+        if clip:
+            scalars[3] *= (clip / norm).clamp(max=1.0)
         compute = None if lora.compute is lora.params else lora.compute
         ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute)
         return norm

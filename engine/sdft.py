@@ -101,7 +101,7 @@ def run(
     shown: dict[str, list[Example]] = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         begun = time.perf_counter()
-        examples = _encode(report.lines, session, encoding, target)
+        examples = _encode(report.lines, session, encoding, target, training.seed)
         shown[arm] = spaced(examples, job.report_rows)
         arms[arm], trainings[arm] = train(
             model,
@@ -112,6 +112,7 @@ def run(
             base=session.config.model,
             model_hash=session.fingerprint,
             resume=(out / arm).exists(),
+            world=session.world,
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 
@@ -186,7 +187,11 @@ def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
 
 
 def _encode(
-    rows: Sequence[Row] | Sequence[Distilled], session: Session, encoding: EncodeConfig, target: str
+    rows: Sequence[Row] | Sequence[Distilled],
+    session: Session,
+    encoding: EncodeConfig,
+    target: str,
+    seed: int = 0,
 ) -> list[Example]:
     examples, counts = encode(
         rows,
@@ -194,6 +199,8 @@ def _encode(
         target=target,
         max_length=min(encoding.max_length, session.model.config.max_position),
         truncate=encoding.truncate,
+        mix=encoding.mix if target == "target" else 0.0,
+        seed=seed,
     )
     numbers = ", ".join(f"{name} {n}" for name, n in dataclasses.asdict(counts).items() if n)
     print(f"training on the {target}: {numbers}")

@@ -1,23 +1,17 @@
 """The training loop: LoRA on packed rows, every gradient written down (model/llama.py)
 
     for each optimizer step                      batch_rows examples in a seeded order
-        for each micro-batch                     packed, at most micro_tokens tokens
-            hidden  = forward(tokens, tape)
-            nll, d  = linear_cross_entropy(hidden where a response token comes next)
-            backward(d)                          adds into the flat gradient
-        g = grads / response tokens of the step; clip by the global norm; AdamW
+        step_gradients, step_update              engine/step.py
+        metrics, validation, checkpoint          engine/{metrics,validate,checkpoint}.py
 
-The loss is the mean over the response tokens of the whole step, whatever the micro-batches are.
-A step depends on (seed, step) alone, so a resumed run is the undisturbed run, bit for bit.
+A step depends on (seed, step) alone, so a resumed run is the undisturbed run, bit for bit. With
+several processes (engine/distributed.py) each does its share of every step and all hold the same
+adapter; rank 0 writes.
 """
-
-# T = tokens of a micro-batch, N = response tokens of it
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -26,24 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine import checkpoint
-from engine.data import Example, encode, is_distilled, load_distilled, pack, show
-from engine.log import (
-    AppendedLines,
-    cut_torn_line,
-    environment,
-    progress,
-    read_jsonl,
-    write_json,
-    write_jsonl,
+from engine.data import (
+    Example,
+    check_examples,
+    encode,
+    fingerprint,
+    is_distilled,
+    load_distilled,
+    show,
 )
-from engine.optim import Optimizer, cosine_rate
+from engine.distributed import World
+from engine.log import environment, read_jsonl, write_json
+from engine.memory import Plan, choose_policy
+from engine.metrics import Metrics, summary_text
+from engine.optim import SCHEDULES, Optimizer, learning_rate
+from engine.process import Termination, held_memory, is_out_of_memory, peak_memory
+from engine.score import nll
 from engine.session import DataConfig, Session
-from kernels.context import Packed
-from kernels.philox import MASK32, mix
-from model.llama import POLICIES, Llama, Tape
+from engine.step import (
+    ALONE,
+    Gradients,
+    step_gradients,
+    step_operations,
+    step_update,
+)
+from engine.validate import ValidateConfig, Validator
+from kernels.philox import mix
+from model.llama import POLICIES, Llama
 from model.lora import Lora, LoraConfig
 
 
@@ -53,15 +58,18 @@ class TrainConfig:
 
     lr: float = 1e-4  # peak learning rate
     epochs: int = 2  # passes over the examples
+    steps: int = 0  # optimizer steps instead of epochs; 0: by epochs
     batch_rows: int = 8  # examples per optimizer step
     micro_tokens: int = 1024  # tokens per forward and backward: memory and speed, not the result
-    warmup: float = 0.0  # share of the steps with rising rate, then a cosine
+    schedule: str = "cosine"  # cosine | linear | constant, behind the warm-up
+    warmup: float = 0.0  # share of the steps with rising rate
     weight_decay: float = 0.0  # decoupled
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0  # of the adapter's start, the order of the rows and dropout
-    recompute: str = "none"  # none | selective | full: what the backward computes again
+    recompute: str = "auto"  # none | selective | full: what the backward computes again; auto: plan
+    memory_gb: float = 0.0  # memory that --recompute auto plans for; 0: what the device has
     save_every: int = 50  # optimizer steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # checkpoints kept, beside the best
 
     def check(self) -> None:
         """ValueError for numbers that cannot train."""
@@ -74,8 +82,12 @@ class TrainConfig:
                 f"lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}, warmup "
                 f"{self.warmup}: lr > 0, clip and decay >= 0, 0 <= warmup < 1 are wanted"
             )
-        if self.recompute not in POLICIES:
-            raise ValueError(f"recompute {self.recompute!r}: one of {', '.join(POLICIES)}")
+        if self.steps < 0 or self.memory_gb < 0:
+            raise ValueError(f"steps {self.steps}, memory_gb {self.memory_gb}: 0 or more is wanted")
+        if self.recompute not in ("auto", *POLICIES):
+            raise ValueError(f"recompute {self.recompute!r}: one of auto, {', '.join(POLICIES)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
 
 
 @dataclass(frozen=True)
@@ -83,80 +95,22 @@ class EncodeConfig:
     """What of a row is trained on."""
 
     target: str = "target"  # target | response | reference: which answer of distilled data
+    mix: float = 0.0  # share of the kept rewrites whose reference is trained on instead
     max_length: int = 1024  # tokens of prompt and answer
     truncate: bool = False  # cut the end of longer answers (counted) instead of stopping
 
 
-@dataclass
-class MicroBatch:
-    """Packed examples and where their loss is."""
-
-    tokens: Tensor  # (T,)
-    packed: Packed
-    select: Tensor  # (N,) positions whose next token is a response token
-    targets: Tensor  # (N,) that token
-    owners: list[str]  # (N,) example id of each, to name a row that went wrong
-
-    @classmethod
-    def build(cls, examples: Sequence[Example], step: int, device: torch.device) -> MicroBatch:
-        """Lay the examples end to end."""
-        tokens, select, targets, owners = [], [], [], []
-        for example in examples:
-            start = len(tokens)
-            tokens += example.ids
-            for at in range(example.n_prompt, len(example.ids)):
-                select.append(start + at - 1)
-                targets.append(example.ids[at])
-                owners.append(example.id)
-        packed = Packed.from_lengths(
-            [len(e.ids) for e in examples],
-            device,
-            row_keys=[mix("row", e.id) & MASK32 for e in examples],
-            step=step,
-        )
-
-        def column(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        return cls(column(tokens), packed, column(select), column(targets), owners)
-
-
-def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tensor:
-    """Forward, loss, backward of one micro-batch: nll (N,); adds sum-of-nll gradients to lora."""
-    tape = Tape(policy)
-    hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)
-    nll, dselected = model.ops.linear_cross_entropy(
-        hidden[batch.select], model.weights["head"], batch.targets
-    )
-    dhidden = torch.zeros_like(hidden).index_copy_(0, batch.select, dselected)
-    model.backward(dhidden, tape)
-    return nll
-
-
-def check_examples(examples: Sequence[Example]) -> None:
-    """ValueError naming rows that cannot be trained on."""
-    if not examples:
-        raise ValueError("there is nothing to train on: no example")
-    empty = [e.id for e in examples if not 0 < e.n_prompt < len(e.ids)]
-    if empty:
-        raise ValueError(f"{len(empty)} rows have no prompt or no response token: {empty[:10]}")
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of what is trained on: ids, tokens, where the loss begins."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.id, example.ids, example.n_prompt]).encode())
-    return digest.hexdigest()
-
-
 def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
     """(epoch, example indices) of every optimizer step, a fresh order in every epoch."""
-    for epoch in range(config.epochs):
+    left = config.steps or config.epochs * -(-count // config.batch_rows)
+    epoch = 0
+    while left:
         generator = torch.Generator().manual_seed(mix("order", config.seed, epoch) >> 1)
         order = torch.randperm(count, generator=generator).tolist()
-        for i in range(0, count, config.batch_rows):
+        for i in range(0, min(count, left * config.batch_rows), config.batch_rows):
             yield epoch, order[i : i + config.batch_rows]
+            left -= 1
+        epoch += 1
 
 
 def train_job(
@@ -165,14 +119,15 @@ def train_job(
     encoding: EncodeConfig,
     config: TrainConfig,
     lora_config: LoraConfig,
+    validating: ValidateConfig,
     out: Path | None,
     *,
     show_rows: int | None = None,
     resume: bool = False,
 ) -> dict[str, Any] | None:
     """Encode a file of rows or of distilled data and train on it, or print encoded rows."""
-    config.check()
-    lora_config.check()
+    for settings in (config, lora_config, validating):
+        settings.check()
     rows = load_distilled(data.data)[: data.limit] if is_distilled(data.data) else data.load()
     examples, counts = encode(
         rows,
@@ -180,11 +135,20 @@ def train_job(
         target=encoding.target,
         max_length=min(encoding.max_length, session.model.config.max_position),
         truncate=encoding.truncate,
+        mix=encoding.mix,
+        seed=config.seed,
     )
     print(", ".join(f"{name} {value}" for name, value in dataclasses.asdict(counts).items()))
     if show_rows is not None:
-        print(show(examples, session.chat.tokenizer, show_rows))
+        losses = [
+            nll(session.model, e.ids[: e.n_prompt], e.ids[e.n_prompt :]).tolist()
+            for e in examples[:show_rows]
+        ]
+        print(show(examples, session.chat.tokenizer, show_rows, losses))
         return None
+    validator = None
+    if validating.val_every:
+        validator = Validator(validating, session.model, session.chat)
     _, summary = train(
         session.model,
         examples,
@@ -194,12 +158,12 @@ def train_job(
         base=session.config.model,
         model_hash=session.fingerprint,
         resume=resume,
+        validator=validator,
+        world=session.world,
+        note={"validate": dataclasses.asdict(validating)} if validator else None,
     )
-    print(
-        f"{summary['steps']} steps, {summary['tokens']} tokens ({summary['response_tokens']} with "
-        f"loss), {summary['tokens_s']:.0f} tokens/s; loss {summary['first_loss']:.4f} -> "
-        f"{summary['last_loss']:.4f}; LoRA on {summary['linears']} linears; adapter in {out}"
-    )
+    if session.world.first:
+        print(summary_text(summary, out))
     return summary
 
 
@@ -213,18 +177,21 @@ def train(
     base: str,
     model_hash: str,
     resume: bool = False,
+    validator: Validator | None = None,
+    world: World = ALONE,
     note: dict[str, Any] | None = None,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train an adapter into the run directory `out`; returns it and the summary.
 
-    With resume a finished run is loaded, a killed one goes on from its last checkpoint. A loss or
-    gradient that is not finite stops with ValueError naming the rows; the checkpoints stay.
+    With resume a finished run is loaded, a killed one goes on from its last checkpoint, in any
+    number of processes. A step that is not finite or a loss that explodes stops with ValueError;
+    the checkpoints stay. SIGTERM writes a checkpoint and ends the process with exit code 0.
     """
     config.check()
     check_examples(examples)
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
     lora = Lora.init(model, **dataclasses.asdict(lora_config))
-    keys = {"save_every", "keep"}  # may change on the way: the result does not depend on them
+    keys = {"save_every", "keep", "memory_gb"}  # may change: the result does not depend on them
     settings = {
         "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in keys},
         "lora": dataclasses.asdict(lora_config),
@@ -233,116 +200,200 @@ def train(
         "dtype": str(model.dtype),
         **(note or {}),
     }
-    meta = checkpoint.open_run(out, settings, resume)
     optimizer = Optimizer.fresh(lora, config.weight_decay)
+    run = Run(model, lora, optimizer, examples, config, out, base, validator, world)
+    if world.first:
+        meta = checkpoint.open_run(out, settings, resume)
+    world.barrier()
+    if not world.first:
+        meta = checkpoint.open_run(out, settings, resume=True)
     saved = checkpoint.checkpoints(out)
     if saved:
-        checkpoint.load_checkpoint(saved[-1], lora, optimizer)
+        run.state = checkpoint.load_checkpoint(saved[-1], lora, optimizer)
     if meta["finished"]:
         return lora, meta["summary"]
-    plan = list(batches(len(examples), config))
-    tokens, seconds = _loop(model, lora, optimizer, examples, plan, config, out, base)
-    last = checkpoint.save_checkpoint(out, lora, optimizer, base, config.keep)
-    checkpoint.publish(out, last)
-    summary = _summary(out, examples, lora, model, tokens, seconds)
-    record = {"settings": settings, "finished": True, "summary": summary}
-    write_json(out / "meta.json", record | {"environment": environment()})
+    lines = checkpoint.restore_metrics(out, saved[-1] if saved else None) if world.first else []
+    try:
+        run.loop(lines)
+    except ValueError as error:
+        saved = checkpoint.checkpoints(out)
+        where = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
+        raise ValueError(f"{error}. {where}") from None
+    summary = run.finish()
+    if world.first:
+        record = {"settings": settings, "finished": True, "summary": summary}
+        write_json(out / "meta.json", record | {"environment": environment()})
+    world.barrier()
     return lora, summary
 
 
-def _loop(
-    model: Llama,
-    lora: Lora,
-    optimizer: Optimizer,
-    examples: Sequence[Example],
-    plan: list[tuple[int, list[int]]],
-    config: TrainConfig,
-    out: Path,
-    base: str,
-) -> tuple[int, float]:
-    """The steps that are left; returns tokens trained in this process and the seconds they took."""
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():  # lines behind the checkpoint are written again
-        cut_torn_line(metrics)
-        kept = [m for m in read_jsonl(metrics) if m["step"] <= optimizer.step]
-        write_jsonl(metrics, kept)
-    trained, begin = 0, time.perf_counter()
-    bar = progress(total=len(plan), initial=optimizer.step, desc=f"train {out.name}", unit="step")
-    with AppendedLines(metrics) as log, bar:
-        for epoch, rows in plan[optimizer.step :]:
-            started = time.perf_counter()
-            step = optimizer.step + 1
-            chosen = [examples[i] for i in rows]
-            response = sum(len(e.ids) - e.n_prompt for e in chosen)
-            total = sum(len(e.ids) for e in chosen)
+@dataclass
+class Run:
+    """A training run under way."""
 
-            # 1. forward and backward of every micro-batch
-            lora.grads.zero_()
-            nlls, owners = [], []
-            for places in pack(chosen, config.micro_tokens):
-                batch = MicroBatch.build([chosen[i] for i in places], step, model.device)
-                nlls.append(micro_step(model, lora, batch, config.recompute))
-                owners += batch.owners
-            nll = torch.cat(nlls)
-            loss = (nll.sum() / response).item()
+    model: Llama
+    lora: Lora
+    optimizer: Optimizer
+    examples: Sequence[Example]
+    config: TrainConfig
+    out: Path
+    base: str
+    validator: Validator | None
+    world: World
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in checkpoints
+    seconds: float = 0.0  # of this process's steps
+    tokens: int = 0  # trained in them, all processes together
+    operations: float = 0.0  # of them (engine/step.py says how they are counted)
 
-            # 2. one AdamW over the flat buffer, unless something is not finite
-            lr = cosine_rate(step, len(plan), config.lr, config.warmup)
-            norm = math.nan
-            if math.isfinite(loss):
-                norm = optimizer.update(model.ops, lora, lr, 1 / response, config.clip)
-            if not math.isfinite(norm):
-                raise ValueError(_not_finite(step, loss, norm, nll, owners, chosen, out))
+    def loop(self, lines: list[dict[str, Any]]) -> None:
+        """The steps that are left; `lines` are the metrics of those that are done."""
+        config, optimizer, world = self.config, self.optimizer, self.world
+        plan = list(batches(len(self.examples), config))
+        self.state = {"micro_tokens": config.micro_tokens, "best": {}} | self.state
+        memory = self.plan_memory()
+        print(memory.text())
+        begun = time.perf_counter()
+        with (
+            Termination() as stop,
+            Metrics(self.out / "metrics.jsonl", self.out.name, lines, len(plan), world) as metrics,
+        ):
+            for epoch, rows in plan[optimizer.step :]:
+                step = optimizer.step + 1
+                chosen = [self.examples[i] for i in rows]
+                lr = learning_rate(config.schedule, step, len(plan), config.lr, config.warmup)
 
-            # 3. the record
-            trained += total
-            rate = total / (time.perf_counter() - started)
-            line = {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": lr}
-            log.write(line | {"tokens": total, "response_tokens": response, "tokens_s": rate})
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} tokens/s", refresh=False)
-            bar.update()
-            if step % config.save_every == 0 and step < len(plan):
-                checkpoint.save_checkpoint(out, lora, optimizer, base, config.keep)
-    return trained, time.perf_counter() - begin
+                # 1. forward and backward, one AdamW
+                found = self.gradients(chosen, step, memory.policy)
+                result = step_update(
+                    self.model, self.lora, optimizer, found, lr, config.clip, world
+                )
+                lengths = [len(e.ids) for e in chosen]
+                tokens = sum(lengths)
+                self.operations += step_operations(self.model.config, lengths)
+                line = {"step": step, "epoch": epoch, "lr": lr, "tokens": tokens}
+                metrics.add(line | {"response_tokens": found.response}, result, chosen)
 
+                # 2. now and then: validation, a checkpoint; a request to stop
+                last = step == len(plan)
+                looked = self.validator and (last or step % self.validator.config.val_every == 0)
+                stopping = world.any(stop.asked)
+                if looked or last or stopping or step % config.save_every == 0:
+                    metrics.flush()
+                    better = looked and self.validate(step, epoch)
+                    if better or last or stopping or step % config.save_every == 0:
+                        self.save(step, epoch)
+                if stopping and not last:
+                    print(
+                        f"\nSIGTERM: step {step} of {len(plan)} is in {self.out}; the same command "
+                        "with --resume goes on"
+                    )
+                    raise SystemExit(0)
+            metrics.flush()
+            self.tokens = metrics.tokens
+        self.seconds = time.perf_counter() - begun
 
-def _not_finite(
-    step: int,
-    loss: float,
-    norm: float,
-    nll: Tensor,
-    owners: list[str],
-    chosen: list[Example],
-    out: Path,
-) -> str:
-    """What to say when a step went wrong: the rows, and where the last good state lies."""
-    if math.isfinite(loss):
-        what, rows = f"the gradient norm is {norm}", [e.id for e in chosen]
-    else:
-        bad = (~torch.isfinite(nll)).nonzero()[:, 0].tolist()
-        what, rows = f"the loss is {loss}", sorted({owners[i] for i in bad})
-    saved = checkpoint.checkpoints(out)
-    where = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
-    return f"step {step}: {what}; rows {rows}. {where}. Look at these rows, or lower --lr"
+    def plan_memory(self) -> Plan:
+        """The policy, and the peak it is predicted to have."""
+        lengths = [len(e.ids) for e in self.examples]
+        tokens = min(max(self.state["micro_tokens"], max(lengths)), sum(lengths))
+        share = sum(n - e.n_prompt for n, e in zip(lengths, self.examples, strict=True))
+        return choose_policy(
+            self.config.recompute,
+            self.config.memory_gb,
+            self.model.config,
+            self.lora.config,
+            self.model.device,
+            tokens=tokens,
+            longest=max(lengths),
+            response=round(tokens * share / sum(lengths)),
+            dtype=self.model.dtype,
+            held=held_memory(self.model.device),
+        )
 
+    def gradients(self, chosen: Sequence[Example], step: int, policy: str) -> Gradients:
+        """Forward and backward; out of memory halves the micro-batches of every process."""
+        while True:
+            micro_tokens, found, failure = self.state["micro_tokens"], None, None
+            try:
+                found = step_gradients(
+                    self.model, self.lora, chosen, step, micro_tokens, policy, self.world
+                )
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not is_out_of_memory(error):
+                    raise
+                failure = str(error).splitlines()[0]
+            if not self.world.any(failure is not None):
+                return found
+            longest = max(chosen, key=lambda e: len(e.ids))
+            if micro_tokens <= len(longest.ids):
+                raise ValueError(
+                    f"step {step}: out of memory with one row at a time; the longest is "
+                    f"{longest.id} of {len(longest.ids)} tokens: --recompute full, or a lower "
+                    f"--max-length ({failure or 'in another process'})"
+                )
+            self.state["micro_tokens"] = max(micro_tokens // 2, 1)
+            print(
+                f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
+                f"going on with {self.state['micro_tokens']}"
+            )
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
 
-def _summary(
-    out: Path, examples: Sequence[Example], lora: Lora, model: Llama, tokens: int, seconds: float
-) -> dict[str, Any]:
-    """What a person wants to know at the end."""
-    lines = read_jsonl(out / "metrics.jsonl")
-    tenth = max(1, len(lines) // 10)
-    adapted = sum(".lora_A." in name for name in lora.slots)
-    return {
-        "examples": len(examples),
-        "steps": len(lines),
-        "tokens": sum(m["tokens"] for m in lines),
-        "response_tokens": sum(m["response_tokens"] for m in lines),
-        "first_loss": sum(m["loss"] for m in lines[:tenth]) / tenth,
-        "last_loss": sum(m["loss"] for m in lines[-tenth:]) / tenth,
-        "tokens_s": tokens / seconds if seconds else 0.0,
-        "seconds": seconds,
-        "parameters": lora.params.numel(),
-        "linears": f"{adapted}/{7 * model.config.num_layers}",
-        "ops": model.ops.name,
-    }
+    def validate(self, step: int, epoch: int) -> bool:
+        """Measure the adapter, note it; whether it is the best so far. Rank 0 measures for all."""
+        names = self.validator.names
+        values = torch.zeros(len(names), dtype=torch.float64, device=self.model.device)
+        if self.world.first:
+            values += torch.tensor(self.validator(self.lora), dtype=torch.float64).to(values.device)
+        found = dict(zip(names, self.world.sum_(values).tolist(), strict=True))
+        if self.world.first:
+            checkpoint.note_validation(self.out, {"step": step, "epoch": epoch, **found})
+        print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+        name, best = self.validator.config.best, self.state["best"]
+        if name == "last" or found[name] >= best.get("value", math.inf):
+            return False
+        self.state["best"] = {"metric": name, "value": found[name], "step": step}
+        return True
+
+    def save(self, step: int, epoch: int) -> None:
+        """A checkpoint, written by rank 0."""
+        if self.world.first:
+            state = {**self.state, "epoch": epoch, "seed": self.config.seed}
+            spare = self.state["best"].get("step", 0)
+            checkpoint.save_checkpoint(
+                self.out, self.lora, self.optimizer, self.base, self.config.keep, state, spare
+            )
+        self.world.barrier()
+
+    def finish(self) -> dict[str, Any]:
+        """Publish the last or the best adapter; the summary."""
+        best = self.state["best"].get("step", self.optimizer.step)
+        place = checkpoint.place_of(self.out, best)
+        if best != self.optimizer.step:
+            checkpoint.load_adapter(place, self.lora)
+        if not any(v.any() for k, v in self.lora.views(self.lora.params).items() if "lora_B" in k):
+            raise ValueError(f"{self.out}: B is zero everywhere at the end: nothing was learned")
+        if not self.world.first:
+            return {}
+        checkpoint.publish(self.out, place)
+        lines = read_jsonl(self.out / "metrics.jsonl")
+        tenth = max(1, len(lines) // 10)
+        adapted = sum(".lora_A." in name for name in self.lora.slots)
+        return {
+            "examples": len(self.examples),
+            "steps": len(lines),
+            "tokens": sum(m["tokens"] for m in lines),
+            "response_tokens": sum(m["response_tokens"] for m in lines),
+            "first_loss": sum(m["loss"] for m in lines[:tenth]) / tenth,
+            "last_loss": sum(m["loss"] for m in lines[-tenth:]) / tenth,
+            "best": self.state["best"],
+            "tokens_s": self.tokens / self.seconds if self.seconds else 0.0,
+            "seconds": self.seconds,
+            "operations_s": self.operations / self.seconds if self.seconds else 0.0,
+            "peak_bytes": peak_memory(self.model.device),
+            "processes": self.world.size,
+            "device": torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu",
+            "parameters": self.lora.params.numel(),
+            "linears": f"{adapted}/{7 * self.model.config.num_layers}",
+            "ops": self.model.ops.name,
+        }

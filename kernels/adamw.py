@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, tl
+from kernels.context import upload
 from kernels.spec import Spec
 from kernels.tiles import tile
 
@@ -42,7 +43,7 @@ class AdamW:
         """The numbers that do change, as one (4,) fp64 tensor; `step` counts from 1."""
         assert step >= 1, f"steps count from 1, got {step}"
         corrections = (1 - self.beta1**step, 1 - self.beta2**step)
-        return torch.tensor([lr, *corrections, scale], dtype=torch.float64, device=device)
+        return upload([lr, *corrections, scale], torch.float64, device)
 
 
 # ---- reference: the definition

@@ -7,10 +7,13 @@ backward   delta = sum(do * o)      dV = P^T do      dS = P * (do V^T - delta) /
 shapes     qkv, dqkv (T, (H + 2G) d)    o, do (T, H d)    lse (T, H) accumulation dtype, saved
 precision  a row's q, k, v are widened to max(fp32, dtype) and everything is computed there; flash
            attention and triton keep the operands of products in the dtype: P and dS are rounded
-traffic    the torch form holds a block of scores; a row is cut into blocks of BLOCK queries, and a
-           block looks at no key behind its last query, so long rows do about half the square
+traffic    the torch form holds a block of scores; a row is cut into blocks of about PACKED_BLOCK
+           queries (`attend`: BLOCK), and a block looks at no key behind its last query, so long
+           rows do about half the square. exp of an infinity, or to a denormal, takes a CPU seven
+           times as long as another: scores are clamped to LOWEST, whose exp is lost in a sum >= 1
 torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention
-A row's result depends on that row alone: rows are handled one after the other.
+A row's result depends on that row (and a prefix that all share, `Packed.prefix`) alone: rows are
+handled one after the other.
 The Triton kernels are in attention_triton.py.
 """
 
@@ -24,7 +27,9 @@ from torch import Tensor
 from kernels.context import Packed
 from kernels.spec import MODELS, Spec, accumulate_dtype, autograd
 
-BLOCK = 256  # queries of a row handled together: (G, n * BLOCK, L) scores are held
+BLOCK = 256  # queries that `attend` handles together: (G, n * BLOCK, L) scores are held
+PACKED_BLOCK = {"cpu": 96, "cuda": 512}  # small blocks skip more of the square, launch more often
+LOWEST = -87.0  # exp of it is the smallest normal fp32, almost
 
 # ---- reference: the definition
 
@@ -33,11 +38,13 @@ def attention_reference(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Te
     """o (T, H d) and lse (T, H); differentiable."""
     heads = qkv.unflatten(1, (H + 2 * G, -1))
     outs, sums = [], []
-    for start, end in packed.rows:
-        row = heads[start:end].to(accumulate_dtype(qkv.dtype)).transpose(0, 1)  # (H + 2G, L, d)
-        q, k, v = row.split((H, G, G))
+    for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
+        row = torch.cat((heads[:context], heads[start:end])).to(accumulate_dtype(qkv.dtype))
+        q, k, v = row.transpose(0, 1).split((H, G, G))  # (H or G, context + L, d)
+        q = q[:, context:]
         k, v = (t.repeat_interleave(H // G, dim=0) for t in (k, v))
-        future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        future = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        future = future.triu(1 + context)
         scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
         outs.append((torch.softmax(scores, dim=-1) @ v).transpose(0, 1).flatten(1))
         sums.append(torch.logsumexp(scores, dim=-1).T)
@@ -79,6 +86,7 @@ def _flash(qkv: Tensor, packed: Packed, d: int) -> bool:
     """
     return (
         qkv.is_cuda
+        and not packed.prefix
         and torch.version.hip is None  # its log-sum-exp has a layout nobody here has seen
         and qkv.dtype in (torch.float16, torch.bfloat16)
         and (d % 8 == 0 and d <= 256)
@@ -174,19 +182,53 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: int) -> tuple[Tensor, Tenso
     return o, lse
 
 
+def _blocks(tokens: int, device: torch.device) -> list[tuple[int, int]]:
+    """(first, end) of a row's blocks of queries, of nearly equal sizes."""
+    count = max(1, round(tokens / PACKED_BLOCK[device.type]))
+    return [(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
+
+
+def _corner(scores: Tensor, queries: int) -> Tensor:
+    """The part of a block's scores (G, n * queries, keys) where queries meet their own keys."""
+    return scores.unflatten(1, (-1, queries))[..., -queries:]
+
+
+def _with_prefix(qkv: Tensor, start: int, end: int, context: int, H: int, G: int):
+    """q of a row, and k and v (G, context + L, d) of the prefix and the row; accumulation dtype."""
+    acc = accumulate_dtype(qkv.dtype)
+    q, k, v = split_heads(qkv[start:end].to(acc), H, G)
+    if context:
+        _, *before = split_heads(qkv[:context].to(acc), H, G)
+        k, v = (torch.cat((t, own), dim=1) for t, own in zip(before, (k, v), strict=True))
+    return q, k, v
+
+
 def attention_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
     """o (T, H d) and lse (T, H) for the backward."""
     d = head_size(qkv, packed, H, G)
     if _flash(qkv, packed, d):
         return _flash_forward(qkv, packed, H, G)
-    o = qkv.new_empty(qkv.shape[0], H * d)
-    lse = qkv.new_empty(qkv.shape[0], H, dtype=accumulate_dtype(qkv.dtype))
-    for start, end in packed.rows:
-        q, k, v = split_heads(qkv[start:end], H, G)
-        o_row, lse_row = attend(q, k, v, context=0)
-        o[start:end] = o_row.flatten(1)
-        lse[start:end] = lse_row.flatten(1)
-    return o, lse
+    acc = accumulate_dtype(qkv.dtype)
+    o = qkv.new_empty(qkv.shape[0], G, H // G, d)
+    lse = qkv.new_empty(qkv.shape[0], G, H // G, dtype=acc)
+    for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
+        q, k, v = _with_prefix(qkv, start, end, context, H, G)
+        k = (k * d**-0.5).transpose(1, 2)
+        blocks = _blocks(end - start, qkv.device)
+        most = max(stop - begin for begin, stop in blocks)
+        future = torch.full((most, most), -1e30, dtype=acc, device=qkv.device).triu_(1)
+        for begin, stop in blocks:
+            m, keys = stop - begin, context + stop
+            scores = torch.bmm(_block(q, begin, stop), k[..., :keys])
+            _corner(scores, m).add_(future[:m, :m])
+            highest = scores.amax(-1, keepdim=True)
+            p = scores.sub_(highest).clamp_(min=LOWEST).exp_()
+            total = p.sum(-1, keepdim=True)
+            out = torch.bmm(p, v[:, :keys]).div_(total)
+            o[start + begin : start + stop] = _unblock(out, m)
+            sums = highest.add_(total.log_())
+            lse[start + begin : start + stop] = _unblock(sums, m)[..., 0]
+    return o.flatten(1), lse.flatten(1)
 
 
 def attention_backward(
@@ -199,25 +241,38 @@ def attention_backward(
     dqkv = torch.empty_like(qkv)
     acc, scale = lse.dtype, d**-0.5
     delta = (do.to(acc) * o.to(acc)).unflatten(1, (H, -1)).sum(-1)  # (T, H)
-    for start, end in packed.rows:
-        q, k, v = split_heads(qkv[start:end].to(acc), H, G)
+    shared = qkv.new_zeros(2, G, packed.prefix, d, dtype=acc)  # dk, dv of the prefix
+    for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
+        q, k, v = _with_prefix(qkv, start, end, context, H, G)
         dq, dk, dv = split_heads(dqkv[start:end], H, G)
         heads = (end - start, G, H // G, -1)
         do_row = do[start:end].to(acc).unflatten(1, heads[1:])
         sums, deltas = (t[start:end].reshape(heads) for t in (lse, delta))
-        q = q * scale
+        k = k * scale
         dk_sum, dv_sum = k.new_zeros(k.shape), k.new_zeros(k.shape)
-        for begin in range(0, end - start, BLOCK):
-            stop = min(begin + BLOCK, end - start)
+        blocks = _blocks(end - start, qkv.device)
+        most = max(stop - begin for begin, stop in blocks)
+        past = torch.ones(most, most, dtype=acc, device=qkv.device).tril_()
+        for begin, stop in blocks:
+            m, keys = stop - begin, context + stop
             q_b, do_b = _block(q, begin, stop), _block(do_row, begin, stop)
-            p = _scores(q_b, k[:, :stop], begin).sub_(_block(sums, begin, stop)).exp_()
-            dv_sum[:, :stop] += torch.bmm(p.transpose(1, 2), do_b)
-            dp = torch.bmm(do_b, v[:, :stop].transpose(1, 2))
+            p = torch.bmm(q_b, k[:, :keys].transpose(1, 2)).sub_(_block(sums, begin, stop))
+            p.clamp_(LOWEST, 1.0).exp_()  # the future's may be anything until it is masked
+            _corner(p, m).mul_(past[:m, :m])
+            dv_sum[:, :keys].baddbmm_(p.transpose(1, 2), do_b)
+            dp = torch.bmm(do_b, v[:, :keys].transpose(1, 2))
             ds = dp.sub_(_block(deltas, begin, stop)).mul_(p)
-            dq[begin:stop] = _unblock(torch.bmm(ds, k[:, :stop]), stop - begin) * scale
-            dk_sum[:, :stop] += torch.bmm(ds.transpose(1, 2), q_b)
-        dk.copy_(dk_sum)
-        dv.copy_(dv_sum)
+            dq[begin:stop] = _unblock(torch.bmm(ds, k[:, :keys]), m)
+            dk_sum[:, :keys].baddbmm_(ds.transpose(1, 2), q_b)
+        dk.copy_(dk_sum[:, context:].mul_(scale))
+        dv.copy_(dv_sum[:, context:])
+        if context:
+            shared[0] += dk_sum[:, :context].mul_(scale)
+            shared[1] += dv_sum[:, :context]
+    if packed.prefix:  # behind the rows: what they sent to the prefix, beside what it sent itself
+        _, dk, dv = split_heads(dqkv[: packed.prefix], H, G)
+        dk += shared[0]
+        dv += shared[1]
     return dqkv
 
 
@@ -226,11 +281,14 @@ def attention_backward(
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     h, kv, d, *lengths = shape
+    # a negative length in front: so many tokens of the first row are a prefix that all share
+    prefix = max(0, -lengths[0]) if lengths else 0
+    lengths = lengths[prefix > 0 :]
     t = sum(lengths)
     return {
         "qkv": torch.randn(t, (h + 2 * kv) * d, generator=g, dtype=torch.float64),
         "do": torch.randn(t, h * d, generator=g, dtype=torch.float64),
-        "packed": Packed.from_lengths(lengths),
+        "packed": Packed.from_lengths(lengths, prefix=prefix),
         "H": h,
         "G": kv,
     }

@@ -276,6 +276,7 @@ def _launch_by_blocks(
 
 def attention_forward_triton(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
     """As `attention_forward`, in one launch; lse (T, H) is the transpose of what is stored."""
+    assert not packed.prefix, "these kernels know no prefix: MicroBatch.build with share=False"
     d = head_size(qkv, packed, H, G)
     qkv = qkv.contiguous()
     o = qkv.new_empty(qkv.shape[0], H * d)

@@ -33,7 +33,7 @@ from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
 from kernels.tiles import device_class, tile
 
 CHUNK_BYTES = {
-    "cpu": 32 << 20,
+    "cpu": 64 << 20,
     "cuda": 1 << 30,
 }  # small chunks stay in cache, large ones fill a GPU
 WINDOW_BYTES = 128 << 20  # small, for that is what the fused form is for
@@ -76,12 +76,16 @@ def linear_cross_entropy(
         rows = slice(i, min(i + chunk, n))
         target = targets[rows, None]
         logits = linear(hidden[rows], head).to(acc)
-        sums = torch.logsumexp(logits, dim=-1, keepdim=True)
-        nll[rows] = (sums - logits.gather(1, target))[:, 0]
+        picked = logits.gather(1, target)[:, 0]
         if need_grad:
-            p = logits.sub_(sums).exp_()
+            highest = logits.amax(-1)
+            # one pass, over the logits; its own log-sum is had from its maximum
+            p = torch.softmax(logits, dim=-1, out=logits)
+            nll[rows] = highest - p.amax(-1).log_() - picked
             p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
             dhidden[rows] = p.to(hidden.dtype) @ head
+        else:
+            nll[rows] = torch.logsumexp(logits, dim=-1) - picked
     return nll, dhidden
 
 

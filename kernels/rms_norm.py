@@ -83,10 +83,9 @@ def add_rms_norm_forward(
 
 def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """dx (T, D) of RMSNorm."""
-    x_hat = x.to(rstd.dtype) * rstd[:, None]
-    g = dy.to(rstd.dtype) * w
-    projection = (g * x_hat).mean(-1, keepdim=True)
-    return g.sub_(x_hat.mul_(projection)).mul_(rstd[:, None]).to(x.dtype)
+    g, x32 = dy.to(rstd.dtype) * w, x.to(rstd.dtype)
+    projection = (g * x32).mean(-1).mul_(rstd.pow(3)).neg_()
+    return g.mul_(rstd[:, None]).addcmul_(x32, projection[:, None]).to(x.dtype)
 
 
 def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Tensor) -> Tensor:

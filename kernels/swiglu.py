@@ -49,15 +49,17 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     """dgate_up (T, 2F)."""
     acc = accumulate_dtype(dh.dtype)
     gate, up = (half.to(acc) for half in gate_up.chunk(2, dim=-1))
+    dh = dh.to(acc)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, dim=-1)
-    s = torch.sigmoid(gate)
-    silu = gate * s
-    dh = dh.to(acc)
-    dup.copy_(dh * silu)
-    # s * (1 + gate * (1 - s)) = s + silu * (1 - s)
-    slope = silu.mul_(1 - s).add_(s)
-    dgate.copy_(slope.mul_(dh).mul_(up))
+    silu_backward = torch.ops.aten.silu_backward  # one pass for the whole slope
+    if acc == dgate_up.dtype:
+        torch.mul(torch.ops.aten.silu(gate), dh, out=dup)
+        torch.mul(dh, up, out=dgate)
+        silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    else:
+        dup.copy_(torch.ops.aten.silu(gate).mul_(dh))
+        dgate.copy_(silu_backward(dh * up, gate))
     return dgate_up
 
 

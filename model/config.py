@@ -37,6 +37,9 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return value
 
 
+LARGEST = {"num_hidden_layers": 4096}  # of what is counted through; other sizes: 2^28
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama model; names as in the field, values from config.json."""
@@ -85,6 +88,8 @@ class LlamaConfig:
             if not _positive(value) or not isinstance(value, (int, kind)):
                 wanted = "a positive integer" if kind is int else "a positive number"
                 raise ValueError(f"{file}: {key} is {value!r}, {wanted} was wanted")
+            if kind is int and value > LARGEST.get(key, 1 << 28):
+                raise ValueError(f"{file}: {key} is {value}: no model is that large")
             return kind(value)
 
         heads = number("num_attention_heads")

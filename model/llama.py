@@ -215,7 +215,7 @@ class Llama:
     def _rope_table(self, context: Packed | Cached) -> Tensor:
         """cos_sin, long enough for this forward; built once and doubled when outgrown."""
         if isinstance(context, Packed):
-            longest = max((b - a for a, b in context.rows), default=0)
+            longest = max((b - a for a, b in context.rows), default=0) + context.prefix
         else:
             pairs = zip(context.query_lens, context.context_lens, strict=True)
             longest = max((q + c for q, c in pairs), default=0)
@@ -270,16 +270,22 @@ class Llama:
             weight, s = w[f"{i}.{name}"], saved.s[name]
             return ops.lora_linear_backward(dy, x, weight, s, group, need_dx, dropout)
 
-        # 1. what the policy dropped is computed again
-        y1, _ = ops.rms_norm_forward(saved.h, w[f"{i}.attn_norm"], c.rms_norm_eps)
+        # 1. what the policy dropped is computed again, and the inputs of adapted products; of the
+        #    others the backward asks for nothing but the shape
+        y1 = y2 = saved.h
+        if policy == "full" or args["qkv"][0] is not None:
+            y1, _ = ops.rms_norm_forward(saved.h, w[f"{i}.attn_norm"], c.rms_norm_eps)
         if policy == "full":
             self._layer(i, y1, saved.h, packed, cos_sin, lora, saved)
-        y2, _ = ops.rms_norm_forward(saved.h_mid, w[f"{i}.mlp_norm"], c.rms_norm_eps)
+        if policy == "selective" or args["gate_up"][0] is not None:
+            y2, _ = ops.rms_norm_forward(saved.h_mid, w[f"{i}.mlp_norm"], c.rms_norm_eps)
         if policy == "selective":
             saved.gate_up, _ = ops.lora_linear_forward(y2, w[f"{i}.gate_up"], *args["gate_up"])
 
         # 2. feed-forward; x and h both receive dh
-        m = ops.swiglu_forward(saved.gate_up)
+        m = saved.gate_up[:, : c.intermediate_size]
+        if args["down"][0] is not None:
+            m = ops.swiglu_forward(saved.gate_up)
         dm = linear_backward("down", dh, m, lowest != (i, "down"))
         if dm is None:
             return None

@@ -3,8 +3,10 @@
     python scripts/train.py --model MODEL_DIR --data distilled.jsonl --out runs/sdft
     python scripts/train.py --model MODEL_DIR --data distilled.jsonl --target reference \\
         --out runs/sft
-    python scripts/train.py ... --show 2            print encoded rows and stop
+    python scripts/train.py ... --show 2            print encoded rows with their loss and stop
     python scripts/train.py ... --resume            after a kill, with the same settings
+    python scripts/train.py ... --val-every 20 --val-data test.json --best nll
+    torchrun --nproc-per-node 2 scripts/train.py ...        data parallel
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig, train_job
+from engine.validate import ValidateConfig
 from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig):
+    for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig, ValidateConfig):
         add_flags(parser, config)
     add_flags(parser, LoraConfig, {"seed"})
     parser.add_argument("--out", type=Path, help="run directory to make")
@@ -43,6 +46,7 @@ def main() -> None:
         from_flags(EncodeConfig, args),
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
+        from_flags(ValidateConfig, args),
         args.out,
         show_rows=args.show,
         resume=args.resume,

@@ -310,3 +310,27 @@ def test_retention_prompts_are_64_distinct_ones_in_8_categories():
     assert all(categories.count(category) == 8 for category in categories)
     assert all(prompt == prompt.strip() and len(prompt) < 260 for _, prompt in PROMPTS)
     assert set(KEPT) == {"accepted", "identical"}
+
+
+def test_show_sets_losses_behind_their_tokens():
+    examples = [Example("r/0", [1, 2, 3, 4], 2)]
+    text = show(examples, StubTokenizer(), 1, [[0.5, 1.25]])
+    assert "2 with loss (*), 0.875 nats each" in text
+    assert text.count(":0.50") == 1 and text.endswith(":1.25") and ":0.50" in text.split("*")[-1]
+
+
+def test_mix_trains_on_that_share_of_references():
+    many = distilled(*(line(id=f"r{i}/0") for i in range(300)), line(id="x/0", **REJECTED))
+    settings = {"max_length": 99, "mix": 0.3, "seed": 1}
+    examples, counts = encode(many, StubChat(), **settings)
+    assert 60 <= counts.mixed <= 120 and counts.from_response == 300 - counts.mixed
+    given, _ = encode(many, StubChat(), target="reference", max_length=99)
+    kept, _ = encode(many, StubChat(), max_length=99)
+    taken = [i for i in range(300) if examples[i].ids != kept[i].ids]
+    assert len(taken) == counts.mixed and all(examples[i].ids == given[i].ids for i in taken)
+    assert encode(many[::-1], StubChat(), **settings)[0] == examples[::-1], "by row, not by place"
+    assert encode(many, StubChat(), **{**settings, "seed": 2})[0] != examples
+    assert encode(many, StubChat(), max_length=99, mix=1.0)[0] == given
+    for wrong in ({"mix": 1.5}, {"mix": 0.3, "target": "reference"}):
+        with pytest.raises(ValueError, match="a share from 0 to 1 of the rewrites"):
+            encode(many, StubChat(), max_length=99, **wrong)

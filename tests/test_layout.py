@@ -28,8 +28,11 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # 3,150: `auto` checks at a model's own widths, and drafts are decoded with the others, in one pass.
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950.
-# engine was 3,200: the report takes 880 (what is collected, loaded, said, drawn, written).
-PACKAGE_BUDGET = {"kernels": 3250, "model": 1600, "engine": 4080}
+# engine was 3,200: training grew by validation, guards, the memory plan, signals and processes,
+# each a file of its own (validate, metrics, memory, process, distributed; step is cut from train);
+# the sampler by pages, drafting, endings and what several processes resume; the report takes 880
+# (what is collected, loaded, said, drawn, written).
+PACKAGE_BUDGET = {"kernels": 3300, "model": 1600, "engine": 5150}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 

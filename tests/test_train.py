@@ -11,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import train as training
+from engine import step as stepping
 from engine.data import Example, encode, load_rows
 from engine.demo import write_demo
-from engine.optim import cosine_rate
-from engine.train import MicroBatch, TrainConfig, micro_step, train
+from engine.evaluate import reference_nll
+from engine.log import read_jsonl
+from engine.optim import learning_rate
+from engine.step import MicroBatch, common_prefix, micro_step
+from engine.train import TrainConfig, batches, check_examples, train
+from engine.validate import ValidateConfig, Validator
 from kernels.adamw import AdamW
 from model.chat import Chat
 from model.llama import Llama
@@ -104,6 +108,36 @@ def test_micro_batches_change_nothing(tiny_llama_dir):
         assert (grads - results[0][1]).abs().max() < 1e-9 * grads.abs().max()
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_prefix_that_all_prompts_share_is_computed_once_and_changes_nothing(
+    tiny_llama_dir, policy
+):
+    """fp64: loss and every gradient, prompts equal but for their last token among them."""
+    model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
+    lora = Lora.init(model, rank=3, modules="all", seed=1)
+    lora.params.add_(0.05)
+    begin = [(11 * k) % 300 for k in range(40)]
+    rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
+    rows.append(Example("short/0", [*begin, 7, 8], 41))
+    results = []
+    for share in (False, True):
+        lora.grads.zero_()
+        batch = MicroBatch.build(rows, 1, model.device, share)
+        nll = micro_step(model, lora, batch, policy)
+        results.append((nll, lora.grads.clone(), len(batch.tokens)))
+    (nll, grads, many), (nll_shared, grads_shared, few) = results
+    assert many - few == 40 * 5 and len(nll) == sum(len(e.ids) - e.n_prompt for e in rows)
+    assert (nll - nll_shared).abs().max() < 1e-9
+    assert (grads - grads_shared).abs().max() < 1e-9 * grads.abs().max()
+
+
+def test_common_prefix():
+    a, b = Example("a", [*range(20), 1, 2], 15), Example("b", [*range(12), 99, 3], 13)
+    assert common_prefix([a, b]) == 12 and common_prefix([a]) == 0 and common_prefix([a, a]) == 14
+    assert common_prefix([a, Example("c", [*range(5), 99, 3], 6)]) == 0, "too few to matter"
+    assert common_prefix([b, Example("d", list(range(12)), 11)]) == 10, "one of its own is left"
+
+
 def test_loss_is_over_response_tokens_of_the_whole_step(tiny, tmp_path):
     """The first step's loss against the logits themselves, micro-batches of one row."""
     config = dataclasses.replace(SMALL, micro_tokens=1, batch_rows=20, epochs=1)
@@ -142,10 +176,15 @@ def test_a_step_is_adamw_on_the_mean_gradient_clipped(tiny, tmp_path):
     assert (parameter.detach() - trained.params).abs().max() < 2e-6
 
 
-def test_cosine_rate():
-    rates = [cosine_rate(s, 10, 1.0, 0.2) for s in range(1, 11)]
+def test_learning_rates():
+    rates = [learning_rate("cosine", s, 10, 1.0, 0.2) for s in range(1, 11)]
     assert rates[:3] == [0.0, 0.5, 1.0] and rates == sorted(rates[:3]) + sorted(rates[3:])[::-1]
-    assert cosine_rate(1, 10, 1.0, 0.0) == 1.0 and 0 < cosine_rate(10, 10, 1.0, 0.0) < 0.03
+    assert learning_rate("cosine", 1, 10, 1.0, 0.0) == 1.0
+    assert 0 < learning_rate("cosine", 10, 10, 1.0, 0.0) < 0.03
+    linear = [learning_rate("linear", s, 4, 2.0, 0.0) for s in range(1, 5)]
+    assert linear == [2.0, 1.5, 1.0, 0.5]
+    constant = [learning_rate("constant", s, 4, 2.0, 0.5) for s in range(1, 5)]
+    assert constant == [0.0, 1.0, 2.0, 2.0]
 
 
 def test_adamw_scalars_refuse_step_zero():
@@ -156,20 +195,21 @@ def test_adamw_scalars_refuse_step_zero():
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
-import engine.train as training
+import engine.step as stepping
+from engine.train import train
 from tests.test_train import SMALL, LORA, examples
 from model.llama import Llama
 from pathlib import Path
 import os, signal
-step = training.micro_step
+step = stepping.micro_step
 def micro_step(*args):
     if {kill} and len(open({out!r} + "/metrics.jsonl").readlines()) == {kill}:
         with open({out!r} + "/metrics.jsonl", "a") as file:
             file.write('{{"step": 99, "torn')
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
-training.micro_step = micro_step
-training.train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
+stepping.micro_step = micro_step
+train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
                base="b", model_hash="h", resume=True)
 """
 
@@ -202,7 +242,7 @@ def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path,
         go(tiny, tmp_path / "run", dataclasses.replace(SMALL, lr=0.1), resume=True)
     with pytest.raises(ValueError, match="data: "):
         go(tiny, tmp_path / "run", rows=examples(seed=1), resume=True)
-    monkeypatch.setattr(training, "micro_step", None)  # a finished run is loaded, not trained
+    monkeypatch.setattr(stepping, "micro_step", None)  # a finished run is loaded, not trained
     lora, _ = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
     assert len(lines(tmp_path / "run")) == 10
     assert torch.equal(lora.params, Lora.load(tmp_path / "run").params)
@@ -214,14 +254,14 @@ def test_rows_without_response_are_named(tiny, tmp_path):
         go(tiny, tmp_path / "run", rows=rows)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="nothing to train on"):
-        training.check_examples([])
+        check_examples([])
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
     tiny, tmp_path, monkeypatch, where
 ):
-    step, calls = training.micro_step, []
+    step, calls = stepping.micro_step, []
 
     def broken(model, lora, batch, policy):
         nll = step(model, lora, batch, policy)
@@ -233,12 +273,217 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
                 lora.grads[3] = torch.inf
         return nll
 
-    monkeypatch.setattr(training, "micro_step", broken)
+    monkeypatch.setattr(stepping, "micro_step", broken)
     with pytest.raises(ValueError, match=r"step 8: the (loss|gradient).*step-000006") as error:
         go(tiny, tmp_path / "run")
     assert calls[-1].owners[-1] in str(error.value)
     assert len(lines(tmp_path / "run")) == 7
-    monkeypatch.setattr(training, "micro_step", step)
+    monkeypatch.setattr(stepping, "micro_step", step)
     resumed, _ = go(tiny, tmp_path / "run", resume=True)
     whole, _ = go(tiny, tmp_path / "whole")
     assert torch.equal(resumed.params, whole.params)
+
+
+def test_sigterm_writes_a_checkpoint_ends_with_code_0_and_the_run_goes_on(tiny_llama_dir, tmp_path):
+    path, out = tiny_llama_dir(), tmp_path / "asked"
+    whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
+    torn = KILLED[KILLED.index("        with open") : KILLED.index("        os.kill")]
+    script = KILLED.replace(torn, "").replace("SIGKILL", "SIGTERM")
+    go_on = {"root": str(ROOT), "model": str(path), "out": str(out)}
+    for kill in (4, 0):
+        text = script.format(kill=kill, **go_on)
+        text = text if not kill else text.replace("resume=True", "resume=False")
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if kill:
+            assert "step 5 of 10" in done.stdout and "--resume" in done.stdout
+            assert (out / "checkpoints" / "step-000005").is_dir()
+            assert not json.loads((out / "meta.json").read_text())["finished"]
+    assert torch.equal(Lora.load(out).params, whole.params)
+    assert lines(out) == lines(tmp_path / "whole")
+
+
+def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    """What did not fit at 64 tokens is done with 32, also after a resume; a lone row is named."""
+    step, sizes, most = stepping.micro_step, [], 60
+
+    def small_machine(model, lora, batch, policy):
+        sizes.append(len(batch.tokens))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return step(model, lora, batch, policy)
+
+    monkeypatch.setattr(stepping, "micro_step", small_machine)
+    lora, _ = go(tiny, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "out of memory with micro-batches of 64 tokens; going on with 32" in said
+    assert max(sizes) > most and sum(n > most for n in sizes) == 1, "it was tried again"
+    monkeypatch.setattr(stepping, "micro_step", step)
+    plain, _ = go(tiny, tmp_path / "plain")
+    assert (lora.params - plain.params).abs().max() < 1e-4
+    assert (
+        json.loads(next((tmp_path / "run").glob("checkpoints/*/state.json")).read_text())[
+            "micro_tokens"
+        ]
+        == 32
+    )
+    most = 10
+    monkeypatch.setattr(stepping, "micro_step", small_machine)
+    with pytest.raises(ValueError, match=r"one row at a time; the longest is r\d+/0 of \d+ tokens"):
+        go(tiny, tmp_path / "never")
+
+
+def test_other_errors_are_not_taken_for_memory(tiny, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(stepping, "micro_step", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        go(tiny, tmp_path / "run")
+
+
+def test_recompute_policies_give_the_same_bits(tiny, tmp_path):
+    results = [
+        go(tiny, tmp_path / p, dataclasses.replace(SMALL, recompute=p, epochs=1))[0].params
+        for p in ("none", "selective", "full", "auto")
+    ]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path, monkeypatch):
+    step, calls = stepping.micro_step, []
+
+    def growing(*args):
+        calls.append(1)
+        return step(*args) + 0.4 * len(calls)
+
+    monkeypatch.setattr(stepping, "micro_step", growing)
+    config = dataclasses.replace(SMALL, epochs=40, micro_tokens=10**6)
+    with pytest.raises(ValueError, match=r"the loss has exploded.*step-0000"):
+        go(tiny, tmp_path / "run", config)
+
+
+def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(stepping, "micro_step", lambda m, lora, b, p: torch.ones(len(b.owners)))
+        with pytest.raises(ValueError, match="gradient is exactly zero"):
+            go(tiny, tmp_path / "run")
+
+    def only_a(model, lora, batch, policy):
+        for name, view in lora.views(lora.grads).items():
+            view.fill_(float(".lora_A." in name))
+        return torch.ones(len(batch.owners))
+
+    monkeypatch.setattr(stepping, "micro_step", only_a)
+    with pytest.raises(ValueError, match="B is zero everywhere"):
+        go(tiny, tmp_path / "zero")
+
+
+def test_steps_instead_of_epochs():
+    plan = list(batches(10, dataclasses.replace(SMALL, steps=7)))
+    assert [len(rows) for _, rows in plan] == [4, 4, 2, 4, 4, 2, 4]
+    assert [epoch for epoch, _ in plan] == [0, 0, 0, 1, 1, 1, 2]
+    by_epochs = list(batches(10, SMALL))
+    assert plan[:6] == by_epochs and len(by_epochs) == 6
+    assert sorted(sum((rows for _, rows in plan[:3]), [])) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "step"}, "schedule 'step'.*cosine, linear, constant"),
+        ({"recompute": "some"}, "recompute 'some'"),
+        ({"steps": -1}, "steps -1"),
+        ({"memory_gb": -1.0}, "memory_gb -1"),
+        ({"keep": 0}, "keep 0"),
+    ],
+)
+def test_settings_that_cannot_train(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change).check()
+
+
+def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
+    """A validator that likes step 4 best: it outlives --keep 1 and becomes the adapter."""
+
+    class Likes:
+        config = ValidateConfig(val_every=2, best="nll", val_data="x")
+        names = ("nll",)
+
+        def __call__(self, lora):
+            seen.append(lora.params.clone())
+            return [abs(len(seen) - 2.0)]
+
+    seen = []
+    config = dataclasses.replace(SMALL, keep=1)
+    lora, summary = train(
+        tiny, examples(), LORA, config, tmp_path / "run", base="b", model_hash="h",
+        validator=Likes(),
+    )  # fmt: skip
+    assert len(seen) == 5 and summary["best"] == {"metric": "nll", "value": 0.0, "step": 4}
+    assert torch.equal(Lora.load(tmp_path / "run").params, seen[1])
+    assert torch.equal(lora.params, seen[1]) and not torch.equal(seen[1], seen[4])
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000010"]
+    noted = read_jsonl(tmp_path / "run" / "validation.jsonl")
+    assert [(x["step"], x["nll"]) for x in noted] == [(2, 1), (4, 0), (6, 1), (8, 2), (10, 3)]
+
+
+def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
+    """nll is evaluate's; kl is 0 for an adapter that does nothing and above 0 for one that does."""
+    path = tiny_llama_dir(tokenizer=True)
+    model, chat = Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
+    held_out = tmp_path / "held_out.json"
+    rows = [{"instruction": f"Say {w}", "output": w} for w in ("a", "bb", "c c")]
+    held_out.write_text(json.dumps(rows))
+    config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
+    validator = Validator(config, model, chat)
+    assert validator.names == ["nll", "kl", "agreement"]
+    lora = Lora.init(model, modules="all")
+    nll, kl, agreement = validator(lora)
+    (want,) = reference_nll(model, chat, load_rows(held_out), {"x": None}).values()
+    assert nll == pytest.approx(want, rel=1e-6) and abs(kl) < 1e-6 and agreement == 1.0
+    lora.params.add_(0.1)
+    nll, kl, agreement = validator(lora)
+    assert kl > 0.01 and agreement < 1 and abs(nll - want) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ValidateConfig(best="nll"), "--best nll needs --val-every and --val-data"),
+        (ValidateConfig(val_every=1, best="kl", val_prompts=0), "--val-every needs --val-data"),
+        (ValidateConfig(best="loss"), "best 'loss'"),
+        (ValidateConfig(val_prompts=65), "val_prompts 65"),
+    ],
+)
+def test_validation_settings(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.check()
+
+
+def test_the_script_shows_trains_validates_and_publishes_the_best(tiny_llama_dir, tmp_path):
+    """scripts/train.py from another directory: rows shown with their loss, then two steps."""
+    path = tiny_llama_dir(tokenizer=True)
+    data, out = tmp_path / "rows.json", tmp_path / "run"
+    data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--model", path, "--data", data]
+
+    def run(*flags):
+        done = subprocess.run(
+            [*script, *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert " nats each" in run("--show", "1")
+    flags = ["--out", out, "--steps", "2", "--schedule", "linear", "--modules", "all"]
+    flags += ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
+    said = run(*flags)
+    assert "recompute none: predicted peak" in said and "LoRA on 14/14 linears" in said
+    assert "TFLOP/s" in said and "best nll" in said and "peak memory" in said
+    noted = read_jsonl(out / "validation.jsonl")
+    assert [sorted(x) for x in noted] == [["agreement", "epoch", "kl", "nll", "step"]] * 2
+    summary = json.loads((out / "meta.json").read_text())["summary"]
+    assert summary["best"]["value"] == min(x["nll"] for x in noted)
+    assert [x["lr"] for x in read_jsonl(out / "metrics.jsonl")] == [1e-4, 5e-5]

@@ -11,7 +11,7 @@ import torch
 from engine.data import Example
 from engine.optim import Optimizer
 from engine.sampler import Request, Sampler, SamplerConfig
-from engine.train import MicroBatch, micro_step
+from engine.step import MicroBatch, micro_step
 from kernels import _triton
 from kernels.registry import TORCH, TRITON
 from model.llama import Llama

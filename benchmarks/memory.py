@@ -1,0 +1,123 @@
+"""The memory plan (engine/memory.py) as a table: model size x tokens x recompute policy.
+
+    python -m benchmarks.memory                                    Llama-2-7B and others
+    python -m benchmarks.memory --model MODEL_DIR --tokens 1024,4096   and measured, a process each
+
+By arithmetic: bf16, r 8 on q and v, one packed micro-batch, half of its tokens with loss, no row
+longer than 2,048; `weights` is what the device holds before. Measured: the peak resident set of a
+process that does two steps, beside what the plan said before they began. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.clock import machine, record
+from benchmarks.step import SHAPES, model_config
+from engine.data import Example
+from engine.log import table
+from engine.memory import predict, saved_per_token
+from engine.optim import Optimizer
+from engine.process import held_memory, keep_freed_memory, peak_memory
+from engine.step import step_gradients, step_update
+from model.llama import POLICIES, Llama
+from model.lora import Lora, LoraConfig
+
+ROW = 256  # tokens of a measured row
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="measure with this checkpoint too")
+    parser.add_argument("--modules", default="qv")
+    parser.add_argument("--tokens", default="1024,2048", help="measured micro-batches")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--worker", nargs=2, metavar=("POLICY", "TOKENS"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def by_arithmetic() -> list[dict[str, Any]]:
+    """Every model that benchmarks/step.py knows, bf16 on a GPU."""
+    rows = []
+    for name in SHAPES:
+        config = model_config(name)
+        layer = config.hidden_size * (sum(config.qkv_sizes) + config.qkv_sizes[0])
+        layer += 3 * config.hidden_size * config.intermediate_size
+        heads = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+        weights = 2 * (config.num_layers * layer + heads)
+        for tokens in (2048, 8192, 16384):
+            for policy in POLICIES:
+                sizes = {"tokens": tokens, "longest": 2048, "response": tokens // 2}
+                sizes |= {"dtype": torch.bfloat16, "held": weights, "device": "cuda"}
+                plan = predict(config, LoraConfig(), policy, **sizes)
+                layer_mb = tokens * saved_per_token(config, policy, torch.bfloat16, 16) / 1e6
+                row = {"model": name, "tokens": tokens, "policy": policy, "layer_mb": layer_mb}
+                rows.append(row | {"saved": plan.saved, "weights": weights, "peak": plan.total})
+    return rows
+
+
+def worker(path: str, modules: str, policy: str, tokens: int) -> None:
+    """Plan, train two steps, answer with both peaks."""
+    keep_freed_memory()
+    model = Llama.from_pretrained(path)
+    lora = Lora.init(model, modules=modules)
+    vocab = model.config.vocab_size
+    rows = [
+        Example(str(i), [(31 * i + 7 * k) % vocab for k in range(ROW)], ROW // 2)
+        for i in range(tokens // ROW)
+    ]
+    sizes = {"tokens": tokens, "longest": ROW, "response": tokens // 2, "dtype": model.dtype}
+    plan = predict(model.config, lora.config, policy, held=held_memory("cpu"), **sizes)
+    optimizer = Optimizer.fresh(lora, weight_decay=0.0)
+    for _ in range(2):
+        found = step_gradients(model, lora, rows, optimizer.step + 1, tokens, policy)
+        step_update(model, lora, optimizer, found, lr=1e-4, clip=1.0)
+    told = {"policy": policy, "tokens": tokens, "predicted": plan.total}
+    print(json.dumps(told | {"measured": peak_memory("cpu")}))
+
+
+def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A process for every policy and size."""
+    found = []
+    command = [sys.executable, "-m", "benchmarks.memory", "--model", args.model]
+    for tokens in args.tokens.split(","):
+        for policy in POLICIES:
+            asked = [*command, "--modules", args.modules, "--worker", policy, tokens]
+            done = subprocess.run(asked, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{policy}, {tokens} tokens:\n{done.stderr[-2000:]}")
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        return worker(args.model, args.modules, args.worker[0], int(args.worker[1]))
+    rows = by_arithmetic()
+    lines = [["", "tokens", "recompute", "MB a layer", "saved GB", "weights GB", "peak GB"]]
+    for r in rows:
+        sizes = [f"{r[name] / 1e9:.1f}" for name in ("saved", "weights", "peak")]
+        lines.append([r["model"], str(r["tokens"]), r["policy"], f"{r['layer_mb']:.0f}", *sizes])
+    print("bf16 on a GPU, r 8 on q and v, by arithmetic\n" + table(lines))
+    document = {"benchmark": "memory", "environment": machine("cpu"), "arithmetic": rows}
+    if args.model:
+        document["measured"] = measured(args)
+        lines = [["", "tokens", "predicted GB", "measured GB", "off by"]]
+        for r in document["measured"]:
+            said, was = r["predicted"], r["measured"]
+            cells = [f"{said / 1e9:.2f}", f"{was / 1e9:.2f}", f"{said / was - 1:+.1%}"]
+            lines.append([r["policy"], str(r["tokens"]), *cells])
+        print(f"\n{Path(args.model).name}, r 8 on {args.modules}, fp32, peak RSS\n" + table(lines))
+    record(document, args.record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Training steps of ours and of transformers + peft: same rows, same adapter, same machine.
+
+    python -m benchmarks.train --model MODEL_DIR --data ../shared/data/gsm8k_train.json
+    python -m benchmarks.train ... --modules qv --batches 2 --steps 8 --peer-python OTHER/bin/python
+
+Every engine is a process of its own that waits for orders: they take turns, step by step, on the
+same rows from the same adapter. The peer's micro-batches are padded (2 rows, as the paper's scripts
+have it, and what else --batches names); ours are packed. Before any speed is printed the losses
+and gradient norms of every step must agree with the peer's to 1e-3.
+
+Real tokens a second: those of the rows, padding not counted. The floor is measured beside them, by
+one more process: all products of a step with the frozen weights, forward and backward, and with the
+head at the response tokens, each at the micro-batches' own shapes, and nothing else. The last line
+is JSON, with --record also appended to benchmarks/results/train.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.clock import machine, record
+from engine.data import Example, encode, load_rows, pack
+from engine.log import table
+from engine.optim import Optimizer
+from engine.process import keep_freed_memory, peak_memory
+from engine.step import MicroBatch, step_gradients, step_update
+from model.chat import Chat
+from model.config import LlamaConfig
+from model.llama import Llama
+from model.lora import GROUPS, Lora, LoraConfig, adapter_shapes
+from model.tokenizer import load_tokenizer
+
+HERE = Path(__file__).resolve().parent
+AGREE = 1e-3  # relative, loss and gradient norm
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data")
+    parser.add_argument("--modules", default="qv,all", help="adapted modules, one table each")
+    parser.add_argument("--batches", default="2,4,8", help="the peer's rows in a micro-batch")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8, help="of an optimizer step")
+    parser.add_argument("--steps", type=int, default=4, help="timed, after one to warm up")
+    parser.add_argument("--micro-tokens", type=int, default=1024, help="ours")
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- ours, in its own process
+
+
+def worker(job: dict[str, Any]) -> None:
+    """Wait for a step's number on stdin, train on it, answer with one line of JSON."""
+    keep_freed_memory()
+    model = Llama.from_pretrained(job["model"])
+    lora = Lora.load(job["adapter"])
+    lora.bind(model)
+    optimizer = Optimizer.fresh(lora, weight_decay=0.0)
+    steps = [
+        [Example(str(i), r["ids"], r["n_prompt"]) for i, r in enumerate(s)] for s in job["steps"]
+    ]
+    packing = job["micro_tokens"], job["policy"]
+    for line in sys.stdin:
+        if line.startswith("floor"):
+            told = {"seconds": floor(model, steps[int(line.split()[1])], job["micro_tokens"])}
+        else:
+            started = time.perf_counter()
+            number = optimizer.step + 1
+            found = step_gradients(model, lora, steps[int(line)], number, *packing)
+            done = step_update(model, lora, optimizer, found, job["lr"], job["clip"])
+            told = {"loss": done.loss.item(), "grad_norm": done.norm.item()}
+            told |= {"seconds": time.perf_counter() - started, "rss": peak_memory("cpu")}
+        print(json.dumps(told), flush=True)
+
+
+def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
+    """Seconds of the frozen products of a step, into memory that is there already."""
+    batches = [[examples[i] for i in place] for place in pack(examples, micro_tokens)]
+    batches = [MicroBatch.build(b, 1, model.device, share=True) for b in batches]
+    most = max(len(b.tokens) for b in batches)
+    widest = max(max(w.shape) for name, w in model.weights.items() if w.dim() == 2 and "." in name)
+    x, y = torch.randn(most, widest), torch.randn(most, widest)
+    head = model.weights["head"]
+    logits = torch.randn(160, len(head))
+    seconds = 0.0
+    for batch in batches:
+        tokens, response = len(batch.tokens), len(batch.targets)
+        shapes = []
+        for i in range(model.config.num_layers):
+            shapes += [(model.weights[f"{i}.{group}"], i + len(group) > 3) for group in GROUPS]
+        started = time.perf_counter()
+        for weight, needs_dx in shapes:  # the lowest qkv has nothing below it
+            n, k = weight.shape
+            a, b = x.flatten()[: tokens * k].view(tokens, k), y.flatten()[: tokens * n]
+            torch.mm(a, weight.T, out=b.view(tokens, n))
+            if needs_dx:
+                torch.mm(b.view(tokens, n), weight, out=a)
+        for begin in range(0, response, len(logits)):
+            part = logits[: min(len(logits), response - begin)]
+            hidden = x.flatten()[: len(part) * head.shape[1]].view(len(part), -1)
+            torch.mm(hidden, head.T, out=part)
+            torch.mm(part, head, out=hidden)
+        seconds += time.perf_counter() - started
+    return seconds
+
+
+# ---- the orders
+
+
+class Engine:
+    """A process that trains a step when told to."""
+
+    def __init__(self, name: str, command: list[str], folder: str | None = None) -> None:
+        drop = ("PYTHONPATH",) if folder else ()
+        env = {k: v for k, v in os.environ.items() if k not in drop} | {"HF_HUB_OFFLINE": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.name, self.steps = name, []
+        self.process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+    def ask(self, order: str) -> dict[str, Any]:
+        """Send one line, wait for the answer."""
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.name} ended with code {self.process.wait()}; see its words above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def write_adapter(path: Path, model: LlamaConfig, rank: int, modules: str) -> None:
+    """An adapter whose B is not zero, so that A has a gradient from the first step on."""
+    config = LoraConfig(rank=rank, alpha=2.0 * rank, modules=modules)
+    lora = Lora(config, adapter_shapes(config, model))
+    generator = torch.Generator().manual_seed(0)
+    for name, view in lora.views(lora.params).items():
+        scale = view.shape[1] ** -0.5 if ".lora_A." in name else 0.01
+        view.copy_(torch.randn(view.shape, generator=generator) * scale)
+    lora.save(path)
+
+
+def compare(args: argparse.Namespace, modules: str, steps: list[list[dict]]) -> dict[str, Any]:
+    """All engines on one choice of modules, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter, file = Path(folder) / "adapter", Path(folder) / "job.json"
+        write_adapter(adapter, LlamaConfig.from_dir(Path(args.model)), args.rank, modules)
+        job = {"model": str(Path(args.model).resolve()), "adapter": str(adapter), "steps": steps}
+        job |= {"lr": 1e-4, "clip": 1.0, "policy": args.recompute}
+        file.write_text(json.dumps(job | {"micro_tokens": args.micro_tokens}))
+        mine = [sys.executable, "-m", "benchmarks.train", "--model", args.model]
+        engines = [Engine("ours", [*mine, "--worker", str(file)])]
+        script = str(HERE / "peers" / "transformers_train.py")
+        for size in args.batches.split(","):
+            command = [args.peer_python, script, str(file), size]
+            engines.append(Engine(f"peft, {size} rows", command, folder))
+        products = Engine("the products", [*mine, "--worker", str(file)])
+        try:
+            floors = []
+            for number in range(len(steps)):
+                for engine in engines:
+                    engine.steps.append(engine.ask(str(number)))
+                floors.append(products.ask(f"floor {number}")["seconds"])
+        finally:
+            for engine in (*engines, products):
+                engine.close()
+    return report(modules, steps, engines, floors[1:])
+
+
+def report(
+    modules: str, steps: list[list[dict]], engines: list[Engine], floors: list[float]
+) -> dict[str, Any]:
+    """Check, print and return: no speed without agreement."""
+    counts = [sum(len(row["ids"]) for row in step) for step in steps[1:]]
+    tokens = sum(counts)
+    truth = engines[1]
+    lines = [["", "tokens/s", "slowest..fastest step", "peak RSS", "loss", "gradient norm"]]
+    found: dict[str, Any] = {"floor_tokens_s": tokens / sum(floors), "engines": {}}
+    worst = 0.0
+    for engine in engines:
+        for got, want in zip(engine.steps, truth.steps, strict=True):
+            for name in ("loss", "grad_norm"):
+                worst = max(worst, abs(got[name] / want[name] - 1))
+        timed = engine.steps[1:]
+        rates = sorted(n / s["seconds"] for n, s in zip(counts, timed, strict=True))
+        rate, last = tokens / sum(s["seconds"] for s in timed), timed[-1]
+        cells = [f"{rate:.1f}", f"{rates[0]:.0f} .. {rates[-1]:.0f}", f"{last['rss'] / 1e9:.2f} GB"]
+        lines.append([engine.name, *cells, f"{last['loss']:.5f}", f"{last['grad_norm']:.5f}"])
+        found["engines"][engine.name] = {"tokens_s": rate, "steps": engine.steps}
+    print(
+        f"\n{modules}: {len(counts)} timed steps, {tokens} tokens; losses and gradient norms agree "
+        f"to {worst:.1e}"
+    )
+    if worst > AGREE:
+        sys.exit(f"they differ by more than {AGREE:g}: no speed is reported\n{found}")
+    print(table(lines))
+    peers = {e.name: found["engines"][e.name]["tokens_s"] for e in engines[1:]}
+    best = max(peers, key=peers.get)
+    mine = found["engines"]["ours"]["tokens_s"]
+    rss = engines[0].steps[-1]["rss"] / next(e for e in engines if e.name == best).steps[-1]["rss"]
+    found |= {"agree": worst, "ratio": mine / peers[best], "best_peer": best, "rss_ratio": rss}
+    found["share_of_floor"] = mine / found["floor_tokens_s"]
+    print(
+        f"{found['ratio']:.2f}x {best} (its best), peak RSS {rss:.2f}x; "
+        f"{found['share_of_floor']:.0%} of the matrix products alone "
+        f"({found['floor_tokens_s']:.0f} tokens/s)"
+    )
+    return found
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        return worker(json.loads(Path(args.worker).read_text()))
+    load = os.getloadavg()[0]
+    if load > 0.7:
+        print(f"WARNING: the machine is busy (load {load:.1f}); timings will be wrong")
+    chat = Chat.from_dir(Path(args.model), load_tokenizer(Path(args.model)))
+    rows = load_rows(args.data, limit=args.rows * (args.steps + 1))
+    examples, _ = encode(rows, chat, max_length=2048)
+    encoded = [{"ids": e.ids, "n_prompt": e.n_prompt} for e in examples]
+    steps = [encoded[i : i + args.rows] for i in range(0, len(encoded), args.rows)]
+    about = machine("cpu")
+    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['date']}")
+    document = {"benchmark": "train", "environment": about, "load_before": load}
+    document |= {"data": Path(args.data).name, "ask": vars(args)}
+    document["modules"] = {m: compare(args, m, steps) for m in args.modules.split(",")}
+    record(document, args.record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Validation while training: held-out loss, and drift from the seed over the same frozen weights
+
+    nll     nats per token of held-out references under the adapter
+    kl      KL(seed || tuned) per token over the seed's own greedy answers to general prompts
+Sums are kept, never logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.data import Example, encode
+from engine.log import progress
+from engine.retention import compare, hidden_states
+from engine.retention_prompts import PROMPTS
+from engine.rows import load_rows
+from engine.sampler import Request, Sampler, SamplerConfig
+from engine.score import nll
+from model.chat import Chat
+from model.llama import Llama
+from model.lora import Lora
+
+BEST = ("last", "nll", "kl")
+ANSWER = 48  # tokens of the seed's answer to a general prompt
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """What is looked at between training steps."""
+
+    val_every: int = 0  # optimizer steps between validations; 0: none
+    val_data: str | None = None  # held-out rows whose loss is taken
+    val_limit: int = 32  # use only the first so many of them
+    val_prompts: int = 8  # general prompts for the drift from the seed; 0: none
+    best: str = "last"  # last | nll | kl: the checkpoint that becomes the adapter at the end
+
+    def check(self) -> None:
+        """ValueError for what cannot be looked at."""
+        if self.val_every < 0 or self.val_limit < 1 or not 0 <= self.val_prompts <= len(PROMPTS):
+            raise ValueError(
+                f"val_every {self.val_every}, val_limit {self.val_limit}, val_prompts "
+                f"{self.val_prompts}: >= 0, >= 1 and 0 to {len(PROMPTS)} are wanted"
+            )
+        if self.best not in BEST:
+            raise ValueError(f"best {self.best!r}: one of {', '.join(BEST)}")
+        lacks = {"nll": self.val_data is None, "kl": self.val_prompts == 0}
+        if self.val_every and lacks["nll"] and lacks["kl"]:
+            raise ValueError("--val-every needs --val-data, or --val-prompts above 0")
+        if self.best != "last" and (not self.val_every or lacks[self.best]):
+            needs = {"nll": "--val-data", "kl": "--val-prompts above 0"}[self.best]
+            raise ValueError(f"--best {self.best} needs --val-every and {needs}")
+
+
+class Validator:
+    """Measures an adapter; the held-out rows and the seed's answers are made once."""
+
+    def __init__(self, config: ValidateConfig, model: Llama, chat: Chat) -> None:
+        self.config, self.model = config, model
+        self.held_out: list[Example] = []
+        if config.val_data is not None:  # ValueError for rows that do not fit the model
+            rows = load_rows(config.val_data, limit=config.val_limit)
+            longest = model.config.max_position
+            self.held_out, _ = encode(rows, chat, target="reference", max_length=longest)
+        count = config.val_prompts  # spread over the categories
+        prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
+        asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}
+        self.answers: list[tuple[list[int], int]] = []  # ids, tokens of the prompt
+        if asked:
+            sampling = SamplerConfig(rows=8, max_new_tokens=ANSWER)
+            with Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler:
+                done = {c.id: c for c in sampler.run([Request(p, i) for p, i in asked.items()])}
+            for prompt, ids in asked.items():
+                ends = [chat.end_id] if done[prompt].finish == "stop" else []
+                self.answers.append(([*ids, *done[prompt].ids, *ends], len(ids)))
+
+    @property
+    def names(self) -> list[str]:
+        """What a call returns; agreement is the share of positions with the seed's top token."""
+        return ["nll"] * bool(self.held_out) + ["kl", "agreement"] * bool(self.answers)
+
+    def __call__(self, lora: Lora) -> list[float]:
+        """The values of `names`."""
+        found = []
+        if self.held_out:
+            total = tokens = 0.0
+            for e in progress(self.held_out, desc="validate", unit="row", leave=False):
+                losses = nll(self.model, e.ids[: e.n_prompt], e.ids[e.n_prompt :], lora)
+                total += losses.double().sum().item()
+                tokens += len(losses)
+            found.append(total / tokens)
+        if self.answers:
+            kl = same = tokens = 0.0
+            for ids, start in self.answers:
+                seed, tuned = (hidden_states(self.model, ids, start, a) for a in (None, lora))
+                more, agree = compare(self.model, seed, tuned)
+                kl, same, tokens = kl + more, same + agree, tokens + len(seed)
+            found += [kl / tokens, same / tokens]
+        return found
