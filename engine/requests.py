@@ -24,7 +24,7 @@ class SamplerConfig:
     seed: int = 0  # with row id, sample and position it names every random number
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
     ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 512  # prompt tokens per forward; a longer prompt is cut
+    prefill_tokens: int = 1024  # prompt tokens per forward; a longer prompt is cut
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)

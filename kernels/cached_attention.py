@@ -103,8 +103,9 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
     o = torch.empty_like(q)
     if cached.alone:
         for one in cached.passes(alone_width(H // G, size, d, q.dtype, q.device.type)):
-            part = _decode(q, k, v, one)
-            tokens = one.tokens
+            part, tokens = _decode(q, k, v, one), one.tokens
+            if tokens is None:
+                return part
             if one.live is not None:
                 part, tokens = part.index_select(0, one.live), tokens.index_select(0, one.live)
             o.index_copy_(0, tokens, part)
@@ -148,7 +149,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
     (G, size, d), (B, P), W = k.shape[1:], one.table.shape, one.hidden.shape[1]
     n = q.shape[1] // (G * d)
     k, v = (c[: one.pages].view(-1, size, d) for c in (k, v))
-    q = q.index_select(0, one.tokens).view(B, W, G, n * d).transpose(1, 2).reshape(B, -1)
+    if one.tokens is not None:
+        q = q.index_select(0, one.tokens).view(B, W, G, n * d).transpose(1, 2).reshape(B, -1)
     there, back = one.spread(G * W * n)
     scores = torch.bmm(q.index_select(0, one.owner).view(-1, W * n, d), k.transpose(1, 2))
     scores = scores.to(acc).view(-1, size).index_select(0, there).view(B, G, W, n, P * size)

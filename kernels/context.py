@@ -208,7 +208,8 @@ class Pass:
     """
 
     pages: int  # pages 0 .. pages - 1 of the cache are looked at
-    tokens: Tensor  # (B W,) int64: each query's place among the new tokens; idle ones repeat
+    tokens: Tensor | None  # (B W,) int64: each query's place among the new tokens, idle ones
+    #   repeat; None where every row has one and they stand in order
     live: Tensor | None  # (m,) int64: of these the ones that are no repeats; None for all
     owner: Tensor  # (pages,) int64: row whose queries meet the page; any where nobody does
     place: Tensor  # (pages,) int64: row * P + place of the page in its row; 0 where nobody's
@@ -238,9 +239,10 @@ class Pass:
         padded = [list(t) + [pages] * (P - len(t)) for t in tables]
         behind = torch.arange(P * size) >= torch.tensor(lengths)[:, :, None]
         every = len(live) == len(tokens)
+        alone = width == 1 and tokens == list(range(len(cached.positions)))
         return cls(
             pages=pages,
-            tokens=torch.tensor(tokens, device=device),
+            tokens=None if alone else torch.tensor(tokens, device=device),
             live=None if every else torch.tensor(live, device=device),
             owner=torch.tensor(owner, device=device),
             place=torch.tensor(place, device=device),

@@ -25,6 +25,9 @@ LANES = 32  # two 512-bit vectors of fp32: torch's loops take two at a time
 def _slices(rows: int, columns: int) -> Iterator[slice]:
     """Slices of rows which torch splits among its threads between two rows."""
     threads, start = torch.get_num_threads(), 0
+    if threads == 1 or rows * columns < GRAIN:
+        yield slice(0, rows)
+        return
     while start < rows:
         take = rows - start
         while take > 1 and take % min(threads, -(-take * columns // GRAIN)):
