@@ -54,7 +54,7 @@ def worker(out: Path, steps: int) -> None:
     for i in range(400):
         ids = [rng.randrange(config.vocab_size) for _ in range(rng.randint(10, 60))]
         rows.append(Example(f"r{i}", ids, rng.randint(1, len(ids) - 1)))
-    settings = TrainConfig(lr=1e-3, steps=steps, micro_tokens=128, save_every=100, keep=2)
+    settings = TrainConfig(lr=1e-3, max_steps=steps, micro_tokens=128, save_every=100, keep=2)
     lora = LoraConfig(rank=4, modules="all", dropout=0.05)
     where = {"base": "tiny", "model_hash": "tiny", "resume": out.exists()}
     train(model, rows, lora, settings, out, **where)

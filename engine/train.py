@@ -58,7 +58,7 @@ class TrainConfig:
 
     lr: float = 1e-4  # peak learning rate
     epochs: int = 2  # passes over the examples
-    steps: int = 0  # optimizer steps instead of epochs; 0: by epochs
+    max_steps: int = 0  # optimizer steps instead of epochs; 0: by epochs
     batch_rows: int = 8  # examples per optimizer step
     micro_tokens: int = 1024  # tokens per forward and backward: memory and speed, not the result
     schedule: str = "cosine"  # cosine | linear | constant, behind the warm-up
@@ -82,8 +82,10 @@ class TrainConfig:
                 f"lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}, warmup "
                 f"{self.warmup}: lr > 0, clip and decay >= 0, 0 <= warmup < 1 are wanted"
             )
-        if self.steps < 0 or self.memory_gb < 0:
-            raise ValueError(f"steps {self.steps}, memory_gb {self.memory_gb}: 0 or more is wanted")
+        if self.max_steps < 0 or self.memory_gb < 0:
+            raise ValueError(
+                f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: 0 or more is wanted"
+            )
         if self.recompute not in ("auto", *POLICIES):
             raise ValueError(f"recompute {self.recompute!r}: one of auto, {', '.join(POLICIES)}")
         if self.schedule not in SCHEDULES:
@@ -102,7 +104,7 @@ class EncodeConfig:
 
 def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
     """(epoch, example indices) of every optimizer step, a fresh order in every epoch."""
-    left = config.steps or config.epochs * -(-count // config.batch_rows)
+    left = config.max_steps or config.epochs * -(-count // config.batch_rows)
     epoch = 0
     while left:
         generator = torch.Generator().manual_seed(mix("order", config.seed, epoch) >> 1)

@@ -380,7 +380,7 @@ def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
 
 
 def test_steps_instead_of_epochs():
-    plan = list(batches(10, dataclasses.replace(SMALL, steps=7)))
+    plan = list(batches(10, dataclasses.replace(SMALL, max_steps=7)))
     assert [len(rows) for _, rows in plan] == [4, 4, 2, 4, 4, 2, 4]
     assert [epoch for epoch, _ in plan] == [0, 0, 0, 1, 1, 1, 2]
     by_epochs = list(batches(10, SMALL))
@@ -393,7 +393,7 @@ def test_steps_instead_of_epochs():
     [
         ({"schedule": "step"}, "schedule 'step'.*cosine, linear, constant"),
         ({"recompute": "some"}, "recompute 'some'"),
-        ({"steps": -1}, "steps -1"),
+        ({"max_steps": -1}, "max_steps -1"),
         ({"memory_gb": -1.0}, "memory_gb -1"),
         ({"keep": 0}, "keep 0"),
     ],
@@ -477,7 +477,7 @@ def test_the_script_shows_trains_validates_and_publishes_the_best(tiny_llama_dir
         return done.stdout
 
     assert " nats each" in run("--show", "1")
-    flags = ["--out", out, "--steps", "2", "--schedule", "linear", "--modules", "all"]
+    flags = ["--out", out, "--max-steps", "2", "--schedule", "linear", "--modules", "all"]
     flags += ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
     said = run(*flags)
     assert "recompute none: predicted peak" in said and "LoRA on 14/14 linears" in said
