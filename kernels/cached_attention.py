@@ -146,22 +146,35 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
     """(B W, H d), W queries per row: scores by page, softmax by row, values by page, added in page
     order."""
     acc = accumulate_dtype(q.dtype)
-    (G, size, d), (B, P), W = k.shape[1:], one.table.shape, one.hidden.shape[1]
+    (G, size, d), W = k.shape[1:], one.width
     n = q.shape[1] // (G * d)
+    L = G * W * n
     k, v = (c[: one.pages].view(-1, size, d) for c in (k, v))
     if one.tokens is not None:
-        q = q.index_select(0, one.tokens).view(B, W, G, n * d).transpose(1, 2).reshape(B, -1)
-    there, back = one.spread(G * W * n)
+        q = q.index_select(0, one.tokens).view(-1, W, G, n * d).transpose(1, 2).reshape(-1, L * d)
+    there, back = one.spread(L)
     scores = torch.bmm(q.index_select(0, one.owner).view(-1, W * n, d), k.transpose(1, 2))
-    scores = scores.to(acc).view(-1, size).index_select(0, there).view(B, G, W, n, P * size)
-    p = torch.softmax(scores.add_(one.hidden[:, None, :, None]), dim=-1).to(v.dtype)
-    parts = v.new_empty(one.pages + 1, G * W * n * d)
+    scores = scores.to(acc).view(-1, size)
+    weights = [
+        torch.softmax(
+            scores.index_select(0, lines)
+            .view(-1, G, W, n, rows.hidden.shape[2])
+            .add_(rows.hidden[:, None, :, None]),
+            dim=-1,
+        ).view(-1, size)
+        for rows, lines in zip(one.groups, there, strict=True)
+    ]
+    p = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(v.dtype)
+    parts = v.new_empty(one.pages + 1, L * d)
     parts[-1] = 0  # what the padding of the table adds
-    p = p.view(-1, size).index_select(0, back).view(-1, W * n, size)
+    p = p.index_select(0, back).view(-1, W * n, size)
     torch.bmm(p, v, out=parts[:-1].view(-1, W * n, d))
-    by_row = parts.index_select(0, one.table.flatten()).view(B, P, -1)
-    o = by_row.to(acc).sum(1).to(q.dtype)
-    return o.view(B, G, W, n * d).transpose(1, 2).reshape(B * W, -1)
+    sums = [
+        parts.index_select(0, rows.table.flatten()).view(*rows.table.shape, -1).to(acc).sum(1)
+        for rows in one.groups
+    ]
+    o = sums[0] if one.order is None else torch.cat(sums).index_select(0, one.order)
+    return o.to(q.dtype).view(-1, G, W, n * d).transpose(1, 2).reshape(-1, G * n * d)
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:

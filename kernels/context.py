@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import Any
 
 import torch
@@ -199,6 +199,35 @@ class Cached:
         return [Block.build(self, b, rows) for b, rows in sorted(found.items())]
 
 
+def _widths(counts: Sequence[int]) -> list[int]:
+    """Up to three page counts such that rows padded to the next of them make the least padding.
+
+    A further width is worth SPLIT pages: the calls it takes.
+    """
+    SPLIT, values = 24, sorted(set(counts))
+    most, inner = values[-1], values[:-1]
+    tried = [
+        [most],
+        *([a, most] for a in inner),
+        *([a, b, most] for a, b in combinations(inner, 2)),
+    ]
+
+    def cost(widths: list[int]) -> int:
+        padded = sum(next(w for w in widths if w >= n) for n in counts)
+        return padded + SPLIT * len(widths)
+
+    return min(tried, key=cost)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a `Pass` whose pages lie side by side, padded to the same number P."""
+
+    table: Tensor  # (b, P) int64: the rows' pages, padded with the number of pages looked at
+    hidden: Tensor  # (b, W, P * page_size): 0, or HIDDEN for what must not be attended to
+    first: int  # where their b P places begin among those of all rows
+
+
 @dataclass(frozen=True)
 class Pass:
     """Up to W queries per row, seen from the cache: the torch path reads all pages where they lie.
@@ -208,14 +237,16 @@ class Pass:
     """
 
     pages: int  # pages 0 .. pages - 1 of the cache are looked at
+    width: int  # W
     tokens: Tensor | None  # (B W,) int64: each query's place among the new tokens, idle ones
     #   repeat; None where every row has one and they stand in order
     live: Tensor | None  # (m,) int64: of these the ones that are no repeats; None for all
     owner: Tensor  # (pages,) int64: row whose queries meet the page; any where nobody does
-    place: Tensor  # (pages,) int64: row * P + place of the page in its row; 0 where nobody's
-    table: Tensor  # (B, P) int64: the rows' pages, padded with the number `pages`
-    hidden: Tensor  # (B, W, P * page_size): 0, or HIDDEN for what must not be attended to
-    memo: dict[int, tuple[Tensor, Tensor]]  # lines of a page -> what `spread` gave
+    groups: list[Rows]
+    order: Tensor | None  # (B,) int64: place of each row in the groups end to end; None: as it is
+    place: Tensor  # (pages,) int64: the page's place among those of all groups; 0: nobody's
+    stride: Tensor  # (pages,) int64: P of its row's group
+    memo: dict[int, tuple[list[Tensor], Tensor]]  # lines of a page -> what `spread` gave
 
     @classmethod
     def build(cls, cached: Cached, depth: int, width: int) -> Pass:
@@ -231,37 +262,59 @@ class Pass:
             live += [b * width + w for w in range(new)]
             lengths.append([cached.context_lens[i] + depth + w + 1 for w in steps])
             tables.append(cached.tables[i][: -(-lengths[-1][-1] // size)])
-        pages, P = 1 + max(map(max, tables)), max(map(len, tables))
-        owner, place = [0] * pages, [0] * pages
-        for b, table in enumerate(tables):
-            for p, page in enumerate(table):
-                owner[page], place[page] = b, b * P + p
-        padded = [list(t) + [pages] * (P - len(t)) for t in tables]
-        behind = torch.arange(P * size) >= torch.tensor(lengths)[:, :, None]
+        pages = 1 + max(map(max, tables))
+        owner, place, stride = [0] * pages, [0] * pages, [1] * pages
+        groups, order, first, least = [], [], 0, 0
+        for P in _widths([len(table) for table in tables]):
+            members = [b for b, table in enumerate(tables) if least < len(table) <= P]
+            for j, b in enumerate(members):
+                for p, page in enumerate(tables[b]):
+                    owner[page], place[page], stride[page] = b, first + j * P + p, P
+            padded = [[*tables[b], *[pages] * (P - len(tables[b]))] for b in members]
+            seen = torch.tensor([lengths[b] for b in members])[:, :, None]
+            behind = torch.arange(P * size) >= seen
+            groups.append(
+                Rows(
+                    table=torch.tensor(padded, device=device),
+                    hidden=torch.zeros(behind.shape).masked_fill_(behind, HIDDEN).to(device),
+                    first=first,
+                )
+            )
+            order += members
+            first, least = first + P * len(members), P
+        back = sorted(range(len(order)), key=order.__getitem__)
         every = len(live) == len(tokens)
         alone = width == 1 and tokens == list(range(len(cached.positions)))
         return cls(
             pages=pages,
+            width=width,
             tokens=None if alone else torch.tensor(tokens, device=device),
             live=None if every else torch.tensor(live, device=device),
             owner=torch.tensor(owner, device=device),
+            groups=groups,
+            order=None if len(groups) == 1 else torch.tensor(back, device=device),
             place=torch.tensor(place, device=device),
-            table=torch.tensor(padded, device=device),
-            hidden=torch.zeros(behind.shape).masked_fill_(behind, HIDDEN).to(device),
+            stride=torch.tensor(stride, device=device),
             memo={},
         )
 
-    def spread(self, L: int) -> tuple[Tensor, Tensor]:
-        """Between page order (page, line) and row order (row, line, page of the row): where each
-        line of the second lies in the first, (B * L * P,), and the other way round, (pages * L,).
+    def spread(self, L: int) -> tuple[list[Tensor], Tensor]:
+        """Between page order (page, line) and row order (group, row, line, page of the row): for
+        each group where its lines lie in the first, (b L P,), and for the first where its lines
+        lie in the second, (pages * L,).
         """
         if L not in self.memo:
-            lines = torch.arange(L, device=self.table.device)
-            there = self.table.clamp(max=self.pages - 1)[:, None] * L + lines[:, None]
-            P = self.table.shape[1]
-            row, page = self.place // P, self.place % P
-            back = ((row[:, None] * L + lines) * P) + page[:, None]
-            self.memo[L] = there.flatten(), back.flatten()
+            lines = torch.arange(L, device=self.place.device)
+            there = [
+                (g.table.clamp(max=self.pages - 1)[:, None] * L + lines[:, None]).flatten()
+                for g in self.groups
+            ]
+            start = torch.zeros_like(self.place)  # of the page's group
+            for g in self.groups[1:]:
+                start[self.place >= g.first] = g.first
+            row, page = (self.place - start) // self.stride, (self.place - start) % self.stride
+            back = ((start + row * self.stride) * L)[:, None] + lines * self.stride[:, None]
+            self.memo[L] = there, (back + page[:, None]).flatten()
         return self.memo[L]
 
 
