@@ -19,10 +19,14 @@ def generate_job(
     *,
     adapter: str | None = None,
     system: str | None = None,
+    prefix: str = "",
     samples: int = 1,
     out: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer a prompt (text) or the prompts of a file; to `out`, line by line, or printed."""
+    """Answer a prompt (text) or the prompts of a file; to `out`, line by line, or printed.
+
+    `prefix` is how every answer begins; the model goes on from there.
+    """
     if samples < 1:
         raise ValueError(f"samples {samples}: at least 1 is wanted")
     if out is not None and out.exists():
@@ -39,17 +43,17 @@ def generate_job(
         messages = list(row.messages)
         if system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        ids = chat.prompt_ids(messages)
+        ids = chat.prompt_ids(messages, prefix)
         requests += [Request(row.id, ids, sample=k) for k in range(samples)]
     answers: list[dict[str, Any]] = []
     with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler:
         bar = progress(sampler.run(requests), total=len(requests), desc="generate", unit="answer")
         if out is None:
-            answers = [_record(done) for done in bar]
+            answers = [_record(done, prefix) for done in bar]
         else:
             with AppendedLines(out) as file:
                 for done in bar:
-                    answers.append(_record(done))
+                    answers.append(_record(done, prefix))
                     file.write(answers[-1])
     order = {row.id: n for n, row in enumerate(rows)}
     answers.sort(key=lambda a: (order[a["id"]], a["sample"]))
@@ -60,11 +64,11 @@ def generate_job(
     return answers
 
 
-def _record(done: Completion) -> dict[str, Any]:
+def _record(done: Completion, prefix: str) -> dict[str, Any]:
     return {
         "id": done.id,
         "sample": done.sample,
-        "answer": done.text.strip(),
+        "answer": (prefix + done.text).strip(),
         "finish": done.finish,
         "tokens": len(done.ids),
         "logprob": sum(done.logprobs),
