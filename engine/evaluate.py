@@ -145,6 +145,7 @@ def evaluate_job(
     sampling: SamplerConfig,
 ) -> dict[str, Score]:
     """Score the seed and the adapters, print the table."""
+    session.alone("evaluation")
     get_verifier(verify)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}

@@ -27,6 +27,7 @@ def generate_job(
 
     `prefix` is how every answer begins; the model goes on from there.
     """
+    session.alone("generation")
     if samples < 1:
         raise ValueError(f"samples {samples}: at least 1 is wanted")
     if out is not None and out.exists():

@@ -105,7 +105,7 @@ class SamplerStats:
 
     def text(self) -> str:
         """Tokens per step and acceptance, what was shared, what was put back."""
-        text = f"{(self.new_tokens) / max(1, self.row_steps):.2f} tokens per row and step"
+        text = f"{1 + self.held / max(1, self.row_steps):.2f} tokens per row and step"
         if self.drafted:
             share = self.held / self.drafted
             text += f", {self.drafted} guessed from references, {share:.0%} right"

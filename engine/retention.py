@@ -78,6 +78,7 @@ def retention_job(
     data: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure adapters on our prompts or a file's, print the table."""
+    session.alone("retention")
     prompts: Sequence[tuple[str, str]] = PROMPTS
     if data is not None:
         rows = load_rows(data, need_reference=False)

@@ -93,10 +93,14 @@ def score(
     means, started = Means(), time.perf_counter()
     with ResumedLines(out, settings, resume=True, world=world) as file:
         todo = [line for line in file.mine(list(lines)) if line.id not in file.done]
-        bar = progress(total=len(todo), desc="score", unit="row", disable=not file.world.first)
         if todo:
             asked_for = [_asked(model, chat, line) for line in todo]
-            with Scorer(model, [asked.prompt for asked in asked_for]) as scorer, bar:
+            with (
+                Scorer(model, [asked.prompt for asked in asked_for]) as scorer,
+                progress(
+                    total=len(todo), desc="score", unit="row", disable=not file.world.first
+                ) as bar,
+            ):
                 for batch in _batches(asked_for):
                     for asked, losses in zip(batch, scorer.losses(batch), strict=True):
                         file.write(_record(asked, losses))

@@ -68,6 +68,7 @@ def run(
     lora: LoraConfig,
 ) -> dict[str, Any]:
     """Do all of it; returns what summary.json holds."""
+    session.alone("the whole job")
     started, out = time.perf_counter(), Path(job.out)
     for config in (job, distilling, sampling, training, lora):
         config.check()

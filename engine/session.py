@@ -130,6 +130,14 @@ class Session:
             "fingerprint": self.fingerprint,
         }
 
+    def alone(self, what: str) -> None:
+        """ValueError under torchrun, for what one process does."""
+        if self.world.size > 1:
+            raise ValueError(
+                f"{what} is done by one process, this is a job of {self.world.size}; start "
+                "scripts/distill.py and scripts/train.py under torchrun, the rest without it"
+            )
+
     def announce(self, seconds: float) -> None:
         """One paragraph: what runs where."""
         f = self.facts()

@@ -35,7 +35,6 @@ tiles      shape classes: padded head size x bytes of an element, as "D128x2"; e
 
 from __future__ import annotations
 
-import functools
 import random
 
 import torch
@@ -44,6 +43,7 @@ from torch import Tensor
 from kernels._triton import cdiv, jit, launch, power_of_two, tl
 from kernels.attention import attention_reference
 from kernels.context import HIDDEN, Block, Cached, Packed, Pass
+from kernels.rowwise import alone_width
 from kernels.spec import MODELS, Spec, accumulate_dtype
 from kernels.tiles import tile
 
@@ -114,32 +114,6 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
         part = _prefill(q, k, v, block)
         o.index_copy_(0, block.scatter, part.index_select(0, block.source))
     return o
-
-
-@functools.cache
-def alone_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> int | None:
-    """Queries per row from which on their number changes no bit of a query's result.
-
-    n heads share a page's keys, so w queries are a product of w n rows. Measured (a CPU's library
-    takes other paths for one or two rows than for more); None where every number gave other bits.
-    On a GPU nothing is promised and 1 is given.
-    """
-    if device != "cpu":
-        return 1
-    g = torch.Generator().manual_seed(0)
-    most = max(48, 16 * n)
-    q, k, v = (torch.randn(4, m, d, generator=g).to(dtype) for m in (most, size, size))
-    p = torch.rand(4, most, size, generator=g).to(dtype)
-    whole = torch.bmm(q, k.transpose(1, 2)), torch.bmm(p, v)
-    same = {}
-    for m in range(n, most, n):
-        few = (
-            torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2)),
-            torch.bmm(p[:, :m].contiguous(), v),
-        )
-        same[m] = all(torch.equal(a, b[:, :m]) for a, b in zip(few, whole, strict=True))
-    least = next((m for m in same if all(ok for w, ok in same.items() if w >= m)), None)
-    return None if least is None or least > 8 * n else least // n
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
