@@ -33,6 +33,12 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     return best
 
 
+def shared_tokens(prefix: Sequence[int], prompt: Sequence[int]) -> int:
+    """Tokens of the prefix that a prompt begins with; its last token is always computed."""
+    most = min(len(prefix), len(prompt) - 1)
+    return next((n for n in range(most) if prefix[n] != prompt[n]), most)
+
+
 class Pages:
     """A pool of pages for one run of a sampler."""
 
@@ -82,10 +88,7 @@ class Pages:
         if twin is not None:
             source, known = twin, len(prompt) - 1
         else:
-            source, known = self.prefix[1], 0
-            most = min(len(self.prefix[0]), len(prompt) - 1)
-            while known < most and self.prefix[0][known] == prompt[known]:
-                known += 1
+            source, known = self.prefix[1], shared_tokens(self.prefix[0], prompt)
         pages = self.cache.take(self.count(len(prompt)))
         whole = self.count(known)
         self.cache.copy(source[:whole], pages[:whole])

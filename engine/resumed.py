@@ -22,7 +22,7 @@ class ResumedLines:
     """The lines of OUT by id: what is `done`, and a file for what is not.
 
     resume False: ValueError where OUT exists. True: ValueError where it was begun with other
-    settings. `key` names the fields that tell lines apart.
+    settings.
     """
 
     def __init__(
@@ -32,17 +32,16 @@ class ResumedLines:
         *,
         resume: bool,
         world: World | None = None,
-        key: tuple[str, ...] = ("id",),
     ) -> None:
-        self.out, self.world, self.key = out, world or World(), key
+        self.out, self.world = out, world or World()
         self.meta = out.with_name(out.name + ".meta.json")
         if self.world.first:
             self._check(settings, resume)
         self.world.barrier()
-        self.done: dict[Any, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, Any]] = {}
         for file in (out, *self.parts()):
             for record in read_jsonl(file):
-                self.done.setdefault(self._id(record), record)
+                self.done.setdefault(record["id"], record)
         alone = self.world.size == 1
         self.file = AppendedLines(out if alone else self._part(self.world.rank))
         self.world.barrier()  # nobody joins parts that another has not read
@@ -53,10 +52,6 @@ class ResumedLines:
 
     def _part(self, rank: int) -> Path:
         return self.out.with_name(f"{self.out.name}.part{rank}")
-
-    def _id(self, record: dict[str, Any]) -> Any:
-        values = tuple(record[name] for name in self.key)
-        return values[0] if len(values) == 1 else values
 
     def _check(self, settings: dict[str, Any], resume: bool) -> None:
         begun = self.out.exists() or bool(self.parts())
@@ -85,15 +80,15 @@ class ResumedLines:
     def write(self, record: dict[str, Any]) -> None:
         """Keep a line."""
         self.file.write(record)
-        self.done[self._id(record)] = record
+        self.done[record["id"]] = record
 
-    def finish(self, order: Iterable[Any]) -> list[dict[str, Any]]:
+    def finish(self, order: Iterable[str]) -> list[dict[str, Any]]:
         """All lines in that order, also on disk, so that the file does not tell who wrote what."""
         self.world.barrier()
         if self.world.size > 1:
             for file in self.parts():
                 for record in read_jsonl(file):
-                    self.done.setdefault(self._id(record), record)
+                    self.done.setdefault(record["id"], record)
         ordered = [self.done[name] for name in order]
         if self.world.first and (self.parts() or list(self.done.values()) != ordered):
             write_jsonl(self.out, ordered)

@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.data import Distilled
 from engine.distributed import World
 from engine.log import progress
-from engine.pages import common_prefix
+from engine.pages import common_prefix, shared_tokens
 from engine.resumed import ResumedLines
 from kernels.context import Cached, Packed
 from kernels.spec import accumulate_dtype
@@ -187,7 +187,7 @@ class Scorer:
     def losses(self, batch: Sequence[Asked]) -> list[list[list[float]]]:
         """Nats of every token of every answer."""
         # 1. prompts, each with its first answer behind it; the last token predicts nothing
-        known = [self._known(asked.prompt) for asked in batch]
+        known = [shared_tokens(self.prefix, asked.prompt) for asked in batch]
         rows = [[*asked.prompt, *asked.answers[0][:-1]] for asked in batch]
         tables = self._pages([len(row) for row in rows])
         for n, pages in zip(known, tables, strict=True):
@@ -220,13 +220,6 @@ class Scorer:
         for pages in (*tables, *copies):
             self.cache.give_back(pages)
         return [[[next(nats) for _ in answer] for answer in asked.answers] for asked in batch]
-
-    def _known(self, prompt: Sequence[int]) -> int:
-        """Tokens of the prefix that a prompt begins with; its last token is always computed."""
-        pairs = zip(self.prefix, prompt[:-1], strict=False)
-        return next(
-            (n for n, (a, b) in enumerate(pairs) if a != b), min(len(self.prefix), len(prompt) - 1)
-        )
 
     def _pages(self, tokens: Sequence[int]) -> list[list[int]]:
         """Pages for rows of so many tokens."""
