@@ -29,9 +29,9 @@ from engine.report.page import write_report
 from engine.retention import retention
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
-from engine.select import get_verifier
 from engine.session import DataConfig, Session, resolved
 from engine.train import EncodeConfig, TrainConfig, train
+from engine.verifiers import get_verifier
 from model.lora import LoraConfig
 
 

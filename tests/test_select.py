@@ -15,7 +15,8 @@ from fractions import Fraction
 import pytest
 
 from engine.data import KEPT, Row, load_rows
-from engine.select import VERIFIERS, banned, garbled, get_verifier, judge, last_number
+from engine.select import PAPER, banned, garbled, judge, repeats
+from engine.verifiers import VERIFIERS, get_verifier, last_number
 
 
 def row(reference: str) -> Row:
@@ -336,8 +337,8 @@ def test_published_rewrites_are_not_rejected_for_their_looks(shared_data):
         judge(r.messages[:-1], r.reference, w.reference, "stop", VERIFIERS["none"])
         for r, w in zip(given, written, strict=True)
     )
-    assert statuses == {"accepted": 1648, "identical": 352}
-    assert set(statuses) == set(KEPT)
+    # two refuse what the reference does, two begin with the whole instruction
+    assert statuses == {"accepted": 1644, "identical": 352, "refusal": 2, "repeats_prompt": 2}
 
 
 def test_no_reference_is_garbled(shared_data):
