@@ -110,6 +110,7 @@ class DistillReport:
     stats: SamplerStats
     seconds: float  # of generation in this process
     written: int  # lines written in this process
+    cut_at: int = 0  # tokens at which prompts lost their end (Rules.cut_prompts)
 
     @property
     def counts(self) -> Counter[str]:
@@ -143,6 +144,9 @@ class DistillReport:
         text = f"{n} turns: " + ", ".join(parts)
         text += "".join(f"\n{line}" for line in self.stages())
         text += f"\ntargets that differ from the reference: {self.differ:.1%}"
+        if self.cut_at:
+            cut = sum(line.prompt_tokens >= self.cut_at for line in self.lines)
+            text += f"\nprompts cut at {self.cut_at} tokens (or just as long): {cut}"
         if self.differ < LOW_SHARE:
             text += (
                 f"\nWARNING: under {LOW_SHARE:.0%} of the targets are the model's own words, so "
@@ -187,7 +191,7 @@ def distill(
             stats, seconds, written = _write(model, chat, turns, config, sampling, file)
         order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
         lines = [Distilled(**record) for record in file.finish(order)]
-    return DistillReport(lines, stats, seconds, written)
+    return DistillReport(lines, stats, seconds, written, config.rules.cut_prompts)
 
 
 def _write(

@@ -80,7 +80,8 @@ class BadRow:
 
 
 class Rows(list):
-    """The usable rows of the file `path`, whose bytes hash to `sha256`.
+    """The usable rows of the file `path`, whose bytes hash to `sha256` (with a system message
+    that was added: both together).
 
     `bad` lists the unusable ones; `unused` names the fields that no row's text or id was made of.
     """
@@ -113,6 +114,7 @@ def load_rows(
     skip_bad: bool = False,
     limit: int | None = None,
     need_reference: bool = True,
+    system: str | None = None,
 ) -> Rows:
     """Rows of a JSON array, JSONL or CSV file.
 
@@ -122,6 +124,7 @@ def load_rows(
                     broken syntax in a JSON array or a CSV always raises: what follows is guesswork
     limit           stop after so many usable rows; what follows is not looked at
     need_reference  False: prompts only. An answer that is there is left out
+    system          a system message for rows that have none; ids stay as they are, `.sha256` tells
 
     A row's id is its `id` field (text or integer) where it has one, else a hash of its messages;
     the second and third copy of a row get `-2` and `-3`. So an id never depends on other rows,
@@ -152,6 +155,8 @@ def load_rows(
             bad.append(BadRow(line, str(error), number))
             continue
         lines[name] = line
+        if system and messages[0]["role"] != "system":
+            messages = (message("system", system, "--system"), *messages)
         used = {*shape.values(), shape.get("id", "id"), *(["tests"] if tests else [])}
         unused |= record.keys() - used
         rows.append(Row(name, messages, tests))
@@ -163,6 +168,8 @@ def load_rows(
         raise ValueError(listing(what, listed, "repair them, or leave them out with --skip-bad"))
     if not rows:
         raise ValueError(f"{path} holds no usable row ({len(bad)} unusable); wanted at least one")
+    if system:
+        sha256 = hashlib.sha256(f"{sha256} {system}".encode()).hexdigest()
     return Rows(rows, path, sha256, bad, unused)
 
 

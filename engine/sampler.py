@@ -257,8 +257,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """One token (n,) and its log-probability (n,) for each hidden state (n, D)."""
         c, device = self.config, self.model.device
-        own = [row.request.temperature for row in rows]
-        heats = [c.temperature if heat is None else heat for heat in own]
+        heats = [c.temperature if (t := row.request.temperature) is None else t for row in rows]
         if len(set(heats)) > 1:  # those of one temperature at a time
             order = sorted(range(len(rows)), key=heats.__getitem__)
             drawn = []

@@ -259,7 +259,7 @@ def _acceptance(run: Run) -> Plot | None:
 
     def draw(axes: Any) -> None:
         pairs = counts.most_common(12)[::-1]
-        several = len({stage for stage, _ in counts}) > 1
+        several = len({stage for stage, _ in counts} - {"reference"}) > 1
         names = [label(f"{stage}: {status}" if several else status) for (stage, status), _ in pairs]
         inks = [INK["kept" if status in kept else "rejected"] for (_, status), _ in pairs]
         bars = axes.barh(range(len(pairs)), [n for _, n in pairs], color=inks, height=0.66)
