@@ -57,9 +57,7 @@ class DistillConfig:
     """What is asked of the seed model and what is accepted."""
 
     template: str = "using"  # using | refer | gsm8k: how the reference is shown
-    verify: str = (
-        "none"  # what a rewrite must have kept: none | number | call | code | ... (README)
-    )
+    verify: str = "none"  # what a rewrite must keep: none | number | call | code | ... (README)
     cascade: str = "guided:1"  # tries, as unguided:2,guided:2,cooler:1; the reference comes last
     choose: str = "likelihood"  # likelihood | first: which of several fit tries is taken
     max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
