@@ -83,7 +83,8 @@ class DistillConfig:
         get_verifier(self.verify)
         if self.choose not in ("likelihood", "first"):
             raise ValueError(f"choose {self.choose!r}: likelihood or first is wanted")
-        if self.paper_exact and self.stages != parse_cascade("guided:1"):
+        stages = self.stages
+        if self.paper_exact and stages != parse_cascade("guided:1"):
             raise ValueError(
                 f"paper_exact with cascade {self.cascade!r}: the published code asks once, shown "
                 "the reference; leave out one of the two"

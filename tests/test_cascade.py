@@ -149,7 +149,7 @@ def test_each_line_tells_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_pat
 def test_choose_first_takes_the_first(tiny, tmp_path, by_chance):
     config = DistillConfig(max_new_tokens="9", cascade="unguided:3", choose="first")
     likeliest = DistillConfig(max_new_tokens="9", cascade="unguided:3")
-    single = [row for row in rows() if len(row.turns) == 1]
+    single = [row for row in rows(30) if len(row.turns) == 1]
     first = go(tiny, tmp_path / "first.jsonl", config, given=single).lines
     best = go(tiny, tmp_path / "best.jsonl", likeliest, given=single).lines
     model, chat = load(tiny)

@@ -104,7 +104,7 @@ def test_where_the_tests_of_code_come_from(tmp_path):
     file = tmp_path / "d.json"
     file.write_text(json.dumps(records))
     rows = load_rows(file)
-    assert [r.tests for r in rows] == [TESTS, TESTS, ""] and rows.unused == ("test_list",)
+    assert [r.tests for r in rows] == [TESTS, TESTS, ""] and rows.unused == ("test_list", "tests")
     columns = {"prompt": "prompt", "response": "response", "tests": "test_list"}
     assert load_rows(file, columns=columns)[2].tests == TESTS
     with pytest.raises(ValueError, match="row 3.*'tests' is a number, wanted text or a list"):
