@@ -175,8 +175,8 @@ def distill(
 ) -> DistillReport:
     """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
 
-    The first Ctrl-C lets the rows in flight end and begins no other, then raises
-    KeyboardInterrupt; the second stops at once. Raises ValueError when `out` exists without
+    The first Ctrl-C lets the tries in flight end and begins no other, then raises
+    KeyboardInterrupt (a row whose tries were not all made is asked anew); the second stops at once. Raises ValueError when `out` exists without
     resume, or with it under other settings.
     """
     config.check()

@@ -6,19 +6,25 @@ The table is typed from the paper's record (paper.md 1.2 to 1.4), not made of th
 import argparse
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from engine.data import load_distilled
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags
 from engine.presets import PRESETS, get_preset, parse
 from engine.sampler import SamplerConfig
 from engine.select import OURS, PAPER
 from engine.session import DataConfig, ModelConfig
+from engine.templates import TEMPLATES, prompt
 from engine.train import EncodeConfig, TrainConfig
+from model.chat import Chat
 from model.lora import LoraConfig
+from model.tokenizer import load_tokenizer
+from tests.test_sdft import script
 
 ROOT = Path(__file__).resolve().parent.parent
 MATH = (
@@ -142,6 +148,32 @@ def test_the_scripts_take_presets(script, monkeypatch):
         assert (args.template, args.verify, args.max_new_tokens) == ("refer", "call", "512")
     if script != "distill":
         assert (args.epochs, args.rank, args.dropout, args.truncate) == (5, 8, 0.1, True)
+
+
+def test_the_main_job_under_a_preset(tiny_llama_dir, tmp_path):
+    """The paper's GSM8K forms reach the model, and its defects the trained tokens."""
+    model = tiny_llama_dir(tokenizer=True, max_position_embeddings=2048)
+    out, train = tmp_path / "run", tmp_path / "d.json"
+    rows = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}."} for i in range(6)]
+    train.write_text(json.dumps(rows))
+    args = ["--model", model, "--data", train, "--out", out, "--preset", "yang2024-gsm8k"]
+    args += ["--paper-exact", "--max-new-tokens", "8", "--epochs", "1", "--retention-max-new", "2"]
+    said = script("sdft", *args, "--report-rows", "1", "--report-answers", "1")
+    assert "preset yang2024-gsm8k: chat_format='llama2'" in said and "epochs=1 (typed)" in said
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    assert settings["TrainConfig"]["seed"] == settings["SamplerConfig"]["seed"] == 42
+    assert settings["LoraConfig"]["dropout"] == 0.1 and settings["DistillConfig"]["paper_exact"]
+    for line in load_distilled(out / "distilled.jsonl"):
+        assert line.messages[0] == {"role": "system", "content": MATH}
+        # the beginning is asked for, but not part of what is trained on
+        assert line.response_tokens <= 8 and not line.response.startswith("Great!")
+        chat = Chat.from_dir(model, load_tokenizer(model), "llama2")
+        asked = prompt(chat, TEMPLATES["gsm8k"], line.messages, line.reference)
+        text = chat.render(asked, add_generation_prompt=True)
+        assert MATH not in text and "Below are a math question and its reference answer" in text
+        assert text.endswith(f"{line.messages[1]['content']}\n\n{line.reference} [/INST]")
+        ids = chat.prompt_ids(asked, "Great! Let's think step by step. ")
+        assert line.prompt_tokens == len(ids)
 
 
 def test_a_frozen_preset_is_not_changed_by_use():
