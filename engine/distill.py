@@ -175,9 +175,9 @@ def distill(
 ) -> DistillReport:
     """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
 
-    The first Ctrl-C lets the tries in flight end and begins no other, then raises
-    KeyboardInterrupt (a row whose tries were not all made is asked anew); the second stops at once. Raises ValueError when `out` exists without
-    resume, or with it under other settings.
+    The first Ctrl-C lets the tries in flight end and begins no other (a row that lacks tries is
+    asked anew), then raises KeyboardInterrupt; the second stops at once. Raises ValueError when
+    `out` exists without resume, or with it under other settings.
     """
     config.check()
     check_temperature(config.stages, sampling.temperature)
