@@ -29,9 +29,9 @@ from engine.report.page import write_report
 from engine.retention import retention
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
-from engine.select import get_verifier
 from engine.session import DataConfig, Session, resolved
 from engine.train import EncodeConfig, TrainConfig, train
+from engine.verifiers import get_verifier
 from model.lora import LoraConfig
 
 
@@ -176,7 +176,7 @@ def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
     """The held-out rows; ValueError where one of them is trained on."""
     if job.eval_data is None:
         return None
-    held_out = DataConfig(job.eval_data, data.columns, data.skip_bad, job.eval_limit).load()
+    held_out = dataclasses.replace(data, data=job.eval_data, limit=job.eval_limit).load()
     asked = {str(row.messages[:-1]) for row in rows}
     both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
     if both:
