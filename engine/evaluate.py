@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import Row, Rows
+from engine.intervals import wilson
 from engine.log import (
     AppendedLines,
     cut_torn_line,
@@ -57,14 +58,9 @@ class Score:
         low, high = self.interval()
         return [f"{self.right}/{self.n} = {self.share:.1%}", f"{low:.1%} - {high:.1%}"]
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval of the share (Wilson 1927)."""
-        if not self.n:
-            return math.nan, math.nan
-        p, n = self.share, self.n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson(self.share, self.n)
 
 
 def resume_lines(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def run(
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
     rows = data.load()
-    held_out = held_out_rows(job, data, rows)
+    held_out = held_out_rows(data, rows, job.eval_data, job.eval_limit)
     encode_rows(rows, session, encoding, "reference")  # a row that is too long stops here
     seconds: dict[str, float] = {}
 
@@ -167,11 +167,13 @@ def run(
     return result
 
 
-def held_out_rows(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
-    """The held-out rows; ValueError where one of them is trained on."""
-    if job.eval_data is None:
+def held_out_rows(
+    data: DataConfig, rows: Sequence[Row], file: str | None, limit: int | None
+) -> Any:
+    """The held-out rows of a file; ValueError where one of them is trained on."""
+    if file is None:
         return None
-    held_out = DataConfig(job.eval_data, data.columns, data.skip_bad, job.eval_limit).load()
+    held_out = DataConfig(file, data.columns, data.skip_bad, limit).load()
     asked = {str(row.messages[:-1]) for row in rows}
     both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
     if both:
@@ -189,6 +191,7 @@ def encode_rows(
     target: str,
     seed: int = 0,
 ) -> list[Example]:
+    """Examples whose answers are the `target`, with what was encoded said."""
     examples, counts = encode(
         rows,
         session.chat,
