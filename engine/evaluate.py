@@ -2,7 +2,7 @@
 
 For every held-out row the model answers the plain prompt and a verifier compares the answer with
 the reference. Scores carry a 95 % Wilson interval; two arms are compared on the same items. Also
-the mean NLL per token of the references, under each arm.
+the mean NLL per token of the references, under each arm; FILE.nll.jsonl keeps the sum of every row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import Row, Rows
+from engine.intervals import wilson
 from engine.log import (
     AppendedLines,
     cut_torn_line,
@@ -57,14 +58,9 @@ class Score:
         low, high = self.interval()
         return [f"{self.right}/{self.n} = {self.share:.1%}", f"{low:.1%} - {high:.1%}"]
 
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        """Wilson's score interval of the share (Wilson 1927)."""
-        if not self.n:
-            return math.nan, math.nan
-        p, n = self.share, self.n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson(self.share, self.n)
 
 
 def resume_lines(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,8 +93,9 @@ def evaluate(
 
     With verify "none" there is nothing to judge: only the references' NLL is taken (n is 0).
     """
+    losses = reference_nll(model, chat, rows, arms, nll_file(out), settings)
     if verify == "none":
-        return {arm: Score(0, 0, 0, v) for arm, v in reference_nll(model, chat, rows, arms).items()}
+        return {arm: Score(0, 0, 0, v) for arm, v in losses.items()}
     verifier = get_verifier(verify)
     done = {(a["arm"], a["id"]): a for a in resume_lines(out, settings)}
     prompts = {row.id: chat.prompt_ids(row.messages[:-1]) for row in rows}
@@ -123,7 +120,6 @@ def evaluate(
                     file.write(line)
                     done[arm, row.id] = line
                     bar.update()
-    losses = reference_nll(model, chat, rows, arms)
     scores = {}
     for arm in arms:
         answers = [done[arm, row.id] for row in rows]
@@ -164,10 +160,27 @@ def adapter_hashes(paths: Sequence[str]) -> dict[str, str]:
     return {Path(p).resolve().name: sha256((Path(p) / file).read_bytes()) for p in paths}
 
 
-def reference_nll(model: Llama, chat: Chat, rows: Sequence[Row], arms: Arms) -> dict[str, float]:
-    """Nats per reference token (end token included) under each arm; sums are kept, no logits."""
-    sums, tokens = dict.fromkeys(arms, 0.0), 0
-    for row in progress(rows, desc="held-out NLL", unit="row"):
+def nll_file(out: Path) -> Path:
+    """Where the references' likelihoods lie, beside a file of answers."""
+    return out.with_name(out.name + ".nll.jsonl")
+
+
+def reference_nll(
+    model: Llama,
+    chat: Chat,
+    rows: Sequence[Row],
+    arms: Arms,
+    out: Path,
+    settings: dict[str, Any],
+) -> dict[str, float]:
+    """Nats per reference token (end token included) under each arm.
+
+    `out` keeps a line per arm and row (`nll` in nats, summed over `tokens`); those there are kept.
+    """
+    done = {(line["arm"], line["id"]): line for line in resume_lines(out, settings)}
+    todo = [row for row in rows if any((arm, row.id) not in done for arm in arms)]
+    asked = {}
+    for row in todo:
         prompt = chat.prompt_ids(row.messages[:-1])
         answer = [*chat.response_ids(row.reference), chat.end_id]
         if len(prompt) + len(answer) > model.config.max_position:
@@ -175,10 +188,21 @@ def reference_nll(model: Llama, chat: Chat, rows: Sequence[Row], arms: Arms) -> 
                 f"held-out row {row.id} has {len(prompt) + len(answer)} tokens, the model was made "
                 f"for {model.config.max_position}; leave it out"
             )
-        tokens += len(answer)
-        for arm, lora in arms.items():
-            sums[arm] += nll(model, prompt, answer, lora).double().sum().item()
-    return {arm: total / tokens for arm, total in sums.items()}
+        asked[row.id] = prompt, answer
+    with AppendedLines(out) as file:
+        for row in progress(todo, desc="held-out NLL", unit="row") if todo else ():
+            prompt, answer = asked[row.id]
+            for arm, lora in arms.items():
+                if (arm, row.id) not in done:
+                    nats = nll(model, prompt, answer, lora).double().sum().item()
+                    line = {"arm": arm, "id": row.id, "nll": nats, "tokens": len(answer)}
+                    file.write(line)
+                    done[arm, row.id] = line
+    found = {}
+    for arm in arms:
+        lines = [done[arm, row.id] for row in rows]
+        found[arm] = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
+    return found
 
 
 def summary(scores: dict[str, Score]) -> dict[str, Any]:

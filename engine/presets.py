@@ -105,9 +105,10 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -
     args = parser.parse_args(given)
     preset = {k: v for k, v in get_preset(args.preset).items() if hasattr(args, k)}
     if preset:
-        parser.set_defaults(**preset)
+        # as text, so that a flag that takes a list (a study's rates) reads it as one
+        parser.set_defaults(**{k: v if isinstance(v, bool) else str(v) for k, v in preset.items()})
         args = parser.parse_args(given)
-        said = (f"{k}={getattr(args, k)!r}" + " (typed)" * (getattr(args, k) != v)
+        said = (f"{k}={getattr(args, k)!r}" + " (typed)" * (str(getattr(args, k)) != str(v))
                 for k, v in preset.items())  # fmt: skip
         print(f"preset {args.preset}: {', '.join(said)}")
     return args

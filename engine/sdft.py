@@ -26,7 +26,7 @@ from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
 from engine.log import environment, table, write_json, write_text
 from engine.report.collect import answers, spaced, token_nll
 from engine.report.page import write_report
-from engine.retention import retention
+from engine.retention import retention, seed_answers
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
 from engine.session import DataConfig, Session, resolved
@@ -75,8 +75,8 @@ def run(
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
     rows = data.load()
-    held_out = _held_out(job, data, rows)
-    _encode(rows, session, encoding, "reference")  # a row that is too long stops here, not later
+    held_out = held_out_rows(data, rows, job.eval_data, job.eval_limit)
+    encode_rows(rows, session, encoding, "reference")  # a row that is too long stops here
     seconds: dict[str, float] = {}
 
     # 1. distillation
@@ -102,7 +102,7 @@ def run(
     shown: dict[str, list[Example]] = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         begun = time.perf_counter()
-        examples = _encode(report.lines, session, encoding, target, training.seed)
+        examples = encode_rows(report.lines, session, encoding, target, training.seed)
         shown[arm] = spaced(examples, job.report_rows)
         arms[arm], trainings[arm] = train(
             model,
@@ -133,20 +133,15 @@ def run(
     # 5. everything else
     begun = time.perf_counter()
     greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.retention_max_new)
-    drift = retention(
-        model,
-        chat,
-        arms,
-        out / "retention.jsonl",
-        greedy,
-        base | {"max_new": job.retention_max_new},
-    )
+    asked = session.settings | {"max_new": job.retention_max_new}
+    said = seed_answers(model, chat, out / "seed_answers.jsonl", greedy, asked)
+    asked = base | {"max_new": job.retention_max_new}
+    drift = retention(model, said, arms, out / "retention.jsonl", asked)
     seconds["retention"] = time.perf_counter() - begun
 
     # 6. what else the report shows
     begun = time.perf_counter()
     token_nll(model, chat.tokenizer, shown["sft"], shown["sdft"], out / "tokens.jsonl", base)
-    asked = base | {"max_new": job.retention_max_new}
     answers(model, chat, arms, out, held_out or [], job.report_answers, greedy, asked)
     seconds["report"] = time.perf_counter() - begun
     seconds["all"] = time.perf_counter() - started
@@ -172,11 +167,13 @@ def run(
     return result
 
 
-def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
-    """The held-out rows; ValueError where one of them is trained on."""
-    if job.eval_data is None:
+def held_out_rows(
+    data: DataConfig, rows: Sequence[Row], file: str | None, limit: int | None
+) -> Any:
+    """The held-out rows of a file; ValueError where one of them is trained on."""
+    if file is None:
         return None
-    held_out = dataclasses.replace(data, data=job.eval_data, limit=job.eval_limit).load()
+    held_out = dataclasses.replace(data, data=file, limit=limit).load()
     asked = {str(row.messages[:-1]) for row in rows}
     both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
     if both:
@@ -187,13 +184,14 @@ def _held_out(job: SdftConfig, data: DataConfig, rows: Sequence[Row]) -> Any:
     return held_out
 
 
-def _encode(
+def encode_rows(
     rows: Sequence[Row] | Sequence[Distilled],
     session: Session,
     encoding: EncodeConfig,
     target: str,
     seed: int = 0,
 ) -> list[Example]:
+    """Examples whose answers are the `target`, with what was encoded said."""
     examples, counts = encode(
         rows,
         session.chat,

@@ -94,7 +94,7 @@ class Validator:
             kl = same = tokens = 0.0
             for ids, start in self.answers:
                 seed, tuned = (hidden_states(self.model, ids, start, a) for a in (None, lora))
-                more, agree = compare(self.model, seed, tuned)
-                kl, same, tokens = kl + more, same + agree, tokens + len(seed)
+                drift = compare(self.model, seed, tuned, ids[start:])
+                kl, same, tokens = kl + drift.kl, same + drift.agree, tokens + len(seed)
             found += [kl / tokens, same / tokens]
         return found

@@ -3,6 +3,7 @@
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
     python scripts/retention.py ... --data prompts.json     on your own prompts
+    python scripts/retention.py ... --similarity            how alike are the answers themselves
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, SamplerConfig, max_new_tokens=96)
     parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
     parser.add_argument("--data", help="file of prompts (default: the 64 of this project)")
+    parser.add_argument(
+        "--similarity", action="store_true", help="embed the tuned models' own answers too"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSONL file, a line per prompt")
     return parser.parse_args()
 
@@ -37,6 +41,7 @@ def main() -> None:
         args.out,
         from_flags(SamplerConfig, args),
         args.data,
+        similar=args.similarity,
     )
 
 

@@ -441,7 +441,8 @@ def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
     assert validator.names == ["nll", "kl", "agreement"]
     lora = Lora.init(model, modules="all")
     nll, kl, agreement = validator(lora)
-    (want,) = reference_nll(model, chat, load_rows(held_out), {"x": None}).values()
+    rows = load_rows(held_out)
+    (want,) = reference_nll(model, chat, rows, {"x": None}, tmp_path / "nll", {}).values()
     assert nll == pytest.approx(want, rel=1e-6) and abs(kl) < 1e-6 and agreement == 1.0
     lora.params.add_(0.1)
     nll, kl, agreement = validator(lora)

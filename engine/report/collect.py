@@ -120,8 +120,7 @@ def answers(
             ids = [*prompt, *seed["ids"], *([chat.end_id] if seed["finish"] == "stop" else [])]
             before = hidden_states(model, ids, len(prompt), None)
             for arm in todo:
-                kl, same = compare(
-                    model, before, hidden_states(model, ids, len(prompt), tuned[arm])
-                )
-                line = {"arm": arm, "id": row.id, "kl": kl, "agree": same, "tokens": len(before)}
-                file.write(line)
+                after = hidden_states(model, ids, len(prompt), tuned[arm])
+                drift = compare(model, before, after, ids[len(prompt) :])
+                line = {"arm": arm, "id": row.id, "kl": drift.kl, "agree": drift.agree}
+                file.write(line | {"tokens": len(before)})

@@ -1,0 +1,58 @@
+"""Seed, SFT and SDFT over settings and training seeds: target against retention, with intervals.
+
+    python scripts/pareto.py --model MODEL_DIR --data train.json --eval-data test.json \\
+        --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
+    python scripts/pareto.py ... --rows-list 200,500,1000     how many rows it takes
+    python scripts/pareto.py --preset yang2024-gsm8k ...      under the paper's settings
+
+The first value of every list is the middle of the study, the others are tried one list at a time;
+--grid takes every combination. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.distill import PAPER_SAMPLING, DistillConfig
+from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.presets import parse
+from engine.sampler import SamplerConfig
+from engine.session import DataConfig, ModelConfig, Session
+from engine.study import StudyConfig, study
+from engine.train import EncodeConfig, TrainConfig
+from model.lora import LoraConfig
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_flags(parser, ModelConfig)
+    add_flags(parser, DataConfig)
+    add_flags(parser, StudyConfig)
+    add_flags(parser, DistillConfig)
+    add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
+    add_flags(parser, EncodeConfig, {"target", "mix"})
+    add_flags(parser, TrainConfig, {"lr"})
+    add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
+    return parse(parser)
+
+
+def main() -> None:
+    args = parse_args()
+    study(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args),
+        from_flags(StudyConfig, args),
+        from_flags(DistillConfig, args),
+        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+        from_flags(EncodeConfig, args, mix=0.0),
+        from_flags(TrainConfig, args, lr=TrainConfig.lr),
+        from_flags(LoraConfig, args, rank=LoraConfig.rank, alpha=LoraConfig.alpha),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
