@@ -74,11 +74,13 @@ class Controller:
     (products; attention, where the widest row sets the width), fitted to the steps so far with
     older ones fading. A guess at depth j of a row whose match is m holds with the share seen at
     (m, j). For each width the guesses likeliest to be reached are taken while tokens per second
-    rise; the best width wins.
+    rise; the best width wins, if it promises GAIN: the fit is no better than that, and at full
+    rows, where computing is what a step costs, drafts that promised less lost (measured).
     """
 
     FADE = 0.98  # per step: what was 50 steps ago counts a third
     PRIOR = 4.0  # tries at which experience weighs as much as the first opinion below
+    GAIN = 1.1
     WIDTHS = (1, 2, 3, 5, 8, 1 + LONGEST)
 
     def __init__(self) -> None:
@@ -115,7 +117,7 @@ class Controller:
         slots.sort()
         a, b, c = np.linalg.lstsq(self.products, self.seconds, rcond=1e-9)[0].tolist()
         a, b, c = max(a, 1e-9), max(b, 0.0), max(c, 0.0)
-        best, keep = rows / (a + (b + c) * rows), []
+        best, keep = self.GAIN * rows / (a + (b + c) * rows), []
         for width in self.WIDTHS[1:]:
             fixed, expected = a + c * rows * width, float(rows)
             inside = [slot for slot in slots if slot[1] + 1 < width]
