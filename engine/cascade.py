@@ -2,7 +2,7 @@
 
     unguided:2,guided:2,cooler:1
 
-    unguided   the plain prompt: the model answers without having seen the reference
+    unguided   the plain prompt and no forced beginning: the model has not seen the reference
     guided     the template shows it the reference (the paper's one way)
     cooler     guided, at half the temperature
 

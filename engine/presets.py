@@ -30,6 +30,7 @@ marked (x), which change what is trained on (`select.PAPER`, `verifiers.PUBLISHE
     long examples      lose the ends of prompt and answer in proportion at 1,024 tokens there; here
                        only the answer's end goes (--truncate, counted), never a prompt's
     the ids trained    a rewrite is encoded again from its text there; here the sampled ids are used
+    prefix's space     the one at its end is sampled here, with the word that follows
     alpaca turns       an earlier answer is closed by the end token here, in sampling and training
     micro-batches      2 x 4 accumulated there, each mean over its own tokens; here a step's loss is
                        the mean over the tokens of all its 8 rows

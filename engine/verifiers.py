@@ -319,7 +319,14 @@ PUBLISHED = {"number": "paper_number", "call": "paper_call", "code": "paper_code
 
 @lru_cache(maxsize=64)
 def get_verifier(name: str) -> Verifier:
-    """The verifier of that name; ValueError where there is none, or it cannot be one."""
+    """The verifier of that name; ValueError where there is none, or it cannot be one.
+
+    OSError for `code` on a system that cannot contain programs.
+    """
+    if name == "code":
+        from engine.sandbox import run_program
+
+        run_program("pass")  # now, and not when the first rewrite is there
     if name in VERIFIERS:
         return VERIFIERS[name]
     kind, colon, rest = name.partition(":")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import engine.distill as module
-from engine.cascade import Stage, check_temperature, parse_cascade
+from engine.cascade import Asking, Candidate, Stage, Turn, check_temperature, parse_cascade
 from engine.data import KEPT, Row, encode, load_distilled, load_rows
 from engine.distill import DistillConfig, distill
 from engine.sampler import Request, Sampler, SamplerConfig
@@ -144,6 +144,42 @@ def test_each_line_tells_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_pat
         assert f"{stage}: {decided} of {len(asked)} turns decided by {total} tries (" in text
         assert all(f"{status} {n}" in text for status, n in counts.items())
     assert f"reference: {sum(line.stage == 'reference' for line in lines)} turns" in text
+
+
+def test_candidates_are_weighed_under_the_whole_plain_prompt_with_the_end_token(tiny):
+    _, chat = load(tiny)
+    turn = Turn.first(conversation()).next("Mine.")
+    seen = []
+
+    class Spy:
+        class owner:
+            class config:
+                max_position = len(chat.prompt_ids(turn.context)) + 4
+
+        def losses(self, batch):
+            seen.extend(batch)
+            nats = {4: [3.0, 1.0], 5: [1.0, 3.0], 6: [2.5, 2.5, 2.5], 8: [0.0, 0.0, 4.0]}
+            return [[nats[a[0]] if a else [] for a in asked.answers] for asked in batch]
+
+    def choice(*tries):
+        asking = Asking(turn, [Stage("guided", len(tries))])
+        for n, (ids, fit) in enumerate(tries):
+            status = "accepted" if fit else "empty"
+            asking.add(Candidate(n, ids, "", status, "stop", 1, fit))
+        won = asking.winner(chat, Spy())
+        return won and won.ids
+
+    a, b, c, long, d = [4], [5], [6, 6], [7] * 4, [8, 8]
+    assert choice((a, True), (b, True)) == a, "the first of equals"
+    assert choice((c, True), (b, True), (a, True)) == b, "means per token"
+    assert choice((c, True), (d, True), (b, False)) == d
+    assert choice((long, True), (c, True)) == c, "no room for it behind the plain prompt"
+    before = len(seen)
+    assert choice((a, False), (b, True)) == b and choice((a, False)) is None
+    assert len(seen) == before, "one fit try needs no weighing"
+    assert all(asked.prompt == chat.prompt_ids(turn.context) for asked in seen)
+    assert [m["content"] for m in turn.context] == ["Question 0?", "Mine.", "Question 1?"]
+    assert seen[0].answers == [[4, chat.end_id], [5, chat.end_id]] and seen[3].answers[0] == []
 
 
 def test_choose_first_takes_the_first(tiny, tmp_path, by_chance):

@@ -85,6 +85,13 @@ def test_code(text, reason, monkeypatch):
     assert get_verifier("code")(row("see the tests", TESTS), text) == (reason == "ok", reason)
 
 
+def test_code_is_refused_at_once_where_programs_cannot_be_contained(monkeypatch):
+    get_verifier.cache_clear()
+    monkeypatch.setattr("platform.machine", lambda: "s390x")
+    with pytest.raises(OSError, match="need the sandbox"):
+        get_verifier("code")
+
+
 def test_where_the_tests_of_code_come_from(tmp_path):
     verify = get_verifier("code")
     own = (

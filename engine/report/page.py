@@ -199,8 +199,9 @@ def _facts(run: Run) -> Html:
         "Model": f"{s['ModelConfig.model']}, {model.get('parameters', 0) / 1e6:.0f} M parameters",
         "Data": f"{s['DataConfig.data']}, {counts}",
         "Held out": str(s["SdftConfig.eval_data"] or "none"),
-        "Rewrites": f"template {s['DistillConfig.template']}, verified by "
-        f"{s['DistillConfig.verify']}, {sampling}",
+        "Rewrites": f"template {s['DistillConfig.template']}, cascade "
+        f"{s.get('DistillConfig.cascade', 'guided:1')}, verified by {s['DistillConfig.verify']}, "
+        f"{sampling}{', as published' if s.get('DistillConfig.paper_exact') else ''}",
         "LoRA": f"{lora} on {s['LoraConfig.modules']}",
         "Training": training,
         "Operations": f"table {model.get('ops', '?')}, {model.get('dtype', '?')} on "
