@@ -5,6 +5,7 @@
         --data test.json --verify number --out eval.jsonl
     python scripts/evaluate.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --task gsm8k --task humaneval --tasks-dir DATA_DIR --out runs/tasks
+    python scripts/evaluate.py --model MODEL_DIR --lm-eval arc_easy,winogrande --out runs/knowledge
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.evaluate import evaluate_job
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.harness import HarnessConfig, harness_job
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 from engine.tasks import TaskConfig, tasks_job
@@ -27,23 +29,29 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig, data=None)
     add_flags(parser, TaskConfig)
+    add_flags(parser, HarnessConfig)
     add_flags(parser, SamplerConfig)
     parser.add_argument("--adapter", action="append", default=[], help="adapter directory (PEFT)")
     parser.add_argument("--verify", default="number", help="none | number | call")
     parser.add_argument(
-        "--out", type=Path, required=True, help="JSONL file of the answers; with --task a directory"
+        "--out",
+        type=Path,
+        required=True,
+        help="JSONL file of the answers; with --task, --lm-eval a directory",
     )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    if bool(args.data) == bool(args.task):
-        raise ValueError("give either --data FILE (rows and a verifier) or --task NAME")
+    if [args.data, args.task, args.lm_eval].count(None) != 2:
+        raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
     session = Session.open(from_flags(ModelConfig, args))
     sampling = from_flags(SamplerConfig, args)
     if args.task:
         tasks_job(session, from_flags(TaskConfig, args), args.adapter, args.out, sampling)
+    elif args.lm_eval:
+        harness_job(session, from_flags(HarnessConfig, args), args.adapter, args.out, sampling)
     else:
         rows = from_flags(DataConfig, args).load()
         evaluate_job(session, rows, args.verify, args.adapter, args.out, sampling)

@@ -586,7 +586,7 @@ def test_the_script(model_dir, session, data, tmp_path):
     assert "cut short by the token limit: gsm8k seed" in said
     assert script(*args).splitlines()[-5:] == said.splitlines()[-5:]
     said = script("--model", model_dir, "--out", tmp_path / "x", code=2)
-    assert "give either --data FILE" in said and "Traceback" not in said
+    assert "give one of --data FILE" in said and "Traceback" not in said
 
 
 def test_a_few_rows_of_each_task_on_the_real_model(sandboxed, smollm2_dir, shared_data, tmp_path):
