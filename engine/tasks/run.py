@@ -62,6 +62,28 @@ class TaskConfig:
     samples: int = 1  # answers per item; several need a temperature
     paper: bool = False  # the paper's prompts, chat formats and decoding instead of the model's own
 
+    def check(self) -> None:
+        """ValueError where a task or its data are not to be had."""
+        if self.task:
+            load_tasks(self.task, self.files(), self.tasks_dir, self.paper, self.task_limit)
+
+    def run(self, session: Session, arms: Arms, out: Path, sampling: SamplerConfig) -> Scores:
+        """`run_tasks` as configured; nothing where no task is named."""
+        if not self.task:
+            return {}
+        return run_tasks(
+            session,
+            arms,
+            self.task,
+            out,
+            sampling,
+            files=self.files(),
+            tasks_dir=self.tasks_dir,
+            paper=self.paper,
+            samples=self.samples,
+            limit=self.task_limit,
+        )
+
     def files(self) -> dict[str, Path]:
         """--task-data by task; ValueError where one is not NAME=FILE."""
         found = {}
@@ -98,34 +120,47 @@ def run_tasks(
     kept. ValueError for what a user can put right; Unprotected where programs cannot be contained.
     """
     session.alone("evaluation")
-    if not names or set(names) - set(TASKS):
-        raise ValueError(f"tasks {list(names)}: wanted some of {', '.join(TASKS)}")
+    loaded = load_tasks(names, files or {}, tasks_dir, paper, limit)
     if samples < 1 or (samples > 1 and sampling.temperature == 0 and not paper):
         raise ValueError(
             f"samples {samples} at temperature {sampling.temperature}: greedy answers are all the "
             "same; give --temperature, or one sample"
         )
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit}: at least 1 is wanted")
     sampling.check()
-    loaded = {}
-    for name in dict.fromkeys(names):
-        items, digest = TASKS[name].load(_file(TASKS[name], files or {}, tasks_dir), paper)
-        loaded[name] = items[:limit], digest
-    if HUMANEVAL.name in loaded:
-        run_program("pass")  # says now what cannot be contained, not behind an hour of sampling
     results: Scores = {}
     for name, (items, digest) in loaded.items():
         task = TASKS[name]
-        lines = _answer(session, arms, task, items, digest, out, sampling, paper, samples)
+        each = 1 if paper and task.paper_greedy else samples
+        lines = _answer(session, arms, task, items, digest, out, sampling, paper, each)
         results[name] = {
-            arm: _arm_scores(task, items, arm, "seed" in arms, lines, samples) for arm in arms
+            arm: _arm_scores(task, items, arm, "seed" in arms, lines, each) for arm in arms
         }
         for arm in arms if task.export else ():
             first = {item.id: lines[arm, item.id, 0] for item in items}
             print(f"{name}: {task.export(items, first, arm, out)}")
     write_json(out / "scores.json", results)
     return results
+
+
+def load_tasks(
+    names: Sequence[str],
+    files: Mapping[str, Path],
+    tasks_dir: str | Path | None,
+    paper: bool,
+    limit: int | None,
+) -> dict[str, tuple[list[Item], str]]:
+    """Items and data hash of every task; ValueError for what cannot be answered or judged here."""
+    if not names or set(names) - set(TASKS):
+        raise ValueError(f"tasks {list(names)}: wanted some of {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: at least 1 is wanted")
+    loaded = {}
+    for name in dict.fromkeys(names):
+        items, digest = TASKS[name].load(_file(TASKS[name], files, tasks_dir), paper)
+        loaded[name] = items[:limit], digest
+    if HUMANEVAL.name in loaded:
+        run_program("pass")  # says now what cannot be contained, not behind an hour of sampling
+    return loaded
 
 
 def _file(task: Task, files: Mapping[str, Path], tasks_dir: str | Path | None) -> Path | None:
@@ -301,17 +336,6 @@ def tasks_job(
 ) -> Scores:
     """Score the seed and the adapters on tasks, print the table."""
     arms: Arms = {"seed": None, **session.adapters(adapters)}
-    scores = run_tasks(
-        session,
-        arms,
-        config.task,
-        out,
-        sampling,
-        files=config.files(),
-        tasks_dir=config.tasks_dir,
-        paper=config.paper,
-        samples=config.samples,
-        limit=config.task_limit,
-    )
+    scores = config.run(session, arms, out, sampling)
     print(f"{text(scores)}\nanswers: {out}")
     return scores
