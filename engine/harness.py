@@ -202,10 +202,12 @@ def _line(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """What is kept of the harness's answer: its figures, and each question's right or wrong."""
     figures = found["results"].get(name) or found["groups"][name]
     metrics = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    samples = [one for part in sorted(found["samples"]) for one in found["samples"][part]]
-    judged = [one.get("acc") for one in samples]
+    # A question stands there once for each of the task's answer filters.
+    parts = found["samples"]
+    each = {(part, one["doc_id"]): one for part in sorted(parts) for one in parts[part]}
+    judged = [one.get("acc") for one in each.values()]
     right = [bool(v) for v in judged] if set(judged) <= {0, 1} else None
-    return {"n": len(samples), "metrics": metrics, "right": right}
+    return {"n": len(each), "metrics": metrics, "right": right}
 
 
 def _text(results: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -199,7 +199,7 @@ def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
 def test_figures_and_their_comparison():
     found = {
         "results": {"x": {"alias": "x", "acc,none": 0.75, "acc_stderr,none": 0.2}},
-        "samples": {"x": [{"acc": 1.0}, {"acc": 0.0}, {"acc": 1.0}, {"acc": 1.0}]},
+        "samples": {"x": [{"doc_id": i, "acc": v} for i, v in enumerate((1.0, 0.0, 1.0, 1.0))]},
     }
     line = _line("x", found)
     assert line == {"n": 4, "metrics": {"acc,none": 0.75, "acc_stderr,none": 0.2},
@@ -208,5 +208,5 @@ def test_figures_and_their_comparison():
     arms = {"seed": line, "tuned": worse}
     assert _cell(arms, "seed", "acc,none") == "75.0% (30.1-95.4)"
     assert _cell(arms, "tuned", "acc,none") == "0.0% (0.0-49.0), p 0.250"
-    partly = {"results": found["results"], "samples": {"x": [{"acc": 0.3}]}}
-    assert _line("x", partly)["right"] is None
+    partly = {"results": found["results"], "samples": {"x": [{"doc_id": 0, "acc": 0.3}] * 2}}
+    assert (_line("x", partly)["right"], _line("x", partly)["n"]) == (None, 1)
