@@ -101,7 +101,7 @@ def score(
                     total=len(todo), desc="score", unit="row", disable=not file.world.first
                 ) as bar,
             ):
-                for batch in _batches(asked_for):
+                for batch in batches(asked_for):
                     for asked, losses in zip(batch, scorer.losses(batch), strict=True):
                         file.write(_record(asked, losses))
                         means.scored += sum(len(values) for values in losses)
@@ -133,7 +133,7 @@ def _asked(model: Llama, chat: Chat, line: Distilled) -> Asked:
     return Asked(line.id, prompt, [a if len(a) <= room else [] for a in answers])
 
 
-def _batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+def batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
     """Lines to score together: up to TOKENS tokens, never a part of a line."""
     batch: list[Asked] = []
     total = 0
@@ -166,12 +166,18 @@ class Scorer:
     why). The model lends its matrices inside `with`.
     """
 
-    def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], page_size: int = 64) -> None:
-        self.owner, self.page_size = model, page_size
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        page_size: int = 64,
+        lora: Lora | None = None,
+    ) -> None:
+        self.owner, self.page_size, self.adapter = model, page_size, lora
         self.prefix = common_prefix(prompts)
 
     def __enter__(self) -> Scorer:
-        self.model, _ = self.owner.for_sampling(release=True)
+        self.model, self.lora = self.owner.for_sampling(self.adapter, release=True)
         m = self.model
         self.cache = KVCache(m.config, 1, self.page_size, m.device, m.dtype)
         self.shared: list[int] = []  # pages of the prefix
@@ -186,6 +192,11 @@ class Scorer:
 
     def losses(self, batch: Sequence[Asked]) -> list[list[list[float]]]:
         """Nats of every token of every answer."""
+        judged = self.judged(batch)
+        return [[[nats for nats, _ in answer] for answer in answers] for answers in judged]
+
+    def judged(self, batch: Sequence[Asked]) -> list[list[list[tuple[float, bool]]]]:
+        """Of every token of every answer its nats, and whether it is the likeliest of all."""
         # 1. prompts, each with its first answer behind it; the last token predicts nothing
         known = [shared_tokens(self.prefix, asked.prompt) for asked in batch]
         rows = [[*asked.prompt, *asked.answers[0][:-1]] for asked in batch]
@@ -216,10 +227,10 @@ class Scorer:
                     own = h[1:] if n == 0 else next(more) if len(answer) > 1 else h[:0]
                     states += [h[:1], own[: len(answer) - 1]]
                     targets += answer
-        nats = iter(self._nats(torch.cat(states), targets) if targets else [])
+        found = iter(self._judge(torch.cat(states), targets) if targets else [])
         for pages in (*tables, *copies):
             self.cache.give_back(pages)
-        return [[[next(nats) for _ in answer] for answer in asked.answers] for asked in batch]
+        return [[[next(found) for _ in answer] for answer in asked.answers] for asked in batch]
 
     def _pages(self, tokens: Sequence[int]) -> list[list[int]]:
         """Pages for rows of so many tokens."""
@@ -241,15 +252,17 @@ class Scorer:
         wanted = [range(starts[i] + skip[i], starts[i + 1]) for i in range(len(new))]
         index = torch.tensor([t for span in wanted for t in span], device=m.device)
         tokens = torch.tensor([t for row in new for t in row], device=m.device)
-        hidden = m.forward(tokens, cached, cache=self.cache, wanted=index)
+        hidden = m.forward(tokens, cached, lora=self.lora, cache=self.cache, wanted=index)
         return list(hidden.split([len(span) for span in wanted]))
 
-    def _nats(self, hidden: Tensor, targets: Sequence[int]) -> list[float]:
-        """-log p of every target, HEAD_ROWS rows of logits at a time."""
-        found: list[float] = []
+    def _judge(self, hidden: Tensor, targets: Sequence[int]) -> list[tuple[float, bool]]:
+        """-log p of every target and whether it is on top, HEAD_ROWS rows of logits at a time."""
+        nats: list[float] = []
+        top: list[bool] = []
         wanted = torch.tensor(targets, device=hidden.device)[:, None]
         for h, t in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
             logits = self.model.head(h)
             logprobs = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
-            found += logprobs.gather(1, t)[:, 0].neg().double().tolist()
-        return found
+            nats += logprobs.gather(1, t)[:, 0].neg().double().tolist()
+            top += (logits.argmax(-1) == t[:, 0]).tolist()
+        return list(zip(nats, top, strict=True))
