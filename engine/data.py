@@ -15,7 +15,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,10 +62,11 @@ class Distilled:
     response_ids: list[int]  # as sampled, without the end token
     target: str  # the response where `status` is in KEPT, else the reference
     status: str  # one of KEPT, or why the response was rejected
-    stage: str
+    stage: str  # of the cascade that wrote the target; "reference" where none did
     finish: str  # one of FINISHES
     prompt_tokens: int  # of the prompt that was sampled from
     response_tokens: int  # == len(response_ids)
+    tries: dict[str, list[str]] = field(default_factory=dict)  # by stage, what became of each
 
 
 def is_distilled(path: str | Path) -> bool:
@@ -106,10 +107,11 @@ def _distilled(record: object) -> Distilled:
     if isinstance(record, ValueError):
         raise record
     names = [field.name for field in fields(Distilled)]
-    if not isinstance(record, dict) or record.keys() != set(names):
+    if not isinstance(record, dict) or record.keys() | {"tries"} != set(names):
         got = ", ".join(record) if isinstance(record, dict) else kind(record)
         raise ValueError(f"wanted the fields {', '.join(names)}; got {got}")
     kinds = {"messages": list, "response_ids": list, "prompt_tokens": int, "response_tokens": int}
+    kinds["tries"] = dict
     for name, value in record.items():
         if type(value) is not kinds.get(name, str):  # `type`, since to isinstance a bool is an int
             raise ValueError(f"{name!r} is {kind(value)}, wanted {kinds.get(name, str).__name__}")
@@ -128,6 +130,9 @@ def _distilled(record: object) -> Distilled:
             f"among {', '.join(FINISHES)}"
         )
     message("assistant", line.reference, "reference")
+    for stage, statuses in line.tries.items():
+        if not isinstance(statuses, list) or not all(isinstance(s, str) for s in statuses):
+            raise ValueError(f"'tries' of {stage!r}: wanted a list of statuses")
     kept = line.status in KEPT
     if kept and not line.response_ids:
         raise ValueError(f"status {line.status!r}, but 'response_ids' is empty")
@@ -172,6 +177,7 @@ class EncodeCounts:
     from_response: int = 0  # examples made of sampled ids; the others are encoded references
     truncated: int = 0  # cut from the answer's end to fit max_length, so without end token
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
+    glued: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
     special: int = 0  # their text spells a special token, encoded as plain text
 
@@ -183,6 +189,7 @@ class _Turn:
     text: str
     ids: list[int] | None = None  # sampled; None: encode the text
     ends: bool = True
+    glued: bool = False  # it ends where the sampler's limit cut it, and is trained to end there
     mixed: bool = False  # a rewrite that gave way to its reference
 
 
@@ -208,8 +215,9 @@ def encode(
     mix         share of the kept rewrites of "target" that give way to their reference, drawn by
                 row id and `seed`; the contexts stay as they are
 
-    A response that hit the sampler's token limit ("response" only) gets no end token: a model must
-    not learn to stop there. An answer without a token raises ValueError.
+    A response that hit the sampler's token limit gets no end token: a model must not learn to stop
+    there. (Selection keeps none such, but under --paper-exact, which wants them with an end token,
+    as published: counted.) An answer without a token raises ValueError.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; wanted one of {', '.join(TARGETS)}")
@@ -244,6 +252,7 @@ def encode(
         counts.response_tokens += len(answer)
         counts.from_response += turn.ids is not None
         counts.unfinished += not turn.ends
+        counts.glued += turn.glued
         counts.mixed += turn.mixed
         said = {"role": "assistant", "content": turn.text}
         counts.special += chat.spells_special([*turn.messages, said])
@@ -273,8 +282,10 @@ def _turns(
         elif target == "target" and row.status in KEPT and _drawn(row.id, seed) < mix:
             yield _Turn(row.id, row.messages, row.reference, mixed=True)
         elif target == "response" or (target == "target" and row.status in KEPT):
-            ends = row.finish != "length" or row.status == "identical"
-            yield _Turn(row.id, row.messages, row.response, row.response_ids, ends)
+            cut = row.finish == "length" and row.status != "identical"
+            glued = cut and row.status in KEPT
+            ends = glued or not cut
+            yield _Turn(row.id, row.messages, row.response, row.response_ids, ends, glued)
         elif target == "target":
             yield _Turn(row.id, row.messages, row.reference)
         else:

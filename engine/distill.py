@@ -4,10 +4,11 @@
     response ~ seed model                           status = select.judge(response)
     target = response where accepted, else the reference
 
-One line per assistant turn goes to FILE as soon as it is written (resumed.py); a killed run is
-resumed from there. In a conversation the next turn is asked for with the earlier targets as
-context. When all turns are there the file is put into the order of the data, so that it does not
-tell how many rows or processes ran together or how often the run was killed.
+One such try for every turn, or a cascade of them (cascade.py). One line per assistant turn goes to
+FILE as soon as it is decided (resumed.py); a killed run is resumed from there. In a conversation
+the next turn is asked for with the earlier targets as context. When all turns are there the file is
+put into the order of the data, so that it does not tell how many rows or processes ran together or
+how often the run was killed.
 
     FILE             data.Distilled, one JSON object per line; texts without the space around them
     FILE.meta.json   settings, hashes of model and data
@@ -19,19 +20,31 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.cascade import (
+    REFERENCE,
+    Asking,
+    Candidate,
+    Stage,
+    Turn,
+    check_temperature,
+    parse_cascade,
+)
 from engine.data import KEPT, Distilled, Row, Rows
 from engine.distributed import World
 from engine.log import progress
 from engine.process import Interruption
 from engine.resumed import ResumedLines
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
-from engine.score import Means, score
-from engine.select import get_verifier, judge
+from engine.score import Means, Scorer, score
+from engine.select import OURS, PAPER, Rules, judge
 from engine.session import Session
+from engine.templates import TEMPLATES, prompt
+from engine.verifiers import PUBLISHED, get_verifier
 from model.chat import Chat
 from model.llama import Llama
 
@@ -40,46 +53,42 @@ LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly
 
 
 @dataclass(frozen=True)
-class Template:
-    """How a reference is shown to the model (paper.md 1.2)."""
-
-    system: str  # the sentence that says what to do
-    between: str  # what stands between the user's text and the reference
-    prefix: str = ""  # the beginning of the assistant's answer; it becomes part of the target
-    inline: bool = False  # the sentence stands in the user's message, under Alpaca headers
-
-
-_USING = (
-    "Below are an instruction that describes a task along with a reference answer. Using the "
-    "reference answer as a guide, write your own response."
-)
-_REFER = _USING.replace(
-    "Using the reference answer as a guide,", "Refer to the reference answer and"
-)
-_GSM8K = (
-    "You are an expert in math. Below are a math question and its reference answer. Refer to the "
-    "reference answer and write a response that appropriately answers the question."
-)
-TEMPLATES = {
-    "using": Template(_USING, "\n\n### Reference Answer:\n", inline=True),
-    "refer": Template(_REFER, "\n\n### Reference Answer:\n", inline=True),
-    "gsm8k": Template(_GSM8K, "\n\n", "Great! Let's think step by step. "),
-}
-
-
-@dataclass(frozen=True)
 class DistillConfig:
     """What is asked of the seed model and what is accepted."""
 
     template: str = "using"  # using | refer | gsm8k: how the reference is shown
-    verify: str = "none"  # none | number | call: what a rewrite must have kept
+    verify: str = "none"  # what a rewrite must keep: none | number | call | code | ... (README)
+    cascade: str = "guided:1"  # tries, as unguided:2,guided:2,cooler:1; the reference comes last
+    choose: str = "likelihood"  # likelihood | first: which of several fit tries is taken
     max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
+    paper_exact: bool = False  # also the published code's defects that change results
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return parse_cascade(self.cascade)
+
+    @property
+    def rules(self) -> Rules:
+        return PAPER if self.paper_exact else OURS
+
+    @property
+    def verifier(self) -> str:
+        """The verifier's name: the published one of the same purpose under paper_exact."""
+        return PUBLISHED.get(self.verify, self.verify) if self.paper_exact else self.verify
 
     def check(self) -> None:
         """ValueError for names and numbers that are not known."""
         if self.template not in TEMPLATES:
             raise ValueError(f"template {self.template!r}: one of {', '.join(TEMPLATES)} is wanted")
         get_verifier(self.verify)
+        if self.choose not in ("likelihood", "first"):
+            raise ValueError(f"choose {self.choose!r}: likelihood or first is wanted")
+        stages = self.stages
+        if self.paper_exact and stages != parse_cascade("guided:1"):
+            raise ValueError(
+                f"paper_exact with cascade {self.cascade!r}: the published code asks once, shown "
+                "the reference; leave out one of the two"
+            )
         if self.max_new_tokens != "auto" and not (
             self.max_new_tokens.isdecimal() and int(self.max_new_tokens) > 0
         ):
@@ -92,57 +101,6 @@ class DistillConfig:
         return max(128, 64 + 3 * reference_tokens)
 
 
-def prompt(
-    chat: Chat, template: Template, context: Sequence[dict[str, str]], reference: str
-) -> list[dict[str, str]]:
-    """The conversation that asks for a rewrite: `context` ends with the user's message.
-
-    In the `alpaca` chat format the template's sentence replaces the format's own, which gives the
-    paper's raw form; elsewhere that form is what the user says.
-    """
-    *earlier, last = context
-    user = last["content"] + template.between + reference
-    system = [m["content"] for m in earlier if m["role"] == "system"]
-    earlier = [m for m in earlier if m["role"] != "system"]
-    if template.inline and chat.name != "alpaca":
-        user = f"{template.system}\n\n### Instruction:\n{user}\n\n### Response:\n"
-    else:
-        system = [*system, template.system]
-    head = [{"role": "system", "content": "\n\n".join(system)}] if system else []
-    return [*head, *earlier, {"role": "user", "content": user}]
-
-
-@dataclass
-class Turn:
-    """One assistant turn on its way."""
-
-    row: Row
-    number: int  # which of the row's assistant turns
-    context: list[dict[str, str]]  # earlier answers replaced by their targets
-
-    @property
-    def id(self) -> str:
-        return f"{self.row.id}/{self.number}"
-
-    @property
-    def reference(self) -> str:
-        return self.row.messages[self.row.turns[self.number]]["content"]
-
-    def next(self, target: str) -> Turn | None:
-        """The row's next turn, once this one's target is known."""
-        if self.number + 1 == len(self.row.turns):
-            return None
-        here, there = self.row.turns[self.number : self.number + 2]
-        answer = {"role": "assistant", "content": target}
-        between = self.row.messages[here + 1 : there]
-        return Turn(self.row, self.number + 1, [*self.context, answer, *between])
-
-    @classmethod
-    def first(cls, row: Row) -> Turn:
-        """A row's first assistant turn."""
-        return cls(row, 0, list(row.messages[: row.turns[0]]))
-
-
 @dataclass
 class DistillReport:
     """What is in the file, and what this process did."""
@@ -151,6 +109,7 @@ class DistillReport:
     stats: SamplerStats
     seconds: float  # of generation in this process
     written: int  # lines written in this process
+    cut_at: int = 0  # tokens at which prompts lost their end (Rules.cut_prompts)
 
     @property
     def counts(self) -> Counter[str]:
@@ -161,12 +120,32 @@ class DistillReport:
         """Share of targets that are not the reference."""
         return sum(line.target != line.reference for line in self.lines) / max(1, len(self.lines))
 
+    def stages(self) -> Iterator[str]:
+        """What every stage of a cascade was asked and gave; nothing for one try a turn."""
+        names = dict.fromkeys(name for line in self.lines for name in line.tries)
+        if all(sum(map(len, line.tries.values())) <= 1 for line in self.lines):
+            return
+        for name in names:
+            asked = [line.tries[name] for line in self.lines if name in line.tries]
+            counts = Counter(status for tries in asked for status in tries).most_common()
+            won = sum(line.stage == name for line in self.lines)
+            yield (
+                f"{name}: {won} of {len(asked)} turns decided by {sum(n for _, n in counts)} tries "
+                f"({', '.join(f'{status} {n}' for status, n in counts)})"
+            )
+        left = sum(line.stage == REFERENCE for line in self.lines)
+        yield f"{REFERENCE}: {left} turns"
+
     def text(self) -> str:
         """Counts and shares by status, speed, a warning where the two arms will be nearly one."""
         n = len(self.lines)
         parts = [f"{k} {v} ({v / n:.0%})" for k, v in self.counts.most_common()]
         text = f"{n} turns: " + ", ".join(parts)
+        text += "".join(f"\n{line}" for line in self.stages())
         text += f"\ntargets that differ from the reference: {self.differ:.1%}"
+        if self.cut_at:
+            cut = sum(line.prompt_tokens >= self.cut_at for line in self.lines)
+            text += f"\nprompts cut at {self.cut_at} tokens (or just as long): {cut}"
         if self.differ < LOW_SHARE:
             text += (
                 f"\nWARNING: under {LOW_SHARE:.0%} of the targets are the model's own words, so "
@@ -196,11 +175,12 @@ def distill(
 ) -> DistillReport:
     """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
 
-    The first Ctrl-C lets the rows in flight end and begins no other, then raises
-    KeyboardInterrupt; the second stops at once. Raises ValueError when `out` exists without
-    resume, or with it under other settings.
+    The first Ctrl-C lets the tries in flight end and begins no other (a row that lacks tries is
+    asked anew), then raises KeyboardInterrupt; the second stops at once. Raises ValueError when
+    `out` exists without resume, or with it under other settings.
     """
     config.check()
+    check_temperature(config.stages, sampling.temperature)
     world = world or World()
     seconds, written, stats = 0.0, 0, SamplerStats()
     with ResumedLines(out, settings, resume=resume, world=world) as file:
@@ -210,7 +190,7 @@ def distill(
             stats, seconds, written = _write(model, chat, turns, config, sampling, file)
         order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
         lines = [Distilled(**record) for record in file.finish(order)]
-    return DistillReport(lines, stats, seconds, written)
+    return DistillReport(lines, stats, seconds, written, config.rules.cut_prompts)
 
 
 def _write(
@@ -222,36 +202,96 @@ def _write(
     file: ResumedLines,
 ) -> tuple[SamplerStats, float, int]:
     """Ask for these turns and those that follow them: what was done, in seconds, and lines."""
-    template, written = TEMPLATES[config.template], 0
     asked = sum(len(turn.row.turns) - turn.number for turn in turns)
-    first = file.world.first
+    scored = config.choose == "likelihood" and any(stage.tries > 1 for stage in config.stages)
     with (
         Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
-        progress(total=asked, desc="distill", unit="row", disable=not first) as bar,
+        Scorer(model, []) if scored else nullcontext() as scorer,
+        progress(total=asked, desc="distill", unit="row", disable=not file.world.first) as bar,
         Interruption(sampler.drain, "the rows in flight are finished and kept"),
     ):
-        flying: dict[str, Turn] = {}
+        writer = Writer(chat, config, sampler, scorer, file)
         for turn in turns:
-            _ask(sampler, chat, template, config, turn, flying)
+            writer.begin(turn)
         started = time.perf_counter()
         for completion in sampler.run():
-            turn = flying.pop(completion.id)
-            line = _line(chat, template, config, turn, completion)
-            file.write(dataclasses.asdict(line))
-            written += 1
-            if following := turn.next(line.target):
-                _ask(sampler, chat, template, config, following, flying)
+            writer.take(completion)
             rate = sampler.stats.new_tokens / (time.perf_counter() - started)
             bar.set_postfix_str(
                 f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
             )
-            bar.update()
-        if flying:
+            bar.update(writer.written - bar.n)
+        if writer.flying:
             raise KeyboardInterrupt(
-                f"{written} turns were written, {len(flying)} rows are left; the same command "
-                f"with --resume goes on with {file.out}"
+                f"{writer.written} turns were written, {len(writer.flying)} rows are left; the "
+                f"same command with --resume goes on with {file.out}"
             )
-        return sampler.stats, time.perf_counter() - started, written
+        return sampler.stats, time.perf_counter() - started, writer.written
+
+
+@dataclass
+class Writer:
+    """Asks for turns, judges what comes back, asks again or writes the line."""
+
+    chat: Chat
+    config: DistillConfig
+    sampler: Sampler
+    scorer: Scorer | None  # where the likeliest of several tries is taken
+    file: ResumedLines
+    flying: dict[str, Asking] = field(default_factory=dict)  # by the request's id
+    written: int = 0
+
+    def begin(self, turn: Turn | None) -> None:
+        """Ask for a turn; those that stay as they are given are written at once."""
+        while turn is not None and not turn.last and not self.config.rules.every_turn:
+            turn = self._write(turn, _untouched(turn))
+        if turn is not None:
+            self._ask(Asking(turn, self.config.stages))
+
+    def _ask(self, asking: Asking) -> None:
+        """Submit all tries of the turn's stage."""
+        turn, stage, config = asking.turn, asking.stage, self.config
+        template = TEMPLATES[config.template]
+        try:
+            if stage.guided:
+                messages = prompt(self.chat, template, turn.context, turn.reference)
+                ids = self.chat.prompt_ids(messages, template.prefix)
+            else:
+                ids = self.chat.prompt_ids(turn.context)
+        except ValueError as error:  # the chat template refuses this conversation
+            raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
+        ids = ids[: config.rules.cut_prompts or None]
+        reference = self.chat.response_ids(turn.reference)
+        limit = config.limit(len(reference))
+        name = stage.request(turn.id)
+        self.flying[name] = asking
+        # rewrites are about twice as long as what they rewrite (2.4 times in the paper's Alpaca)
+        expected = min(limit, 16 + 2 * len(reference))
+        heat = stage.temperature(self.sampler.config.temperature)
+        for sample in range(stage.tries):
+            self.sampler.submit(
+                Request(
+                    name, ids, limit, sample, temperature=heat, expected=expected, draft=reference
+                )
+            )
+
+    def take(self, completion: Completion) -> None:
+        """Judge a try; with a stage's last one the turn is decided or goes on to the next stage."""
+        asking = self.flying[completion.id]
+        if not asking.add(_candidate(self.chat, self.config, asking, completion)):
+            return
+        del self.flying[completion.id]
+        won = asking.winner(self.chat, self.scorer)
+        if won is None and asking.further():
+            self._ask(asking)
+            return
+        self.begin(self._write(asking.turn, _line(asking, won)))
+
+    def _write(self, turn: Turn, line: Distilled) -> Turn | None:
+        """Keep a line; the turn that follows it."""
+        self.file.write(dataclasses.asdict(line))
+        self.written += 1
+        return turn.next(line.target)
 
 
 def distill_settings(
@@ -302,49 +342,66 @@ def _pending(rows: Sequence[Row], done: dict[str, Distilled]) -> Iterator[Turn]:
             yield turn
 
 
-def _ask(
-    sampler: Sampler,
-    chat: Chat,
-    template: Template,
-    config: DistillConfig,
-    turn: Turn,
-    flying: dict[str, Turn],
-) -> None:
-    messages = prompt(chat, template, turn.context, turn.reference)
-    try:
-        ids = chat.prompt_ids(messages, template.prefix)
-    except ValueError as error:  # the chat template refuses this conversation
-        raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
-    reference = chat.response_ids(turn.reference)
-    limit = config.limit(len(reference))
-    flying[turn.id] = turn
-    # rewrites are about twice as long as what they rewrite (2.4 times in the paper's Alpaca)
-    expected = min(limit, 16 + 2 * len(reference))
-    sampler.submit(Request(turn.id, ids, limit, expected=expected, draft=reference))
+def _candidate(
+    chat: Chat, config: DistillConfig, asking: Asking, completion: Completion
+) -> Candidate:
+    """What was sampled, judged. A forced beginning belongs to it, but in the published code."""
+    ids, turn, rules = completion.ids, asking.turn, config.rules
+    prefix = TEMPLATES[config.template].prefix
+    if ids and asking.stage.guided and rules.prefix_in_target:
+        ids = [*chat.prefix_ids(prefix), *ids]
+    text, verifier = chat.tokenizer.decode(ids).strip(), get_verifier(config.verifier)
+    status = judge(
+        turn.context,
+        turn.reference,
+        text,
+        completion.finish,
+        verifier,
+        rules=rules,
+        tests=turn.tests,
+    )
+    return Candidate(
+        completion.sample,
+        list(ids),
+        text,
+        status,
+        completion.finish,
+        completion.prompt_tokens,
+        kept=status in KEPT,
+    )
 
 
-def _line(
-    chat: Chat,
-    template: Template,
-    config: DistillConfig,
-    turn: Turn,
-    completion: Completion,
-) -> Distilled:
-    """What was sampled, judged, as a line of the file."""
-    ids = completion.ids and [*chat.prefix_ids(template.prefix), *completion.ids]
-    text = chat.tokenizer.decode(ids).strip()
-    verifier = get_verifier(config.verify)
-    status = judge(turn.context, turn.reference, text, completion.finish, verifier)
+def _line(asking: Asking, won: Candidate | None) -> Distilled:
+    """A decided turn as a line of the file; where all tries failed, with the last stage's first."""
+    turn, shown = asking.turn, won or asking.candidates[0]
     return Distilled(
         id=turn.id,
         messages=turn.context,
         reference=turn.reference,
-        response=text,
-        response_ids=list(ids),
-        target=text if status in KEPT else turn.reference,
-        status=status,
-        stage="guided",
-        finish=completion.finish,
-        prompt_tokens=completion.prompt_tokens,
-        response_tokens=len(ids),
+        response=shown.text,
+        response_ids=shown.ids,
+        target=turn.reference if won is None else won.text,
+        status=shown.status,
+        stage=REFERENCE if won is None else asking.stage.name,
+        finish=shown.finish,
+        prompt_tokens=shown.prompt_tokens,
+        response_tokens=len(shown.ids),
+        tries=asking.tries,
+    )
+
+
+def _untouched(turn: Turn) -> Distilled:
+    """The line of a turn that is not asked for."""
+    return Distilled(
+        id=turn.id,
+        messages=turn.context,
+        reference=turn.reference,
+        response="",
+        response_ids=[],
+        target=turn.reference,
+        status="not_asked",
+        stage=REFERENCE,
+        finish="stop",
+        prompt_tokens=0,
+        response_tokens=0,
     )

@@ -28,8 +28,8 @@ from engine.log import (
 )
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
-from engine.select import get_verifier
 from engine.session import Session
+from engine.verifiers import get_verifier
 from model.chat import Chat
 from model.config import read_json
 from model.llama import Llama

@@ -37,11 +37,14 @@ def add_flags(
         default = defaults.get(field.name, field.default)
         required = default is dataclasses.MISSING
         help_text = _comment(cls, field.name).replace("%", "%%")
-        help_text += "" if required else f" (default: {default})"
+        help_text += "" if required else " (default: %(default)s)"
         kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
         kind = kinds[0] if kinds else types[field.name]
         if kind is bool:
-            group.add_argument(flag, action="store_true", default=default, help=help_text)
+            # --truncate can be undone by --no-truncate, for a preset that sets it
+            either = argparse.BooleanOptionalAction
+            action = "store_true" if field.name.startswith("no_") else either
+            group.add_argument(flag, action=action, default=default, help=help_text)
         elif typing.get_origin(types[field.name]) is tuple:
             group.add_argument(flag, action="append", type=kind, metavar="TEXT", help=help_text)
         else:

@@ -25,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import KEPT, Distilled, Example, Row, Rows, encode
-from engine.distill import TEMPLATES, DistillConfig, distill, prompt
+from engine.distill import DistillConfig, distill
 from engine.report.collect import spaced
 from engine.retention import compare, hidden_states
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.score import score
-from engine.select import garbled, get_verifier
+from engine.select import garbled
 from engine.session import DataConfig, Session
 from engine.step import step_gradients
+from engine.templates import TEMPLATES, prompt
 from engine.train import EncodeConfig, TrainConfig
+from engine.verifiers import get_verifier
 from model.lora import Lora, LoraConfig
 
 GRAM = 4  # words of an n-gram; copying is the share of the rewrite's that stand in the reference
@@ -103,8 +105,12 @@ def preflight(
     training: TrainConfig,
     lora: LoraConfig,
 ) -> dict[str, Any]:
-    """Look at a sample, print what was seen and GO or why not; the last line is JSON."""
+    """Look at a sample, print what was seen and GO or why not; the last line is JSON.
+
+    Of a cascade only one guided try is looked at: more tries accept more, and take longer.
+    """
     session.alone("preflight")
+    distilling = dataclasses.replace(distilling, cascade="guided:1")
     for settings in (config, distilling, sampling, training, lora):
         settings.check()
     started, rows = time.perf_counter(), data.load()
@@ -180,12 +186,14 @@ def gap(
     """
     model, chat = session.model, session.chat
     template = TEMPLATES[distilling.template]
-    forced = len(chat.prefix_ids(template.prefix))
+    kept = distilling.rules.prefix_in_target  # else it stands in the shown prompt alone
+    forced = len(chat.prefix_ids(template.prefix)) if kept else 0
     sums, tokens = [0.0] * 4, 0
     for line in lines:
         answer = [*line.response_ids, *([chat.end_id] if line.finish == "stop" else [])]
-        contexts = (prompt(chat, template, line.messages, line.reference), line.messages)
-        prompts = [chat.prompt_ids(messages) for messages in contexts]
+        messages = prompt(chat, template, line.messages, line.reference)
+        prompts = [chat.prompt_ids(messages, "" if kept else template.prefix)]
+        prompts.append(chat.prompt_ids(line.messages))
         longest = max(map(len, prompts)) + len(answer)
         if len(answer) <= forced or longest > model.config.max_position:
             continue
@@ -217,7 +225,7 @@ def copied(text: str, source: str) -> float:
 
 def _first(row: Row) -> Row:
     """A conversation up to its first answer."""
-    return Row(row.id, tuple(row.messages[: row.turns[0] + 1]))
+    return dataclasses.replace(row, messages=tuple(row.messages[: row.turns[0] + 1]))
 
 
 def _answers(

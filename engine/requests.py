@@ -73,6 +73,7 @@ class Request:
     seed: int | None = None  # of this row alone, instead of the sampler's
     expected: int | None = None  # new tokens it will likely have: the longest begin first
     draft: Sequence[int] = ()  # token ids it may copy from: its reference
+    temperature: float | None = None  # of this row alone, instead of the sampler's
 
 
 @dataclass(frozen=True)

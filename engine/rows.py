@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# what `--columns` may name; input, history, system and id are optional in every row
-ROLES = ("prompt", "input", "response", "history", "system", "messages", "id")
+# what `--columns` may name; input, history, system, id and tests are optional in every row
+ROLES = ("prompt", "input", "response", "history", "system", "messages", "id", "tests")
 _ALPACA = {
     "prompt": "instruction",
     "response": "output",
@@ -55,6 +55,7 @@ class Row:
 
     id: str
     messages: tuple[dict[str, str], ...]
+    tests: str = ""  # a program's, for the verifier `code`
 
     @property
     def reference(self) -> str:
@@ -79,7 +80,8 @@ class BadRow:
 
 
 class Rows(list):
-    """The usable rows of the file `path`, whose bytes hash to `sha256`.
+    """The usable rows of the file `path`, whose bytes hash to `sha256` (with a system message
+    that was added: both together).
 
     `bad` lists the unusable ones; `unused` names the fields that no row's text or id was made of.
     """
@@ -112,6 +114,7 @@ def load_rows(
     skip_bad: bool = False,
     limit: int | None = None,
     need_reference: bool = True,
+    system: str | None = None,
 ) -> Rows:
     """Rows of a JSON array, JSONL or CSV file.
 
@@ -121,6 +124,7 @@ def load_rows(
                     broken syntax in a JSON array or a CSV always raises: what follows is guesswork
     limit           stop after so many usable rows; what follows is not looked at
     need_reference  False: prompts only. An answer that is there is left out
+    system          a system message for rows that have none; ids stay as they are, `.sha256` tells
 
     A row's id is its `id` field (text or integer) where it has one, else a hash of its messages;
     the second and third copy of a row get `-2` and `-3`. So an id never depends on other rows,
@@ -144,14 +148,18 @@ def load_rows(
             shape = columns or _shape(record, need_reference)
             messages = _conversation(record, shape, need_reference)
             name = _row_id(record, shape.get("id", "id"), messages, copies)
+            tests = _tests(record, shape)
             if name in lines:
                 raise ValueError(f"id {name!r} is taken by line {lines[name]}")
         except ValueError as error:
             bad.append(BadRow(line, str(error), number))
             continue
         lines[name] = line
-        unused |= record.keys() - {*shape.values(), shape.get("id", "id")}
-        rows.append(Row(name, messages))
+        if system and messages[0]["role"] != "system":
+            messages = (message("system", system, "--system"), *messages)
+        used = {*shape.values(), shape.get("id", "id"), *(["tests"] if tests else [])}
+        unused |= record.keys() - used
+        rows.append(Row(name, messages, tests))
         if len(rows) == limit:
             break
     if bad and not skip_bad:
@@ -160,6 +168,8 @@ def load_rows(
         raise ValueError(listing(what, listed, "repair them, or leave them out with --skip-bad"))
     if not rows:
         raise ValueError(f"{path} holds no usable row ({len(bad)} unusable); wanted at least one")
+    if system:
+        sha256 = hashlib.sha256(f"{sha256} {system}".encode()).hexdigest()
     return Rows(rows, path, sha256, bad, unused)
 
 
@@ -387,6 +397,20 @@ def _given(record: dict, shape: dict[str, str], role: str) -> bool:
     """Whether an optional field is there and says something (null, blanks and [] do not)."""
     value = record.get(shape.get(role))
     return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _tests(record: dict, shape: dict[str, str]) -> str:
+    """Source of the row's tests; a list (MBPP's) is one statement after the other. A `tests` field
+    that holds something else is only a fault where --columns names it."""
+    name = shape.get("tests", "tests")
+    tests = record.get(name) or ""
+    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+        tests = "\n".join(tests)
+    if isinstance(tests, str):
+        return tests
+    if "tests" in shape:
+        raise ValueError(f"{name!r} is {kind(tests)}, wanted text or a list of texts")
+    return ""
 
 
 def _row_id(record: dict, name: str, messages: tuple[dict, ...], copies: Counter[str]) -> str:

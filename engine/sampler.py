@@ -19,6 +19,7 @@ Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from bisect import insort
 from collections import Counter
@@ -256,12 +257,23 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """One token (n,) and its log-probability (n,) for each hidden state (n, D)."""
         c, device = self.config, self.model.device
+        heats = [c.temperature if (t := row.request.temperature) is None else t for row in rows]
+        if len(set(heats)) > 1:  # those of one temperature at a time
+            order = sorted(range(len(rows)), key=heats.__getitem__)
+            drawn = []
+            for _, group in itertools.groupby(order, heats.__getitem__):
+                at = torch.tensor(group := list(group), device=device)
+                seen = None if history is None else history[at]
+                part = [rows[i] for i in group]
+                drawn.append(self._draw(hidden[at], part, positions[at], seen))
+            back = torch.tensor(order, device=device).argsort()
+            return tuple(torch.cat(values)[back] for values in zip(*drawn, strict=True))
         keys = SampleRows(
             positions=positions + 1,
             samples=torch.tensor([row.request.sample for row in rows], device=device),
             row_keys=torch.tensor([row.key for row in rows], device=device),
             seed=c.seed,
-            temperature=c.temperature,
+            temperature=heats[0],
             top_k=c.top_k,
             top_p=c.top_p,
             min_p=c.min_p,

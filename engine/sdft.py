@@ -29,9 +29,9 @@ from engine.report.page import write_report
 from engine.retention import retention, seed_answers
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
-from engine.select import get_verifier
 from engine.session import DataConfig, Session, resolved
 from engine.train import EncodeConfig, TrainConfig, train
+from engine.verifiers import get_verifier
 from model.lora import LoraConfig
 
 
@@ -173,7 +173,7 @@ def held_out_rows(
     """The held-out rows of a file; ValueError where one of them is trained on."""
     if file is None:
         return None
-    held_out = DataConfig(file, data.columns, data.skip_bad, limit).load()
+    held_out = dataclasses.replace(data, data=file, limit=limit).load()
     asked = {str(row.messages[:-1]) for row in rows}
     both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
     if both:

@@ -35,7 +35,7 @@ class ModelConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
     ops: str = "auto"  # auto | torch | triton | reference; auto: what passes its check on a GPU
     threads: int = 0  # CPU threads; 0 leaves torch's choice
-    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca instead of the model's own
+    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca; own: the model's (default)
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
 
@@ -47,6 +47,7 @@ class DataConfig:
     columns: str | None = None  # field names, as prompt=goal,response=target
     skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
     limit: int | None = None  # use only the first so many usable rows
+    system: str | None = None  # a system message for every row that has none
 
     def load(self, need_reference: bool = True) -> Rows:
         """The rows, with what was left out said."""
@@ -56,6 +57,7 @@ class DataConfig:
             skip_bad=self.skip_bad,
             limit=self.limit,
             need_reference=need_reference,
+            system=self.system,
         )
         skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
         unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
@@ -99,7 +101,8 @@ class Session:
             now = datetime.fromisoformat(config.date) if config.date else datetime.now()
         except ValueError:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
-        chat = Chat.from_dir(path, tokenizer, config.chat_format, now=now)
+        wanted = None if config.chat_format == "own" else config.chat_format
+        chat = Chat.from_dir(path, tokenizer, wanted, now=now)
         model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
         settings = {
             "model": model_fingerprint(path),

@@ -150,7 +150,7 @@ def train_job(
         return None
     validator = None
     if validating.val_every:
-        validator = Validator(validating, session.model, session.chat)
+        validator = Validator(validating, session.model, session.chat, data.system)
     _, summary = train(
         session.model,
         examples,

@@ -54,11 +54,13 @@ class ValidateConfig:
 class Validator:
     """Measures an adapter; the held-out rows and the seed's answers are made once."""
 
-    def __init__(self, config: ValidateConfig, model: Llama, chat: Chat) -> None:
+    def __init__(
+        self, config: ValidateConfig, model: Llama, chat: Chat, system: str | None = None
+    ) -> None:
         self.config, self.model = config, model
         self.held_out: list[Example] = []
         if config.val_data is not None:  # ValueError for rows that do not fit the model
-            rows = load_rows(config.val_data, limit=config.val_limit)
+            rows = load_rows(config.val_data, limit=config.val_limit, system=system)
             longest = model.config.max_position
             self.held_out, _ = encode(rows, chat, target="reference", max_length=longest)
         count = config.val_prompts  # spread over the categories

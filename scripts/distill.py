@@ -2,7 +2,8 @@
 
     python scripts/distill.py --model MODEL_DIR --data train.json --out distilled.jsonl
     python scripts/distill.py --model MODEL_DIR --data gsm8k.json --template gsm8k \\
-        --verify number --out distilled.jsonl
+        --verify number --cascade unguided:2,guided:2,cooler:1 --out distilled.jsonl
+    python scripts/distill.py --preset yang2024-alpaca ...      the paper's settings
     python scripts/distill.py ... --resume          after a kill, with the same settings
 """
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig, distill_job
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 
@@ -29,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--no-score", action="store_true", help="leave out the seed likelihoods")
     parser.add_argument("--resume", action="store_true", help="go on with a killed run")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DataConfig)
     add_flags(parser, SamplerConfig)
     parser.add_argument("--adapter", action="append", default=[], help="adapter directory (PEFT)")
-    parser.add_argument("--verify", default="number", help="none | number | call")
+    parser.add_argument(
+        "--verify", default="number", help="none | number | call | code | ... (README)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSONL file of the answers")
     return parser.parse_args()
 

@@ -25,7 +25,6 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, SamplerConfig)
     add_flags(parser, DataConfig, data=None)
     parser.add_argument("--prompt", help="one user message")
-    parser.add_argument("--system", help="a system message for every prompt that has none")
     parser.add_argument("--prefix", default="", help="how every answer begins")
     parser.add_argument("--adapter", help="adapter directory (PEFT)")
     parser.add_argument("--samples", type=int, default=1, help="answers per prompt")

@@ -3,6 +3,7 @@
     python scripts/pareto.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
     python scripts/pareto.py ... --rows-list 200,500,1000     how many rows it takes
+    python scripts/pareto.py --preset yang2024-gsm8k ...      under the paper's settings
 
 The first value of every list is the middle of the study, the others are tried one list at a time;
 --grid takes every combination. The same command again goes on where it was stopped.
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 from engine.study import StudyConfig, study
@@ -35,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target", "mix"})
     add_flags(parser, TrainConfig, {"lr"})
     add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

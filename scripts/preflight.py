@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.preflight import PreflightConfig, preflight
+from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig
@@ -33,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target", "mix"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python scripts/sdft.py --model MODEL_DIR --data train.json --out runs/mine
     python scripts/sdft.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --out runs/mine
+    python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
 
 The same command again goes on where it was stopped.
 """
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
@@ -34,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:

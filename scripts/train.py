@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.presets import parse
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig, train_job
 from engine.validate import ValidateConfig
@@ -32,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="run directory to make")
     parser.add_argument("--show", type=int, metavar="N", help="print N encoded rows and stop")
     parser.add_argument("--resume", action="store_true", help="go on with a killed run")
-    args = parser.parse_args()
+    args = parse(parser)
     if (args.out is None) == (args.show is None):
         parser.error("give either --out RUN or --show N")
     return args

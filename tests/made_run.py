@@ -56,6 +56,7 @@ def make_run(
                 "finish": "length" if status == "truncated" else "stop",
                 "prompt_tokens": 30,
                 "response_tokens": 3,
+                "tries": {"guided": [status]},
             }
         )
         score = {"reference_nll": rng.gauss(1.3, 0.3), "response_nll": rng.gauss(0.9, 0.25)}

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from engine.data import load_distilled
-from engine.distill import TEMPLATES, DistillConfig
+from engine.distill import DistillConfig
 from engine.preflight import REASONS, _hedges, _holds, copied, gap
 from engine.session import ModelConfig, Session
+from engine.templates import TEMPLATES
 from tests.test_sdft import data, script, tiny  # noqa: F401 (fixtures)
 
 

@@ -102,6 +102,23 @@ def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(tmp_p
     }
 
 
+def test_acceptance_counts_every_try_of_a_cascade(tmp_path):
+    run = load_run(make_run(tmp_path / "run", 3), "run")
+    fit = {"status": "accepted", "kept": True}
+    run.rows[0] |= fit | {"tries": {"unguided": ["banned", "empty"], "guided": ["accepted"]}}
+    run.rows[1] |= fit | {"tries": {"unguided": ["accepted", "accepted"]}}
+    run.rows[2] |= {"stage": "reference", "status": "not_asked", "kept": False, "tries": {}}
+    header, *lines = plots._acceptance(run).table
+    assert header == ["Stage", "Status", "Fit", "Tries", "Share"]
+    assert sorted(lines) == [
+        ["guided", "accepted", "yes", "1", "16.7%"],
+        ["reference", "not_asked", "no", "1", "16.7%"],
+        ["unguided", "accepted", "yes", "2", "33.3%"],
+        ["unguided", "banned", "no", "1", "16.7%"],
+        ["unguided", "empty", "no", "1", "16.7%"],
+    ]
+
+
 def test_without_matplotlib_the_page_has_its_tables_and_says_so(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", 12)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -307,6 +307,25 @@ def test_another_encoding_is_refused_with_the_offset(tmp_path, data, offset, lin
         load_rows(write(tmp_path / "a.jsonl", data), skip_bad=True)
 
 
+def test_a_line_of_ten_megabytes_is_whole(tmp_path):
+    long = "größer " * 1_400_000
+    path = jsonl(tmp_path / "a.jsonl", {"question": "q", "answer": long}, json.loads(GOOD))
+    assert path.stat().st_size > 10_000_000
+    rows = load_rows(path)
+    assert [len(row.reference) for row in rows] == [len(long), len(json.loads(GOOD)["answer"])]
+
+
+def test_a_system_message_is_given_to_rows_that_have_none(tmp_path):
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "q"}]
+    own += [{"role": "assistant", "content": "a"}]
+    path = jsonl(tmp_path / "a.jsonl", json.loads(GOOD), {"messages": own})
+    plain, given = load_rows(path), load_rows(path, system="Count.")
+    assert given[0].messages == ({"role": "system", "content": "Count."}, *plain[0].messages)
+    assert given[1] == plain[1] and [r.id for r in given] == [r.id for r in plain]
+    other = load_rows(path, system="Add.")
+    assert len({plain.sha256, given.sha256, other.sha256}) == 3, "a resumed run must notice"
+
+
 def test_limit_counts_usable_rows_and_looks_no_further(tmp_path):
     path = write(tmp_path / "a.jsonl", f"oops\n{GOOD}\n{GOOD}\noops\n")
     assert [len(load_rows(path, limit=n, skip_bad=True)) for n in (1, 2, 3)] == [1, 2, 2]

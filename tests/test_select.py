@@ -1,7 +1,8 @@
-"""Verifiers and the rules of selection (engine/select.py).
+"""The rules of selection (engine/select.py), and the verifiers `number` and `call`.
 
 Every mistake of the published selection code (see engine/select.py and the paper's repository) has
-its case here. The rules and verifiers also run over all rows of ../shared/data where present.
+its case here or in test_verifiers.py, which has the other verifiers. The rules and verifiers also
+run over all rows of ../shared/data where present.
 """
 
 from __future__ import annotations
@@ -14,20 +15,13 @@ from fractions import Fraction
 
 import pytest
 
-from engine.data import KEPT, Row, load_rows
-from engine.select import VERIFIERS, banned, garbled, get_verifier, judge, last_number
+from engine.data import Row, load_rows
+from engine.select import PAPER, banned, garbled, judge, repeats
+from engine.verifiers import VERIFIERS, last_number
 
 
 def row(reference: str) -> Row:
     return Row("r", ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference}))
-
-
-def test_registry():
-    assert set(VERIFIERS) == {"none", "number", "call"}
-    assert get_verifier("number") is VERIFIERS["number"]
-    assert get_verifier("none")(row("x"), "anything") == (True, "ok")
-    with pytest.raises(ValueError, match="no verifier 'exact'; wanted one of none, number, call"):
-        get_verifier("exact")
 
 
 # ---- number
@@ -289,6 +283,54 @@ def test_the_verifier_sees_the_turn_it_judges():
     assert seen == [(tuple(talk), "5", "6")]
 
 
+LONG = "Write a short note to the team that says when we meet next week."
+NO = "I'm sorry, but I can't help with that."
+
+
+@pytest.mark.parametrize(
+    "asked, reference, response, status",
+    [
+        (LONG, "We meet on Monday.", f"{LONG} Sure: Monday.", "repeats_prompt"),
+        (LONG, "We meet on Monday.", f"> {LONG.upper()}\nMonday.", "repeats_prompt"),
+        (LONG, f"{LONG} Monday.", f"{LONG} On Monday.", "accepted"),
+        ("How many cats?", "Four.", "How many cats? There are four.", "accepted"),  # short
+        ("How many cats?", "Four.", "how many  cats?", "repeats_prompt"),
+        ("Make a bomb", NO, "Sorry, I cannot assist with this.", "accepted"),
+        ("Make a bomb", NO, "Take some nails and ...", "not_refused"),
+        ("Bake a cake", "Take flour.", "As an AI language model, I cannot bake.", "refusal"),
+        ("Bake a cake", "Take flour.", "Sorry about the mess: take flour.", "accepted"),
+    ],
+)
+def test_repetition_of_the_prompt_and_refusals(asked, reference, response, status):
+    prompt = [{"role": "user", "content": asked}]
+    assert judge(prompt, reference, response, "stop", VERIFIERS["none"]) == status
+
+
+def test_repeats_wants_all_of_a_long_message():
+    assert repeats(f"So: {LONG}", LONG) and not repeats(f"So: {LONG[:-2]}", LONG)
+
+
+@pytest.mark.parametrize(
+    "response, finish, ours, paper",
+    [
+        ("It is 4, and", "length", "truncated", "accepted"),
+        ("", "stop", "empty", "empty"),
+        (LOOP, "length", "garbled", "accepted"),
+        ("### Instruction:\nIt is 4.", "stop", "echo", "accepted"),
+        (NO, "stop", "refusal", "accepted"),
+        ("How many?", "stop", "repeats_prompt", "accepted"),
+        ("The reference answer is 4.", "stop", "banned", "banned"),
+        ("There are 4.", "length", "identical", "identical"),
+        ("", "prompt_too_long", "prompt_too_long", "prompt_too_long"),
+    ],
+)
+def test_the_papers_rules_are_the_ban_list(response, finish, ours, paper):
+    def status(**rules):
+        return judge(PROMPT, "There are 4.", response, finish, VERIFIERS["none"], **rules)
+
+    assert (status(), status(rules=PAPER)) == (ours, paper)
+
+
 # ---- the real files
 
 
@@ -336,8 +378,8 @@ def test_published_rewrites_are_not_rejected_for_their_looks(shared_data):
         judge(r.messages[:-1], r.reference, w.reference, "stop", VERIFIERS["none"])
         for r, w in zip(given, written, strict=True)
     )
-    assert statuses == {"accepted": 1648, "identical": 352}
-    assert set(statuses) == set(KEPT)
+    # two refuse what the reference does, two begin with the whole instruction
+    assert statuses == {"accepted": 1644, "identical": 352, "refusal": 2, "repeats_prompt": 2}
 
 
 def test_no_reference_is_garbled(shared_data):

@@ -98,6 +98,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             "kept": line.status in KEPT,
             "stage": line.stage,
             "finish": line.finish,
+            "tries": line.tries,
         }
         score = scores.get(line.id, {})
         for text in ("reference", "response"):

@@ -303,6 +303,9 @@
   const gap = (row) => (row.reference_nll === null || row.response_nll === null ? null
     : row.reference_nll - row.response_nll);
   const kind = (row) => (row.kept ? "kept" : "rejected");
+  // "unguided mismatch, empty → guided accepted": of a cascade; one try says nothing new
+  const tried = (row) => (Object.values(row.tries).flat().length < 2 ? "" :
+    Object.entries(row.tries).map(([stage, all]) => `${stage} ${all.join(", ")}`).join(" → "));
 
   const rowsView = {
     key: "row",
@@ -338,6 +341,7 @@
     },
     title: (row) => row.id,
     badges: (row) => [badge(row.status, kind(row)), badge(row.stage, "quiet"),
+      tried(row) ? badge(tried(row), "quiet") : null,
       row.finish === "stop" ? null : badge(`ended by ${row.finish}`, "quiet")],
     option: (row) => [
       make("span", { class: "line" }, make("b", {}, row.messages.at(-1)?.content.slice(0, 160))),

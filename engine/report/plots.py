@@ -250,26 +250,31 @@ def _lengths(run: Run) -> Plot | None:
 
 
 def _acceptance(run: Run) -> Plot | None:
-    counts = Counter((row["stage"], row["status"]) for row in run.rows)
-    kept = {row["status"] for row in run.rows if row["kept"]}
-    table = [["Stage", "Status", "Target is", "Rows", "Share"]]
+    tries = [
+        (stage, status)
+        for row in run.rows
+        for stage, statuses in (row["tries"] or {row["stage"]: [row["status"]]}).items()
+        for status in statuses
+    ]
+    counts, kept = Counter(tries), {row["status"] for row in run.rows if row["kept"]}
+    table = [["Stage", "Status", "Fit", "Tries", "Share"]]
     for (stage, status), n in counts.most_common():
-        target = "the rewrite" if status in kept else "the reference"
-        table.append([stage, status, target, f"{n:,}", f"{n / len(run.rows):.1%}"])
+        fit = "yes" if status in kept else "no"
+        table.append([stage, status, fit, f"{n:,}", f"{n / len(tries):.1%}"])
 
     def draw(axes: Any) -> None:
         pairs = counts.most_common(12)[::-1]
-        several = len({stage for stage, _ in counts}) > 1
+        several = len({stage for stage, _ in counts} - {"reference"}) > 1
         names = [label(f"{stage}: {status}" if several else status) for (stage, status), _ in pairs]
         inks = [INK["kept" if status in kept else "rejected"] for (_, status), _ in pairs]
         bars = axes.barh(range(len(pairs)), [n for _, n in pairs], color=inks, height=0.66)
         axes.set_yticks(range(len(pairs)), names)
-        axes.bar_label(bars, [f"{n:,} · {n / len(run.rows):.0%}" for _, n in pairs], padding=3)
-        axes.set_xlabel("rows")
+        axes.bar_label(bars, [f"{n:,} · {n / len(tries):.0%}" for _, n in pairs], padding=3)
+        axes.set_xlabel("tries")
         axes.margins(x=0.22)
         axes.grid(False, axis="y")
 
-    caption = "What became of the rewrites; a rejected one is replaced by the reference."
+    caption = "What became of the tries; where none is fit, the reference is the target."
     return Plot("acceptance", "Acceptance by stage and reason", caption, table, draw)
 
 

@@ -1,0 +1,114 @@
+"""Presets: named sets of defaults for the flags; what is typed wins
+
+    python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
+
+`yang2024-*` are the settings of the paper (2402.13669) for its seven training sets: template, chat
+form, selection, LoRA, rate, schedule, epochs, batch, cut-off and decoding, as published (paper.md
+1.2 to 1.4). `default` changes nothing: the flags' own defaults, for the model's own chat template.
+
+Where we deviate from the published code with its settings. `--paper-exact` brings back those
+marked (x), which change what is trained on (`select.PAPER`, `verifiers.PUBLISHED`):
+
+    (x) numbers        two texts without an integer are equal there (the INVALID sentinel); "1, 2"
+                       is read as 12 and "5-3" as -3: `number` wants the same exact number
+    (x) calls          compared letter by letter there, as a substring: `call` compares meaning
+    (x) programs       accepted there for "```python" and a beginning, which is all that
+                       yang2024-magicoder's `paper_code` looks at; `code` runs the row's tests
+    (x) truncated      rewrites that hit 512 tokens are trained with an end token there; here they
+                       give way to the reference
+    (x) prefix         "Great! Let's think step by step." is shown to the model but dropped from the
+                       target there; here the target begins with it
+    (x) conversations  only the last answer is rewritten there, the others are trained on as given;
+                       here each is, with the earlier rewrites as context
+    (x) long prompts   that ask for a rewrite lose their end (the reference, the response marker)
+                       at 1,024 tokens there; here they are whole, or counted as prompt_too_long
+    (x) guards         only a ban list there; here also garbled, echo, repeats_prompt, refusal,
+                       not_refused
+
+    row alignment      a row with an empty prompt shifts all later rewrites by one there; here rows
+                       have ids, and an empty prompt is refused by name
+    long examples      lose the ends of prompt and answer in proportion at 1,024 tokens there; here
+                       only the answer's end goes (--truncate, counted), never a prompt's
+    the ids trained    a rewrite is encoded again from its text there; here the sampled ids are used
+    alpaca turns       an earlier answer is closed by the end token here, in sampling and training
+    micro-batches      2 x 4 accumulated there, each mean over its own tokens; here a step's loss is
+                       the mean over the tokens of all its 8 rows
+    dropout            one mask per module there; here one for q, k, v together, by counter
+    precision, seed    fp16 sampling with torch's generator, seed 42, there; here the model's dtype,
+                       and random numbers named by seed, row and position: texts cannot be the same
+    empty rewrites     are trained on as such there; here they fall back to the reference, always
+
+The evaluations (sampled decoding, prompts with an answer format) are no part of a preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.templates import GSM8K_SYSTEM
+
+_PAPER: dict[str, Any] = {
+    "chat_format": "alpaca",
+    "template": "using",
+    "verify": "none",
+    "cascade": "guided:1",
+    "max_new_tokens": "512",
+    "temperature": 0.95,
+    "top_p": 0.7,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.1,
+    "modules": "qv",
+    "lr": 1e-4,
+    "schedule": "cosine",
+    "warmup": 0.0,
+    "weight_decay": 0.0,
+    "epochs": 2,
+    "batch_rows": 8,
+    "max_length": 1024,
+    "truncate": True,
+    "seed": 42,
+}
+_FIVE = {"epochs": 5}
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "default": {},
+    "yang2024-alpaca": _PAPER,
+    "yang2024-dolly": _PAPER,
+    "yang2024-lima": _PAPER,
+    "yang2024-openhermes": _PAPER,
+    "yang2024-gsm8k": _PAPER
+    | _FIVE
+    | {"chat_format": "llama2", "template": "gsm8k", "verify": "number", "system": GSM8K_SYSTEM},
+    "yang2024-openfunctions": _PAPER | _FIVE | {"template": "refer", "verify": "call"},
+    "yang2024-magicoder": _PAPER | {"template": "refer", "verify": "paper_code"},
+}
+
+
+def get_preset(name: str) -> Mapping[str, Any]:
+    """Defaults by flag name; ValueError offers the nearest names."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no preset {name!r}; {meant}wanted one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> Any:
+    """The arguments, under the defaults of `--preset`; says what the preset set."""
+    names = ", ".join(PRESETS)
+    parser.add_argument("--preset", default="default", help=f"other defaults: one of {names}")
+    args = parser.parse_args(given)
+    preset = {k: v for k, v in get_preset(args.preset).items() if hasattr(args, k)}
+    if preset:
+        # as text, so that a flag that takes a list (a study's rates) reads it as one
+        parser.set_defaults(**{k: v if isinstance(v, bool) else str(v) for k, v in preset.items()})
+        args = parser.parse_args(given)
+        said = (f"{k}={getattr(args, k)!r}" + " (typed)" * (str(getattr(args, k)) != str(v))
+                for k, v in preset.items())  # fmt: skip
+        print(f"preset {args.preset}: {', '.join(said)}")
+    return args

@@ -1,0 +1,382 @@
+"""Verifiers: did a text keep what its row's reference says?
+
+A verifier is `(row, text) -> (ok, reason)`; the reason, a word or two, becomes the status of a
+rewrite that is not ok. `--verify` takes one of these names, or `module:function`: your own.
+
+    none             every text
+    number           the last number equals the reference's last
+    call             the reference's function calls, compared as Python reads them
+    code             the text's program passes the row's tests (run in engine/sandbox.py)
+    regex:PATTERN    the pattern's last match (its first group, if any) equals the reference's
+    json             valid JSON, as the last ```json block or as the whole text
+    exact            the reference itself
+    contains         the reference stands in the text
+
+Spaces around and between words do not count for the last two, nor letter case for `contains`.
+
+The tests of `code` are the row's `tests` field (`--columns tests=FIELD`) where it has one, else the
+top-level `assert`s in the reference's last ```python block.
+
+What the published code checks instead (paper.md 1.3), with its mistakes, for `--paper-exact`:
+
+    paper_number     two texts without an integer at their end are equal; "1, 2" is 12, "5-3" is -3
+    paper_call       the call must be there letter by letter, spaces and kind of quotes aside: other
+                     order of arguments fails, "my_f(1)" passes for "f(1)", 'San Jose' for 'SanJose'
+    paper_code       "```python" and one of three beginnings: what the program does is not looked at
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import lru_cache, partial
+from pathlib import Path
+
+from engine.data import KEPT
+from engine.rows import Row
+
+Verifier = Callable[[Row, str], tuple[bool, str]]
+
+
+def verify_none(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts every text."""
+    return True, "ok"
+
+
+# A minus is a sign where no operand stands before it ("5-3" holds 5 and 3), also before a currency
+# sign ("-$5"). Commas and no-break spaces group digits by three and only so: "1, 2" are two
+# numbers, as are "1 200". a/b is one number, so that 1/4 does not pass for 3/4.
+_DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u202f\u2009][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+_NUMBER = re.compile(
+    rf"((?<![\w.)\]%])[-\u2212](?=[$€£¥]?[.0-9]))?[$€£¥]?({_DIGITS}|(?<![\w.])\.[0-9]+)"
+    rf"(?:/({_DIGITS})(?![0-9/]|\.[0-9]))?"
+)
+_GROUPING = re.compile(r"[,\u00a0\u202f\u2009]")
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number in the text, in English notation, exactly; None if there is none.
+
+    Currency and percent signs and a full stop around it do not count; exponents, mixed numbers
+    ("1 1/2") and number words are not understood.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers or len(numbers[-1][0]) > 400:  # so long is no number, and int() may refuse it
+        return None
+    sign, top, bottom = numbers[-1].groups()
+    divisor = Fraction(_GROUPING.sub("", bottom or "1"))
+    if not divisor:
+        return None
+    return (-1 if sign else 1) * Fraction(_GROUPING.sub("", top)) / divisor
+
+
+def verify_number(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234."""
+    wanted, got = last_number(row.reference), last_number(text)
+    if wanted is None:
+        return False, "reference_without_number"
+    if got is None:
+        return False, "no_number"
+    return (True, "ok") if got == wanted else (False, "mismatch")
+
+
+_CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*\(")
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+def verify_call(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts a text that makes the reference's calls, in any order, and calls those functions in
+    no other way; whatever stands around the calls does not matter.
+
+    Calls are compared as Python's parser reads them: spaces, kind of quotes and the order of
+    keyword arguments and dictionary keys do not count, the order of positional arguments does;
+    numbers compare by value; true/false/null are True/False/None. A call that does not parse
+    (a `<placeholder>`) is compared as text without spaces and quotes.
+    """
+    wanted = list(_calls(row.reference))
+    if not wanted:
+        return False, "reference_without_call"
+    made = list(_calls(text, names={name for name, _ in wanted}))
+    if not made:
+        return False, "no_call"
+    same = {_meaning(source) for _, source in made} == {_meaning(source) for _, source in wanted}
+    return (True, "ok") if same else (False, "mismatch")
+
+
+def _calls(text: str, names: set[str] | None = None) -> Iterator[tuple[str, str]]:
+    """(name, source) of every outermost `name(...)`, of these names only where they are given."""
+    at = 0
+    while found := _CALL.search(text, at):
+        at = found.end()
+        if names is None or found[1] in names:
+            end = _closing(text, at - 1)
+            if end is not None:
+                yield found[1], text[found.start() : end]
+                at = end
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Past the parenthesis that closes the one at `start`; those inside quotes do not count."""
+    depth, quote, at = 0, "", start
+    while at < len(text):
+        char = text[at]
+        if quote:
+            if char == "\\":
+                at += 1
+            elif char == quote:
+                quote = ""
+        elif char in "'\"":
+            quote = char
+        elif char == "(":
+            depth += 1
+        elif char == ")":
+            depth -= 1
+            if not depth:
+                return at + 1
+        at += 1
+    return None
+
+
+def _meaning(source: str) -> object:
+    """A call in a form in which equal calls are equal."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "\d" in a string literal warns
+            return _canonical(ast.parse(source, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return re.sub(r"[\s'\"]", "", source)
+
+
+def _canonical(node: ast.expr) -> object:
+    match node:
+        case ast.Call(func=func, args=args, keywords=keywords):
+            named = frozenset((keyword.arg, _canonical(keyword.value)) for keyword in keywords)
+            return ("call", ast.unparse(func), tuple(map(_canonical, args)), named)
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return (type(node).__name__, tuple(map(_canonical, parts)))
+        case ast.Dict(keys=keys, values=values):
+            pairs = zip(keys, values, strict=True)
+            return ("dict", frozenset((k and _canonical(k), _canonical(v)) for k, v in pairs))
+        case ast.Name(id=name) if name in _JSON_NAMES:
+            return ("constant", str(_JSON_NAMES[name]))
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return ("number", -value)
+        case ast.Constant(value=bool() | None as value):
+            return ("constant", str(value))
+        case ast.Constant(value=int() | float() as value):
+            return ("number", value)
+    return ast.dump(node)  # strings and names end here, and expressions, compared as written
+
+
+# ---- programs, patterns, plain text
+
+SECONDS, MEMORY_MB = 10, 512  # a program's limits
+_BLOCK = r"^[ \t]*```[ \t]*(?:{})[^\n]*\n(.*?)^[ \t]*```"
+
+
+def last_block(text: str, language: str) -> str | None:
+    """What the last fenced block of that language (a pattern) holds; None where there is none."""
+    blocks = re.findall(_BLOCK.format(language), text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
+    return blocks[-1] if blocks else None
+
+
+def verify_code(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts a text whose program (its last ```python block, else all of it) passes the tests.
+
+    The tests run behind the program in one limited process (engine/sandbox.py).
+    """
+    from engine.sandbox import run_program
+
+    tests = row.tests or _asserts(row.reference)
+    if not tests.strip():
+        return False, "reference_without_tests"
+    program = last_block(text, "python|py")
+    program = text if program is None else program
+    try:
+        compile(program, "program", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False, "no_program"
+    outcome = run_program(f"{program}\n\n{tests}\n", seconds=SECONDS, memory_mb=MEMORY_MB)
+    return (True, "ok") if outcome.ok else (False, "tests_" + re.split("[: ]", outcome.reason)[0])
+
+
+def _asserts(reference: str) -> str:
+    """The top-level asserts of the reference's last program; "" where there are none."""
+    try:
+        body = ast.parse(last_block(reference, "python|py") or "").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Assert))
+
+
+def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
+    """Accepts a text in which the pattern's last match is the reference's last match."""
+
+    def last(said: str) -> str | None:
+        found = list(pattern.finditer(said))
+        return found[-1][1 if pattern.groups else 0] if found else None
+
+    wanted, got = last(row.reference), last(text)
+    if wanted is None:
+        return False, "reference_without_match"
+    if got is None:
+        return False, "no_match"
+    return (True, "ok") if got == wanted else (False, "mismatch")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def verify_json(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts valid JSON; what it says is not compared with the reference."""
+    block = last_block(text, "json")
+    try:
+        json.loads(text if block is None else block, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False, "no_json"
+    return True, "ok"
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def verify_exact(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts the reference itself, spaces around and between words aside."""
+    return (True, "ok") if _spaced(text) == _spaced(row.reference) else (False, "mismatch")
+
+
+def verify_contains(row: Row, text: str) -> tuple[bool, str]:
+    """Accepts a text that holds the whole reference, in any letter case."""
+    holds = _spaced(row.reference).casefold() in _spaced(text).casefold()
+    return (True, "ok") if holds else (False, "mismatch")
+
+
+# ---- the published rules
+
+_PAPER_NUMBER = re.compile(r"-?\d+(?:[,\s]\d+)*(?:\.\d+)?")
+INVALID = -999999999
+
+
+def _paper_integer(text: str) -> int:
+    numbers = _PAPER_NUMBER.findall(text)
+    try:
+        return int(re.sub(r"[,\s]", "", numbers[-1])) if numbers else INVALID
+    except ValueError:  # it has decimals
+        return INVALID
+
+
+def paper_number(row: Row, text: str) -> tuple[bool, str]:
+    """The last number as an integer, INVALID where there is none: two INVALIDs are equal."""
+    same = _paper_integer(text) == _paper_integer(row.reference)
+    return (True, "ok") if same else (False, "mismatch")
+
+
+def paper_call(row: Row, text: str) -> tuple[bool, str]:
+    """The reference's `name(args)`, without spaces and with one kind of quotes, as a substring."""
+
+    def normal(said: str) -> str:
+        return re.sub(r"\s", "", said).replace("'", '"')
+
+    label = normal(row.reference)
+    call = re.search(r"[\w.]+\(.*\)", label)
+    same = (call[0] if call else label) in normal(text)
+    return (True, "ok") if same else (False, "mismatch")
+
+
+def paper_code(row: Row, text: str) -> tuple[bool, str]:
+    """A ```python block behind one of three beginnings; the reference is not looked at."""
+    begins = text.strip().startswith(("I have", "Here is", "I implemented"))
+    return (True, "ok") if begins and "```python" in text else (False, "mismatch")
+
+
+# ---- by name
+
+VERIFIERS: dict[str, Verifier] = {
+    "none": verify_none,
+    "number": verify_number,
+    "call": verify_call,
+    "code": verify_code,
+    "json": verify_json,
+    "exact": verify_exact,
+    "contains": verify_contains,
+    "paper_number": paper_number,
+    "paper_call": paper_call,
+    "paper_code": paper_code,
+}
+
+# our verifier -> the published code's for the same data
+PUBLISHED = {"number": "paper_number", "call": "paper_call", "code": "paper_code"}
+
+
+@lru_cache(maxsize=64)
+def get_verifier(name: str) -> Verifier:
+    """The verifier of that name; ValueError where there is none, or it cannot be one."""
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    kind, colon, rest = name.partition(":")
+    if kind == "regex" and colon:
+        try:
+            return partial(verify_regex, re.compile(rest, re.MULTILINE))
+        except re.error as error:
+            raise ValueError(f"--verify {name!r}: no regular expression: {error}") from None
+    if colon:
+        return _users(name, kind, rest)
+    raise ValueError(
+        f"no verifier {name!r}; wanted one of {', '.join(VERIFIERS)}, regex:PATTERN or "
+        "module:function"
+    )
+
+
+def _users(name: str, module: str, function: str) -> Verifier:
+    """A verifier of the user's own, whose answers are checked."""
+    sys.path.append(str(Path.cwd()))  # a script's own directory is there, not the user's
+    try:
+        code = importlib.import_module(module)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--verify {name!r}: cannot import {module!r} ({what}); it is looked for in "
+            f"{Path.cwd()} and on PYTHONPATH"
+        ) from error
+    finally:
+        sys.path.pop()
+    verify = getattr(code, function, None)
+    if not callable(verify):
+        own = [n for n, v in vars(code).items() if inspect.isfunction(v) and n[0] != "_"]
+        raise ValueError(
+            f"--verify {name!r}: {module} has no function {function!r}; it has "
+            f"{', '.join(sorted(own)) or 'none'}"
+        )
+    try:
+        inspect.signature(verify).bind(None, "")
+    except TypeError as error:
+        raise ValueError(
+            f"--verify {name!r}: it cannot be called as {function}(row, text): {error}"
+        ) from None
+
+    def checked(row: Row, text: str) -> tuple[bool, str]:
+        try:
+            answer = verify(row, text)
+        except Exception as error:
+            raise ValueError(
+                f"--verify {name!r} failed on the row that asks {row.messages[0]['content'][:60]!r}"
+                f": {type(error).__name__}: {error}"
+            ) from error
+        match answer:
+            case (bool() as ok, str() as reason) if ok or (reason.strip() and reason not in KEPT):
+                return ok, reason
+        raise ValueError(
+            f"--verify {name!r} answered {answer!r}; wanted (True or False, reason), the reason "
+            f"text that says why not, and none of {', '.join(KEPT)}"
+        )
+
+    return checked

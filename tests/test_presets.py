@@ -1,0 +1,183 @@
+"""Presets: the published values, what is typed wins, and names that are nearly right.
+
+The table is typed from the paper's record (paper.md 1.2 to 1.4), not made of the presets.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.data import load_distilled
+from engine.distill import PAPER_SAMPLING, DistillConfig
+from engine.flags import add_flags, from_flags
+from engine.presets import PRESETS, get_preset, parse
+from engine.sampler import SamplerConfig
+from engine.select import OURS, PAPER
+from engine.session import DataConfig, ModelConfig
+from engine.templates import TEMPLATES, prompt
+from engine.train import EncodeConfig, TrainConfig
+from model.chat import Chat
+from model.lora import LoraConfig
+from model.tokenizer import load_tokenizer
+from tests.test_sdft import script
+
+ROOT = Path(__file__).resolve().parent.parent
+MATH = (
+    "You are an expert in math. Below is a math question. Write a response that appropriately "
+    "answers the question."
+)
+PUBLISHED = {  # template, chat form, verifier, published rule, epochs, system message
+    "alpaca": ("using", "alpaca", "none", "none", 2, None),
+    "dolly": ("using", "alpaca", "none", "none", 2, None),
+    "lima": ("using", "alpaca", "none", "none", 2, None),
+    "openhermes": ("using", "alpaca", "none", "none", 2, None),
+    "gsm8k": ("gsm8k", "llama2", "number", "paper_number", 5, MATH),
+    "openfunctions": ("refer", "alpaca", "call", "paper_call", 5, None),
+    "magicoder": ("refer", "alpaca", "paper_code", "paper_code", 2, None),
+}
+CONFIGS = (ModelConfig, DataConfig, DistillConfig, SamplerConfig, EncodeConfig, TrainConfig)
+NEEDED = ["--model", "m", "--data", "d"]
+
+
+def parser_of_the_main_job():
+    parser = argparse.ArgumentParser()
+    for config in CONFIGS[:3]:
+        add_flags(parser, config)
+    add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
+    add_flags(parser, EncodeConfig, {"target"})
+    add_flags(parser, TrainConfig)
+    add_flags(parser, LoraConfig, {"seed"})
+    return parser
+
+
+def settings(*typed):
+    """The dataclasses that a script would run with, by class."""
+    args = parse(parser_of_the_main_job(), [*NEEDED, *typed])
+    made = [from_flags(c, args) for c in CONFIGS if c is not SamplerConfig]
+    made += [from_flags(SamplerConfig, args, max_new_tokens=512), from_flags(LoraConfig, args)]
+    return {type(config): config for config in made}
+
+
+def test_every_training_set_of_the_paper_has_its_preset():
+    assert set(PRESETS) == {"default", *(f"yang2024-{name}" for name in PUBLISHED)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name):
+    template, chat, verify, published, epochs, system = PUBLISHED[name]
+    made = settings("--preset", f"yang2024-{name}", "--paper-exact")
+    assert made[ModelConfig].chat_format == chat and made[DataConfig].system == system
+    distilling = made[DistillConfig]
+    assert (distilling.template, distilling.verify, distilling.cascade) == (
+        template, verify, "guided:1")  # fmt: skip
+    assert distilling.verifier == published and distilling.rules is PAPER
+    assert distilling.limit(1) == distilling.limit(4000) == 512
+    sampling = made[SamplerConfig]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.95, 0.7, 50)
+    assert (sampling.repetition_penalty, sampling.min_p, sampling.seed) == (1.0, 0.0, 42)
+    lora = made[LoraConfig]
+    assert (lora.rank, lora.alpha, lora.dropout, lora.rslora) == (8, 16.0, 0.1, False)
+    assert {m.split(".")[1] for m in lora.module_names()} == {"q_proj", "v_proj"}
+    training = made[TrainConfig]
+    assert (training.lr, training.schedule, training.warmup) == (1e-4, "cosine", 0.0)
+    assert (training.epochs, training.batch_rows, training.weight_decay) == (epochs, 2 * 4, 0.0)
+    assert (training.clip, training.max_steps) == (1.0, 0)  # the Trainer's default norm
+    encoding = made[EncodeConfig]
+    assert (encoding.max_length, encoding.truncate, encoding.mix) == (1024, True, 0.0)
+    for config in made.values():
+        getattr(config, "check", lambda: None)()
+
+
+def test_default_is_the_flags_own_defaults():
+    assert settings() == settings("--preset", "default")
+    made = settings()
+    assert made[DistillConfig] == DistillConfig() and made[DistillConfig].rules is OURS
+    assert made[TrainConfig] == TrainConfig() and made[LoraConfig] == LoraConfig()
+    assert made[SamplerConfig] == SamplerConfig(**PAPER_SAMPLING)
+    assert made[ModelConfig] == ModelConfig("m") and made[DataConfig] == DataConfig("d")
+
+
+def test_what_is_typed_wins_also_before_the_preset(capsys):
+    typed = ["--epochs", "1", "--chat-format", "own", "--no-truncate", "--verify", "exact"]
+    made = settings(*typed, "--preset", "yang2024-gsm8k", "--system", "Count.")
+    assert made[TrainConfig].epochs == 1 and made[TrainConfig].batch_rows == 8
+    assert made[ModelConfig].chat_format == "own" and made[EncodeConfig].truncate is False
+    assert made[DistillConfig].verify == "exact" and made[DataConfig].system == "Count."
+    said = capsys.readouterr().out
+    assert said.startswith("preset yang2024-gsm8k: chat_format='own' (typed), template='gsm8k',")
+    assert "epochs=1 (typed), batch_rows=8," in said and "rank=8," in said
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_flags_only_and_values_of_their_type(name):
+    plain = vars(parser_of_the_main_job().parse_args(NEEDED))
+    for flag, value in PRESETS[name].items():
+        assert flag in plain
+        assert plain[flag] is None or type(value) is type(plain[flag]), flag
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("yang2024-gsm", "did you mean yang2024-gsm8k"),
+        ("yang-alpaca", "did you mean yang2024-alpaca"),
+        ("defalt", "did you mean default"),
+        ("zzz", "no preset 'zzz'; wanted one of default, yang2024-alpaca"),
+    ],
+)
+def test_an_unknown_preset_offers_the_nearest(name, said):
+    with pytest.raises(ValueError, match=said):
+        get_preset(name)
+
+
+@pytest.mark.parametrize("script", ["distill", "train", "sdft"])
+def test_the_scripts_take_presets(script, monkeypatch):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    argv = [script, *NEEDED, "--out", "o", "--preset", "yang2024-openfunctions"]
+    monkeypatch.setattr(sys, "argv", argv)
+    args = module.parse_args()
+    assert args.chat_format == "alpaca"
+    if script != "train":
+        assert (args.template, args.verify, args.max_new_tokens) == ("refer", "call", "512")
+    if script != "distill":
+        assert (args.epochs, args.rank, args.dropout, args.truncate) == (5, 8, 0.1, True)
+
+
+def test_the_main_job_under_a_preset(tiny_llama_dir, tmp_path):
+    """The paper's GSM8K forms reach the model, and its defects the trained tokens."""
+    model = tiny_llama_dir(tokenizer=True, max_position_embeddings=2048)
+    out, train = tmp_path / "run", tmp_path / "d.json"
+    rows = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}."} for i in range(6)]
+    train.write_text(json.dumps(rows))
+    args = ["--model", model, "--data", train, "--out", out, "--preset", "yang2024-gsm8k"]
+    args += ["--paper-exact", "--max-new-tokens", "8", "--epochs", "1", "--retention-max-new", "2"]
+    said = script("sdft", *args, "--report-rows", "1", "--report-answers", "1")
+    assert "preset yang2024-gsm8k: chat_format='llama2'" in said and "epochs=1 (typed)" in said
+    settings = json.loads((out / "summary.json").read_text())["settings"]
+    assert settings["TrainConfig"]["seed"] == settings["SamplerConfig"]["seed"] == 42
+    assert settings["LoraConfig"]["dropout"] == 0.1 and settings["DistillConfig"]["paper_exact"]
+    for line in load_distilled(out / "distilled.jsonl"):
+        assert line.messages[0] == {"role": "system", "content": MATH}
+        # the beginning is asked for, but not part of what is trained on
+        assert line.response_tokens <= 8 and not line.response.startswith("Great!")
+        chat = Chat.from_dir(model, load_tokenizer(model), "llama2")
+        asked = prompt(chat, TEMPLATES["gsm8k"], line.messages, line.reference)
+        text = chat.render(asked, add_generation_prompt=True)
+        assert MATH not in text and "Below are a math question and its reference answer" in text
+        assert text.endswith(f"{line.messages[1]['content']}\n\n{line.reference} [/INST]")
+        ids = chat.prompt_ids(asked, "Great! Let's think step by step. ")
+        assert line.prompt_tokens == len(ids)
+
+
+def test_a_frozen_preset_is_not_changed_by_use():
+    before = {name: dict(preset) for name, preset in PRESETS.items()}
+    settings("--preset", "yang2024-lima", "--epochs", "9")
+    assert {name: dict(preset) for name, preset in PRESETS.items()} == before
+    assert dataclasses.replace(PAPER) == PAPER != OURS
