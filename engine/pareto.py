@@ -250,7 +250,8 @@ def draw(seed: Point, pairs: Sequence[Sequence[Point]], file: Path) -> str:
         named.add(p.arm)
         axes.errorbar(x[0], y[0], xerr=bars[0], yerr=bars[1], color=colours[p.arm], fmt="o",
                       markersize=6, elinewidth=0.8, label=name, zorder=3)  # fmt: skip
-        axes.annotate(p.name, (x[0], y[0]), (6, 5), textcoords="offset points", fontsize=7)
+        place = (6, -11) if p.arm == "sdft" else (6, 5)  # the two may lie on each other
+        axes.annotate(p.name, (x[0], y[0]), place, textcoords="offset points", fontsize=7)
     axes.set_xlabel("KL(seed || tuned) on general prompts, nats per token: left is less forgotten")
     up = "share of held-out rows right: up is better"
     axes.set_ylabel(up if seed.judged else "NLL of held-out references: down is better")

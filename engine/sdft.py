@@ -218,14 +218,15 @@ def _text(
 ) -> str:
     """The closing table and where everything lies."""
     header = ["", f"target ({distilling.verify})", "95 % interval", "held-out NLL"]
-    lines = [[*header, "KL to seed", "same top-1", "train loss", "train s"]]
+    lines = [[*header, "KL to seed", "KL from seed", "same top-1", "train loss", "train s"]]
     for arm in ("seed", "sft", "sdft"):
         if arm in scores:
             cells = [*scores[arm].cells(), f"{scores[arm].nll:.3f}"]
         else:
             cells = ["-", "-", "-"]
-        kept = drift.get(arm, {"kl": 0.0, "agreement": 1.0})
-        cells += [f"{kept['kl']:.4f}", f"{kept['agreement']:.1%}"]
+        kept = drift.get(arm, {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0})
+        cells += [f"{kept[name]:.4f}" for name in ("kl", "reverse_kl")]
+        cells.append(f"{kept['agreement']:.1%}")
         if t := trainings.get(arm):
             cells += [f"{t['first_loss']:.3f} -> {t['last_loss']:.3f}", f"{t['seconds']:.0f}"]
         else:
@@ -236,8 +237,8 @@ def _text(
         text.append(means.text())
     text.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
     text += [
-        "KL to seed: nats per token over the seed's own answers to general prompts; lower is less "
-        "forgotten.",
+        "KL to and from seed, KL(seed || tuned) and KL(tuned || seed): nats per token over the "
+        "seed's own answers to general prompts; lower is less forgotten.",
         f"distilled data {out}/distilled.jsonl, adapters {out}/sft and {out}/sdft (PEFT layout), "
         f"answers {out}/evaluation.jsonl, drift {out}/retention.jsonl, all figures "
         f"{out}/summary.json",

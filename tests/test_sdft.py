@@ -129,7 +129,7 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
     assert "seed" in said and "sft" in said and "0/4" in said
     said = script("retention", *model, "--adapter", run, "--max-new-tokens", "3",
                   "--out", tmp_path / "r.jsonl")  # fmt: skip
-    assert "kl careful" in said
+    assert "KL careful" in said and "KL from seed" in said
     said = script("generate", *model, "--prompt", "Hi", "--max-new-tokens", "3", "--adapter", run)
     script("generate", *model, *train, "--samples", "2", "--temperature", "1",
            "--max-new-tokens", "3", "--out", tmp_path / "g.jsonl")  # fmt: skip

@@ -1,0 +1,55 @@
+"""Is it worth while? A sample of rows tells whether the model follows a shown reference at all.
+
+    python scripts/preflight.py --model MODEL_DIR --data train.json --verify number
+    python scripts/preflight.py ... --sample 32 --template gsm8k
+
+Takes the flags of scripts/sdft.py; ends with GO or the reasons against it, and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.distill import PAPER_SAMPLING, DistillConfig
+from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.preflight import PreflightConfig, preflight
+from engine.presets import parse
+from engine.sampler import SamplerConfig
+from engine.session import DataConfig, ModelConfig, Session
+from engine.train import EncodeConfig, TrainConfig
+from model.lora import LoraConfig
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_flags(parser, ModelConfig)
+    add_flags(parser, DataConfig)
+    add_flags(parser, PreflightConfig)
+    add_flags(parser, DistillConfig)
+    add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
+    add_flags(parser, EncodeConfig, {"target", "mix"})
+    add_flags(parser, TrainConfig)
+    add_flags(parser, LoraConfig, {"seed"})
+    return parse(parser)
+
+
+def main() -> None:
+    args = parse_args()
+    preflight(
+        Session.open(from_flags(ModelConfig, args)),
+        from_flags(DataConfig, args),
+        from_flags(PreflightConfig, args),
+        from_flags(DistillConfig, args),
+        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+        from_flags(EncodeConfig, args),
+        from_flags(TrainConfig, args),
+        from_flags(LoraConfig, args),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
