@@ -28,6 +28,7 @@ class SamplerConfig:
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
+    invariant: bool = False  # a GPU: no text depends on rows, order or drafts; slower
     steps: int = 1  # decode steps between two visits of the host; more pays on a GPU
 
     def settings(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from engine.drafting import Controller, Drafter
 from engine.endings import FlyingRow, ending
+from engine.invariance import prove
 from engine.pages import Pages, common_prefix
 from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
@@ -77,7 +78,10 @@ class Sampler:
         self.owner.restore()
 
     def _prepare(self, release: bool) -> None:
-        self.model, self.lora = self.owner.for_sampling(self.adapter, release)
+        invariant = self.config.invariant
+        self.model, self.lora = self.owner.for_sampling(self.adapter, release, invariant)
+        if invariant:
+            prove(self.model, self.lora, self.config.page_size)
 
     def submit(self, request: Request) -> None:
         """Queue a request; allowed at any time, also while `run` is handing rows out."""

@@ -120,9 +120,10 @@ def run(
     # 4. the target task
     base = session.settings | {"adapters": adapter_hashes([str(out / arm) for arm in trainings])}
     scores: dict[str, Score] = {}
+    same = {"rows": sampling.rows, "invariant": sampling.invariant}
     if held_out:
         begun = time.perf_counter()
-        greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.eval_max_new)
+        greedy = SamplerConfig(**same, max_new_tokens=job.eval_max_new)
         asked = base | {"data": held_out.sha256, "rows": len(held_out)}
         asked |= {"verify": distilling.verify, "max_new": job.eval_max_new}
         scores = evaluate(
@@ -132,7 +133,7 @@ def run(
 
     # 5. everything else
     begun = time.perf_counter()
-    greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.retention_max_new)
+    greedy = SamplerConfig(**same, max_new_tokens=job.retention_max_new)
     drift = retention(
         model,
         chat,

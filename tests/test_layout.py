@@ -26,14 +26,16 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # kernels was 2,800: every operation stands there three times (definition, torch, Triton), and the
 # decode, extend, fused and split forms that the kernel issue names are kernels of their own; then
 # 3,150: `auto` checks at a model's own widths; drafts are decoded with the others, in one pass, and
-# rows of like length share a softmax; a row's bits are kept apart (rowwise.py); shared prefixes.
+# rows of like length share a softmax; a row's bits are kept apart (rowwise.py); shared prefixes;
+# 3,400 until products had a form that keeps them apart on a GPU too (linear_invariant.py).
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950.
 # engine was 3,200: training grew by validation, guards, the memory plan, signals and processes,
 # each a file of its own (validate, metrics, memory, process, distributed; step is cut from train);
 # the sampler by pages, drafting, endings and what several processes resume; the report takes 880
-# (what is collected, loaded, said, drawn, written).
-PACKAGE_BUDGET = {"kernels": 3400, "model": 1600, "engine": 5150}
+# (what is collected, loaded, said, drawn, written). It was 5,150 until --invariant looked on the
+# card, before the first row, whether what it promises is so (invariance.py).
+PACKAGE_BUDGET = {"kernels": 3450, "model": 1600, "engine": 5250}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 
