@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kernels._triton import usable
+from kernels._triton import INTERPRETED, usable
 from kernels.context import Cached
 from kernels.registry import REFERENCE, TRITON
 from tests import interpreter
@@ -16,11 +16,17 @@ H, G, D, SIZE = 3, 1, 16, 8
 ROWS = [(0, 1), (63, 1), (64, 1), (30, 4), (0, 9), (24, 13)]
 
 
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
 @pytest.fixture(autouse=True)
 def strict():
-    if reason := usable("cpu"):
+    if reason := usable(DEVICE):
         pytest.skip(reason)
-    interpreter.install()
+    if INTERPRETED:
+        interpreter.install()
 
 
 def attend(batch, seed, dtype, alone, cuts=None):
@@ -33,15 +39,17 @@ def attend(batch, seed, dtype, alone, cuts=None):
     need = [-(-sum(ROWS[i]) // SIZE) for i in batch]
     free = list(range(sum(need) + 5))
     rng.shuffle(free)
-    k, v = (torch.full((len(free), G, SIZE, D), torch.nan, dtype=dtype) for _ in range(2))
+    k, v = (
+        torch.full((len(free), G, SIZE, D), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)
+    )
     tables, new = [], []
     for i, count in zip(batch, need, strict=True):
         tables.append([free.pop() for _ in range(count)])
         own = torch.Generator().manual_seed(i)  # a row's numbers are the same in every batch
         for cache in (k, v):
             for t, token in enumerate(torch.randn(ROWS[i][0], G, D, generator=own)):
-                cache[tables[-1][t // SIZE], :, t % SIZE] = token.to(dtype)
-        new.append(torch.randn(ROWS[i][1], (H + 2 * G) * D, generator=own).to(dtype))
+                cache[tables[-1][t // SIZE], :, t % SIZE] = token.to(DEVICE, dtype)
+        new.append(torch.randn(ROWS[i][1], (H + 2 * G) * D, generator=own).to(DEVICE, dtype))
     counts, contexts = [len(q) for q in new], [ROWS[i][0] for i in batch]
     if cuts is None:
         forwards = [(torch.cat(new), counts, contexts)]
@@ -51,7 +59,7 @@ def attend(batch, seed, dtype, alone, cuts=None):
         forwards = [(part, [m], [contexts[0] + start]) for part, m, start in parts]
     outs = []
     for qkv, lengths, before in forwards:
-        cached = Cached.build(lengths, before, tables, SIZE, alone=alone)
+        cached = Cached.build(lengths, before, tables, SIZE, DEVICE, alone)
         with interpreter.poisoned():
             TRITON.kv_write_(qkv, k, v, cached)
             outs.append(TRITON.cached_attention(qkv, k, v, cached))
@@ -84,12 +92,12 @@ def test_a_token_is_its_own(dtype, alone):
 
 def test_scores_far_below_zero():
     """Every score near -230 (base 2): what is masked must not count as a score of 0."""
-    k, v = torch.ones(11, G, SIZE, D), torch.randn(11, G, SIZE, D)
-    qkv = torch.randn(7, (H + 2 * G) * D)
+    k, v = torch.ones(11, G, SIZE, D, device=DEVICE), torch.randn(11, G, SIZE, D, device=DEVICE)
+    qkv = torch.randn(7, (H + 2 * G) * D, device=DEVICE)
     qkv[:, : H * D], qkv[:, H * D : (H + G) * D] = -40, 1
     for alone in (True, False):
         tables = [list(range(9)), [9, 10]]
-        cached = Cached.build([1, 6], [64, 10], tables, SIZE, alone=alone)
+        cached = Cached.build([1, 6], [64, 10], tables, SIZE, DEVICE, alone)
         TRITON.kv_write_(qkv, k, v, cached)
         got = TRITON.cached_attention(qkv, k, v, cached)
         want = REFERENCE.cached_attention(qkv.double(), k.double(), v.double(), cached)
