@@ -146,6 +146,7 @@ CALLS: dict[tuple[str, str], Call] = {
         lambda o, i: o.lora_linear_forward(i["x"], i["w"], i["group"]),
         _linear_graph,
     ),
+    ("linear", "forward"): Call(lambda o, i, s: o.linear(i["x"], i["w"])),
     ("attention", "forward"): Call(
         lambda o, i, s: o.attention_forward(i["qkv"], i["packed"], i["H"], i["G"])
     ),
@@ -210,6 +211,7 @@ WORK: dict[tuple[str, str], Callable[..., tuple[float, float]]] = {
     ("swiglu", "backward"): lambda t, f, e: (12 * t * f, 5 * t * f * e),
     ("lora_linear", "forward"): lambda *s, e: _linear_work(*s, e=e, backward=False),
     ("lora_linear", "backward"): lambda *s, e: _linear_work(*s, e=e, backward=True),
+    ("linear", "forward"): lambda t, k, n, e: (2 * t * k * n, (t * k + n * k + t * n) * e),
     ("attention", "forward"): _attention_work,
     # five products where the forward has two; reads qkv, o, do, writes dqkv
     ("attention", "backward"): lambda h, g, d, *rows, e: (

@@ -42,7 +42,7 @@ from engine.log import table
 from engine.optim import Optimizer
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.step import MicroBatch, micro_step, stated_rate, step_operations
-from kernels.registry import choose
+from kernels.registry import choose, invariant
 from kernels.spec import MODELS, Widths
 from model.config import LlamaConfig
 from model.llama import POLICIES, Llama
@@ -211,6 +211,12 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randint(model.config.vocab_size, (args.rows, args.prompt), generator=generator)
     settings = {"greedy": {}, "sampled": {"temperature": 0.7, "top_p": 0.9}}
+    if args.invariant:
+        try:
+            invariant(model.ops)
+            settings["greedy, invariant"] = {"invariant": True}
+        except ValueError as error:
+            print(f"not decoded: {error}")
     found = {}
     for name, setting in settings.items():
         config = SamplerConfig(rows=args.rows, max_new_tokens=args.new, **setting)
@@ -232,9 +238,10 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
 def compare(runs: dict[str, dict]) -> None:
     """Put the number of rows written as by the first table in place of the texts."""
     done = [forms for forms in runs.values() if "failed" not in forms]
-    for kind in done[0] if done else []:
-        texts = [forms[kind].pop("answers") for forms in done]
-        for forms, text in zip(done, texts, strict=True):
+    for kind in dict.fromkeys(kind for forms in done for kind in forms):
+        having = [forms for forms in done if kind in forms]
+        texts = [forms[kind].pop("answers") for forms in having]
+        for forms, text in zip(having, texts, strict=True):
             forms[kind]["rows_as_first"] = sum(map(operator.eq, text, texts[0]))
 
 
@@ -283,6 +290,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", choices=POLICIES, default="none")
     parser.add_argument("--steps", type=int, default=5, help="timed, after two to warm up")
     parser.add_argument("--no-decode", action="store_true")
+    parser.add_argument("--invariant", action="store_true", help="decode so too, where it can be")
     parser.add_argument("--rows", type=int, default=32, help="decoded together")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a decoded row's prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens that it writes")

@@ -241,7 +241,7 @@ def _answers(
         )
         for row in sample
     ]
-    greedy = SamplerConfig(rows=sampling.rows)
+    greedy = sampling.greedy(SamplerConfig.max_new_tokens)
     with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, greedy) as sampler:
         done = {answer.id: answer for answer in sampler.run(requests)}
     return [done[row.id] for row in sample]

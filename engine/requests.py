@@ -14,7 +14,7 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps")  # they c
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 64  # rows in flight; changes speed and memory, never text (fp32 on a CPU)
+    rows: int = 64  # rows in flight: speed and memory, never text (fp32 on a CPU, or --invariant)
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this probability
@@ -28,11 +28,16 @@ class SamplerConfig:
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
+    invariant: bool = False  # on a GPU too, no text depends on --rows, order or drafts; slower
     steps: int = 1  # decode steps between two visits of the host; more pays on a GPU
 
     def settings(self) -> dict[str, Any]:
         """What names a run of it: not what changes its speed only."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
+
+    def greedy(self, max_new_tokens: int) -> SamplerConfig:
+        """For measuring: as many rows and the same promise, nothing left to chance."""
+        return SamplerConfig(self.rows, invariant=self.invariant, max_new_tokens=max_new_tokens)
 
     def check(self) -> None:
         """ValueError for settings that cannot sample."""

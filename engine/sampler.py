@@ -12,6 +12,8 @@ Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
                 chunks; a decoded or drafted token is a query of its own that splits its context by
                 page and joins in page order (cached_attention.py)
     sampling    one uniform per token, named by (seed, row id, sample, position) (philox.py)
+On a GPU with `invariant` products have fixed tiles (linear_invariant.py), and Triton's attention
+gives a token the same bits wherever it was cut off and whatever was drafted with it.
 """
 
 # B = rows in flight
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from engine.drafting import Controller, Drafter
 from engine.endings import FlyingRow, ending
+from engine.invariance import prove
 from engine.pages import Pages, common_prefix
 from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
@@ -78,7 +81,10 @@ class Sampler:
         self.owner.restore()
 
     def _prepare(self, release: bool) -> None:
-        self.model, self.lora = self.owner.for_sampling(self.adapter, release)
+        invariant = self.config.invariant
+        self.model, self.lora = self.owner.for_sampling(self.adapter, release, invariant)
+        if invariant:
+            prove(self.model, self.lora, self.config.page_size)
 
     def submit(self, request: Request) -> None:
         """Queue a request; allowed at any time, also while `run` is handing rows out."""

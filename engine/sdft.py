@@ -122,7 +122,7 @@ def run(
     scores: dict[str, Score] = {}
     if held_out:
         begun = time.perf_counter()
-        greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.eval_max_new)
+        greedy = sampling.greedy(job.eval_max_new)
         asked = base | {"data": held_out.sha256, "rows": len(held_out)}
         asked |= {"verify": distilling.verify, "max_new": job.eval_max_new}
         scores = evaluate(
@@ -132,7 +132,7 @@ def run(
 
     # 5. everything else
     begun = time.perf_counter()
-    greedy = SamplerConfig(rows=sampling.rows, max_new_tokens=job.retention_max_new)
+    greedy = sampling.greedy(job.retention_max_new)
     asked = session.settings | {"max_new": job.retention_max_new}
     said = seed_answers(model, chat, out / "seed_answers.jsonl", greedy, asked)
     asked = base | {"max_new": job.retention_max_new}

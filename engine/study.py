@@ -146,7 +146,7 @@ def study(
         session.model,
         session.chat,
         out / "seed" / "answers.jsonl",
-        SamplerConfig(rows=sampling.rows, max_new_tokens=job.retention_max_new),
+        sampling.greedy(job.retention_max_new),
         asked,
     )
     seed = Point("", "seed", [runs.evaluated(out / "seed", "seed", None, {})])
@@ -284,7 +284,7 @@ class Runs:
             self.distilling.verify,
             {arm: lora},
             file,
-            SamplerConfig(rows=self.sampling.rows, max_new_tokens=job.eval_max_new),
+            self.sampling.greedy(job.eval_max_new),
             asked,
         )
         judged = {line["id"]: line for line in read_jsonl(file)}

@@ -20,12 +20,14 @@ precision  scores and softmax in max(fp32, dtype)
 traffic    decoding reads each page once for all H / G query heads of a group
 triton     the n heads of a group and a row's new tokens are one list of n m queries, query f being
            head f % n of token f / n, so a tile of BM queries reads the group's keys once for all.
-           decode  rows of up to 16 / n new tokens: one tile; its context is cut every SPLIT
+           decode  `alone`: a tile takes 16 / n tokens of a row; its context is cut every SPLIT
                    tokens, a program per part, and `cached_join` adds the parts in order
-           extend  all other rows: a program per BM queries walks over their whole context
-           Both are launched where a batch has both kinds; each skips the other's rows. Cuts and
-           steps lie at fixed tokens of the row and the choice is by its own m, so a row's result
-           is bitwise its own. A key's page is looked up lane by lane: any page size will do.
+           extend  prompts: a program per BM queries walks over their whole context
+           Cuts and steps lie at fixed tokens of the row, and a step in which a query sees no key
+           changes no bit of it (weights are exact zeros, a factor is exactly 1), so a query's
+           result does not depend on the tokens that share its tile. Every step is the same code:
+           one without the mask would be faster, and might be contracted to other roundings.
+           A key's page is looked up lane by lane: any page size will do.
 tiles      shape classes: padded head size x bytes of an element, as "D128x2"; else the bytes, as
            "x4"; SPLIT is in the decode row; `kv_write` and `cached_join` have one row for all
 """
@@ -36,6 +38,7 @@ tiles      shape classes: padded head size x bytes of an element, as "D128x2"; e
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,7 +50,7 @@ from kernels.rowwise import alone_width
 from kernels.spec import MODELS, Spec, accumulate_dtype
 from kernels.tiles import tile
 
-DECODED = 16  # queries (heads of a group x new tokens) up to which a row is decoded
+DECODED = 16  # queries (heads of a group x new tokens) of a decoding tile: the least of a product
 
 # ---- reference: the definition
 
@@ -202,7 +205,6 @@ def _queries(
 def _step(
     q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys begin .. begin + BN - 1 of a row of `end` tokens, base 2."""
     keys, cols = begin + tl.arange(0, BN), tl.arange(0, BD)
@@ -211,8 +213,7 @@ def _step(
     live = (keys < end)[:, None] & (cols < D)[None, :]
     k = tl.load(k_ptr + at, mask=live, other=0.0)  # (BN, BD)
     scores = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN)
-    if CAUSAL:
-        scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+    scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     e = tl.exp2(scores - new_top[:, None])
     fade = tl.exp2(top - new_top)
@@ -226,13 +227,13 @@ def cached_decode_kernel(
     qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, top_ptr, total_ptr, acc_ptr,
     stride, P, S, W, scale,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    LIMIT: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row, g, part = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
     new = tl.load(cu_ptr + row + 1) - start
     end = context + new
-    if (new > LIMIT) | (part * SPLIT >= end):
+    if part * SPLIT >= end:
         return
     flat = tl.arange(0, BM)
     q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
@@ -244,7 +245,7 @@ def cached_decode_kernel(
     for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, end), BN):
         top, total, acc = _step(
             q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
-            G, D, BD, PAGE, BN, True,
+            G, D, BD, PAGE, BN,
         )  # fmt: skip
     at = (tl.program_id(0).to(tl.int64) * W + flat) * S + part
     cols = tl.arange(0, BD)
@@ -259,12 +260,12 @@ def cached_decode_kernel(
 def cached_join_kernel(
     top_ptr, total_ptr, acc_ptr, cu_ptr, contexts_ptr, o_ptr, S, W,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    LIMIT: tl.constexpr, SPLIT: tl.constexpr, BS: tl.constexpr,
+    SPLIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     row, g, flat = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
     new = tl.load(cu_ptr + row + 1) - start
-    if (new > LIMIT) | (flat >= new * N):
+    if flat >= new * N:
         return
     first = (tl.program_id(0).to(tl.int64) * W + flat) * S
     parts, cols = (context + new + SPLIT - 1) // SPLIT, tl.arange(0, BD)
@@ -289,13 +290,13 @@ def cached_join_kernel(
 def cached_extend_kernel(
     qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, o_ptr, stride, P, scale,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    LIMIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row, g = tl.program_id(0) // G, tl.program_id(0) % G
     start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
     new = tl.load(cu_ptr + row + 1) - start
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest walks begin first
-    if (new <= LIMIT) | (first >= new * N):
+    if first >= new * N:
         return
     flat = first + tl.arange(0, BM)
     q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
@@ -305,17 +306,10 @@ def cached_extend_kernel(
     acc = tl.zeros((BM, BD), tl.float32)
     table_ptr += row.to(tl.int64) * P
     end = context + new
-    last = tl.minimum(context + (first + BM - 1) // N + 1, end)  # what the last query sees
-    shared = (context + first // N + 1) // BN * BN  # what every query of the tile sees
-    for begin in range(0, shared, BN):
+    for begin in range(0, tl.minimum(context + (first + BM - 1) // N + 1, end), BN):
         top, total, acc = _step(
             q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
-            G, D, BD, PAGE, BN, False,
-        )  # fmt: skip
-    for begin in range(shared, last, BN):
-        top, total, acc = _step(
-            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
-            G, D, BD, PAGE, BN, True,
+            G, D, BD, PAGE, BN,
         )  # fmt: skip
     cols = tl.arange(0, BD)
     at = (start + flat // N).to(tl.int64) * (G * N * D) + (g * N + flat % N) * D
@@ -348,23 +342,23 @@ def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
 
 
 def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
-    """As `cached_attention`: decode and join for rows of few new tokens, extend for the others."""
+    """As `cached_attention`: decode and join for tokens that are alone, extend for prompts."""
     H, G, d = _head_counts(qkv, k, v, cached)
-    n, BD, B = H // G, power_of_two(d), len(cached.query_lens)
-    limit = max(1, DECODED // n)
-    rows = list(zip(cached.query_lens, cached.context_lens, strict=True))
-    few = [(m, m + c) for m, c in rows if m <= limit]
-    many = [m for m, _ in rows if m > limit]
+    n, BD = H // G, power_of_two(d)
+    if cached.alone:
+        cached = cached.pieces(max(1, DECODED // n))
+    B, W = len(cached.query_lens), n * max(cached.query_lens, default=0)
     o = qkv.new_empty(qkv.shape[0], H * d)
     shapes = (f"D{BD}x{qkv.element_size()}", f"x{qkv.element_size()}")
-    sizes = {"N": n, "G": G, "D": d, "BD": BD, "LIMIT": limit}
+    sizes = {"N": n, "G": G, "D": d, "BD": BD}
     cache = (qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts)
     stride, P, scale = qkv.stride(0), cached.block_table.shape[1], d**-0.5 * 1.4426950408889634
-    if few:
+    if cached.alone:
         row = tile("cached_decode_kernel", qkv.device, *shapes)
         SPLIT = row["SPLIT"]
         assert SPLIT % row["BN"] == 0, f"parts of {SPLIT} tokens in steps of {row['BN']}"
-        W, S = n * max(m for m, _ in few), cdiv(max(end for _, end in few), SPLIT)
+        rows = zip(cached.query_lens, cached.context_lens, strict=True)
+        S = cdiv(max((new + context for new, context in rows), default=0), SPLIT)
         top, total = (qkv.new_empty(B, G, W, S, dtype=torch.float32) for _ in range(2))
         acc = qkv.new_empty(B, G, W, S, d, dtype=torch.float32)
         launch(
@@ -375,9 +369,9 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
             cached_join_kernel, (B * G, W), top, total, acc, *cache[4:], o, S, W,
             SPLIT=SPLIT, **sizes, **tile("cached_join_kernel", qkv.device),
         )  # fmt: skip
-    if many:
+    else:
         row = tile("cached_extend_kernel", qkv.device, *shapes)
-        grid = (B * G, cdiv(n * max(many), row["BM"]))
+        grid = (B * G, cdiv(W, row["BM"]))
         launch(
             cached_extend_kernel, grid, *cache, o, stride, P, scale,
             PAGE=cached.page_size, **sizes, **row,
@@ -405,8 +399,11 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     ops.kv_write_(i["qkv"], i["k"], i["v"], i["cached"])
-    o = ops.cached_attention(i["qkv"], i["k"], i["v"], i["cached"])
-    return {"k": i["k"], "v": i["v"], "o": o}
+    out = {"k": i["k"], "v": i["v"]}
+    for name, alone in (("prompts", False), ("alone", True)):
+        cached = replace(i["cached"], alone=alone, memo={}, cut={})
+        out[name] = ops.cached_attention(i["qkv"], i["k"], i["v"], cached)
+    return out
 
 
 _BENCH_ROWS = (

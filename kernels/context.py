@@ -111,6 +111,7 @@ class Cached:
     cu_queries: Tensor  # (B + 1,) int32: row i's new tokens are cu_queries[i] .. cu_queries[i + 1]
     contexts: Tensor  # (B,) int32 device mirror of `context_lens`
     memo: dict[int | None, list[Pass]] = field(default_factory=dict, compare=False)  # `passes`
+    cut: dict[int, Cached] = field(default_factory=dict, compare=False)  # `pieces`
 
     @classmethod
     def build(
@@ -186,6 +187,24 @@ class Cached:
                 made = [Pass.build(self, 0, max(width, *self.query_lens))]
             self.memo[width] = made
         return self.memo[width]
+
+    def pieces(self, most: int) -> Cached:
+        """The same tokens as rows of up to `most`: what is behind them is a row that continues.
+
+        For attention over a cache that holds all of them already.
+        """
+        if max(self.query_lens, default=0) <= most:
+            return self
+        if most not in self.cut:
+            new, context, tables = [], [], []
+            for m, c, table in zip(self.query_lens, self.context_lens, self.tables, strict=True):
+                starts = range(0, m, most)
+                new += [min(most, m - start) for start in starts]
+                context += [c + start for start in starts]
+                tables += [table] * len(starts)
+            device = self.positions.device
+            self.cut[most] = Cached.build(new, context, tables, self.page_size, device, self.alone)
+        return self.cut[most]
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -102,7 +102,7 @@ def lora_linear_kernel(
 ):  # fmt: skip
     """y_i = x W_i^T + s S_i B_i^T of one tile inside member i; FUSED makes S_i on the way.
 
-    S0, S1, S2: the member's first column of S, or -1 where it has no adapter.
+    S0, S1, S2: the member's first column of S, or -1 where it has no adapter. RANK 0: nobody has.
     """
     t0, t1 = (N0 + BN - 1) // BN, (N1 + BN - 1) // BN
     tiles_n = t0 + t1 + (N2 + BN - 1) // BN
@@ -132,22 +132,23 @@ def lora_linear_kernel(
             x = tl.load(x_ptr + at, mask=inside, other=0.0)
             w = tl.load(w_ptr + safe_cols[:, None] * K + inner[None, :], mask=inside, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        if FUSED:
+        if FUSED and RANK > 0:
             at = (s_begin + ranks)[:, None] * K + inner[None, :]
             a = tl.load(a_ptr + at, mask=live[:, None] & inside, other=0.0)
             s_acc = tl.dot(x, a.T, s_acc, input_precision="ieee")
-    s_at = s_ptr + rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
-    s_mask = (rows < T)[:, None] & live[None, :]
-    if FUSED:
-        if first == 0:
-            tl.store(s_at, s_acc.to(s_ptr.dtype.element_ty), mask=s_mask)
-        s = s_acc
-    else:
-        s = tl.load(s_at, mask=s_mask, other=0.0).to(tl.float32)
-    b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
-    b_at = tl.where(cols < size, cols, 0).to(tl.int64)[:, None] * RANK + ranks[None, :]
-    b = tl.load(b_ptr + b_at, mask=live[None, :], other=0.0)
-    acc = tl.dot((s * scale).to(b.dtype), b.T, acc, input_precision="ieee")
+    if RANK > 0:
+        s_at = s_ptr + rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
+        s_mask = (rows < T)[:, None] & live[None, :]
+        if FUSED:
+            if first == 0:
+                tl.store(s_at, s_acc.to(s_ptr.dtype.element_ty), mask=s_mask)
+            s = s_acc
+        else:
+            s = tl.load(s_at, mask=s_mask, other=0.0).to(tl.float32)
+        b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
+        b_at = tl.where(cols < size, cols, 0).to(tl.int64)[:, None] * RANK + ranks[None, :]
+        b = tl.load(b_ptr + b_at, mask=live[None, :], other=0.0)
+        acc = tl.dot((s * scale).to(b.dtype), b.T, acc, input_precision="ieee")
     y_at = rows.to(tl.int64)[:, None] * (N0 + N1 + N2) + (begin + cols)[None, :]
     inside = (rows < T)[:, None] & (cols < size)[None, :]
     tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
@@ -276,7 +277,7 @@ def lora_dx_kernel(
 # ---- launches
 
 
-def _members(group: LoraGroup) -> tuple[list[Tensor], dict[str, int]]:
+def members_of(group: LoraGroup) -> tuple[list[Tensor], dict[str, int]]:
     """The three B pointers (any valid one where there is none) and the constants of the members."""
     assert len(group.sizes) <= 3, f"{len(group.sizes)} members; the kernels know up to 3"
     constants = {f"N{i}": 0 for i in range(3)} | {f"S{i}": -1 for i in range(3)}
@@ -303,14 +304,16 @@ def _inner_contiguous(t: Tensor) -> Tensor:
 
 
 def _forward_kernels(
-    x: Tensor, weight: Tensor, group: LoraGroup, dropout: Dropout | None, fused: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, group: LoraGroup | None, dropout: Dropout | None, fused: bool
+) -> tuple[Tensor, Tensor | None]:
+    if group is None:
+        return lora_linear_forward(x, weight)
     T, K = x.shape
     assert group.a.shape[1] == K == weight.shape[1] and sum(group.sizes) == weight.shape[0], (
         f"x {tuple(x.shape)}, W {tuple(weight.shape)}, A {tuple(group.a.shape)}, {group.sizes}"
     )
     x, weight, a = _inner_contiguous(x), weight.contiguous(), group.a.contiguous()
-    (b, members), classes = _members(group), _shape_classes(x, group.rank)
+    (b, members), classes = members_of(group), _shape_classes(x, group.rank)
     s, y = x.new_empty(T, a.shape[0]), x.new_empty(T, weight.shape[0])
     if not fused:
         row = tile("lora_down_kernel", x.device, *classes)
@@ -334,8 +337,6 @@ def lora_linear_forward_fused_triton(
     x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, in one launch; with dropout two, or every tile would redraw it."""
-    if group is None:
-        return lora_linear_forward(x, weight)
     return _forward_kernels(x, weight, group, dropout, fused=dropout is None)
 
 
@@ -343,8 +344,6 @@ def lora_linear_forward_split_triton(
     x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, in two launches: S, then the product with the adapter added."""
-    if group is None:
-        return lora_linear_forward(x, weight)
     return _forward_kernels(x, weight, group, dropout, fused=False)
 
 
@@ -377,7 +376,7 @@ def lora_linear_backward_kernels_triton(
     )
     dy, x, s = _inner_contiguous(dy), _inner_contiguous(x), s.contiguous()
     weight, a = weight.contiguous(), group.a.contiguous()
-    (b, members), classes = _members(group), _shape_classes(x, group.rank)
+    (b, members), classes = members_of(group), _shape_classes(x, group.rank)
     drop, DROP, BR = dropout_arguments(dropout), dropout is not None, power_of_two(group.rank)
 
     row = tile("lora_up_backward_kernel", x.device, *classes)

@@ -1,7 +1,7 @@
 """The one product form that the sampler uses for a whole run on a CPU
 
 oneDNN with prepacked weights, in which row i of a product does not depend on the number of rows.
-Elsewhere `prepack` leaves a weight as it is.
+Elsewhere `prepack` leaves a weight as it is; a GPU's form is in linear_invariant.py.
 
 shapes     x (T, K)    weight (N, K)    product (T, N), fp32
 """

@@ -20,8 +20,10 @@ from kernels import (
     attention_triton,
     cached_attention,
     linear_cross_entropy,
+    linear_invariant,
     lora_linear,
     lora_linear_triton,
+    prepack,
     rms_norm,
     rope,
     sampling,
@@ -45,6 +47,7 @@ class Ops:
     swiglu_backward: Callable
     lora_linear_forward: Callable
     lora_linear_backward: Callable
+    linear: Callable
     attention_forward: Callable
     attention_backward: Callable
     kv_write_: Callable
@@ -72,6 +75,7 @@ REFERENCE = Ops(
     swiglu_backward=swiglu.swiglu_reference_backward,
     lora_linear_forward=lora_linear.lora_linear_reference,
     lora_linear_backward=lora_linear.lora_linear_reference_backward,
+    linear=linear_invariant.linear_reference,
     attention_forward=attention.attention_reference,
     attention_backward=attention.attention_reference_backward,
     kv_write_=cached_attention.kv_write_reference,
@@ -93,6 +97,7 @@ TORCH = Ops(
     swiglu_backward=swiglu.swiglu_backward,
     lora_linear_forward=lora_linear.lora_linear_forward,
     lora_linear_backward=lora_linear.lora_linear_backward,
+    linear=prepack.linear,
     attention_forward=attention.attention_forward,
     attention_backward=attention.attention_backward,
     kv_write_=cached_attention.kv_write_,
@@ -125,7 +130,34 @@ TRITON = dataclasses.replace(
     sample=sampling.sample_triton,
 )
 
-# TRITON with one operation in another form: the table of tiles, or the memory, may ask for it.
+# What a sampled row meets beside products. In Triton's form a row's bits are its own; in torch's on
+# a GPU they may depend on the number of rows.
+SAMPLED = ("rms_norm", "rope", "swiglu", "cached_attention", "sample")
+
+
+def invariant(ops: Ops) -> Ops:
+    """`ops` for sampling in which a row's bits are its own: with products of fixed tiles.
+
+    ValueError where another operation that a sampled row meets is not Triton's.
+    """
+    others = [
+        s for s in SAMPLED if any(getattr(ops, f) is not getattr(TRITON, f) for f in FIELDS[s])
+    ]
+    if others:
+        raise ValueError(
+            f"invariant: {', '.join(others)} would run in a form in which a row's bits may depend "
+            f"on the number of rows (ops {ops.name}). On a GPU use --ops auto or triton; on a CPU "
+            "float32 with --ops auto, where a row's bits are its own anyway"
+        )
+    return dataclasses.replace(
+        ops,
+        name=f"{ops.name} (invariant)",
+        lora_linear_forward=linear_invariant.lora_linear_forward_invariant_triton,
+        linear=linear_invariant.linear_invariant_triton,
+    )
+
+
+# TRITON with an operation in another form: the tiles, the memory or a flag may ask for it.
 VARIANTS = {
     name: dataclasses.replace(TRITON, name=f"triton ({name})", **{field: function})
     for name, field, function in (
@@ -155,6 +187,7 @@ SPECS = {
         rope,
         swiglu,
         lora_linear,
+        linear_invariant,
         attention,
         cached_attention,
         linear_cross_entropy,
@@ -175,12 +208,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rope": ("rope_",),
     "swiglu": ("swiglu_forward", "swiglu_backward"),
     "lora_linear": ("lora_linear_forward", "lora_linear_backward"),
+    "linear": ("linear",),
     "attention": ("attention_forward", "attention_backward"),
     "cached_attention": ("kv_write_", "cached_attention"),
     "linear_cross_entropy": ("linear_cross_entropy",),
     "adamw": ("adamw_", "grad_norm"),
     "sample": ("sample",),
 }
+
+VARIANTS["invariant"] = invariant(TRITON)
 
 
 def choose(

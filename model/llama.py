@@ -27,11 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels import registry
 from kernels.context import Cached, Packed
 from kernels.lora_linear import LoraGroup
 from kernels.philox import Dropout, mix
-from kernels.prepack import Prepacked, linear, prepack
-from kernels.registry import Ops, choose
+from kernels.prepack import Prepacked, prepack
+from kernels.registry import TORCH, Ops, choose
 from kernels.spec import accumulate_dtype
 from model.config import LlamaConfig
 from model.kv_cache import KVCache
@@ -325,10 +326,10 @@ class Llama:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, D)."""
-        return linear(hidden, self.weights["head"])
+        return self.ops.linear(hidden, self.weights["head"])
 
     def for_sampling(
-        self, lora: Lora | None = None, release: bool = False
+        self, lora: Lora | None = None, release: bool = False, invariant: bool = False
     ) -> tuple[Llama, Lora | None]:
         """A model whose every product has one form for a whole run, and the adapter still to pass.
 
@@ -337,8 +338,15 @@ class Llama:
         stays as it is). Elsewhere: this model and the adapter. `release` gives this model's own
         matrices up while they are packed, so that memory does not double, until `restore`; with
         an adapter they are kept, since a sum cannot be taken apart exactly.
+
+        `invariant` asks that a row's bits be its own. That is so on a CPU, packed; elsewhere it is
+        another table of operations over the same matrices, the adapter not merged: in bf16 a sum
+        would lose the small changes. ValueError where there is no such table.
         """
-        if self.ops.name == "reference" or not Prepacked.available(self.weights["embed"]):
+        packable = self.ops.name != "reference" and Prepacked.available(self.weights["embed"])
+        if invariant and not (packable and self.ops is TORCH):
+            return Llama(self.config, self.weights, registry.invariant(self.ops)), lora
+        if not packable:
             return self, lora  # the definition knows plain matrices only
         if lora is not None:
             lora.ensure_bound(self)

@@ -63,11 +63,13 @@ part() {
 }
 
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
-PYTEST+=(tests/test_kernels.py tests/test_triton_model.py)
+PYTEST+=(tests/test_kernels.py tests/test_triton_model.py tests/test_invariant.py)
+PYTEST+=(tests/test_cached_attention_triton.py)
 # On the card most of a test is compiling, on one core: shares of the tests run side by side.
 SHARES=("rms_norm or rope or swiglu" "adamw or linear_cross_entropy" "cached_attention" "sample")
 SHARES+=("attention and not cached_attention" "lora_linear and bfloat16" "test_triton_model")
 SHARES+=("lora_linear and float16 and not bfloat16" "lora_linear and not float16")
+SHARES+=("test_invariant" "linear and not lora_linear and not cross_entropy and not test_invariant")
 SHARE='"${@:2}" -k "$1" >"$OUT/tests-${1// /_}.log" 2>&1; code=$?; echo "-- $1"
     tail -n 15 "$OUT/tests-${1// /_}.log"; exit $code'
 IN_SHARES=(xargs -0 -a "$OUT/.shares" -P 16 -I{} bash -c "$SHARE" share {})
@@ -81,7 +83,7 @@ if [[ -n $DRY ]]; then
     part tune 60 "${TUNE[@]}" --dry --kernel rms_norm --seconds 20
     part kernels 120 "${KERNELS[@]}" --dry
     part backward 120 "${KERNELS[@]}" --dry --backward
-    part step-qv 120 "${STEP[@]}" "${tiny[@]}" --rank 8 --modules qv
+    part step-qv 120 "${STEP[@]}" "${tiny[@]}" --rank 8 --modules qv --invariant
     part step-all 120 "${STEP[@]}" "${tiny[@]}" --tokens 16 --rank 16 --modules all --no-decode
     part peers 120 "${STEP[@]}" "${tiny[@]}" --rank 8 --modules qv --ops peft
 else
@@ -90,7 +92,7 @@ else
     part tune 60 "${TUNE[@]}" --seconds 40
     part kernels 90 "${KERNELS[@]}" --seconds 50 --slot 0.05
     part backward 75 "${KERNELS[@]}" --seconds 40 --slot 0.05 --backward
-    part step-qv 60 "${STEP[@]}" --rank 8 --modules qv
+    part step-qv 80 "${STEP[@]}" --rank 8 --modules qv --invariant
     part step-all 40 "${STEP[@]}" --rank 16 --modules all --no-decode
     part peers 45 "${STEP[@]}" --rank 8 --modules qv --ops peft
 fi

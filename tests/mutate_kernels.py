@@ -36,12 +36,13 @@ OPERATORS = {
     ast.Gt: (">", ">="),
     ast.GtE: (">=", ">"),
 }
-# Seconds of processor time; a mutant that takes more does not end: red. A sound suite takes 70 at
+# Seconds of processor time; a mutant that takes more does not end: red. A sound suite takes 95 at
 # most. Time by the clock would call every mutant red on a machine that is busy.
 SECONDS = 150
 # What else of the suite judges a file: tests beside test_kernels.py's over the registry.
 MORE = {
     "cached_attention": ["tests/test_cached_attention_triton.py"],
+    "lora_linear_triton": ["tests/test_invariant.py", "-k", "product"],
     "philox": ["tests/test_kernels.py", "-k", "draw_the_same"],
     "sampling": ["tests/test_sampling_options.py"],
 }
@@ -52,13 +53,8 @@ JUDGED_BY = {"philox": ("lora_linear", "sample")}  # operations, where the file 
 BEHIND = "at equality the program has nothing in its tile: it computes and stores nothing"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("attention_dkv_kernel", "if j >= n:", ">= n:"): BEHIND,
-    ("cached_decode_kernel", "if (new > LIMIT) | (part * SPLIT >= end):", ">= end):"): BEHIND,
-    ("cached_extend_kernel", "if (new <= LIMIT) | (first >= new * N):", ">= new * N):"): BEHIND,
-    (
-        "cached_extend_kernel",
-        "if (new <= LIMIT) | (first >= new * N):",
-        "<= LIMIT) | (first >= new * N):",
-    ): "rows of LIMIT tokens are computed by both launches, the same within rounding: only slower",
+    ("cached_decode_kernel", "if part * SPLIT >= end:", ">= end:"): BEHIND,
+    ("cached_extend_kernel", "if first >= new * N:", ">= new * N:"): BEHIND,
     (
         "_queries",
         "live = (flat < new * N)[:, None] & (cols < D)[None, :]",

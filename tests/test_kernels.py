@@ -73,6 +73,7 @@ def random_shapes(spec):
         "rope": lambda: (pick(1, 20), pick(1, 5), pick(1, 3), 2 * pick(8, 40)),
         "swiglu": lambda: (pick(1, 20), pick(1, 200)),
         "lora_linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 70), *rows(pick(1, 3), 50)),
+        "linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 120)),
         "attention": lambda: (
             (g := pick(1, 2)) * pick(1, 8), g, 8 * pick(2, 12), *rows(pick(1, 3), 50)
         ),
