@@ -8,10 +8,11 @@ samples wait.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from engine.endings import FlyingRow
 from model.kv_cache import KVCache
 from model.llama import Llama
 
@@ -37,6 +38,26 @@ def shared_tokens(prefix: Sequence[int], prompt: Sequence[int]) -> int:
     """Tokens of the prefix that a prompt begins with; its last token is always computed."""
     most = min(len(prefix), len(prompt) - 1)
     return next((n for n in range(most) if prefix[n] != prompt[n]), most)
+
+
+def prefill_chunks(
+    rows: Sequence[FlyingRow], size: int, chunk: int
+) -> Iterator[list[tuple[FlyingRow, int, int]]]:
+    """(row, start, end) of what is prefilled together, up to `chunk` tokens; prompts are cut at
+    pages of `size` tokens only."""
+    room, together = chunk, []
+    for row in rows:
+        start, end = row.filled, len(row.prompt)
+        while start < end:
+            stop = end if end - start <= room else (start + room) // size * size
+            if stop > start:
+                together.append((row, start, stop))
+                room, start = room - (stop - start), stop
+            if start < end or room < size:
+                yield together
+                room, together = chunk, []
+    if together:
+        yield together
 
 
 class Pages:

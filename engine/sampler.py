@@ -33,7 +33,7 @@ from torch import Tensor
 from engine.drafting import Controller, Drafter
 from engine.endings import FlyingRow, ending
 from engine.invariance import prove
-from engine.pages import Pages, common_prefix
+from engine.pages import Pages, common_prefix, prefill_chunks
 from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
 from kernels.philox import mix
@@ -301,26 +301,10 @@ class Sampler:
         size = self.config.page_size
         return max(size, self.config.prefill_tokens // size * size)
 
-    def _chunks(self, rows: list[FlyingRow]) -> Iterator[list[tuple[FlyingRow, int, int]]]:
-        """(row, start, end) of what is prefilled together; prompts are cut at pages only."""
-        size, room, chunk = self.config.page_size, self._chunk(), []
-        for row in rows:
-            start, end = row.filled, len(row.prompt)
-            while start < end:
-                stop = end if end - start <= room else (start + room) // size * size
-                if stop > start:
-                    chunk.append((row, start, stop))
-                    room, start = room - (stop - start), stop
-                if start < end or room < size:
-                    yield chunk
-                    room, chunk = self._chunk(), []
-        if chunk:
-            yield chunk
-
     def _prefill(self, rows: list[FlyingRow]) -> None:
         """Compute prompts and draw every row's first token."""
         started = time.perf_counter()
-        for chunk in self._chunks(rows):
+        for chunk in prefill_chunks(rows, self.config.page_size, self._chunk()):
             context = [start for _, start, _ in chunk]
             new = [end - start for _, start, end in chunk]
             cached = self._describe(new, context, [row.pages for row, _, _ in chunk], alone=False)
