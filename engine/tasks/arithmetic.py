@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from engine.rows import Row
-from engine.select import verify_number
+from engine.verifiers import verify_number
 from engine.tasks.base import Item, Task, rows_of, with_system
 
 PAPER_SYSTEM = (

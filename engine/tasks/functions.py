@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from engine.rows import Row
-from engine.select import verify_call
+from engine.verifiers import verify_call
 from engine.tasks.base import Item, Task, rows_of
 
 _LABEL = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\(.*\)", re.ASCII)
