@@ -20,6 +20,7 @@ from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
+from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
+    add_flags(parser, TaskConfig, {"samples", "paper"})
     return parser.parse_args()
 
 
@@ -48,6 +50,7 @@ def main() -> None:
         from_flags(EncodeConfig, args),
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
+        from_flags(TaskConfig, args, samples=1, paper=False),
     )
 
 
