@@ -3,6 +3,7 @@
     OUT/distilled.jsonl          the rewrites (distill.py), .meta.json and .scores.jsonl beside it
     OUT/sft/, OUT/sdft/          run directories: all the same but references or targets
     OUT/evaluation.jsonl         greedy answers of seed, sft and sdft to the held-out rows
+    OUT/tasks/TASK.jsonl         their answers to the tasks that were named
     OUT/retention.jsonl          drift from the seed on general prompts
     OUT/tokens.jsonl, OUT/answers.jsonl    what else the report shows (report/collect.py)
     OUT/summary.json, OUT/table.txt, OUT/report.html
@@ -30,9 +31,12 @@ from engine.retention import retention, seed_answers
 from engine.sampler import SamplerConfig
 from engine.score import Means, score
 from engine.session import DataConfig, Session, resolved
+from engine.tasks import TaskConfig, tables
 from engine.train import EncodeConfig, TrainConfig, train
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
+
+NO_TASKS = TaskConfig()
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,12 @@ def run(
     encoding: EncodeConfig,
     training: TrainConfig,
     lora: LoraConfig,
+    tasks: TaskConfig = NO_TASKS,
 ) -> dict[str, Any]:
     """Do all of it; returns what summary.json holds."""
     session.alone("the whole job")
     started, out = time.perf_counter(), Path(job.out)
-    for config in (job, distilling, sampling, training, lora):
+    for config in (job, distilling, sampling, training, lora, tasks):
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
@@ -130,6 +135,10 @@ def run(
         )
         seconds["evaluate"] = time.perf_counter() - begun
 
+    begun = time.perf_counter()
+    known = tasks.run(session, arms, out / "tasks", SamplerConfig(rows=sampling.rows))
+    seconds |= {"tasks": time.perf_counter() - begun} if known else {}
+
     # 5. everything else
     begun = time.perf_counter()
     greedy = sampling.greedy(job.retention_max_new)
@@ -148,7 +157,7 @@ def run(
 
     result = {
         "settings": resolved(
-            session.config, data, job, distilling, sampling, encoding, training, lora
+            session.config, data, job, distilling, sampling, encoding, training, lora, tasks
         ),
         "environment": environment(),
         "model": session.facts(),
@@ -156,11 +165,13 @@ def run(
         "likelihood": None if means is None else dataclasses.asdict(means),
         "training": trainings,
         "evaluation": summary(scores),
+        "tasks": known,
         "retention": drift,
         "seconds": seconds,
     }
     write_json(out / "summary.json", result)
     text = _text(out, distilling, report, means, trainings, scores, drift, seconds)
+    text += tables(known)
     write_text(out / "table.txt", text + "\n")
     print("\n" + text)
     print(write_report([out], out / "report.html"))

@@ -22,6 +22,7 @@ from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
+from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
+    add_flags(parser, TaskConfig, {"samples", "paper"})
     return parse(parser)
 
 
@@ -50,6 +52,7 @@ def main() -> None:
         from_flags(EncodeConfig, args),
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
+        from_flags(TaskConfig, args, samples=1, paper=False),
     )
 
 

@@ -455,7 +455,7 @@ def test_figures_of_one_sample_are_wilsons_and_mcnemars(monkeypatch, session, tm
     score = found["tuned"]["scores"]["follows"]
     assert (score["only_seed"], score["only_arm"]) == (7, 1)
     assert score["p"] == pytest.approx(2 * 9 / 2**8)
-    said = run_module.text({"instructions": found})
+    said = run_module.tables({"instructions": found})
     assert "8/10 = 80.0% (49.0-94.3)" in said and "2/10 = 20.0% (5.7-51.0), p 0.070" in said
 
 
@@ -587,6 +587,27 @@ def test_the_script(model_dir, session, data, tmp_path):
     assert script(*args).splitlines()[-5:] == said.splitlines()[-5:]
     said = script("--model", model_dir, "--out", tmp_path / "x", code=2)
     assert "give one of --data FILE" in said and "Traceback" not in said
+
+
+def test_the_main_job_with_a_task(model_dir, data, tmp_path):
+    """The task's answers, its figures in summary.json and its table at the end; data that are not
+    there are said before any work."""
+    rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "scripts" / "sdft.py"), "--model", str(model_dir)]
+    command += ["--data", str(tmp_path / "train.json"), "--out", str(out), "--task", "gsm8k"]
+    command += ["--task-limit", "1", "--max-new-tokens", "4", "--retention-max-new", "1"]
+    command += ["--epochs", "1", "--report-rows", "0", "--report-answers", "0", "--tasks-dir"]
+    refused = subprocess.run([*command, "/nowhere"], capture_output=True, text=True, cwd="/")
+    assert refused.returncode == 2 and "gsm8k_test.json is not there" in refused.stderr
+    assert not out.exists()
+    done = subprocess.run([*command, str(data)], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((out / "summary.json").read_text())["tasks"]
+    assert {arm: s["n"] for arm, s in found["gsm8k"].items()} == {"seed": 1, "sft": 1, "sdft": 1}
+    assert len(read_jsonl(out / "tasks" / "gsm8k.jsonl")) == 3
+    assert re.search(r"^gsm8k +number +\d/1", (out / "table.txt").read_text(), re.MULTILINE)
 
 
 def test_a_few_rows_of_each_task_on_the_real_model(sandboxed, smollm2_dir, shared_data, tmp_path):

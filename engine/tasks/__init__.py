@@ -8,6 +8,6 @@ alpaca_eval.py       answers for that tool's judge
 """
 
 from engine.tasks.base import Item, Task
-from engine.tasks.run import TASKS, TaskConfig, run_tasks, tasks_job
+from engine.tasks.run import TASKS, TaskConfig, run_tasks, tables, tasks_job
 
-__all__ = ["TASKS", "Item", "Task", "TaskConfig", "run_tasks", "tasks_job"]
+__all__ = ["TASKS", "Item", "Task", "TaskConfig", "run_tasks", "tables", "tasks_job"]

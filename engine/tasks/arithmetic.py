@@ -1,6 +1,6 @@
 """GSM8K (1,319 questions) and MultiArith (180): is the last number right?
 
-number  our verifier: the last number, exactly (select.verify_number)
+number  our verifier: the last number, exactly (verifiers.verify_number)
 paper   the published scorer, mistakes included: the last thing that looks like an integer, "no
         number" and "no integer" being the same sentinel, so that two of them are equal
 

@@ -297,8 +297,10 @@ def _arm_scores(
     return result
 
 
-def text(scores: Scores) -> str:
-    """The table: a row per task and scorer, a column per arm."""
+def tables(scores: Scores) -> str:
+    """The table, a row per task and scorer, a column per arm; "" where there is no task."""
+    if not scores:
+        return ""
     arms = list(next(iter(scores.values())))
     rows, cut, without = [["task", "scorer", *arms]], [], []
     for task, by_arm in scores.items():
@@ -310,7 +312,7 @@ def text(scores: Scores) -> str:
     found += ["cut short by the token limit: " + ", ".join(cut)] if cut else []
     found += [f"answered, not scored here: {', '.join(without)}"] if without else []
     found += ["95 % intervals; p and d compare with the seed on the same items"] if rows[1:] else []
-    return "\n".join(found)
+    return "\n\n" + "\n".join(found)
 
 
 def _cell(arm: dict[str, Any], scorer: str) -> str:
@@ -337,5 +339,5 @@ def tasks_job(
     """Score the seed and the adapters on tasks, print the table."""
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     scores = config.run(session, arms, out, sampling)
-    print(f"{text(scores)}\nanswers: {out}")
+    print(f"{tables(scores)}\nanswers: {out}")
     return scores
