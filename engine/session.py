@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from model.config import LlamaConfig
 from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
+from model.weights import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -36,6 +38,7 @@ class ModelConfig:
     ops: str = "auto"  # auto | torch | triton | reference; auto: what passes its check on a GPU
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca instead of the model's own
+    shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
 
@@ -87,6 +90,11 @@ class Session:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         world = start(device)
+        if config.shard and world.size == 1:
+            raise ValueError(
+                "--shard shares the weights out over several processes, this is one; start it with "
+                "torchrun --nproc-per-node N, or leave --shard out"
+            )
         keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
         path = Path(config.model)
@@ -100,7 +108,7 @@ class Session:
         except ValueError:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
         chat = Chat.from_dir(path, tokenizer, config.chat_format, now=now)
-        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
+        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops, shard=config.shard)
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),
@@ -116,12 +124,9 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """What runs where, for people."""
         m = self.model
-        count = sum(w.numel() for name, w in m.weights.items() if name != "head")
-        if not m.config.tie_embeddings:
-            count += m.weights["head"].numel()
         return {
             "path": self.config.model,
-            "parameters": count,
+            "parameters": sum(map(math.prod, expected_shapes(m.config).values())),
             "dtype": str(m.dtype),
             "device": str(m.device),
             "ops": m.ops.name,
@@ -143,9 +148,12 @@ class Session:
         f = self.facts()
         print(
             f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
-            f"{f['device']}, {torch.get_num_threads()} threads, ops {f['ops']}, "
+            f"{f['device']}{self._shared()}, {torch.get_num_threads()} threads, ops {f['ops']}, "
             f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
+
+    def _shared(self) -> str:
+        return f", shared out over {self.world.size} processes" if self.model.sharded else ""
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
         """Adapters by the name of their directory, which must differ."""

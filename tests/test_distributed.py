@@ -1,5 +1,7 @@
-"""Data parallel on gloo, 2 and 3 processes: same gradients, same losses, killed and resumed."""
+"""Several processes on gloo, whole and sharded weights: same gradients, same losses, killed and
+resumed."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from engine.distributed import World, shares, start
+from engine.log import read_jsonl
+from engine.score import score
+from engine.session import ModelConfig, Session
 from engine.step import ALONE, step_gradients
 from engine.train import train
-from model.llama import Llama
+from engine.validate import ValidateConfig, Validator
+from model.chat import Chat
+from model.llama import POLICIES, Llama
 from model.lora import Lora
+from model.tokenizer import load_tokenizer
+from tests.distributed_job import lines
 from tests.test_train import LORA, SMALL, examples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,18 +47,29 @@ def test_alone_nothing_is_joined(monkeypatch):
     assert world.sum_(tensor) is tensor and tensor.tolist() == [1, 1, 1]
 
 
-def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path):
-    """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process."""
-    path, out = str(tiny_llama_dir()), tmp_path / "run"
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
+    """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process.
+
+    With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
+    them whole, does that step.
+    """
+    path, out = tiny_llama_dir(tokenizer=True, tied=not shard), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
     lora.params.add_(0.05)
-    loss = step_gradients(model, lora, examples(9), 3, 64, "none", ALONE).nll.sum()
-    alone = Llama.from_pretrained(path)
-    single, _ = train(alone, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    alone = {}
+    for count in (9, 1):
+        loss = step_gradients(model, lora, examples(count), 3, 64, "none", ALONE).nll.sum()
+        alone[count] = loss, lora.grads.clone()
+    one = Llama.from_pretrained(path)
+    single, _ = train(one, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    held_out, scores = tmp_path / "held_out.json", tmp_path / "scores.jsonl"
+    held_out.write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in "abc"]))
 
-    for size, kill in ((2, 8), (3, 0)):
-        job = {"model": path, "out": str(out), "kill": kill, "gradients": str(tmp_path / "g")}
+    for size, kill in ((2, 8), (3, 10 if shard else 0)):
+        job = {"model": str(path), "out": str(out), "kill": kill, "shard": shard}
+        job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = [str(ROOT / "tests" / "distributed_job.py"), str(tmp_path / "job.json")]
@@ -60,21 +80,58 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path):
             timeout=240,
             cwd=ROOT,
         )
-        found = load_file(tmp_path / "g")
-        assert (found["loss"] - loss).abs() < 1e-9 * loss
-        assert (found["grads"] - lora.grads).abs().max() < 1e-9 * lora.grads.abs().max()
+        assert (tmp_path / "found").exists(), done.stderr[-3000:]
+        found = load_file(tmp_path / "found")
+        for policy, (count, (loss, grads)) in itertools.product(POLICIES, alone.items()):
+            assert (found[f"loss {policy} {count}"] - loss).abs() < 1e-9 * loss
+            error = (found[f"grads {policy} {count}"] - grads).abs().max()
+            assert error < 1e-9 * grads.abs().max()
         if kill:
             assert done.returncode != 0
-            assert "rank 0 of 2: another process of the job is gone" in done.stderr
+            assert f"rank 0 of {size}: another process of the job is gone" in done.stderr
             assert "--resume" in done.stderr
             kept = sorted(p.name for p in (out / "checkpoints").iterdir())
-            assert kept == ["step-000003", "step-000006"], "whole, and written once"
+            want = [3, 6] if kill == 8 else [6, 9]
+            assert kept == [f"step-{n:06d}" for n in want], "whole, and written once"
         else:
             assert done.returncode == 0, done.stderr[-3000:]
+        if shard:
+            assert_sharded_is_whole(path, model, lora, size, found, held_out, scores)
+            scores.unlink()
+    if shard:
+        where = {"base": "b", "model_hash": "h", "resume": True}
+        train(Llama.from_pretrained(path), examples(), LORA, SMALL, out, **where)
     losses = [
         [json.loads(line)["loss"] for line in (p / "metrics.jsonl").read_text().splitlines()]
         for p in (out, tmp_path / "one")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
-    assert json.loads((out / "meta.json").read_text())["summary"]["processes"] == 3
+    summary = json.loads((out / "meta.json").read_text())["summary"]
+    assert summary["processes"] == (1 if shard else 3)
     assert (Lora.load(out).params - single.params).abs().max() < 1e-4
+
+
+def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
+    """Rank 0's share of the weights, validation and scores, beside one process with all of it."""
+    count = sum(w.numel() for w in model.weights.values())
+    norm = model.config.hidden_size
+    assert count / size - 1 < found["held"] < count / size + 5 * norm + 40 * size
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
+    want = Validator(config, model, chat)(lora)
+    assert found["validation"].tolist() == pytest.approx(want, rel=1e-6)
+    beside = scores.with_name("whole.jsonl")
+    score(model, chat, lines(7), beside, {})
+    got, want = read_jsonl(scores), read_jsonl(beside)
+    assert len(got) == 7
+    for name in got[0]:
+        values = [[line[name] for line in file if line[name] is not None] for file in (got, want)]
+        near = values[1] if name == "id" else pytest.approx(values[1], rel=1e-9)
+        assert values[0] == near and len(values[0]) in (4, 7), name
+    beside.unlink()
+
+
+def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--shard shares the weights out.*torchrun"):
+        Session.open(ModelConfig(model=str(tiny_llama_dir(tokenizer=True)), shard=True))
