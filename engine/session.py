@@ -15,7 +15,7 @@ import torch
 
 from engine.distributed import World, start
 from engine.log import model_fingerprint
-from engine.process import keep_freed_memory
+from engine.process import keep_freed_memory, return_freed_memory
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
@@ -95,7 +95,7 @@ class Session:
                 "--shard shares the weights out over several processes, this is one; start it with "
                 "torchrun --nproc-per-node N, or leave --shard out"
             )
-        keep_freed_memory()
+        return_freed_memory() if config.shard else keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)

@@ -126,15 +126,18 @@ class Llama:
     def dtype(self) -> torch.dtype:
         return self.weights["norm"].dtype
 
-    def _whole(self, unit: str, then: str | None = None) -> contextlib.AbstractContextManager:
-        """Inside `with` a layer, embed or head is here; layer `then` may be on its way."""
-        return self.weights.whole(unit, then) if self.sharded else contextlib.nullcontext()
-
     def _layers(self, order: Iterable[int]) -> Iterator[int]:
-        """Layer numbers, each whole until the next is asked for."""
-        for i, following in pairwise([*order, None]):
-            with self._whole(str(i), None if following is None else str(following)):
-                yield i
+        """Layer numbers; sharded weights of each are here until the next is asked for."""
+        if not self.sharded:
+            yield from order
+            return
+        for unit, following in pairwise([*map(str, order), None]):
+            with self.weights.whole(unit, following):
+                yield int(unit)
+
+    def _whole_head(self) -> contextlib.AbstractContextManager:
+        """Inside `with` the head is here."""
+        return self.weights.whole_head() if self.sharded else contextlib.nullcontext()
 
     # ---- forward
 
@@ -161,8 +164,7 @@ class Llama:
             lora.ensure_bound(self)
         w, eps = self.weights, self.config.rms_norm_eps
         cos_sin = self._rope_table(context)
-        with self._whole("embed", "0"):
-            h, x = w["embed"][tokens], None
+        h, x = w.embed(tokens) if self.sharded else w["embed"][tokens], None
         for i in self._layers(range(self.config.num_layers)):
             if x is None:
                 y, rstd = self.ops.rms_norm_forward(h, w[f"{i}.attn_norm"], eps)
@@ -344,14 +346,14 @@ class Llama:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, D)."""
-        with self._whole("head"):
+        with self._whole_head():
             return linear(hidden, self.weights["head"])
 
     def nll(
         self, hidden: Tensor, targets: Tensor, need_grad: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """-log p of targets (N,) at hidden states (N, D), and the gradient of their sum (N, D)."""
-        with self._whole("head"):
+        with self._whole_head():
             head = self.weights["head"]
             return self.ops.linear_cross_entropy(hidden, head, targets, need_grad)
 

@@ -162,16 +162,13 @@ def load_weights(
         sharded = ShardedWeights(ours, device, dtype)
     for name in sorted(files, key=lambda n: -torch.Size(shapes[n]).numel()):
         place, _, offset = places[name]
-        if sharded is not None:
-            target, first = sharded.local(place)
-        else:
-            if place not in weights:
-                weights[place] = torch.empty(ours[place], device=device, dtype=dtype)
-            target, first = weights[place], 0
-        begin, end = max(offset, first), min(offset + shapes[name][0], first + len(target))
-        if begin < end:
-            rows = read_rows(files[name], name, begin - offset, end - offset)
-            target[begin - first : end - first].copy_(rows)
+        if sharded is None and place not in weights:
+            weights[place] = torch.empty(ours[place], device=device, dtype=dtype)
+        for target, first in sharded.local(place) if shard else [(weights[place], 0)]:
+            begin, end = max(offset, first), min(offset + shapes[name][0], first + len(target))
+            if begin < end:
+                rows = read_rows(files[name], name, begin - offset, end - offset)
+                target[begin - first : end - first].copy_(rows)
     if sharded is not None:
         return sharded
     weights.setdefault("head", weights["embed"])

@@ -70,7 +70,8 @@ def main() -> None:
     # 2. what is looked at, and what sharded weights refuse
     chat = Chat.from_dir(job["model"], load_tokenizer(job["model"]))
     if shard:
-        held = sum(model.weights.local(name)[0].numel() for name in model.weights)
+        pieces = [piece for name in model.weights for piece, _ in model.weights.local(name)]
+        held = sum(piece.numel() for piece in pieces)
         found["held"] = torch.tensor(held)
         looking = ValidateConfig(val_every=1, val_data=job["held_out"], val_prompts=2)
         found["validation"] = torch.tensor(Validator(looking, model, chat)(lora))
