@@ -156,8 +156,8 @@ def step_gradients(
     packs = [pack(each, micro_tokens) for each in dealt]
     mine, places = dealt[world.rank], packs[world.rank]
     idle = max(map(len, packs)) - len(places) if model.sharded else 0
-    # a dropout mask belongs to its row, and only torch's attention knows prefixes
-    share = model.ops.name == "torch" and not lora.config.dropout
+    # a dropout mask belongs to its row
+    share = model.device.type in model.ops.shares_prefix and not lora.config.dropout
 
     # 2. forward and backward of every micro-batch
     lora.grads.zero_()
