@@ -32,6 +32,7 @@ from engine.score import Means, score
 from engine.select import get_verifier
 from engine.session import DataConfig, Session, resolved
 from engine.train import EncodeConfig, TrainConfig, train
+from engine.validate import ValidateConfig, Validator
 from model.lora import LoraConfig
 
 
@@ -66,11 +67,12 @@ def run(
     encoding: EncodeConfig,
     training: TrainConfig,
     lora: LoraConfig,
+    validating: ValidateConfig,
 ) -> dict[str, Any]:
     """Do all of it; returns what summary.json holds."""
     session.alone("the whole job")
     started, out = time.perf_counter(), Path(job.out)
-    for config in (job, distilling, sampling, training, lora):
+    for config in (job, distilling, sampling, training, lora, validating):
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
@@ -97,6 +99,8 @@ def run(
         print(means.text())
 
     # 3. the two trainings: the same examples in the same order, only the targets differ
+    validator = Validator(validating, model, chat) if validating.val_every else None
+    note = {"validate": dataclasses.asdict(validating)} if validator else None
     arms: Arms = {"seed": None}
     trainings = {}
     shown: dict[str, list[Example]] = {}
@@ -114,6 +118,8 @@ def run(
             model_hash=session.fingerprint,
             resume=(out / arm).exists(),
             world=session.world,
+            validator=validator,
+            note=note,
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 
@@ -153,7 +159,7 @@ def run(
 
     result = {
         "settings": resolved(
-            session.config, data, job, distilling, sampling, encoding, training, lora
+            session.config, data, job, distilling, sampling, encoding, training, lora, validating
         ),
         "environment": environment(),
         "model": session.facts(),

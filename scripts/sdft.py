@@ -21,6 +21,7 @@ from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
 from engine.train import EncodeConfig, TrainConfig
+from engine.validate import ValidateConfig
 from model.lora import LoraConfig
 
 
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
+    add_flags(parser, ValidateConfig)
     return parser.parse_args()
 
 
@@ -48,6 +50,7 @@ def main() -> None:
         from_flags(EncodeConfig, args),
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
+        from_flags(ValidateConfig, args),
     )
 
 
