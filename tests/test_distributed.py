@@ -3,6 +3,7 @@ resumed."""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,40 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
         near = values[1] if name == "id" else pytest.approx(values[1], rel=1e-9)
         assert values[0] == near and len(values[0]) in (4, 7), name
     beside.unlink()
+
+
+def test_the_scripts_share_the_weights_out(tiny_llama_dir, tmp_path):
+    """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
+    path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
+    data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
+
+    def script(name, *flags, processes=2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(torchrun if processes > 1 else [])]
+        command += [ROOT / "scripts" / name, "--model", path, "--data", data, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+    looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
+    done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shared out over 2 processes" in done.stdout and "best nll" in done.stdout
+    assert [x["step"] for x in read_jsonl(out / "validation.jsonl")] == [1, 2]
+
+    distilled = ["--out", tmp_path / "distilled.jsonl", "--max-new-tokens", "4"]
+    done = script("distill.py", "--shard", *distilled)
+    assert done.returncode != 0 and "sampling needs all weights in every process" in done.stderr
+    alone = script("distill.py", "--resume", *distilled, processes=1)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    scores = tmp_path / "distilled.jsonl.scores.jsonl"
+    whole = read_jsonl(scores)
+    scores.unlink()
+    done = script("distill.py", "--shard", "--resume", *distilled)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(whole) == 6
+    for a, b in zip(read_jsonl(scores), whole, strict=True):
+        assert a["id"] == b["id"]
+        assert a["reference_nll"] == pytest.approx(b["reference_nll"], rel=1e-5)
 
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
