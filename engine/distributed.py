@@ -1,6 +1,7 @@
 """Several processes as one job, under torchrun; alone, every function here does nothing.
 
-    torchrun --nproc-per-node 2 scripts/train.py ...
+    torchrun --nproc-per-node 2 scripts/train.py ...              each holds all weights
+    torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a share (model/sharded.py)
 
 A process has a rank below the size of the world. gloo joins CPUs, nccl GPUs.
 """
@@ -8,9 +9,10 @@ A process has a rank below the size of the world. gloo joins CPUs, nccl GPUs.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,6 +53,24 @@ class World:
             return flag
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return bool(self.sum_(torch.tensor(float(flag), device=device)).item())
+
+    def most(self, count: int) -> int:
+        """The largest count of any process."""
+        device = "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
+        counts = torch.zeros(self.size, dtype=torch.int64, device=device)
+        counts[self.rank] = count
+        return int(self.sum_(counts).max())
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside `with`, ValueError when gathering sharded weights finds a process gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = any(word in str(error) for word in ("Connection", "gloo", "NCCL"))
+            if self.size == 1 or not lost:
+                raise
+            raise ValueError(_gone(self, error)) from None
 
     def barrier(self) -> None:
         """Wait until every process is here."""

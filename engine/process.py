@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -22,13 +22,22 @@ def keep_freed_memory() -> bool:
     is zeroed by the kernel at the first touch: a fifth of a training step on a CPU. With the
     mappings off and trimming off, the next micro-batch writes where the last one did.
     """
+    return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20})
+
+
+def return_freed_memory() -> bool:
+    """Have glibc give every freed tensor back at once; whether it agreed.
+
+    For weights that are gathered and given up all the time, in sizes whose gaps nothing else fits.
+    """
+    return _mallopt({M_MMAP_THRESHOLD: 1 << 20})  # by default it moves up to 32 MB
+
+
+def _mallopt(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
-        return False
-    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
-    return all([mallopt(name, value) == 1 for name, value in settings.items()])
+    return mallopt is not None and all([mallopt(*setting) == 1 for setting in settings.items()])
 
 
 def _status(name: str) -> int:

@@ -42,10 +42,7 @@ def nll(
     ids = torch.tensor([*prompt, *answer], device=model.device)
     hidden = model.forward(ids, Packed.from_lengths([len(ids)], model.device), lora=lora)
     start = len(prompt)
-    losses, _ = model.ops.linear_cross_entropy(
-        hidden[start - 1 : -1], model.weights["head"], ids[start:], need_grad=False
-    )
-    return losses
+    return model.nll(hidden[start - 1 : -1], ids[start:], need_grad=False)[0]
 
 
 @dataclass
@@ -93,15 +90,20 @@ def score(
     means, started = Means(), time.perf_counter()
     with ResumedLines(out, settings, resume=True, world=world) as file:
         todo = [line for line in file.mine(list(lines)) if line.id not in file.done]
-        if todo:
-            asked_for = [_asked(model, chat, line) for line in todo]
+        asked_for = [_asked(model, chat, line) for line in todo]
+        forwards = list(batches(asked_for))
+        if model.sharded:  # all processes gather the weights equally often
+            forwards += [[]] * (file.world.most(len(forwards)) - len(forwards))
+        if forwards:
+            prompts = [asked.prompt for asked in asked_for]
             with (
-                Scorer(model, [asked.prompt for asked in asked_for]) as scorer,
+                file.world.together(),
+                PackedScorer(model) if model.sharded else Scorer(model, prompts) as scorer,
                 progress(
                     total=len(todo), desc="score", unit="row", disable=not file.world.first
                 ) as bar,
             ):
-                for batch in batches(asked_for):
+                for batch in forwards:
                     for asked, losses in zip(batch, scorer.losses(batch), strict=True):
                         file.write(_record(asked, losses))
                         means.scored += sum(len(values) for values in losses)
@@ -155,6 +157,39 @@ def _record(asked: Asked, losses: list[list[float]]) -> dict[str, Any]:
         mean = math.fsum(values) / len(values) if values else None
         result |= {f"{name}_nll": mean, f"{name}_tokens": len(values)}
     return result
+
+
+class PackedScorer:
+    """Likelihoods without a cache, each answer behind a prompt of its own: for sharded weights.
+
+    An empty batch is one token that nobody asked for, so that no process is missed.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+
+    def __enter__(self) -> PackedScorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def losses(self, batch: Sequence[Asked]) -> list[list[list[float]]]:
+        """Nats of every token of every answer."""
+        rows = [(asked.prompt, a) for asked in batch for a in asked.answers if a] or [([0], [])]
+        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+        places = []
+        for (_, answer), end in zip(rows, itertools.accumulate(lengths), strict=True):
+            places += range(end - len(answer) - 1, end - 1)
+        ids = [token for prompt, answer in rows for token in (*prompt, *answer)]
+        targets = [token for _, answer in rows for token in answer]
+        device = self.model.device
+        tokens, places, targets = (
+            torch.tensor(v, dtype=torch.int64, device=device) for v in (ids, places, targets)
+        )
+        hidden = self.model.forward(tokens, Packed.from_lengths(lengths, device))
+        nats = iter(self.model.nll(hidden[places], targets, need_grad=False)[0].tolist())
+        return [[[next(nats) for _ in answer] for answer in asked.answers] for asked in batch]
 
 
 class Scorer:

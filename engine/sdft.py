@@ -33,10 +33,11 @@ from engine.score import Means, score
 from engine.session import DataConfig, Session, resolved
 from engine.tasks import TaskConfig, tables
 from engine.train import EncodeConfig, TrainConfig, train
+from engine.validate import ValidateConfig, Validator
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
 
-NO_TASKS = TaskConfig()
+NO_TASKS, NO_VALIDATION = TaskConfig(), ValidateConfig()
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,12 @@ def run(
     training: TrainConfig,
     lora: LoraConfig,
     tasks: TaskConfig = NO_TASKS,
+    validating: ValidateConfig = NO_VALIDATION,
 ) -> dict[str, Any]:
     """Do all of it; returns what summary.json holds."""
     session.alone("the whole job")
     started, out = time.perf_counter(), Path(job.out)
-    for config in (job, distilling, sampling, training, lora, tasks):
+    for config in (job, distilling, sampling, training, lora, tasks, validating):
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
@@ -102,6 +104,8 @@ def run(
         print(means.text())
 
     # 3. the two trainings: the same examples in the same order, only the targets differ
+    validator = Validator(validating, model, chat) if validating.val_every else None
+    note = {"validate": dataclasses.asdict(validating)} if validator else None
     arms: Arms = {"seed": None}
     trainings = {}
     shown: dict[str, list[Example]] = {}
@@ -119,6 +123,8 @@ def run(
             model_hash=session.fingerprint,
             resume=(out / arm).exists(),
             world=session.world,
+            validator=validator,
+            note=note,
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 
@@ -157,7 +163,16 @@ def run(
 
     result = {
         "settings": resolved(
-            session.config, data, job, distilling, sampling, encoding, training, lora, tasks
+            session.config,
+            data,
+            job,
+            distilling,
+            sampling,
+            encoding,
+            training,
+            lora,
+            tasks,
+            validating,
         ),
         "environment": environment(),
         "model": session.facts(),

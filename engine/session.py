@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from engine.distributed import World, start
 from engine.log import model_fingerprint
-from engine.process import keep_freed_memory
+from engine.process import keep_freed_memory, return_freed_memory
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
@@ -22,6 +23,7 @@ from model.config import LlamaConfig
 from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
+from model.weights import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -36,6 +38,7 @@ class ModelConfig:
     ops: str = "auto"  # auto | torch | triton | reference; auto: what passes its check on a GPU
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca; own: the model's (default)
+    shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
 
@@ -89,7 +92,12 @@ class Session:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         world = start(device)
-        keep_freed_memory()
+        if config.shard and world.size == 1:
+            raise ValueError(
+                "--shard shares the weights out over several processes, this is one; start it with "
+                "torchrun --nproc-per-node N, or leave --shard out"
+            )
+        return_freed_memory() if config.shard else keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
@@ -103,7 +111,7 @@ class Session:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
         wanted = None if config.chat_format == "own" else config.chat_format
         chat = Chat.from_dir(path, tokenizer, wanted, now=now)
-        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
+        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops, shard=config.shard)
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),
@@ -119,12 +127,9 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """What runs where, for people."""
         m = self.model
-        count = sum(w.numel() for name, w in m.weights.items() if name != "head")
-        if not m.config.tie_embeddings:
-            count += m.weights["head"].numel()
         return {
             "path": self.config.model,
-            "parameters": count,
+            "parameters": sum(map(math.prod, expected_shapes(m.config).values())),
             "dtype": str(m.dtype),
             "device": str(m.device),
             "ops": m.ops.name,
@@ -146,9 +151,12 @@ class Session:
         f = self.facts()
         print(
             f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
-            f"{f['device']}, {torch.get_num_threads()} threads, ops {f['ops']}, "
+            f"{f['device']}{self._shared()}, {torch.get_num_threads()} threads, ops {f['ops']}, "
             f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
+
+    def _shared(self) -> str:
+        return f", shared out over {self.world.size} processes" if self.model.sharded else ""
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
         """Adapters by the name of their directory, which must differ."""

@@ -94,6 +94,12 @@ class MicroBatch:
         ids, places, wanted = (upload(v, torch.int64, device) for v in (tokens, select, targets))
         return cls(ids, packed, places, wanted, owners)
 
+    @classmethod
+    def idle(cls, step: int, device: torch.device) -> MicroBatch:
+        """A token without loss: a process takes part in what the others gather, and weighs zero."""
+        tokens, nothing = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, 0))
+        return cls(tokens, Packed.from_lengths([1], device, [0], step), nothing, nothing, [])
+
 
 def common_prefix(examples: Sequence[Example]) -> int:
     """Tokens that all prompts begin with, 0 where they are too few to matter.
@@ -110,9 +116,7 @@ def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tens
     """Forward, loss, backward of one micro-batch: nll (N,); adds sum-of-nll gradients to lora."""
     tape = Tape(policy)
     hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)
-    nll, dselected = model.ops.linear_cross_entropy(
-        hidden[batch.select], model.weights["head"], batch.targets
-    )
+    nll, dselected = model.nll(hidden[batch.select], batch.targets)
     dhidden = torch.zeros_like(hidden).index_copy_(0, batch.select, dselected)
     model.backward(dhidden, tape)
     return nll
@@ -148,10 +152,12 @@ def step_gradients(
     """Phases 1 and 2: this process's share of the examples, forward and backward."""
     # 1. share by tokens, pack
     response = sum(len(e.ids) - e.n_prompt for e in examples)
-    mine = [examples[i] for i in shares([len(e.ids) for e in examples], world.size)[world.rank]]
-    places = pack(mine, micro_tokens)
-    # a dropout mask belongs to its row, and only torch's attention knows prefixes
-    share = model.ops.name == "torch" and not lora.config.dropout
+    dealt = [[examples[i] for i in s] for s in shares([len(e.ids) for e in examples], world.size)]
+    packs = [pack(each, micro_tokens) for each in dealt]
+    mine, places = dealt[world.rank], packs[world.rank]
+    idle = max(map(len, packs)) - len(places) if model.sharded else 0
+    # a dropout mask belongs to its row
+    share = model.device.type in model.ops.shares_prefix and not lora.config.dropout
 
     # 2. forward and backward of every micro-batch
     lora.grads.zero_()
@@ -160,6 +166,8 @@ def step_gradients(
         batch = MicroBatch.build([mine[i] for i in place], step, model.device, share)
         nlls.append(micro_step(model, lora, batch, policy))
         owners += batch.owners
+    for _ in range(idle):  # all processes gather the same layers equally often
+        micro_step(model, lora, MicroBatch.idle(step, model.device), policy)
     return Gradients(torch.cat(nlls), owners, response)
 
 

@@ -216,7 +216,8 @@ def train(
         return lora, meta["summary"]
     lines = checkpoint.restore_metrics(out, saved[-1] if saved else None) if world.first else []
     try:
-        run.loop(lines)
+        with world.together():
+            run.loop(lines)
     except ValueError as error:
         saved = checkpoint.checkpoints(out)
         where = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
@@ -309,7 +310,7 @@ class Run:
             longest=max(lengths),
             response=round(tokens * share / sum(lengths)),
             dtype=self.model.dtype,
-            held=held_memory(self.model.device),
+            held=held_memory(self.model.device) + getattr(self.model.weights, "gathered", 0),
         )
 
     def gradients(self, chosen: Sequence[Example], step: int, policy: str) -> Gradients:
@@ -324,6 +325,11 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error).splitlines()[0]
+                if self.model.sharded:
+                    raise ValueError(
+                        f"step {step}: out of memory ({failure}); under --shard no process can try "
+                        "again alone: --resume with more of them, or lower --micro-tokens"
+                    ) from None
             if not self.world.any(failure is not None):
                 return found
             longest = max(chosen, key=lambda e: len(e.ids))
@@ -342,11 +348,12 @@ class Run:
                 torch.cuda.empty_cache()
 
     def validate(self, step: int, epoch: int) -> bool:
-        """Measure the adapter, note it; whether it is the best so far. Rank 0 measures for all."""
+        """Measure the adapter, note it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
         values = torch.zeros(len(names), dtype=torch.float64, device=self.model.device)
-        if self.world.first:
-            values += torch.tensor(self.validator(self.lora), dtype=torch.float64).to(values.device)
+        if self.world.first or self.model.sharded:  # all are needed to gather sharded weights
+            measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
+            values += measured.to(values.device) * self.world.first
         found = dict(zip(names, self.world.sum_(values).tolist(), strict=True))
         if self.world.first:
             checkpoint.note_validation(self.out, {"step": step, "epoch": epoch, **found})

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.data import Example, encode
 from engine.log import progress
 from engine.retention import compare, hidden_states
@@ -16,6 +18,7 @@ from engine.retention_prompts import PROMPTS
 from engine.rows import load_rows
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
+from kernels.context import Packed
 from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora
@@ -51,6 +54,27 @@ class ValidateConfig:
             raise ValueError(f"--best {self.best} needs --val-every and {needs}")
 
 
+def greedy(model: Llama, prompts: list[list[int]], chat: Chat) -> list[tuple[list[int], int]]:
+    """The seed's answers without a cache, a packed forward of all rows a token: sharded weights.
+
+    A row that ended goes along unchanged: every process makes the same number of forwards.
+    """
+    rows, ends = [list(p) for p in prompts], frozenset(chat.end_ids)
+    for _ in progress(range(ANSWER), desc="seed's answers", unit="token", leave=False):
+        lengths = [len(row) for row in rows]
+        tokens = torch.tensor([t for row in rows for t in row], device=model.device)
+        hidden = model.forward(tokens, Packed.from_lengths(lengths, model.device))
+        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+        for row, prompt, token in zip(
+            rows, prompts, model.head(hidden[last]).argmax(-1).tolist(), strict=True
+        ):
+            if len(row) == len(prompt) or row[-1] not in ends:
+                row.append(token)
+    for row in rows:  # which end it was does not matter to what is compared
+        row[-1] = chat.end_id if row[-1] in ends else row[-1]
+    return [(row, len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+
+
 class Validator:
     """Measures an adapter; the held-out rows and the seed's answers are made once."""
 
@@ -67,7 +91,9 @@ class Validator:
         prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
         asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}
         self.answers: list[tuple[list[int], int]] = []  # ids, tokens of the prompt
-        if asked:
+        if asked and model.sharded:
+            self.answers = greedy(model, list(asked.values()), chat)
+        elif asked:
             sampling = SamplerConfig(rows=8, max_new_tokens=ANSWER)
             with Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler:
                 done = {c.id: c for c in sampler.run([Request(p, i) for p, i in asked.items()])}

@@ -324,6 +324,11 @@ SPEC = Spec(
         (2, 1, 16, 130, 5),  # a row that begins behind the first PAD tokens
         (2, 1, 64),
     ),
+    prefix_shapes=(
+        (9, 3, 16, -30, 30, 150, 1, 40),
+        (4, 1, 32, -1, 2, 1),
+        (2, 2, 16, -130, 160, 3, 200),
+    ),
     bench_shapes=tuple(
         (m.H, m.G, m.d, *lengths)
         for m in MODELS.values()

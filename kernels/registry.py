@@ -56,11 +56,12 @@ class Ops:
     adamw_: Callable
     grad_norm: Callable
     sample: Callable
+    shares_prefix: tuple[str, ...] = ()  # device types where attention takes a Packed.prefix fast
 
     def table(self) -> dict[str, str]:
         """Operation -> the function that does it, for the log."""
-        fields = [f.name for f in dataclasses.fields(self) if f.name != "name"]
-        functions = {name: getattr(self, name) for name in fields}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        functions = {name: value for name, value in values.items() if callable(value)}
         return {name: f"{f.__module__}.{f.__name__}" for name, f in functions.items()}
 
 
@@ -106,6 +107,7 @@ TORCH = Ops(
     adamw_=adamw.adamw_,
     grad_norm=adamw.grad_norm,
     sample=sampling.sample,
+    shares_prefix=("cpu",),  # flash attention, on a GPU, knows no prefix
 )
 
 TRITON = dataclasses.replace(
@@ -128,6 +130,7 @@ TRITON = dataclasses.replace(
     adamw_=adamw.adamw_triton_,
     grad_norm=adamw.grad_norm_triton,
     sample=sampling.sample_triton,
+    shares_prefix=(),
 )
 
 # What a sampled row meets beside products. In Triton's form a row's bits are its own; in torch's on

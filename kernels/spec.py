@@ -60,6 +60,9 @@ class Spec:
     slack: float = 2.0  # raising it is a reviewed change with its reason in the file
     floor: float = 1e-6  # of max|truth|: the error below which nobody looks
     interpreter_shapes: tuple[tuple[int, ...], ...] = ()  # for kernels, where test_shapes are slow
+    prefix_shapes: tuple[
+        tuple[int, ...], ...
+    ] = ()  # with a shared prefix: TORCH and REFERENCE only
     # few tokens at a model's own widths: what `--ops auto` checks beside test_shapes
     model_shapes: Callable[[Widths], tuple[tuple[int, ...], ...]] = lambda widths: ()
 

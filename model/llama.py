@@ -15,13 +15,18 @@ policy      kept per layer                                           computed ag
 none        h, qkv, o, lse, h after attention, gate_up, S of each    the norms, swiglu
 selective   the same without gate_up                                 and gate_up
 full        h                                                        the whole layer
+
+Weights that are sharded (model/sharded.py) are whole, layer by layer, while they are used.
 """
 
 # T = tokens, D = model width, V = vocabulary, H = query heads, G = key/value heads, d = head size
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -84,9 +89,10 @@ class Llama:
     """A frozen Llama. `forward(lora=None)` is the seed model; adapters come in as data."""
 
     def __init__(
-        self, config: LlamaConfig, weights: dict[str, Tensor | Prepacked], ops: Ops | None = None
+        self, config: LlamaConfig, weights: Mapping[str, Tensor | Prepacked], ops: Ops | None = None
     ) -> None:
         self.config, self.weights = config, weights
+        self.sharded = hasattr(weights, "whole")
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
 
@@ -98,26 +104,41 @@ class Llama:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         ops: Ops | None = None,
+        shard: bool = False,
     ) -> Llama:
         """Load a Hugging Face directory: config.json and F32/F16/BF16 safetensors.
 
-        dtype None is bf16 on a device with bf16 units, else fp32. Raises ValueError naming the
-        file for anything that is not a plain Llama (see model/config.py, model/weights.py).
+        dtype None is bf16 on a device with bf16 units, else fp32. With `shard` the processes of
+        the job share the weights out. Raises ValueError naming the file for anything that is not
+        a plain Llama (see model/config.py, model/weights.py).
         """
         path = Path(path)
         config = LlamaConfig.from_dir(path)
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype {dtype}: float32, bfloat16 or float64 is wanted")
-        return cls(config, load_weights(path, config, device, dtype), ops)
+        return cls(config, load_weights(path, config, device, dtype, shard), ops)
 
     @property
     def device(self) -> torch.device:
-        return self.weights["embed"].device
+        return self.weights["norm"].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights["embed"].dtype
+        return self.weights["norm"].dtype
+
+    def _layers(self, order: Iterable[int]) -> Iterator[int]:
+        """Layer numbers; sharded weights of each are here until the next is asked for."""
+        if not self.sharded:
+            yield from order
+            return
+        for unit, following in pairwise([*map(str, order), None]):
+            with self.weights.whole(unit, following):
+                yield int(unit)
+
+    def _whole_head(self) -> contextlib.AbstractContextManager:
+        """Inside `with` the head is here."""
+        return self.weights.whole_head() if self.sharded else contextlib.nullcontext()
 
     # ---- forward
 
@@ -144,8 +165,8 @@ class Llama:
             lora.ensure_bound(self)
         w, eps = self.weights, self.config.rms_norm_eps
         cos_sin = self._rope_table(context)
-        h, x = w["embed"][tokens], None
-        for i in range(self.config.num_layers):
+        h, x = w.embed(tokens) if self.sharded else w["embed"][tokens], None
+        for i in self._layers(range(self.config.num_layers)):
             if x is None:
                 y, rstd = self.ops.rms_norm_forward(h, w[f"{i}.attn_norm"], eps)
             else:
@@ -245,7 +266,7 @@ class Llama:
         tape.h = None
         order = [(i, g) for i in range(self.config.num_layers) for g in GROUPS]
         lowest = next(place for place in order if lora.group(*place) is not None)
-        for i in reversed(range(lowest[0], self.config.num_layers)):
+        for i in self._layers(reversed(range(lowest[0], self.config.num_layers))):
             saved = tape.layers.pop()
             dh = self._layer_backward(i, dh, saved, packed, cos_sin, lora, lowest, tape.policy)
         tape.layers.clear()
@@ -326,7 +347,16 @@ class Llama:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, D)."""
-        return self.ops.linear(hidden, self.weights["head"])
+        with self._whole_head():
+            return self.ops.linear(hidden, self.weights["head"])
+
+    def nll(
+        self, hidden: Tensor, targets: Tensor, need_grad: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """-log p of targets (N,) at hidden states (N, D), and the gradient of their sum (N, D)."""
+        with self._whole_head():
+            head = self.weights["head"]
+            return self.ops.linear_cross_entropy(hidden, head, targets, need_grad)
 
     def for_sampling(
         self, lora: Lora | None = None, release: bool = False, invariant: bool = False
@@ -343,6 +373,11 @@ class Llama:
         another table of operations over the same matrices, the adapter not merged: in bf16 a sum
         would lose the small changes. ValueError where there is no such table.
         """
+        if self.sharded:
+            raise ValueError(
+                "sampling needs all weights in every process: it is done without --shard; only "
+                "training and scoring share them out"
+            )
         packable = self.ops.name != "reference" and Prepacked.available(self.weights["embed"])
         if invariant and not (packable and self.ops is TORCH):
             return Llama(self.config, self.weights, registry.invariant(self.ops)), lora

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import LlamaConfig, read_json
+
+if TYPE_CHECKING:
+    from model.sharded import ShardedWeights
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -130,32 +134,43 @@ def locate(path: Path, config: LlamaConfig) -> dict[str, Path]:
     return found
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor, mapped; the map goes when the tensor does."""
+def read_rows(file: Path, name: str, first: int, end: int) -> Tensor:
+    """Rows first .. end - 1 of a tensor, read from the map; the map goes when the tensor does."""
     with open_safetensors(file) as opened:
-        return opened.get_tensor(name)
+        return opened.get_slice(name)[first:end]
 
 
 def load_weights(
-    path: Path, config: LlamaConfig, device: str | torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
+    path: Path,
+    config: LlamaConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    shard: bool = False,
+) -> dict[str, Tensor] | ShardedWeights:
     """All weights in `dtype`, q/k/v and gate/up concatenated:
 
     embed, norm, head and, for each layer i, i.attn_norm, i.qkv, i.o, i.mlp_norm, i.gate_up, i.down.
+    With `shard` each process of the job reads and holds its rows alone (model/sharded.py).
     """
     files, shapes = locate(path, config), expected_shapes(config)
-    weights: dict[str, Tensor] = {}
+    places = {name: _place(name, config) for name in shapes}
+    ours = {p[0]: (p[1] or shapes[name][0], *shapes[name][1:]) for name, p in places.items()}
+    sharded, weights = None, {}
+    if shard:
+        from model.sharded import ShardedWeights  # torch's FSDP takes a second to import
 
-    def allocate(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in weights:
-            weights[name] = torch.empty(shape, device=device, dtype=dtype)
-        return weights[name]
-
+        sharded = ShardedWeights(ours, device, dtype)
     for name in sorted(files, key=lambda n: -torch.Size(shapes[n]).numel()):
-        rows, columns = shapes[name][0], shapes[name][1:]
-        ours, total, offset = _place(name, config)
-        target = allocate(ours, (total or rows, *columns))[offset : offset + rows]
-        target.copy_(read_tensor(files[name], name))
+        place, _, offset = places[name]
+        if sharded is None and place not in weights:
+            weights[place] = torch.empty(ours[place], device=device, dtype=dtype)
+        for target, first in sharded.local(place) if shard else [(weights[place], 0)]:
+            begin, end = max(offset, first), min(offset + shapes[name][0], first + len(target))
+            if begin < end:
+                rows = read_rows(files[name], name, begin - offset, end - offset)
+                target[begin - first : end - first].copy_(rows)
+    if sharded is not None:
+        return sharded
     weights.setdefault("head", weights["embed"])
     return weights
 

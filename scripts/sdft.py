@@ -24,6 +24,7 @@ from engine.sdft import SdftConfig, run
 from engine.session import DataConfig, ModelConfig, Session
 from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
+from engine.validate import ValidateConfig
 from model.lora import LoraConfig
 
 
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
     add_flags(parser, TaskConfig, {"samples", "paper"})
+    add_flags(parser, ValidateConfig)
     return parse(parser)
 
 
@@ -53,6 +55,7 @@ def main() -> None:
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
         from_flags(TaskConfig, args, samples=1, paper=False),
+        from_flags(ValidateConfig, args),
     )
 
 

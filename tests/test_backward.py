@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kernels.context import Packed
-from kernels.registry import REFERENCE, SPECS, TORCH
-from kernels.spec import check
+from kernels.registry import REFERENCE, TORCH
 from model.llama import POLICIES, Llama, Tape
 from model.lora import MODULES, Lora
 
@@ -185,10 +184,3 @@ def test_runs_are_bitwise_equal(tiny_llama_dir):
     model, lora = make(tiny_llama_dir(), "all", dropout=0.1)
     (loss1, first), (loss2, second) = ours(model, lora), ours(model, lora)
     assert torch.equal(loss1, loss2) and torch.equal(first, second)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("lengths", [(-30, 30, 150, 1, 40), (-1, 2, 1), (-130, 160, 3, 200)])
-def test_attention_behind_a_shared_prefix(dtype, lengths):
-    """TORCH against the definition; the kernels in Triton refuse a prefix."""
-    check(SPECS["attention"], TORCH, REFERENCE, (9, 3, 16, *lengths), dtype)

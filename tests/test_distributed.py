@@ -1,6 +1,9 @@
-"""Data parallel on gloo, 2 and 3 processes: same gradients, same losses, killed and resumed."""
+"""Several processes on gloo, whole and sharded weights: same gradients, same losses, killed and
+resumed."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from engine.distributed import World, shares, start
+from engine.log import read_jsonl
+from engine.score import score
+from engine.session import ModelConfig, Session
 from engine.step import ALONE, step_gradients
 from engine.train import train
-from model.llama import Llama
+from engine.validate import ValidateConfig, Validator
+from model.chat import Chat
+from model.llama import POLICIES, Llama
 from model.lora import Lora
+from model.tokenizer import load_tokenizer
+from tests.distributed_job import lines
 from tests.test_train import LORA, SMALL, examples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,18 +48,30 @@ def test_alone_nothing_is_joined(monkeypatch):
     assert world.sum_(tensor) is tensor and tensor.tolist() == [1, 1, 1]
 
 
-def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path):
-    """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process."""
-    path, out = str(tiny_llama_dir()), tmp_path / "run"
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
+    """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process.
+
+    With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
+    them whole, does that step.
+    """
+    sizes = {"tied": False, "intermediate": 16} if shard else {}  # embedding and head in two parts
+    path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
     lora.params.add_(0.05)
-    loss = step_gradients(model, lora, examples(9), 3, 64, "none", ALONE).nll.sum()
-    alone = Llama.from_pretrained(path)
-    single, _ = train(alone, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    alone = {}
+    for count in (9, 1):
+        loss = step_gradients(model, lora, examples(count), 3, 64, "none", ALONE).nll.sum()
+        alone[count] = loss, lora.grads.clone()
+    one = Llama.from_pretrained(path)
+    single, _ = train(one, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    held_out, scores = tmp_path / "held_out.json", tmp_path / "scores.jsonl"
+    held_out.write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in "abc"]))
 
-    for size, kill in ((2, 8), (3, 0)):
-        job = {"model": path, "out": str(out), "kill": kill, "gradients": str(tmp_path / "g")}
+    for size, kill in ((2, 8), (3, 10 if shard else 0)):
+        job = {"model": str(path), "out": str(out), "kill": kill, "shard": shard}
+        job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = [str(ROOT / "tests" / "distributed_job.py"), str(tmp_path / "job.json")]
@@ -60,21 +82,92 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path):
             timeout=240,
             cwd=ROOT,
         )
-        found = load_file(tmp_path / "g")
-        assert (found["loss"] - loss).abs() < 1e-9 * loss
-        assert (found["grads"] - lora.grads).abs().max() < 1e-9 * lora.grads.abs().max()
+        assert (tmp_path / "found").exists(), done.stderr[-3000:]
+        found = load_file(tmp_path / "found")
+        for policy, (count, (loss, grads)) in itertools.product(POLICIES, alone.items()):
+            assert (found[f"loss {policy} {count}"] - loss).abs() < 1e-9 * loss
+            error = (found[f"grads {policy} {count}"] - grads).abs().max()
+            assert error < 1e-9 * grads.abs().max()
         if kill:
             assert done.returncode != 0
-            assert "rank 0 of 2: another process of the job is gone" in done.stderr
+            assert f"rank 0 of {size}: another process of the job is gone" in done.stderr
             assert "--resume" in done.stderr
             kept = sorted(p.name for p in (out / "checkpoints").iterdir())
-            assert kept == ["step-000003", "step-000006"], "whole, and written once"
+            want = [3, 6] if kill == 8 else [6, 9]
+            assert kept == [f"step-{n:06d}" for n in want], "whole, and written once"
         else:
             assert done.returncode == 0, done.stderr[-3000:]
+        if shard:
+            assert_sharded_is_whole(path, model, lora, size, found, held_out, scores)
+            scores.unlink()
+    if shard:
+        where = {"base": "b", "model_hash": "h", "resume": True}
+        train(Llama.from_pretrained(path), examples(), LORA, SMALL, out, **where)
     losses = [
         [json.loads(line)["loss"] for line in (p / "metrics.jsonl").read_text().splitlines()]
         for p in (out, tmp_path / "one")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
-    assert json.loads((out / "meta.json").read_text())["summary"]["processes"] == 3
+    summary = json.loads((out / "meta.json").read_text())["summary"]
+    assert summary["processes"] == (1 if shard else 3)
     assert (Lora.load(out).params - single.params).abs().max() < 1e-4
+
+
+def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
+    """Rank 0's share of the weights, validation and scores, beside one process with all of it."""
+    count = sum(w.numel() for w in model.weights.values())
+    norm = model.config.hidden_size
+    assert count / size - 1 < found["held"] < count / size + 5 * norm + 40 * size
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
+    want = Validator(config, model, chat)(lora)
+    assert found["validation"].tolist() == pytest.approx(want, rel=1e-6)
+    beside = scores.with_name("whole.jsonl")
+    score(model, chat, lines(7), beside, {})
+    got, want = read_jsonl(scores), read_jsonl(beside)
+    assert len(got) == 7
+    for name in got[0]:
+        values = [[line[name] for line in file if line[name] is not None] for file in (got, want)]
+        near = values[1] if name == "id" else pytest.approx(values[1], rel=1e-9)
+        assert values[0] == near and len(values[0]) in (4, 7), name
+    beside.unlink()
+
+
+def test_the_scripts_share_the_weights_out(tiny_llama_dir, tmp_path):
+    """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
+    path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
+    data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
+
+    def script(name, *flags, processes=2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(torchrun if processes > 1 else [])]
+        command += [ROOT / "scripts" / name, "--model", path, "--data", data, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+    looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
+    done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "shared out over 2 processes" in done.stdout and "best nll" in done.stdout
+    assert [x["step"] for x in read_jsonl(out / "validation.jsonl")] == [1, 2]
+
+    distilled = ["--out", tmp_path / "distilled.jsonl", "--max-new-tokens", "4"]
+    done = script("distill.py", "--shard", *distilled)
+    assert done.returncode != 0 and "sampling needs all weights in every process" in done.stderr
+    alone = script("distill.py", "--resume", *distilled, processes=1)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    scores = tmp_path / "distilled.jsonl.scores.jsonl"
+    whole = read_jsonl(scores)
+    scores.unlink()
+    done = script("distill.py", "--shard", "--resume", *distilled)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(whole) == 6
+    for a, b in zip(read_jsonl(scores), whole, strict=True):
+        assert a["id"] == b["id"]
+        assert a["reference_nll"] == pytest.approx(b["reference_nll"], rel=1e-5)
+
+
+def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="--shard shares the weights out.*torchrun"):
+        Session.open(ModelConfig(model=str(tiny_llama_dir(tokenizer=True)), shard=True))

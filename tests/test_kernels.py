@@ -198,7 +198,9 @@ def test_triton_takes_any_strides(name, ops, shape, layout):
     check(SPECS[name], ops, REFERENCE, shape, torch.bfloat16, DEVICE, prepare=strided)
 
 
-CASES = [(name, shape) for name, spec in SPECS.items() for shape in spec.test_shapes]
+CASES = [
+    (name, shape) for name, spec in SPECS.items() for shape in spec.test_shapes + spec.prefix_shapes
+]
 IDS = [f"{name}-{'x'.join(map(str, shape))[:40]}" for name, shape in CASES]
 
 

@@ -76,6 +76,22 @@ def test_the_main_job(tiny, data, tmp_path):
     assert "distill.template: 'using' -> 'refer'" in said and "Traceback" not in said
 
 
+def test_both_arms_are_validated_and_keep_their_best(tiny, data, tmp_path):
+    out = tmp_path / "run"
+    args = ["--model", tiny, "--data", data / "train.json", "--no-score", "--out", out, *FLAGS]
+    looking = ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "1"]
+    script("sdft", *args, *looking, "--best", "kl")
+    result = json.loads((out / "summary.json").read_text())
+    for arm in ("sft", "sdft"):
+        noted = read_jsonl(out / arm / "validation.jsonl")
+        assert [x["step"] for x in noted] == [1, 2] and all(x["nll"] > 0 for x in noted)
+        best = result["training"][arm]["best"]
+        assert best["metric"] == "kl" and best["value"] == min(x["kl"] for x in noted)
+    said = script("sdft", *args, code=2)  # not the same run without it
+    assert "validate" in said and "Traceback" not in said
+    assert "--best nll needs" in script("sdft", *args, "--best", "nll", code=2)
+
+
 def _what_the_report_shows(out, printed):
     """The page, the training texts with the likelihoods that score.py found, the tuned answers."""
     assert f"report: {out}/report.html" in printed and "8 rows" in printed

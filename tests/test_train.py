@@ -16,11 +16,13 @@ from engine.data import Example, encode, load_rows
 from engine.demo import write_demo
 from engine.evaluate import reference_nll
 from engine.log import read_jsonl
+from engine.metrics import summary_text
 from engine.optim import learning_rate
 from engine.step import MicroBatch, common_prefix, micro_step
 from engine.train import TrainConfig, batches, check_examples, train
 from engine.validate import ValidateConfig, Validator
 from kernels.adamw import AdamW
+from kernels.registry import TORCH, TRITON
 from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
@@ -131,6 +133,34 @@ def test_a_prefix_that_all_prompts_share_is_computed_once_and_changes_nothing(
     assert (grads - grads_shared).abs().max() < 1e-9 * grads.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("ops", "dropout", "shared"),
+    [
+        (TORCH, 0.0, True),
+        (dataclasses.replace(TORCH, name="torch with another name"), 0.0, True),
+        (TORCH, 0.1, False),
+        (dataclasses.replace(TORCH, shares_prefix=()), 0.0, False),
+    ],
+)
+def test_prefixes_are_shared_where_the_table_says_so(
+    tiny_llama_dir, monkeypatch, ops, dropout, shared
+):
+    model = Llama.from_pretrained(tiny_llama_dir(), ops=ops)
+    lora = Lora.init(model, dropout=dropout)
+    begin = [(11 * k) % 300 for k in range(40)]
+    rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
+    seen, step = [], stepping.micro_step
+
+    def watched(model, lora, batch, policy):
+        seen.append(batch.packed.prefix)
+        return step(model, lora, batch, policy)
+
+    monkeypatch.setattr(stepping, "micro_step", watched)
+    stepping.step_gradients(model, lora, rows, 1, 1000, "none")
+    assert seen == [40 if shared else 0]
+    assert TRITON.shares_prefix == (), "its attention refuses a prefix"
+
+
 def test_common_prefix():
     a, b = Example("a", [*range(20), 1, 2], 15), Example("b", [*range(12), 99, 3], 13)
     assert common_prefix([a, b]) == 12 and common_prefix([a]) == 0 and common_prefix([a, a]) == 14
@@ -174,6 +204,24 @@ def test_a_step_is_adamw_on_the_mean_gradient_clipped(tiny, tmp_path):
         optimizer.param_groups[0]["lr"] = line["lr"]
         optimizer.step()
     assert (parameter.detach() - trained.params).abs().max() < 2e-6
+
+
+def test_mfu_is_operations_by_hand_over_the_stated_rate(tiny, tmp_path, monkeypatch):
+    """P = 2 layers of 64 x (128 qkv + 64 o + 3 x 96 mlp) and a head of 320 x 64."""
+    rows = examples()
+    config = dataclasses.replace(SMALL, batch_rows=20, epochs=2)
+    _, summary = go(tiny, tmp_path / "run", config, rows)
+    assert "MFU" not in summary_text(summary, tmp_path), "nobody stated a rate for a CPU"
+    monkeypatch.setitem(stepping.STATED, "cpu", 2e9)
+    lengths = [len(e.ids) for e in rows]
+    weights = 2 * (8192 + 4096 + 3 * 6144) + 20480
+    per_step = 4 * weights * sum(lengths) + sum(7 * n * n * 4 * 16 * 2 for n in lengths)
+    share = 2 * per_step / summary["seconds"] / 2e9
+    assert summary["operations_s"] == pytest.approx(2 * per_step / summary["seconds"])
+    text = summary_text(summary, tmp_path)
+    assert f"(4 P a token + 7 L^2 H d a row and layer), MFU {share:.1%};" in text
+    two = summary_text(summary | {"processes": 2}, tmp_path)
+    assert f", MFU {share / 2:.1%};" in two, "two devices have twice the rate"
 
 
 def test_learning_rates():

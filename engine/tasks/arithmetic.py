@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from engine.rows import Row
-from engine.verifiers import verify_number
 from engine.tasks.base import Item, Task, rows_of, with_system
+from engine.verifiers import verify_number
 
 PAPER_SYSTEM = (
     "You are an expert in math. Below is a math question. Write a response that appropriately "

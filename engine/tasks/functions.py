@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from engine.rows import Row
-from engine.verifiers import verify_call
 from engine.tasks.base import Item, Task, rows_of
+from engine.verifiers import verify_call
 
 _LABEL = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\(.*\)", re.ASCII)
 

@@ -1,0 +1,176 @@
+"""Frozen weights spread over the processes of a job by torch's FSDP2
+
+A unit is what is gathered at one time: a layer, or as many rows of the embedding or the head as
+have about the numbers of a layer. Each process holds its rows of every matrix and norm of a unit.
+`whole(unit)` gathers the rest by one all-gather and gives it up again (`unshard` and `reshard` of
+torch.distributed.fsdp.fully_shard); the unit that comes next is gathered meanwhile. Nothing else of
+FSDP is used: there is no module that runs, no hook and no gradient.
+
+A process holds at most    its share, two layers and a buffer, and for the loss the whole head
+Every process must ask for the same units in the same order. Only the last norm, D numbers, is whole
+everywhere.
+"""
+
+# V = vocabulary, D = model width, T = tokens
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class InPlace:
+    """FSDP's gather on gloo, whose own makes two copies more: each share is broadcast to its place.
+
+    The buffer is the same for all units: what is gathered is copied out before the next begins.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The beginning of the buffer, grown where it is too small."""
+        if self.buffer.numel() < math.prod(size):
+            self.buffer = torch.empty(math.prod(size), dtype=dtype, device=device)
+        return self.buffer[: math.prod(size)].view(*size)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,  # this process's part of the output
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> None:
+        for rank, part in enumerate(output_tensor.chunk(group.size())):
+            dist.broadcast(part, group=group, group_src=rank)
+
+
+class Unit(torch.nn.Module):
+    """Parameters without numbers, for FSDP to cut and to hold."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            self.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+
+
+class ShardedWeights(Mapping[str, Tensor]):
+    """The weights by our names (model/weights.py), whole inside `whole` only.
+
+    Made without numbers: `local` are the rows that this process has to fill.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], device: str | torch.device, dtype: torch.dtype
+    ) -> None:
+        assert dist.is_initialized(), "weights are sharded over the processes of a job"
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.norm = torch.empty(shapes["norm"], device=device, dtype=dtype)
+        self.full: dict[str, Tensor] = {}  # the head, while it is whole
+        units: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            layer, _, parameter = name.partition(".")
+            if parameter:
+                units.setdefault(layer, {})[parameter] = shape
+        layer = sum(map(math.prod, units["0"].values()))
+        self.parts: dict[str, list[tuple[str, int]]] = {}  # of embed and head: (unit, first row)
+        for name in sorted({"embed", "head"} & shapes.keys()):
+            rows, width = shapes[name]
+            starts = range(0, rows, -(-layer // width))
+            self.parts[name] = [(f"{name} from {i}", i) for i in starts]
+            for unit, i in self.parts[name]:
+                units[unit] = {"rows": (min(rows - i, starts.step), width)}
+        self.parts.setdefault("head", self.parts["embed"])
+        self.names = ["norm", *(name for name in shapes if name != "norm")]
+        mesh = init_device_mesh(torch.device(device).type, (self.size,))
+        self.units = {name: Unit(held, dtype) for name, held in units.items()}
+        in_place = InPlace()
+        for module in self.units.values():
+            fully_shard(module, mesh=mesh)
+            module.to_empty(device=device)
+            if dist.get_backend() == "gloo":
+                module.set_custom_all_gather(in_place)
+        # bytes beside the share: a gather's buffer, the unit and the next, or the head
+        self.gathered = dtype.itemsize * (2 * layer + max(layer, math.prod(shapes["embed"])))
+
+    def local(self, name: str) -> list[tuple[Tensor, int]]:
+        """The rows of a weight that this process holds: tensors, and the number of their first."""
+        if name == "norm":
+            return [(self.norm, 0)]
+        layer, _, parameter = name.partition(".")
+        found = []
+        for unit, start in self.parts.get(name, [(layer, 0)]):
+            weight = getattr(self.units[unit], parameter or "rows")
+            each = -(-len(weight) // self.size)  # the last processes may have fewer, or none
+            first = min(len(weight), self.rank * each)
+            held = weight.to_local()
+            assert len(held) == min(len(weight), first + each) - first, f"{name}: cut elsewhere"
+            found.append((held, start + first))
+        return found
+
+    @contextlib.contextmanager
+    def whole(self, unit: str, then: str | None = None) -> Iterator[None]:
+        """Inside `with` a layer is whole, and the gathering of `then` is under way."""
+        module = self.units[unit]
+        module.unshard()  # or waits for the one under way
+        if then is not None:
+            self.units[then].unshard(async_op=True)
+        try:
+            yield
+        finally:
+            module.reshard()
+
+    def rows(self, name: str) -> Iterator[tuple[Tensor, int]]:
+        """All rows of embed or head, part by part: (rows, D) and the number of the first."""
+        order = [unit for unit, _ in self.parts[name]]
+        for (unit, first), then in zip(self.parts[name], [*order[1:], None], strict=True):
+            with self.whole(unit, then):
+                yield self.units[unit].rows, first
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The rows of the embedding (T, D) that belong to tokens (T,)."""
+        found = self.norm.new_empty(len(tokens), len(self.norm))
+        for rows, first in self.rows("embed"):
+            at = tokens - first
+            inside = ((at >= 0) & (at < len(rows)))[:, None]
+            found = torch.where(inside, rows[at.clamp(0, len(rows) - 1)], found)
+        return found
+
+    @contextlib.contextmanager
+    def whole_head(self) -> Iterator[None]:
+        """Inside `with` the head is whole."""
+        unit, last = self.parts["head"][-1]
+        head = self.norm.new_empty(last + len(self.units[unit].rows), len(self.norm))
+        for rows, first in self.rows("head"):
+            head[first : first + len(rows)] = rows
+        self.full["head"] = head
+        try:
+            yield
+        finally:
+            self.full.clear()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "norm":
+            return self.norm
+        if name in self.parts:
+            assert name in self.full, f"{name} is not whole now"
+            return self.full[name]
+        layer, _, parameter = name.partition(".")
+        weight = getattr(self.units[layer], parameter)
+        assert not isinstance(weight, DTensor), f"{name} is not whole now"
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
