@@ -130,7 +130,6 @@ def test_the_real_model_answers_as_the_harness_own_does(run_peer, tasks, tmp_pat
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
     flags = [[pair[1] for pair in one] for one in theirs["answers"]["made_choice"]]
     assert [[pair[1] for pair in one] for one in ours["answers"]["made_choice"]] == flags
-    assert True in sum(flags, []) and False in sum(flags, [])
     assert ours["answers"]["made_text_generation"] == theirs["answers"]["made_text_generation"]
     for metric in ("acc,none", "acc_norm,none"):
         figures = [side["results"]["made_choice"][metric] for side in (ours, theirs)]
