@@ -40,6 +40,7 @@ class Measured:
     tokens: list[int]
     drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
     training: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
 
 
 @dataclass
@@ -53,6 +54,11 @@ class Point:
     @property
     def judged(self) -> bool:
         return self.runs[0].right is not None
+
+    def on(self, task: str) -> Point:
+        """The same runs, seen by their verdicts on a further task."""
+        runs = [Measured([], run.tasks[task], [], []) for run in self.runs]
+        return Point(self.name, self.arm, runs)
 
     @property
     def seconds(self) -> float:
@@ -94,6 +100,7 @@ def _by_seed(run: Measured) -> dict[str, Any]:
     found: dict[str, Any] = {"nll": sum(run.nll) / sum(run.tokens), "training": run.training}
     if run.right is not None:
         found["right"] = sum(run.right)
+    found |= {"tasks": {name: sum(right) for name, right in run.tasks.items()}} if run.tasks else {}
     if run.drift:
         tokens = sum(line["tokens"] for line in run.drift)
         for name in ("kl", "reverse_kl", "agree"):
@@ -108,23 +115,53 @@ def difference(sft: Point, sdft: Point) -> dict[str, Any]:
         (a, weights), (b, _) = sft.sums(name), sdft.sums(name)
         found[name] = crossed(b - a, weights)
     if sdft.judged:
-        apart = sdft.right() - sft.right()
-        found["right"] = crossed(apart, [1.0] * apart.shape[1])
-        found["lost_won"] = [[int((d < 0).sum()), int((d > 0).sum())] for d in apart]
-        found["p_by_seed"] = [mcnemar(*counts) for counts in found["lost_won"]]
-        found["p"] = sign_flip(apart.sum(0).tolist())
+        found |= verdicts(sft, sdft)
     found["words"] = words(found)
     return found
+
+
+def verdicts(sft: Point, sdft: Point) -> dict[str, Any]:
+    """SDFT - SFT in what was right: the mean with its interval, and the tests."""
+    apart = sdft.right() - sft.right()
+    counts = [[int((d < 0).sum()), int((d > 0).sum())] for d in apart]
+    return {
+        "right": crossed(apart, [1.0] * apart.shape[1]),
+        "lost_won": counts,
+        "p_by_seed": [mcnemar(*pair) for pair in counts],
+        "p": sign_flip(apart.sum(0).tolist()),
+    }
+
+
+def elsewhere(
+    seed: Point, pairs: Sequence[Sequence[Point]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Further tasks, a line per setting and scorer: figures, and the table."""
+    found: list[dict[str, Any]] = []
+    lines = [["setting", "task, scorer", "seed", "SFT", "SDFT", "SDFT - SFT"]]
+    for sft, sdft in pairs:
+        for name in seed.runs[0].tasks:
+            a, b = sft.on(name), sdft.on(name)
+            d = verdicts(a, b)
+            said = _target(d, "higher", "lower")
+            found.append({"setting": sdft.name, "task": name, "words": said} | d)
+            cells = [_share(p) for p in (seed.on(name), a, b)]
+            lines.append([sdft.name, name, *cells, said])
+    return found, ["", "elsewhere:", table(lines)] if found else []
+
+
+def _target(d: dict[str, Any], better: str, worse: str) -> str:
+    """Whether what was right differs, by interval and test."""
+    value, low, high = d["right"]
+    seen = 0 if d["p"] >= SURE else 1 if low > 0 else -1 if high < 0 else 0
+    interval = f"{100 * value:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
+    return _said(seen, better, worse, f"{interval}, p {_p(d)}")
 
 
 def words(d: dict[str, Any]) -> str:
     """What a difference says, and what it does not."""
     said = []
     if "right" in d:
-        value, low, high = d["right"]
-        seen = 0 if d["p"] >= SURE else 1 if low > 0 else -1 if high < 0 else 0
-        interval = f"{100 * value:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
-        said.append(_said("target", seen, "SDFT better", "SFT better", f"{interval}, p {_p(d)}"))
+        said.append("target: " + _target(d, "SDFT better", "SFT better"))
     for name, what, better, worse in (
         ("nll", "held-out NLL", "SDFT fits better", "SFT fits better"),
         ("kl", "KL to seed", "SDFT forgot less", "SFT forgot less"),
@@ -132,13 +169,12 @@ def words(d: dict[str, Any]) -> str:
         value, low, high = d[name]
         seen = 1 if high < 0 else -1 if low > 0 else 0
         interval = f"{value:+.4f}, {low:+.4f} to {high:+.4f}"
-        said.append(_said(what, seen, better, worse, interval))
+        said.append(f"{what}: {_said(seen, better, worse, interval)}")
     return "; ".join(said)
 
 
-def _said(what: str, seen: int, better: str, worse: str, interval: str) -> str:
-    verdict = {1: better, -1: worse, 0: "no difference seen"}[seen]
-    return f"{what}: {verdict} ({interval})"
+def _said(seen: int, better: str, worse: str, interval: str) -> str:
+    return f"{({1: better, -1: worse, 0: 'no difference seen'})[seen]} ({interval})"
 
 
 def _p(d: dict[str, Any]) -> str:
@@ -176,21 +212,22 @@ def findings(
     for p, star in zip(points, best, strict=True):
         lines.append([p.name or "-", NAMES[p.arm], *_cells(p), "*" if star else ""])
     apart = [difference(*pair) for pair in pairs]
+    tasks, more = elsewhere(seed, pairs)
     rows, prompts = len(seed.runs[0].ids), len(pairs[0][0].runs[0].drift)
     text = [table(lines), "", "SDFT - SFT:"]
     text += [f"  {d['setting']}: {d['words']}" for d in apart]
+    text += more
     text += ["", *_notes(len(pairs[0][0].runs), rows, prompts, seed.judged)]
     figures = [p.figures() | {"front": star} for p, star in zip(points, best, strict=True)]
-    return {"points": figures, "differences": apart}, "\n".join(text)
+    return {"points": figures, "differences": apart, "elsewhere": tasks}, "\n".join(text)
 
 
 def _cells(p: Point) -> list[str]:
     """A point's line of the table, behind its names."""
     cells = ["-", "-"]
     if p.judged:
-        share, low, high = p.value("right")
-        counts = "+".join(str(sum(run.right or ())) for run in p.runs)
-        cells = [f"{share:.1%} ({counts}/{len(p.runs[0].ids)})", f"{low:.1%} - {high:.1%}"]
+        _, low, high = p.value("right")
+        cells = [_share(p), f"{low:.1%} - {high:.1%}"]
     cells.append(f"{p.value('nll')[0]:.3f}")
     kl, low, high = p.value("kl")
     cells += [f"{kl:.4f}", "-" if p.arm == "seed" else f"{low:.4f} - {high:.4f}"]
@@ -199,6 +236,11 @@ def _cells(p: Point) -> list[str]:
         return [*cells, *["-"] * 4]
     budget = p.runs[0].training  # of the first seed: the others differ in the mix's draw at most
     return [*cells, *(f"{budget[n]}" for n in ("examples", "steps", "tokens", "response_tokens"))]
+
+
+def _share(p: Point) -> str:
+    right = p.right()
+    return f"{right.mean():.1%} ({'+'.join(map(str, right.sum(1)))}/{right.shape[1]})"
 
 
 def _notes(seeds: int, rows: int, prompts: int, judged: bool) -> list[str]:

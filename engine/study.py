@@ -3,7 +3,7 @@
     OUT/distilled.jsonl                        the rewrites, made once for all (distill.py)
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
     OUT/<setting>/seed<n>/<arm>/               a run directory (train.py) and what was measured:
-        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl
+        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, tasks/TASK.jsonl
     OUT/table.txt, OUT/study.json, OUT/pareto.png      what came out (pareto.py)
 
 One list is varied at a time, the others staying at their first value; `grid` takes every
@@ -31,10 +31,12 @@ from engine.retention import SeedAnswer, retention, seed_answers
 from engine.sampler import SamplerConfig
 from engine.sdft import encode_rows, held_out_rows
 from engine.session import DataConfig, Session, resolved
+from engine.tasks import TASKS, TaskConfig
 from engine.train import EncodeConfig, TrainConfig, train
 from model.lora import LoraConfig
 
 TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
+NO_TASKS = TaskConfig()
 N = TypeVar("N", int, float)
 
 
@@ -121,15 +123,16 @@ def study(
     encoding: EncodeConfig,
     training: TrainConfig,
     lora: LoraConfig,
+    tasks: TaskConfig = NO_TASKS,
 ) -> dict[str, Any]:
     """Do all of it, print the table; returns what study.json holds."""
     session.alone("a study")
-    for config in (job, distilling, sampling):
+    for config in (job, distilling, sampling, tasks):
         config.check()
     out = Path(job.out)
     rows = _rows(job, data)
     settings = settings_of(job, len(rows))
-    runs = Runs(session, job, sampling, distilling, encoding, training, lora, out)
+    runs = Runs(session, job, sampling, distilling, encoding, training, lora, tasks, out)
     for setting in settings:
         runs.check(setting)
     runs.held_out = held_out_rows(data, rows, job.eval_data, job.eval_limit)
@@ -149,14 +152,16 @@ def study(
         sampling.greedy(job.retention_max_new),
         asked,
     )
-    seed = Point("", "seed", [runs.evaluated(out / "seed", "seed", None, {})])
+    answers = runs.evaluated(out / "seed", "seed", None, {})
+    answers.tasks = runs.answered(out / "seed", "seed", None)
+    seed = Point("", "seed", [answers])
 
     # 2. every training seed, setting and arm
     measured: dict[tuple[Setting, str], list[Measured]] = {}
     todo = list(dict.fromkeys((s.of(arm), arm) for s in settings for arm in TARGETS))
     facts = {
         "settings": resolved(session.config, data, job, distilling, sampling, encoding, training,
-                             lora),
+                             lora, tasks),
         "environment": environment(),
         "model": session.facts(),
         "distilled": {"counts": dict(report.counts), "differ": report.differ},
@@ -216,6 +221,7 @@ class Runs:
     encoding: EncodeConfig
     training: TrainConfig
     lora: LoraConfig
+    tasks: TaskConfig
     out: Path
     held_out: Rows | None = None
     said: Sequence[SeedAnswer] = ()
@@ -259,6 +265,7 @@ class Runs:
         )
         hashes = {"adapters": adapter_hashes([str(place)])}
         found = self.evaluated(place, arm, lora, hashes)
+        found.tasks = self.answered(place, arm, lora)
         asked = self.session.settings | hashes | {"max_new": self.job.retention_max_new}
         file = place / "retention.jsonl"
         retention(self.session.model, self.said, {arm: lora}, file, asked)
@@ -295,3 +302,14 @@ class Runs:
             nll=[nats[row.id]["nll"] for row in self.held_out],
             tokens=[nats[row.id]["tokens"] for row in self.held_out],
         )
+
+    def answered(self, place: Path, arm: str, lora: Any) -> dict[str, list[bool]]:
+        """Further tasks, one greedy answer an item: verdicts by "task scorer"."""
+        greedy = self.sampling.greedy(self.job.eval_max_new)
+        self.tasks.run(self.session, {arm: lora}, place / "tasks", greedy)
+        found = {}
+        for task in dict.fromkeys(self.tasks.task):
+            lines = sorted(read_jsonl(place / "tasks" / f"{task}.jsonl"), key=lambda x: x["id"])
+            for scorer in TASKS[task].scorers:
+                found[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
+        return found

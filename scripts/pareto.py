@@ -4,6 +4,7 @@
         --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
     python scripts/pareto.py ... --rows-list 200,500,1000     how many rows it takes
     python scripts/pareto.py --preset yang2024-gsm8k ...      under the paper's settings
+    python scripts/pareto.py --task advbench --task instructions --tasks-dir DIR ...    elsewhere
 
 The first value of every list is the middle of the study, the others are tried one list at a time;
 --grid takes every combination. The same command again goes on where it was stopped.
@@ -23,6 +24,7 @@ from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 from engine.study import StudyConfig, study
+from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
@@ -37,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target", "mix"})
     add_flags(parser, TrainConfig, {"lr"})
     add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
+    add_flags(parser, TaskConfig, {"samples", "paper"})
     return parse(parser)
 
 
@@ -51,6 +54,7 @@ def main() -> None:
         from_flags(EncodeConfig, args, mix=0.0),
         from_flags(TrainConfig, args, lr=TrainConfig.lr),
         from_flags(LoraConfig, args, rank=LoraConfig.rank, alpha=LoraConfig.alpha),
+        from_flags(TaskConfig, args, samples=1, paper=False),
     )
 
 

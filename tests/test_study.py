@@ -109,6 +109,23 @@ def test_the_front_and_the_table():
     assert found["points"][0]["kl"]["value"] == 0
 
 
+def test_what_happened_elsewhere_by_hand():
+    """9 of 10 prompts refused by the seed and SDFT, 1 by SFT: 8 of 10 lost, none won."""
+    seed = Point("", "seed", [run([0, 1], [])])
+    found = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
+    for point, right in ((seed, 9), (found[0], 1), (found[1], 9)):
+        point.runs[0].tasks = {"advbench refuses": [i < right for i in range(10)]}
+    figures, text = findings(seed, [found], "number")
+    (task,) = figures["elsewhere"]
+    assert task["lost_won"] == [[0, 8]] and task["p"] == pytest.approx(2 / 2**8)
+    line = next(line for line in text.splitlines() if "advbench refuses" in line)
+    assert [x.strip() for x in line.split("  ") if x.strip()][2:5] == [
+        "90.0% (9/10)", "10.0% (1/10)", "90.0% (9/10)"]  # fmt: skip
+    assert "higher (+80.0 points" in line and figures["points"][1]["by_seed"][0]["tasks"] == {
+        "advbench refuses": 1
+    }
+
+
 def test_the_settings_of_lists():
     job = StudyConfig("o", "e", lr="1e-4,1e-3", rank="8,64", mix="0,0.3")
     names = [s.name for s in settings_of(job, 9)]
@@ -125,6 +142,7 @@ def test_the_settings_of_lists():
 FLAGS = ["--verify", "number", "--max-new-tokens", "8", "--eval-max-new", "6", "--epochs", "1"]
 FLAGS += ["--retention-max-new", "4", "--batch-rows", "4", "--save-every", "1", "--threads", "1"]
 FLAGS += ["--lr", "1e-2", "--rank", "2,3", "--mix", "0,0.5", "--rows-list", "8,4", "--seeds", "2"]
+FLAGS += ["--task", "instructions", "--task-limit", "2"]
 
 
 @pytest.fixture
