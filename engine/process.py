@@ -33,6 +33,17 @@ def return_freed_memory() -> bool:
     return _mallopt({M_MMAP_THRESHOLD: 1 << 20})  # by default it moves up to 32 MB
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc give back what is free now, once, between two kinds of work.
+
+    What the one left in small gaps (packed weights, pages of keys and values) does not fit the
+    other, and would stay resident beside it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _mallopt(settings: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False

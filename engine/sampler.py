@@ -34,6 +34,7 @@ from engine.drafting import Controller, Drafter
 from engine.endings import FlyingRow, ending
 from engine.invariance import prove
 from engine.pages import Pages, common_prefix, prefill_chunks
+from engine.process import give_back_freed_memory
 from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
 from kernels.philox import mix
@@ -74,11 +75,13 @@ class Sampler:
 
     def __enter__(self) -> Sampler:
         self._prepare(release=True)
+        give_back_freed_memory()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.model = self.pages.cache = None
         self.owner.restore()
+        give_back_freed_memory()
 
     def _prepare(self, release: bool) -> None:
         invariant = self.config.invariant
@@ -109,6 +112,8 @@ class Sampler:
             yield from refused
             self.flying += admitted
             self._prefill(admitted)
+            if admitted and not self.stats.steps:  # the most prompts at once
+                give_back_freed_memory()
             yield from self._finished()
             if self.flying:
                 self._decode()
