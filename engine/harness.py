@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate import Arms, Score, adapter_hashes, resume_lines
-from engine.intervals import mcnemar
+from engine.evaluate import Arms, adapter_hashes, resume_lines
+from engine.intervals import lost_won, mcnemar, wilson
 from engine.log import AppendedLines, progress, table
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import Asked, Scorer, batches
@@ -234,12 +234,10 @@ def _cell(by_arm: dict[str, dict[str, Any]], arm: str, metric: str) -> str:
     line, value = by_arm[arm], by_arm[arm]["metrics"][metric]
     right, seed = line["right"], by_arm["seed"]["right"]
     if metric.split(",")[0] == "acc" and right is not None:
-        low, high = Score(len(right), sum(right), 0, math.nan).interval()
+        low, high = wilson(sum(right) / len(right), len(right))
         cell = f"{value:.1%} ({100 * low:.1f}-{100 * high:.1f})"
         if arm != "seed":
-            lost = sum(a < b for a, b in zip(right, seed, strict=True))
-            won = sum(a > b for a, b in zip(right, seed, strict=True))
-            cell += f", p {mcnemar(lost, won):.3f}"
+            cell += f", p {mcnemar(*lost_won(seed, right)):.3f}"
         return cell
     error = line["metrics"].get(metric.replace(",", "_stderr,", 1))
     return f"{value:.4f}" + (f" +- {error:.4f}" if error is not None else "")

@@ -43,6 +43,12 @@ def bootstrap(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, f
     return float(low), float(high)
 
 
+def lost_won(before: Sequence[float], after: Sequence[float]) -> tuple[int, int]:
+    """Items on which `after` is worse than `before`, and on which it is better."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(int(a > b) for a, b in pairs), sum(int(a < b) for a, b in pairs)
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided p of the counts of items that only one of two arms got right, under no difference.
 

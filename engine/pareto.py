@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.intervals import crossed, mcnemar, sign_flip, wilson
+from engine.intervals import crossed, lost_won, mcnemar, sign_flip, wilson
 from engine.log import table
 
 SURE = 0.05  # a difference of verdicts is called one below this p
@@ -123,7 +123,7 @@ def difference(sft: Point, sdft: Point) -> dict[str, Any]:
 def verdicts(sft: Point, sdft: Point) -> dict[str, Any]:
     """SDFT - SFT in what was right: the mean with its interval, and the tests."""
     apart = sdft.right() - sft.right()
-    counts = [[int((d < 0).sum()), int((d > 0).sum())] for d in apart]
+    counts = [list(lost_won(*runs)) for runs in zip(sft.right(), sdft.right(), strict=True)]
     return {
         "right": crossed(apart, [1.0] * apart.shape[1]),
         "lost_won": counts,

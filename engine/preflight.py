@@ -168,7 +168,7 @@ def preflight(
     found["disk_mb"] = (line_bytes * len(rows) + 2 * adapter * (1 + 4 * (training.keep + 1))) / 1e6
     found["took"] = time.perf_counter() - started
 
-    reasons = [reason for reason in REASONS if _holds(reason, found)]
+    reasons = reasons_that_hold(found)
     found["go"] = not any(reason.stops for reason in reasons)
     found["reasons"] = [f"{r.figure} {found[r.figure]:.3f}: {r.why}" for r in reasons]
     print(text(found, reasons, distilling.verify))
@@ -284,11 +284,11 @@ def _training(
     return seconds
 
 
-def _holds(reason: Reason, found: dict[str, Any]) -> bool:
-    value = found.get(reason.figure)
-    milder = reason.figure == "differ" and not reason.stops and (value or 0) < 0.10
-    milder = milder or (reason.figure == "copy" and not reason.stops and (value or 0) > 0.90)
-    return value is not None and not milder and not reason.low <= value <= reason.high
+def reasons_that_hold(found: dict[str, Any]) -> list[Reason]:
+    """Of REASONS; a mere warning is left out where the same figure is a reason to stop."""
+    held = [r for r in REASONS if r.figure in found and not r.low <= found[r.figure] <= r.high]
+    stopping = {reason.figure for reason in held if reason.stops}
+    return [reason for reason in held if reason.stops or reason.figure not in stopping]
 
 
 def text(found: dict[str, Any], reasons: Sequence[Reason], verify: str) -> str:

@@ -112,8 +112,6 @@ class Sampler:
             yield from refused
             self.flying += admitted
             self._prefill(admitted)
-            if admitted and not self.stats.steps:  # the most prompts at once
-                give_back_freed_memory()
             yield from self._finished()
             if self.flying:
                 self._decode()

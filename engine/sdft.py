@@ -142,7 +142,7 @@ def run(
         seconds["evaluate"] = time.perf_counter() - begun
 
     begun = time.perf_counter()
-    known = tasks.run(session, arms, out / "tasks", SamplerConfig(rows=sampling.rows))
+    known = tasks.run(session, arms, out / "tasks", sampling.greedy(SamplerConfig.max_new_tokens))
     seconds |= {"tasks": time.perf_counter() - begun} if known else {}
 
     # 5. everything else

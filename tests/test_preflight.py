@@ -7,7 +7,7 @@ import torch
 
 from engine.data import load_distilled
 from engine.distill import DistillConfig
-from engine.preflight import REASONS, _hedges, _holds, copied, gap
+from engine.preflight import _hedges, copied, gap, reasons_that_hold
 from engine.session import ModelConfig, Session
 from engine.templates import TEMPLATES
 from tests.test_sdft import data, script, tiny  # noqa: F401 (fixtures)
@@ -77,7 +77,7 @@ def test_the_gap_against_fp64(tiny, tmp_path):  # noqa: F811
 def test_reasons(figures, names, go):
     sound = {"differ": 0.8, "kl": 0.7, "copy": 0.3, "lift": 0.4, "own_nll": 0.5, "garbled": 0.0,
              "ended": 1.0, "own_template": 1.0, "length": 1.2}  # fmt: skip
-    found = [reason for reason in REASONS if _holds(reason, sound | figures)]
+    found = reasons_that_hold(sound | figures)
     assert len(found) == 3 if names == 3 else [reason.figure for reason in found] == names
     assert go == (not any(reason.stops for reason in found))
 

@@ -13,14 +13,13 @@ two arms are compared by McNemar's exact test; with several, items are drawn aga
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate import Arms, Score, resume_lines
-from engine.intervals import bootstrap, mcnemar
+from engine.evaluate import Arms, resume_lines
+from engine.intervals import bootstrap, lost_won, mcnemar, wilson
 from engine.log import AppendedLines, progress, sha256, table, write_json
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.sandbox import run_program
@@ -277,7 +276,7 @@ def _arm_scores(
         of = [samples] * len(items)
         score: dict[str, Any] = {"right": sum(right), "share": sum(right) / sum(of)}
         if samples == 1:
-            score["interval"] = Score(len(items), sum(right), 0, math.nan).interval()
+            score["interval"] = wilson(score["share"], len(items))
         else:
             score["interval"] = bootstrap(right, of)
         if compare and arm != "seed":
@@ -286,8 +285,7 @@ def _arm_scores(
                 for item in items
             ]
             if samples == 1:
-                lost = sum(a < b for a, b in zip(right, seed, strict=True))
-                won = sum(a > b for a, b in zip(right, seed, strict=True))
+                lost, won = lost_won(seed, right)
                 score |= {"only_seed": lost, "only_arm": won, "p": mcnemar(lost, won)}
             else:
                 score["difference"] = bootstrap(
