@@ -101,7 +101,7 @@ def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor,
 
     varlen_attn itself takes is_causal in torch 2.10, a window in 2.11, enable_gqa from 2.12 on, and
     its backward is autograd's; the operator's first ten arguments are the same in all of them.
-    Written without a GPU, so never run: what it must return is looked at.
+    Run on an H100 with torch 2.11; of other versions, what it must return is looked at.
     """
     q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)  # (T, H or G, d)
     cu, longest = packed.cu_seqlens, longest_row(packed)
@@ -117,7 +117,7 @@ def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor,
 def _flash_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
-    """dqkv; never run, as above. Its dq has atomic sums, so the bits differ from run to run unless
+    """dqkv. Its dq has atomic sums, so the bits differ from run to run unless
     torch.use_deterministic_algorithms is on.
     """
     q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)

@@ -32,9 +32,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import cdiv, launch, power_of_two
+from kernels._triton import cdiv, power_of_two
 from kernels.lora_linear import LoraGroup
 from kernels.lora_linear_triton import (
+    launch_tiles,
     lora_linear_forward_split_triton,
     lora_linear_kernel,
     members_of,
@@ -74,10 +75,9 @@ def _fixed_tiles(
     padded = power_of_two(max(1, rank))
     classes = (f"{kind} r{min(128, padded)}", kind) if rank else (kind,)
     row = tile("lora_linear_kernel", x.device, *classes)
-    launch(
-        lora_linear_kernel, (cdiv(T, row["BM"]) * sum(cdiv(n, row["BN"]) for n in sizes),),
-        x, weight, a, *b, s, y, T, K, scale, K=K, **members,
-        FUSED=True, DESCRIBED=False, BR=padded, **row,
+    launch_tiles(
+        lora_linear_kernel, cdiv(T, row["BM"]) * sum(cdiv(n, row["BN"]) for n in sizes), x, False,
+        x, weight, a, *b, s, y, T, K, scale, K=K, **members, FUSED=True, BR=padded, **row,
     )  # fmt: skip
     return y, s
 

@@ -57,6 +57,20 @@ def device_class(device: torch.device) -> str:
 
 
 @functools.cache
+def _card_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def device_processors(device: torch.device) -> int:
+    """Programs that run at once where a kernel is to walk over its tiles: the multiprocessors of an
+    sm_90 card (an H100's where one is pretended), three in the interpreter; else 0."""
+    kind = device_class(device)
+    if kind != "sm_90" or pretended is not None:
+        return {"sm_90": 132, "interpreter": 3}.get(kind, 0)
+    return _card_processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
 def _row(kernel: str, device: str, shapes: tuple[str, ...]) -> dict[str, int]:
     rows = table()[kernel][device]
     found = next((rows[s] for s in (*shapes, "any") if s in rows), None)
