@@ -178,7 +178,7 @@ CALLS: dict[tuple[str, str], Call] = {
 
 
 def _linear_work(t: int, k: int, r: int, *sizes: int, e: int, backward: bool) -> tuple:
-    n, on = sum(sizes), sizes[:1] + sizes[2:]  # the second member of a group has no adapter
+    n, on = sum(sizes), sizes if len(sizes) == 2 else sizes[:1] + sizes[2:]  # k has no adapter
     flops = 2 * t * (n * k + r * len(on) * k + r * sum(on))
     adapter = r * len(on) * k + r * sum(on)
     size = e * (t * k + n * k + t * n + t * r * len(on) + adapter)

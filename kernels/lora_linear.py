@@ -166,7 +166,7 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
 
-    adapted = [i != 1 for i in range(len(sizes))]  # the second member has no adapter
+    adapted = [i != 1 or len(sizes) == 2 for i in range(len(sizes))]  # q and v; gate and up
     b = tuple(normal(m, rank) if on else None for m, on in zip(sizes, adapted, strict=True))
     a = normal(rank * sum(adapted), k) / k**0.5
     group = LoraGroup(
