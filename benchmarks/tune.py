@@ -45,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._common import record, specs_of, tables
+from benchmarks._common import Launch, record, specs_of, tables
 from benchmarks.ahead import Target, Task, Workers
 from benchmarks.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidates_of
 from benchmarks.clock import DTYPES, Clock
@@ -53,16 +53,16 @@ from benchmarks.compile import SHARED
 from benchmarks.operations import CALLS, WORK, make_inputs, rows_of
 from engine.log import progress, table
 from kernels import _triton, tiles
-from kernels.registry import REFERENCE, Ops
+from kernels.registry import REFERENCE, SPECS, Ops
 from kernels.spec import Spec, cast, check
 
 GAIN = 0.98  # of the present row's time: slower than that, and the present row stays
 LOSING = 1.15  # times the present row's at the largest case: not looked at again
-FINALISTS = 4  # candidates that are measured at the other cases too
+FINALISTS = 3  # candidates that are measured at the other cases too
 PAIRS = 5  # of measurements at least; more as long as they fit into
 SLOT = 30.0  # milliseconds of each of the two
 PARTS = 4  # tasks that the launches of a whole operation are compiled in
-COMPILE = 1.0  # seconds of a core for a launch, roughly
+COMPILE = 0.9  # seconds of a core for a launch, roughly
 MEASURE = 0.1  # seconds of a candidate at a case, roughly
 RESERVE = 0.15  # of the budget at its end: forms are measured with the tiles known by then
 
@@ -97,8 +97,9 @@ class Case:
     ops: Ops
     shape: tuple[int, ...]
 
-    def looks_up(self, place: Place, masters: bool = True) -> tuple[list, Counter]:
-        """[(kernel, its first shape class, row)] of the looks into the table, launches by kernel.
+    @functools.cache  # noqa: B019 (cases are few, and live as long as the process)
+    def looks_up(self, place: Place, masters: bool = True) -> tuple[list, list[Launch]]:
+        """[(kernel, its first shape class, row)] of the looks into the table; the launches.
 
         Nothing is run. Empty where there is nothing to do: an empty grid teaches nothing.
         """
@@ -115,8 +116,10 @@ class Case:
             launches = record(*args)
         finally:
             tiles._row = find
-        empty = any(0 in launch.grid for launch in launches)
-        return ([], Counter()) if empty else (seen, Counter(x.kernel.__name__ for x in launches))
+        return ([], []) if any(0 in launch.grid for launch in launches) else (seen, launches)
+
+    def tokens(self) -> int:
+        return rows_of(self.spec.name, self.shape)
 
     def work(self) -> float:
         """Operations and bytes of its dearest call, for comparisons."""
@@ -145,7 +148,7 @@ class Search:
     present: dict[str, Any]
     cases: list[Case] = field(default_factory=list)  # the largest first
     proofs: list[Case] = field(default_factory=list)
-    launches: int = 1  # of the kernel in the largest case
+    launches: int = 1  # of the largest case that are compiled apart
     also: list[Case] = field(default_factory=list)  # the largest in the other tables' forms
 
     @property
@@ -175,8 +178,11 @@ def instead(kernel: str, shape_class: str, row: dict[str, Any]) -> Iterator[None
 
 
 def largest(cases: list[Case], most: int) -> list[Case]:
-    """At most so many, spread over the larger half, the largest first."""
+    """At most so many, the largest first: spread over the larger half of those of most tokens."""
     by_work = sorted(cases, key=Case.work, reverse=True)
+    tokens = max(case.tokens() for case in cases)
+    full = [case for case in by_work if case.tokens() == tokens]
+    by_work = full if len(full) >= most else by_work
     if most == 1 or len(by_work) <= most:
         return by_work[:most]
     last = max(most, len(by_work) // 2) - 1
@@ -189,38 +195,62 @@ def searches(wanted: list[str], place: Place, most: int = 3, rows: frozenset = f
     `rows`: only shapes of so many tokens. Those worth most come first.
     """
     found: dict[tuple[str, str], Search] = {}
-    for spec in {spec.name: spec for name in wanted for spec in specs_of(name)}.values():
+    proofs: dict[tuple[str, Spec, str], Case] = {}  # kernel, operation, table -> a small shape
+    for spec in specs_for(wanted):
         small = sorted(spec.interpreter_shapes or spec.test_shapes, key=sum)
-        bench = [
-            s for s in dict.fromkeys(spec.bench_shapes) if not rows or rows_of(spec.name, s) in rows
-        ]
-        for ops in tables(spec):
-            proofs: dict[str, Case] = {}  # the largest small shape that reaches the kernel
+        bench = [Case(spec, REFERENCE, s) for s in dict.fromkeys(spec.bench_shapes)]
+        bench = [case.shape for case in bench if not rows or case.tokens() in rows]
+        for n, ops in enumerate(tables(spec)):
             for shape in reversed(small) if place.dry else small:
                 case = Case(spec, ops, shape)
-                proofs.update({kernel: case for kernel, *_ in case.looks_up(place, False)[0]})
-            for shape in small if place.dry else bench:
+                seen = case.looks_up(place, False)[0]
+                proofs.update({(kernel, spec, ops.name): case for kernel, *_ in seen})
+            shapes = small if place.dry else bench
+            if n:  # a variant: for what only it reaches
+                top = max((Case(spec, ops, s).tokens() for s in shapes), default=0)
+                shapes = [s for s in shapes if Case(spec, ops, s).tokens() == top]
+            for shape in shapes:
                 case = Case(spec, ops, shape)
                 rehearsed = {kernel for kernel, _ in found} if place.dry else set()
-                seen, launches = case.looks_up(place)
-                for kernel, shape_class, row in seen:
+                for kernel, shape_class, row in case.looks_up(place)[0]:
                     named = any(w in kernel or w in spec.name for w in wanted)
-                    if not named or kernel not in proofs or kernel in rehearsed:
+                    proved = (kernel, spec, ops.name) in proofs
+                    if not named or not proved or kernel in rehearsed:
                         continue  # what no small shape reaches cannot be proved
                     new = Search(kernel, shape_class, row)
                     search = found.setdefault((kernel, shape_class), new)
-                    if proofs[kernel] not in search.proofs:
-                        search.proofs.append(proofs[kernel])
                     if all(case.shape != other.shape for other in search.cases):
                         search.cases.append(case)  # in the first of the tables that reach it
-                    elif case not in search.cases:
-                        search.also.append(case)
     for search in found.values():
         search.cases = largest(search.cases, most)
-        search.also = [c for c in search.also if c.shape == search.cases[0].shape]
-        launches = search.cases[0].looks_up(place)[1]
-        search.launches = max(1, sum(launches[name] for name in search.names))
+        settle_variants(search, place)
+        for case in (*search.cases, *search.also):
+            if (proof := proofs[search.kernel, case.spec, case.ops.name]) not in search.proofs:
+                search.proofs.append(proof)
     return by_worth(list(found.values()))
+
+
+def specs_for(wanted: list[str]) -> list[Spec]:
+    """The specs that reach a kernel, or a form, whose name or operation has one of `wanted`."""
+    found = {spec.name: spec for name in wanted for spec in specs_of(name)}
+    for form in (f for f in FORM_CALLS if any(name in f for name in wanted)):
+        found |= {name: spec for name, spec in SPECS.items() if form.startswith(f"{name}_")}
+    return list(found.values())
+
+
+def settle_variants(search: Search, place: Place) -> None:
+    """Count the kernels that the largest case compiles; note the tables that compile others."""
+
+    def made(case: Case) -> set[str]:
+        launches = [x for x in case.looks_up(place)[1] if x.kernel.__name__ in search.names]
+        mine = [x for x in launches if x.shape_class in (search.shape_class, "any")]
+        return {f"{x.kernel.__name__} {x.options}" for x in mine}
+
+    case = search.cases[0]
+    first = made(case)
+    search.launches = max(1, len(first))
+    others = [Case(case.spec, ops, case.shape) for ops in tables(case.spec)]
+    search.also = [other for other in others if made(other) - first]
 
 
 def by_worth(work: list[Search]) -> list[Search]:
@@ -471,13 +501,13 @@ class Turn:
             for case in (*cases, *(search.also if self.screened else ())):
                 wanted += tasks(case, place, **how)
             how = {"rows": ((search.kernel, "", row),), "masters": False}
-            for case in search.proofs if self.screened else ():
+            for case in search.proofs if self.screened and not proofs else ():
                 proofs += tasks(case, place, **how)
         if self.workers:
             self.workers.want(self.presents, (self.urgency, 0))
             for wanted in self.by_row.values():
                 self.workers.want(wanted, (self.urgency, 0))
-            self.workers.want(proofs, (self.urgency, 1))
+            self.workers.want(proofs, (self.urgency, 1))  # of the best so far only
 
     def ready(self) -> bool:
         """Whether all that was asked for has come back; proofs need not, they compile here too."""
@@ -555,9 +585,12 @@ def shares(work: list[Search], seconds: float, jobs: int) -> list[int]:
     """How many candidates of each search the time is enough for: of all lists the same part."""
     lengths = [len(search.candidates()) for search in work]
     both = list(zip(work, lengths, strict=True))
-    compiling = sum(n * search.launches for search, n in both) * COMPILE / max(1, jobs)
-    needed = max(compiling, sum(lengths) * MEASURE)
-    part = min(1.0, 0.6 * seconds / needed) if needed else 1.0  # the rest is for the finalists
+    cores = seconds * max(1, jobs)
+    final = sum(search.launches * (FINALISTS * len(search.cases) + PARTS) for search in work)
+    first = sum(search.launches * n for search, n in both)
+    compiled = (0.8 * cores / COMPILE - final) / max(1, first)
+    measured = 0.5 * seconds / MEASURE / max(1, sum(lengths))  # the other half is the finalists'
+    part = min(1.0, compiled, measured)
     return [min(n, max(2, round(n * part))) for n in lengths]
 
 
@@ -659,6 +692,10 @@ def main() -> int:
     try:
         rows = frozenset(int(n) for n in args.rows.split(",") if n)
         work = searches(args.kernel.split(","), place, args.cases, rows)
+        if not work:
+            raise ValueError(
+                f"no row has --kernel {args.kernel!r} in its name and --rows {args.rows!r}"
+            )
         left = args.seconds - (time.monotonic() - started)
         counts = [2] * len(work) if place.dry else shares(work, left, args.jobs)
         chosen = zip(work, counts, strict=True)
