@@ -82,7 +82,8 @@ def launches(task: Task, target: Target) -> list[Launch]:
         made = [
             x for x, n in names if n in task.names and at.get(n, x.shape_class) == x.shape_class
         ]
-    return made[task.part :: task.parts]
+    apart = {f"{x.kernel.__name__} {x.args} {x.options}": x for x in made}
+    return list(apart.values())[task.part :: task.parts]
 
 
 def compiled(launch: Launch, target: Target) -> tuple[Any, str]:

@@ -60,10 +60,11 @@ GAIN = 0.98  # of the present row's time: slower than that, and the present row 
 LOSING = 1.15  # times the present row's at the largest case: not looked at again
 FINALISTS = 3  # candidates that are measured at the other cases too
 PAIRS = 5  # of measurements at least; more as long as they fit into
-SLOT = 30.0  # milliseconds of each of the two
+SLOT = 20.0  # milliseconds of each of the two
+FLUSH = 1 << 30  # bytes written before a measurement: meanwhile the host gets ahead of the card
 PARTS = 4  # tasks that the launches of a whole operation are compiled in
 COMPILE = 0.9  # seconds of a core for a launch, roughly
-MEASURE = 0.1  # seconds of a candidate at a case, roughly
+MEASURE = 0.08  # seconds of a candidate at a case, roughly
 RESERVE = 0.15  # of the budget at its end: forms are measured with the tiles known by then
 
 
@@ -78,7 +79,7 @@ class Place:
     dtype: torch.dtype
     clock: Clock
     target: Target | None = None  # None: the interpreter, where nothing is compiled
-    repeats: int = 50  # pairs at most
+    repeats: int = 30  # pairs at most
 
     @property
     def dry(self) -> bool:
@@ -374,7 +375,7 @@ class Outcome:
 
 
 class Explorer:
-    """One search, step by step: `screen` at the largest case, `decide` among the finalists."""
+    """One search in two steps: `screen` at the largest case, `decide` among the finalists."""
 
     def __init__(self, search: Search, place: Place, rows: list[dict[str, Any]]) -> None:
         self.search, self.place, self.rows = search, place, rows
@@ -382,6 +383,7 @@ class Explorer:
         self.outcome.left = len(search.candidates()) - len(rows)
         self.presents: dict[Case, Run] = {}
         self.finalists: list[dict[str, Any]] = []
+        self.screened: dict[int, float] = {}  # by id of a row: its ratio at the largest case
         self.at_largest: dict[int, tuple[float, float]] = {}  # by id of a row: (ours, present's) ms
         self.done = False
 
@@ -425,6 +427,7 @@ class Explorer:
             ratio = self.attempt(lambda row=row: self.ratio(row, self.search.cases[:1]))
             if ratio is not None and (ratio <= LOSING or self.place.dry):
                 found.append((ratio, row))
+                self.screened[id(row)] = ratio
             elif ratio is not None:
                 self.outcome.slower += 1
             pause()
@@ -436,14 +439,20 @@ class Explorer:
     def decide(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
         """The finalists at all cases; the best that wins again and is proved is taken."""
         limit = math.inf if self.place.dry else GAIN  # a rehearsal always has something to write
-        ranked = []
+        ranked, others = [], self.search.cases[1:]
+
+        def everywhere(row: dict[str, Any]) -> float:
+            first, n = self.screened[id(row)], len(others)
+            return (first * self.ratio(row, others) ** n) ** (1 / (n + 1)) if n else first
+
         for row in self.finalists:
             if time.monotonic() > until:
+                self.outcome.undecided = not ranked
                 break
             if reason := refused(row):
                 self.outcome.refused[reason] += 1
                 continue
-            ratio = self.attempt(lambda row=row: self.ratio(row, self.search.cases))
+            ratio = self.attempt(lambda row=row: everywhere(row))
             if ratio is not None and ratio < limit:
                 ranked.append((ratio, row))
             pause()
@@ -678,7 +687,9 @@ def place_for(args: argparse.Namespace) -> Place:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", SHARED[device_class])
     target = Target(device_class, (gpu.backend, gpu.arch, gpu.warp_size), shared)
-    return Place(device, DTYPES[args.dtype], Clock(str(device), 0.0), target)
+    clock = Clock(str(device), 0.0)
+    clock.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    return Place(device, DTYPES[args.dtype], clock, target)
 
 
 def main() -> int:
