@@ -18,7 +18,7 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -148,19 +148,27 @@ def work(connection: Connection, target: Target) -> None:
 # ---- in the process that measures
 
 
+def prepare() -> None:
+    """Begin to import what workers need, in the process that they are forked from: not this one.
+
+    A process that has a GPU must not be copied.
+    """
+    forkserver.set_forkserver_preload(["benchmarks.ahead"])
+    forkserver.ensure_running()
+
+
 class Workers:
     """Processes that compile what is wanted, the most urgent first."""
 
     def __init__(self, number: int, target: Target) -> None:
-        self.context = get_context("forkserver")  # no copy of a process that has a GPU
-        self.context.set_forkserver_preload(["benchmarks.ahead"])
-        self.target = target
+        prepare()
+        self.context, self.number, self.target = get_context("forkserver"), number, target
         self.outcomes: dict[Task, str] = {}
         self.asked: set[Task] = set()
         self.queue: list[tuple[Any, int, Task]] = []
         self.count = itertools.count()
         self.busy: dict[Connection, tuple[Any, Task, float]] = {}  # process, its task, since when
-        self.idle = [self.started() for _ in range(number)]
+        self.idle: list[tuple[Connection, Any]] = []  # started with the first task
 
     def started(self) -> tuple[Connection, Any]:
         ours, theirs = self.context.Pipe()
@@ -194,6 +202,8 @@ class Workers:
         self._give()
 
     def _give(self) -> None:
+        if not self.idle and not self.busy:
+            self.idle = [self.started() for _ in range(self.number)]
         while self.idle and self.queue:
             connection, process = self.idle.pop()
             task = heapq.heappop(self.queue)[-1]

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._common import Launch, record, specs_of, tables
-from benchmarks.ahead import Target, Task, Workers
+from benchmarks.ahead import Target, Task, Workers, prepare
 from benchmarks.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidates_of
 from benchmarks.clock import DTYPES, Clock
 from benchmarks.compile import SHARED
@@ -63,7 +63,8 @@ PAIRS = 5  # of measurements at least; more as long as they fit into
 SLOT = 20.0  # milliseconds of each of the two
 FLUSH = 1 << 30  # bytes written before a measurement: meanwhile the host gets ahead of the card
 PARTS = 4  # tasks that the launches of a whole operation are compiled in
-COMPILE = 0.9  # seconds of a core for a launch, roughly
+COMPILE = 0.9  # seconds of a core for a kernel with products in a pipeline, roughly
+SIMPLE = 0.3  # for another
 MEASURE = 0.08  # seconds of a candidate at a case, roughly
 RESERVE = 0.15  # of the budget at its end: forms are measured with the tiles known by then
 
@@ -594,10 +595,12 @@ def shares(work: list[Search], seconds: float, jobs: int) -> list[int]:
     """How many candidates of each search the time is enough for: of all lists the same part."""
     lengths = [len(search.candidates()) for search in work]
     both = list(zip(work, lengths, strict=True))
-    cores = seconds * max(1, jobs)
-    final = sum(search.launches * (FINALISTS * len(search.cases) + PARTS) for search in work)
-    first = sum(search.launches * n for search, n in both)
-    compiled = (0.8 * cores / COMPILE - final) / max(1, first)
+    first = final = 0.0  # seconds of a core
+    for search, n in both:
+        cost = search.launches * (COMPILE if search.present.get("num_stages", 1) > 1 else SIMPLE)
+        first += cost * n
+        final += cost * (FINALISTS * len(search.cases) + PARTS)
+    compiled = (0.9 * seconds * max(1, jobs) - final) / max(1.0, first)
     measured = 0.5 * seconds / MEASURE / max(1, sum(lengths))  # the other half is the finalists'
     part = min(1.0, compiled, measured)
     return [min(n, max(2, round(n * part))) for n in lengths]
@@ -696,6 +699,8 @@ def main() -> int:
     args = parse_args()
     started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is known by then is written
+    if args.jobs and not args.dry:
+        prepare()
     place = place_for(args)
     workers = Workers(args.jobs, place.target) if args.jobs and not place.dry else None
     outcomes: list[Outcome] = []
