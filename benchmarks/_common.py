@@ -6,6 +6,7 @@ Nothing here writes a launch down: an operation is run and `kernels._triton.reco
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 import kernels
 from kernels import _triton, registry, tiles
 from kernels.registry import Ops
-from kernels.spec import Spec, cast
+from kernels.spec import Spec, accumulate_dtype, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,23 +61,26 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
+    shape_class: str = ""  # the first that the kernel's tile was looked up by
 
 
 @contextlib.contextmanager
 def recording(device_class: str | None = None) -> Iterator[list[Launch]]:
     """Launches inside are collected and none is made; rows of the table are those of the class."""
     launches: list[Launch] = []
+    looked: dict[str, str] = {}  # kernel -> shape class: a launch follows its look-up
 
     def note(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
         described = tuple(Pointer.of(a) if isinstance(a, Tensor) else a for a in args)
-        launches.append(Launch(kernel, grid, described, dict(options)))
+        shape_class = looked.get(kernel.__name__, "")
+        launches.append(Launch(kernel, grid, described, dict(options), shape_class))
 
-    kept = _triton.recorder, tiles.pretended
-    _triton.recorder, tiles.pretended = note, device_class
+    kept = _triton.recorder, tiles.pretended, tiles.watcher
+    _triton.recorder, tiles.pretended, tiles.watcher = note, device_class, looked.__setitem__
     try:
         yield launches
     finally:
-        _triton.recorder, tiles.pretended = kept
+        _triton.recorder, tiles.pretended, tiles.watcher = kept
 
 
 class _RealOrder(TorchFunctionMode):
@@ -98,12 +102,36 @@ def _fake_inputs(spec: Spec, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def record(
-    spec: Spec, ops: Ops, shape: tuple[int, ...], dtype: torch.dtype, device_class: str
+    spec: Spec,
+    ops: Ops,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device_class: str,
+    masters: bool = False,
 ) -> list[Launch]:
-    """The launches of an operation at a shape of any size: its tensors have no memory."""
+    """The launches of an operation at a shape of any size: its tensors have no memory.
+
+    `masters`: on inputs as training has them (`typed`), not all of them in one dtype.
+    """
     with recording(device_class) as launches, _fakes, _RealOrder():
-        spec.run(ops, cast(_fake_inputs(spec, shape), dtype))
+        inputs = _fake_inputs(spec, shape)
+        spec.run(ops, typed(spec, inputs, dtype) if masters else cast(inputs, dtype))
     return launches
+
+
+def typed(
+    spec: Spec, inputs: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """A copy of a spec's inputs in training's dtypes: optimizer state and gradients in fp32."""
+    master = accumulate_dtype(dtype)
+    inputs = cast(inputs, master if spec.name == "adamw" else dtype, device)
+    if spec.name == "rope":
+        inputs["cos_sin"] = inputs["cos_sin"].to(master)
+    if spec.name == "lora_linear":
+        group = inputs["group"]
+        db = tuple(cast(list(group.db), master, device))
+        inputs["group"] = dataclasses.replace(group, da=group.da.to(master), db=db)
+    return inputs
 
 
 def tables(spec: Spec) -> list[Ops]:

@@ -113,24 +113,27 @@ class Job:
 
 
 def job(launch: Launch, target: str, dtype: str) -> Job:
-    """What triton's launcher would compile for this launch: its own code decides."""
+    """What triton's launcher would compile for this launch."""
+    return Job(launch.kernel, target, dtype, *specialised(launch, TARGETS[target]))
+
+
+def specialised(launch: Launch, target: tuple[str, int | str, int]) -> tuple[dict, dict, dict, Any]:
+    """Signature, constants, attributes and options of a launch: triton's own code decides."""
     kernel = launch.kernel
     backend, bind = binder(kernel, target)
-    bound, specialised, options = bind(*launch.args, **launch.options)
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, dict(launch.options), bound, specialised, options
-    )
-    return Job(kernel, target, dtype, signature, constexprs, attrs, options)
+    bound, values, options = bind(*launch.args, **launch.options)
+    options, *found = kernel._pack_args(backend, dict(launch.options), bound, values, options)
+    return *found, options
 
 
 @functools.cache
-def binder(kernel: Any, target: str) -> tuple[Any, Any]:
+def binder(kernel: Any, target: tuple[str, int | str, int]) -> tuple[Any, Any]:
     """triton's backend, and its function from arguments to their specialisation."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(GPUTarget(*TARGETS[target]))
+    backend = make_backend(GPUTarget(*target))
     return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks._common import typed
 from kernels.adamw import AdamW
 from kernels.registry import REFERENCE, SPECS, Ops
-from kernels.spec import Spec, accumulate_dtype, cast
+from kernels.spec import Spec
 
 # ---- forms that are in no table
 
@@ -245,17 +246,7 @@ def rows_of(operation: str, shape: tuple[int, ...]) -> int:
 def make_inputs(operation: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict:
     """A spec's inputs, drawn on the device; optimizer state and gradients in fp32."""
     spec = on_device(SPECS[operation], device)
-    inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
-    master = accumulate_dtype(dtype)
-    inputs = cast(inputs, master if operation == "adamw" else dtype, device)
-    if operation == "rope":
-        inputs["cos_sin"] = inputs["cos_sin"].to(master)
-    if operation == "lora_linear":
-        group = inputs["group"]
-        grads = {"da": group.da.to(master), "db": cast(list(group.db), master, device)}
-        grads["db"] = tuple(grads["db"])
-        inputs["group"] = dataclasses.replace(group, **grads)
-    return inputs
+    return typed(spec, spec.make_inputs(shape, torch.Generator().manual_seed(0)), dtype, device)
 
 
 def on_device(spec: Spec, device: str) -> Spec:

@@ -1,19 +1,26 @@
 """Measures candidate tiles on this GPU and writes the fastest into kernels/tiles. Needs a GPU.
 
     python -m benchmarks.tune
-    python -m benchmarks.tune --kernel rms_norm --seconds 120 --out /tmp/tiles
+    python -m benchmarks.tune --kernel lora_linear,attention --rows 8192,4096 --seconds 75
     python -m benchmarks.tune --dry --kernel rms_norm --out /tmp/tiles
 
-For every row of the table that a benchmark shape looks up (a kernel at a shape class), candidates
-are tried, those nearest to the present row first. A candidate must compile, pass the operation's
-check against its definition on a small shape, and give nearly the present row's outputs at the
-benchmark shapes. Its launches at those shapes are kept and repeated in turn with the present row's,
-the L2 cache flushed before each; its time is the median, and its ratio to the present row's the
-geometric mean over the shapes. The best replaces the present row if it wins by more than 2 % and
-does so again when measured anew. A kernel whose tile decides another's work is timed with it.
+A search is a row of the table that a benchmark shape looks up (a kernel at a shape class), with a
+few shapes as its cases, the largest first. Worker processes compile every candidate ahead
+(benchmarks.ahead), searches worth most first (benchmarks.candidates), and drop those that fail,
+spill registers, serialise wgmma or need more shared memory than there is; meanwhile the searches
+that are compiled are measured. At the largest case a candidate's launches and the present row's
+take turns, the L2 cache flushed before each; its time is the median. What is more than 15 % slower
+is out; the best few are measured at the other cases too, and ranked by the geometric mean of their
+ratio to the present row. The best replaces the present row if it wins by more than 2 %, does so
+again when measured anew, gives nearly the present row's outputs at every case, and passes the
+operation's check against its definition in fp64 at a small shape; else the next is taken.
+A kernel whose tile decides another's work is timed with it. Where the table names a form instead
+of a tile, the public function is timed, after its kernels' tiles are known.
 
-`--dry` rehearses all of this in triton's interpreter, which takes tiny shapes and two candidates
-and says nothing about speed: it writes to --out only. The last line is JSON.
+A budget too short for all candidates cuts every list by the same share, at least two are left.
+`--dry` rehearses all but the compiling in triton's interpreter, which takes tiny shapes and two
+candidates and says nothing about speed: it writes to --out only. The last line is JSON; on SIGTERM
+too, with what is known by then.
 """
 
 from __future__ import annotations
@@ -21,13 +28,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -37,83 +45,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._common import record, specs_of, tables
+from benchmarks._common import Launch, record, specs_of, tables
+from benchmarks.ahead import Target, Task, Workers, prepare
+from benchmarks.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidates_of
+from benchmarks.clock import DTYPES, Clock
+from benchmarks.compile import SHARED
+from benchmarks.operations import CALLS, WORK, make_inputs, rows_of
 from engine.log import progress, table
 from kernels import _triton, tiles
-from kernels.registry import REFERENCE, Ops
+from kernels.registry import REFERENCE, SPECS, Ops
 from kernels.spec import Spec, cast, check
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GAIN = 0.98  # of the present row's time: slower than that, and the present row stays
-CASES = 6  # shapes that a row is measured at
-FLUSH = 256 << 20  # bytes written before a measurement: more than any L2 cache
-
-
-def rows(warps: tuple[int, ...] = (4, 8), stages: tuple[int, ...] = (1,), **sizes) -> list[dict]:
-    """Every combination; sizes not named stay as in the present row."""
-    lists = sizes | {"num_warps": warps, "num_stages": stages}
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-
-
-def forms(*names: str) -> list[dict]:
-    """For an operation that the table gives a form instead of a tile."""
-    return [{"form": name} for name in names]
-
-
-CANDIDATES: dict[str, list[dict]] = {
-    # elementwise and by rows: bandwidth
-    "rms_norm_forward_kernel": rows((1, 2, 4, 8, 16), BT=(1, 2, 4, 8)),
-    "rms_norm_backward_kernel": rows((1, 2, 4, 8, 16), BT=(1, 2, 4, 8)),
-    "rope_kernel": rows((2, 4, 8), BT=(1, 2, 4, 8, 16), BH=(4, 8, 16)),
-    "swiglu_forward_kernel": rows((4, 8), BT=(1, 2, 4), BF=(512, 1024, 2048, 4096)),
-    "swiglu_backward_kernel": rows((4, 8), BT=(1, 2, 4), BF=(512, 1024, 2048, 4096)),
-    "adamw_kernel": rows((4, 8), BP=(512, 1024, 2048, 4096)),
-    "sum_of_squares_kernel": rows((4, 8), BP=(2048, 4096, 8192, 16384)),
-    "root_of_sum_kernel": rows((4, 8), BP=(512, 1024, 2048, 4096)),
-    "kv_write_kernel": rows((2, 4, 8), BW=(256, 512, 1024, 2048)),
-    "lora_reduce_kernel": rows((4, 8), BN=(256, 512, 1024, 2048)),
-    "cross_entropy_rows_kernel": rows((4, 8, 16), BV=(2048, 4096, 8192)),
-    "cross_entropy_combine_kernel": rows((1, 2, 4), BN=(32, 64, 128, 256)),
-    "penalise_kernel": rows((2, 4, 8), BL=(128, 256, 512, 1024)),
-    "sample_largest_kernel": rows((4, 8, 16), (1, 2, 3), BV=(1024, 2048, 4096, 8192)),
-    "sample_weights_kernel": rows((4, 8, 16), (1, 2), BV=(512, 1024, 2048, 4096)),
-    "sample_draw_kernel": rows((4, 8, 16), (1, 2, 3), BM=(2, 4, 8), BV=(512, 1024, 2048)),
-    # attention
-    "cached_decode_kernel": rows(
-        (2, 4, 8), (1, 2, 3, 4), SPLIT=(64, 128, 256, 512), BN=(16, 32, 64)
-    ),
-    "attention_forward_kernel": rows((4, 8), (1, 2, 3), BM=(64, 128), BN=(32, 64, 128)),
-    "attention_dq_kernel": rows((4, 8), (1, 2, 3), BM=(64, 128), BN=(32, 64, 128)),
-    "attention_dkv_kernel": rows((4, 8), (1, 2, 3), BM=(32, 64, 128), BN=(64, 128)),
-    "cached_join_kernel": rows((1, 2, 4), BS=(4, 8, 16)),
-    "cached_extend_kernel": rows((4, 8), (1, 2, 3), BM=(32, 64, 128), BN=(32, 64, 128)),
-    # products
-    "lora_linear_forward": forms("fused", "split", "addmm"),
-    "lora_linear_backward": forms("kernels", "addmm"),
-    "lora_down_kernel": rows((4, 8), (2, 3, 4), BM=(16, 32, 64, 128), BK=(32, 64, 128)),
-    "lora_linear_kernel": rows(
-        (4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64, 128), GROUP=(8,)
-    ),
-    "lora_up_backward_kernel": rows((4, 8), (1, 2, 3), BM=(64, 128, 256), BN=(32, 64, 128)),
-    "lora_da_kernel": rows((4, 8), (1, 2, 3), BM=(32, 64), BK=(64, 128), CHUNK=(512, 1024, 2048)),
-    "lora_dx_kernel": rows(
-        (4, 8), (2, 3, 4), BM=(16, 64, 128), BN=(64, 128, 256), BK=(32, 64), GROUP=(8,)
-    ),
-    "cross_entropy_slices_kernel": rows(
-        (4, 8), (2, 3, 4), BN=(64, 128), BV=(128, 256), BD=(32, 64), SLICE=(512, 1024, 2048)
-    ),
-    "cross_entropy_window_kernel": rows(
-        (4, 8), (2, 3, 4), BN=(64, 128), BV=(128, 256), BD=(32, 64)
-    ),
-}
-
-# The tile of the first decides how much the second has to do.
-TIMED_WITH = {
-    "sum_of_squares_kernel": "root_of_sum_kernel",
-    "cached_decode_kernel": "cached_join_kernel",
-    "lora_da_kernel": "lora_reduce_kernel",
-    "cross_entropy_slices_kernel": "cross_entropy_combine_kernel",
-}
+LOSING = 1.15  # times the present row's at the largest case: not looked at again
+FINALISTS = 3  # candidates that are measured at the other cases too
+PAIRS = 5  # of measurements at least; more as long as they fit into
+SLOT = 20.0  # milliseconds of each of the two
+FLUSH = 1 << 30  # bytes written before a measurement: meanwhile the host gets ahead of the card
+PARTS = 4  # tasks that the launches of a whole operation are compiled in
+COMPILE = 0.9  # seconds of a core for a kernel with products in a pipeline, roughly
+SIMPLE = 0.3  # for another
+MEASURE = 0.08  # seconds of a candidate at a case, roughly
+RESERVE = 0.15  # of the budget at its end: forms are measured with the tiles known by then
 
 
 # ---- what to tune
@@ -125,12 +78,13 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
-    repeats: int
-    flush: Tensor | None  # None: the interpreter, by wall clock
+    clock: Clock
+    target: Target | None = None  # None: the interpreter, where nothing is compiled
+    repeats: int = 30  # pairs at most
 
     @property
     def dry(self) -> bool:
-        return self.flush is None
+        return self.target is None
 
     @property
     def device_class(self) -> str:
@@ -145,10 +99,11 @@ class Case:
     ops: Ops
     shape: tuple[int, ...]
 
-    def looks_up(self, place: Place) -> list[tuple[str, str, dict]]:
-        """(kernel, its first shape class, row) of every look into the table; nothing is run.
+    @functools.cache  # noqa: B019 (cases are few, and live as long as the process)
+    def looks_up(self, place: Place, masters: bool = True) -> tuple[list, list[Launch]]:
+        """[(kernel, its first shape class, row)] of the looks into the table; the launches.
 
-        None where there is nothing to do: a look-up for an empty grid teaches nothing.
+        Nothing is run. Empty where there is nothing to do: an empty grid teaches nothing.
         """
         seen, find = [], tiles._row
 
@@ -159,20 +114,31 @@ class Case:
 
         tiles._row = noted
         try:
-            args = (self.spec, self.ops, self.shape, place.dtype, place.device_class)
+            args = (self.spec, self.ops, self.shape, place.dtype, place.device_class, masters)
             launches = record(*args)
         finally:
             tiles._row = find
-        return [] if any(0 in launch.grid for launch in launches) else seen
+        return ([], []) if any(0 in launch.grid for launch in launches) else (seen, launches)
+
+    def tokens(self) -> int:
+        return rows_of(self.spec.name, self.shape)
+
+    def work(self) -> float:
+        """Operations and bytes of its dearest call, for comparisons."""
+        return max(
+            sum(f(*self.shape, e=2)) for (name, _), f in WORK.items() if name == self.spec.name
+        )
 
     def inputs(self, place: Place) -> dict[str, Any]:
-        """Fresh copies of the same inputs every time."""
-        return cast(_host_inputs(self, place.dtype), place.dtype, place.device)
+        """Fresh copies of the same inputs every time, for some are written into."""
+        return cast(
+            _inputs(self.spec.name, self.shape, place.dtype, place.device), None, place.device
+        )
 
 
-@functools.lru_cache(maxsize=32)
-def _host_inputs(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    return cast(case.spec.make_inputs(case.shape, torch.Generator().manual_seed(0)), dtype)
+@functools.lru_cache(maxsize=4)
+def _inputs(operation: str, shape: tuple, dtype: torch.dtype, device: torch.device) -> dict:
+    return make_inputs(operation, shape, dtype, str(device))
 
 
 @dataclass
@@ -182,59 +148,126 @@ class Search:
     kernel: str
     shape_class: str
     present: dict[str, Any]
-    cases: list[Case] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)  # the largest first
     proofs: list[Case] = field(default_factory=list)
+    launches: int = 1  # of the largest case that are compiled apart
+    also: list[Case] = field(default_factory=list)  # the largest in the other tables' forms
+
+    @property
+    def form(self) -> bool:
+        return self.kernel in FORM_CALLS
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernels that are timed."""
+        second = TIMED_WITH.get(self.kernel)
+        return (self.kernel, second) if second else (self.kernel,)
 
     def candidates(self) -> list[dict[str, Any]]:
-        """Rows to try, those with the fewest differences from the present one first."""
-        tried = [self.present | row for row in CANDIDATES[self.kernel]]
-        tried = [row for row in tried if row != self.present]
-        return sorted(tried, key=lambda row: sum(row[k] != v for k, v in self.present.items()))
+        """Rows to try, the likeliest first."""
+        tried = [self.present | row for row in candidates_of(self.kernel, self.shape_class)]
+        return [row for n, row in enumerate(tried) if row != self.present and row not in tried[:n]]
 
 
 @contextlib.contextmanager
-def instead(kernel: str, row: dict[str, Any]) -> Iterator[None]:
-    """Inside, every look-up for the kernel finds this row."""
-    tiles.overrides[kernel] = dict(row)
+def instead(kernel: str, shape_class: str, row: dict[str, Any]) -> Iterator[None]:
+    """Inside, look-ups for the kernel find this row: of the class, of every one for ""."""
+    tiles.overrides[kernel, shape_class] = dict(row)
     try:
         yield
     finally:
-        del tiles.overrides[kernel]
+        del tiles.overrides[kernel, shape_class]
 
 
-def spread(cases: list[Case], most: int) -> list[Case]:
-    """At most so many of the cases, from the smallest to the largest."""
-    by_size = sorted(cases, key=lambda case: sum(case.shape))
-    if len(by_size) <= most:
-        return by_size
-    return [by_size[round(i * (len(by_size) - 1) / (most - 1))] for i in range(most)]
+def largest(cases: list[Case], most: int) -> list[Case]:
+    """At most so many, the largest first: spread over the larger half of those of most tokens."""
+    by_work = sorted(cases, key=Case.work, reverse=True)
+    tokens = max(case.tokens() for case in cases)
+    full = [case for case in by_work if case.tokens() == tokens]
+    by_work = full if len(full) >= most else by_work
+    if most == 1 or len(by_work) <= most:
+        return by_work[:most]
+    last = max(most, len(by_work) // 2) - 1
+    return [by_work[round(i * last / (most - 1))] for i in range(most)]
 
 
-def searches(wanted: str, place: Place) -> list[Search]:
-    """Every row that a case looks up for a kernel, or an operation, whose name has `wanted`."""
+def searches(wanted: list[str], place: Place, most: int = 3, rows: frozenset = frozenset()) -> list:
+    """Every row that a case looks up for a kernel, or an operation, whose name has one of `wanted`.
+
+    `rows`: only shapes of so many tokens. Those worth most come first.
+    """
     found: dict[tuple[str, str], Search] = {}
-    for spec in specs_of(wanted):
+    proofs: dict[tuple[str, Spec, str], Case] = {}  # kernel, operation, table -> a small shape
+    for spec in specs_for(wanted):
         small = sorted(spec.interpreter_shapes or spec.test_shapes, key=sum)
-        for ops in tables(spec):
-            proofs: dict[str, Case] = {}  # the largest small shape that reaches the kernel
+        bench = [Case(spec, REFERENCE, s) for s in dict.fromkeys(spec.bench_shapes)]
+        bench = [case.shape for case in bench if not rows or case.tokens() in rows]
+        for n, ops in enumerate(tables(spec)):
             for shape in reversed(small) if place.dry else small:
                 case = Case(spec, ops, shape)
-                proofs.update({kernel: case for kernel, *_ in case.looks_up(place)})
-            for shape in small if place.dry else dict.fromkeys(spec.bench_shapes):
+                seen = case.looks_up(place, False)[0]
+                proofs.update({(kernel, spec, ops.name): case for kernel, *_ in seen})
+            shapes = small if place.dry else bench
+            if n:  # a variant: for what only it reaches
+                top = max((Case(spec, ops, s).tokens() for s in shapes), default=0)
+                shapes = [s for s in shapes if Case(spec, ops, s).tokens() == top]
+            for shape in shapes:
                 case = Case(spec, ops, shape)
                 rehearsed = {kernel for kernel, _ in found} if place.dry else set()
-                for kernel, shape_class, row in case.looks_up(place):
-                    named = wanted in kernel or wanted in spec.name
-                    if not named or kernel not in proofs or kernel in rehearsed:
+                for kernel, shape_class, row in case.looks_up(place)[0]:
+                    named = any(w in kernel or w in spec.name for w in wanted)
+                    proved = (kernel, spec, ops.name) in proofs
+                    if not named or not proved or kernel in rehearsed:
                         continue  # what no small shape reaches cannot be proved
                     new = Search(kernel, shape_class, row)
                     search = found.setdefault((kernel, shape_class), new)
-                    for case_list, one in ((search.cases, case), (search.proofs, proofs[kernel])):
-                        if one not in case_list:
-                            case_list.append(one)
+                    if all(case.shape != other.shape for other in search.cases):
+                        search.cases.append(case)  # in the first of the tables that reach it
     for search in found.values():
-        search.cases = spread(search.cases, CASES)
+        search.cases = largest(search.cases, most)
+        settle_variants(search, place)
+        for case in (*search.cases, *search.also):
+            if (proof := proofs[search.kernel, case.spec, case.ops.name]) not in search.proofs:
+                search.proofs.append(proof)
+    return by_worth(list(found.values()))
+
+
+def specs_for(wanted: list[str]) -> list[Spec]:
+    """The specs that reach a kernel, or a form, whose name or operation has one of `wanted`."""
+    found = {spec.name: spec for name in wanted for spec in specs_of(name)}
+    for form in (f for f in FORM_CALLS if any(name in f for name in wanted)):
+        found |= {name: spec for name, spec in SPECS.items() if form.startswith(f"{name}_")}
     return list(found.values())
+
+
+def settle_variants(search: Search, place: Place) -> None:
+    """Count the kernels that the largest case compiles; note the tables that compile others."""
+
+    def made(case: Case) -> set[str]:
+        launches = [x for x in case.looks_up(place)[1] if x.kernel.__name__ in search.names]
+        mine = [x for x in launches if x.shape_class in (search.shape_class, "any")]
+        return {f"{x.kernel.__name__} {x.options}" for x in mine}
+
+    case = search.cases[0]
+    first = made(case)
+    search.launches = max(1, len(first))
+    others = [Case(case.spec, ops, case.shape) for ops in tables(case.spec)]
+    search.also = [other for other in others if made(other) - first]
+
+
+def by_worth(work: list[Search]) -> list[Search]:
+    """Worth most first: classes of large shapes before those of small ones, then by kernel."""
+    top: dict[str, float] = {}
+    for search in work:
+        top[search.kernel] = max(top.get(search.kernel, 0.0), search.cases[0].work())
+
+    def key(search: Search) -> tuple:
+        size = search.cases[0].work()
+        minor = size < top[search.kernel] / 4 or search.shape_class.startswith("fixed")
+        worth = next(n for n, name in enumerate(WORTH) if search.kernel.startswith(name))
+        return minor, worth, -size
+
+    return sorted(work, key=key)
 
 
 # ---- measuring
@@ -244,17 +277,19 @@ def searches(wanted: str, place: Place) -> list[Search]:
 class Run:
     """A case that has been run with a row: how to repeat what is timed, and the outputs."""
 
-    again: Callable[[], None]
+    again: Callable[[], Any]
     outputs: dict[str, Tensor]
 
 
-def run(case: Case, place: Place, kernel: str, row: dict[str, Any]) -> Run:
-    """Run the case with `row` for `kernel`. Its launches are repeated; all, if it has none."""
-    names = {kernel, TIMED_WITH.get(kernel)}
-    launches, inputs = [], case.inputs(place)
+def run(search: Search, case: Case, place: Place, row: dict[str, Any]) -> Run:
+    """Run the case with `row`. What is timed are the kernel's launches; for a form its call."""
+    launches, looked, inputs = [], {}, case.inputs(place)
+    mine = functools.partial(instead, search.kernel, search.shape_class, row)
 
     def note(which: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-        if which.__name__ in names:
+        name = which.__name__
+        other = name == search.kernel and looked[name] != search.shape_class
+        if name in search.names and not other:
             launches.append((which, grid, args, options))
         _triton.recorder = None
         try:
@@ -262,21 +297,27 @@ def run(case: Case, place: Place, kernel: str, row: dict[str, Any]) -> Run:
         finally:
             _triton.recorder = note
 
-    def whole() -> None:
-        with instead(kernel, row):
-            case.spec.run(case.ops, inputs)
+    def called() -> None:
+        with mine():
+            call.run(case.ops, inputs, saved)
 
     def launched() -> None:
         for which, grid, args, options in launches:
             _triton.launch(which, grid, *args, **options)
 
-    _triton.recorder = note
+    if search.form:
+        call = CALLS[case.spec.name, FORM_CALLS[search.kernel]]
+        with mine():
+            outputs = case.spec.run(case.ops, case.inputs(place))
+            saved = call.saved(case.ops, inputs)
+        return Run(called, outputs)
+    _triton.recorder, tiles.watcher = note, looked.__setitem__
     try:
-        with instead(kernel, row):
+        with mine():
             outputs = case.spec.run(case.ops, inputs)
     finally:
-        _triton.recorder = None
-    return Run(launched if launches else whole, outputs)
+        _triton.recorder = tiles.watcher = None
+    return Run(launched, outputs)
 
 
 def alike(ours: dict[str, Tensor], present: dict[str, Tensor]) -> bool:
@@ -289,43 +330,34 @@ def alike(ours: dict[str, Tensor], present: dict[str, Tensor]) -> bool:
     return True
 
 
-def seconds(again: Callable[[], None], place: Place) -> float:
-    """Time of one repetition."""
-    if place.dry:
-        started = time.perf_counter()
-        again()
-        return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    place.flush.zero_()  # and while it runs, the host gets ahead of the card
-    start.record()
-    again()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+def compare(ours: Run, present: Run, place: Place) -> tuple[float, float]:
+    """Median milliseconds of both, which take turns. Where one is far slower, of two only."""
+
+    def pairs(count: int) -> list[tuple[float, float]]:
+        pending = []
+        for n in range(count):  # each goes first as often as the other
+            order = (ours, present) if n % 2 else (present, ours)
+            taken = {id(r): place.clock.once(r.again) for r in order}
+            pending.append((taken[id(ours)], taken[id(present)]))
+        place.clock.wait()
+        return [(mine(), theirs()) for mine, theirs in pending]
+
+    took = pairs(2)
+    mine, theirs = map(min, zip(*took, strict=True))
+    if mine <= 2 * LOSING * theirs:
+        fits = int(SLOT / max(mine, theirs, 1e-3))
+        took += pairs(min(max(PAIRS, fits), place.repeats) - 2)
+    return tuple(statistics.median(column) for column in zip(*took, strict=True))
 
 
 def prove(search: Search, row: dict[str, Any], place: Place) -> None:
     """Hold the operation with this row to its definition; raises where it does not."""
     for case in search.proofs:
-        with instead(search.kernel, row):
+        with instead(search.kernel, "", row):
             check(case.spec, case.ops, REFERENCE, case.shape, place.dtype, str(place.device))
 
 
-def ratio(search: Search, row: dict[str, Any], place: Place) -> float:
-    """Time of `row` over the present row's, geometric mean over the cases."""
-    logs = []
-    for case in search.cases:
-        ours = run(case, place, search.kernel, row)
-        present = run(case, place, search.kernel, search.present)
-        assert alike(ours.outputs, present.outputs), f"other outputs at {case.shape}"
-        pairs = []
-        for n in range(place.repeats):  # in turn, and each goes first as often as the other
-            order = (ours, present) if n % 2 else (present, ours)
-            took = {id(r): seconds(r.again, place) for r in order}
-            pairs.append((took[id(ours)], took[id(present)]))
-        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        logs.append(math.log(mine / theirs))
-    return math.exp(statistics.mean(logs))
+# ---- searching
 
 
 @dataclass
@@ -336,36 +368,242 @@ class Outcome:
     best: dict[str, Any]
     ratio: float = 1.0
     tried: int = 0
+    slower: int = 0  # of them out after the largest case
     left: int = 0  # not tried: no time
-    refused: dict[str, int] = field(default_factory=dict)  # reason -> candidates
+    undecided: bool = False  # the finalists were not compared: no time
+    refused: Counter = field(default_factory=Counter)  # reason -> candidates
+    ms: tuple[float, float] | None = None  # the present row's at the largest case, the best's
 
 
-def explore(search: Search, place: Place, until: float, most: int | None) -> Outcome:
-    """Try candidates until the time is up."""
-    outcome = Outcome(search, search.present)
-    limit = math.inf if place.dry else GAIN  # a rehearsal always has something to write
-    name = f"{search.kernel} {search.shape_class}"
-    bar = progress(search.candidates()[:most], desc=name, leave=False)
-    for row in bar:
-        if time.monotonic() > until:
-            outcome.left += 1
-            continue
-        outcome.tried += 1
+class Explorer:
+    """One search in two steps: `screen` at the largest case, `decide` among the finalists."""
+
+    def __init__(self, search: Search, place: Place, rows: list[dict[str, Any]]) -> None:
+        self.search, self.place, self.rows = search, place, rows
+        self.outcome = Outcome(search, search.present)
+        self.outcome.left = len(search.candidates()) - len(rows)
+        self.presents: dict[Case, Run] = {}
+        self.finalists: list[dict[str, Any]] = []
+        self.screened: dict[int, float] = {}  # by id of a row: its ratio at the largest case
+        self.at_largest: dict[int, tuple[float, float]] = {}  # by id of a row: (ours, present's) ms
+        self.done = False
+
+    def ratio(self, row: dict[str, Any], cases: list[Case]) -> float:
+        """Time of `row` over the present row's, geometric mean over the cases."""
+        logs = []
+        for case in cases:
+            if case not in self.presents:
+                self.presents[case] = run(self.search, case, self.place, self.search.present)
+            ours = run(self.search, case, self.place, row)
+            assert alike(ours.outputs, self.presents[case].outputs), (
+                f"other outputs at {case.shape}"
+            )
+            mine, theirs = compare(ours, self.presents[case], self.place)
+            if case is self.search.cases[0]:
+                self.outcome.ms = self.outcome.ms or (theirs, theirs)
+                self.at_largest[id(row)] = (mine, theirs)
+            logs.append(math.log(mine / theirs))
+        return math.exp(statistics.mean(logs))
+
+    def attempt(self, step: Callable[[], Any]) -> Any:
+        """What the step gives; None, counted as refused, where it raises."""
         try:
-            prove(search, row, place)
-            found = ratio(search, row, place)
-            if found < limit:  # twice: the luckiest of many looks fast once
-                found = max(found, ratio(search, row, place))
+            return step()
         except Exception as error:  # the compiler's, the check's, the launcher's
-            reason = type(error).__name__
-            outcome.refused[reason] = outcome.refused.get(reason, 0) + 1
-            if not place.dry:
-                torch.cuda.synchronize()  # raises again where the card itself is lost
+            self.outcome.refused[type(error).__name__] += 1
+            self.place.clock.wait()  # raises again where the card itself is lost
+            return None
+
+    def screen(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
+        """Every candidate at the largest case; `refused` says which did not compile, and why."""
+        found = []
+        for n, row in enumerate(self.rows):
+            if time.monotonic() > until:
+                self.outcome.left += len(self.rows) - n
+                break
+            if reason := refused(row):
+                self.outcome.refused[reason] += 1
+                continue
+            self.outcome.tried += 1
+            ratio = self.attempt(lambda row=row: self.ratio(row, self.search.cases[:1]))
+            if ratio is not None and (ratio <= LOSING or self.place.dry):
+                found.append((ratio, row))
+                self.screened[id(row)] = ratio
+            elif ratio is not None:
+                self.outcome.slower += 1
+            pause()
+        found.sort(key=lambda pair: pair[0])
+        self.finalists = [row for _, row in found[:FINALISTS]]
+        self.done = not self.finalists
+        self.presents.clear()
+
+    def decide(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
+        """The finalists at all cases; the best that wins again and is proved is taken."""
+        limit = math.inf if self.place.dry else GAIN  # a rehearsal always has something to write
+        ranked, others = [], self.search.cases[1:]
+
+        def everywhere(row: dict[str, Any]) -> float:
+            first, n = self.screened[id(row)], len(others)
+            return (first * self.ratio(row, others) ** n) ** (1 / (n + 1)) if n else first
+
+        for row in self.finalists:
+            if time.monotonic() > until:
+                self.outcome.undecided = not ranked
+                break
+            if reason := refused(row):
+                self.outcome.refused[reason] += 1
+                continue
+            ratio = self.attempt(lambda row=row: everywhere(row))
+            if ratio is not None and ratio < limit:
+                ranked.append((ratio, row))
+            pause()
+        for ratio, row in sorted(ranked, key=lambda pair: pair[0]):
+
+            def again(row: dict = row, ratio: float = ratio) -> float:
+                prove(self.search, row, self.place)
+                return max(ratio, self.ratio(row, self.search.cases))  # luck does not come twice
+
+            found = self.attempt(again)
+            pause()
+            if found is not None and found < limit:
+                self.outcome.best, self.outcome.ratio = row, found
+                self.outcome.ms = self.at_largest[id(row)][::-1]
+                break
+        self.done = True
+        self.presents.clear()
+
+
+def tasks(case: Case, place: Place, **how: Any) -> list[Task]:
+    """The case for the workers: without `names` all of its launches, in parts."""
+    about = (case.spec.name, case.ops.name, case.shape, str(place.dtype).removeprefix("torch."))
+    if "names" in how:
+        return [Task(*about, **how)]
+    return [Task(*about, **how, part=n, parts=PARTS) for n in range(PARTS)]
+
+
+def frozen(row: dict[str, Any]) -> tuple:
+    return tuple(row.items())
+
+
+class Turn:
+    """A search whose next step waits for the workers."""
+
+    def __init__(self, explorer: Explorer, urgency: int, workers: Workers | None) -> None:
+        self.explorer, self.search, self.place = explorer, explorer.search, explorer.place
+        self.urgency, self.workers = urgency, workers
+        self.asked = self.screened = False
+        self.presents: list[Task] = []
+        self.by_row: dict[tuple, list[Task]] = {}
+        self.won: tuple = ()  # the rows that a form is measured with
+
+    def ask(self, won: tuple = ()) -> None:
+        """Have the next step compiled."""
+        self.asked, self.won = True, won
+        search, place, at = self.search, self.place, self.search.cases
+        cases = at[1:] if self.screened else at[:1]
+        rows = self.explorer.finalists if self.screened else self.explorer.rows
+        self.presents = [t for case in cases for t in tasks(case, place, rows=won)]
+        self.by_row = {frozen(row): [] for row in rows}
+        proofs: list[Task] = []
+        for row, wanted in self.by_row.items():
+            how = {"rows": (*won, (search.kernel, search.shape_class, row))}
+            how |= {} if search.form else {"names": search.names}
+            for case in (*cases, *(search.also if self.screened else ())):
+                wanted += tasks(case, place, **how)
+            how = {"rows": ((search.kernel, "", row),), "masters": False}
+            for case in search.proofs if self.screened and not proofs else ():
+                proofs += tasks(case, place, **how)
+        if self.workers:
+            self.workers.want(self.presents, (self.urgency, 0))
+            for wanted in self.by_row.values():
+                self.workers.want(wanted, (self.urgency, 0))
+            self.workers.want(proofs, (self.urgency, 1))  # of the best so far only
+
+    def ready(self) -> bool:
+        """Whether all that was asked for has come back; proofs need not, they compile here too."""
+        lists = (self.presents, *self.by_row.values())
+        return self.asked and not (self.workers and any(map(self.workers.missing, lists)))
+
+    def refused(self, row: dict[str, Any]) -> str:
+        found = self.workers and self.workers.reason(self.by_row[frozen(row)], not self.search.form)
+        return found or ""
+
+    def take(self, until: float) -> None:
+        """Measure the step that is ready."""
+        pause = self.workers.poll if self.workers else lambda: None
+        explorer = self.explorer
+        if self.workers and (why := self.workers.reason(self.presents, vetoes=False)):
+            explorer.outcome.refused[f"present row: {why}"] += 1
+            explorer.outcome.left += 0 if self.screened else len(explorer.rows)
+            explorer.done = True
+            return
+        step = explorer.decide if self.screened else explorer.screen
+        tiles.overrides.update({(kernel, at): dict(row) for kernel, at, row in self.won})
+        try:
+            step(self.refused, until, pause)
+        finally:
+            tiles.overrides.clear()
+        self.screened = True
+
+
+def explore(explorers: list[Explorer], workers: Workers | None, seconds: float) -> None:
+    """Take the searches' steps as they are compiled, worth most first, until the time is up."""
+    until = time.monotonic() + seconds
+    turns = [Turn(explorer, n, workers) for n, explorer in enumerate(explorers) if explorer.rows]
+    for turn in turns:
+        if not turn.search.form:
+            turn.ask()
+    bar = progress(total=len(turns), desc="searches")
+    while turns:
+        for turn in turns:
+            if turn.search.form and not turn.asked:
+                rest = [t for t in turns if not t.search.form and related(t.search, turn.search)]
+                if not rest or time.monotonic() > until - RESERVE * seconds:
+                    turn.ask(known(explorers))
+        ready = next((turn for turn in turns if turn.ready()), None)
+        if time.monotonic() > until:
+            break
+        if ready is None:
+            workers.poll(0.1)
             continue
-        if found < limit:
-            outcome.best, outcome.ratio, limit = row, found, found
-            bar.set_postfix_str(f"{1 / found:.2f}x")
-    return outcome
+        bar.set_postfix_str(f"{ready.search.kernel} {ready.search.shape_class}")
+        ready.take(until)
+        if ready.explorer.done:
+            turns.remove(ready)
+            bar.update()
+        else:
+            ready.ask(ready.won)
+    bar.close()
+    for turn in turns:
+        turn.explorer.outcome.left += 0 if turn.screened else len(turn.explorer.rows)
+        turn.explorer.outcome.undecided = turn.screened
+
+
+def related(search: Search, form: Search) -> bool:
+    """Whether the form's time depends on what the search finds."""
+    same = search.cases[0].spec is form.cases[0].spec
+    return same and search.shape_class in (form.shape_class, "drop", "any")
+
+
+def known(explorers: list[Explorer]) -> tuple:
+    """The rows that have won: (kernel, shape class, items)."""
+    won = [e.outcome for e in explorers if e.outcome.best is not e.search.present]
+    return tuple((o.search.kernel, o.search.shape_class, frozen(o.best)) for o in won)
+
+
+def shares(work: list[Search], seconds: float, jobs: int) -> list[int]:
+    """How many candidates of each search the time is enough for: of all lists the same part."""
+    lengths = [len(search.candidates()) for search in work]
+    both = list(zip(work, lengths, strict=True))
+    first = final = 0.0  # seconds of a core
+    for search, n in both:
+        cost = search.launches * (COMPILE if search.present.get("num_stages", 1) > 1 else SIMPLE)
+        first += cost * n
+        final += cost * (FINALISTS * len(search.cases) + PARTS)
+    compiled = (0.9 * seconds * max(1, jobs) - final) / max(1.0, first)
+    measured = 0.5 * seconds / MEASURE / max(1, sum(lengths))  # the other half is the finalists'
+    part = min(1.0, compiled, measured)
+    return [min(n, max(2, round(n * part))) for n in lengths]
 
 
 # ---- writing
@@ -385,8 +623,7 @@ def keep(outcomes: list[Outcome], device_class: str, origin: str, folder: Path) 
         if won:
             tiles.write(existing, content)
             written.append(existing)
-    tiles.table.cache_clear()
-    tiles._row.cache_clear()
+    tiles.forget()
     return written
 
 
@@ -398,18 +635,40 @@ def origin(place: Place) -> str:
     return f"measured on {card}, {versions}, {datetime.now(timezone.utc):%Y-%m-%d}"
 
 
+COLUMNS = ["kernel", "class", "tried", "slower", "refused", "no time", "ms", "best", "speed", "row"]
+
+
+def line(outcome: Outcome) -> list[str]:
+    """A row of the report; ms and best are of the largest case, the present row's and the new."""
+    search = outcome.search
+    refused = " ".join(f"{n} {reason}" for reason, n in outcome.refused.items()) or "-"
+    ms = [f"{t:.4f}" for t in outcome.ms] if outcome.ms else ["-", "-"]
+    row = "kept" if outcome.best is search.present else json.dumps(outcome.best)
+    if outcome.undecided:
+        row = "kept: finalists not decided, no time"
+    counts = [str(outcome.tried), str(outcome.slower), refused, str(outcome.left)]
+    return [search.kernel, search.shape_class, *counts, *ms, f"{1 / outcome.ratio:.2f}x", row]
+
+
 # ---- the command
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", default="", help="only those whose name contains this")
+    parser.add_argument("--kernel", default="", help="only names with one of these in them: a,b")
+    parser.add_argument("--rows", default="", help="only shapes of so many tokens, as 8192,4096")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=1800, help="in all")
-    parser.add_argument("--repeats", type=int, default=20, help="of a measurement")
+    parser.add_argument("--cases", type=int, default=3, help="shapes a finalist is measured at")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", type=Path, help="folder to write to; kernels/tiles if not given")
     parser.add_argument("--dry", action="store_true", help="rehearse without a GPU")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not all(n.isdecimal() for n in args.rows.split(",") if n):
+        parser.error(f"--rows {args.rows}: numbers of tokens are wanted, as 8192,4096")
+    if args.cases < 1 or args.jobs < 0:
+        parser.error(f"--cases {args.cases} --jobs {args.jobs}: at least 1 and 0 are wanted")
+    return args
 
 
 def place_for(args: argparse.Namespace) -> Place:
@@ -420,50 +679,68 @@ def place_for(args: argparse.Namespace) -> Place:
         if not _triton.INTERPRETED:
             command = [sys.executable, "-m", "benchmarks.tune", *sys.argv[1:]]
             os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
-        return Place(torch.device("cpu"), torch.float32, 2, None)
+        return Place(torch.device("cpu"), torch.float32, Clock("cpu", 0.0), None, PAIRS)
     reason = _triton.usable("cuda") or ("" if torch.cuda.is_available() else "there is no GPU here")
     if reason:
         print(f"nothing can be measured: {reason}; --dry rehearses without one", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
-    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
-    return Place(device, DTYPES[args.dtype], args.repeats, flush)
+    gpu = _triton.triton.runtime.driver.active.get_current_target()
+    device_class = tiles.device_class(device)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", SHARED[device_class])
+    target = Target(device_class, (gpu.backend, gpu.arch, gpu.warp_size), shared)
+    clock = Clock(str(device), 0.0)
+    clock.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    return Place(device, DTYPES[args.dtype], clock, target)
 
 
 def main() -> int:
     args = parse_args()
-    place = place_for(args)
     started = time.monotonic()
-    work = searches(args.kernel, place)
-    outcomes = []
-    for n, search in enumerate(work):
-        now = time.monotonic()
-        share = (started + args.seconds - now) / (len(work) - n)
-        try:
-            outcomes.append(explore(search, place, now + share, 2 if args.dry else None))
-        except (RuntimeError, KeyboardInterrupt) as error:  # what was found so far is written
-            print(f"ended in {search.kernel}: {type(error).__name__} {error}")
-            break
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is known by then is written
+    if args.jobs and not args.dry:
+        prepare()
+    place = place_for(args)
+    workers = Workers(args.jobs, place.target) if args.jobs and not place.dry else None
+    outcomes: list[Outcome] = []
+    ended = None
+    try:
+        rows = frozenset(int(n) for n in args.rows.split(",") if n)
+        work = searches(args.kernel.split(","), place, args.cases, rows)
+        if not work:
+            raise ValueError(
+                f"no row has --kernel {args.kernel!r} in its name and --rows {args.rows!r}"
+            )
+        left = args.seconds - (time.monotonic() - started)
+        counts = [2] * len(work) if place.dry else shares(work, left, args.jobs)
+        chosen = zip(work, counts, strict=True)
+        explorers = [Explorer(search, place, search.candidates()[:n]) for search, n in chosen]
+        outcomes += [explorer.outcome for explorer in explorers]
+        explore(explorers, workers, left)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:  # what was found is written
+        ended = f"{type(error).__name__}: {error}"
+        print(f"ended early by {ended}")
+    if workers:
+        workers.close()
     written = keep(outcomes, place.device_class, origin(place), args.out or tiles.FOLDER)
-    lines = [["kernel", "class", "tried", "refused", "no time", "speed", "row"]]
-    for o in outcomes:
-        refused = " ".join(f"{n} {reason}" for reason, n in o.refused.items()) or "-"
-        row = "kept" if o.best is o.search.present else json.dumps(o.best)
-        where = [o.search.kernel, o.search.shape_class]
-        lines.append([*where, str(o.tried), refused, str(o.left), f"{1 / o.ratio:.2f}x", row])
-    print(table(lines))
+    lines = [line(outcome) for outcome in outcomes]
+    print(table([COLUMNS, *lines]))
     for path in written:
         print(f"wrote {path}")
-    record = {
+    document = {
         "benchmark": "tune",
         "from": origin(place),
         "device_class": place.device_class,
         "seconds": round(time.monotonic() - started, 1),
-        "rows": lines[1:],
+        "compiled": len(workers.outcomes) if workers else 0,
+        "ended": ended,
+        "columns": COLUMNS,
+        "rows": lines,
         "written": [str(path) for path in written],
     }
-    print(json.dumps(record))
-    return 0 if len(outcomes) == len(work) else 1
+    print(json.dumps(document))
+    return 1 if ended else 0
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ MODELS = {
 TOKENS = (1, 16, 256, 4096, 8192)  # rows of a benchmark: one row decoding ... a training step
 
 
-def cast(value: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """`value` with every floating tensor in it copied to `dtype`, structures walked."""
+def cast(value: Any, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Any:
+    """`value` with every floating tensor in it copied to `dtype` (None: its own), all walked."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None, copy=True)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

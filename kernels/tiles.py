@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ import torch
 FOLDER = Path(__file__).with_name("tiles")
 CLASSES = ("interpreter", "sm_80", "sm_90", "gfx942")
 
-# benchmarks/compile.py and tune.py set these: the class to compile for, the row to measure.
+# benchmarks/compile.py and tune.py set these: the class to compile for; rows to measure, by kernel
+# and first shape class of a look-up ("": of every one); who wants to know of look-ups.
 pretended: str | None = None
-overrides: dict[str, dict[str, int]] = {}
+overrides: dict[tuple[str, str], dict[str, int]] = {}
+watcher: Callable[[str, str], None] | None = None
 
 
 @functools.cache
@@ -78,10 +81,19 @@ def _row(kernel: str, device: str, shapes: tuple[str, ...]) -> dict[str, int]:
     return {k: v for k, v in found.items() if k != "from"}
 
 
+def forget() -> None:
+    """Read the table anew at the next look: files, or rows in memory, have changed."""
+    table.cache_clear()
+    _row.cache_clear()
+
+
 def tile(kernel: str, device: torch.device, *shapes: str) -> dict[str, int]:
     """The caller's own copy of a kernel's row: the first shape class that has one, else `any`."""
-    if kernel in overrides:
-        return dict(overrides[kernel])
+    first = (*shapes, "any")[0]
+    if watcher is not None:
+        watcher(kernel, first)
+    if overrides and (row := overrides.get((kernel, first)) or overrides.get((kernel, ""))):
+        return dict(row)
     return dict(_row(kernel, device_class(device), shapes))
 
 

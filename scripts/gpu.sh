@@ -73,7 +73,11 @@ SHARES+=("test_invariant" "linear and not lora_linear and not cross_entropy and 
 SHARE='"${@:2}" -k "$1" >"$OUT/tests-${1// /_}.log" 2>&1; code=$?; echo "-- $1"
     tail -n 15 "$OUT/tests-${1// /_}.log"; exit $code'
 IN_SHARES=(xargs -0 -a "$OUT/.shares" -P 16 -I{} bash -c "$SHARE" share {})
-TUNE=("$PYTHON" -m benchmarks.tune --out "$OUT/tiles")
+TESTS=("${IN_SHARES[@]}" "${PYTEST[@]}")
+if "$PYTHON" -c "import xdist" 2>/dev/null; then # shares the tests out better, as they are done
+    TESTS=("${PYTEST[@]}" -n 16)
+fi
+TUNE=("$PYTHON" -m benchmarks.tune --out "$OUT/tiles" --jobs "$(nproc)")
 KERNELS=("$PYTHON" -m benchmarks.kernels)
 STEP=("$PYTHON" -m benchmarks.step)
 
@@ -88,11 +92,11 @@ if [[ -n $DRY ]]; then
     part peers 120 "${STEP[@]}" "${tiny[@]}" --rank 8 --modules qv --ops peft
 else
     printf '%s\0' "${SHARES[@]}" >"$OUT/.shares"
-    part tests 110 "${IN_SHARES[@]}" "${PYTEST[@]}"
-    part tune 60 "${TUNE[@]}" --seconds 40
-    part kernels 90 "${KERNELS[@]}" --seconds 50 --slot 0.05
-    part backward 75 "${KERNELS[@]}" --seconds 40 --slot 0.05 --backward
-    part step-qv 80 "${STEP[@]}" --rank 8 --modules qv --invariant
+    part tests 95 "${TESTS[@]}"
+    part tune 85 "${TUNE[@]}" --seconds 70
+    part kernels 80 "${KERNELS[@]}" --seconds 45 --slot 0.05
+    part backward 65 "${KERNELS[@]}" --seconds 35 --slot 0.05 --backward
+    part step-qv 70 "${STEP[@]}" --rank 8 --modules qv --invariant
     part step-all 40 "${STEP[@]}" --rank 16 --modules all --no-decode
     part peers 45 "${STEP[@]}" --rank 8 --modules qv --ops peft
 fi

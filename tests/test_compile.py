@@ -1,5 +1,6 @@
 """Ahead-of-time compilation and tuning: what is recorded, what is derived, what is refused."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks import candidates, tune  # noqa: E402
 from benchmarks import compile as aot  # noqa: E402
-from benchmarks import tune  # noqa: E402
 from benchmarks._common import Launch, Pointer, jitted, record, recording, tables  # noqa: E402
+from benchmarks.ahead import Target, Workers  # noqa: E402
+from benchmarks.clock import Clock  # noqa: E402
 from kernels import _triton, tiles  # noqa: E402
-from kernels.registry import SPECS  # noqa: E402
+from kernels.registry import SPECS, TRITON  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
 
@@ -228,10 +231,13 @@ def test_every_row_of_the_table_has_candidates():
     """Named as in the table, so that none is a size the kernel does not have."""
     for kernel, by_device in tiles.table().items():
         names = {name for row in by_device["sm_90"].values() for name in row} - {"from"}
-        for candidate in tune.CANDIDATES[kernel]:
-            assert candidate.keys() <= names, (kernel, candidate)
-    assert tune.CANDIDATES.keys() == tiles.table().keys()
+        for shape_class in by_device["sm_90"]:
+            for candidate in candidates.candidates_of(kernel, shape_class):
+                assert candidate.keys() <= names, (kernel, candidate)
+    assert {key.split()[0] for key in candidates.CANDIDATES} == tiles.table().keys()
     assert {*tune.TIMED_WITH, *tune.TIMED_WITH.values()} <= jitted().keys()
+    few = candidates.candidates_of("lora_linear_kernel", "few r16")
+    assert few == candidates.CANDIDATES["lora_linear_kernel few"]
 
 
 def test_tuning_needs_a_gpu():
@@ -245,7 +251,7 @@ def test_rehearsal_writes_rows_that_tiles_reads(tmp_path, reread):
     code, last, stderr = run("tune", "--dry", "--kernel", "rms_norm", "--out", tmp_path)
     assert code == 0, stderr
     assert {r[0] for r in last["rows"]} == {"rms_norm_forward_kernel", "rms_norm_backward_kernel"}
-    assert all(int(r[2]) == 2 and r[3] == "-" for r in last["rows"])
+    assert all(r[2:5] == ["2", "0", "-"] and float(r[6]) > 0 for r in last["rows"])
     assert last["written"] == [str(tmp_path / "rms_norm.json")]
     reread(tmp_path)
     for kernel, shape_class, *_, row in last["rows"]:
@@ -267,14 +273,140 @@ def test_winners_are_kept_where_tiles_reads_them(tmp_path, monkeypatch, reread):
     assert rows["sm_80"] == before["rms_norm_forward_kernel"]["sm_80"]
 
 
-def test_wrong_and_slow_candidates_lose(monkeypatch):
-    """A candidate that breaks the operation is refused, one that is not faster is not taken."""
-    place = tune.Place(torch.device("cpu"), torch.float32, 1, None)
-    search = next(s for s in tune.searches("rms_norm_forward", place))
-    rows = [search.present | {"BT": 3}, search.present | {"BT": 4}, search.present | {"BT": 8}]
-    monkeypatch.setattr(tune.Search, "candidates", lambda self: rows)
-    times = {4: 0.5, 8: 0.99}  # of the present row; 3 is no power of two
-    monkeypatch.setattr(tune, "ratio", lambda search, row, place: times[row["BT"]])
-    outcome = tune.explore(search, place, float("inf"), None)
-    assert outcome.best["BT"] == 4 and outcome.ratio == 0.5 and outcome.tried == 3
-    assert sum(outcome.refused.values()) == 1
+@pytest.fixture
+def explorer(monkeypatch):
+    """`explorer(times)`: a search among rows of these BT, each with its time."""
+
+    def make(times, ops=None):
+        clock = Clock("cpu", 0.0)
+        target = Target("interpreter", ("cuda", 90, 32), 232448)
+        place = tune.Place(torch.device("cpu"), torch.float32, clock, target)
+        search = next(s for s in tune.searches(["rms_norm_forward"], place))
+        cases = [
+            tune.Case(SPECS["rms_norm"], ops or TRITON, shape) for shape in ((65, 64), (9, 64))
+        ]
+        search = dataclasses.replace(search, cases=cases, proofs=cases[:1], also=[])
+        rows, real = [search.present | {"BT": n} for n in times], tune.run
+        measured = []
+
+        def run(search, case, place, row):
+            return tune.Run(row, real(search, case, place, row).outputs)
+
+        def compare(ours, present, place):
+            measured.append(ours.again["BT"])
+            return times[ours.again["BT"]], 1.0
+
+        monkeypatch.setattr(tune, "run", run)
+        monkeypatch.setattr(tune, "compare", compare)
+        return tune.Explorer(search, place, rows), measured
+
+    return make
+
+
+def test_wrong_and_slow_candidates_lose(explorer):
+    """What cannot run is refused; what is slow is not taken, or not even looked at twice."""
+    one, measured = explorer({3: 0.1, 4: 0.5, 8: 0.99, 16: 1.3})  # 3 is no power of two
+    tune.explore([one], None, 1e6)
+    found = one.outcome
+    assert found.best["BT"] == 4 and found.ratio == pytest.approx(0.5) and found.ms == (1.0, 0.5)
+    assert (found.tried, found.slower, sum(found.refused.values())) == (4, 1, 1)
+    assert measured.count(16) == 1  # at the largest case only
+    assert measured.count(8) == 2 and measured.count(4) == 2 + 2  # at both; the winner again
+
+
+def test_winner_is_proved(explorer):
+    """Within five per cent of the present outputs, so alike, and yet wrong: the next is taken."""
+
+    def broken(x, w, eps):
+        y, rstd = TRITON.rms_norm_forward(x, w, eps)
+        return y * (1.01 if tiles.tile("rms_norm_forward_kernel", x.device)["BT"] == 4 else 1), rstd
+
+    ops = dataclasses.replace(TRITON, rms_norm_forward=broken)
+    one, _ = explorer({4: 0.5, 16: 0.8}, ops)
+    tune.explore([one], None, 1e6)
+    assert one.outcome.best["BT"] == 16 and one.outcome.refused == {"AssertionError": 1}
+
+
+def test_refusals_of_workers_are_counted(explorer):
+    """And such a candidate is not measured."""
+
+    class Refusing(Workers):
+        def __init__(self):
+            self.outcomes = {}
+
+        def want(self, tasks, urgency):
+            self.outcomes |= dict.fromkeys(tasks, "")
+            spilling = [t for t in tasks if any(("BT", 4) in row for *_, row in t.rows)]
+            self.outcomes |= dict.fromkeys(spilling, "spills")
+
+        def poll(self, seconds=0.0):
+            pass
+
+    one, measured = explorer({4: 0.5, 16: 0.8})
+    tune.explore([one], Refusing(), 1e6)
+    assert one.outcome.best["BT"] == 16 and one.outcome.refused == {"spills": 1}
+    assert 4 not in measured and one.outcome.tried == 1
+
+
+def test_time_that_is_up_is_told(explorer):
+    one, measured = explorer({4: 0.5, 16: 0.8})
+    before = one.outcome.left
+    tune.explore([one], None, -1.0)
+    assert measured == [] and one.outcome.left == before + 2
+    work = [one.search, dataclasses.replace(one.search, launches=9)]
+    lengths = [len(search.candidates()) for search in work]
+    assert tune.shares(work, 1e6, 2) == lengths
+    assert all(2 <= n < most for n, most in zip(tune.shares(work, 20, 2), lengths, strict=True))
+
+
+# In a process of its own, for triton must not be the interpreter there. It prints the outcomes of
+# three tasks, and for every kernel that triton's own launcher then looks for, up to the launch,
+# whether it found it in the cache.
+COMPILED_AHEAD = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from benchmarks._common import tables, typed
+from benchmarks.ahead import Target, Task, Workers
+from kernels import _triton, tiles
+from kernels.registry import SPECS
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+spec, shape, kernel = SPECS["swiglu"], (16, 96), "swiglu_forward_kernel"
+row = {"BT": 2, "BF": 64, "num_warps": 2, "num_stages": 1}
+def task(row, **sizes):
+    rows = ((kernel, "", tuple((row | sizes).items())),)
+    return Task("swiglu", "triton", shape, "bfloat16", rows)
+dkv = (("BM", 64), ("BN", 128), ("num_warps", 4), ("num_stages", 2))
+held = ("attention", "triton", (2, 1, 64, 256), "bfloat16", (("attention_dkv_kernel", "", dkv),))
+tasks = [task(row), task(row, BF=96), Task(*held, names=("attention_dkv_kernel",))]
+workers = Workers(2, Target("sm_90", ("cuda", 90, 32), 232448))
+workers.want(tasks, 0)
+while workers.missing(tasks):
+    workers.poll(1.0)
+workers.close()
+hits = []
+triton.knobs.compilation.listener = lambda **known: hits.append(known["cache_hit"])
+triton.runtime.driver.set_active(Driver())
+tiles.pretended, tiles.overrides[kernel, ""] = "sm_90", row
+def note(kernel, grid, args, options):
+    kernel.run(*args, grid=grid, warmup=True, **options)
+_triton.recorder = note
+inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
+spec.run(tables(spec)[0], typed(spec, inputs, torch.bfloat16))
+print(json.dumps([[workers.outcomes[t] for t in tasks], hits]))
+"""
+
+
+def test_launches_find_what_workers_compiled(tmp_path):
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COMPILED_AHEAD]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (good, wrong, spilling), hits = json.loads(done.stdout)
+    assert good == "" and wrong == "CompilationError" and spilling == "spills"
+    assert hits == [True, True]

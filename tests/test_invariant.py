@@ -81,7 +81,9 @@ def test_another_tile_gives_other_bits(monkeypatch):
     x, first = normal(64, 96), tiles.tile("lora_linear_kernel", torch.device(DEVICE), "fixed fp32")
     product = product_of("head", 96, (64,), torch.float32)
     want = product(x)
-    monkeypatch.setitem(tiles.overrides, "lora_linear_kernel", first | {"BK": first["BK"] // 2})
+    monkeypatch.setitem(
+        tiles.overrides, ("lora_linear_kernel", ""), first | {"BK": first["BK"] // 2}
+    )
     other = product(x)
     assert not torch.equal(other, want)
     torch.testing.assert_close(other, want)
