@@ -27,6 +27,7 @@ not with --invariant.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -194,6 +195,9 @@ class Step:
         self.turn.add_(1)
 
 
+_ABANDONED: list[torch.cuda.CUDAGraph] = []  # torch may ask them yet what they were capturing
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Where steps are captured: one per device, since a library keeps a workspace per stream."""
@@ -215,7 +219,8 @@ class Graphs:
         self.config, self.stats = config, stats
         self.usable = config.graphs and model.device.type in DEVICES
         if self.usable:
-            self._refuse(refusal(model.ops))
+            failed = "a capture failed before in this process" if _ABANDONED else ""
+            self._refuse(failed or refusal(model.ops))
         self.most_steps = config.steps or (STEPS if self.usable else 1)
         pages.spare = int(self.usable)
         self.made: dict[tuple[int, int, float], Step] = {}
@@ -293,10 +298,24 @@ class Graphs:
             step.load(())
             step()  # compiles what it launches and makes what stays: tables, workspaces
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=side):
-                step()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=side):
+                    step()
+            except BaseException:
+                self._abandon(graph)
+                raise
         here.wait_stream(side)
         step.graph, step.angles = graph, self.model.angles
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell torch that a capture has ended where its own end of it was not reached.
+
+        Its allocator would refuse to empty its cache, and keep the memory of the pool.
+        """
+        _ABANDONED.append(graph)
+        with contextlib.suppress(RuntimeError):  # it had not begun, or was ended
+            torch._C._cuda_endAllocateToPool(self.model.device.index, self.pool)
+            torch._C._cuda_releasePool(self.model.device.index, self.pool)
 
     def clear(self) -> None:
         """Let all graphs go, and their memory."""

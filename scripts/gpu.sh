@@ -69,7 +69,7 @@ PYTEST+=(tests/test_cached_attention_triton.py tests/test_graphs.py)
 SHARES=("rms_norm or rope or swiglu" "adamw or linear_cross_entropy" "cached_attention" "sample")
 SHARES+=("attention and not cached_attention" "lora_linear and bfloat16" "test_triton_model")
 SHARES+=("lora_linear and float16 and not bfloat16" "lora_linear and not float16")
-SHARES+=("test_graphs" "test_invariant")
+SHARES+=("test_graphs and not whole" "test_graphs and whole" "test_invariant")
 SHARES+=("linear and not lora_linear and not cross_entropy and not test_invariant")
 SHARE='"${@:2}" -k "$1" >"$OUT/tests-${1// /_}.log" 2>&1; code=$?; echo "-- $1"
     tail -n 15 "$OUT/tests-${1// /_}.log"; exit $code'

@@ -259,6 +259,9 @@ def test_a_step_asks_nothing_of_the_host(model, ops, decoding, monkeypatch):
     with watch:
         step()
     assert watch.seen > 10 and not watch.asked
+    with watch:  # what it is there for
+        torch.tensor([1], device=DEVICE).item()
+    assert watch.asked == ["lift_fresh", "_local_scalar_dense"]
     assert step.turn.tolist() == [2] and step.results[:, 0].long().max() < 70
 
 
@@ -298,12 +301,12 @@ def test_a_whole_model_on_triton(model, ops):
         whole = Llama(model.config, weights, TRITON)
         if lora is not None:
             lora.bind(whole)
-        for decoding in ({}, SAMPLED):
+        for decoding in ({}, SAMPLED) if ON_GPU else (SAMPLED if lora else {},):
             settings = {"rows": 2, "end_ids": (), "invariant": False, **decoding}
             base, _ = write(whole, wanted, lora, graphs=False, **settings)
             got, stats = write(whole, wanted, lora, **settings)
             assert stats.replayed == stats.steps == 5, stats.not_captured
-            assert [c.ids for c in got.values()] == [c.ids for c in base.values()]
+            assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
 
 
 @pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
@@ -321,7 +324,8 @@ def test_memory_is_given_back(model):
         _, stats = write(model, wanted, rows=6, **SAMPLED)
         assert stats.replayed == stats.steps, stats.not_captured
     assert held() <= before
-    with Sampler(model, text, (), SamplerConfig(rows=6, page_size=8, draft="off")) as sampler:
+    config = SamplerConfig(rows=6, page_size=8, draft="off", invariant=True)
+    with Sampler(model, text, (END,), config) as sampler:
         list(sampler.run(wanted))
         assert held() > before and len(sampler.graphs.made) == sampler.stats.captured > 1
         assert all(step.graph is not None for step in sampler.graphs.made.values())
@@ -346,6 +350,6 @@ def test_a_capture_that_fails_costs_no_row(model, monkeypatch):
         monkeypatch.setattr(graphs.Graphs, "_capture", failing)
     got, stats = write(model, wanted, rows=3, **SAMPLED)
     assert got == base and stats.replayed == stats.captured == 0
-    assert "capturing failed: " in stats.not_captured and "\n" not in stats.not_captured
+    assert stats.not_captured.startswith("capturing failed: ") and "\n" not in stats.text()
     if not ON_GPU:
         assert stats.not_captured == "capturing failed: RuntimeError: the host was asked"
