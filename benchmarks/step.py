@@ -11,7 +11,9 @@ with peft in a process of its own, on weights of the same shapes.
 
 MFU counts 4 operations per weight and token (a LoRA step has no weight gradients: forward and
 gradient of the activations) and 3.5 times the causal attention's forward, over the rate of a large
-product measured on this machine first. Decoding is engine/sampler.py with no adapter.
+product measured on this machine first. Decoding is engine/sampler.py with no adapter and no drafts,
+a step launched by the host after the other, and on a GPU with captured steps ("graphs") too, eight
+between two visits of the host; capturing is timed apart.
 The last line is JSON, appended to $OUT/step.jsonl, or with --record to benchmarks/results/.
 """
 
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from benchmarks.clock import DTYPES, ceilings, first_line, header, machine, record
 from engine.data import Example
+from engine.graphs import refusal
 from engine.log import table
 from engine.optim import Optimizer
 from engine.sampler import Request, Sampler, SamplerConfig
@@ -217,9 +220,14 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
             settings["greedy, invariant"] = {"invariant": True}
         except ValueError as error:
             print(f"not decoded: {error}")
+    off = {name: {**setting, "graphs": False} for name, setting in settings.items()}
+    reason = refusal(model.ops) if model.device.type == "cuda" else "it is for GPUs"
+    if reason:
+        print(f"{model.ops.name}: decoded without graphs only: {reason}")
+    on = {} if reason else {f"{name}, graphs": setting for name, setting in settings.items()}
     found = {}
-    for name, setting in settings.items():
-        config = SamplerConfig(rows=args.rows, max_new_tokens=args.new, **setting)
+    for name, setting in (off | on).items():
+        config = SamplerConfig(rows=args.rows, max_new_tokens=args.new, draft="off", **setting)
         for new in (3, args.new):  # the first run compiles
             requests = [Request(f"r{i}", p, new) for i, p in enumerate(prompts.tolist())]
             with Sampler(model, lambda ids: "", (), config) as sampler:
@@ -232,6 +240,14 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
             "prefill_tokens_s": stats.prompt_tokens / stats.prefill_seconds,
             "answers": [answers[r.id] for r in requests],
         }
+        if name in on:
+            plain = found[name.removesuffix(", graphs")]["answers"]
+            found[name] |= {
+                "rows_as_without": sum(map(operator.eq, found[name]["answers"], plain)),
+                "replayed": stats.replayed / stats.steps,
+                "capture_s": stats.capture_seconds,
+                "not_captured": stats.not_captured,
+            }
     return found
 
 
@@ -275,6 +291,12 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
             rates = [r["tokens_s"], r["ms_per_step"], r["prefill_tokens_s"]]
             same = f"{r['rows_as_first']}/{args.rows}"
             lines.append([f"{name}, {kind}", *(f"{x:.1f}" for x in rates), same])
+            if "replayed" in r:
+                text.append(
+                    f"{name}, {kind}: {r['replayed']:.0%} of the steps replayed, captured in "
+                    f"{r['capture_s']:.2f} s {r['not_captured']}; {r['rows_as_without']}/"
+                    f"{args.rows} rows as without"
+                )
     return "\n".join(text + (["", table(lines)] if len(lines) > 1 else []))
 
 

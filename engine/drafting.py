@@ -71,8 +71,9 @@ class Controller:
     """Decides per step which guesses are worth their computation.
 
     A step of n tokens, of at most w in each of B rows, is taken to cost a + b n + c B w seconds
-    (products; attention, where the widest row sets the width), fitted to the steps so far with
-    older ones fading. A guess at depth j of a row whose match is m holds with the share seen at
+    (products; attention, where the widest row sets the width), and s more, or less, if it was
+    replayed (graphs.py; one with guesses never is), fitted to the steps so far with older ones
+    fading. A guess at depth j of a row whose match is m holds with the share seen at
     (m, j). For each width the guesses likeliest to be reached are taken while tokens per second
     rise; the best width wins, if it promises GAIN: the fit is no better than that, and at full
     rows, where computing is what a step costs, drafts that promised less lost (measured).
@@ -85,16 +86,16 @@ class Controller:
 
     def __init__(self) -> None:
         # first opinion of a step's cost: half of it at 20 tokens, a wide row costs a fifth more
-        self.products, self.seconds = np.zeros((3, 3)), np.zeros(3)
+        self.products, self.seconds = np.zeros((4, 4)), np.zeros(4)
         for tokens, area in ((1, 1), (20, 20), (20, 40), (60, 60)):
             self.measured(tokens, area, 0.02 + 0.001 * tokens + 0.0002 * (area - tokens))
         self.tried = [[self.PRIOR] * LONGEST for _ in range(SEEN + 1)]
         first = [0.5, 0.6, 0.5, *[0.8] * (SEEN - 2)]  # by match: the head of a reference is likely
         self.held = [[p * self.PRIOR] * LONGEST for p in first]
 
-    def measured(self, tokens: int, area: int, seconds: float) -> None:
+    def measured(self, tokens: int, area: int, seconds: float, replayed: bool = False) -> None:
         """A step of that many tokens, and rows times the widest row, took that long."""
-        x = np.array([1.0, tokens, area])
+        x = np.array([1.0, tokens, area, replayed])
         self.products = self.FADE * self.products + np.outer(x, x)
         self.seconds = self.FADE * self.seconds + seconds * x
 
@@ -106,8 +107,14 @@ class Controller:
             self.tried[row][depth] = self.tried[row][depth] * fade + 1
             self.held[row][depth] = self.held[row][depth] * fade + (depth < held)
 
-    def choose(self, matches: Sequence[int], offered: Sequence[int]) -> list[int]:
-        """Guesses to take of each row, which offers so many."""
+    def pays(self, rows: int) -> bool:
+        """Whether guesses at their likeliest would be taken of so many rows, by replayed steps."""
+        return any(self.choose([SEEN] * rows, [LONGEST] * rows, replayed=True))
+
+    def choose(
+        self, matches: Sequence[int], offered: Sequence[int], replayed: bool = False
+    ) -> list[int]:
+        """Guesses to take of each row, which offers so many; `replayed`: steps without are."""
         rows, slots = len(matches), []
         for i, (match, most) in enumerate(zip(matches, offered, strict=True)):
             row, reached = min(match, SEEN), 1.0
@@ -115,9 +122,12 @@ class Controller:
                 reached *= self.held[row][depth] / self.tried[row][depth]
                 slots.append((-reached, depth, i))
         slots.sort()
-        a, b, c = np.linalg.lstsq(self.products, self.seconds, rcond=1e-9)[0].tolist()
+        known = 4 if self.products[3, 3] else 3
+        fitted = np.linalg.lstsq(self.products[:known, :known], self.seconds[:known], rcond=1e-9)
+        a, b, c, s = [*fitted[0].tolist(), 0.0][:4]
         a, b, c = max(a, 1e-9), max(b, 0.0), max(c, 0.0)
-        best, keep = self.GAIN * rows / (a + (b + c) * rows), []
+        plain = max(a + (b + c) * rows + (s if replayed else 0.0), 1e-9)
+        best, keep = self.GAIN * rows / plain, []
         for width in self.WIDTHS[1:]:
             fixed, expected = a + c * rows * width, float(rows)
             inside = [slot for slot in slots if slot[1] + 1 < width]

@@ -32,6 +32,11 @@ class FlyingRow:
         """Tokens in the cache: all but the one drawn last."""
         return self.filled + max(0, len(self.ids) - 1)
 
+    def heat(self, default: float) -> float:
+        """Its temperature."""
+        own = self.request.temperature
+        return default if own is None else own
+
 
 def ending(
     row: FlyingRow, end_ids: Collection[int], stop: Sequence[str], decode: Decode

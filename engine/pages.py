@@ -68,6 +68,8 @@ class Pages:
         self.cache: KVCache | None = None
         self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
         self.kept: dict[tuple[int, ...], list[int]] = {}  # of ended rows, by prompt
+        self.spare = 0  # pages set aside for the idle rows of a captured step
+        self.idle: list[int] = []  # these
 
     @property
     def free(self) -> int:
@@ -80,6 +82,11 @@ class Pages:
 
     def make_room(self, wanted: int, least: int) -> None:
         """A pool of the wanted pages as far as memory allows; ValueError for fewer than `least`."""
+        self._make_room(wanted + self.spare, least + self.spare)
+        if not self.idle:
+            self.idle = self.cache.take(self.spare)
+
+    def _make_room(self, wanted: int, least: int) -> None:
         if self.cache is not None and wanted <= self.cache.pages:
             return
         m, budget = self.model, self.budget
@@ -94,7 +101,7 @@ class Pages:
             )
         pages = max(1, min(wanted, int(budget // page)) if budget else wanted)
         if self.cache is None:
-            self.cache = KVCache(m.config, pages, self.size, m.device, m.dtype)
+            self.cache, self.idle = KVCache(m.config, pages, self.size, m.device, m.dtype), []
         else:
             self.cache.grow(pages)
 
@@ -134,8 +141,8 @@ class Pages:
         """Give back what no row has."""
         self.drop_kept()
         if self.cache is not None:
-            self.cache.give_back(self.prefix[1])
-        self.prefix = [], []
+            self.cache.give_back([*self.prefix[1], *self.idle])
+        self.prefix, self.idle = ([], []), []
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Bring the pages in use together where attention reads the pool as it lies (on a CPU).
@@ -144,7 +151,7 @@ class Pages:
         """
         if self.cache.k.device.type != "cpu":
             return
-        every = [t for t in (self.prefix[1], *self.kept.values(), *tables) if t]
+        every = [t for t in (self.idle, self.prefix[1], *self.kept.values(), *tables) if t]
         used = sum(map(len, every))
         if used and max(map(max, every)) >= used + max(4, used // 8):
             self.cache.compact(every)

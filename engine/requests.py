@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps")  # they change no text
+# what changes no text
+SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class SamplerConfig:
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
     invariant: bool = False  # on a GPU too, no text depends on --rows, order or drafts; slower
-    steps: int = 1  # decode steps between two visits of the host; more pays on a GPU
+    steps: int = 0  # decode steps between two visits of the host; 0: 1, or 8 if captured
+    graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs: less waiting for the host
 
     def settings(self) -> dict[str, Any]:
         """What names a run of it: not what changes its speed only."""
@@ -60,7 +62,7 @@ class SamplerConfig:
                 self.draft not in ("auto", "off", "always"),
                 f"draft {self.draft!r}: auto, off or always is wanted",
             ),
-            (self.steps < 1, f"steps {self.steps}: at least 1"),
+            (self.steps < 0, f"steps {self.steps}: 0 (as pays) or more is wanted"),
         ]
         for wrong, message in problems:
             if wrong:
@@ -107,7 +109,11 @@ class SamplerStats:
     held: int = 0  # guesses that were right
     put_back: int = 0  # rows that began again for want of memory
     prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    decode_seconds: float = 0.0  # without capturing
+    captured: int = 0  # steps captured as CUDA graphs, one per number of rows and pages
+    capture_seconds: float = 0.0
+    replayed: int = 0  # of `steps`
+    not_captured: str = ""  # why, where that was asked for and cannot be
 
     def text(self) -> str:
         """Tokens per step and acceptance, what was shared, what was put back."""
@@ -118,4 +124,9 @@ class SamplerStats:
         text += f"; {self.shared_tokens} of {self.prompt_tokens} prompt tokens shared"
         if self.put_back:
             text += f"; memory was short: {self.put_back} rows were put back and begun again"
+        if self.captured:
+            text += f"; {self.replayed} of {self.steps} decode steps replayed, of {self.captured} "
+            text += f"graphs captured in {self.capture_seconds:.1f} s"
+        if self.not_captured:
+            text += f"; decode steps were not captured as CUDA graphs: {self.not_captured}"
         return text

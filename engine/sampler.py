@@ -32,6 +32,7 @@ from torch import Tensor
 
 from engine.drafting import Controller, Drafter
 from engine.endings import FlyingRow, ending
+from engine.graphs import Graphs
 from engine.invariance import prove
 from engine.pages import Pages, common_prefix, prefill_chunks
 from engine.process import give_back_freed_memory
@@ -65,6 +66,7 @@ class Sampler:
         self.end_ids = frozenset(() if config.ignore_eos else end_ids)
         self.owner, self.adapter = model, lora
         self.model: Llama | None = None
+        self.graphs: Graphs | None = None
         self.waiting: list[Request] = []
         self.flying: list[FlyingRow] = []
         self.draining = False
@@ -79,6 +81,7 @@ class Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.graphs.clear()
         self.model = self.pages.cache = None
         self.owner.restore()
         give_back_freed_memory()
@@ -88,6 +91,7 @@ class Sampler:
         self.model, self.lora = self.owner.for_sampling(self.adapter, release, invariant)
         if invariant:
             prove(self.model, self.lora, self.config.page_size)
+        self.graphs = Graphs(self.model, self.lora, self.pages, self.config, self.stats)
 
     def submit(self, request: Request) -> None:
         """Queue a request; allowed at any time, also while `run` is handing rows out."""
@@ -132,7 +136,7 @@ class Sampler:
 
     def _most_pages(self, request: Request) -> int:
         """Pages it may come to need; a visit of several steps runs on behind a row's end."""
-        tokens = len(request.prompt) + self._limit(request) + self.config.steps - 1
+        tokens = len(request.prompt) + self._limit(request) + self.graphs.most_steps - 1
         return self.pages.count(min(tokens, self.owner.config.max_position))
 
     def _admit(self) -> tuple[list[FlyingRow], list[Completion]]:
@@ -266,7 +270,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """One token (n,) and its log-probability (n,) for each hidden state (n, D)."""
         c, device = self.config, self.model.device
-        heats = [c.temperature if (t := row.request.temperature) is None else t for row in rows]
+        heats = [row.heat(c.temperature) for row in rows]
         if len(set(heats)) > 1:  # those of one temperature at a time
             order = sorted(range(len(rows)), key=heats.__getitem__)
             drawn = []
@@ -326,12 +330,13 @@ class Sampler:
 
     def _decode(self) -> None:
         """One visit: a step with guesses, or `steps` steps without."""
-        started = time.perf_counter()
-        guesses = self._guesses()
-        most = max(map(len, guesses))
+        started = time.perf_counter() - self.stats.capture_seconds
+        guesses, before = self._guesses(), len(self.flying)
         furthest = self.model.config.max_position - max(row.length for row in self.flying)
-        steps = 1 if most else min(self.config.steps, furthest)
-        before = len(self.flying)
+        wanted = max(row.limit - len(row.ids) for row in self.flying)
+        steps, replayed = 1, False
+        if not any(guesses):
+            steps = min(self.graphs.steps(before, self.controller), furthest, wanted)
         self._reserve([max(steps, 1 + len(guess)) for guess in guesses])
         guesses = guesses[: len(self.flying)]
         self.pages.compact([row.pages for row in self.flying])
@@ -339,32 +344,36 @@ class Sampler:
         if any(guesses):
             self._verify(rows, guesses)
         else:
-            self._step(rows, steps)
-        seconds = time.perf_counter() - started
+            replayed = self._step(rows, steps)
+        seconds = time.perf_counter() - started - self.stats.capture_seconds
         self.stats.decode_seconds += seconds
         self.stats.steps += steps
         self.stats.row_steps += steps * len(rows)
         if before == len(rows):
             widest = 1 + max(map(len, guesses))
             tokens = len(rows) + sum(map(len, guesses))
-            self.controller.measured(tokens, widest * len(rows), seconds / steps)
+            self.controller.measured(tokens, widest * len(rows), seconds / steps, replayed)
 
     def _guesses(self) -> list[list[int]]:
         """What each row carries along, empty where nothing is worth its computation."""
         if self.config.draft == "off":
             return [[] for _ in self.flying]
-        offers = []
-        for row in self.flying:
-            room = row.limit - len(row.ids) - 1
-            offers.append(row.drafter.guess(room))
+        offers = [row.drafter.guess(row.limit - len(row.ids) - 1) for row in self.flying]
         if self.config.draft == "always" or not any(offers):
             return offers
         matches = [row.drafter.match for row in self.flying]
-        taken = self.controller.choose(matches, [len(o) for o in offers])
+        taken = self.controller.choose(matches, list(map(len, offers)), self.graphs.usable)
         return [offer[:n] for offer, n in zip(offers, taken, strict=True)]
 
-    def _step(self, rows: list[FlyingRow], steps: int) -> None:
-        """`steps` tokens for every row; nothing is asked of the device before the last."""
+    def _step(self, rows: list[FlyingRow], steps: int) -> bool:
+        """`steps` tokens for every row, nothing asked of the device before the last; replayed?"""
+        drawn = self.graphs.run(rows, steps)
+        for tokens, logprobs in zip(*(drawn or self._eager(rows, steps)), strict=True):
+            self._take(rows, tokens, logprobs)
+        return drawn is not None
+
+    def _eager(self, rows: list[FlyingRow], steps: int) -> tuple[list[list], list[list]]:
+        """Tokens and log-probabilities of `steps` steps that the host launches one by one."""
         tables = [row.pages for row in rows]
         cached = self._describe(
             [1] * len(rows), [row.length for row in rows], tables, alone=True, ahead=steps - 1
@@ -381,9 +390,7 @@ class Sampler:
             hidden = self._hidden(last, cached)
             drawn.append(self._draw(hidden, rows, cached.positions, history))
             last = drawn[-1][0]
-        tokens, logprobs = (torch.stack(values).tolist() for values in zip(*drawn, strict=True))
-        for step_tokens, step_logprobs in zip(tokens, logprobs, strict=True):
-            self._take(rows, step_tokens, step_logprobs)
+        return tuple(torch.stack(values).tolist() for values in zip(*drawn, strict=True))
 
     def _verify(self, rows: list[FlyingRow], guesses: list[list[int]]) -> None:
         """One forward over every row's last token and its guesses; what is drawn is what counts."""

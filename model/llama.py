@@ -234,6 +234,11 @@ class Llama:
             lora.config.dropout, key, context.positions, context.row_keys, context.step
         )
 
+    @property
+    def angles(self) -> Tensor | None:
+        """The rotary table in use: a longer row replaces it, so a captured forward must hold it."""
+        return self._cos_sin
+
     def _rope_table(self, context: Packed | Cached) -> Tensor:
         """cos_sin, long enough for this forward; built once and doubled when outgrown."""
         if isinstance(context, Packed):

@@ -64,12 +64,13 @@ part() {
 
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
 PYTEST+=(tests/test_kernels.py tests/test_triton_model.py tests/test_invariant.py)
-PYTEST+=(tests/test_cached_attention_triton.py)
+PYTEST+=(tests/test_cached_attention_triton.py tests/test_graphs.py)
 # On the card most of a test is compiling, on one core: shares of the tests run side by side.
 SHARES=("rms_norm or rope or swiglu" "adamw or linear_cross_entropy" "cached_attention" "sample")
 SHARES+=("attention and not cached_attention" "lora_linear and bfloat16" "test_triton_model")
 SHARES+=("lora_linear and float16 and not bfloat16" "lora_linear and not float16")
-SHARES+=("test_invariant" "linear and not lora_linear and not cross_entropy and not test_invariant")
+SHARES+=("test_graphs and not whole" "test_graphs and whole" "test_invariant")
+SHARES+=("linear and not lora_linear and not cross_entropy and not test_invariant")
 SHARE='"${@:2}" -k "$1" >"$OUT/tests-${1// /_}.log" 2>&1; code=$?; echo "-- $1"
     tail -n 15 "$OUT/tests-${1// /_}.log"; exit $code'
 IN_SHARES=(xargs -0 -a "$OUT/.shares" -P 16 -I{} bash -c "$SHARE" share {})
