@@ -125,7 +125,8 @@ def attention_forward_kernel(
     k_head = H + h // (H // G)
     heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
     q = read_block(heads, h, i, n, HEADS, D, DP, BM, DESCRIBED)
-    heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
+    if BN != BM:  # a descriptor takes a microsecond to make
+        heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
     o = tl.zeros((BM, DP), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -199,7 +200,8 @@ def attention_dq_kernel(
     k_head = H + h // (H // G)
     heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
     q = read_block(heads, h, i, n, HEADS, D, DP, BM, DESCRIBED)
-    heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
+    if BN != BM:  # a descriptor takes a microsecond to make
+        heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
     dq = tl.zeros((BM, DP), tl.float32)
     diagonal = i // BN * BN
     for j in range(0, diagonal, BN):
@@ -232,7 +234,8 @@ def attention_dkv_kernel(
     heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
     k = read_block(heads, H + g, j, n, HEADS, D, DP, BN, DESCRIBED)
     v = read_block(heads, H + G + g, j, n, HEADS, D, DP, BN, DESCRIBED)
-    heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
+    if BN != BM:
+        heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
     do_heads = heads_of(do_ptr, start, n, H, D, DP, BM, DESCRIBED)
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DP), tl.float32)
