@@ -6,7 +6,8 @@ backward   1. dq likewise, and delta on the way
            2. dk and dv: a program per (block of BN keys, key/value head, row) walks along the
               queries of all the heads of its group, so that nothing is added up in memory: no
               atomics, the same bits every time
-The blocks of a row start with those that have most work; programs behind a shorter row end at once.
+The blocks of a row start with those that have most work, of all heads: a group's share its keys in
+L2 (H100: 5 to 28 % faster than head by head). Programs behind a shorter row end at once.
 A row's result depends on that row alone: its start and length bound every address.
 precision  softmax and sums in fp32; operands of products in the dtype: P and dS are rounded to it
 traffic    no scores in memory. Forward reads q and writes o once and reads k, v once per block of
@@ -116,10 +117,10 @@ def attention_forward_kernel(
     DESCRIBED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = H + 2 * G
-    h, row = tl.program_id(1), tl.program_id(2)
+    h, row = tl.program_id(0), tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
-    i = (tl.cdiv(n, BM) - 1 - tl.program_id(0)) * BM  # last queries first: they have most keys
+    i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM  # last queries first: they have most keys
     if i < 0:
         return
     k_head = H + h // (H // G)
@@ -173,10 +174,10 @@ def attention_dq_kernel(
     DESCRIBED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = H + 2 * G
-    h, row = tl.program_id(1), tl.program_id(2)
+    h, row = tl.program_id(0), tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
-    i = (tl.cdiv(n, BM) - 1 - tl.program_id(0)) * BM
+    i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM
     if i < 0:
         return
     do_heads = heads_of(do_ptr, start, n, H, D, DP, BM, DESCRIBED)
@@ -191,7 +192,7 @@ def attention_dq_kernel(
     at = padded_at(start, row, h, rows, BLOCKS, PAD)
     tl.store(lse2_ptr + at, lse)
     tl.store(delta_ptr + at, delta)
-    if tl.program_id(0) == 0:  # has the last queries: fills up the row's last PAD behind them
+    if tl.program_id(1) == 0:  # has the last queries: fills up the row's last PAD behind them
         behind = i + BM + tl.arange(0, PAD)
         inside = behind < tl.cdiv(n, PAD) * PAD
         there = padded_at(start, row, h, behind, BLOCKS, PAD)
@@ -225,10 +226,10 @@ def attention_dkv_kernel(
 ):  # fmt: skip
     HEADS: tl.constexpr = H + 2 * G
     LOG2: tl.constexpr = 1.4426950408889634 / D**0.5
-    g, row = tl.program_id(1), tl.program_id(2)
+    g, row = tl.program_id(0), tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
-    j = tl.program_id(0) * BN
+    j = tl.program_id(1) * BN
     if j >= n:
         return
     heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
@@ -264,12 +265,12 @@ def _launch_by_blocks(
     kernel, block: str, heads: int, read: tuple[Tensor, ...], packed: Packed, H: int, D: int, *args,
     **constants,
 ) -> None:  # fmt: skip
-    """A program per (block of the longest row, head, row); `read`: what read_block is used on."""
+    """A program per (head, block of the longest row, row); `read`: what read_block is used on."""
     qkv = read[0]
     DP = power_of_two(D)
     row = tile(kernel.__name__, qkv.device, "fp32" if qkv.dtype == torch.float32 else f"d{DP}")
     assert row["BM"] <= PAD, f"{kernel.__name__}: BM {row['BM']} over {PAD}"
-    grid = (cdiv(longest_row(packed), row[block]), heads, len(packed.rows))
+    grid = (heads, cdiv(longest_row(packed), row[block]), len(packed.rows))
     constants |= {"H": H, "G": (qkv.shape[1] // D - H) // 2, "D": D, "DP": DP}
     # Without TMA the descriptors' third dimension costs cp.async; products of fp32 read registers.
     tma = device_class(qkv.device) not in ("sm_80", "gfx942") and qkv.dtype != torch.float32

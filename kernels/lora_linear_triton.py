@@ -162,14 +162,15 @@ def lora_linear_kernel(
     """y_i = x W_i^T + s S_i B_i^T; FUSED makes S_i on the way.
 
     S0, S1, S2: the member's first column of S, or -1 where it has no adapter. RANK 0: nobody has.
-    PERSISTENT: a program makes every `programs`-th of the tiles, with descriptors made once.
+    PERSISTENT: a program makes every `programs`-th of the tiles, with descriptors made once. That
+    loop has one stage: for a K of one step triton would else keep several tiles in flight.
     """
     x, w = x_ptr, w_ptr
     if DESCRIBED:
         x = tl.make_tensor_descriptor(x_ptr, [T, K], [x_stride, 1], [BM, BK])
         w = tl.make_tensor_descriptor(w_ptr, [N0 + N1 + N2, K], [K, 1], [BN, BK])
     if PERSISTENT:
-        for pid in range(tl.program_id(0), tiles, programs):
+        for pid in tl.range(tl.program_id(0), tiles, programs, num_stages=1):
             linear_tile(
                 pid, x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, y_ptr, T, x_stride, scale,
                 K, N0, N1, N2, S0, S1, S2, R, RANK, FUSED, DESCRIBED, GROUP, BM, BN, BK, BR,
@@ -317,7 +318,7 @@ def lora_dx_kernel(
         ds = tl.make_tensor_descriptor(ds_ptr, [T, R], [R, 1], [BM, BR])
         a = tl.make_tensor_descriptor(a_ptr, [R, K], [K, 1], [BR, BN])
     if PERSISTENT:
-        for pid in range(tl.program_id(0), tiles, programs):
+        for pid in tl.range(tl.program_id(0), tiles, programs, num_stages=1):
             dx_tile(
                 pid, dy, w, ds, a, dx_ptr, position_ptr, row_key_ptr, step_ptr, key, threshold,
                 T, dy_stride, K, N, R, DROP, DESCRIBED, GROUP, BM, BN, BK, BR,
