@@ -293,18 +293,24 @@ class Graphs:
             return
         here, side = torch.cuda.current_stream(device), _side_stream(device)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            side.wait_stream(here)
-            step.load(())
-            step()  # compiles what it launches and makes what stays: tables, workspaces
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=side):
-                    step()
-            except BaseException:
-                self._abandon(graph)
-                raise
-        here.wait_stream(side)
+        side.wait_stream(here)
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(side):
+                step.load(())
+                step()  # compiles what it launches and makes what stays: tables, workspaces
+                self._record(step, side)
+        finally:
+            here.wait_stream(side)
+
+    def _record(self, step: Step, stream: torch.cuda.Stream) -> None:
+        graph = torch.cuda.CUDAGraph()
+        how = {"pool": self.pool, "stream": stream}
+        try:  # "thread_local": what other threads ask of the card (NCCL's) must not end it
+            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+                step()
+        except BaseException:
+            self._abandon(graph)
+            raise
         step.graph, step.angles = graph, self.model.angles
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:

@@ -58,7 +58,9 @@ def usable(device: str | torch.device) -> str:
 
 
 def _scratch(size: int, align: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # torch aligns to 512 bytes
+    # torch aligns to 512 bytes; while a step is captured, from the graph's own pool, which gives it
+    # out again to what comes later on the stream
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
