@@ -1,8 +1,9 @@
 """What benchmarks/tune.py tries for each kernel, what it times together, and what is worth most.
 
 Few and chosen: what a program on Hopper can hold without spilling, with wgmma not serialised and
-within 227 KiB, at Llama's shapes (compiled ahead for sm_90 with triton 3.6); the likeliest first,
-since a short budget cuts the lists at their ends. Other cards drop what does not fit them.
+within 227 KiB, at Llama-2-7B's shapes and rank 16 (compiled ahead for sm_90 with triton 3.6; a few
+spill at rank 64, and are dropped there, as other cards drop what does not fit them). The likeliest
+come first, since a short budget cuts the lists at their ends.
 """
 
 from __future__ import annotations
@@ -48,6 +49,33 @@ _FEW = (
     (16, 64, 64, 8, 4, 6),
 )
 
+_BLOCKS = "BM BN w s"
+_FORWARD = (
+    (128, 64, 8, 3),
+    (128, 128, 8, 3),
+    (128, 128, 8, 2),
+    (128, 64, 8, 2),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+    (64, 64, 4, 2),
+    (64, 128, 4, 3),
+    (128, 64, 8, 4),
+    (128, 32, 8, 4),
+)
+_DKV = (
+    (64, 128, 8, 2),
+    (64, 128, 8, 3),
+    (64, 64, 4, 2),
+    (64, 64, 8, 2),
+    (32, 128, 8, 2),
+    (32, 64, 4, 2),
+    (32, 128, 8, 3),
+    (32, 64, 4, 3),
+    (64, 128, 8, 1),
+    (64, 64, 4, 1),
+    (32, 64, 8, 3),
+)
+
 # By kernel and, after a space, the beginning of a shape class.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     # elementwise and by rows: bandwidth
@@ -57,7 +85,7 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     ),
     "rms_norm_backward_kernel": rows(
         "BT w",
-        *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (4, 4), (1, 2), (8, 8)),
+        *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (1, 2)),
     ),
     "rope_kernel": rows(
         "BT BH w",
@@ -116,23 +144,15 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         *((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
         *((64, 32, 4, 3), (128, 32, 8, 3), (32, 64, 4, 2), (32, 32, 8, 1), (32, 32, 4, 2)),
     ),
-    "attention_forward_kernel": rows(
-        "BM BN w s",
-        *((128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)),
-        *((64, 128, 4, 2), (64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 3), (128, 64, 8, 4)),
-        *((128, 32, 8, 4), (128, 64, 4, 3)),
-    ),
+    "attention_forward_kernel": rows(_BLOCKS, *_FORWARD),
+    "attention_forward_kernel d64": rows(_BLOCKS, (128, 64, 4, 3), (128, 64, 4, 2), *_FORWARD),
     "attention_dq_kernel": rows(
         "BM BN w s",
         *((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
         *((64, 128, 4, 2), (128, 32, 8, 3), (64, 128, 8, 2), (64, 32, 4, 3), (128, 64, 8, 1)),
     ),
-    "attention_dkv_kernel": rows(
-        "BM BN w s",
-        *((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2)),
-        *((32, 64, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (64, 128, 8, 1), (64, 64, 4, 1)),
-        *((32, 64, 8, 3), (128, 64, 8, 2)),
-    ),
+    "attention_dkv_kernel": rows(_BLOCKS, *_DKV),
+    "attention_dkv_kernel d64": rows(_BLOCKS, *_DKV, (128, 64, 8, 2)),
     # products
     "lora_linear_forward": forms("addmm", "split", "fused"),
     "lora_linear_backward": forms("addmm", "kernels"),
@@ -154,11 +174,11 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "lora_down_kernel": rows(
         "BM BK w s",
         *((64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)),
-        *((128, 64, 8, 4), (64, 256, 4, 3), (32, 256, 4, 3), (16, 256, 4, 3), (64, 64, 4, 6)),
+        *((128, 64, 8, 4), (32, 256, 4, 3), (16, 256, 4, 3), (64, 64, 4, 6)),
     ),
     "lora_down_kernel few": rows(
         "BM BK w s",
-        *((16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (16, 256, 4, 4), (16, 512, 4, 2)),
+        *((16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (16, 256, 4, 4)),
         *((16, 512, 8, 3), (16, 64, 2, 4)),
     ),
     "lora_up_backward_kernel": rows(

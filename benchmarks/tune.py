@@ -508,7 +508,7 @@ class Turn:
         for row, wanted in self.by_row.items():
             how = {"rows": (*won, (search.kernel, search.shape_class, row))}
             how |= {} if search.form else {"names": search.names}
-            for case in (*cases, *(search.also if self.screened else ())):
+            for case in (*cases, *(() if self.screened else search.also)):
                 wanted += tasks(case, place, **how)
             how = {"rows": ((search.kernel, "", row),), "masters": False}
             for case in search.proofs if self.screened and not proofs else ():
