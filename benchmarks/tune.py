@@ -310,14 +310,19 @@ def run(search: Search, case: Case, place: Place, row: dict[str, Any]) -> Run:
         with mine():
             outputs = case.spec.run(case.ops, case.inputs(place))
             saved = call.saved(case.ops, inputs)
-        return Run(called, outputs)
+        return Run(called, kept(outputs))
     _triton.recorder, tiles.watcher = note, looked.__setitem__
     try:
         with mine():
             outputs = case.spec.run(case.ops, inputs)
     finally:
         _triton.recorder = tiles.watcher = None
-    return Run(launched, outputs)
+    return Run(launched, kept(outputs))
+
+
+def kept(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies: an operation in place goes on writing there when it is repeated."""
+    return {name: value.clone() for name, value in outputs.items()}
 
 
 def alike(ours: dict[str, Tensor], present: dict[str, Tensor]) -> bool:

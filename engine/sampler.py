@@ -82,7 +82,7 @@ class Sampler:
 
     def __exit__(self, *_: object) -> None:
         self.graphs.clear()
-        self.model = self.pages.cache = None
+        self.model = self.pages.cache = self.graphs = None
         self.owner.restore()
         give_back_freed_memory()
 

@@ -10,7 +10,7 @@ shapes     x, dx (T, K)    weight (N, K): the members' weights, one below the ot
            S, dS (T, R), R = rank * adapted members    B_i (N_i, rank)
 precision  products accumulate in at least fp32; dA and dB are added to fp32 buffers
 saved      x and S (R / K of x); S is never recomputed, dS is made once for dB, dA and dx
-The Triton kernels are in lora_linear_triton.py.
+The Triton kernels are in lora_linear_triton.py and lora_linear_backward_triton.py.
 """
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members

@@ -46,7 +46,11 @@ MORE = {
     "philox": ["tests/test_kernels.py", "-k", "draw_the_same"],
     "sampling": ["tests/test_sampling_options.py"],
 }
-JUDGED_BY = {"philox": ("lora_linear", "sample")}  # operations, where the file is not one
+# operations, where the file is not one
+JUDGED_BY = {
+    "philox": ("lora_linear", "sample"),
+    "lora_linear_backward_triton": ("lora_linear",),
+}
 
 # (kernel, line of code, the line from the operator on) -> why the mutant computes the same; this
 # is Mutant.key. Reviewed.

@@ -27,7 +27,8 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # decode, extend, fused and split forms that the kernel issue names are kernels of their own; then
 # 3,150: `auto` checks at a model's own widths; drafts are decoded with the others, in one pass, and
 # rows of like length share a softmax; a row's bits are kept apart (rowwise.py); shared prefixes;
-# 3,400 until products had a form that keeps them apart on a GPU too (linear_invariant.py).
+# 3,400 until products had a form that keeps them apart on a GPU too (linear_invariant.py); 3,450
+# until an H100 showed that programs on sm_90 had better walk over the tiles of a product.
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950; then
 # 1,600: weights that processes share out (sharded.py, and each reading its rows alone).
@@ -42,7 +43,7 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # --invariant 100, which looks on the card, before the first row, whether its promise holds;
 # training and scoring on sharded weights 100, where every process must gather equally often;
 # decode steps captured as CUDA graphs, and what a failed capture leaves, 280.
-PACKAGE_BUDGET = {"kernels": 3450, "model": 1760, "engine": 8370}
+PACKAGE_BUDGET = {"kernels": 3540, "model": 1760, "engine": 8370}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 
