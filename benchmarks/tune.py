@@ -352,29 +352,33 @@ def explore(explorers: list[Explorer], workers: Workers | None, seconds: float) 
         if not turn.search.form:
             turn.ask()
     bar = progress(total=len(turns), desc="searches")
-    while turns:
+    try:
+        while turns:
+            for turn in turns:
+                if turn.search.form and not turn.asked:
+                    rest = [
+                        t for t in turns if not t.search.form and related(t.search, turn.search)
+                    ]
+                    if not rest or time.monotonic() > until - RESERVE * seconds:
+                        turn.ask(known(explorers))
+            ready = next((turn for turn in turns if turn.ready()), None)
+            if time.monotonic() > until:
+                break
+            if ready is None:
+                workers.poll(0.1)
+                continue
+            bar.set_postfix_str(f"{ready.search.kernel} {ready.search.shape_class}")
+            ready.take(until)
+            if ready.explorer.done:
+                turns.remove(ready)
+                bar.update()
+            else:
+                ready.ask(ready.won)
+    finally:  # also where a signal ends it: what was not tried is counted
+        bar.close()
         for turn in turns:
-            if turn.search.form and not turn.asked:
-                rest = [t for t in turns if not t.search.form and related(t.search, turn.search)]
-                if not rest or time.monotonic() > until - RESERVE * seconds:
-                    turn.ask(known(explorers))
-        ready = next((turn for turn in turns if turn.ready()), None)
-        if time.monotonic() > until:
-            break
-        if ready is None:
-            workers.poll(0.1)
-            continue
-        bar.set_postfix_str(f"{ready.search.kernel} {ready.search.shape_class}")
-        ready.take(until)
-        if ready.explorer.done:
-            turns.remove(ready)
-            bar.update()
-        else:
-            ready.ask(ready.won)
-    bar.close()
-    for turn in turns:
-        turn.explorer.outcome.left += 0 if turn.screened else len(turn.explorer.rows)
-        turn.explorer.outcome.undecided = turn.screened
+            turn.explorer.outcome.left += 0 if turn.screened else len(turn.explorer.rows)
+            turn.explorer.outcome.undecided = turn.screened
 
 
 def related(search: Search, form: Search) -> bool:
