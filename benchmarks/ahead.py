@@ -113,21 +113,22 @@ def make_launcher(kernel: Any) -> None:
 
 
 def outcome(task: Task, target: Target) -> str:
-    """Compile a task: "" or why its row must not be taken."""
+    """Compile all of a task: "" or why its row must not be taken."""
+    found = []
     try:
         for launch in launches(task, target):
             kernel, log = compiled(launch, target)
             if kernel.metadata.shared > target.shared:
-                return "shared memory"
-            if aot.SERIAL in log:
-                return "serialised wgmma"
-            if "cubin" in kernel.asm:
-                if int(re.search(r"STACK:(\d+)", aot.resources(kernel.asm["cubin"]))[1]):
-                    return "spills"
+                found.append("shared memory")
+            elif aot.SERIAL in log:
+                found.append("serialised wgmma")
+            elif "cubin" in kernel.asm:
+                usage = aot.resources(kernel.asm["cubin"])
+                found += ["spills"] if int(re.search(r"STACK:(\d+)", usage)[1]) else []
                 make_launcher(kernel)
     except Exception as error:  # whatever the compiler raises
         return type(error).__name__
-    return ""
+    return found[0] if found else ""
 
 
 def work(connection: Connection, target: Target) -> None:

@@ -235,7 +235,7 @@ def test_every_row_of_the_table_has_candidates():
             for candidate in candidates.candidates_of(kernel, shape_class):
                 assert candidate.keys() <= names, (kernel, candidate)
     assert {key.split()[0] for key in candidates.CANDIDATES} == tiles.table().keys()
-    assert {*tune.TIMED_WITH, *tune.TIMED_WITH.values()} <= jitted().keys()
+    assert {*candidates.TIMED_WITH, *candidates.TIMED_WITH.values()} <= jitted().keys()
     few = candidates.candidates_of("lora_linear_kernel", "few r16")
     assert few == candidates.CANDIDATES["lora_linear_kernel few"]
 
