@@ -93,7 +93,7 @@ else
     part tune 60 "${TUNE[@]}" --seconds 40
     part kernels 90 "${KERNELS[@]}" --seconds 50 --slot 0.05
     part backward 75 "${KERNELS[@]}" --seconds 40 --slot 0.05 --backward
-    part step-qv 80 "${STEP[@]}" --rank 8 --modules qv --invariant
+    part step-qv 100 "${STEP[@]}" --rank 8 --modules qv --invariant
     part step-all 40 "${STEP[@]}" --rank 16 --modules all --no-decode
     part peers 45 "${STEP[@]}" --rank 8 --modules qv --ops peft
 fi
