@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import compile as aot
 from benchmarks._common import Launch, record, tables
-from kernels import tiles
+from kernels import _triton, tiles
 from kernels.registry import SPECS
 
 PATIENCE = 60.0  # seconds for a task; ptxas takes minutes over a kernel that spills thousands
@@ -41,6 +41,16 @@ class Target:
     device_class: str  # whose rows of the table
     gpu: tuple[str, int | str, int]  # triton's: backend, architecture, threads of a warp
     shared: int  # bytes of shared memory that a program may have
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target:
+        """This card; for processes that launch on it."""
+        gpu = _triton.triton.runtime.driver.active.get_current_target()
+        device_class = tiles.device_class(device)
+        properties = torch.cuda.get_device_properties(device)
+        limit = aot.SHARED[device_class]
+        shared = getattr(properties, "shared_memory_per_block_optin", limit)
+        return cls(device_class, (gpu.backend, gpu.arch, gpu.warp_size), shared)
 
 
 @dataclass(frozen=True, order=True)

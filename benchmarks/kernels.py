@@ -15,6 +15,8 @@ On a CPU 64 MiB are written before every call, which leaves a larger cache warm.
     peft, sdpa  what one would write by hand: an adapter per module; torch's fused attention
     torch       our TORCH table        triton and others: our kernels and their variants
 
+On a GPU --jobs processes compile our kernels ahead, in the order in which they are needed.
+
 The floor of a call is the longer of its operations over the rate of a large product and its bytes
 over the rate of a large copy, both measured on this machine first; `x floor` is time over floor.
 The last line is JSON, appended to kernels.jsonl in $OUT, else in benchmarks/results/ (not --dry).
@@ -37,6 +39,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import _common
+from benchmarks.ahead import Target, Task, Workers
 from benchmarks.clock import DTYPES, Clock, ceilings, first_line, header, machine, record
 from benchmarks.operations import (
     BY_HAND,
@@ -109,6 +113,9 @@ class Run:
         self.clock = Clock(self.device, args.slot, 2 if args.dry else 50)
         self.ceilings = ceilings(self.device, self.dtype)
         self.without_ours = _triton.usable(self.device)
+        self.workers: Workers | None = None
+        if self.gpu and args.jobs and not self.without_ours:
+            self.workers = Workers(args.jobs, Target.of(torch.empty(0, device=self.device).device))
 
     def cases(self) -> Iterator[tuple[str, list[Shape]]]:
         """(operation, shapes), the largest and the smallest in turn."""
@@ -132,6 +139,27 @@ class Run:
             half = len(order) // 2
             pairs = zip_longest(reversed(order[half:]), order[:half])
             yield operation, [shape for pair in pairs for shape in pair if shape]
+
+    def ahead(self, operation: str, shape: Shape) -> list[Task]:
+        """What our forms compile at this shape: timed, with fp32 gradients, and in the check."""
+        spec, dtype = SPECS[operation], str(self.dtype).removeprefix("torch.")
+        names = [ops.name for ops in _common.tables(spec)]
+        kinds = [(name, masters) for masters in (True, False) for name in names]
+        return [Task(operation, name, shape, dtype, masters=masters) for name, masters in kinds]
+
+    def compile_ahead(self, cases: list[tuple[str, list[Shape]]]) -> None:
+        """Give the workers the first shape of every operation, then every second, ..."""
+        for operation, shapes in cases if self.workers else []:
+            for k, shape in enumerate(shapes):
+                self.workers.want(self.ahead(operation, shape), k)
+
+    def wait_for(self, operation: str, shape: Shape) -> None:
+        """Until the workers are through with what they have begun of this shape."""
+        if self.workers:
+            tasks = self.ahead(operation, shape)
+            self.workers.want(tasks, -1)
+            while self.workers.missing(tasks):
+                self.workers.poll(1.0)
 
     def work(self, operation: str, shape: Shape) -> tuple[float, float]:
         """Operations and bytes of its dearest call."""
@@ -266,6 +294,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto")
     parser.add_argument("--slot", type=float, default=0.2, help="seconds of a call at a shape")
     parser.add_argument("--seconds", type=float, default=0, help="in all; 0: as long as it takes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--dry", action="store_true", help="a tiny shape of each, two calls")
     args = parser.parse_args(argv)
     if args.shape and args.kernel not in (None, "lora_linear"):
@@ -287,6 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         time_cases(run, args, document)
     finally:
+        if run.workers:
+            run.workers.close()
         if document["left_out"]:
             print(
                 f"\n{document['left_out']} shapes left out: --seconds {args.seconds:.0f} are over"
@@ -300,6 +331,7 @@ def main(argv: list[str] | None = None) -> None:
 def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
     """Time every case into the document, each operation at one shape at least."""
     started, cases = time.perf_counter(), list(run.cases())
+    run.compile_ahead(cases)
     for n, (operation, shapes) in enumerate(cases, start=1):
         calls = [c for name, c in CALLS if name == operation and ("backward" in c) == args.backward]
         for k, shape in enumerate(shapes if calls else []):
@@ -308,6 +340,7 @@ def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
                 document["left_out"] += len(shapes) - k
                 break
             try:
+                run.wait_for(operation, shape)
                 inputs = make_inputs(operation, shape, run.dtype, run.device)
                 for call in calls:
                     found = run.time(operation, call, shape, inputs)

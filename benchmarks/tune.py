@@ -492,14 +492,9 @@ def place_for(args: argparse.Namespace) -> Place:
         print(f"nothing can be measured: {reason}; --dry rehearses without one", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
-    gpu = _triton.triton.runtime.driver.active.get_current_target()
-    device_class = tiles.device_class(device)
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", SHARED[device_class])
-    target = Target(device_class, (gpu.backend, gpu.arch, gpu.warp_size), shared)
     clock = Clock(str(device), 0.0)
     clock.flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
-    return Place(device, DTYPES[args.dtype], clock, target)
+    return Place(device, DTYPES[args.dtype], clock, Target.of(device))
 
 
 def main() -> int:

@@ -154,8 +154,7 @@ class Step:
             "contexts": lengths,
             "samples": [*(row.request.sample for row in rows), *[0] * idle],
             "row_keys": [*(row.key for row in rows), *[0] * idle],
-            "turn": [0],
-        }
+        }  # and "turn" is 0 again, as it is in the host's copy
         tables = [*(row.pages[: self.P] for row in rows), *[[]] * idle]
         columns["table"] = [n for t in tables for n in (*t, *[nobody] * (self.P - len(t)))]
         if self.history is not None:

@@ -39,7 +39,8 @@ class SamplerConfig:
 
     def greedy(self, max_new_tokens: int) -> SamplerConfig:
         """For measuring: as many rows and the same promise, nothing left to chance."""
-        return SamplerConfig(self.rows, invariant=self.invariant, max_new_tokens=max_new_tokens)
+        kept = {"invariant": self.invariant, "graphs": self.graphs}
+        return SamplerConfig(self.rows, max_new_tokens=max_new_tokens, **kept)
 
     def check(self) -> None:
         """ValueError for settings that cannot sample."""

@@ -12,7 +12,8 @@ Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
                 chunks; a decoded or drafted token is a query of its own that splits its context by
                 page and joins in page order (cached_attention.py)
     sampling    one uniform per token, named by (seed, row id, sample, position) (philox.py)
-On a GPU with `invariant` products have fixed tiles (linear_invariant.py), and Triton's attention
+On a GPU decode steps are captured and replayed, several between two visits of the host (graphs.py).
+With `invariant` products there have fixed tiles (linear_invariant.py), and Triton's attention
 gives a token the same bits wherever it was cut off and whatever was drafted with it.
 """
 

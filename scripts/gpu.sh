@@ -93,13 +93,13 @@ if [[ -n $DRY ]]; then
     part peers 120 "${STEP[@]}" "${tiny[@]}" --rank 8 --modules qv --ops peft
 else
     printf '%s\0' "${SHARES[@]}" >"$OUT/.shares"
-    part tests 95 "${TESTS[@]}"
-    part tune 85 "${TUNE[@]}" --seconds 70
-    part kernels 80 "${KERNELS[@]}" --seconds 45 --slot 0.05
-    part backward 65 "${KERNELS[@]}" --seconds 35 --slot 0.05 --backward
-    part step-qv 70 "${STEP[@]}" --rank 8 --modules qv --invariant
+    part tests 90 "${TESTS[@]}"
+    part tune 80 "${TUNE[@]}" --seconds 66
+    part kernels 75 "${KERNELS[@]}" --seconds 55 --slot 0.03
+    part backward 65 "${KERNELS[@]}" --seconds 45 --slot 0.03 --backward
+    part step-qv 90 "${STEP[@]}" --rank 8 --modules qv --invariant
     part step-all 40 "${STEP[@]}" --rank 16 --modules all --no-decode
-    part peers 45 "${STEP[@]}" --rank 8 --modules qv --ops peft
+    part peers 40 "${STEP[@]}" --rank 8 --modules qv --ops peft
 fi
 
 printf '\n== summary\n'

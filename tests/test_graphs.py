@@ -158,8 +158,8 @@ def test_a_stop_string_ends_a_row_inside_a_visit(model):
 def test_a_pool_that_grows_is_captured_anew(model):
     wanted, late = unique(requests(4, longest=9, most=9)), [Request("late", [5] * 60, 20)]
     base, _ = write(model, wanted, late=late, graphs=False, rows=2, **SAMPLED)
-    pools = []
-    before = KVCache.grow
+    pools, gone = [], []
+    before, clear = KVCache.grow, graphs.Graphs.clear
 
     def grow(self, pages):
         pools.append(pages)
@@ -167,8 +167,14 @@ def test_a_pool_that_grows_is_captured_anew(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KVCache, "grow", grow)
+        patch.setattr(
+            graphs.Graphs, "clear", lambda self: gone.append(len(self.made)) or clear(self)
+        )
         got, stats = write(model, wanted, late=late, rows=2, **SAMPLED)
     assert pools and got == base and stats.replayed == stats.steps
+    assert (
+        len(gone) == 2 + len(pools) and gone[0] == 0 and min(gone[1:]) > 0
+    )  # the last: at the end
 
 
 def test_the_last_visit_ends_at_the_last_position(model):
@@ -275,7 +281,9 @@ def test_buckets():
 def test_steps_between_visits_follow_what_guesses_promise(model):
     def steps(rows, controller, **settings):
         config = SamplerConfig(**settings)
-        made = graphs.Graphs(model, None, Pages(model, 64, 0.0), config, SamplerStats())
+        pages = Pages(model, 64, 0.0)
+        made = graphs.Graphs(model, None, pages, config, SamplerStats())
+        assert made.usable == config.graphs == pages.spare
         return made.steps(rows, controller)
 
     cheap, dear = Controller(), Controller()
