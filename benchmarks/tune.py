@@ -47,7 +47,6 @@ from torch import Tensor
 from benchmarks.ahead import Target, Task, Workers, prepare
 from benchmarks.candidates import FORM_CALLS
 from benchmarks.clock import DTYPES, Clock
-from benchmarks.compile import SHARED
 from benchmarks.operations import CALLS
 from benchmarks.searches import Case, Place, Search, instead, searches
 from engine.log import progress, table
