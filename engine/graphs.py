@@ -247,8 +247,9 @@ class Graphs:
 
         The rows have pages for `steps` more tokens.
         """
-        heats = {row.heat(self.config.temperature) for row in rows}
-        if not self.usable or len(heats) > 1:
+        if not self.usable:
+            return None
+        if len(heats := {row.heat(self.config.temperature) for row in rows}) > 1:
             return None
         need = self.pages.count(max(row.length for row in rows) + steps)
         B, P = row_bucket(len(rows), self.config.rows), 1 << (need - 1).bit_length()
@@ -278,7 +279,7 @@ class Graphs:
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
-            self._refuse(f"capturing failed: {_first_cause(error)}")
+            self._refuse(f"capturing failed: {_said(error)}")
             return None
         finally:
             self.stats.capture_seconds += time.perf_counter() - started
@@ -330,9 +331,10 @@ class Graphs:
             torch.cuda.empty_cache()
 
 
-def _first_cause(error: BaseException) -> str:
-    """What was raised first: the end of a failed capture raises anew."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+def _said(error: BaseException) -> str:
+    """What was raised first and, if it is another, last: a capture that ends so raises anew."""
+    first = error
+    while (inner := first.__cause__ or first.__context__) is not None:
+        first = inner
+    lines = [f"{type(e).__name__}: {e}".strip().splitlines()[0][:200] for e in (first, error)]
+    return lines[0] if first is error else "; then ".join(lines)
