@@ -15,7 +15,7 @@ On a CPU 64 MiB are written before every call, which leaves a larger cache warm.
     peft, sdpa  what one would write by hand: an adapter per module; torch's fused attention
     torch       our TORCH table        triton and others: our kernels and their variants
 
-On a GPU --jobs processes compile our kernels ahead, in the order in which they are needed.
+On a GPU --jobs processes compile our kernels, those of the next shape while one is timed.
 
 The floor of a call is the longer of its operations over the rate of a large product and its bytes
 over the rate of a large copy, both measured on this machine first; `x floor` is time over floor.
@@ -57,6 +57,7 @@ from kernels import _triton, registry
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH, Ops
 from kernels.spec import check
 
+PARTS = 3  # that a table's launches at a shape are compiled in
 CHEAP_CHECK = 2e12  # operations of a call whose check in fp64 is made at the timed shape too
 CPU_WORK = (4e9, 4e8)  # operations and bytes of the shapes that a CPU times without --all
 Shape = tuple[int, ...]
@@ -144,22 +145,22 @@ class Run:
         """What our forms compile at this shape: timed, with fp32 gradients, and in the check."""
         spec, dtype = SPECS[operation], str(self.dtype).removeprefix("torch.")
         names = [ops.name for ops in _common.tables(spec)]
-        kinds = [(name, masters) for masters in (True, False) for name in names]
-        return [Task(operation, name, shape, dtype, masters=masters) for name, masters in kinds]
+        kinds = [(name, m, n) for m in (True, False) for name in names for n in range(PARTS)]
+        return [
+            Task(operation, name, shape, dtype, masters=masters, part=n, parts=PARTS)
+            for name, masters, n in kinds
+        ]
 
-    def compile_ahead(self, cases: list[tuple[str, list[Shape]]]) -> None:
-        """Give the workers the first shape of every operation, then every second, ..."""
-        for operation, shapes in cases if self.workers else []:
-            for k, shape in enumerate(shapes):
-                self.workers.want(self.ahead(operation, shape), k)
-
-    def wait_for(self, operation: str, shape: Shape) -> None:
-        """Until the workers are through with what they have begun of this shape."""
-        if self.workers:
-            tasks = self.ahead(operation, shape)
-            self.workers.want(tasks, -1)
-            while self.workers.missing(tasks):
-                self.workers.poll(1.0)
+    def compile_ahead(self, operation: str, now: Shape, following: list[Shape]) -> None:
+        """Until the workers are through with this shape; then they begin with the next."""
+        if not self.workers:
+            return
+        tasks = self.ahead(operation, now)
+        self.workers.want(tasks, 0)
+        for shape in following[:1]:
+            self.workers.want(self.ahead(operation, shape), 1)
+        while self.workers.missing(tasks):
+            self.workers.poll(1.0)
 
     def work(self, operation: str, shape: Shape) -> tuple[float, float]:
         """Operations and bytes of its dearest call."""
@@ -331,7 +332,6 @@ def main(argv: list[str] | None = None) -> None:
 def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
     """Time every case into the document, each operation at one shape at least."""
     started, cases = time.perf_counter(), list(run.cases())
-    run.compile_ahead(cases)
     for n, (operation, shapes) in enumerate(cases, start=1):
         calls = [c for name, c in CALLS if name == operation and ("backward" in c) == args.backward]
         for k, shape in enumerate(shapes if calls else []):
@@ -340,7 +340,7 @@ def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
                 document["left_out"] += len(shapes) - k
                 break
             try:
-                run.wait_for(operation, shape)
+                run.compile_ahead(operation, shape, shapes[k + 1 :])
                 inputs = make_inputs(operation, shape, run.dtype, run.device)
                 for call in calls:
                     found = run.time(operation, call, shape, inputs)
