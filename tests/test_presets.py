@@ -93,13 +93,17 @@ def test_published_values(name):
         getattr(config, "check", lambda: None)()
 
 
-def test_default_is_the_flags_own_defaults():
+def test_default_is_the_flags_own_but_for_what_was_measured():
+    """All linears at 3e-4: the README's table of rates, ranks and modules says why."""
     assert settings() == settings("--preset", "default")
     made = settings()
     assert made[DistillConfig] == DistillConfig() and made[DistillConfig].rules is OURS
-    assert made[TrainConfig] == TrainConfig() and made[LoraConfig] == LoraConfig()
+    assert made[TrainConfig] == TrainConfig(lr=3e-4) and TrainConfig() != TrainConfig(lr=3e-4)
+    assert made[LoraConfig] == LoraConfig(modules="all", dropout=0.1)
+    assert (LoraConfig().modules, LoraConfig().dropout) == ("qv", 0.0)
     assert made[SamplerConfig] == SamplerConfig(**PAPER_SAMPLING)
     assert made[ModelConfig] == ModelConfig("m") and made[DataConfig] == DataConfig("d")
+    assert settings("--lr", "1e-4", "--modules", "qv")[TrainConfig] == TrainConfig()
 
 
 def test_what_is_typed_wins_also_before_the_preset(capsys):
