@@ -535,4 +535,4 @@ def test_the_script_shows_trains_validates_and_publishes_the_best(tiny_llama_dir
     assert [sorted(x) for x in noted] == [["agreement", "epoch", "kl", "nll", "step"]] * 2
     summary = json.loads((out / "meta.json").read_text())["summary"]
     assert summary["best"]["value"] == min(x["nll"] for x in noted)
-    assert [x["lr"] for x in read_jsonl(out / "metrics.jsonl")] == [1e-4, 5e-5]
+    assert [x["lr"] for x in read_jsonl(out / "metrics.jsonl")] == [3e-4, 1.5e-4]
