@@ -8,7 +8,8 @@ An output tile never straddles two members. Rank is padded inside to a power of 
 Dropout is drawn again from its key wherever x^ is needed. With dropout the forward is always split:
 every column tile of the fused form would draw the whole mask again.
 tiles      shape classes: "fp32 r16" (padded rank), "fp32"; else "few r16" (at most 64 tokens),
-           "many r16", "few", "many". The row lora_linear_forward names the public function's form
+           "many r16", "few", "many"; of lora_linear_kernel before them "fused many r16" and so on
+           where S is made in the loop. The row lora_linear_forward names the public function's form
 traffic    T (K + N + 2R) + N K elements
 The backward is in lora_linear_backward_triton.py.
 """
@@ -239,7 +240,8 @@ def _forward_kernels(
             x, a, s, *dropout_arguments(dropout), T, x.stride(0),
             K=K, R=a.shape[0], DROP=dropout is not None, **row,
         )  # fmt: skip
-    row = tile("lora_linear_kernel", x.device, *classes)
+    form = (f"fused {classes[0]}",) if fused else ()  # a second accumulator
+    row = tile("lora_linear_kernel", x.device, *form, *classes)
     tiles_n = sum(cdiv(n, row["BN"]) for n in group.sizes)
     launch_tiles(
         lora_linear_kernel, cdiv(T, row["BM"]) * tiles_n, x, described(x, weight),
