@@ -72,6 +72,11 @@ class Task:
     parts: int = 1
 
 
+def in_parts(parts: int, *about: Any, **how: Any) -> list[Task]:
+    """All launches of an operation at a shape, shared out over so many tasks."""
+    return [Task(*about, **how, part=n, parts=parts) for n in range(parts)]
+
+
 # ---- in a worker
 
 

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks import _common
-from benchmarks.ahead import Target, Task, Workers
+from benchmarks.ahead import Target, Task, Workers, in_parts
 from benchmarks.clock import DTYPES, Clock, ceilings, first_line, header, machine, record
 from benchmarks.operations import (
     BY_HAND,
@@ -145,11 +145,9 @@ class Run:
         """What our forms compile at this shape: timed, with fp32 gradients, and in the check."""
         spec, dtype = SPECS[operation], str(self.dtype).removeprefix("torch.")
         names = [ops.name for ops in _common.tables(spec)]
-        kinds = [(name, m, n) for m in (True, False) for name in names for n in range(PARTS)]
-        return [
-            Task(operation, name, shape, dtype, masters=masters, part=n, parts=PARTS)
-            for name, masters, n in kinds
-        ]
+        kinds = [(name, masters) for masters in (True, False) for name in names]
+        made = [in_parts(PARTS, operation, n, shape, dtype, masters=m) for n, m in kinds]
+        return [task for tasks in made for task in tasks]
 
     def compile_ahead(self, operation: str, now: Shape, following: list[Shape]) -> None:
         """Until the workers are through with this shape; then they begin with the next."""

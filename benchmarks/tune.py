@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ahead import Target, Task, Workers, prepare
+from benchmarks.ahead import Target, Task, Workers, in_parts, prepare
 from benchmarks.candidates import FORM_CALLS
 from benchmarks.clock import DTYPES, Clock
 from benchmarks.operations import CALLS
@@ -280,7 +280,7 @@ def tasks(case: Case, place: Place, **how: Any) -> list[Task]:
     about = (case.spec.name, case.ops.name, case.shape, str(place.dtype).removeprefix("torch."))
     if "names" in how:
         return [Task(*about, **how)]
-    return [Task(*about, **how, part=n, parts=PARTS) for n in range(PARTS)]
+    return in_parts(PARTS, *about, **how)
 
 
 def frozen(row: dict[str, Any]) -> tuple:

@@ -41,7 +41,6 @@ from engine.pages import Pages
 from engine.requests import SamplerConfig, SamplerStats
 from kernels.context import Cached
 from kernels.registry import TORCH, TRITON, VARIANTS, Ops
-from kernels.sampling import SampleRows
 from model.llama import Llama
 from model.lora import Lora
 
@@ -171,22 +170,12 @@ class Step:
 
     def __call__(self) -> None:
         """The step: nothing in here comes from the host or goes to it."""
-        c, cached = self.config, self.behind.advance()
+        cached = self.behind.advance()
         if self.history is not None:
             self.history.scatter_(1, cached.positions[:, None], self.tokens[:, None])
         hidden = self.model.forward(self.tokens, cached, lora=self.lora, cache=self.pages.cache)
-        keys = SampleRows(
-            positions=cached.positions + 1,
-            samples=self.samples,
-            row_keys=self.row_keys,
-            seed=c.seed,
-            temperature=self.temperature,
-            top_k=c.top_k,
-            top_p=c.top_p,
-            min_p=c.min_p,
-            repetition_penalty=c.repetition_penalty,
-            history=self.history,
-        )
+        places = (cached.positions + 1, self.samples, self.row_keys)
+        keys = self.config.keys(*places, self.temperature, self.history)
         tokens, logprobs = self.model.ops.sample(self.model.head(hidden), keys)
         drawn = torch.stack((tokens.double(), logprobs.double()))  # exact, both
         self.results.index_copy_(0, self.turn, drawn[None])

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from kernels.sampling import SampleRows
+
 # what changes no text
 SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 
@@ -36,6 +40,28 @@ class SamplerConfig:
     def settings(self) -> dict[str, Any]:
         """What names a run of it: not what changes its speed only."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
+
+    def keys(
+        self,
+        positions: Tensor,  # (n,) int64 of the tokens that are drawn
+        samples: Tensor,  # (n,) int64
+        row_keys: Tensor,  # (n,) int64
+        temperature: float,  # of all of these rows
+        history: Tensor | None,  # (n, L) int64, where repetition is penalised
+    ) -> SampleRows:
+        """How these rows are drawn, and the names of their random numbers."""
+        return SampleRows(
+            positions=positions,
+            samples=samples,
+            row_keys=row_keys,
+            seed=self.seed,
+            temperature=temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            history=history,
+        )
 
     def greedy(self, max_new_tokens: int) -> SamplerConfig:
         """For measuring: as many rows and the same promise, nothing left to chance."""

@@ -40,7 +40,6 @@ from engine.process import give_back_freed_memory
 from engine.requests import Completion, Request, SamplerConfig, SamplerStats
 from kernels.context import Cached
 from kernels.philox import mix
-from kernels.sampling import SampleRows
 from model.llama import Llama
 from model.lora import Lora
 
@@ -282,18 +281,9 @@ class Sampler:
                 drawn.append(self._draw(hidden[at], part, positions[at], seen))
             back = torch.tensor(order, device=device).argsort()
             return tuple(torch.cat(values)[back] for values in zip(*drawn, strict=True))
-        keys = SampleRows(
-            positions=positions + 1,
-            samples=torch.tensor([row.request.sample for row in rows], device=device),
-            row_keys=torch.tensor([row.key for row in rows], device=device),
-            seed=c.seed,
-            temperature=heats[0],
-            top_k=c.top_k,
-            top_p=c.top_p,
-            min_p=c.min_p,
-            repetition_penalty=c.repetition_penalty,
-            history=history,
-        )
+        samples = torch.tensor([row.request.sample for row in rows], device=device)
+        row_keys = torch.tensor([row.key for row in rows], device=device)
+        keys = c.keys(positions + 1, samples, row_keys, heats[0], history)
         return self.model.ops.sample(self.model.head(hidden), keys)
 
     def _history(self, seen: Sequence[Sequence[int]], ahead: int = 0) -> Tensor | None:

@@ -20,7 +20,7 @@ SDFT_FLAGS=(
     --eval-data "$DATA/test.json"
     --verify number
     --template gsm8k --temperature 0 --max-new-tokens 160
-    --lr 1e-3 --epochs 2 --rank 8 --modules qv
+    --lr 1e-3 --epochs 2 --rank 8 --modules qv --dropout 0
     --eval-max-new 160 --retention-max-new 64 --report-rows 32 --report-answers 8
     --out runs/quickstart
 )
