@@ -46,6 +46,7 @@ from torch import Tensor
 from kernels._triton import cdiv, jit, launch, power_of_two, tl
 from kernels.attention import attention_reference
 from kernels.context import HIDDEN, Block, Cached, Packed, Pass
+from kernels.native import at, library
 from kernels.rowwise import alone_width
 from kernels.spec import MODELS, Spec, accumulate_dtype
 from kernels.tiles import tile
@@ -169,6 +170,46 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     scores[..., -size:].masked_fill_(later, HIDDEN)
     o = torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)
     return o.view(-1, G, size, n, d).transpose(1, 2).reshape(-1, G * n * d)
+
+
+# ---- native: fp32 on a CPU
+
+
+def _head_counts(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> tuple[int, int, int]:
+    """H, G and d, after a look at the shapes."""
+    G, size, d = k.shape[1:]
+    H = qkv.shape[1] // d - 2 * G
+    assert qkv.shape == (len(cached.write_page), (H + 2 * G) * d) and H % G == 0, (
+        f"qkv {tuple(qkv.shape)}, {len(cached.write_page)} tokens, {G} key/value heads of {d}"
+    )
+    assert v.shape == k.shape and size == cached.page_size, (
+        f"k {tuple(k.shape)}, v {tuple(v.shape)}, pages of {cached.page_size} tokens"
+    )
+    assert k.is_contiguous() and v.is_contiguous() and qkv.stride(1) == 1, "rows with gaps"
+    return H, G, d
+
+
+def kv_write_native_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
+    """As `kv_write_`, in C (native/attention.c)."""
+    H, G, d = _head_counts(qkv, k, v, cached)
+    places = (at(cached.write_page, torch.int64), at(cached.write_offset, torch.int64))
+    library().kv_write(at(qkv), at(k), at(v), *places, qkv.shape[0], H, G, d, cached.page_size)
+
+
+def cached_attention_native(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
+    """As `cached_attention`, in C: every query is computed as if alone, prompts too.
+
+    d has to be whole vectors (16 numbers with AVX-512, 8 with AVX2).
+    """
+    H, G, d = _head_counts(qkv, k, v, cached)
+    assert d % (library().panel_columns() // 2) == 0, f"heads of {d} are no whole vectors"
+    o = torch.empty(qkv.shape[0], H * d)
+    rows = (at(cached.block_table, torch.int64), at(cached.cu_queries, torch.int32))
+    pointers = (at(qkv), at(k), at(v), o.data_ptr(), *rows, at(cached.contexts, torch.int32))
+    B, P = cached.block_table.shape
+    if library().cached_attention(*pointers, B, P, H, G, d, cached.page_size):
+        raise MemoryError("no memory for the scores of attention")
+    return o
 
 
 # ---- triton
@@ -316,20 +357,6 @@ def cached_extend_kernel(
     live = (flat < new * N)[:, None] & (cols < D)[None, :]
     out = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + at[:, None] + cols[None, :], out, mask=live)
-
-
-def _head_counts(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> tuple[int, int, int]:
-    """H, G and d, after a look at the shapes."""
-    G, size, d = k.shape[1:]
-    H = qkv.shape[1] // d - 2 * G
-    assert qkv.shape == (len(cached.write_page), (H + 2 * G) * d) and H % G == 0, (
-        f"qkv {tuple(qkv.shape)}, {len(cached.write_page)} tokens, {G} key/value heads of {d}"
-    )
-    assert v.shape == k.shape and size == cached.page_size, (
-        f"k {tuple(k.shape)}, v {tuple(v.shape)}, pages of {cached.page_size} tokens"
-    )
-    assert k.is_contiguous() and v.is_contiguous() and qkv.stride(1) == 1, "rows with gaps"
-    return H, G, d
 
 
 def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:

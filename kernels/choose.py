@@ -1,10 +1,11 @@
-"""What `--ops auto` does on a GPU: each operation is held to its definition there, once.
+"""What `--ops auto` does: each operation that is not torch's is held to its definition, once.
 
 The check is the SPEC's, at its two largest test shapes in the run's dtype, at the largest in fp32,
 and for a few tokens at the model's own widths: those are the kernels that will run. An operation
 that fails it, or raises, is taken from the other table. Results lie in $XDG_CACHE_HOME (~/.cache)
-/sdft-engine/kernels-<key>.json; the key is made of the card, the versions of torch and triton, the
-dtype, the widths and the contents of this folder. A file that is not understood is written anew.
+/sdft-engine/kernels-<key>.json; the key is made of the card (on a CPU: the compiled library), the
+versions of torch and triton, the dtype, the widths and the contents of this folder. A file that is
+not understood is written anew.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from kernels import native
 from kernels.spec import Spec, Widths, check
 
 FOLDER = Path(__file__).resolve().parent
@@ -30,7 +32,9 @@ REASON = 200  # characters of a reason that are kept
 def sources_hash(folder: Path = FOLDER) -> str:
     """Hash of names and contents of every kernel file and table of tiles."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), *folder.glob("tiles/*.json")]):
+    for path in sorted(
+        [*folder.glob("*.py"), *folder.glob("tiles/*.json"), *folder.glob("native/*")]
+    ):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
     return digest.hexdigest()
@@ -44,7 +48,7 @@ def identity(
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else native.name()
     versions = {"torch": torch.__version__, "triton": triton}
     model = {"dtype": str(dtype), "widths": str(widths)}
     return {"card": card, **versions, **model, "kernels": sources_hash()}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, described, jit, launch, power_of_two, tl
-from kernels.prepack import Prepacked, linear
+from kernels.prepack import PackedWeight, linear
 from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
 from kernels.tiles import device_class, tile
 
@@ -63,7 +63,7 @@ def linear_cross_entropy_reference(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor | Prepacked, targets: Tensor, need_grad: bool = True
+    hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """nll (N,) and dhidden (N, D), the gradient of its sum; None without need_grad (scoring)."""
     n, v = hidden.shape[0], head.shape[0]
@@ -242,7 +242,7 @@ def _budget(device: torch.device, gpu: int) -> int:
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor, head: Tensor | Prepacked, targets: Tensor, need_grad: bool = True
+    hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As `linear_cross_entropy`; softmax and its gradient in one launch per chunk."""
     N, V = hidden.shape[0], head.shape[0]
@@ -257,10 +257,10 @@ def linear_cross_entropy_triton(
     for i in range(0, N, max(1, chunk)):
         rows = slice(i, min(i + chunk, N))
         x, logits = hidden[rows], buffer[: rows.stop - i]
-        if isinstance(head, Prepacked):
-            logits.copy_(head(x))
-        else:
+        if isinstance(head, Tensor):
             torch.mm(x, head.T, out=logits)
+        else:
+            logits.copy_(head(x))
         args = (logits, targets, nll, i)
         launch(cross_entropy_rows_kernel, logits.shape[:1], *args, GRAD=need_grad, V=V, **row)
         if need_grad:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.philox import Dropout, mix
-from kernels.prepack import Prepacked, linear
+from kernels.prepack import PackedWeight, linear
 from kernels.spec import MODELS, TOKENS, Spec, Widths, autograd
 
 
@@ -102,7 +102,7 @@ def lora_linear_reference_backward(
 
 def lora_linear_forward(
     x: Tensor,
-    weight: Tensor | Prepacked,
+    weight: Tensor | PackedWeight,
     group: LoraGroup | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None]:

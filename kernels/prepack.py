@@ -1,7 +1,8 @@
 """The one product form that the sampler uses for a whole run on a CPU
 
-oneDNN with prepacked weights, in which row i of a product does not depend on the number of rows.
-Elsewhere `prepack` leaves a weight as it is; a GPU's form is in linear_invariant.py.
+Row i of a product must not depend on the number of rows. Our own form is in panels.py; this is the
+one where that cannot be compiled: oneDNN with prepacked weights. Elsewhere `prepack` leaves a
+weight as it is; a GPU's form is in linear_invariant.py.
 
 shapes     x (T, K)    weight (N, K)    product (T, N), fp32
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.panels import Panels
 
 
 class Prepacked:
@@ -73,11 +76,21 @@ class Prepacked:
         return self._product(padded)[:rows]
 
 
-def prepack(weight: Tensor) -> Tensor | Prepacked:
-    """The form of `weight` for the products of a sampling run: prepacked where that exists."""
+PackedWeight = Prepacked | Panels
+
+
+def prepack(weight: Tensor, panels: bool = False) -> Tensor | PackedWeight:
+    """The form of `weight` for the products of a sampling run, as it is where there is none."""
+    if panels:
+        return Panels(weight)
     return Prepacked(weight) if Prepacked.available(weight) else weight
 
 
-def linear(x: Tensor, weight: Tensor | Prepacked) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """x (T, K) times weight (N, K) transposed: (T, N)."""
-    return weight(x) if isinstance(weight, Prepacked) else F.linear(x, weight)
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def linear_native(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """As `linear`, in panels; a weight that is not packed yet is, for this one product."""
+    return linear(x, Panels(weight) if isinstance(weight, Tensor) else weight)

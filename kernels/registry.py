@@ -2,6 +2,7 @@
 
 REFERENCE  the definitions, differentiable; their backwards by autograd. Slow, and the truth.
 TORCH      hand-written pairs on torch products: CPUs, and the honest baseline on GPUs.
+NATIVE     TORCH with what a sampling run on a CPU consists of in C (native.py), for fp32.
 TRITON     our kernels; what has none yet is TORCH's.
 """
 
@@ -24,6 +25,7 @@ from kernels import (
     lora_linear,
     lora_linear_backward_triton,
     lora_linear_triton,
+    native,
     prepack,
     rms_norm,
     rope,
@@ -58,6 +60,8 @@ class Ops:
     grad_norm: Callable
     sample: Callable
     shares_prefix: tuple[str, ...] = ()  # device types where attention takes a Packed.prefix fast
+    packs: str = ""  # "panels": products want weights in panels.py's form
+    sampled: Ops | None = None  # the table for a sampling run, where it is another
 
     def table(self) -> dict[str, str]:
         """Operation -> the function that does it, for the log."""
@@ -109,6 +113,19 @@ TORCH = Ops(
     grad_norm=adamw.grad_norm,
     sample=sampling.sample,
     shares_prefix=("cpu",),  # flash attention, on a GPU, knows no prefix
+)
+
+NATIVE = dataclasses.replace(
+    TORCH,
+    name="native",
+    packs="panels",
+    rms_norm_forward=rms_norm.rms_norm_forward_native,
+    add_rms_norm_forward=rms_norm.add_rms_norm_forward_native,
+    rope_=rope.rope_native_,
+    swiglu_forward=swiglu.swiglu_forward_native,
+    linear=prepack.linear_native,
+    kv_write_=cached_attention.kv_write_native_,
+    cached_attention=cached_attention.cached_attention_native,
 )
 
 TRITON = dataclasses.replace(
@@ -183,7 +200,7 @@ VARIANTS = {
     )
 }
 
-OPS = {"reference": REFERENCE, "torch": TORCH, "triton": TRITON}
+OPS = {"reference": REFERENCE, "torch": TORCH, "native": NATIVE, "triton": TRITON}
 SPECS = {
     module.SPEC.name: module.SPEC
     for module in (
@@ -231,17 +248,20 @@ def choose(
 ) -> Ops:
     """The table of that name for a model on this device; the result's name says what is in it.
 
-    `auto` is TORCH on a CPU; on a GPU it is TRITON as far as it passes its checks there, operation
-    by operation and at the model's widths (kernels/choose.py). ValueError for an unknown name, and
-    for `triton` where it cannot run, with the reason.
+    `auto` on a CPU is TORCH, and in fp32 NATIVE for sampling if that compiles and passes its checks
+    here at the model's widths (kernels/choose.py); on a GPU it is TRITON as far as it passes,
+    operation by operation. ValueError for an unknown name, and for `native` and `triton` where they
+    cannot run, with the reason.
     """
     device = torch.device(device)
     if name not in ("auto", *OPS):
         raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
+    if name == "native" or (name == "auto" and device.type == "cpu"):
+        return _with_native(name, device, dtype, widths)
     reason = _triton.usable(device)
     if name == "triton" and reason:
         raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
-    if name == "auto" and (device.type == "cpu" or reason or dtype == torch.float64):
+    if name == "auto" and (reason or dtype == torch.float64):
         return TORCH  # kernels compute in fp32
     ops, reasons = OPS.get(name), {}
     if ops is None:
@@ -250,3 +270,20 @@ def choose(
         return ops
     name = described(ops, [TORCH, TRITON], FIELDS, reasons)
     return dataclasses.replace(ops, name=name)
+
+
+def _with_native(name: str, device: torch.device, dtype: torch.dtype, widths: Widths | None) -> Ops:
+    """NATIVE, or for "auto" TORCH that samples with it; all of it or nothing."""
+    wanted = device.type == "cpu" and dtype == torch.float32
+    reason = native.usable() if wanted else f"they are for fp32 on a CPU, not {dtype} on {device}"
+    if not reason:
+        reasons = checked(NATIVE, TORCH, REFERENCE, SPECS, FIELDS, device, dtype, widths)[1]
+        reason = "; ".join(f"{operation}: {why}" for operation, why in reasons.items())
+    if not reason:
+        sampling = dataclasses.replace(TORCH, name="torch, sampling native", sampled=NATIVE)
+        return NATIVE if name == "native" else sampling
+    if name == "native":
+        raise ValueError(f"--ops native cannot run here: {reason}; use --ops auto or torch")
+    if wanted:
+        print(f"ops: sampling goes the slower way of torch, without native kernels: {reason}")
+    return TORCH

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, power_of_two, tl
+from kernels.native import at, library
 from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
 from kernels.tiles import tile
 
@@ -91,6 +92,31 @@ def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
 def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """dh + dx: the gradient of the residual stream before the norm, (T, D)."""
     return rms_norm_backward(dy, h, w, rstd).add_(dh)
+
+
+# ---- native: fp32 on a CPU
+
+
+def rms_norm_forward_native(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_forward`, in C (native/rowwise.c)."""
+    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    (T, D), y, rstd = x.shape, torch.empty_like(x), torch.empty(x.shape[0])
+    pointers = (at(x), None, at(w), y.data_ptr(), None, rstd.data_ptr())
+    library().rms_norm(*pointers, T, D, eps)
+    return y, rstd
+
+
+def add_rms_norm_forward_native(
+    x: Tensor, residual: Tensor, w: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `add_rms_norm_forward`, in C, in one pass."""
+    assert x.shape == residual.shape and w.shape == x.shape[1:], (
+        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}, w {tuple(w.shape)}"
+    )
+    (T, D), y, h, rstd = x.shape, torch.empty_like(x), torch.empty_like(x), torch.empty(x.shape[0])
+    pointers = (at(x), at(residual), at(w), y.data_ptr(), h.data_ptr(), rstd.data_ptr())
+    library().rms_norm(*pointers, T, D, eps)
+    return y, h, rstd
 
 
 # ---- triton

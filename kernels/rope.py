@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, power_of_two, tl
+from kernels.native import at, library
 from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype
 from kernels.tiles import tile
 
@@ -61,6 +62,22 @@ def rope_(
     x1_sin = x1 * sin
     x1.mul_(cos).sub_(x2 * sin)
     x2.mul_(cos).add_(x1_sin)
+    return qkv
+
+
+# ---- native: fp32 on a CPU
+
+
+def rope_native_(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
+) -> Tensor:
+    """As `rope_`, in C (native/rowwise.c)."""
+    T, d = qkv.shape[0], qkv.shape[1] // (H + 2 * G)
+    assert qkv.shape[1] == (H + 2 * G) * d and cos_sin.shape[1] == d and positions.shape == (T,), (
+        f"qkv {tuple(qkv.shape)}, {H} + 2 x {G} heads, angles {tuple(cos_sin.shape)}"
+    )
+    pointers = (at(qkv), at(positions, torch.int64), at(cos_sin))
+    library().rope(*pointers, T, H, G, d, -1.0 if inverse else 1.0)
     return qkv
 
 

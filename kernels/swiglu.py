@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, tl
+from kernels.native import at, library
 from kernels.rowwise import rowwise
 from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
 from kernels.tiles import tile
@@ -61,6 +62,17 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
         dup.copy_(torch.ops.aten.silu(gate).mul_(dh))
         dgate.copy_(silu_backward(dh * up, gate))
     return dgate_up
+
+
+# ---- native: fp32 on a CPU
+
+
+def swiglu_forward_native(gate_up: Tensor) -> Tensor:
+    """As `swiglu_forward`, in C (native/rowwise.c)."""
+    T, F = gate_up.shape[0], gate_up.shape[1] // 2
+    h = torch.empty(T, F)
+    library().swiglu(at(gate_up), h.data_ptr(), T, F)
+    return h
 
 
 # ---- triton

@@ -36,7 +36,7 @@ from kernels import registry
 from kernels.context import Cached, Packed
 from kernels.lora_linear import LoraGroup
 from kernels.philox import Dropout, mix
-from kernels.prepack import Prepacked, prepack
+from kernels.prepack import PackedWeight, Prepacked, prepack
 from kernels.registry import TORCH, Ops, choose
 from kernels.spec import accumulate_dtype
 from model.config import LlamaConfig
@@ -46,6 +46,7 @@ from model.rope import cos_sin_table
 from model.weights import load_weights
 
 POLICIES = ("none", "selective", "full")
+NOTHING = {name: (None, None) for name in GROUPS}  # the adapters and dropouts of the seed model
 
 
 @dataclass
@@ -89,7 +90,10 @@ class Llama:
     """A frozen Llama. `forward(lora=None)` is the seed model; adapters come in as data."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Mapping[str, Tensor | Prepacked], ops: Ops | None = None
+        self,
+        config: LlamaConfig,
+        weights: Mapping[str, Tensor | PackedWeight],
+        ops: Ops | None = None,
     ) -> None:
         self.config, self.weights = config, weights
         self.sharded = hasattr(weights, "whole")
@@ -197,7 +201,9 @@ class Llama:
         """The feed-forward branch's output x and the residual stream h it is to be added to."""
         c, ops, w = self.config, self.ops, self.weights
         H, G = c.num_heads, c.num_kv_heads
-        args = {g: self._adapter(i, g, lora, context, saved is not None) for g in GROUPS}
+        args = NOTHING
+        if lora is not None:
+            args = {g: self._adapter(i, g, lora, context, saved is not None) for g in GROUPS}
 
         qkv, s_qkv = ops.lora_linear_forward(y, w[f"{i}.qkv"], *args["qkv"])
         qkv = ops.rope_(qkv, context.positions, cos_sin, H, G)
@@ -222,10 +228,10 @@ class Llama:
         return x, h
 
     def _adapter(
-        self, i: int, name: str, lora: Lora | None, context: Packed | Cached, training: bool
+        self, i: int, name: str, lora: Lora, context: Packed | Cached, training: bool
     ) -> tuple[LoraGroup | None, Dropout | None]:
         """Group and dropout of one input; dropout only where a tape records."""
-        group = None if lora is None else lora.group(i, name)
+        group = lora.group(i, name)
         if group is None or not training or lora.config.dropout == 0:
             return group, None
         assert context.row_keys is not None, "dropout needs row keys in the Packed"
@@ -368,9 +374,10 @@ class Llama:
     ) -> tuple[Llama, Lora | None]:
         """A model whose every product has one form for a whole run, and the adapter still to pass.
 
-        On a CPU in fp32 the matrices are copied into oneDNN's layout, the adapter merged into the
-        copy (measured faster than two more products per group, and a row stays a row; the base
-        stays as it is). Elsewhere: this model and the adapter. `release` gives this model's own
+        On a CPU in fp32 the matrices are packed, the adapter merged into the copy (measured faster
+        than two more products per group, and a row stays a row; the base stays as it is): into
+        panels of our own C (kernels/panels.py; the embeddings too) where `ops` has them, else into
+        oneDNN's layout. Elsewhere: this model and the adapter. `release` gives this model's own
         matrices up while they are packed, so that memory does not double, until `restore`; with
         an adapter they are kept, since a sum cannot be taken apart exactly.
 
@@ -383,34 +390,42 @@ class Llama:
                 "sampling needs all weights in every process: it is done without --shard; only "
                 "training and scoring share them out"
             )
-        packable = self.ops.name != "reference" and Prepacked.available(self.weights["embed"])
-        if invariant and not (packable and self.ops is TORCH):
+        ops, embed = self.ops.sampled or self.ops, self.weights["embed"]
+        native = ops.packs == "panels"
+        if invariant and not (native or (ops is TORCH and Prepacked.available(embed))):
             return Llama(self.config, self.weights, registry.invariant(self.ops)), lora
-        if not packable:
+        if not native and (ops.name == "reference" or not Prepacked.available(embed)):
             return self, lora  # the definition knows plain matrices only
         if lora is not None:
             lora.ensure_bound(self)
-        packed: dict[str, Tensor | Prepacked] = {}
-        for name in list(self.weights):
+        tied = self.config.tie_embeddings
+        packed: dict[str, Tensor | PackedWeight] = {}
+        for name in sorted(self.weights, key="embed".__eq__):  # what is tied to another comes last
             weight = self.weights[name]
             layer, _, group = name.partition(".")
             assert lora is None or isinstance(weight, Tensor), "released: restore it first"
-            if isinstance(weight, Prepacked) or not (group in GROUPS or name == "head"):
+            if native and name == "embed" and tied:
+                packed[name] = packed["head"]
+            elif isinstance(weight, Tensor) and (
+                group in GROUPS or name == "head" or (native and name == "embed")
+            ):
+                if lora is not None and group in GROUPS:
+                    weight = _merged(weight, lora, layer, group)
+                packed[name] = prepack(weight, native)
+            else:
                 packed[name] = weight
-                continue
-            if lora is not None and group in GROUPS:
-                weight = _merged(weight, lora, layer, group)
-            packed[name] = prepack(weight)
             if release and lora is None:
                 self.weights[name] = packed[name]
-        return Llama(self.config, packed, self.ops), None
+        return Llama(self.config, packed, ops), None
 
     def restore(self) -> None:
         """Take back, bit for bit, the matrices that `for_sampling` released."""
+        tied = self.config.tie_embeddings
         for name, weight in self.weights.items():
-            if isinstance(weight, Prepacked):
-                tied = name == "head" and self.config.tie_embeddings
-                self.weights[name] = self.weights["embed"] if tied else weight.unpack()
+            if not isinstance(weight, Tensor) and not (tied and name == "head"):
+                self.weights[name] = weight.unpack()
+        if tied:
+            self.weights["head"] = self.weights["embed"]
 
 
 def _merged(weight: Tensor, lora: Lora, layer: str, name: str) -> Tensor:

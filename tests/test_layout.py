@@ -28,7 +28,8 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # 3,150: `auto` checks at a model's own widths; drafts are decoded with the others, in one pass, and
 # rows of like length share a softmax; a row's bits are kept apart (rowwise.py); shared prefixes;
 # 3,400 until products had a form that keeps them apart on a GPU too (linear_invariant.py); 3,450
-# until an H100 showed that programs on sm_90 had better walk over the tiles of a product.
+# until an H100 showed that programs on sm_90 had better walk over the tiles of a product; 3,540
+# until sampling on a CPU went through C: building and loading it, packed weights, a form of each.
 # model was 1,200: two tokenizers and every checkpoint's chat template with its refusals took 583
 # lines by themselves; what is computed (llama, lora, rope, kv_cache, weights, config) has 950; then
 # 1,600: weights that processes share out (sharded.py, and each reading its rows alone).
@@ -43,7 +44,7 @@ MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # g
 # --invariant 100, which looks on the card, before the first row, whether its promise holds;
 # training and scoring on sharded weights 100, where every process must gather equally often;
 # decode steps captured as CUDA graphs, and what a failed capture leaves, 290.
-PACKAGE_BUDGET = {"kernels": 3540, "model": 1760, "engine": 8390}
+PACKAGE_BUDGET = {"kernels": 3800, "model": 1780, "engine": 8390}
 FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 

@@ -1,0 +1,175 @@
+"""The C forms for CPUs: compiled on this machine when first used, kept, and called through ctypes
+
+native/*.c hold what a sampling run on a CPU consists of; python files bind them, each call one C
+function over torch's memory. They are compiled by the C compiler that is there (`$CC`, cc, gcc or
+clang) for the processor that is there, against the OpenMP that torch has loaded already, so that
+both share one set of threads. The library lies in $XDG_CACHE_HOME (~/.cache)/sdft-engine/
+native-<key>.so; the key is made of the sources, the command, the compiler's version and the
+processor's flags. Where that cannot be written it is compiled for this process alone.
+
+`usable` says why there is none: not Linux on x86-64, no AVX2, no compiler, a compiler that fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parent / "native"
+SOURCES = ("linear.c", "attention.c", "rowwise.c")
+# -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+SECONDS = 120  # a compilation takes three
+
+Long, Pointer, Real = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
+SIGNATURES = {
+    "panel_columns": (Long,),
+    "pack": (None, Pointer, Pointer, Long, Long, Long),
+    "look_up": (None, Pointer, Long, Pointer, Pointer, Long, Long),
+    "linear": (None, *[Pointer] * 3, *[Long] * 4),
+    "rms_norm": (None, *[Pointer] * 6, Long, Long, Real),
+    "rope": (None, *[Pointer] * 3, *[Long] * 4, Real),
+    "swiglu": (None, Pointer, Pointer, Long, Long),
+    "kv_write": (None, *[Pointer] * 5, *[Long] * 5),
+    "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
+}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _processor() -> str:
+    """The flags of the processor, which -march=native asks too."""
+    return next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+
+
+def _openmp() -> str:
+    """The OpenMP library in this process: torch's. Another would bring threads of its own."""
+    for line in _lines("/proc/self/maps"):
+        path = line.split(maxsplit=5)[-1]
+        if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")):
+            return path
+    return ""
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CC", "")
+    names = [wanted] if wanted else ["cc", "gcc", "clang"]
+    return next((path for name in names if (path := shutil.which(name))), "")
+
+
+def _run(command: list[str], folder: str | None = None) -> str:
+    """Standard output; RuntimeError with the last lines of what a failing command said."""
+    how = {"capture_output": True, "text": True, "timeout": SECONDS, "cwd": folder}
+    try:
+        done = subprocess.run(command, **how)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
+    if done.returncode:
+        said = " / ".join(done.stderr.strip().splitlines()[-3:])[-300:]
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {said}")
+    return done.stdout
+
+
+def _reason() -> str:
+    """Why there can be no C forms here, "" where nothing speaks against them."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are for Linux on x86-64, and this is {platform.system()} {platform.machine()}"
+    flags = _processor().split()
+    if "avx512f" not in flags and not ("avx2" in flags and "fma" in flags):
+        return "the processor has neither AVX-512 nor AVX2 with FMA"
+    if not _openmp():
+        return "torch has loaded no OpenMP that is known (libgomp, libiomp5, libomp)"
+    if not _compiler():
+        return f"no C compiler is there ({os.environ.get('CC') or 'cc, gcc or clang'}); install gcc"
+    return ""
+
+
+def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+    """The library for this machine in `folder`, compiled if it is not there.
+
+    RuntimeError where the compiler fails, OSError where the folder cannot be written.
+    """
+    compiler, openmp = _compiler(), _openmp()
+    version = _run([compiler, "--version"])
+    digest = hashlib.sha256(f"{compiler} {version} {flags} {openmp} {_processor()}".encode())
+    for path in sorted(FOLDER.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    library = folder / f"native-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
+        _run([compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
+        objects = [Path(name).with_suffix(".o").name for name in SOURCES]
+        # without -fopenmp, which would bring the system's library in beside torch's
+        _run([compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
+        os.replace(Path(beside, library.name), library)
+    return library
+
+
+def bind(library: Path) -> ctypes.CDLL:
+    """The library's functions with their signatures; OSError or AttributeError if it has not."""
+    loaded = ctypes.CDLL(str(library))
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none."""
+    if reason := _reason():
+        return None, reason
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdft-engine")
+    try:
+        try:
+            return bind(build(base)), ""
+        except OSError:  # not writable, or a file that is no library: then for this process alone
+            with tempfile.TemporaryDirectory() as folder:
+                return bind(build(Path(folder))), ""  # what is loaded needs its file no more
+    except (OSError, AttributeError, RuntimeError) as error:
+        return None, str(error)
+
+
+def usable() -> str:
+    """Empty when there are C forms here, else the reason. The first call may compile them."""
+    return _loaded()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The C functions; RuntimeError with the reason where there are none."""
+    loaded, reason = _loaded()
+    if loaded is None:
+        raise RuntimeError(f"no native kernels: {reason}")
+    return loaded
+
+
+def name() -> str:
+    """What was compiled for this processor, or "cpu" where nothing was."""
+    loaded, _ = _loaded()
+    return "cpu" if loaded is None else f"cpu, {Path(loaded._name).stem}"
+
+
+def at(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """The address of a contiguous tensor of that dtype on the CPU."""
+    if x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
+        raise AssertionError(
+            f"{x.dtype} on {x.device} with strides {x.stride()}: contiguous {dtype} is wanted"
+        )
+    return x.data_ptr()
