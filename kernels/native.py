@@ -26,22 +26,24 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "native"
-SOURCES = ("linear.c", "attention.c", "rowwise.c")
+SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c")
 # -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
 SECONDS = 120  # a compilation takes three
 
-Long, Pointer, Real = ctypes.c_long, ctypes.c_void_p, ctypes.c_float
+Long, Pointer = ctypes.c_long, ctypes.c_void_p
+Float, Double = ctypes.c_float, ctypes.c_double
 SIGNATURES = {
     "panel_columns": (Long,),
     "pack": (None, Pointer, Pointer, Long, Long, Long),
     "look_up": (None, Pointer, Long, Pointer, Pointer, Long, Long),
     "linear": (None, *[Pointer] * 3, *[Long] * 4),
-    "rms_norm": (None, *[Pointer] * 6, Long, Long, Real),
-    "rope": (None, *[Pointer] * 3, *[Long] * 4, Real),
+    "rms_norm": (None, *[Pointer] * 6, Long, Long, Float),
+    "rope": (None, *[Pointer] * 3, *[Long] * 4, Float),
     "swiglu": (None, Pointer, Pointer, Long, Long),
     "kv_write": (None, *[Pointer] * 5, *[Long] * 5),
     "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
+    "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
 }
 
 

@@ -126,6 +126,7 @@ NATIVE = dataclasses.replace(
     linear=prepack.linear_native,
     kv_write_=cached_attention.kv_write_native_,
     cached_attention=cached_attention.cached_attention_native,
+    sample=sampling.sample_native,
 )
 
 TRITON = dataclasses.replace(

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from kernels._triton import cdiv, jit, launch, tl
+from kernels.native import at, library
 from kernels.philox import mix, uniform, uniform_triton
 from kernels.rowwise import rowwise
 from kernels.spec import MODELS, Spec, accumulate_dtype
@@ -149,6 +150,23 @@ def sample(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
         tokens = ids.gather(1, index)[:, 0]
     # log_softmax treats each row alone; logsumexp splits its sum over threads for a single row
     return tokens, torch.log_softmax(plain, dim=-1).gather(1, tokens[:, None])[:, 0]
+
+
+# ---- native: fp32 on a CPU
+
+
+def sample_native(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
+    """As `sample`, in C (native/sample.c): no whole sort where top_k leaves few tokens."""
+    B, V = logits.shape
+    z = _penalised(logits, rows)
+    tokens, logprobs = torch.empty(B, dtype=torch.int64), torch.empty(B)
+    places = (rows.positions, rows.samples, rows.row_keys, rows.seed)
+    u = uniform(*places) if rows.temperature else torch.zeros(B, dtype=torch.float64)
+    outputs = (tokens.data_ptr(), logprobs.data_ptr())
+    settings = (rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    if library().sample(at(logits), at(z), at(u, torch.float64), *outputs, B, V, *settings):
+        raise MemoryError("no memory for the order of the tokens")
+    return tokens, logprobs
 
 
 # ---- triton

@@ -1,0 +1,139 @@
+/* A token of each row of logits, and its log-probability. The mathematics stands in sampling.py:
+   the order is by falling z and, of equals, rising id; sums of probabilities run in that order, in
+   fp64. Where all tokens stay in, that takes a whole sort: by digits, which keeps equals in order.
+
+   z, logits (B, V)    u (B): the uniform numbers    B = rows, V = vocabulary */
+
+#include <math.h>
+
+#include "vec.h"
+
+#define FEW 256  /* up to so many of the largest are found by insertion */
+#define DIGIT 11 /* bits; three make up a key */
+#define BUCKETS (1 << DIGIT)
+
+typedef struct { uint32_t key, id; } entry;
+
+/* Numbers that rise as z falls; -0 is 0 */
+INLINE uint32_t key_of(float z) {
+    uint32_t bits;
+    z += 0.0f;
+    memcpy(&bits, &z, 4);
+    return bits >> 31 ? bits : ~bits & 0x7fffffff;
+}
+
+/* The n <= FEW first of the order */
+static void first_few(const float *z, long V, entry *out, long n) {
+    long have = 0;
+    for (long id = 0; id < V; id++) {
+        if (have == n && !(z[id] > z[out[n - 1].id])) continue;
+        entry e = {key_of(z[id]), id};
+        long at = have < n ? have++ : n - 1;
+        for (; at && out[at - 1].key > e.key; at--) out[at] = out[at - 1];
+        out[at] = e;
+    }
+}
+
+/* All of the order; `other` is room as large */
+static void sorted(const float *z, long V, entry *out, entry *other) {
+    entry *from = other, *to = out;
+    for (long id = 0; id < V; id++) from[id] = (entry){key_of(z[id]), id};
+    for (int shift = 0; shift < 32; shift += DIGIT) {
+        uint32_t place[BUCKETS] = {0}, sum = 0;
+        for (long i = 0; i < V; i++) place[from[i].key >> shift & (BUCKETS - 1)]++;
+        for (long b = 0; b < BUCKETS; b++) {
+            uint32_t count = place[b];
+            place[b] = sum;
+            sum += count;
+        }
+        for (long i = 0; i < V; i++) to[place[from[i].key >> shift & (BUCKETS - 1)]++] = from[i];
+        entry *swap = from;
+        from = to;
+        to = swap;
+    }
+} /* three passes: the last one wrote into `out` */
+
+static float largest_of(const float *z, long V) {
+    vec most = all(-INFINITY);
+    long i = 0;
+    for (; i + LANES <= V; i += LANES) most = larger(load(z + i), most);
+    float best = top(most);
+    for (; i < V; i++)
+        if (z[i] > best) best = z[i];
+    return best;
+}
+
+static long first_largest(const float *z, long V) {
+    float best = largest_of(z, V);
+    for (long id = 0; id < V; id++)
+        if (z[id] == best) return id;
+    return 0; /* every one is NaN */
+}
+
+/* log of the sum of e^z; vectors are added up in fp32 for a while only */
+static float log_sum(const float *z, long V) {
+    float best = largest_of(z, V);
+    double total = 0;
+    for (long first = 0; first < V; first += 64 * LANES) {
+        vec part = all(0);
+        for (long i = first; i < least(V, first + 64 * LANES); i += LANES) {
+            long n = least(LANES, V - i);
+            vec e = exponential(sub(load_some(z + i, n), all(best)));
+            part = add(part, n == LANES ? e : load_some((float *)&e, n));
+        }
+        total += sum(part);
+    }
+    return best + (float)log(total);
+}
+
+/* The token of a row by inverse CDF over what top_k, top_p and min_p leave; order[0 ... n) */
+static long drawn(const float *z, const entry *order, double *cumulative, long n, double u,
+                  double temperature, double top_p, double min_p) {
+    double best = z[order[0].id], total = 0;
+    for (long i = 0; i < n; i++)
+        cumulative[i] = total += exp((z[order[i].id] - best) / temperature);
+    long last = top_p < 1 || min_p > 0 ? 0 : n - 1; /* of those that stay in; never none do */
+    for (long i = 1; i < n && last == i - 1; i++) {
+        double p = exp((z[order[i].id] - best) / temperature);
+        if (cumulative[i] - p < top_p * total && p >= min_p) last = i;
+    }
+    double reached = u * cumulative[last];
+    for (long i = 0; i < last; i++)
+        if (cumulative[i] > reached) return order[i].id;
+    return order[last].id;
+}
+
+/* 0, or -1 where memory could not be had. temperature 0 takes the largest; top_k 0 keeps all. */
+int sample(const float *logits, const float *z, const double *u, int64_t *tokens, float *logprobs,
+           long B, long V, double temperature, long top_k, double top_p, double min_p) {
+    long n = top_k && top_k < V ? top_k : V, room = n <= FEW ? n : V, failed = 0;
+#pragma omp parallel reduction(| : failed) if (B > 1)
+    {
+        entry *order = NULL, *other = NULL;
+        double *cumulative = NULL;
+        if (temperature > 0) {
+            order = malloc(room * sizeof(entry));
+            other = n > FEW ? malloc(V * sizeof(entry)) : order;
+            cumulative = malloc(n * sizeof(double));
+            failed = !order || !other || !cumulative;
+        }
+#pragma omp for schedule(static)
+        for (long b = 0; b < B; b++) {
+            const float *row = z + b * V;
+            if (failed) continue;
+            if (temperature > 0) {
+                if (n <= FEW)
+                    first_few(row, V, order, n);
+                else
+                    sorted(row, V, order, other);
+                tokens[b] = drawn(row, order, cumulative, n, u[b], temperature, top_p, min_p);
+            } else
+                tokens[b] = first_largest(row, V);
+            logprobs[b] = logits[b * V + tokens[b]] - log_sum(logits + b * V, V);
+        }
+        if (other != order) free(other);
+        free(order);
+        free(cumulative);
+    }
+    return failed ? -1 : 0;
+}
