@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "native"
-SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c")
+SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
 # -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
 SECONDS = 120  # a compilation takes three
@@ -43,6 +43,7 @@ SIGNATURES = {
     "swiglu": (None, Pointer, Pointer, Long, Long),
     "kv_write": (None, *[Pointer] * 5, *[Long] * 5),
     "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
+    "layers": (ctypes.c_int, *[Pointer] * 14, Float),
     "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
 }
 

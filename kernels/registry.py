@@ -20,6 +20,7 @@ from kernels import (
     attention,
     attention_triton,
     cached_attention,
+    layers,
     linear_cross_entropy,
     linear_invariant,
     lora_linear,
@@ -61,6 +62,7 @@ class Ops:
     sample: Callable
     shares_prefix: tuple[str, ...] = ()  # device types where attention takes a Packed.prefix fast
     packs: str = ""  # "panels": products want weights in panels.py's form
+    layers: Callable | None = None  # (weights, count) -> all layers of a decoding step in one call
     sampled: Ops | None = None  # the table for a sampling run, where it is another
 
     def table(self) -> dict[str, str]:
@@ -119,6 +121,7 @@ NATIVE = dataclasses.replace(
     TORCH,
     name="native",
     packs="panels",
+    layers=layers.LayersNative,
     rms_norm_forward=rms_norm.rms_norm_forward_native,
     add_rms_norm_forward=rms_norm.add_rms_norm_forward_native,
     rope_=rope.rope_native_,

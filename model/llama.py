@@ -99,6 +99,8 @@ class Llama:
         self.sharded = hasattr(weights, "whole")
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
+        packed = self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor)
+        self._at_once = self.ops.layers(weights, config.num_layers) if packed else None
 
     @classmethod
     def from_pretrained(
@@ -170,7 +172,11 @@ class Llama:
         w, eps = self.weights, self.config.rms_norm_eps
         cos_sin = self._rope_table(context)
         h, x = w.embed(tokens) if self.sharded else w["embed"][tokens], None
-        for i in self._layers(range(self.config.num_layers)):
+        order = self._layers(range(self.config.num_layers))
+        if self._at_once is not None and cache is not None and lora is None and wanted is None:
+            x, h = self._at_once(h, context, cos_sin, cache.k, cache.v, eps)
+            order = ()
+        for i in order:
             if x is None:
                 y, rstd = self.ops.rms_norm_forward(h, w[f"{i}.attn_norm"], eps)
             else:

@@ -5,15 +5,16 @@
    over d in one order, the sum of weights and of weighted values one over the keys in theirs
    (even and odd keys of a page apart). So its bits depend on its row and on the size of a page,
    and on nothing else: not on where the row was cut into forwards, what was drafted with it, its
-   neighbours, or the threads. Three passes over the context, which a second cache holds: scores,
-   weights, values.
+   neighbours, or the threads. Three passes over the context: scores, weights, values.
 
    qkv (T, (H + 2G) d)    k, v (pages, G, page, d)    o (T, H d)    table (B, P)
    cu (B + 1): row i's new tokens are cu[i] .. cu[i + 1]    contexts (B): tokens before them
    T = new tokens, B = rows, H = query heads, G = key/value heads, n = H / G, d = head size */
 
 #include <math.h>
+#include <omp.h>
 
+#include "native.h"
 #include "vec.h"
 
 void kv_write(const float *qkv, float *k, float *v, const int64_t *pages, const int64_t *offsets,
@@ -106,62 +107,68 @@ static float weights_of(float *scores, long length) {
     return sum(total);
 }
 
-/* The n query heads of key/value head g, of a token that sees `length` keys */
+/* The query heads of key/value heads g0 ... g1 - 1, of a token that sees `length` keys; q and o are
+   those of its head 0. Page by page, whose heads lie side by side. */
 static void attend(const float *q, const float *k, const float *v, float *o, const int64_t *table,
-                   float *scratch, long length, long room, long n, long G, long g, long d,
-                   long page) {
-    long c = d / LANES;
-    float *scaled = scratch + n * room, *out = scaled + n * d;
-    for (long i = 0; i < n * d; i += LANES)
-        store(scaled + i, mul(load(q + i), all(1 / sqrtf(d))));
-    memset(out, 0, 2 * n * d * sizeof(float));
-    long pages = (length + page - 1) / page, of_page = page * d;
-    for (long b = 0; b < pages; b++) {
-        for (long h = 0; h < n; h++)
-            scores_of(c, scaled + h * d, k + (table[b] * G + g) * of_page,
+                   float *scratch, long length, long room, long n, long G, long g0, long g1,
+                   long d, long page) {
+    long c = d / LANES, first = g0 * n, heads = (g1 - g0) * n;
+    float *scaled = scratch + heads * room, *out = scaled + heads * d, total[heads];
+    for (long i = 0; i < heads * d; i += LANES)
+        store(scaled + i, mul(load(q + first * d + i), all(1 / sqrtf(d))));
+    memset(out, 0, 2 * heads * d * sizeof(float));
+    for (long b = 0; b * page < length; b++)
+        for (long h = 0; h < heads; h++)
+            scores_of(c, scaled + h * d, k + (table[b] * G + g0 + h / n) * page * d,
                       scratch + h * room + b * page, least(page, length - b * page));
-    }
-    float total[n];
-    for (long h = 0; h < n; h++) total[h] = weights_of(scratch + h * room, length);
-    for (long b = 0; b < pages; b++) {
-        for (long h = 0; h < n; h++)
-            values_of(c, scratch + h * room + b * page, v + (table[b] * G + g) * of_page,
-                      out + 2 * h * d, least(page, length - b * page));
-    }
-    for (long h = 0; h < n; h++)
+    for (long h = 0; h < heads; h++) total[h] = weights_of(scratch + h * room, length);
+    for (long b = 0; b * page < length; b++)
+        for (long h = 0; h < heads; h++)
+            values_of(c, scratch + h * room + b * page,
+                      v + (table[b] * G + g0 + h / n) * page * d, out + 2 * h * d,
+                      least(page, length - b * page));
+    for (long h = 0; h < heads; h++)
         for (long i = 0; i < c; i++) {
             const float *pair = out + 2 * (h * c + i) * LANES;
-            store(o + h * d + i * LANES,
+            store(o + (first + h) * d + i * LANES,
                   quotient(add(load(pair), load(pair + LANES)), all(total[h])));
         }
 }
+
+#define PIECE 16 /* tokens of a row that one thread takes one after the other: their keys are near */
 
 /* 0, or -1 where memory for the scores could not be had. */
 int cached_attention(const float *qkv, const float *k, const float *v, float *o,
                      const int64_t *table, const int32_t *cu, const int32_t *contexts, long B,
                      long P, long H, long G, long d, long page) {
-    long T = cu[B], n = H / G, longest = 0, failed = 0;
-    int32_t *row = malloc((T + 1) * sizeof(int32_t));
-    if (!row) return -1;
+    long n = H / G, longest = 0, pieces = 0, failed = 0;
+    struct { int32_t row, first; } *piece = malloc((cu[B] + 1) * sizeof *piece);
+    if (!piece) return -1;
     for (long b = 0; b < B; b++) {
-        for (long t = cu[b]; t < cu[b + 1]; t++) row[t] = b;
+        for (long t = cu[b]; t < cu[b + 1]; t += PIECE) {
+            piece[pieces].row = b;
+            piece[pieces++].first = t;
+        }
         long length = contexts[b] + cu[b + 1] - cu[b];
         if (length > longest) longest = length;
     }
     long room = longest + 2 * LANES; /* a page's scores may be written beyond it by a vector */
+    /* few rows are shared out by heads, too: memory is read in shorter runs then */
+    long together = B >= 4 * omp_get_max_threads() ? G : 1, parts = G / together;
 #pragma omp parallel reduction(| : failed)
     {
-        float *scratch = malloc((n * room + 3 * n * d) * sizeof(float));
+        float *scratch = malloc(together * n * (room + 3 * d) * sizeof(float));
         failed = !scratch;
 #pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < T * G; task++) { /* head by head: its keys are at hand */
-            long g = task / T, t = task % T, b = row[t], length = contexts[b] + t - cu[b] + 1;
-            if (scratch)
-                attend(qkv + (t * (H + 2 * G) + g * n) * d, k, v, o + (t * H + g * n) * d,
-                       table + b * P, scratch, length, room, n, G, g, d, page);
+        for (long task = 0; task < pieces * parts; task++) {
+            long i = task % pieces, g = task / pieces * together, b = piece[i].row;
+            long first = piece[i].first, end = least(first + PIECE, cu[b + 1]);
+            for (long t = first; scratch && t < end; t++)
+                attend(qkv + t * (H + 2 * G) * d, k, v, o + t * H * d, table + b * P, scratch,
+                       contexts[b] + t - cu[b] + 1, room, n, G, g, g + together, d, page);
         }
         free(scratch);
     }
-    free(row);
+    free(piece);
     return failed ? -1 : 0;
 }

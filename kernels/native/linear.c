@@ -13,6 +13,7 @@
 
    T = tokens, K = inputs, N = outputs, P = panels */
 
+#include "native.h"
 #include "vec.h"
 
 #define PANEL (2 * LANES)
@@ -21,7 +22,7 @@
 #else
 #define ROWS 6 /* of 16 */
 #endif
-#define BLOCK (16 * ROWS) /* tokens whose x stays in the second cache while panels pass */
+#define BLOCK (44 * ROWS) /* tokens whose x stays in the second cache while panels pass */
 #define WIDENED 4 /* tiles from which on a panel is better made fp32 once */
 #define AHEAD 4096 /* bytes: the hardware's own prefetch leaves a third of the bandwidth */
 

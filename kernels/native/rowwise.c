@@ -6,6 +6,7 @@
 
 #include <math.h>
 
+#include "native.h"
 #include "vec.h"
 
 #define SMALL 16384 /* numbers: waking another thread takes longer than these */

@@ -6,6 +6,7 @@
 
 #include <math.h>
 
+#include "native.h"
 #include "vec.h"
 
 #define FEW 256  /* up to so many of the largest are found by insertion */
