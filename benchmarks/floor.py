@@ -1,7 +1,7 @@
 """The arithmetic floor of sampling and scoring: what no engine of this design can go below here.
 
     generation =  2 (T L + R H) / F                                 prompts
-               +  sum over steps of max(2 B (L + H) / F, 4 (L + H) / M)
+               +  sum over steps of max(2 B (L + H) / F, W / M)
                +  sum over decoded tokens of (context x bytes of keys and values per token) / M
     scoring    =  2 (T L + A (L + H)) / F
 
@@ -9,9 +9,9 @@ F is the measured fp32 product rate (operations/s), M the measured read rate (by
 weights of the linear layers, H those of lm_head. T are the prompt tokens to compute: what the
 prompts of a run begin with counts once (scoring: a row's prompt counts once for both its answers).
 R rows need lm_head once each for their first token. B rows are in flight in a step, each getting
-one token from one forward; the weights (4 bytes each) are read once a step where that takes longer
-than the products. A are the answer tokens of a scoring run. A row's n new tokens, end token
-included, take n - 1 decoded tokens: the first comes from the prompt.
+one token from one forward; the weights (W bytes as they are packed, 4 each in fp32) are read once a
+step where that takes longer than the products. A are the answer tokens of a scoring run. A row's n
+new tokens, end token included, take n - 1 decoded tokens: the first comes from the prompt.
 
 Left out as small: attention's own arithmetic, norms, sampling. Drafts give a row several tokens for
 one reading of the weights, so that a drafted run of few rows may go beyond 100 % of this floor.
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from engine.sampler import common_prefix
+from kernels import native
 from kernels.prepack import linear, prepack
 from model.config import LlamaConfig
 
@@ -34,12 +35,12 @@ FLOAT = 4  # bytes
 def ceilings(seconds: float = 1.0) -> dict[str, float]:
     """The best fp32 product rate (operations/s) and read rate (bytes/s) of this machine now.
 
-    Products are tried in MKL's and in oneDNN's prepacked form, reads as a sum and a dot product.
+    Products are tried in MKL's, oneDNN's prepacked and our form, reads as a sum and a dot product.
     """
     n, size = 2048, 1 << 28  # 1 GiB of floats: more than any cache holds
     a, b = torch.randn(n, n), torch.randn(n, n)
-    packed, x = prepack(b), torch.ones(size)
-    product = min(_fastest(lambda: a @ b, seconds), _fastest(lambda: linear(a, packed), seconds))
+    forms = [b, prepack(b), *([] if native.usable() else [prepack(b, panels=True)])]
+    product, x = min(_fastest(lambda w=w: linear(a, w), seconds) for w in forms), torch.ones(size)
     read = min(_fastest(x.sum, seconds), _fastest(lambda: x.dot(x), seconds))
     return {"flops": 2 * n**3 / product, "bytes": FLOAT * size / read}
 
@@ -89,13 +90,18 @@ def generation_floor(
     new: Sequence[int],
     rows: int,
     rates: dict[str, float],
+    weight_bytes: int = 0,
 ) -> float:
-    """Seconds for prompts and their so many new tokens, end tokens included."""
+    """Seconds for prompts and their so many new tokens, end tokens included.
+
+    weight_bytes: of all matrices that a step reads; 0 for 4 a weight.
+    """
     layers, head = weights(c)
+    size = weight_bytes or FLOAT * (layers + head)
     flops, read = rates["flops"], rates["bytes"]
     seconds = 2 * (computed_prompt_tokens(prompts) * layers + len(prompts) * head) / flops
     for b in rows_in_flight(new, rows):
-        seconds += (layers + head) * max(2 * b / flops, FLOAT / read)
+        seconds += max(2 * b * (layers + head) / flops, size / read)
     context = sum(sum(range(len(p) + 1, len(p) + n)) for p, n in zip(prompts, new, strict=True))
     return seconds + context * c.num_layers * 2 * c.qkv_sizes[1] * FLOAT / read
 

@@ -297,7 +297,8 @@ def main() -> None:
     results = {name: summary(several, job, ours) for name, several in runs.items()}
     for name in own:
         r, rows = results[name], int(name.split()[1])
-        r["floor_seconds"] = generation_floor(config, prompts, r["new"], rows, best)
+        size = r["weight_bytes"] = own[name][0]["weight_bytes"]
+        r["floor_seconds"] = generation_floor(config, prompts, r["new"], rows, best, size)
         r["share"] = r["floor_seconds"] / r["seconds"]
     about, prompt_tokens = machine("cpu"), sum(map(len, prompts))
     print(

@@ -24,6 +24,9 @@ from engine.data import Distilled
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import score
 from engine.session import ModelConfig, Session
+from model.lora import GROUPS
+
+MATRICES = tuple(f".{name}" for name in GROUPS)
 
 
 def open_session(job: dict[str, Any]) -> tuple[Session, float]:
@@ -48,11 +51,14 @@ def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
         started = time.perf_counter()
         done = {c.id: c.ids for c in sampler.run(requests)}
         seconds = time.perf_counter() - started
-        stats = sampler.stats
+        stats, matrices = sampler.stats, sampler.model.weights
+        packed = {n: w for n, w in matrices.items() if n == "head" or n.endswith(MATRICES)}
+        size = sum(w.nbytes for w in packed.values())
     return {
         "load_seconds": loaded,
         "pack_seconds": started - begun,  # the weights into the form that products want
         "seconds": seconds,
+        "weight_bytes": size,  # what a step of decoding reads of them
         "answers": [done[row["id"]] for row in job["rows"]],
         "stats": dataclasses.asdict(stats),
         "stats_text": stats.text(),

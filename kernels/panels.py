@@ -45,6 +45,11 @@ class Panels:
         self.pointer, self._product = self.packed.data_ptr(), lib.linear
         lib.pack(native.at(weight), self.pointer, self.bytes, n, k)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.packed.nbytes
+
     @staticmethod
     def available(weight: Tensor) -> bool:
         """Whether this weight can be packed here."""

@@ -38,6 +38,11 @@ class Prepacked:
             self._measured[key] = self._measure()
         self.min_rows = self._measured[key]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.packed.numel() * self.packed.element_size()
+
     @staticmethod
     def available(weight: Tensor) -> bool:
         """Whether this weight can be prepacked here."""
