@@ -7,10 +7,11 @@ have in common (the template, or all of it for several samples of a row) is comp
 copied. When memory runs short the youngest row is put back and starts again from its prompt later.
 
 Why a row's text does not depend on its neighbours (fp32 on a CPU: bitwise):
-    products    one prepacked form for the whole run, in which a row is a row (lora_linear.py)
-    attention   a prompt is computed in blocks of one page of queries, wherever it was cut into
-                chunks; a decoded or drafted token is a query of its own that splits its context by
-                page and joins in page order (cached_attention.py)
+    products    one packed form for the whole run, in which a row is a row (panels.py, prepack.py)
+    attention   in C every query is computed as if alone. In torch a prompt is computed in blocks
+                of one page of queries, wherever it was cut into chunks; a decoded or drafted token
+                is a query of its own that splits its context by page and joins in page order
+                (cached_attention.py)
     sampling    one uniform per token, named by (seed, row id, sample, position) (philox.py)
 On a GPU decode steps are captured and replayed, several between two visits of the host (graphs.py).
 With `invariant` products there have fixed tiles (linear_invariant.py), and Triton's attention

@@ -35,7 +35,7 @@ class ModelConfig:
     model: str  # directory of a Llama checkpoint (Hugging Face layout, safetensors)
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
-    ops: str = "auto"  # auto | torch | triton | reference; auto: what passes its check on a GPU
+    ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
     threads: int = 0  # CPU threads; 0 leaves torch's choice
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca; own: the model's (default)
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
