@@ -22,7 +22,7 @@
 #else
 #define ROWS 6 /* of 16 */
 #endif
-#define BLOCK (44 * ROWS) /* tokens whose x stays in the second cache while panels pass */
+#define BLOCK (44 * ROWS) /* tokens whose x is passed by a panel while the panel is near */
 #define WIDENED 4 /* tiles from which on a panel is better made fp32 once */
 #define AHEAD 4096 /* bytes: the hardware's own prefetch leaves a third of the bandwidth */
 
@@ -154,9 +154,9 @@ void linear(const float *x, const char *w, float *y, long bytes, long T, long K,
         for (long p = 0; p < P; p++) {
             const char *panel = w + p * size;
             const char *wide = bytes < 4 && tiles >= WIDENED ? widened(panel, bytes, K) : NULL;
-            for (long i = 0; i < tiles; i++) {
-                long t = first + i * ROWS, m = least(ROWS, end - t);
+            for (long i = 0, t = first, m; i < tiles; i++, t += m) { /* of about the same size */
                 long width = least(PANEL, N - p * PANEL);
+                m = (end - t + tiles - i - 1) / (tiles - i);
                 const float *in = x + t * K;
                 float *out = y + t * N + p * PANEL;
                 /* one tile asks for what it needs soon, several share out the next panel */
