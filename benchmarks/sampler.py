@@ -94,6 +94,7 @@ def parse_args() -> argparse.Namespace:
         help="interpreter with llama_cpp",
     )
     add("--score", action="store_true", help="time the scoring of references and answers, too")
+    add("--profile", action="store_true", help="say where our time goes, at the first of --rows")
     add("--busy", action="store_true", help="print times even if the machine is busy")
     args = parser.parse_args()
     if not args.rows:
@@ -269,6 +270,23 @@ def scoring(
     return result
 
 
+def profiling(job: Job, rows: int, busy: bool) -> dict[str, Any]:
+    """benchmarks.sampler_profile's seconds, and a table of them."""
+    with Quiet("while profiling", busy):
+        found = run(own_run("profile", rows), job, malloc=True)["profile"]
+    parts = {phase: found[phase] for phase in ("prefill", "decode")}
+    names = sorted({n for p in parts.values() for n in p}, key=lambda n: -parts["decode"].get(n, 0))
+    lines = [["layers one by one", *(f"{phase}, s" for phase in parts), *parts]]
+    for name in names:
+        seconds = [part.get(name, 0.0) for part in parts.values()]
+        shares = [x / sum(p.values()) for x, p in zip(seconds, parts.values(), strict=True)]
+        lines.append([name, *(f"{x:.2f}" for x in seconds), *(f"{x:.1%}" for x in shares)])
+    print(table(lines))
+    share = found["share"]["python"]
+    print(f"{rows} rows: Python is {share:.1%} of decoding with all layers in one call")
+    return found
+
+
 def main() -> None:
     args = parse_args()
     load = os.getloadavg()[0]
@@ -324,6 +342,8 @@ def main() -> None:
     }
     if args.score:
         document["scoring"] = scoring(job, ours, config, best, args.busy)
+    if args.profile:
+        document["profile"] = profiling(job, args.rows[0], args.busy)
     quiet_runs = all(r["others"] <= BUSY for several in runs.values() for r in several)
     record(document | {"environment": about}, wanted=quiet_runs)
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.sampler_job generate ROWS DRAFT < JOB.json
     python -m benchmarks.sampler_job score < JOB.json
+    python -m benchmarks.sampler_job profile ROWS < JOB.json
     python -m benchmarks.sampler_job ceilings < JOB.json
 
 JOB.json is what benchmarks/sampler.py writes; `score` wants "answers" in it as well.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.floor import ceilings
+from benchmarks.sampler_profile import profile
 from engine.data import Distilled
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import score
@@ -36,14 +38,18 @@ def open_session(job: dict[str, Any]) -> tuple[Session, float]:
     return Session.open(config), time.perf_counter() - started
 
 
-def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
-    """All rows once with this many in flight."""
-    session, loaded = open_session(job)
-    requests = [
+def requests_of(job: dict[str, Any]) -> list[Request]:
+    return [
         Request(row["id"], row["prompt"], job["max_new"], expected=len(ids), draft=ids)
         for row in job["rows"]
         for ids in [row["reference_ids"]]
     ]
+
+
+def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
+    """All rows once with this many in flight."""
+    session, loaded = open_session(job)
+    requests = requests_of(job)
     config = SamplerConfig(rows=rows, draft=draft)
     decode = session.chat.tokenizer.decode
     begun = time.perf_counter()
@@ -113,6 +119,10 @@ def main() -> None:
         result = ceilings()
     elif kind == "score":
         result = score_rows(job)
+    elif kind == "profile":
+        session = open_session(job)[0]
+        parts = profile(session, requests_of(job), int(settings[0]), job["end_ids"])
+        result = {"profile": parts}
     else:
         result = generate(job, int(settings[0]), settings[1])
     print(json.dumps(result | {"rss": peak_rss()}))
