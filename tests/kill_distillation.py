@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--most", type=float, default=9, help="seconds a run may live; a third: least"
+    )
     args = parser.parse_args()
     rng = random.Random(args.seed)
     command = [sys.executable, str(ROOT / "scripts" / "distill.py"), "--model", args.model]
@@ -43,7 +46,10 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             try:
-                assert job.wait(rng.uniform(3, 9) if kills < args.kills else None) == 0
+                assert (
+                    job.wait(rng.uniform(args.most / 3, args.most) if kills < args.kills else None)
+                    == 0
+                )
             except subprocess.TimeoutExpired:
                 job.kill()
                 job.wait()
