@@ -118,6 +118,34 @@ def test_heads_of_every_size():
             check(SPECS["cached_attention"], NATIVE, REFERENCE, shape)
 
 
+def test_nothing_behind_a_cache_is_needed():
+    """The last place of the last page is taken: a read behind it shows in the sanitized form."""
+    d = lanes()
+    for page in range(2, 35):
+        cached = Cached.build([1, 2], [2 * page - 1, page - 2], [[0, 1], [2]], page)
+        k, v = normal(3, 1, page, d), normal(3, 1, page, d, seed=1)
+        qkv = normal(3, 3 * d, seed=2)
+        want = REFERENCE.cached_attention(qkv, k, v, cached)
+        torch.testing.assert_close(NATIVE.cached_attention(qkv, k, v, cached), want)
+
+
+def test_values_are_two_chains():
+    """Of the even and of the odd keys of a page, over the pages; added in the end. Bit for bit.
+
+    Queries of 0 weigh every key alike, by exactly 1.
+    """
+    for page in (1, 5, 8, 16):
+        d, n = 2 * lanes(), 3 * page + 2
+        qkv = torch.cat((torch.zeros(n, d), normal(n, 2 * d)), dim=1)
+        k, v = torch.zeros(5, 1, page, d), torch.zeros(5, 1, page, d)
+        cached = Cached.build([n], [0], [[2, 0, 1, 4, 3]], page)
+        NATIVE.kv_write_(qkv, k, v, cached)
+        got, chains = NATIVE.cached_attention(qkv, k, v, cached), torch.zeros(2, d)
+        for t in range(n):
+            chains[t % page % 2] += qkv[t, 2 * d :]
+            assert bitwise(got[t], chains.sum(0) / (t + 1)), f"token {t}, pages of {page}"
+
+
 def test_scores_far_apart():
     """Most weights vanish; the largest score may be any one's, and far from 0."""
     spec = SPECS["cached_attention"]
@@ -166,6 +194,21 @@ def test_swiglu_holds_to_the_last_bits():
     h = NATIVE.swiglu_forward(far)[0]
     assert h[:3].abs().max() < 1e-7 and torch.equal(h[3:], far[0, 3:6])
     assert NATIVE.swiglu_forward(torch.tensor([[torch.nan, 1.0]])).isnan().all()
+
+
+def test_scores_far_below_0():
+    """Places behind a row's last key are nobody's: their 0 is not the largest score."""
+    d = lanes()
+    for n in range(1, 3 * lanes()):
+        qkv = torch.cat((torch.ones(n, d), normal(n, 2 * d)), dim=1)
+        falling = -(100 + torch.arange(n) / 4) / d**0.5  # scores: -100, -100.25, ...
+        qkv[:, d : 2 * d] = falling[:, None]
+        k, v = torch.zeros(6, 1, 8, d), torch.zeros(6, 1, 8, d)
+        cached = Cached.build([n], [0], [list(range(6))], 8)
+        NATIVE.kv_write_(qkv, k, v, cached)
+        want = REFERENCE.cached_attention(qkv.double(), k.double(), v.double(), cached).float()
+        got = NATIVE.cached_attention(qkv, k, v, cached)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_nan_is_not_hidden():

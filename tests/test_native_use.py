@@ -298,10 +298,6 @@ def test_auto_on_a_cpu_samples_with_it(cache, capsys):
     assert registry.choose() == ops and capsys.readouterr().out == "", "checked once"
 
 
-def wrong_swiglu(gate_up):
-    return TORCH.swiglu_forward(gate_up) * 1.01
-
-
 @pytest.mark.parametrize("field", ["swiglu_forward", "linear"])
 def test_one_that_is_wrong_falls_back_as_a_whole(cache, monkeypatch, capsys, field):
     """Forms that a row meets one after the other: none of them is mixed with torch's."""
@@ -320,6 +316,18 @@ def test_one_that_is_wrong_falls_back_as_a_whole(cache, monkeypatch, capsys, fie
     assert "over the bound" in said[-1]
     with pytest.raises(ValueError, match=f"native cannot run here: {operation}: .*over the bound"):
         registry.choose("native")
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_each_form_of_a_weight_is_checked(cache, monkeypatch, count):
+    """Also the two bytes of a checkpoint in bf16, though a check's weights are drawn in fp32."""
+
+    def wrong(x, weight):
+        packed = Panels(weight)
+        return packed(x) * (1.01 if packed.bytes == count else 1)
+
+    monkeypatch.setattr(registry, "NATIVE", dataclasses.replace(NATIVE, linear=wrong))
+    assert registry.choose(widths=Widths(64, 96, 4, 2, 16, 320)) is TORCH
 
 
 def test_heads_that_are_no_whole_vectors_fall_back(cache, capsys, tiny_llama_dir):
