@@ -6,6 +6,7 @@ What they compute is in test_native.py.
 import dataclasses
 import functools
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -31,15 +32,29 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no native kernels: {REASO
 CPU = torch.device("cpu")
 
 
+HURRIED = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A library as the next process would name it."""
+    return native.build(tmp_path_factory.mktemp("built"), HURRIED)
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, a process that has compiled nothing, and a compiler in a hurry."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
-    hurried = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)
-    monkeypatch.setattr(native.build, "__defaults__", (hurried,))
+    monkeypatch.setattr(native.build, "__defaults__", (HURRIED,))
     return tmp_path / "cache" / "sdft-engine"
+
+
+def put(library, cache):
+    """The library where this process will look for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(library, cache))
 
 
 def again(monkeypatch):
@@ -114,9 +129,9 @@ def test_another_compiler_flag_or_source_has_its_own_file(cache, monkeypatch, tm
 
 
 @pytest.mark.parametrize("broken", ["empty", "half", "end", "changed", "text"])
-def test_a_broken_library_is_compiled_anew(cache, monkeypatch, broken):
+def test_a_broken_library_is_compiled_anew(cache, built, broken):
     """Not loaded: one that was cut off would end the process. And not left there for the next."""
-    library = native.build(cache)
+    library = put(built, cache)
     whole = library.read_bytes()
     middle = len(whole) // 2
     content = {
@@ -132,8 +147,9 @@ def test_a_broken_library_is_compiled_anew(cache, monkeypatch, broken):
     assert native.library()._name == str(library)
 
 
-def test_a_library_in_use_is_not_written_into(cache, monkeypatch):
+def test_a_library_in_use_is_not_written_into(cache, built):
     """What replaces it is another file: the process that has loaded it goes on."""
+    put(built, cache)
     assert works()
     (library,) = cache.iterdir()
     before = os.stat(library).st_ino
@@ -146,14 +162,13 @@ def test_a_library_in_use_is_not_written_into(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["a file", "a folder of that name"])
-def test_a_cache_that_cannot_be_written_stops_nobody(cache, monkeypatch, where):
+def test_a_cache_that_cannot_be_written_stops_nobody(cache, built, monkeypatch, where):
     """(For root every folder can be written; a file in the way cannot be got round.)"""
     if where == "a file":
         cache.parent.write_text("")
     else:
-        library = native.build(cache)
-        library.unlink()
-        library.mkdir()
+        library = cache / built.name
+        library.mkdir(parents=True)
     temporary = cache.parent.parent / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(native.tempfile, "tempdir", str(temporary))
@@ -177,12 +192,11 @@ def test_two_processes_compile_at_once(cache):
     code = (
         "from pathlib import Path; from kernels import native; import sys\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "flags = tuple('-O0' if flag == '-O3' else flag for flag in native.FLAGS)\n"
-        "library = native.build(Path(sys.argv[1]), flags)\n"
+        "library = native.build(Path(sys.argv[1]), tuple(sys.argv[2:]))\n"
         "print(native.bind(library).panel_columns(), library.name)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", code, str(cache)]
+    command = [sys.executable, "-c", code, str(cache), *HURRIED]
     both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
@@ -214,6 +228,7 @@ def refusals(cache):
     text_file = script(folder / "text", [
         'while [ $# -gt 0 ]; do [ "$1" = -o ] && seq 99 > "$2"; shift; done',
     ])  # fmt: skip
+    undefined = script(folder / "undefined", [f'exec {compiler} -O0 -Dsqrtf=__kmpc_none "$@"'])
     (folder / "odd").write_bytes(b"#!/nonexistent/interpreter\n")
     (folder / "odd").chmod(0o755)
     return {
@@ -224,15 +239,17 @@ def refusals(cache):
         "links": ({"CC": links}, "links failed with status 1: cannot find -lm"),
         "nothing": ({"CC": writes_nothing}, "No such file"),
         "text": ({"CC": text_file}, "invalid ELF header"),
+        "undefined": ({"CC": undefined}, "undefined symbol: __kmpc_none"),
         "odd": ({"CC": str(folder / "odd")}, "odd cannot be run"),
     }
 
 
 @pytest.mark.parametrize(
-    "case", ["absent", "path", "false", "fails", "links", "nothing", "text", "odd"]
+    "case", ["absent", "path", "false", "fails", "links", "nothing", "text", "undefined", "odd"]
 )
 def test_no_compiler_that_works(cache, monkeypatch, capsys, case):
-    """A reason, torch's table for `auto`, a refusal for `native`, and nothing left behind."""
+    """A reason, torch's table for `auto`, a refusal for `native`, and nothing left behind but what
+    a compiler said was a library. ("undefined": as clang's beside a torch with gcc's OpenMP.)"""
     environment, said = refusals(cache)[case]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -248,7 +265,9 @@ def test_no_compiler_that_works(cache, monkeypatch, capsys, case):
         f"--ops native cannot run here: {native.usable()}; use --ops auto or torch"
     )
     left = list(cache.iterdir()) if cache.exists() else []
-    assert all(path.suffix == ".so" for path in left) and (not left or case == "text")
+    assert all(path.suffix == ".so" for path in left) and bool(left) == (
+        case in ("text", "undefined")
+    )
 
 
 @pytest.mark.parametrize(
@@ -281,7 +300,8 @@ def test_a_processor_with_avx2_is_enough(monkeypatch):
 # ---- chosen
 
 
-def test_native_is_for_fp32_on_a_cpu():
+def test_native_is_for_fp32_on_a_cpu(cache, built):
+    put(built, cache)
     for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("cuda", torch.float32)):
         wanted = f"for fp32 on a CPU, not {dtype} on {device}; use --ops auto or torch"
         with pytest.raises(ValueError, match=wanted):
@@ -289,7 +309,8 @@ def test_native_is_for_fp32_on_a_cpu():
     assert registry.choose("native") is NATIVE
 
 
-def test_auto_on_a_cpu_samples_with_it(cache, capsys):
+def test_auto_on_a_cpu_samples_with_it(cache, built, capsys):
+    put(built, cache)
     ops = registry.choose()
     assert ops.sampled is NATIVE and ops.name == "torch, sampling native"
     assert dataclasses.replace(ops, name="torch", sampled=None) == TORCH, "training is torch's"
@@ -299,8 +320,9 @@ def test_auto_on_a_cpu_samples_with_it(cache, capsys):
 
 
 @pytest.mark.parametrize("field", ["swiglu_forward", "linear"])
-def test_one_that_is_wrong_falls_back_as_a_whole(cache, monkeypatch, capsys, field):
+def test_one_that_is_wrong_falls_back_as_a_whole(cache, built, monkeypatch, capsys, field):
     """Forms that a row meets one after the other: none of them is mixed with torch's."""
+    put(built, cache)
 
     def wrong(*args):
         return getattr(TORCH, field)(*args) * 1.01
@@ -319,8 +341,9 @@ def test_one_that_is_wrong_falls_back_as_a_whole(cache, monkeypatch, capsys, fie
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_each_form_of_a_weight_is_checked(cache, monkeypatch, count):
+def test_each_form_of_a_weight_is_checked(cache, built, monkeypatch, count):
     """Also the two bytes of a checkpoint in bf16, though a check's weights are drawn in fp32."""
+    put(built, cache)
 
     def wrong(x, weight):
         packed = Panels(weight)
@@ -330,8 +353,9 @@ def test_each_form_of_a_weight_is_checked(cache, monkeypatch, count):
     assert registry.choose(widths=Widths(64, 96, 4, 2, 16, 320)) is TORCH
 
 
-def test_heads_that_are_no_whole_vectors_fall_back(cache, capsys, tiny_llama_dir):
+def test_heads_that_are_no_whole_vectors_fall_back(cache, built, capsys, tiny_llama_dir):
     """For everything, said so, and the model samples."""
+    put(built, cache)
     d = native.library().panel_columns() // 2
     for head in (d // 2, 12):
         model = Llama.from_pretrained(tiny_llama_dir(head_dim=head))
@@ -498,8 +522,9 @@ def test_native_trains_too(model):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
-def test_widths_are_asked_for_by_a_model(cache, capsys, tiny_llama_dir):
+def test_widths_are_asked_for_by_a_model(cache, built, capsys, tiny_llama_dir):
     """The check is at the model's own; another model is checked again."""
+    put(built, cache)
     Llama.from_pretrained(tiny_llama_dir())
     assert "checked in" in capsys.readouterr().out
     registry.choose("auto", CPU, torch.float32, Widths(64, 96, 4, 2, 16, 320))
