@@ -210,6 +210,8 @@ def test_weights_hold_to_the_last_bits():
     truth = x.double().clamp(min=-87).sigmoid()
     error = (got[:, 0].double() - truth).abs() / truth
     assert error.max() < 3.2 * UNIT, f"relative error {error.max() / UNIT:.3g} units"
+    alone = error[x < -20].max()  # there the sum of weights is 1, and what is left is e^x
+    assert alone < 1.4 * UNIT, f"relative error of e^x {alone / UNIT:.3g} units"
 
 
 def test_scores_far_below_0():
