@@ -120,7 +120,7 @@ def differing(
 
 def prove(model: Llama, lora: Lora | None, page_size: int) -> None:
     """Say that a row's bits are its own; RuntimeError where that is not so on this GPU."""
-    if not isinstance(model.weights["head"], Tensor):  # packed
+    if not isinstance(model.weights["head"], Tensor):  # packed: kernels/prepack.py
         print("invariant: a row's bits are its own on a CPU in float32, with and without the flag")
         return
     if model.device.type == "cuda" and (found := differing(model, lora, page_size)):

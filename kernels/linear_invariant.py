@@ -103,25 +103,38 @@ def lora_linear_forward_invariant_triton(
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    t, k, n = shape
+    """T, K, N; a fourth number: the weight's are of so many bits, as a checkpoint's in bf16 (8) or
+    fp16 (11). A CPU has a form for each (panels.py)."""
+    t, k, n, *bits = shape
     x = torch.randn(t, k, generator=g, dtype=torch.float64)
-    return {"x": x, "w": torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5}
+    w = torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5
+    if bits:
+        w = w.to({8: torch.bfloat16, 11: torch.float16}[bits[0]]).double()
+    return {"x": x, "w": w}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     return {"y": ops.linear(i["x"], i["w"])}
 
 
-def _heads(m: Widths, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple((t, m.D, m.V) for t in tokens)
+def _heads(m: Widths, tokens: tuple[int, ...], *bits: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((t, m.D, m.V, *bits) for t in tokens)
 
 
 SPEC = Spec(
     "linear",
     _make_inputs,
     _run,
-    test_shapes=((1, 16, 8), (3, 63, 21), (65, 96, 130), (17, 32, 300), (0, 16, 8)),
+    test_shapes=(
+        (1, 16, 8),
+        (3, 63, 21),
+        (65, 96, 130),
+        (17, 32, 300),
+        (0, 16, 8),
+        (17, 33, 70, 8),
+        (65, 97, 131, 11),  # the largest, which `auto` checks beside the second (fp32)
+    ),
     bench_shapes=tuple(s for m in MODELS.values() for s in _heads(m, (1, 16, 64))),
-    model_shapes=lambda m: _heads(m, (17, 65)),
+    model_shapes=lambda m: _heads(m, (17, 65), 8),
     floor=1e-5,  # a different summation order over K is not an error
 )

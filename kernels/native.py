@@ -5,7 +5,8 @@ function over torch's memory. They are compiled by the C compiler that is there 
 clang) for the processor that is there, against the OpenMP that torch has loaded already, so that
 both share one set of threads. The library lies in $XDG_CACHE_HOME (~/.cache)/sdft-engine/
 native-<key>.so; the key is made of the sources, the command, the compiler's version and the
-processor's flags. Where that cannot be written it is compiled for this process alone.
+processor's flags. A hash stands at its end: a file that was cut off or changed is compiled anew.
+Where that cannot be written it is compiled for this process alone.
 
 `usable` says why there is none: not Linux on x86-64, no AVX2, no compiler, a compiler that fails.
 """
@@ -27,8 +28,9 @@ from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "native"
 SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
-# -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+# -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it, and no
+# compiler makes one rounding of two (gcc would, of intrinsics too)
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 SECONDS = 120  # a compilation takes three
 
 Long, Pointer = ctypes.c_long, ctypes.c_void_p
@@ -77,9 +79,9 @@ def _compiler() -> str:
 
 def _run(command: list[str], folder: str | None = None) -> str:
     """Standard output; RuntimeError with the last lines of what a failing command said."""
-    how = {"capture_output": True, "text": True, "timeout": SECONDS, "cwd": folder}
+    how = {"capture_output": True, "text": True, "errors": "replace", "cwd": folder}
     try:
-        done = subprocess.run(command, **how)
+        done = subprocess.run(command, timeout=SECONDS, **how)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
@@ -102,6 +104,17 @@ def _reason() -> str:
     return ""
 
 
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there as it was written: to load one that was cut off is a crash."""
+    content = library.read_bytes() if library.exists() else b""
+    size = len(content) - len(_digest(b""))
+    return size > 0 and _digest(content[:size]) == content[size:]
+
+
 def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     """The library for this machine in `folder`, compiled if it is not there.
 
@@ -113,7 +126,7 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     for path in sorted(FOLDER.iterdir()):
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
     library = folder / f"native-{digest.hexdigest()[:16]}.so"
-    if library.exists():
+    if _whole(library):
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
@@ -121,7 +134,10 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
         objects = [Path(name).with_suffix(".o").name for name in SOURCES]
         # without -fopenmp, which would bring the system's library in beside torch's
         _run([compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
-        os.replace(Path(beside, library.name), library)
+        made = Path(beside, library.name)
+        with made.open("r+b") as file:
+            file.write(_digest(file.read()))  # the loader looks at nothing behind its tables
+        os.replace(made, library)
     return library
 
 
@@ -139,11 +155,11 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     """The library, or why there is none."""
     if reason := _reason():
         return None, reason
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdft-engine")
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdft-engine")
         try:
             return bind(build(base)), ""
-        except OSError:  # not writable, or a file that is no library: then for this process alone
+        except OSError:  # not writable, or nothing there may be run: then for this process alone
             with tempfile.TemporaryDirectory() as folder:
                 return bind(build(Path(folder))), ""  # what is loaded needs its file no more
     except (OSError, AttributeError, RuntimeError) as error:

@@ -8,7 +8,7 @@ import torch
 
 from engine import session
 from engine.session import ModelConfig, Session
-from kernels import _triton, choose, registry
+from kernels import _triton, choose, native, registry
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS, Widths, check
 
@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
+    native.usable()  # what it compiles is not for this cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "sdft-engine"
 
@@ -167,8 +168,13 @@ def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
     assert list(run(table)[1]) == ["swiglu"]
 
 
-def test_auto_on_a_cpu_is_torch():
-    assert registry.choose() is registry.choose("auto", "cpu", torch.bfloat16) is TORCH
+def test_auto_on_a_cpu_is_torch(monkeypatch):
+    """But for sampling in fp32, where a compiler is there: tests/test_native_use.py."""
+    for dtype in (torch.bfloat16, torch.float64):
+        assert registry.choose("auto", "cpu", dtype) is TORCH
+    assert dataclasses.replace(registry.choose(), name="torch", sampled=None) == TORCH
+    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler"))
+    assert registry.choose() is TORCH
 
 
 def test_auto_on_a_gpu_asks_the_check(monkeypatch):

@@ -20,7 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kernels import native
 from kernels.context import Cached, Packed
+from kernels.panels import Panels
 from kernels.prepack import Prepacked
 from model.kv_cache import KVCache
 from model.llama import Llama
@@ -315,17 +317,20 @@ def test_smollm2_logits_and_greedy_text(smollm2_dir):
 # ---- products whose rows do not depend on each other
 
 
+@pytest.mark.parametrize("form", [Prepacked, Panels])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_prepacked_products_stand_alone(smollm2_dir, threads):
+def test_rows_of_packed_products_stand_alone(smollm2_dir, threads, form):
     """Bitwise, for every number of rows and in any order, on the real matrices of three layers."""
     model = Llama.from_pretrained(smollm2_dir)
+    if not form.available(model.weights["embed"]):
+        pytest.skip(f"no {form.__name__} here: {native.usable() or 'torch has no oneDNN'}")
     names = ["head"] + [f"{i}.{g}" for i in (0, 14, 29) for g in ("qkv", "o", "gate_up", "down")]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for name in names:
             weight = model.weights[name]
-            packed = Prepacked(weight)
+            packed = form(weight)
             most = 48 if name == "head" else 300  # 28 million weights: a few rows are enough
             x = torch.randn(most, weight.shape[1])
             whole = packed(x)

@@ -88,6 +88,8 @@ INLINE void tile(const int m, const long bytes, const ahead next, const float *x
     EACH for (int i = 0; i < m; i++) sums[i][0] = sums[i][1] = all(0);
     for (long k = 0; k < K; k++) {
         vec a, b;
+        /* an address for four rows each, behind the compiler's back: with one for every row the
+           general registers do not suffice, which costs 6 % */
         const float *four[3] = {x + k, x + k + 4 * K, x + k + 8 * K};
         __asm__("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]));
         _mm_prefetch(next.at + k * next.step, _MM_HINT_T1);
