@@ -341,6 +341,51 @@ def test_guards_of_what_a_token_meets_alone(threads):
             assert bitwise(turned[:, (H + G) * d :], qkv[:, (H + G) * d :]), "values are not turned"
 
 
+DRAWN = (  # temperature, top_k, top_p, min_p
+    (0.0, 0, 1.0, 0.0),
+    (0.9, 5, 0.8, 0.0),
+    (1.1, 0, 0.9, 0.02),
+    (1.0, 400, 1.0, 0.0),
+)
+
+
+@pytest.mark.parametrize("settings", DRAWN, ids=str)
+def test_guards_and_rows_of_what_is_drawn(settings, threads):
+    """Nothing beside the rows is looked at, and a row's token is its own; ties and -0 in them."""
+    temperature, top_k, top_p, min_p = settings
+    for B, V in ((1, 1), (5, 37), (7, 600), (3, 16 * 64 + 9)):
+        z = (normal(B, V) * 3).round() * 0.5
+        u = torch.rand(B, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        places = (u, fresh(B, dtype=torch.int64), fresh(B), B, V)
+        arguments = (z, z.clone(), *places, temperature, top_k, top_p, min_p)
+        tokens, logprobs = guarded("sample", *arguments, written=[3, 4])
+        want = torch.log_softmax(z.double(), -1).gather(1, tokens[:, None])[:, 0]
+        assert (logprobs.double() - want).abs().max() <= 2e-6 * (1 + want.abs().max())
+        for b in range(B):
+            row, places = z[b : b + 1], (u[b : b + 1], *(x[:1].clone() for x in places[1:3]), 1, V)
+            arguments = (row, row.clone(), *places, temperature, top_k, top_p, min_p)
+            alone = guarded("sample", *arguments, written=[3, 4])
+            assert all(map(bitwise, alone, (tokens[b : b + 1], logprobs[b : b + 1])))
+
+
+def test_the_order_of_all_is_that_of_torch():
+    """Sorted by digits = a stable sort, for any bits, infinities and both zeros in them."""
+    V = 3000
+    z = torch.randint(-(2**31), 2**31 - 1, (V,), generator=torch.Generator().manual_seed(0)).int()
+    z = torch.where(z.view(torch.float32).isnan(), 0, z).view(torch.float32)
+    z[::7], z[3::11], z[5::13] = 0.0, -0.0, -torch.inf
+    z = z.clamp(max=80.0)
+    order = z.sort(descending=True, stable=True).indices
+    p = ((z.double() - z.max()) / 30).exp()[order]
+    whole = p.cumsum(0)
+    for place in (0, 1, 50, 400, 1200):
+        assert p[place] > 1e-9, "too small to be met"
+        u = (whole[place] - p[place] / 2) / whole[-1]
+        rows = (z[None], z[None].clone(), u[None], fresh(1, dtype=torch.int64), fresh(1), 1, V)
+        token, _ = guarded("sample", *rows, 30.0, 0, 1.0, 0.0, written=[3, 4])
+        assert token.item() == order[place], f"place {place}"
+
+
 def test_guards_of_attention(threads):
     """Pages that are nobody's, and places behind a row's end, hold NaN."""
     for H, G, vectors, page, new, contexts in (

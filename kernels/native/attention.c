@@ -152,7 +152,7 @@ int cached_attention(const float *qkv, const float *k, const float *v, float *o,
         long length = contexts[b] + cu[b + 1] - cu[b];
         if (length > longest) longest = length;
     }
-    long room = longest + 2 * LANES; /* a page's scores may be written beyond it by a vector */
+    long room = longest + LANES; /* a page's scores may be written beyond it by a vector */
     /* few rows are shared out by heads, too: memory is read in shorter runs then */
     long together = B >= 4 * omp_get_max_threads() ? G : 1, parts = G / together;
 #pragma omp parallel reduction(| : failed)
