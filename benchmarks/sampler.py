@@ -16,8 +16,8 @@ in another order and llama.cpp with other weights: where their rows leave ours i
 "share" is the arithmetic floor (benchmarks/floor.py has the formula), from ceilings measured before
 and after the runs, over our seconds.
 
-Our processes run with glibc's malloc kept from giving pages back (processes.MALLOC), as the scripts
-do; --peer-malloc adds runs of transformers under the same settings. llama.cpp runs where --gguf is
+Our processes set glibc's malloc as all scripts do (engine/process.py); --peer-malloc adds runs of
+transformers that keep it from giving pages back (processes.MALLOC). llama.cpp runs where --gguf is
 given or the demo model's file is installed, and `llama_cpp` is importable by --llama-python.
 
 Other processes falsify times: with more than processes.BUSY cores taken by others, before the start
@@ -85,7 +85,7 @@ def parse_args() -> argparse.Namespace:
         default=sys.executable,
         help="interpreter with transformers",
     )
-    add("--peer-malloc", action="store_true", help="transformers also with our malloc settings")
+    add("--peer-malloc", action="store_true", help="transformers also with settings of malloc")
     add("--gguf", help="the model for llama.cpp (default: the demo model's, where installed)")
     add(
         "--llama-python",
@@ -124,11 +124,11 @@ def llama_file(args: argparse.Namespace) -> Path | None:
 
 
 def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], bool]]:
-    """What runs: name -> command, and whether with our malloc settings; the engines take turns."""
+    """What runs: name -> command, and whether with processes.MALLOC; the engines take turns."""
     ours, peers = {}, {}
     for rows in args.rows:
         for draft in args.draft.split(","):
-            ours[f"ours, {rows} rows, draft {draft}"] = own_run("generate", rows, draft), True
+            ours[f"ours, {rows} rows, draft {draft}"] = own_run("generate", rows, draft), False
     script = str(PEERS / "transformers_generate.py")
     for batch in args.batches:
         command = [args.peer_python, script, str(batch)]
@@ -259,7 +259,7 @@ def scoring(
 ) -> dict[str, Any]:
     """engine.score on the same rows: its time, tokens/s (both answers' tokens), share of floor."""
     with Quiet("while scoring", busy):
-        result = run(own_run("score"), job | {"answers": answers}, malloc=True)
+        result = run(own_run("score"), job | {"answers": answers}, malloc=False)
     tokens, seconds = result["answer_tokens"], result["seconds"]
     floor = scoring_floor(config, result["prompt_tokens"], tokens, rates)
     result |= {"tokens_s": tokens / seconds, "floor_seconds": floor, "share": floor / seconds}
@@ -273,7 +273,7 @@ def scoring(
 def profiling(job: Job, rows: int, busy: bool) -> dict[str, Any]:
     """benchmarks.sampler_profile's seconds, and a table of them."""
     with Quiet("while profiling", busy):
-        found = run(own_run("profile", rows), job, malloc=True)["profile"]
+        found = run(own_run("profile", rows), job, malloc=False)["profile"]
     parts = {phase: found[phase] for phase in ("prefill", "decode")}
     names = sorted({n for p in parts.values() for n in p}, key=lambda n: -parts["decode"].get(n, 0))
     lines = [["layers one by one", *(f"{phase}, s" for phase in parts), *parts]]
@@ -295,7 +295,7 @@ def main() -> None:
     job, chat, config = make_job(args)
     prompts = [row["prompt"] for row in job["rows"]]
     turns, runs = commands(args), {}
-    rates = [run(own_run("ceilings"), job, malloc=True)]
+    rates = [run(own_run("ceilings"), job, malloc=False)]
     for repeat in range(args.repeats):
         for name, (command, malloc) in reversed(turns.items()) if repeat % 2 else turns.items():
             with Quiet(f"during {name}", args.busy) as quiet:
@@ -304,7 +304,7 @@ def main() -> None:
             print(f"{name}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
     engines = "ours", "transformers", "llama.cpp"
     runs = {name: runs[name] for e in engines for name in turns if name.startswith(e)}
-    rates.append(run(own_run("ceilings"), job, malloc=True))
+    rates.append(run(own_run("ceilings"), job, malloc=False))
     best = {name: max(r[name] for r in rates) for name in ("flops", "bytes")}
     own = {name: several for name, several in runs.items() if name.startswith("ours")}
     ours = next(iter(own.values()))[0]["answers"]

@@ -25,10 +25,6 @@ SDFT_FLAGS=(
     --out runs/quickstart
 )
 
-# Keeps glibc from giving freed pages back only to ask for them again: 6 % of a training step on one
-# machine, nothing on another. 32 MiB is the largest threshold it takes.
-export MALLOC_MMAP_THRESHOLD_=$((32 << 20)) MALLOC_TRIM_THRESHOLD_=$((1 << 30))
-
 make_venv quickstart bpe,report
 
 say "the embedded model"
