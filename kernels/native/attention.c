@@ -135,7 +135,7 @@ static void attend(const float *q, const float *k, const float *v, float *o, con
         }
 }
 
-#define PIECE 16 /* tokens of a row that one thread takes one after the other: their keys are near */
+#define PIECE 16 /* tokens of a row that one thread takes in turn: their keys are at hand */
 
 /* 0, or -1 where memory for the scores could not be had. */
 int cached_attention(const float *qkv, const float *k, const float *v, float *o,

@@ -1,6 +1,6 @@
-/* All layers of Llama for a step of decoding, in one call: what model/llama.py says line by line, with
-   the same functions and so to the same bits. It is here because Python takes longer to call eleven
-   functions for each layer than some of them take.
+/* All layers of Llama for a step of decoding, in one call: what model/llama.py says line by line,
+   with the same functions and so to the same bits. It is here because Python takes longer to call
+   eleven functions for each layer than some of them take.
 
    table (L, 10): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then how many
    bytes a number of qkv, o, gate_up and down takes
