@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -129,6 +130,10 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     if _whole(library):
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".native-*"):  # by a process that was killed while it compiled
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    print(f"ops: {compiler} compiles the C kernels for this processor (once: {library})")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
         _run([compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
         objects = [Path(name).with_suffix(".o").name for name in SOURCES]

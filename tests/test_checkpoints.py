@@ -247,6 +247,7 @@ def test_no_token_gives_no_logits(tiny_llama_dir):
 PROBE = """
 import sys
 import torch
+from kernels.registry import TORCH  # "auto" may check kernels first, which is not loading
 from model.llama import Llama
 
 def kilobytes(field):
@@ -255,7 +256,7 @@ def kilobytes(field):
 
 torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # torch's own memory is not the model's
 before = kilobytes("VmRSS")
-model = Llama.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+model = Llama.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]), ops=TORCH)
 after = kilobytes("VmHWM")
 storages = {w.untyped_storage().data_ptr(): w.nbytes for w in model.weights.values()}
 print(1024 * (after - before), sum(storages.values()))
