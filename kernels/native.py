@@ -64,12 +64,12 @@ def _processor() -> str:
 
 
 def _openmp() -> str:
-    """The OpenMP library in this process: torch's. Another would bring threads of its own."""
-    for line in _lines("/proc/self/maps"):
-        path = line.split(maxsplit=5)[-1]
-        if os.path.basename(path).startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    return ""
+    """torch's OpenMP library. Another (scikit-learn brings one) would have threads of its own."""
+    paths = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
+    names = ("libgomp", "libiomp5", "libomp")
+    found = [p for p in dict.fromkeys(paths) if os.path.basename(p).startswith(names)]
+    own = str(Path(torch.__file__).parent)
+    return min(found, key=lambda p: (not p.startswith(own), "site-packages" in p), default="")
 
 
 def _compiler() -> str:

@@ -1,6 +1,6 @@
 """A weight for products on a CPU in C: panels of rows, in as few bytes as hold it exactly
 
-    y = x W^T      every y one chain over K of fused multiply-adds, in fp32 (native/linear.c)
+    y = x W^T      every y a sum of chains of 128 fused multiply-adds, in fp32 (native/linear.c)
 
 so that row i of a product is the same bits for any number of rows and threads. What is multiplied
 are the weight's fp32 numbers; only their way from memory is shorter where the low bits of all of

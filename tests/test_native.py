@@ -438,19 +438,24 @@ def test_rows_of_a_product(count, threads):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_a_product_is_one_chain(count):
-    """y = fma(w_K-1, x_K-1, ... fma(w_0, x_0, 0)), bit for bit, in the tile of every height.
+def test_a_product_is_chains_of_128(count):
+    """fma(w_127, x_127, ... fma(w_0, x_0, 0)) + fma(w_255, ... ) + ..., bit for bit, in the tile of
+    every height.
 
     The numbers have so few bits that fp64 holds every step, and fp32 rounds it, once.
     """
-    n, k = 3 * lanes(), 100
+    n, k = 3 * lanes(), 300
     g = torch.Generator().manual_seed(count)
     signs = torch.randint(2, (n + 400, k), generator=g) * 2 - 1
     weight = of_bytes((torch.rand(n, k, generator=g) / 2 + 0.5) * signs[:n], count)
     x = of_bytes((torch.rand(400, k, generator=g) / 2 + 0.5) * signs[n:], 6 - count)
+    pairs = list(zip(weight.T.double(), x.T.double(), strict=True))
     want = torch.zeros(400, n)
-    for w, column in zip(weight.T.double(), x.T.double(), strict=True):
-        want = (want.double() + column[:, None] * w).float()
+    for start in range(0, k, 128):
+        chain = torch.zeros(400, n)
+        for w, column in pairs[start : start + 128]:
+            chain = (chain.double() + column[:, None] * w).float()
+        want = want + chain
     assert not torch.equal(want, (x.double() @ weight.T.double()).float()), "rounding shows"
     for T in (*range(1, 14), 47, 48, 49, 60, 191, 192, 193, 400):
         assert bitwise(Panels(weight)(x[:T]), want[:T]), f"{T} rows"

@@ -8,8 +8,9 @@
        3   the upper three bytes (what fp16 holds, and most 4-bit quantised weights)
        4   fp32
 
-   Every y is one chain over k of fused multiply-adds, from 0 on: its bits do not depend on T, on
-   the place of its row, or on the number of threads.
+   Every y is a sum of chains over CHAIN numbers k each of fused multiply-adds from 0 on, added in
+   order: its bits do not depend on T, on the place of its row, or on the number of threads. (One
+   chain over all of K would double the rounding error.)
 
    T = tokens, K = inputs, N = outputs, P = panels */
 
@@ -22,6 +23,7 @@
 #else
 #define ROWS 6 /* of 16 */
 #endif
+#define CHAIN 128
 #define BLOCK (44 * ROWS) /* tokens whose x is passed by a panel while the panel is near */
 #define WIDENED 4 /* tiles from which on a panel is better made fp32 once */
 #define AHEAD 4096 /* bytes: the hardware's own prefetch leaves a third of the bandwidth */
@@ -84,26 +86,31 @@ typedef struct { const char *at; long step; } ahead;
 /* m <= ROWS rows of x by one panel, `width` rows of which are W's */
 INLINE void tile(const int m, const long bytes, const ahead next, const float *x, const char *w,
                  float *y, long width, long K, long N) {
-    vec sums[ROWS][2];
-    EACH for (int i = 0; i < m; i++) sums[i][0] = sums[i][1] = all(0);
-    for (long k = 0; k < K; k++) {
-        vec a, b;
-        /* an address for four rows each, behind the compiler's back: with one for every row the
-           general registers do not suffice, which costs 6 % */
-        const float *four[3] = {x + k, x + k + 4 * K, x + k + 8 * K};
-        __asm__("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]));
-        _mm_prefetch(next.at + k * next.step, _MM_HINT_T1);
-        if (next.step > 64) _mm_prefetch(next.at + k * next.step + 64, _MM_HINT_T1);
-        numbers(bytes, w, k, &a, &b);
-        EACH for (int i = 0; i < m; i++) {
-            vec one = all(four[i / 4][i % 4 * K]);
-            sums[i][0] = fma3(a, one, sums[i][0]);
-            sums[i][1] = fma3(b, one, sums[i][1]);
+    vec total[ROWS][2], sums[ROWS][2];
+    for (long from = 0; from < K; from += CHAIN) {
+        EACH for (int i = 0; i < m; i++) sums[i][0] = sums[i][1] = all(0);
+        for (long k = from; k < least(from + CHAIN, K); k++) {
+            vec a, b;
+            /* an address for four rows each, behind the compiler's back: with one for every row
+               the general registers do not suffice, which costs 6 % */
+            const float *four[3] = {x + k, x + k + 4 * K, x + k + 8 * K};
+            __asm__("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]));
+            _mm_prefetch(next.at + k * next.step, _MM_HINT_T1);
+            if (next.step > 64) _mm_prefetch(next.at + k * next.step + 64, _MM_HINT_T1);
+            numbers(bytes, w, k, &a, &b);
+            EACH for (int i = 0; i < m; i++) {
+                vec one = all(four[i / 4][i % 4 * K]);
+                sums[i][0] = fma3(a, one, sums[i][0]);
+                sums[i][1] = fma3(b, one, sums[i][1]);
+            }
         }
+        EACH for (int i = 0; i < m; i++)
+            EACH for (int j = 0; j < 2; j++)
+                total[i][j] = from ? add(total[i][j], sums[i][j]) : sums[i][j];
     }
     EACH for (int i = 0; i < m; i++) {
-        store_some(y + i * N, sums[i][0], least(width, LANES));
-        if (width > LANES) store_some(y + i * N + LANES, sums[i][1], width - LANES);
+        store_some(y + i * N, total[i][0], least(width, LANES));
+        if (width > LANES) store_some(y + i * N + LANES, total[i][1], width - LANES);
     }
 }
 
