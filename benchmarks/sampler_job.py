@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def requests_of(job: dict[str, Any]) -> list[Request]:
     ]
 
 
+def weight_bytes(weights: Mapping[str, Any]) -> int:
+    """Of all matrices that a step of decoding reads, as they are packed."""
+    return sum(w.nbytes for n, w in weights.items() if n == "head" or n.endswith(MATRICES))
+
+
 def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
     """All rows once with this many in flight."""
     session, loaded = open_session(job)
@@ -57,14 +63,12 @@ def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
         started = time.perf_counter()
         done = {c.id: c.ids for c in sampler.run(requests)}
         seconds = time.perf_counter() - started
-        stats, matrices = sampler.stats, sampler.model.weights
-        packed = {n: w for n, w in matrices.items() if n == "head" or n.endswith(MATRICES)}
-        size = sum(w.nbytes for w in packed.values())
+        stats, size = sampler.stats, weight_bytes(sampler.model.weights)
     return {
         "load_seconds": loaded,
         "pack_seconds": started - begun,  # the weights into the form that products want
         "seconds": seconds,
-        "weight_bytes": size,  # what a step of decoding reads of them
+        "weight_bytes": size,
         "answers": [done[row["id"]] for row in job["rows"]],
         "stats": dataclasses.asdict(stats),
         "stats_text": stats.text(),

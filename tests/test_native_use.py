@@ -219,6 +219,20 @@ def test_two_processes_compile_at_once(cache):
     assert native._whole(library)
 
 
+def test_torchs_own_openmp_is_taken(monkeypatch):
+    """Whatever another package loaded before; where torch brings none, the system's."""
+    own = str(Path(torch.__file__).parent / "lib" / "libgomp.so.1")
+    other, system = "/x/site-packages/sk.libs/libgomp-6a.so.1", "/usr/lib/libgomp.so.1"
+
+    def maps(*paths):
+        lines = [f"7f0000-7f1000 r-xp 00000000 08:01 123 {path}" for path in ("/bin/x", *paths)]
+        monkeypatch.setattr(native, "_lines", lambda path: lines)
+        return native._openmp()
+
+    assert maps(other, own, system) == own and maps(other, system, own) == own
+    assert maps(other, system) == system and maps(other) == other and maps() == ""
+
+
 # ---- where there is none
 
 
