@@ -84,6 +84,7 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.graphs.clear()
         self.model = self.pages.cache = self.graphs = None
+        give_back_freed_memory()  # keys and values, before the matrices grow again
         self.owner.restore()
         give_back_freed_memory()
 
