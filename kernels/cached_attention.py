@@ -172,7 +172,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     return o.view(-1, G, size, n, d).transpose(1, 2).reshape(-1, G * n * d)
 
 
-# ---- native: fp32 on a CPU
+# ---- what the native and the Triton forms ask of shapes
 
 
 def _head_counts(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> tuple[int, int, int]:
@@ -187,6 +187,9 @@ def _head_counts(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> tuple[int
     )
     assert k.is_contiguous() and v.is_contiguous() and qkv.stride(1) == 1, "rows with gaps"
     return H, G, d
+
+
+# ---- native: fp32 on a CPU
 
 
 def kv_write_native_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:

@@ -8,7 +8,7 @@ them are 0. A checkpoint in bf16, as nearly all are, takes two bytes a number, o
 most 4-bit quantised weights three, one in fp32, or with an adapter merged into it, four.
 
 shapes     x (T, K)    weight (N, K)    y (T, N), fp32
-traffic    T K + T N elements and W once per 192 tokens
+traffic    T K + T N elements and W once per 528 tokens (264 with AVX2)
 """
 
 # T = tokens, K = inputs, N = outputs
