@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import vml  # noqa: F401 every operation is right from its first call on
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, statistics and softmax: fp32, or fp64 for fp64 inputs."""

@@ -14,6 +14,9 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
+for function in (torch.cos, torch.sin, torch.rsqrt):  # pytorch issue 188792: else, now and then,
+    function(torch.ones(16))  # the first call of a process is wrong for one thread's share
+
 
 def main() -> None:
     batch, job = int(sys.argv[1]), json.load(sys.stdin)

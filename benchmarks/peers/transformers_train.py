@@ -17,6 +17,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+for function in (torch.cos, torch.sin, torch.rsqrt):  # pytorch issue 188792: else, now and then,
+    function(torch.ones(16))  # the first call of a process is wrong for one thread's share
+
 
 def peak_rss() -> int:
     """Bytes; VmHWM, since ru_maxrss would start at what the parent held when it forked."""
