@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
+import benchmarks.with_triton  # noqa: F401 before kernels
 import kernels
 from kernels import _triton, registry, tiles
 from kernels.registry import Ops

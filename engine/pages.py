@@ -68,6 +68,9 @@ class Pages:
         self.cache: KVCache | None = None
         self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
         self.kept: dict[tuple[int, ...], list[int]] = {}  # of ended rows, by prompt
+        # torch's attention on a CPU does, up to the highest page in use
+        packs = (model.ops.sampled or model.ops).packs
+        self.read_as_it_lies = model.device.type == "cpu" and packs != "panels"
         self.spare = 0  # pages set aside for the idle rows of a captured step
         self.idle: list[int] = []  # these
 
@@ -145,11 +148,11 @@ class Pages:
         self.prefix, self.idle = ([], []), []
 
     def compact(self, tables: Sequence[list[int]]) -> None:
-        """Bring the pages in use together where attention reads the pool as it lies (on a CPU).
+        """Bring the pages in use together where attention reads the pool as it lies.
 
         `tables`: those of the rows in flight; they are changed in place.
         """
-        if self.cache.k.device.type != "cpu":
+        if not self.read_as_it_lies:
             return
         every = [t for t in (self.idle, self.prefix[1], *self.kept.values(), *tables) if t]
         used = sum(map(len, every))

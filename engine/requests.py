@@ -29,7 +29,7 @@ class SamplerConfig:
     seed: int = 0  # with row id, sample and position it names every random number
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
     ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 1024  # prompt tokens per forward; a longer prompt is cut
+    prefill_tokens: int = 0  # of prompts per forward, longer ones are cut; 0: 1024, 512 on a CPU
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
@@ -82,7 +82,7 @@ class SamplerConfig:
             ),
             (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
             ("" in self.stop, "an empty stop string would end every row at once"),
-            (self.prefill_tokens < 1, f"prefill_tokens {self.prefill_tokens}: at least 1"),
+            (self.prefill_tokens < 0, f"prefill_tokens {self.prefill_tokens}: at least 0"),
             (self.page_size < 1, f"page_size {self.page_size}: at least 1"),
             (self.kv_memory < 0, f"kv_memory {self.kv_memory}: GB, 0 for what is needed"),
             (

@@ -298,8 +298,9 @@ class Sampler:
 
     def _chunk(self) -> int:
         """Prompt tokens per forward: whole pages, so that a block is never computed twice."""
-        size = self.config.page_size
-        return max(size, self.config.prefill_tokens // size * size)
+        size, device = self.config.page_size, self.model.device.type
+        most = self.config.prefill_tokens or (512 if device == "cpu" else 1024)
+        return max(size, most // size * size)
 
     def _prefill(self, rows: list[FlyingRow]) -> None:
         """Compute prompts and draw every row's first token."""

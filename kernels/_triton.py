@@ -2,7 +2,9 @@
 
 Kernels are `@jit` functions whose name ends in `_kernel`; other `@jit` functions are helpers that
 are compiled into them. Without triton (not Linux) the files still import: `jit` returns the plain
-function, and `usable` says why nothing can be launched.
+function, and `usable` says why nothing can be launched. It is not imported either, for it takes
+70 MB, where torch was built for CPUs and it is not to interpret: whoever compiles ahead of time
+imports triton before anything of kernels.
 
 On a CPU kernels run only in triton's interpreter, which is decided when triton is first imported:
 TRITON_INTERPRET=1 has to be in the environment by then. It is for tests; it is very slow.
@@ -11,6 +13,7 @@ TRITON_INTERPRET=1 has to be in the environment by then. It is for tests; it is 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +22,16 @@ from torch import Tensor
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: the default is to change
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # no wheel for this system
-    triton = tl = None
-
 OLDEST = (3, 6)  # compiled with 3.6 and 3.9; before, tensor descriptors are not there or differ
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+try:
+    if not (INTERPRETED or torch.version.cuda or torch.version.hip or "triton" in sys.modules):
+        raise ImportError("nothing can be launched")
+    import triton
+    import triton.language as tl
+except ImportError:  # or there is no wheel for this system
+    triton = tl = None
 OPTIONS = {"num_warps", "num_stages"}
 
 # benchmarks/compile.py sets this to collect what would be launched, and nothing is launched.
@@ -42,14 +47,12 @@ def jit(fn: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Any:
 
 def usable(device: str | torch.device) -> str:
     """Empty when kernels can be launched for tensors of this device, else the reason."""
-    if triton is None:
-        return "triton is not installed (there are wheels for Linux)"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return f"triton is {triton.__version__}, and the kernels need 3.6 or newer"
     kind = torch.device(device).type
-    if kind == "cuda" and not INTERPRETED:
-        return ""
-    if kind == "cpu" and INTERPRETED:
+    if kind == ("cpu" if INTERPRETED else "cuda"):
+        if triton is None:
+            return "triton is not installed (there are wheels for Linux), or torch knows no GPU"
+        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+            return f"triton is {triton.__version__}, and the kernels need 3.6 or newer"
         return ""
     where = "unset it" if kind == "cuda" else "kernels run on a GPU, or on a CPU with it (slow)"
     return (

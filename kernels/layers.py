@@ -1,17 +1,19 @@
-"""All layers of a step of decoding in one C call (native/layers.c), for a CPU
+"""All layers for new tokens over a cache in one C call (native/layers.c), for a CPU
 
 The same functions in the same order as model/llama.py calls them one by one, and so the same bits:
-one call for a few hundred.
+one call for a few hundred, and one room for what all of them compute, which is kept.
 
-shapes     h, x (T, D)    k, v (layers, pages, G, page size, d)
+shapes     h, x (T, D)    k, v (layers, pages, G, page size, d)    wanted (n,)
 """
 
-# T = new tokens, D = model width, F = feed-forward width, H = query heads, G = key/value heads
+# T = new tokens, n = those of them that are wanted, D = model width, F = feed-forward width
+# H = query heads, G = key/value heads
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import c_long
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,11 +38,22 @@ class LayersNative:
             rows.append([norms[0], a, b, norms[1], c, d, *(w.bytes for w in packed)])
         self.table = torch.tensor(rows, dtype=torch.int64)
         self.F = weights["0.down"].shape[1]
+        self.room = torch.empty(0)
 
     def __call__(
-        self, h: Tensor, cached: Cached, cos_sin: Tensor, k: Tensor, v: Tensor, eps: float
+        self,
+        h: Tensor,
+        cached: Cached,
+        cos_sin: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eps: float,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The last layer's x (T, D), and h (T, D), changed in place, to which it is to be added."""
+        """The last layer's x (n, D), and h (n, D), changed in place, to which it is to be added.
+
+        `wanted` (n,) int64 rises; None: every token is, n = T.
+        """
         (T, D), (L, pages, G, page, d) = h.shape, k.shape
         N = self.weights["0.qkv"].shape[0]
         H, (B, P) = N // d - 2 * G, cached.block_table.shape
@@ -48,15 +61,23 @@ class LayersNative:
             f"h {tuple(h.shape)}, {len(cached.positions)} tokens, k {tuple(k.shape)}, "
             f"pages of {cached.page_size}, {len(self.table)} layers"
         )
-        x, room = torch.empty_like(h), torch.empty(T * (D + N + H * d + 3 * self.F + 1))
+        n, rows = T, None
+        if wanted is not None:
+            n, rows = len(wanted), at(wanted, torch.int64)
+            ends = [-1, *wanted.tolist(), T]
+            assert all(a < b for a, b in pairwise(ends)), f"wanted {ends[1:-1]} of {T} tokens"
+        room = T * (D + N + H * d + 3 * self.F + 1)
+        if room > len(self.room):
+            self.room = torch.empty(room)
+        x = torch.empty_like(h)
         places = (cached.write_page, cached.write_offset, cached.block_table)
-        rows = (cached.cu_queries, cached.contexts)
+        lengths = (cached.cu_queries, cached.contexts)
         failed = library().layers(
-            self.table.data_ptr(), at(h), x.data_ptr(), room.data_ptr(),
+            self.table.data_ptr(), at(h), x.data_ptr(), self.room.data_ptr(),
             at(cached.positions, torch.int64), at(cos_sin), at(k), at(v),
-            *(at(t, torch.int64) for t in places), *(at(t, torch.int32) for t in rows),
-            (c_long * 11)(T, B, P, H, G, d, page, pages, D, self.F, L), eps,
+            *(at(t, torch.int64) for t in places), *(at(t, torch.int32) for t in lengths), rows,
+            (c_long * 12)(T, B, P, H, G, d, page, pages, D, self.F, L, n), eps,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the scores of attention")
-        return x, h
+        return x[:n], h[:n]

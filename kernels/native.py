@@ -46,7 +46,7 @@ SIGNATURES = {
     "swiglu": (None, Pointer, Pointer, Long, Long),
     "kv_write": (None, *[Pointer] * 5, *[Long] * 5),
     "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
-    "layers": (ctypes.c_int, *[Pointer] * 14, Float),
+    "layers": (ctypes.c_int, *[Pointer] * 15, Float),
     "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
 }
 

@@ -99,7 +99,7 @@ class Llama:
         self.sharded = hasattr(weights, "whole")
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
-        # set for packed weights: decoding goes through all layers in one call (kernels/layers.py)
+        # set for packed weights: all layers in one call (kernels/layers.py)
         packed = self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor)
         self.at_once = self.ops.layers(weights, config.num_layers) if packed else None
 
@@ -174,8 +174,8 @@ class Llama:
         cos_sin = self._rope_table(context)
         h, x = w.embed(tokens) if self.sharded else w["embed"][tokens], None
         order = self._layers(range(self.config.num_layers))
-        if self.at_once is not None and cache is not None and lora is None and wanted is None:
-            x, h = self.at_once(h, context, cos_sin, cache.k, cache.v, eps)
+        if self.at_once is not None and cache is not None and lora is None:
+            x, h = self.at_once(h, context, cos_sin, cache.k, cache.v, eps, wanted)
             order = ()
         for i in order:
             if x is None:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS, Widths, check
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +210,9 @@ def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     with pytest.raises(ValueError, match="--ops triton cannot run here"):
         Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
     monkeypatch.setattr(_triton, "triton", None)
-    with pytest.raises(ValueError, match="triton is not installed.*use --ops auto or torch"):
+    with pytest.raises(
+        ValueError, match="triton is not installed.*knows no GPU.*use --ops auto or torch"
+    ):
         registry.choose("triton", "cuda")
     with pytest.raises(ValueError, match="--ops 'fast' is not known; choose one of auto"):
         registry.choose("fast")
@@ -217,6 +224,24 @@ def test_the_interpreter_counts_as_usable():
     ops = registry.choose("triton")
     assert ops.name.startswith("triton (") or ", triton (" in ops.name
     assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward
+
+
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="there triton is used")
+def test_a_cpu_does_not_import_triton():
+    """It takes 70 MB, and nothing could be launched; who compiles ahead imports it first."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = (
+        "import sys, engine.sampler, engine.train, benchmarks.sampler_job\n"
+        "from kernels import _triton\n"
+        "print('triton' in sys.modules, _triton.usable('cpu'), _triton.usable('cuda'), sep='|')"
+    )
+    for first, imported in (("", "False"), ("import benchmarks._common\n", "True")):
+        command = [sys.executable, "-c", first + script]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        there, on_cpu, on_gpu = done.stdout.strip().split("|")
+        assert there == imported and "TRITON_INTERPRET is not set" in on_cpu
+        assert ("knows no GPU" in on_gpu) == (imported == "False")
 
 
 @pytest.mark.parametrize(("version", "said"), [("3.2.0", "need 3.6"), ("3.10.1", "")])

@@ -1,5 +1,5 @@
-"""All layers of a decoding step in one C call: the bits of the calls one by one, and the sampler's
-use of it; where a benchmark says the time goes."""
+"""All layers for new tokens in one C call: the bits of the calls one by one, and the sampler's use
+of it; where a benchmark says the time goes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def sampling_model(path) -> Llama:
     return Llama.from_pretrained(path, device="cpu", ops=NATIVE).for_sampling()[0]
 
 
-def forward(model: Llama, new: list[int], contexts: list[int], at_once: bool) -> tuple:
+def forward(
+    model: Llama, new: list[int], contexts: list[int], at_once: bool, wanted: list[int] | None
+) -> tuple:
     """Hidden states and the cache after rows with these contexts brought so many new tokens."""
     size, g = 8, torch.Generator().manual_seed(0)
     need = [-(-(c + n) // size) for c, n in zip(contexts, new, strict=True)]
@@ -36,22 +38,45 @@ def forward(model: Llama, new: list[int], contexts: list[int], at_once: bool) ->
     tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=g)
     whole, model.at_once = model.at_once, model.at_once if at_once else None
     cached = Cached.build(new, contexts, tables, size, alone=True)
-    hidden = model.forward(tokens, cached, cache=cache)
+    rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+    hidden = model.forward(tokens, cached, cache=cache, wanted=rows)
     model.at_once = whole
     return hidden, cache.k, cache.v
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("new", "contexts"),
-    [([1], [0]), ([1, 1, 1], [3, 40, 8]), ([4, 1, 2, 7], [15, 0, 9, 30]), ([1] * 30, [5] * 30)],
+    ("new", "contexts", "wanted"),
+    [
+        ([1], [0], None),
+        ([1, 1, 1], [3, 40, 8], None),
+        ([4, 1, 2, 7], [15, 0, 9, 30], None),
+        ([1] * 30, [5] * 30, None),
+        ([4, 1, 2, 7], [15, 0, 9, 30], [3, 4, 6, 13]),
+        ([90, 33], [0, 8], [89]),
+        ([90, 33], [0, 8], []),
+        ([5, 2], [0, 8], [0, 1, 2, 3, 4, 5, 6]),
+    ],
 )
-def test_one_call_is_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts):
+def test_one_call_is_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, wanted):
     path = tiny_llama_dir(layers=3, heads=4, kv_heads=2, hidden=48, tied=tied)
     model = sampling_model(path)
     assert model.at_once is not None
-    for a, b in zip(*(forward(model, new, contexts, way) for way in (True, False)), strict=True):
+    both = [forward(model, new, contexts, way, wanted) for way in (True, False)]
+    assert len(both[0][0]) == (sum(new) if wanted is None else len(wanted))
+    for a, b in zip(*both, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_short_forward_after_a_long_one_meets_nothing_of_it(tiny_llama_dir):
+    """The room is kept: what a forward of more tokens left there changes nothing."""
+    model = sampling_model(tiny_llama_dir(layers=2))
+    before = forward(model, [3, 1], [4, 9], True, None)[0]
+    room = len(model.at_once.room)
+    forward(model, [50, 60], [0, 3], True, [109])
+    assert len(model.at_once.room) > room
+    model.at_once.room.fill_(float("nan"))
+    assert torch.equal(forward(model, [3, 1], [4, 9], True, None)[0], before)
 
 
 def test_what_does_not_fit_is_refused(tiny_llama_dir):
@@ -63,10 +88,13 @@ def test_what_does_not_fit_is_refused(tiny_llama_dir):
     for k, tokens in ((cache.k[:1], h), (cache.k, h[:1])):
         with pytest.raises(AssertionError, match="2 layers"):
             model.at_once(tokens, cached, cos_sin, k, k, 1e-5)
+    for wanted in ([1, 0], [0, 0], [2], [-1]):  # has to rise, and to be there
+        with pytest.raises(AssertionError, match="of 2 tokens"):
+            model.at_once(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
 
 
-def test_it_is_what_decoding_runs(tiny_llama_dir, monkeypatch):
-    """The sampler's decoding goes through it, prompts do not; texts are those without it."""
+def test_it_is_what_the_sampler_runs(tiny_llama_dir):
+    """Prompts and decoding go through it; texts are those without it."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
     requests = [Request(f"r{i}", [5, 6, 7 + i], 6) for i in range(5)]
     texts, calls = [], []
@@ -79,7 +107,8 @@ def test_it_is_what_decoding_runs(tiny_llama_dir, monkeypatch):
                 sampler.model.at_once = lambda *a, run=at_once: calls.append(len(a[0])) or run(*a)
             texts.append({c.id: (c.ids, c.logprobs) for c in sampler.run(requests)})
             steps = sampler.stats.steps
-    assert texts[0] == texts[1] and len(calls) == steps
+    assert texts[0] == texts[1]
+    assert calls.count(9) == 1 and len(calls) > steps, "three prompts of three tokens, then steps"
 
 
 def test_plain_weights_go_layer_by_layer(tiny_llama_dir):
