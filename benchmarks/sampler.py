@@ -1,7 +1,7 @@
 """The sampler beside transformers' `generate` and llama.cpp: same rows, prompts and stopping.
 
     python -m benchmarks.sampler --model MODEL_DIR --data ../shared/data/alpaca_train.json
-    python -m benchmarks.sampler ... --limit 64 --rows 64,1 --batches 8,16,32,1 --draft off,auto \
+    python -m benchmarks.sampler ... --limit 64 --rows 32,1 --batches 8,16,32,1 --draft off,auto \
         --repeats 3 --score --peer-malloc --peer-python PATH --gguf FILE --llama-python PATH
 
 A CPU benchmark, fp32 (llama.cpp: what the GGUF file holds). Prompts are the template in the model's
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, default=64, help="rows used")
     add("--max-new", type=int, default=128, help="new tokens per row")
     add("--template", default="using", choices=sorted(TEMPLATES), help="how references are shown")
-    add("--rows", type=numbers, default="64,1", help="rows in flight to try, ours")
+    add("--rows", type=numbers, default="32,1", help="rows in flight to try, ours")
     add("--draft", default="off,auto", help="draft settings to try, ours")
     add(
         "--batches",

@@ -19,7 +19,7 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 64  # rows in flight: speed and memory, never text (fp32 on a CPU, or --invariant)
+    rows: int = 0  # in flight: never text (fp32 on a CPU, or --invariant); 0: 64, on a CPU 32
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this probability
@@ -29,7 +29,7 @@ class SamplerConfig:
     seed: int = 0  # with row id, sample and position it names every random number
     stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
     ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 0  # of prompts per forward, longer ones are cut; 0: 1024, 512 on a CPU
+    prefill_tokens: int = 0  # of prompts in a forward; longer ones are cut; 0: 1024, on a CPU 512
     page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
     kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
     draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
@@ -40,6 +40,15 @@ class SamplerConfig:
     def settings(self) -> dict[str, Any]:
         """What names a run of it: not what changes its speed only."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
+
+    def on(self, kind: str) -> SamplerConfig:
+        """This for a kind of device, "cpu" or "cuda": nothing that is left to it is 0.
+
+        On two cores 32 rows are within a few percent of 64, and take a tenth of a gigabyte less.
+        """
+        rows, tokens = (32, 512) if kind == "cpu" else (64, 1024)
+        settled = {"rows": self.rows or rows, "prefill_tokens": self.prefill_tokens or tokens}
+        return dataclasses.replace(self, **settled)
 
     def keys(
         self,
@@ -71,7 +80,7 @@ class SamplerConfig:
     def check(self) -> None:
         """ValueError for settings that cannot sample."""
         problems = [
-            (self.rows < 1, f"rows {self.rows}: at least 1 is wanted"),
+            (self.rows < 0, f"rows {self.rows}: at least 1 is wanted, or 0 for the default"),
             (self.temperature < 0, f"temperature {self.temperature}: 0 (greedy) or more is wanted"),
             (self.top_k < 0, f"top_k {self.top_k}: 0 (all) or more is wanted"),
             (not 0 < self.top_p <= 1, f"top_p {self.top_p}: 0 < top_p <= 1 is wanted"),
@@ -82,7 +91,10 @@ class SamplerConfig:
             ),
             (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
             ("" in self.stop, "an empty stop string would end every row at once"),
-            (self.prefill_tokens < 0, f"prefill_tokens {self.prefill_tokens}: at least 0"),
+            (
+                self.prefill_tokens < 0,
+                f"prefill_tokens {self.prefill_tokens}: at least 1, or 0 for the default",
+            ),
             (self.page_size < 1, f"page_size {self.page_size}: at least 1"),
             (self.kv_memory < 0, f"kv_memory {self.kv_memory}: GB, 0 for what is needed"),
             (

@@ -63,7 +63,7 @@ class Sampler:
         lora: Lora | None = None,
     ) -> None:
         config.check()
-        self.config, self.decode = config, decode
+        self.config, self.decode = config.on(model.device.type), decode
         self.end_ids = frozenset(() if config.ignore_eos else end_ids)
         self.owner, self.adapter = model, lora
         self.model: Llama | None = None
@@ -298,9 +298,8 @@ class Sampler:
 
     def _chunk(self) -> int:
         """Prompt tokens per forward: whole pages, so that a block is never computed twice."""
-        size, device = self.config.page_size, self.model.device.type
-        most = self.config.prefill_tokens or (512 if device == "cpu" else 1024)
-        return max(size, most // size * size)
+        size = self.config.page_size
+        return max(size, self.config.prefill_tokens // size * size)
 
     def _prefill(self, rows: list[FlyingRow]) -> None:
         """Compute prompts and draw every row's first token."""

@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DISTILL = str(ROOT / "scripts" / "distill.py")
 SETTINGS = {  # name -> (what starts it, flags)
-    "64 rows": ([], []),
+    "64 rows": ([], ["--rows", "64"]),
+    "as it is": ([], []),
     "7 rows, no drafts": ([], ["--rows", "7", "--draft", "off"]),
     "24 rows, every draft": ([], ["--rows", "24", "--draft", "always"]),
     "3 steps a visit": ([], ["--rows", "16", "--draft", "off", "--steps", "3"]),

@@ -210,9 +210,20 @@ def test_a_page_left_dirty_does_not_reach_the_next_row(tiny):
 
 
 def test_settings_that_cannot_sample_are_refused():
-    for bad in ({"rows": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}):
+    for bad in ({"rows": -1}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"stop": ("",)}):
         with pytest.raises(ValueError):
             SamplerConfig(**bad).check()
+
+
+def test_what_is_left_to_the_device_is_decided_by_it(tiny):
+    given = SamplerConfig(rows=5, prefill_tokens=7)
+    assert given.on("cpu") == given.on("cuda") == given
+    assert SamplerConfig().on("cpu") == SamplerConfig(rows=32, prefill_tokens=512)
+    assert SamplerConfig().on("cuda") == SamplerConfig(rows=64, prefill_tokens=1024)
+    with Sampler(tiny, text, (), SamplerConfig(draft="off")) as sampler:
+        done = list(sampler.run([Request(f"r{i}", [5, 6], 3) for i in range(40)]))
+    stats = sampler.stats  # the first token of an answer is its prompt's
+    assert len(done) == 40 and (stats.steps, stats.row_steps) == (4, 80), "32 rows, then 8"
 
 
 @DECODINGS
