@@ -221,7 +221,7 @@ def test_what_is_left_to_the_device_is_decided_by_it(tiny):
     assert SamplerConfig().on("cpu") == SamplerConfig(rows=32, prefill_tokens=512)
     assert SamplerConfig().on("cuda") == SamplerConfig(rows=64, prefill_tokens=1024)
     with Sampler(tiny, text, (), SamplerConfig(draft="off")) as sampler:
-        done = list(sampler.run([Request(f"r{i}", [5, 6], 3) for i in range(40)]))
+        done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 3) for i in range(40)]))
     stats = sampler.stats  # the first token of an answer is its prompt's
     assert len(done) == 40 and (stats.steps, stats.row_steps) == (4, 80), "32 rows, then 8"
 
