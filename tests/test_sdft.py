@@ -164,7 +164,7 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
         (["--model", "TINY", "--data", "DATA", "--verify", "magic"], "magic"),
         (["--model", "TINY", "--data", "DATA", "--columns", "prompt"], "--columns"),
         (["--model", "TINY", "--data", "DATA", "--chat-format", "llama3"], "llama3"),
-        (["--model", "TINY", "--data", "DATA", "--rows", "0"], "rows 0"),
+        (["--model", "TINY", "--data", "DATA", "--rows", "-1"], "rows -1"),
         (["--model", "TINY", "--data", "DATA", "--report-rows", "-1"], "report_rows -1"),
     ],
 )
