@@ -9,7 +9,7 @@ the one that was killed. To import this module is to have made every first call.
 
 import torch
 
-FUNCTIONS = ("cos", "sin", "exp", "log", "sqrt", "rsqrt", "tanh")  # all that we use, and tanh
+FUNCTIONS = ("cos", "sin", "exp", "log", "sqrt", "rsqrt")  # all that we use
 
 for dtype in (torch.float32, torch.float64):
     for name in FUNCTIONS:

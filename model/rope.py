@@ -13,7 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import vml  # noqa: F401 the first cosines of a process are as right as later ones
 from model.config import LlamaConfig
 
 

@@ -16,8 +16,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-for function in (torch.cos, torch.sin, torch.rsqrt):  # pytorch issue 188792: else, now and then,
-    function(torch.ones(16))  # the first call of a process is wrong for one thread's share
+# pytorch issue 188792: else, now and then, the first call is wrong for one thread's share
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.rsqrt):
+    function(torch.ones(16))
 
 WAYS = ((0, False), (1, False), (1, True))  # rows of a forward (0: all), checkpointing
 

@@ -17,8 +17,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-for function in (torch.cos, torch.sin, torch.rsqrt):  # pytorch issue 188792: else, now and then,
-    function(torch.ones(16))  # the first call of a process is wrong for one thread's share
+# pytorch issue 188792: else, now and then, the first call is wrong for one thread's share
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.rsqrt):
+    function(torch.ones(16))
 
 
 def peak_rss() -> int:
