@@ -147,6 +147,8 @@ class SamplerStats:
     drafted: int = 0  # tokens guessed
     held: int = 0  # guesses that were right
     put_back: int = 0  # rows that began again for want of memory
+    cache_bytes: int = 0  # of the pages for keys and values
+    fitting: int = 0  # rows for which these suffice even at their longest
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # without capturing
     captured: int = 0  # steps captured as CUDA graphs, one per number of rows and pages
@@ -161,6 +163,8 @@ class SamplerStats:
             share = self.held / self.drafted
             text += f", {self.drafted} guessed from references, {share:.0%} right"
         text += f"; {self.shared_tokens} of {self.prompt_tokens} prompt tokens shared"
+        if self.fitting:
+            text += f"; {self.cache_bytes / 1e9:.2f} GB for keys and values fit {self.fitting} rows"
         if self.put_back:
             text += f"; memory was short: {self.put_back} rows were put back and begun again"
         if self.captured:

@@ -197,6 +197,10 @@ class Sampler:
         )
         most = self.config.rows
         self.pages.make_room(head + sum(rows[:most]) + sum(kept[:most]), head + rows[0])
+        cache = self.pages.cache
+        room = cache.pages - len(self.pages.idle) - head
+        self.stats.fitting = sum(pages <= room for pages in itertools.accumulate(rows[:most]))
+        self.stats.cache_bytes = cache.k.nbytes + cache.v.nbytes
         if shared:
             self._compute_prefix(shared)
 

@@ -226,6 +226,18 @@ def test_what_is_left_to_the_device_is_decided_by_it(tiny):
     assert len(done) == 40 and (stats.steps, stats.row_steps) == (4, 80), "32 rows, then 8"
 
 
+def test_the_summary_says_how_many_rows_fit(tiny):
+    """Rows of 2 + 30 tokens are two pages of 16 each; a row in flight may always have them all."""
+    page = KVCache.page_bytes(tiny.config, 16, torch.float32)
+    for pages, fitting in ((0, 6), (12, 6), (7, 3), (2, 1)):
+        config = SamplerConfig(rows=6, page_size=16, kv_memory=pages * page / 1e9, draft="off")
+        with Sampler(tiny, text, (), config) as sampler:
+            done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 30) for i in range(9)]))
+        assert len(done) == 9 and sampler.stats.fitting == fitting
+        assert sampler.stats.cache_bytes == (pages or 12) * page
+        assert f"GB for keys and values fit {fitting} rows" in sampler.stats.text()
+
+
 @DECODINGS
 def test_drafts_change_nothing_but_the_steps(tiny, decoding):
     """Bitwise: tokens and log-probabilities, for any draft setting and number of rows."""
