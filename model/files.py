@@ -1,0 +1,52 @@
+"""A look at a file before any parser sees it: the broken downloads that people have, by their name.
+
+Every reader of weights, tokenizers, adapters, GGUF and data calls `check_file` first, so that the
+message says what the file is, and not what a parser stumbled over.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+LFS_POINTER = b"version https://git-lfs"
+HTML_BEGINNINGS = (b"<!doctype html", b"<html", b"<head")
+LOOKED_AT = 512  # bytes: a Git LFS pointer has about 130
+
+
+def why_not_the_file(path: Path) -> str | None:
+    """Why `path` cannot be what its name says, or None: absent files are left to the caller.
+
+    A directory, a pipe or a device, a Git LFS pointer, a web page saved in the file's place.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        return "is a directory, where a file is wanted"
+    if not stat.S_ISREG(mode):
+        return (
+            "is a pipe or a device, which can be read only once; write its content to a file first"
+        )
+    with path.open("rb") as file:
+        beginning = file.read(LOOKED_AT)
+    if beginning.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer, not the file itself: it was cloned without Git LFS; run "
+            "`git lfs install` and `git lfs pull` in its repository, or download the file again"
+        )
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(HTML_BEGINNINGS):
+        return (
+            "is an HTML page, not the file itself: the download was answered with a web page (a "
+            "login or an error); download the file again"
+        )
+    return None
+
+
+def check_file(path: Path) -> None:
+    """ValueError naming `path` and the reason where `why_not_the_file` has one."""
+    reason = why_not_the_file(path)
+    if reason is not None:
+        raise ValueError(f"{path} {reason}")
