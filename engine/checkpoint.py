@@ -13,8 +13,8 @@ A checkpoint directory appears only when all of it is on disk. Nothing is ever u
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,26 @@ from safetensors.torch import save_file
 from engine.log import cut_torn_line, differing, read_jsonl, sha256, write_json, write_jsonl
 from engine.optim import Optimizer
 from model.config import read_json
+from model.durable import file_beside
 from model.lora import Lora
 from model.weights import open_safetensors, written_beside
 
-HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
+METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int, "tokens_s": float}
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER = (WEIGHTS, "adapter_config.json")
 
 
-def open_run(out: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Create a run directory, or check that the one there is the same run; returns its meta."""
+def open_run(
+    out: Path, settings: dict[str, Any], resume: bool, date: str | None = None
+) -> dict[str, Any]:
+    """Create a run directory, or check that the one there is the same run; returns its meta.
+
+    `date`, where prompts tell one, is kept for when the run goes on (session.as_begun).
+    """
     meta_file = out / "meta.json"
     if not out.exists() or all(p.name.startswith(".") for p in out.iterdir()):  # killed at once
-        meta = {"settings": settings, "finished": False}
+        meta = {"settings": settings, "finished": False} | ({"date": date} if date else {})
         write_json(meta_file, meta)
         return meta
     if not resume:
@@ -78,7 +86,8 @@ def save_checkpoint(
             moments = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
             save_file(moments, beside / "optimizer.safetensors")
             shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
-            hashes = {name: sha256((beside / name).read_bytes()) for name in HASHED}
+            names = (*HASHED, *ADAPTER)
+            hashes = {name: sha256((beside / name).read_bytes()) for name in names}
             text = json.dumps({**state, "step": optimizer.step, "sha256": hashes})
             (beside / "state.json").write_text(text + "\n", encoding="utf-8")
     for old in checkpoints(out)[:-keep]:
@@ -101,7 +110,7 @@ def note_validation(out: Path, found: dict[str, Any]) -> None:
     """Append to validation.jsonl; a step that is there already (before a kill) is replaced."""
     file = out / "validation.jsonl"
     cut_torn_line(file)
-    lines = read_jsonl(file) if file.exists() else []
+    lines = read_jsonl(file, {"step": int})
     write_jsonl(file, [*(x for x in lines if x["step"] < found["step"]), found])
 
 
@@ -124,14 +133,7 @@ def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, 
             raise ValueError(f"{place / 'state.json'}: {name} is {state.get(name)!r}")
     if place != place_of(place.parent.parent, state["step"]) or state["micro_tokens"] < 1:
         raise ValueError(f"{place / 'state.json'}: step or micro_tokens is not what was written")
-    for name in HASHED:
-        if not (place / name).exists() or state["sha256"].get(name) != sha256(
-            (place / name).read_bytes()
-        ):
-            raise ValueError(
-                f"{place / name} is missing or not what was written (its hash in state.json "
-                f"differs); delete {place} to go on from the checkpoint before it"
-            )
+    _check_hashes(place, state, HASHED)
     with open_safetensors(file) as opened:
         for name, target in (("m", optimizer.m), ("v", optimizer.v), ("params", lora.params)):
             tensor = opened.get_tensor(name)
@@ -144,17 +146,74 @@ def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, 
     return state
 
 
+def _check_hashes(place: Path, state: dict[str, Any], names: Sequence[str]) -> None:
+    """ValueError where a file of a checkpoint is not what its state.json says."""
+    hashes = state.get("sha256")
+    for name in names:
+        if name in ADAPTER and isinstance(hashes, dict) and name not in hashes:
+            continue  # a checkpoint of before
+        if (
+            not isinstance(hashes, dict)
+            or not (place / name).exists()
+            or hashes.get(name) != sha256((place / name).read_bytes())
+        ):
+            raise ValueError(
+                f"{place / name} is missing or not what was written (its hash in state.json "
+                f"differs); delete {place} to go on from the checkpoint before it"
+            )
+
+
 def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
     """Make metrics.jsonl what it was at a checkpoint (None: the start); returns its lines."""
     metrics = out / "metrics.jsonl"
-    lines = read_jsonl(saved / "metrics.jsonl") if saved else []
+    lines = read_jsonl(saved / "metrics.jsonl", METRICS) if saved else []
     write_jsonl(metrics, lines)
     return lines
 
 
 def publish(out: Path, place: Path) -> None:
     """Copy a checkpoint's adapter to the top of the run, each file written beside and renamed."""
+    _check_hashes(place, read_json(place / "state.json"), ADAPTER)
     for name in ADAPTER:
-        beside = out / f".{name}.partial"
-        shutil.copyfile(place / name, beside)
-        os.replace(beside, out / name)
+        with file_beside(out / name) as beside:
+            shutil.copyfile(place / name, beside)
+
+
+def published(out: Path) -> dict[str, str]:
+    """Hash of the finished adapter's numbers, for meta.json. Its config may be edited: its base
+    may have moved."""
+    return {WEIGHTS: sha256((out / WEIGHTS).read_bytes())}
+
+
+def check_published(out: Path, recorded: Any, place: Path) -> None:
+    """Hold the adapter of a finished run against what was recorded, or against its checkpoint.
+
+    One that is damaged or gone is published anew, which is said; ValueError where it cannot be.
+    Runs of before have no record: without their checkpoint nothing can be compared.
+    """
+    now, kept = (
+        sha256(file.read_bytes()) if file.is_file() else None
+        for file in (out / WEIGHTS, place / WEIGHTS)
+    )
+    right = recorded.get(WEIGHTS, kept) if isinstance(recorded, dict) else kept
+    if now is not None and right in (None, now) and (out / ADAPTER[1]).is_file():
+        return
+    if kept is None or kept != right:
+        raise ValueError(
+            f"{out / WEIGHTS} is not what the run wrote, and {place} cannot replace it; take it "
+            f"from a copy, or delete {out} and train again"
+        )
+    publish(out, place)
+    print(f"{out}: the adapter was damaged or gone; it is written again from {place.name}")
+
+
+def refuse_damaged(adapter: Path) -> None:
+    """ValueError where an adapter is that of a finished run and not what the run wrote."""
+    meta = read_json(adapter / "meta.json", {})
+    recorded = meta.get("published") if meta.get("finished") else None
+    if isinstance(recorded, dict) and (adapter / WEIGHTS).is_file():
+        if recorded.get(WEIGHTS) not in (None, published(adapter)[WEIGHTS]):
+            raise ValueError(
+                f"{adapter / WEIGHTS} is not what its run wrote (its hash in meta.json differs); "
+                "the training's command with --resume, or that of the whole job, mends it"
+            )

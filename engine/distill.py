@@ -36,19 +36,26 @@ from engine.cascade import (
 )
 from engine.data import KEPT, Distilled, Row, Rows
 from engine.distributed import World
+from engine.locking import lock_file
 from engine.log import progress
-from engine.process import Interruption
+from engine.process import SAMPLE_LESS, memory_for
 from engine.resumed import ResumedLines
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, Scorer, score
 from engine.select import OURS, PAPER, Rules, judge
 from engine.session import Session
+from engine.stopping import Stopping
 from engine.templates import TEMPLATES, prompt
 from engine.verifiers import PUBLISHED, get_verifier
 from model.chat import Chat
 from model.llama import Llama
 
 PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Factory's defaults
+FIELDS = tuple(part.name for part in dataclasses.fields(Distilled))
+WANTED = dict.fromkeys(set(FIELDS) - {"tries"}, str) | {
+    **{"messages": list, "response_ids": list},
+    **{"prompt_tokens": int, "response_tokens": int},
+}  # what a line of the file must have; older ones have no tries
 LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly the same run
 
 
@@ -109,6 +116,7 @@ class DistillReport:
     stats: SamplerStats
     seconds: float  # of generation in this process
     written: int  # lines written in this process
+    before: int = 0  # lines that an earlier start had written
     cut_at: int = 0  # tokens at which prompts lost their end (Rules.cut_prompts)
 
     @property
@@ -153,14 +161,17 @@ class DistillReport:
             )
         if self.written:
             rows, tokens = self.written / self.seconds, self.stats.new_tokens / self.seconds
+            since = f"since the last start {self.written} turns were " if self.before else ""
+            prefill, decode = self.stats.prefill_seconds, self.stats.decode_seconds
             text += (
-                f"\ngenerated in {self.seconds:.1f} s (prefill {self.stats.prefill_seconds:.1f}, "
-                f"decoding {self.stats.decode_seconds:.1f}): {rows:.2f} rows/s, "
+                f"\n{since}generated in {self.seconds:.1f} s (prefill {prefill:.1f}, "
+                f"decoding {decode:.1f}): {rows:.2f} rows/s, "
                 f"{tokens:.0f} new tokens/s; {self.stats.text()}"
             )
         return text
 
 
+@memory_for("distilling", SAMPLE_LESS)
 def distill(
     model: Llama,
     chat: Chat,
@@ -175,22 +186,37 @@ def distill(
 ) -> DistillReport:
     """Write the distilled data of `rows` to `out`. `settings` is what makes the run this run.
 
-    The first Ctrl-C lets the tries in flight end and begins no other (a row that lacks tries is
-    asked anew), then raises KeyboardInterrupt; the second stops at once. Raises ValueError when
-    `out` exists without resume, or with it under other settings.
+    The first Ctrl-C or SIGTERM lets the tries in flight end and begins no other (a row that lacks
+    tries is asked anew), then raises `Stopped` in every process of the job; the second stops at
+    once. Raises ValueError when `out` exists without resume, or with it under other settings.
     """
     config.check()
     check_temperature(config.stages, sampling.temperature)
     world = world or World()
     seconds, written, stats = 0.0, 0, SamplerStats()
-    with ResumedLines(out, settings, resume=resume, world=world) as file:
-        done = {name: Distilled(**record) for name, record in file.done.items()}
+    stop = Stopping("the rows in flight are finished and kept")
+    with (
+        lock_file(out),
+        ResumedLines(out, settings, resume=resume, wanted=WANTED, world=world) as file,
+    ):
+        done = {name: distilled_line(record) for name, record in file.done.items()}
+        order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
         turns = list(_pending(file.mine(list(rows)), done))
         if turns:
-            stats, seconds, written = _write(model, chat, turns, config, sampling, file)
-        order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
-        lines = [Distilled(**record) for record in file.finish(order)]
-    return DistillReport(lines, stats, seconds, written, config.rules.cut_prompts)
+            stats, seconds, written = _write(model, chat, turns, config, sampling, file, stop)
+        if world.any(stop.asked):
+            left = sum(name not in file.done for name in order)
+            there = f"{len(order) - left} of {len(order)} turns are in {out}"
+            if world.size > 1:
+                there = f"what was finished is in {out} and its parts"
+            stop.end(there)
+        lines = [distilled_line(record) for record in file.finish(order)]
+    return DistillReport(lines, stats, seconds, written, len(done), config.rules.cut_prompts)
+
+
+def distilled_line(record: dict[str, Any]) -> Distilled:
+    """A line of the file, which has what is WANTED."""
+    return Distilled(**{name: record[name] for name in FIELDS if name in record})
 
 
 def _write(
@@ -200,6 +226,7 @@ def _write(
     config: DistillConfig,
     sampling: SamplerConfig,
     file: ResumedLines,
+    stop: Stopping,
 ) -> tuple[SamplerStats, float, int]:
     """Ask for these turns and those that follow them: what was done, in seconds, and lines."""
     asked = sum(len(turn.row.turns) - turn.number for turn in turns)
@@ -208,7 +235,7 @@ def _write(
         Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
         Scorer(model, []) if scored else nullcontext() as scorer,
         progress(total=asked, desc="distill", unit="row", disable=not file.world.first) as bar,
-        Interruption(sampler.drain, "the rows in flight are finished and kept"),
+        stop.calling(sampler.drain),
     ):
         writer = Writer(chat, config, sampler, scorer, file)
         for turn in turns:
@@ -221,11 +248,6 @@ def _write(
                 f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
             )
             bar.update(writer.written - bar.n)
-        if writer.flying:
-            raise KeyboardInterrupt(
-                f"{writer.written} turns were written, {len(writer.flying)} rows are left; the "
-                f"same command with --resume goes on with {file.out}"
-            )
         return sampler.stats, time.perf_counter() - started, writer.written
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from engine.data import Row, Rows
 from engine.intervals import wilson
 from engine.log import (
     AppendedLines,
+    Kinds,
     cut_torn_line,
     differing,
     progress,
@@ -25,16 +26,21 @@ from engine.log import (
     sha256,
     table,
     write_json,
+    write_jsonl,
 )
+from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
-from engine.session import Session
+from engine.session import Session, meta_of
 from engine.verifiers import get_verifier
 from model.chat import Chat
 from model.config import read_json
 from model.llama import Llama
 from model.lora import Lora
 
+# what a line of answers, and one of likelihoods, must have
+ANSWER = {"arm": str, "id": str, "ok": bool, "finish": str, "tokens": int}
+NATS = {"arm": str, "id": str, "nll": (float, int), "tokens": int}
 Arms = dict[str, Lora | None]  # name -> adapter; the seed is None
 
 
@@ -63,9 +69,12 @@ class Score:
         return wilson(self.share, self.n)
 
 
-def resume_lines(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lines of a file that an earlier run of the same settings began; ValueError if they differ."""
-    meta = out.with_name(out.name + ".meta.json")
+def resume_lines(out: Path, settings: dict[str, Any], wanted: Kinds) -> list[dict[str, Any]]:
+    """Lines of a file that an earlier run of the same settings began.
+
+    ValueError where the settings differ, or a line lacks what is `wanted`.
+    """
+    meta = meta_of(out)
     if out.exists():
         if not meta.exists():
             raise ValueError(f"{out} exists already and is not ours; choose another name")
@@ -76,9 +85,20 @@ def resume_lines(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             )
     write_json(meta, settings)
     cut_torn_line(out)
-    return read_jsonl(out) if out.exists() else []
+    return read_jsonl(out, wanted)
 
 
+def put_in_order(out: Path, done: Mapping[Any, dict[str, Any]], order: Iterable[Any]) -> None:
+    """Have the lines of `out` stand in the order of `order` (keys of `done`), others behind them.
+
+    They were written as they were finished, which is another order in every run.
+    """
+    ordered = list(dict.fromkeys([*order, *done]))
+    if list(done) != ordered:
+        write_jsonl(out, [done[key] for key in ordered])
+
+
+@memory_for("answering held-out rows", SAMPLE_LESS)
 def evaluate(
     model: Llama,
     chat: Chat,
@@ -97,7 +117,7 @@ def evaluate(
     if verify == "none":
         return {arm: Score(0, 0, 0, v) for arm, v in losses.items()}
     verifier = get_verifier(verify)
-    done = {(a["arm"], a["id"]): a for a in resume_lines(out, settings)}
+    done = {(a["arm"], a["id"]): a for a in resume_lines(out, settings, ANSWER)}
     prompts = {row.id: chat.prompt_ids(row.messages[:-1]) for row in rows}
     by_id = {row.id: row for row in rows}
     with AppendedLines(out) as file:
@@ -120,6 +140,7 @@ def evaluate(
                     file.write(line)
                     done[arm, row.id] = line
                     bar.update()
+    put_in_order(out, done, [(arm, row.id) for arm in arms for row in rows])
     scores = {}
     for arm in arms:
         answers = [done[arm, row.id] for row in rows]
@@ -177,7 +198,7 @@ def reference_nll(
 
     `out` keeps a line per arm and row (`nll` in nats, summed over `tokens`); those there are kept.
     """
-    done = {(line["arm"], line["id"]): line for line in resume_lines(out, settings)}
+    done = {(line["arm"], line["id"]): line for line in resume_lines(out, settings, NATS)}
     todo = [row for row in rows if any((arm, row.id) not in done for arm in arms)]
     asked = {}
     for row in todo:
@@ -198,6 +219,7 @@ def reference_nll(
                     line = {"arm": arm, "id": row.id, "nll": nats, "tokens": len(answer)}
                     file.write(line)
                     done[arm, row.id] = line
+    put_in_order(out, done, [(arm, row.id) for row in rows for arm in arms])
     found = {}
     for arm in arms:
         lines = [done[arm, row.id] for row in rows]

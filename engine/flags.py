@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import re
 import sys
 import typing
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
+
+from engine.failures import explain, visible
+from engine.stopping import NAMES, Stopped, catch_signals
 
 T = TypeVar("T")
 
@@ -53,7 +57,7 @@ def add_flags(
 
 
 def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
-    """The dataclass from parsed flags; `given` overrides them."""
+    """The dataclass from parsed flags, checked; `given` overrides them."""
     values = {}
     for field in dataclasses.fields(cls):
         value = given.get(field.name, getattr(args, field.name, dataclasses.MISSING))
@@ -63,7 +67,10 @@ def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
             value is None and isinstance(field.default, tuple)
         ):
             values[field.name] = value
-    return cls(**values)
+    config = cls(**values)
+    if hasattr(config, "check"):
+        config.check()
+    return config
 
 
 def _comment(cls: type, name: str) -> str:
@@ -73,16 +80,60 @@ def _comment(cls: type, name: str) -> str:
     return match[1]
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script: what a user caused ends as one message and exit code 2, not as a traceback."""
+def run_main(
+    main: Callable[[], None],
+    goes_on: str = "the same command goes on",
+    kept: str = "what was finished is kept",
+    lower: str = "",
+) -> None:
+    """Run a script: what a user caused ends as one message and exit code 2, not as a traceback.
+
+    goes_on, kept    what a script says behind Ctrl-C or SIGTERM (exit codes 130 and 143): how to go
+                     on, and what is there where the stage itself does not say
+    lower            what takes less memory, where a stage itself does not say
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no character ends a run
+    if sys.stdout.isatty():
+        sys.stdout = _Shown(sys.stdout)
     try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(_stop(f"error: {error}", 2))
+        with catch_signals():
+            main()
     except KeyboardInterrupt as interrupt:
-        sys.exit(_stop(f"interrupted: {interrupt or 'what was finished is kept'}", 130))
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped()
+        message = f"{NAMES[stopped.by]}: {stopped.kept or kept}; {goes_on}"
+        sys.exit(_stop(message, stopped.code))
+    except Exception as error:
+        message = explain(error, lower)
+        if message is None:
+            raise
+        sys.exit(_stop(f"error: {message}", 2))
+
+
+class _Shown(io.TextIOBase):
+    """A terminal to which file contents can send no commands: they are shown as escapes."""
+
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal = terminal
+
+    @property
+    def encoding(self) -> str:
+        return self.terminal.encoding
+
+    def write(self, text: str) -> int:
+        return self.terminal.write(visible(text))
+
+    def flush(self) -> None:
+        self.terminal.flush()
+
+    def fileno(self) -> int:
+        return self.terminal.fileno()
+
+    def isatty(self) -> bool:
+        return True
 
 
 def _stop(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(visible(message), file=sys.stderr)
     return code

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint import refuse_damaged
 from engine.data import Row
-from engine.log import AppendedLines, progress
+from engine.log import AppendedLines, progress, write_jsonl
+from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.session import DataConfig, Session
 from model.lora import Lora
 
+MOST_SAMPLES = 10**6  # of a prompt
 
+
+@memory_for("generating", SAMPLE_LESS)
 def generate_job(
     session: Session,
     asked: DataConfig | str,
@@ -28,8 +33,8 @@ def generate_job(
     `prefix` is how every answer begins; the model goes on from there.
     """
     session.alone("generation")
-    if samples < 1:
-        raise ValueError(f"samples {samples}: at least 1 is wanted")
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise ValueError(f"samples {samples}: 1 to {MOST_SAMPLES:,} are wanted")
     if out is not None and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
     if isinstance(asked, str):
@@ -38,6 +43,8 @@ def generate_job(
         rows = [Row("prompt", ({"role": "user", "content": asked},))]
     else:
         rows = asked.load(need_reference=False)
+    if adapter is not None:
+        refuse_damaged(Path(adapter))
     lora = None if adapter is None else Lora.load(adapter)
     chat, requests = session.chat, []
     for row in rows:
@@ -57,7 +64,10 @@ def generate_job(
                     answers.append(_record(done, prefix))
                     file.write(answers[-1])
     order = {row.id: n for n, row in enumerate(rows)}
+    finished = list(answers)
     answers.sort(key=lambda a: (order[a["id"]], a["sample"]))
+    if out is not None and answers != finished:  # the order of the rows, not of the clock
+        write_jsonl(out, answers)
     if out is None:
         for answer in answers:
             label = "" if len(answers) == 1 else f"[{answer['id']}, sample {answer['sample']}] "

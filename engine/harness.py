@@ -19,7 +19,9 @@ from typing import Any
 
 from engine.evaluate import Arms, adapter_hashes, resume_lines
 from engine.intervals import lost_won, mcnemar, wilson
+from engine.limits import MOST, check_numbers
 from engine.log import AppendedLines, progress, table
+from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import Asked, Scorer, batches
 from engine.session import Session
@@ -37,6 +39,10 @@ class HarnessConfig:
     lm_eval_path: str | None = None  # directory with further tasks in the harness's YAML
     lm_eval_shots: int | None = None  # examples shown before a question (default: the task's own)
     lm_eval_limit: int | None = None  # use only the first so many questions of each task
+
+    def check(self) -> None:
+        """ValueError for numbers that cannot be."""
+        check_numbers(self, lm_eval_limit=(1, MOST))
 
 
 def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) -> Any:
@@ -145,6 +151,7 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
     return Engine()
 
 
+@memory_for("answering the harness", SAMPLE_LESS)
 def harness_job(
     session: Session,
     config: HarnessConfig,
@@ -158,6 +165,7 @@ def harness_job(
     What `out` holds already is kept.
     """
     session.alone("evaluation")
+    config.check()
     try:
         import lm_eval
         from lm_eval.evaluator import simple_evaluate
@@ -176,7 +184,8 @@ def harness_job(
     settings |= {"shots": config.lm_eval_shots, "limit": config.lm_eval_limit}
     settings |= {"lm_eval": lm_eval.__version__, "path": config.lm_eval_path}
     file = out / "lm_eval.jsonl"
-    done = {(line["task"], line["arm"]): line for line in resume_lines(file, settings)}
+    wanted = {"task": str, "arm": str, "n": int, "metrics": dict, "cut": int}
+    done = {(line["task"], line["arm"]): line for line in resume_lines(file, settings, wanted)}
     with AppendedLines(file) as lines:
         for name in names:
             for arm, lora in arms.items():

@@ -8,12 +8,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from model.durable import file_beside, sync, why, writing
+from model.files import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,14 +27,12 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Write beside and rename: a reader sees the old file or the new one, never a part.
+
+    OSError names the file, the cause and what helps.
+    """
+    with file_beside(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,23 +45,42 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+Kinds = Mapping[str, Any]  # what a line must have -> its type, or a tuple of them
+
+
+def read_jsonl(path: Path, wanted: Kinds | None = None) -> list[dict[str, Any]]:
     """The objects of a JSONL file we wrote, without a torn last line; none where there is no file.
 
-    ValueError with file and line where one is broken.
+    ValueError with file and line where one is broken, or lacks something of `wanted`.
     """
     records = []
-    # Only "\n" ends a line: splitlines would also cut at U+2028, which a model may write.
-    for number, line in enumerate(whole_lines(path).decode().split("\n")[:-1], start=1):
+    # Only b"\n" ends a line: splitlines would also cut at U+2028, which a model may write.
+    for number, line in enumerate(whole_lines(path).split(b"\n")[:-1], start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
+            raise _damaged(path, number, f"is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise _damaged(path, number, f"is no object but a {type(record).__name__}")
+        for name, kind in (wanted or {}).items():
+            value = record.get(name)
+            if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
+                what = f"is {value!r:.60}" if name in record else "is missing"
+                raise _damaged(path, number, f"is damaged: {name} {what}")
+        records.append(record)
     return records
+
+
+def _damaged(path: Path, number: int, what: str) -> ValueError:
+    return ValueError(
+        f"{path}:{number} {what}; it is not as it was written: take the file from a copy, or "
+        "delete that line, and the same command makes it again"
+    )
 
 
 def whole_lines(path: Path) -> bytes:
     """What a file holds up to its last newline; nothing where there is no file."""
+    check_file(path)
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
@@ -80,9 +100,10 @@ class AppendedLines:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        cut_torn_line(path)
-        self.path, self.file = path, path.open("ab", buffering=0)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cut_torn_line(path)
+            self.path, self.file = path, path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one object."""
@@ -98,14 +119,16 @@ class AppendedLines:
         except OSError as error:
             self.file.truncate(before)
             raise OSError(
-                f"{self.path}: {error.strerror}; {before:,} bytes of finished lines are kept, make "
-                "room and go on"
+                f"{self.path}: {why(error)}; {before:,} bytes of finished lines are kept"
             ) from None
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with writing(self.path):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            if self.path.parent.exists():
+                sync(self.path.parent)
 
     def __enter__(self) -> AppendedLines:
         return self

@@ -38,7 +38,6 @@ class Metrics:
         )
         self.pending: list[tuple[dict[str, Any], StepResult, Sequence[Example]]] = []
         self.since = time.perf_counter()
-        self.tokens = 0  # trained in this process's life, all ranks together
 
     def add(self, line: dict[str, Any], result: StepResult, examples: Sequence[Example]) -> None:
         """Take note of a step; `line` is what the host knows of it."""
@@ -54,7 +53,6 @@ class Metrics:
         for (line, result, examples), (loss, norm) in zip(self.pending, found, strict=True):
             self._check(line["step"], loss, norm, result, examples)
             self.losses.append(loss)
-            self.tokens += line["tokens"]
             if self.log:
                 known = {"loss": loss, "grad_norm": norm}
                 self.log.write({**line, **known, "tokens_s": rate})
@@ -102,10 +100,13 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
     """What a person wants to know at the end."""
     best, rate = summary["best"], summary["operations_s"]
     stated = stated_rate(summary["device"])
+    since = summary.get("since_step", 0)
     share = f", MFU {rate / stated / summary['processes']:.1%}" if stated else ""
     return (
         f"{summary['steps']} steps, {summary['tokens']} tokens ({summary['response_tokens']} with "
-        f"loss) in {summary['seconds']:.0f} s, {summary['tokens_s']:.0f} tokens/s, "
+        f"loss) in {summary['seconds']:.0f} s"
+        + (f" since step {since}" if since else "")
+        + f", {summary['tokens_s']:.0f} tokens/s, "
         f"{rate / 1e12:.3g} TFLOP/s (4 P a token + 7 L^2 H d a row and layer){share}; loss "
         f"{summary['first_loss']:.4f} -> {summary['last_loss']:.4f}"
         + (f"; best {best['metric']} {best['value']:.4f} at step {best['step']}" if best else "")

@@ -26,6 +26,7 @@ from typing import Any
 
 from engine.data import KEPT, Distilled, Example, Row, Rows, encode
 from engine.distill import DistillConfig, distill
+from engine.limits import check_numbers
 from engine.report.collect import spaced
 from engine.retention import compare, hidden_states
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
@@ -54,6 +55,7 @@ class PreflightConfig:
         """ValueError for a sample that tells nothing."""
         if self.sample < 2:
             raise ValueError(f"sample {self.sample}: at least 2 rows are wanted")
+        check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def preflight(
     """
     session.alone("preflight")
     distilling = dataclasses.replace(distilling, cascade="guided:1")
-    for settings in (config, distilling, sampling, training, lora):
+    for settings in (data, config, distilling, sampling, encoding, training, lora):
         settings.check()
     started, rows = time.perf_counter(), data.load()
     sample = Rows([_first(row) for row in spaced(rows, config.sample)], rows.path, rows.sha256)

@@ -1,14 +1,14 @@
-"""What a process is set to before it computes, how it is asked to stop, how much memory it took."""
+"""What a process is set to before it computes, how much memory it took, whether that was short."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import signal
+import errno
+import re
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -75,55 +75,42 @@ def held_memory(device: str | torch.device) -> int:
     return _status("VmRSS")
 
 
+SAMPLE_LESS = "lower --rows or --kv-memory"
+TRAIN_LESS = "lower --micro-tokens, then --max-length, or take --recompute full"
+# How torch, oneDNN, CUDA's libraries, the loader and the system say that memory is short.
+_NO_MEMORY = re.compile(
+    "DefaultCPUAllocator|can.?t allocate memory|cannot allocate memory|not enough memory|"
+    "out of memory|bad_alloc|could not create a primitive|ALLOC_FAILED|failed to map segment",
+    re.IGNORECASE,
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not get memory: a GPU's own error, or a CPU's, which has no class."""
-    words = ("DefaultCPUAllocator", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    )
+    """Whether memory was short: a GPU's own error, a CPU's, which has no class, or the system's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    foreign = isinstance(error, (RuntimeError, ImportError))
+    return foreign and _NO_MEMORY.search(str(error)) is not None
 
 
-class Termination:
-    """Inside `with`, SIGTERM only sets `asked`: what is at work may come to an end.
-
-    Elsewhere than in the main thread signals cannot be caught; `asked` then stays False.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.previous = False, None
-
-    def _note(self, *_: Any) -> None:
-        self.asked = True
-
-    def __enter__(self) -> Termination:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+def first_line(error: BaseException) -> str:
+    """What a library said, without what follows it."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
 
 
-class Interruption:
-    """Inside `with`, the first Ctrl-C calls `stop` and says what that means, the second ends all.
-
-    Elsewhere than in the main thread signals cannot be caught and nothing changes.
-    """
-
-    def __init__(self, stop: Callable[[], None], meaning: str) -> None:
-        self.stop, self.meaning, self.previous = stop, meaning, None
-
-    def _note(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(f"\ninterrupted: {self.meaning}; Ctrl-C again stops at once", file=sys.stderr)
-        self.stop()
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+@contextlib.contextmanager
+def memory_for(doing: str, lower: str) -> Iterator[None]:
+    """Inside `with`, or in a function decorated by it: memory that is short is a ValueError that
+    says what was being done, and what takes less of it."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory while {doing} ({first_line(error)}): {lower}"
+    else:
+        return
+    raise ValueError(message)  # here, where the error and what its traceback holds are gone

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.limits import check_numbers
 from kernels.sampling import SampleRows
 
 # what changes no text
@@ -106,6 +107,17 @@ class SamplerConfig:
         for wrong, message in problems:
             if wrong:
                 raise ValueError(message)
+        check_numbers(
+            self,
+            rows=(0, 10**6),
+            temperature=(0, 10**6),
+            repetition_penalty=(1e-6, 10**6),
+            page_size=(1, 2**16),
+            kv_memory=(0, 10**6),
+            steps=(0, 10**4),
+        )
+        if 0 < self.temperature < 1e-6:
+            raise ValueError(f"temperature {self.temperature}: 0 (greedy), or at least 1e-6")
 
 
 @dataclass(frozen=True)

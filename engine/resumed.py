@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.distributed import World
-from engine.log import AppendedLines, differing, read_jsonl, write_json, write_jsonl
+from engine.log import AppendedLines, Kinds, differing, read_jsonl, write_json, write_jsonl
 from model.config import read_json
 
 
@@ -22,7 +22,7 @@ class ResumedLines:
     """The lines of OUT by id: what is `done`, and a file for what is not.
 
     resume False: ValueError where OUT exists. True: ValueError where it was begun with other
-    settings.
+    settings, or a line lacks what is `wanted` beside its id.
     """
 
     def __init__(
@@ -31,16 +31,17 @@ class ResumedLines:
         settings: dict[str, Any],
         *,
         resume: bool,
+        wanted: Kinds | None = None,
         world: World | None = None,
     ) -> None:
-        self.out, self.world = out, world or World()
+        self.out, self.world, self.wanted = out, world or World(), {"id": str} | (wanted or {})
         self.meta = out.with_name(out.name + ".meta.json")
         if self.world.first:
             self._check(settings, resume)
         self.world.barrier()
         self.done: dict[str, dict[str, Any]] = {}
         for file in (out, *self.parts()):
-            for record in read_jsonl(file):
+            for record in read_jsonl(file, self.wanted):
                 self.done.setdefault(record["id"], record)
         alone = self.world.size == 1
         self.file = AppendedLines(out if alone else self._part(self.world.rank))
@@ -87,7 +88,7 @@ class ResumedLines:
         self.world.barrier()
         if self.world.size > 1:
             for file in self.parts():
-                for record in read_jsonl(file):
+                for record in read_jsonl(file, self.wanted):
                     self.done.setdefault(record["id"], record)
         ordered = [self.done[name] for name in order]
         if self.world.first and (self.parts() or list(self.done.values()) != ordered):

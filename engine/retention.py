@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from engine.data import load_rows
-from engine.evaluate import Arms, adapter_hashes, resume_lines
+from engine.evaluate import Arms, adapter_hashes, put_in_order, resume_lines
 from engine.intervals import bootstrap
 from engine.log import AppendedLines, progress, sha256, table
+from engine.process import SAMPLE_LESS, memory_for
 from engine.retention_prompts import PROMPTS
 from engine.sampler import Request, Sampler, SamplerConfig
-from engine.session import Session
+from engine.session import Session, meta_of
 from engine.similarity import Embedder
 from kernels.context import Packed
 from model.chat import Chat
@@ -68,6 +69,7 @@ class Drift:
     seed_nll: float  # and under the seed
 
 
+@memory_for("answering general prompts", SAMPLE_LESS)
 def seed_answers(
     model: Llama,
     chat: Chat,
@@ -81,7 +83,8 @@ def seed_answers(
     ValueError where the file was made under other settings.
     """
     settings = settings | {"prompts": sha256(repr(list(prompts)))}
-    done = {line["prompt"]: line for line in resume_lines(out, settings)}
+    wanted = {"prompt": str, "answer": str, "ids": list}
+    done = {line["prompt"]: line for line in resume_lines(out, settings, wanted)}
     todo = [prompt for _, prompt in prompts if prompt not in done]
     with AppendedLines(out) as file:
         if todo:
@@ -93,8 +96,10 @@ def seed_answers(
                 for said in bar:
                     ids = [*said.ids, *([chat.end_id] if said.finish == "stop" else [])]
                     line = {"prompt": said.id, "answer": said.text, "ids": ids}
-                    file.write(line | {"finish": said.finish})
+                    line |= {"finish": said.finish}
+                    file.write(line)
                     done[said.id] = line
+    put_in_order(out, done, [prompt for _, prompt in prompts])
     found = []
     for category, prompt in prompts:
         asked, line = chat.prompt_ids([{"role": "user", "content": prompt}]), done[prompt]
@@ -108,6 +113,7 @@ def seed_answers(
     return found
 
 
+@memory_for("comparing answers to general prompts", "give shorter answers (--max-new-tokens)")
 def retention(
     model: Llama,
     answers: Sequence[SeedAnswer],
@@ -116,7 +122,8 @@ def retention(
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Drift of every arm but the seed (`means` says what is in it); a line per prompt and arm."""
-    lines = [r for r in resume_lines(out, settings) if "reverse_kl" in r]  # older runs lack it
+    every = resume_lines(out, settings, {"arm": str, "prompt": str})
+    lines = [r for r in every if "reverse_kl" in r]  # older runs lack it
     done = {(r["arm"], r["prompt"]): r for r in lines}
     tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
     todo = [a for a in answers if any((arm, a.prompt) not in done for arm in tuned)]
@@ -131,6 +138,7 @@ def retention(
                 line |= {"answer": said.answer, "tokens": len(after)} | dataclasses.asdict(drift)
                 file.write(line)
                 done[arm, said.prompt] = line
+    put_in_order(out, done, [(arm, said.prompt) for said in answers for arm in tuned])
     return {arm: means([done[arm, said.prompt] for said in answers]) for arm in tuned}
 
 
@@ -160,7 +168,7 @@ def retention_job(
     said = seed_answers(
         session.model,
         session.chat,
-        out.with_name(out.name + ".seed.jsonl"),
+        seed_file(out),
         sampling,
         settings,
         prompts,
@@ -183,6 +191,16 @@ def retention_job(
     return drift
 
 
+def seed_file(out: Path) -> Path:
+    """Where the seed's answers lie, beside the file of what was measured over them."""
+    return out.with_name(out.name + ".seed.jsonl")
+
+
+def retention_metas(out: Path) -> list[Path]:
+    """Where the settings of a run of `retention_job` lie."""
+    return [meta_of(out), meta_of(seed_file(out))]
+
+
 def retention_table(drift: dict[str, dict[str, Any]]) -> str:
     """All means of all arms as text, and what they are."""
     categories = list(next(iter(drift.values()))["categories"])
@@ -200,6 +218,7 @@ def retention_table(drift: dict[str, dict[str, Any]]) -> str:
     )
 
 
+@memory_for("answering general prompts", SAMPLE_LESS)
 def similarity(
     model: Llama,
     chat: Chat,
@@ -215,7 +234,8 @@ def similarity(
     Per arm `similarity`, its 95 % `interval` (bootstrap over prompts) and `same`, the share of
     answers that are the seed's to the letter. `out` keeps a line per arm and prompt.
     """
-    done = {(line["arm"], line["prompt"]): line for line in resume_lines(out, settings)}
+    wanted = {"arm": str, "prompt": str, "answer": str, "similarity": float}
+    done = {(line["arm"], line["prompt"]): line for line in resume_lines(out, settings, wanted)}
     by_prompt = {said.prompt: said for said in answers}
     tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
     with AppendedLines(out) as file:
@@ -236,6 +256,7 @@ def similarity(
                     file.write(line)
                     done[arm, now.id] = line
                     bar.update()
+    put_in_order(out, done, [(arm, said.prompt) for arm in tuned for said in answers])
     found = {}
     for arm in tuned:
         lines = [done[arm, said.prompt] for said in answers]

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from engine.data import Distilled
 from engine.distributed import World
+from engine.locking import lock_file
 from engine.log import progress
 from engine.pages import common_prefix, shared_tokens
+from engine.process import memory_for
 from engine.resumed import ResumedLines
 from kernels.context import Cached, Packed
 from kernels.spec import accumulate_dtype
@@ -32,6 +34,11 @@ from model.llama import Llama
 from model.lora import Lora
 
 TOKENS = 1024  # of prompts and answers in a batch
+_NATS = (float, int, type(None))
+WANTED = {  # of a line of the scores file, beside its id
+    **{"reference_nll": _NATS, "reference_tokens": int},
+    **{"response_nll": _NATS, "response_tokens": int},
+}
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
 
 
@@ -73,11 +80,12 @@ class Means:
             f"NLL per token under the seed model, plain prompt: references {a:.3f} "
             f"({self.reference_tokens} tokens), responses {b:.3f} ({self.response_tokens} tokens)"
         )
-        if self.scored:
+        if self.scored and self.seconds:
             text += f"; {self.scored / self.seconds:.0f} tokens/s scored"
         return text
 
 
+@memory_for("scoring", "--no-score leaves it out; else a row is too long for this machine")
 def score(
     model: Llama,
     chat: Chat,
@@ -88,7 +96,10 @@ def score(
 ) -> Means:
     """Score every line into `out` (FILE.scores.jsonl); lines there already are kept."""
     means, started = Means(), time.perf_counter()
-    with ResumedLines(out, settings, resume=True, world=world) as file:
+    with (
+        lock_file(out),
+        ResumedLines(out, settings, resume=True, wanted=WANTED, world=world) as file,
+    ):
         todo = [line for line in file.mine(list(lines)) if line.id not in file.done]
         asked_for = [_asked(model, chat, line) for line in todo]
         forwards = list(batches(asked_for))

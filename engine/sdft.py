@@ -24,6 +24,7 @@ from typing import Any
 from engine.data import Distilled, Example, Row, encode
 from engine.distill import DistillConfig, DistillReport, distill, distill_settings
 from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
+from engine.limits import MOST, check_numbers
 from engine.log import environment, table, write_json, write_text
 from engine.report.collect import answers, spaced, token_nll
 from engine.report.page import write_report
@@ -60,6 +61,8 @@ class SdftConfig:
                 f"report_rows {self.report_rows}, report_answers {self.report_answers}: at least 0 "
                 "is wanted"
             )
+        counts = ("eval_limit", "eval_max_new", "retention_max_new")
+        check_numbers(self, **dict.fromkeys(counts, (1, MOST)))
 
 
 def run(
@@ -77,7 +80,8 @@ def run(
     """Do all of it; returns what summary.json holds."""
     session.alone("the whole job")
     started, out = time.perf_counter(), Path(job.out)
-    for config in (job, distilling, sampling, training, lora, tasks, validating):
+    configs = (data, job, distilling, sampling, encoding, training, lora, tasks, validating)
+    for config in configs:
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
@@ -125,6 +129,7 @@ def run(
             world=session.world,
             validator=validator,
             note=note,
+            date=session.settings.get("date"),
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 
@@ -162,18 +167,7 @@ def run(
     seconds["all"] = time.perf_counter() - started
 
     result = {
-        "settings": resolved(
-            session.config,
-            data,
-            job,
-            distilling,
-            sampling,
-            encoding,
-            training,
-            lora,
-            tasks,
-            validating,
-        ),
+        "settings": resolved(session.config, *configs),
         "environment": environment(),
         "model": session.facts(),
         "distilled": {"counts": dict(report.counts), "differ": report.differ},
@@ -261,7 +255,9 @@ def _text(
     text = [table(lines), "", report.text()]
     if means is not None:
         text.append(means.text())
-    text.append("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
+    text.append(
+        "seconds since the last start: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+    )
     text += [
         "KL to and from seed, KL(seed || tuned) and KL(tuned || seed): nats per token over the "
         "seed's own answers to general prompts; lower is less forgotten.",

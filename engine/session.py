@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +14,24 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint import refuse_damaged
 from engine.distributed import World, start
+from engine.failures import visible
+from engine.limits import MOST, check_numbers
 from engine.log import model_fingerprint
-from engine.process import keep_freed_memory, return_freed_memory
+from engine.process import keep_freed_memory, memory_for, return_freed_memory
 from engine.rows import Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
-from model.config import LlamaConfig
+from model.config import LlamaConfig, read_json
 from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
 from model.weights import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+LOAD_LESS = "--dtype bfloat16 takes half of float32; else a smaller model, or a larger machine"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class ModelConfig:
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
+    def check(self) -> None:
+        """ValueError for what cannot be run."""
+        # many times the CPUs is slow; a hundred thousand threads end the process
+        check_numbers(self, threads=(0, max(256, os.cpu_count() or 1)))
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -51,6 +62,10 @@ class DataConfig:
     skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
     limit: int | None = None  # use only the first so many usable rows
     system: str | None = None  # a system message for every row that has none
+
+    def check(self) -> None:
+        """ValueError for a limit that leaves no row."""
+        check_numbers(self, limit=(1, MOST))
 
     def load(self, need_reference: bool = True) -> Rows:
         """The rows, with what was left out said."""
@@ -82,6 +97,7 @@ class Session:
     @classmethod
     def open(cls, config: ModelConfig) -> Session:
         """Load and announce; ValueError for anything missing or unknown, before the weights."""
+        config.check()
         if config.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device {config.device!r}: auto, cpu or cuda is wanted")
         if config.dtype != "auto" and config.dtype not in DTYPES:
@@ -111,7 +127,10 @@ class Session:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
         wanted = None if config.chat_format == "own" else config.chat_format
         chat = Chat.from_dir(path, tokenizer, wanted, now=now)
-        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops, shard=config.shard)
+        with memory_for("loading the weights", LOAD_LESS):
+            model = Llama.from_pretrained(
+                path, device=device, dtype=dtype, ops=ops, shard=config.shard
+            )
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),
@@ -149,11 +168,12 @@ class Session:
     def announce(self, seconds: float) -> None:
         """One paragraph: what runs where."""
         f = self.facts()
-        print(
+        said = (
             f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
             f"{f['device']}{self._shared()}, {torch.get_num_threads()} threads, ops {f['ops']}, "
             f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
+        print(visible(said))
 
     def _shared(self) -> str:
         return f", shared out over {self.world.size} processes" if self.model.sharded else ""
@@ -167,9 +187,43 @@ class Session:
                 raise ValueError(
                     f"adapter {path}: the name {name!r} is taken; rename the directory"
                 )
+            refuse_damaged(Path(path))
             found[name] = Lora.load(path)
             found[name].ensure_bound(self.model)
         return found
+
+
+def meta_of(out: Path) -> Path:
+    """Where the settings of a JSONL file of results lie."""
+    return out.with_name(out.name + ".meta.json")
+
+
+def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:
+    """The config under which the run of these meta files, those that are there, goes on.
+
+    What was left to a default that changes by itself (the day's date, the dtype of the device) is
+    what the run began with, which is said; what was typed stays.
+    """
+    for file in metas:
+        if not file.exists():
+            continue
+        meta = read_json(file)
+        settings = meta.get("settings")
+        begun = meta | (settings if isinstance(settings, dict) else {})
+        date, dtype = begun.get("date"), str(begun.get("dtype")).removeprefix("torch.")
+        changes = {}
+        if config.date is None and isinstance(date, str):
+            changes["date"] = date
+        if config.dtype == "auto" and dtype in DTYPES:
+            changes["dtype"] = dtype
+        there = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        now = {"date": datetime.now().date().isoformat()}
+        now |= {"dtype": str(default_dtype("cuda" if there else "cpu")).removeprefix("torch.")}
+        differ = [f"{name} {value}" for name, value in changes.items() if value != now[name]]
+        if differ:
+            print(f"going on with what {file} was begun with: {', '.join(differ)}")
+        return dataclasses.replace(config, **changes)
+    return config
 
 
 def resolved(*configs: Any) -> dict[str, Any]:

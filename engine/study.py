@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from engine.data import Distilled, Example, Rows
 from engine.distill import DistillConfig, distill_job
 from engine.evaluate import adapter_hashes, evaluate, nll_file
+from engine.limits import MOST, check_numbers
 from engine.log import environment, read_jsonl, write_json, write_text
 from engine.pareto import Measured, Point, draw, every, findings
 from engine.retention import SeedAnswer, retention, seed_answers
@@ -79,6 +80,7 @@ class StudyConfig:
                 f"{self.retention_max_new}, alpha {self.alpha}: at least 1 and alpha >= 0 are "
                 "wanted"
             )
+        check_numbers(self, seeds=(1, 10**4), eval_limit=(1, MOST))
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def study(
 ) -> dict[str, Any]:
     """Do all of it, print the table; returns what study.json holds."""
     session.alone("a study")
-    for config in (job, distilling, sampling, tasks):
+    for config in (data, job, distilling, sampling, tasks):
         config.check()
     out = Path(job.out)
     rows = _rows(job, data)
@@ -238,11 +240,8 @@ class Runs:
 
     def check(self, setting: Setting) -> None:
         """ValueError for a setting that cannot train."""
-        encoding, training, lora = self.configs(setting)
-        training.check()
-        lora.check()
-        if not 0 <= encoding.mix <= 1:
-            raise ValueError(f"mix {encoding.mix}: a share from 0 to 1 is wanted")
+        for config in self.configs(setting):
+            config.check()
 
     def run(self, setting: Setting, seed: int, arm: str) -> Measured:
         """Train an adapter, or load it, and measure it on everything."""
@@ -262,6 +261,7 @@ class Runs:
             model_hash=self.session.fingerprint,
             resume=place.exists(),
             world=self.session.world,
+            date=self.session.settings.get("date"),
         )
         hashes = {"adapters": adapter_hashes([str(place)])}
         found = self.evaluated(place, arm, lora, hashes)

@@ -23,6 +23,7 @@ import torch
 
 from engine import checkpoint
 from engine.data import (
+    TARGETS,
     Example,
     check_examples,
     encode,
@@ -32,11 +33,20 @@ from engine.data import (
     show,
 )
 from engine.distributed import World
+from engine.limits import MOST, check_numbers
+from engine.locking import lock_directory
 from engine.log import environment, read_jsonl, write_json
 from engine.memory import Plan, choose_policy
 from engine.metrics import Metrics, summary_text
 from engine.optim import SCHEDULES, Optimizer, learning_rate
-from engine.process import Termination, held_memory, is_out_of_memory, peak_memory
+from engine.process import (
+    TRAIN_LESS,
+    first_line,
+    held_memory,
+    is_out_of_memory,
+    memory_for,
+    peak_memory,
+)
 from engine.score import nll
 from engine.session import DataConfig, Session
 from engine.step import (
@@ -46,6 +56,7 @@ from engine.step import (
     step_operations,
     step_update,
 )
+from engine.stopping import Stopping
 from engine.validate import ValidateConfig, Validator
 from kernels.philox import mix
 from model.llama import POLICIES, Llama
@@ -90,6 +101,7 @@ class TrainConfig:
             raise ValueError(f"recompute {self.recompute!r}: one of auto, {', '.join(POLICIES)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        check_numbers(self, lr=(0, 100), epochs=(1, 10**5), max_steps=(0, 10**7))
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,14 @@ class EncodeConfig:
     mix: float = 0.0  # share of the kept rewrites whose reference is trained on instead
     max_length: int = 1024  # tokens of prompt and answer
     truncate: bool = False  # cut the end of longer answers (counted) instead of stopping
+
+    def check(self) -> None:
+        """ValueError for what cannot be trained on."""
+        if self.target not in TARGETS:
+            raise ValueError(f"target {self.target!r}: one of {', '.join(TARGETS)} is wanted")
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix {self.mix}: a share from 0 to 1 is wanted")
+        check_numbers(self, max_length=(1, MOST))
 
 
 def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
@@ -128,8 +148,10 @@ def train_job(
     resume: bool = False,
 ) -> dict[str, Any] | None:
     """Encode a file of rows or of distilled data and train on it, or print encoded rows."""
-    for settings in (config, lora_config, validating):
+    for settings in (data, encoding, config, lora_config, validating):
         settings.check()
+    if show_rows is not None and show_rows < 1:
+        raise ValueError(f"--show {show_rows}: at least 1 row is wanted")
     rows = load_distilled(data.data)[: data.limit] if is_distilled(data.data) else data.load()
     examples, counts = encode(
         rows,
@@ -163,12 +185,14 @@ def train_job(
         validator=validator,
         world=session.world,
         note={"validate": dataclasses.asdict(validating)} if validator else None,
+        date=session.settings.get("date"),
     )
     if session.world.first:
         print(summary_text(summary, out))
     return summary
 
 
+@memory_for("training", TRAIN_LESS)
 def train(
     model: Llama,
     examples: Sequence[Example],
@@ -182,12 +206,14 @@ def train(
     validator: Validator | None = None,
     world: World = ALONE,
     note: dict[str, Any] | None = None,
+    date: str | None = None,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train an adapter into the run directory `out`; returns it and the summary.
 
     With resume a finished run is loaded, a killed one goes on from its last checkpoint, in any
     number of processes. A step that is not finite or a loss that explodes stops with ValueError;
-    the checkpoints stay. SIGTERM writes a checkpoint and ends the process with exit code 0.
+    the checkpoints stay. Ctrl-C or SIGTERM writes a checkpoint behind the step in flight and raises
+    `Stopped`. Holds the lock of `out`. `date` is the one that prompts tell, if they tell any.
     """
     config.check()
     check_examples(examples)
@@ -204,29 +230,35 @@ def train(
     }
     optimizer = Optimizer.fresh(lora, config.weight_decay)
     run = Run(model, lora, optimizer, examples, config, out, base, validator, world)
-    if world.first:
-        meta = checkpoint.open_run(out, settings, resume)
-    world.barrier()
-    if not world.first:
-        meta = checkpoint.open_run(out, settings, resume=True)
-    saved = checkpoint.checkpoints(out)
-    if saved:
-        run.state = checkpoint.load_checkpoint(saved[-1], lora, optimizer)
-    if meta["finished"]:
-        return lora, meta["summary"]
-    lines = checkpoint.restore_metrics(out, saved[-1] if saved else None) if world.first else []
-    try:
-        with world.together():
-            run.loop(lines)
-    except ValueError as error:
+    with lock_directory(out):
+        if world.first:
+            meta = checkpoint.open_run(out, settings, resume, date)
+        world.barrier()
+        if not world.first:
+            meta = checkpoint.open_run(out, settings, True, date)
         saved = checkpoint.checkpoints(out)
-        where = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
-        raise ValueError(f"{error}. {where}") from None
-    summary = run.finish()
-    if world.first:
-        record = {"settings": settings, "finished": True, "summary": summary}
-        write_json(out / "meta.json", record | {"environment": environment()})
-    world.barrier()
+        if meta["finished"]:
+            run.load_finished(meta)
+            return lora, meta["summary"]
+        if saved:
+            run.state = checkpoint.load_checkpoint(saved[-1], lora, optimizer)
+        lines = checkpoint.restore_metrics(out, saved[-1] if saved else None) if world.first else []
+        with Stopping("the step in flight is finished and a checkpoint written") as stop:
+            try:
+                with world.together():
+                    run.loop(lines, stop)
+            except ValueError as error:
+                saved = checkpoint.checkpoints(out)
+                good = f"the last good state is {saved[-1]}" if saved else None
+                raise ValueError(f"{error}. {good or 'no checkpoint was written yet'}") from None
+            summary = run.finish()
+            if world.first:
+                record = meta | {"finished": True, "summary": summary}
+                record |= {"published": checkpoint.published(out), "environment": environment()}
+                write_json(out / "meta.json", record)
+            stopping = world.any(stop.asked)
+        if stopping:
+            stop.end(f"the adapter in {out} is finished")
     return lora, summary
 
 
@@ -244,22 +276,41 @@ class Run:
     validator: Validator | None
     world: World
     state: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in checkpoints
-    seconds: float = 0.0  # of this process's steps
-    tokens: int = 0  # trained in them, all processes together
-    operations: float = 0.0  # of them (engine/step.py says how they are counted)
+    # of the whole run, as far as it is in checkpoints: seconds, tokens, operations (engine/step.py
+    # says how they are counted), all processes together, and the largest peak of memory
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
+    since: float = 0.0  # when the time that is not yet in it began
+    since_step: int = 0  # that begins here: above 0 for runs of before, which did not keep it
 
-    def loop(self, lines: list[dict[str, Any]]) -> None:
+    def load_finished(self, meta: dict[str, Any]) -> None:
+        """Put the adapter of a finished run into this one's, once it is what was written."""
+        summary = meta["summary"]
+        best = summary.get("best", {}).get("step", summary.get("steps", 0))
+        place = checkpoint.place_of(self.out, best)
+        if self.world.first:
+            checkpoint.check_published(self.out, meta.get("published"), place)
+        self.world.barrier()
+        last = best == summary.get("steps")
+        if last and place.exists() and self.lora.params.dtype == torch.float64:
+            checkpoint.load_checkpoint(place, self.lora, self.optimizer)  # not rounded to fp32
+        else:
+            checkpoint.load_adapter(self.out, self.lora)
+
+    def loop(self, lines: list[dict[str, Any]], stop: Stopping) -> None:
         """The steps that are left; `lines` are the metrics of those that are done."""
         config, optimizer, world = self.config, self.optimizer, self.world
         plan = list(batches(len(self.examples), config))
         self.state = {"micro_tokens": config.micro_tokens, "best": {}} | self.state
+        nothing = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
+        self.spent = nothing | self.state.get("spent", {})
+        self.since_step = self.state.get("since_step", 0)
+        if optimizer.step and "spent" not in self.state:
+            self.since_step = optimizer.step
         memory = self.plan_memory()
         print(memory.text())
-        begun = time.perf_counter()
-        with (
-            Termination() as stop,
-            Metrics(self.out / "metrics.jsonl", self.out.name, lines, len(plan), world) as metrics,
-        ):
+        self.since = time.perf_counter()
+        metrics_file = self.out / "metrics.jsonl"
+        with Metrics(metrics_file, self.out.name, lines, len(plan), world) as metrics:
             for epoch, rows in plan[optimizer.step :]:
                 step = optimizer.step + 1
                 chosen = [self.examples[i] for i in rows]
@@ -272,7 +323,8 @@ class Run:
                 )
                 lengths = [len(e.ids) for e in chosen]
                 tokens = sum(lengths)
-                self.operations += step_operations(self.model.config, lengths)
+                self.spent["operations"] += step_operations(self.model.config, lengths)
+                self.spent["tokens"] += tokens
                 line = {"step": step, "epoch": epoch, "lr": lr, "tokens": tokens}
                 metrics.add(line | {"response_tokens": found.response}, result, chosen)
 
@@ -286,14 +338,16 @@ class Run:
                     if better or last or stopping or step % config.save_every == 0:
                         self.save(step, epoch)
                 if stopping and not last:
-                    print(
-                        f"\nSIGTERM: step {step} of {len(plan)} is in {self.out}; the same command "
-                        "with --resume goes on"
-                    )
-                    raise SystemExit(0)
+                    stop.end(f"step {step} of {len(plan)} is in {self.out}")
             metrics.flush()
-            self.tokens = metrics.tokens
-        self.seconds = time.perf_counter() - begun
+        self.count_time()
+
+    def count_time(self) -> None:
+        """Add the time since the last call to what was spent."""
+        now = time.perf_counter()
+        self.spent["seconds"] += now - self.since
+        self.since = now
+        self.spent["peak_bytes"] = max(self.spent["peak_bytes"], peak_memory(self.model.device))
 
     def plan_memory(self) -> Plan:
         """The policy, and the peak it is predicted to have."""
@@ -321,10 +375,10 @@ class Run:
                 found = step_gradients(
                     self.model, self.lora, chosen, step, micro_tokens, policy, self.world
                 )
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the first
                 if not is_out_of_memory(error):
                     raise
-                failure = str(error).splitlines()[0]
+                failure = first_line(error)
                 if self.model.sharded:
                     raise ValueError(
                         f"step {step}: out of memory ({failure}); under --shard no process can try "
@@ -367,7 +421,9 @@ class Run:
     def save(self, step: int, epoch: int) -> None:
         """A checkpoint, written by rank 0."""
         if self.world.first:
+            self.count_time()
             state = {**self.state, "epoch": epoch, "seed": self.config.seed}
+            state |= {"spent": self.spent, "since_step": self.since_step}
             spare = self.state["best"].get("step", 0)
             checkpoint.save_checkpoint(
                 self.out, self.lora, self.optimizer, self.base, self.config.keep, state, spare
@@ -385,7 +441,8 @@ class Run:
         if not self.world.first:
             return {}
         checkpoint.publish(self.out, place)
-        lines = read_jsonl(self.out / "metrics.jsonl")
+        lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
+        spent, seconds = self.spent, self.spent["seconds"]
         tenth = max(1, len(lines) // 10)
         adapted = sum(".lora_A." in name for name in self.lora.slots)
         return {
@@ -396,10 +453,11 @@ class Run:
             "first_loss": sum(m["loss"] for m in lines[:tenth]) / tenth,
             "last_loss": sum(m["loss"] for m in lines[-tenth:]) / tenth,
             "best": self.state["best"],
-            "tokens_s": self.tokens / self.seconds if self.seconds else 0.0,
-            "seconds": self.seconds,
-            "operations_s": self.operations / self.seconds if self.seconds else 0.0,
-            "peak_bytes": peak_memory(self.model.device),
+            "tokens_s": spent["tokens"] / seconds if seconds else 0.0,
+            "seconds": seconds,
+            "operations_s": spent["operations"] / seconds if seconds else 0.0,
+            "since_step": self.since_step,  # speeds are of the steps behind this one
+            "peak_bytes": spent["peak_bytes"],
             "processes": self.world.size,
             "device": torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu",
             "parameters": self.lora.params.numel(),

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from engine.data import Example, encode
+from engine.limits import MOST, check_numbers
 from engine.log import progress
+from engine.process import memory_for
 from engine.retention import compare, hidden_states
 from engine.retention_prompts import PROMPTS
 from engine.rows import load_rows
@@ -24,6 +26,7 @@ from model.llama import Llama
 from model.lora import Lora
 
 BEST = ("last", "nll", "kl")
+LESS = "lower --val-prompts or --val-limit, or leave rows that are long out of --val-data"
 ANSWER = 48  # tokens of the seed's answer to a general prompt
 
 
@@ -44,6 +47,7 @@ class ValidateConfig:
                 f"val_every {self.val_every}, val_limit {self.val_limit}, val_prompts "
                 f"{self.val_prompts}: >= 0, >= 1 and 0 to {len(PROMPTS)} are wanted"
             )
+        check_numbers(self, val_limit=(1, MOST))
         if self.best not in BEST:
             raise ValueError(f"best {self.best!r}: one of {', '.join(BEST)}")
         lacks = {"nll": self.val_data is None, "kl": self.val_prompts == 0}
@@ -78,6 +82,7 @@ def greedy(model: Llama, prompts: list[list[int]], chat: Chat) -> list[tuple[lis
 class Validator:
     """Measures an adapter; the held-out rows and the seed's answers are made once."""
 
+    @memory_for("answering general prompts for validation", LESS)
     def __init__(
         self, config: ValidateConfig, model: Llama, chat: Chat, system: str | None = None
     ) -> None:
@@ -106,6 +111,7 @@ class Validator:
         """What a call returns; agreement is the share of positions with the seed's top token."""
         return ["nll"] * bool(self.held_out) + ["kl", "agreement"] * bool(self.answers)
 
+    @memory_for("validating", LESS)
     def __call__(self, lora: Lora) -> list[float]:
         """The values of `names`."""
         found = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.spec import Widths
+from model.files import check_file
 
 ROPE_TYPES = ("default", "linear", "llama3")
 _LLAMA3_KEYS = (
@@ -24,8 +25,11 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
 
     ValueError naming the file when it is missing, not JSON, or holds something else.
     """
+    check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read") from None
     except FileNotFoundError:
         if default is not None:
             return default

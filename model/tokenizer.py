@@ -153,10 +153,12 @@ class JsonTokenizer(Tokenizer):
         file = path / "tokenizer.json"
         try:
             import tokenizers
-        except ImportError:
+        except ModuleNotFoundError:
             raise ImportError(
                 f"{file} needs the package tokenizers -> pip install -e '.[bpe]'"
             ) from None
+        except ImportError as error:  # it is there; memory may be short, or it is broken
+            raise ImportError(f"{file}: tokenizers cannot be imported: {error}") from None
         notes = _Notes.read(path)
         document = read_json(file)
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import LlamaConfig, read_json
+from model.durable import put_in_place, writing
 
 if TYPE_CHECKING:
     from model.sharded import ShardedWeights
@@ -202,20 +203,23 @@ def _place(name: str, config: LlamaConfig) -> tuple[str, int, int]:
 
 @contextlib.contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` only when everything in it is written."""
+    """A new directory that becomes `out` only when everything in it is written, on the disk.
+
+    OSError names `out`, the cause and what helps where it cannot be written.
+    """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another name or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     try:
-        yield beside
-        mode = beside.stat().st_mode & 0o666  # safetensors shuts out everybody but the writer
-        for file in beside.iterdir():
-            if file.is_file():
-                file.chmod(mode)
-        os.replace(beside, out)
+        with writing(out):
+            beside.mkdir(parents=True)
+            yield beside
+            mode = beside.stat().st_mode & 0o666  # safetensors shuts out everybody but the writer
+            for file in beside.iterdir():
+                if file.is_file():
+                    file.chmod(mode)
+            put_in_place(beside, out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig, distill_job
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.locking import lock_file
 from engine.presets import parse
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,16 +37,23 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    distill_job(
-        Session.open(from_flags(ModelConfig, args)),
-        from_flags(DataConfig, args).load(),
-        args.out,
+    model, data, distilling, sampling = (
+        from_flags(ModelConfig, args),
+        from_flags(DataConfig, args),
         from_flags(DistillConfig, args),
         from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
-        scoring=not args.no_score,
-        resume=args.resume,
     )
+    with lock_file(args.out):
+        distill_job(
+            Session.open(as_begun(model, meta_of(args.out))),
+            data.load(),
+            args.out,
+            distilling,
+            sampling,
+            scoring=not args.no_score,
+            resume=args.resume,
+        )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command with --resume goes on")

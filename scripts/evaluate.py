@@ -16,12 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.evaluate import evaluate_job
+from engine.evaluate import evaluate_job, nll_file
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.harness import HarnessConfig, harness_job
+from engine.locking import lock_directory, lock_file
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
 from engine.tasks import TaskConfig, tasks_job
+from engine.verifiers import get_verifier
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,15 +50,20 @@ def main() -> None:
     args = parse_args()
     if [args.data, args.task, args.lm_eval].count(None) != 2:
         raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
-    session = Session.open(from_flags(ModelConfig, args))
-    sampling = from_flags(SamplerConfig, args)
-    if args.task:
-        tasks_job(session, from_flags(TaskConfig, args), args.adapter, args.out, sampling)
-    elif args.lm_eval:
-        harness_job(session, from_flags(HarnessConfig, args), args.adapter, args.out, sampling)
-    else:
-        rows = from_flags(DataConfig, args).load()
-        evaluate_job(session, rows, args.verify, args.adapter, args.out, sampling)
+    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    if args.data:
+        data = from_flags(DataConfig, args)
+        get_verifier(args.verify)
+        with lock_file(args.out):
+            metas = meta_of(args.out), meta_of(nll_file(args.out))
+            session = Session.open(as_begun(model, *metas))
+            evaluate_job(session, data.load(), args.verify, args.adapter, args.out, sampling)
+        return
+    config = from_flags(TaskConfig if args.task else HarnessConfig, args)
+    job = tasks_job if args.task else harness_job
+    with lock_directory(args.out):
+        session = Session.open(as_begun(model, *sorted(args.out.glob("*.meta.json"))))
+        job(session, config, args.adapter, args.out, sampling)
 
 
 if __name__ == "__main__":

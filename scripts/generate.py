@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.generate import generate_job
+from engine.locking import lock_file
 from engine.sampler import SamplerConfig
 from engine.session import DataConfig, ModelConfig, Session
 
@@ -37,17 +38,24 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    generate_job(
-        Session.open(from_flags(ModelConfig, args)),
-        from_flags(DataConfig, args) if args.data else args.prompt,
-        from_flags(SamplerConfig, args),
-        adapter=args.adapter,
-        system=args.system,
-        prefix=args.prefix,
-        samples=args.samples,
-        out=args.out,
-    )
+    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    asked = from_flags(DataConfig, args) if args.data else args.prompt
+    with lock_file(args.out):
+        generate_job(
+            Session.open(model),
+            asked,
+            sampling,
+            adapter=args.adapter,
+            system=args.system,
+            prefix=args.prefix,
+            samples=args.samples,
+            out=args.out,
+        )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        "generation does not go on: the same command begins anew under another --out",
+        kept="finished answers are in the file of --out, if one was given",
+    )

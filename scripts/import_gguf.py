@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.flags import make_parser, run_main
 from engine.gguf import demo_gguf, import_gguf
+from engine.locking import lock_file
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--gguf", required=True, help="a .gguf file, or `demo`")
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
     return parser.parse_args()
@@ -28,13 +28,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
-        source = demo_gguf() if args.gguf == "demo" else Path(args.gguf)
+    source = demo_gguf() if args.gguf == "demo" else Path(args.gguf)
+    with lock_file(args.out):
         written = import_gguf(source, args.out)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"import_gguf: {error}")
     print(f"{args.out} {'written from' if written else 'is there already, from'} {source}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "the same command begins again", kept="nothing was written")

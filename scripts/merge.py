@@ -15,13 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.checkpoint import refuse_damaged
+from engine.flags import make_parser, run_main
+from engine.locking import lock_file
 from model.lora import Lora, merge
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face model directory")
     parser.add_argument("--adapter", required=True, type=Path, help="PEFT adapter directory")
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
@@ -30,14 +31,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with lock_file(args.out):
+        refuse_damaged(args.adapter)
         lora = Lora.load(args.adapter)
         merge(args.model, lora, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"merge: {error}")
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(
+        main,
+        "the same command begins again",
+        kept="nothing was written",
+        lower="a shard of the model must fit into memory twice, in fp32 where it is adapted",
+    )

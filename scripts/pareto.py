@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.locking import lock_directory
 from engine.presets import parse
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
 from engine.study import StudyConfig, study
 from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
@@ -45,17 +46,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    study(
-        Session.open(from_flags(ModelConfig, args)),
+    model, job = from_flags(ModelConfig, args), from_flags(StudyConfig, args)
+    configs = [
         from_flags(DataConfig, args),
-        from_flags(StudyConfig, args),
+        job,
         from_flags(DistillConfig, args),
         from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
         from_flags(EncodeConfig, args, mix=0.0),
         from_flags(TrainConfig, args, lr=TrainConfig.lr),
         from_flags(LoraConfig, args, rank=LoraConfig.rank, alpha=LoraConfig.alpha),
         from_flags(TaskConfig, args, samples=1, paper=False),
-    )
+    ]
+    out = Path(job.out)
+    with lock_directory(out):
+        study(Session.open(as_begun(model, meta_of(out / "distilled.jsonl"))), *configs)
 
 
 if __name__ == "__main__":

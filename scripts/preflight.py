@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    preflight(
-        Session.open(from_flags(ModelConfig, args)),
+    model = from_flags(ModelConfig, args)
+    configs = [
         from_flags(DataConfig, args),
         from_flags(PreflightConfig, args),
         from_flags(DistillConfig, args),
@@ -48,8 +48,9 @@ def main() -> None:
         from_flags(EncodeConfig, args),
         from_flags(TrainConfig, args),
         from_flags(LoraConfig, args),
-    )
+    ]
+    preflight(Session.open(model), *configs)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command begins again", kept="nothing is kept")

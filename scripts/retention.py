@@ -15,9 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.retention import retention_job
+from engine.locking import lock_file
+from engine.retention import retention_job, retention_metas
 from engine.sampler import SamplerConfig
-from engine.session import ModelConfig, Session
+from engine.session import ModelConfig, Session, as_begun
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,14 +36,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    retention_job(
-        Session.open(from_flags(ModelConfig, args)),
-        args.adapter,
-        args.out,
-        from_flags(SamplerConfig, args),
-        args.data,
-        similar=args.similarity,
-    )
+    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    with lock_file(args.out):
+        retention_job(
+            Session.open(as_begun(model, *retention_metas(args.out))),
+            args.adapter,
+            args.out,
+            sampling,
+            args.data,
+            similar=args.similarity,
+        )
 
 
 if __name__ == "__main__":

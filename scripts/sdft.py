@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.distill import PAPER_SAMPLING, DistillConfig
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.locking import lock_directory
 from engine.presets import parse
 from engine.sampler import SamplerConfig
 from engine.sdft import SdftConfig, run
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
 from engine.tasks import TaskConfig
 from engine.train import EncodeConfig, TrainConfig
 from engine.validate import ValidateConfig
@@ -45,10 +46,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    run(
-        Session.open(from_flags(ModelConfig, args)),
+    model, job = from_flags(ModelConfig, args), from_flags(SdftConfig, args)
+    configs = [
         from_flags(DataConfig, args),
-        from_flags(SdftConfig, args),
+        job,
         from_flags(DistillConfig, args),
         from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
         from_flags(EncodeConfig, args),
@@ -56,7 +57,10 @@ def main() -> None:
         from_flags(LoraConfig, args),
         from_flags(TaskConfig, args, samples=1, paper=False),
         from_flags(ValidateConfig, args),
-    )
+    ]
+    out = Path(job.out)
+    with lock_directory(out):
+        run(Session.open(as_begun(model, meta_of(out / "distilled.jsonl"))), *configs)
 
 
 if __name__ == "__main__":

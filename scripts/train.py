@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.flags import add_flags, from_flags, make_parser, run_main
+from engine.locking import lock_directory
 from engine.presets import parse
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_begun
 from engine.train import EncodeConfig, TrainConfig, train_job
 from engine.validate import ValidateConfig
 from model.lora import LoraConfig
@@ -41,18 +42,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    train_job(
-        Session.open(from_flags(ModelConfig, args)),
-        from_flags(DataConfig, args),
-        from_flags(EncodeConfig, args),
-        from_flags(TrainConfig, args),
-        from_flags(LoraConfig, args),
-        from_flags(ValidateConfig, args),
-        args.out,
-        show_rows=args.show,
-        resume=args.resume,
-    )
+    model = from_flags(ModelConfig, args)
+    kinds = (DataConfig, EncodeConfig, TrainConfig, LoraConfig, ValidateConfig)
+    configs = [from_flags(kind, args) for kind in kinds]
+    with lock_directory(args.out):
+        if args.out is not None:
+            model = as_begun(model, args.out / "meta.json")
+        session = Session.open(model)
+        train_job(session, *configs, args.out, show_rows=args.show, resume=args.resume)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command with --resume goes on")

@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.data import Example, Row
-from engine.evaluate import Arms, resume_lines
+from engine.evaluate import ANSWER, Arms, put_in_order, resume_lines
 from engine.log import AppendedLines, progress, read_jsonl
+from engine.process import SAMPLE_LESS, memory_for
 from engine.retention import compare, hidden_states
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
 from model.chat import Chat
 from model.llama import Llama
 from model.tokenizer import Tokenizer
+
+# what a line of the retention must have
+MEASURED = {"arm": str, "prompt": str, "kl": (float, int), "tokens": int}
 
 
 def spaced(items: Sequence[Any], n: int) -> list[Any]:
@@ -34,6 +38,7 @@ def spaced(items: Sequence[Any], n: int) -> list[Any]:
     return [items[i * len(items) // n] for i in range(n)]
 
 
+@memory_for("taking likelihoods for the report", "lower --report-rows")
 def token_nll(
     model: Llama,
     tokenizer: Tokenizer,
@@ -43,7 +48,7 @@ def token_nll(
     settings: dict[str, Any],
 ) -> None:
     """Write a line to `out` for every pair of examples that has none yet (nats per token)."""
-    done = {line["id"] for line in resume_lines(out, settings)}
+    done = {line["id"] for line in resume_lines(out, settings, {"id": str})}
 
     def tokens(example: Example) -> dict[str, Any]:
         prompt, answer = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
@@ -58,6 +63,7 @@ def token_nll(
             file.write(line | {"sdft": None if a.ids == b.ids else tokens(b)})
 
 
+@memory_for("answering for the report", SAMPLE_LESS)
 def answers(
     model: Llama,
     chat: Chat,
@@ -75,19 +81,18 @@ def answers(
     answer under the same limit.
     """
     out = run / "answers.jsonl"
-    lines = resume_lines(out, settings)
-    answered = {(line["arm"], line["prompt"]) for line in lines if "prompt" in line}
-    measured = {(line["arm"], line["id"]) for line in lines if "id" in line}
+    lines = resume_lines(out, settings, {"arm": str})
+    done = {(line["arm"], line.get("prompt"), line.get("id")): line for line in lines}
     tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
 
     moved: dict[str, float] = {}
-    for line in read_jsonl(run / "retention.jsonl"):
+    for line in read_jsonl(run / "retention.jsonl", MEASURED):
         value = line["kl"] / line["tokens"]
         moved[line["prompt"]] = max(value, moved.get(line["prompt"], 0.0))
     prompts = sorted(moved, key=lambda prompt: -moved[prompt])[:n]
     with AppendedLines(out) as file:
         for arm, lora in tuned.items():
-            todo = [prompt for prompt in prompts if (arm, prompt) not in answered]
+            todo = [prompt for prompt in prompts if (arm, prompt, None) not in done]
             if not todo:
                 continue
             asked = [
@@ -100,19 +105,21 @@ def answers(
             ):
                 for answer in sampler.run(asked):
                     text = {"answer": answer.text.strip(), "finish": answer.finish}
-                    file.write({"arm": arm, "prompt": answer.id} | text)
+                    line = {"arm": arm, "prompt": answer.id} | text
+                    file.write(line)
+                    done[arm, answer.id, None] = line
                     bar.update()
 
         verdicts: dict[str, set[bool]] = {}
         seeds: dict[str, dict[str, Any]] = {}
-        for line in read_jsonl(run / "evaluation.jsonl"):
+        for line in read_jsonl(run / "evaluation.jsonl", ANSWER):
             verdicts.setdefault(line["id"], set()).add(line["ok"])
             if line["arm"] == "seed" and line.get("ids"):
                 seeds[line["id"]] = line
         rows = [row for row in held_out if row.id in seeds]
         rows.sort(key=lambda row: len(verdicts[row.id]) == 1)
         for row in progress(rows[:n], desc="report: KL on held-out rows", unit="row"):
-            todo = [arm for arm in tuned if (arm, row.id) not in measured]
+            todo = [arm for arm in tuned if (arm, None, row.id) not in done]
             if not todo:
                 continue
             seed = seeds[row.id]
@@ -123,4 +130,9 @@ def answers(
                 after = hidden_states(model, ids, len(prompt), tuned[arm])
                 drift = compare(model, before, after, ids[len(prompt) :])
                 line = {"arm": arm, "id": row.id, "kl": drift.kl, "agree": drift.agree}
-                file.write(line | {"tokens": len(before)})
+                line |= {"tokens": len(before)}
+                file.write(line)
+                done[arm, None, row.id] = line
+    order = [(arm, prompt, None) for arm in tuned for prompt in prompts]
+    order += [(arm, None, row.id) for row in rows[:n] for arm in tuned]
+    put_in_order(out, done, [key for key in order if key in done])

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate import Arms, resume_lines
+from engine.evaluate import Arms, put_in_order, resume_lines
 from engine.intervals import bootstrap, lost_won, mcnemar, wilson
+from engine.limits import MOST, check_numbers
 from engine.log import AppendedLines, progress, sha256, table, write_json
+from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.sandbox import run_program
 from engine.session import Session
@@ -47,6 +49,7 @@ _PLAIN = (
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
+LINE = {"arm": str, "id": str, "sample": int, "scores": dict, "finish": str, "tokens": int}
 Scores = dict[str, dict[str, dict[str, Any]]]  # task -> arm -> what `_arm_scores` says
 
 
@@ -63,6 +66,7 @@ class TaskConfig:
 
     def check(self) -> None:
         """ValueError where a task or its data are not to be had."""
+        check_numbers(self, task_limit=(1, MOST), samples=(1, 10**6))
         if self.task:
             load_tasks(self.task, self.files(), self.tasks_dir, self.paper, self.task_limit)
 
@@ -190,6 +194,7 @@ def paper_chat(session: Session, name: str) -> Chat:
     return Chat(template, tokenizer, name=name, eos_ids=session.chat.end_ids, now=now)
 
 
+@memory_for("answering tasks", SAMPLE_LESS)
 def _answer(
     session: Session,
     arms: Arms,
@@ -213,7 +218,7 @@ def _answer(
     settings |= {"sampling": sampling.settings(), "paper": paper}
     settings |= {"adapters": {name: lora_hash(lora) for name, lora in arms.items() if lora}}
     file = out / f"{task.name}.jsonl"
-    done = {(x["arm"], x["id"], x["sample"]): x for x in resume_lines(file, settings)}
+    done = {(x["arm"], x["id"], x["sample"]): x for x in resume_lines(file, settings, LINE)}
     by_id = {item.id: item for item in items}
     prompts = {item.id: chat.prompt_ids(item.messages) for item in items}
     with AppendedLines(file) as lines:
@@ -240,6 +245,8 @@ def _answer(
                     lines.write(line)
                     done[arm, item.id, answer.sample] = line
                     bar.update()
+    order = [(arm, i.id, k) for arm in arms for i in items for k in range(samples)]
+    put_in_order(file, done, order)
     return done
 
 

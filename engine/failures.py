@@ -1,0 +1,39 @@
+"""What ends a script in one line: what a user can cause. A fault of ours keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import unicodedata
+
+from safetensors import SafetensorError
+
+from model.durable import why
+
+
+def visible(text: str) -> str:
+    """`text` with what would command a terminal (ESC, other controls, turns of the writing
+    direction) as escapes; line ends and tabs stay."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )  # fmt: skip
+
+
+def explain(error: BaseException, lower: str = "") -> str | None:
+    """The message for a user; None for a fault of ours.
+
+    lower    what takes less memory in this script
+    """
+    from engine.process import first_line, is_out_of_memory  # torch is there by now
+
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error)})" + (f": {lower}" if lower else "")
+    if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{why(error)}"
+    if isinstance(error, (ValueError, OSError, SafetensorError)):
+        return str(error)
+    if isinstance(error, ImportError) and error.name is None:  # a package that we ask for by name
+        return str(error)
+    return None
