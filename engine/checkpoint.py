@@ -13,6 +13,7 @@ A checkpoint directory appears only when all of it is on disk. Nothing is ever u
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from model.weights import open_safetensors, written_beside
 
 HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int, "tokens_s": float}
+# what training took, of which checkpoints keep account (those of before do not)
+NOTHING_SPENT = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER = (WEIGHTS, "adapter_config.json")
 
@@ -131,6 +134,10 @@ def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, 
     for name, kind in kinds.items():
         if type(state.get(name)) is not kind:
             raise ValueError(f"{place / 'state.json'}: {name} is {state.get(name)!r}")
+    spent, since = state.get("spent", NOTHING_SPENT), state.get("since_step", 0)
+    known = isinstance(spent, dict) and set(spent) == set(NOTHING_SPENT)
+    if type(since) is not int or not known or not all(map(_is_amount, spent.values())):
+        raise ValueError(f"{place / 'state.json'}: spent or since_step is not what was written")
     if place != place_of(place.parent.parent, state["step"]) or state["micro_tokens"] < 1:
         raise ValueError(f"{place / 'state.json'}: step or micro_tokens is not what was written")
     _check_hashes(place, state, HASHED)
@@ -144,6 +151,10 @@ def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, 
         lora.compute.copy_(lora.params)
     optimizer.step = state["step"]
     return state
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def _check_hashes(place: Path, state: dict[str, Any], names: Sequence[str]) -> None:

@@ -255,9 +255,8 @@ def _text(
     text = [table(lines), "", report.text()]
     if means is not None:
         text.append(means.text())
-    text.append(
-        "seconds since the last start: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-    )
+    spent = ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+    text.append(f"seconds since the last start: {spent}")
     text += [
         "KL to and from seed, KL(seed || tuned) and KL(tuned || seed): nats per token over the "
         "seed's own answers to general prompts; lower is less forgotten.",

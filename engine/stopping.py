@@ -1,7 +1,7 @@
 """How a job is asked to stop: Ctrl-C and SIGTERM mean the same in every stage
 
-    first     the unit in flight is finished where that is worth it (rows being distilled, a training
-              step: `Stopping`), else dropped; what is finished is kept; `Stopped` ends the job
+    first     the unit in flight is finished where that is worth it (rows being distilled, a step
+              of training: `Stopping`), else dropped; what is finished is kept; `Stopped` is raised
     second    ends at once, whatever is in flight
     third     the system ends the process
 
@@ -83,7 +83,7 @@ def _handled_by(note: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[None]:
-    """Inside `with`, either signal raises `Stopped` where the process stands: for a whole script."""
+    """Inside `with`, either signal raises `Stopped` where the process stands: around a script."""
 
     def stop(by: int) -> None:
         raise Stopped(by=by)

@@ -284,14 +284,15 @@ class Run:
 
     def load_finished(self, meta: dict[str, Any]) -> None:
         """Put the adapter of a finished run into this one's, once it is what was written."""
-        summary = meta["summary"]
-        best = summary.get("best", {}).get("step", summary.get("steps", 0))
+        steps, best = meta["summary"].get("steps"), meta["summary"].get("best")
+        best = best.get("step", steps) if isinstance(best, dict) else None
+        if type(steps) is not int or type(best) is not int:
+            raise ValueError(f"{self.out / 'meta.json'}: summary is not what was written")
         place = checkpoint.place_of(self.out, best)
         if self.world.first:
             checkpoint.check_published(self.out, meta.get("published"), place)
         self.world.barrier()
-        last = best == summary.get("steps")
-        if last and place.exists() and self.lora.params.dtype == torch.float64:
+        if best == steps and place.exists() and self.lora.params.dtype == torch.float64:
             checkpoint.load_checkpoint(place, self.lora, self.optimizer)  # not rounded to fp32
         else:
             checkpoint.load_adapter(self.out, self.lora)
@@ -301,8 +302,7 @@ class Run:
         config, optimizer, world = self.config, self.optimizer, self.world
         plan = list(batches(len(self.examples), config))
         self.state = {"micro_tokens": config.micro_tokens, "best": {}} | self.state
-        nothing = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
-        self.spent = nothing | self.state.get("spent", {})
+        self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
         self.since_step = self.state.get("since_step", 0)
         if optimizer.step and "spent" not in self.state:
             self.since_step = optimizer.step

@@ -1,5 +1,6 @@
 """Distillation: the templates, what a line says, and that a kill at any moment loses nothing."""
 
+import dataclasses
 import json
 import random
 import signal
@@ -15,6 +16,7 @@ from engine.data import Row, encode, load_distilled
 from engine.distill import TEMPLATES, DistillConfig, DistillReport, distill, prompt
 from engine.sampler import SamplerConfig, SamplerStats
 from engine.score import score
+from engine.stopping import Stopped
 from model.chat import Chat
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
@@ -208,25 +210,58 @@ def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_ctrl_c_finishes_the_rows_in_flight_and_the_rest_follows(tiny, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started this behind itself
+@pytest.fixture
+def not_ignored():
+    """Ctrl-C has its own handler, also where a shell started this behind itself."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_finishes_the_rows_in_flight_and_the_rest_follows(
+    tiny, tmp_path, monkeypatch, not_ignored, by
+):
+    before = signal.getsignal(by)
     go(tiny, tmp_path / "whole.jsonl")
     out, made, written = tmp_path / "d.jsonl", module._line, []
 
     def line(*args):
         if not written:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(by)
         written.append(1)
         return made(*args)
 
     monkeypatch.setattr(module, "_line", line)
-    with pytest.raises(KeyboardInterrupt, match="rows are left.*--resume"):
+    with pytest.raises(Stopped, match="3 of 24 turns are in") as stopped:
         go(tiny, out)
+    assert stopped.value.code == 128 + by
     assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "what was in flight, no more"
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(by) is before
     monkeypatch.undo()
     go(tiny, out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_asked_to_stop_while_the_last_rows_are_in_flight_the_job_does_not_go_on(
+    tiny, tmp_path, monkeypatch, not_ignored
+):
+    """All rows are in flight, so nothing is left to do: whoever called must hear of it all the same
+    (the main job went on to both trainings)."""
+    everything, made = dataclasses.replace(SAMPLING, rows=64), module._line
+
+    def line(*args):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(module, "_line", made)
+        return made(*args)
+
+    monkeypatch.setattr(module, "_line", line)
+    out = tmp_path / "d.jsonl"
+    single = [row for row in rows() if len(row.turns) == 1]
+    model, chat = load(tiny)
+    with pytest.raises(Stopped, match=f"{len(single)} of {len(single)} turns are in"):
+        distill(model, chat, single, out, CONFIG, everything, settings={})
+    assert len(load_distilled(out)) == len(single)
 
 
 def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):

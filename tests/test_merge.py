@@ -147,14 +147,14 @@ def test_merge_script(tiny_llama_dir, tmp_path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     refused = run(tmp_path / "nowhere")
-    assert refused.returncode == 1 and refused.stderr.startswith("merge: ")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
     assert "nowhere/config.json is missing" in refused.stderr and not out.exists()
     done = run(source)
     assert done.returncode == 0 and "q_proj, k_proj, v_proj, o_proj" in done.stdout, done.stderr
     assert distance(Llama.from_pretrained(out).logits(TOKENS), model.logits(TOKENS, lora)) < 2e-5
     before = (out / "model.safetensors").stat()
     refused = run(source)
-    assert refused.returncode == 1 and f"{out} exists already" in refused.stderr
+    assert refused.returncode == 2 and f"{out} exists already" in refused.stderr
     assert (out / "model.safetensors").stat() == before
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine import checkpoint
 from engine import step as stepping
 from engine.data import Example, encode, load_rows
 from engine.demo import write_demo
@@ -332,23 +335,89 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert torch.equal(resumed.params, whole.params)
 
 
-def test_sigterm_writes_a_checkpoint_ends_with_code_0_and_the_run_goes_on(tiny_llama_dir, tmp_path):
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir, tmp_path, by):
+    """At step 5; then at the last step, behind which the adapter is finished but the job must not
+    go on (the main job trained the other arm); then undisturbed."""
     path, out = tiny_llama_dir(), tmp_path / "asked"
     whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
     torn = KILLED[KILLED.index("        with open") : KILLED.index("        os.kill")]
-    script = KILLED.replace(torn, "").replace("SIGKILL", "SIGTERM")
-    go_on = {"root": str(ROOT), "model": str(path), "out": str(out)}
-    for kill in (4, 0):
-        text = script.format(kill=kill, **go_on)
-        text = text if not kill else text.replace("resume=True", "resume=False")
+    begin = KILLED.index("train(Llama")
+    script = KILLED[:begin].replace(torn, "").replace("SIGKILL", by.name) + STOPPED
+    for kill, resume in ((4, False), (9, True), (0, True)):
+        names = {"root": str(ROOT), "model": str(path), "out": str(out)}
+        text = script.format(kill=kill, resume=resume, **names)
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        if kill:
-            assert "step 5 of 10" in done.stdout and "--resume" in done.stdout
+        assert done.returncode == (128 + by if kill else 0), done.stderr[-2000:]
+        assert ("went on" in done.stdout) == (not kill)
+        assert "Traceback" not in done.stderr
+        if kill == 4:
+            assert "step 5 of 10 is in" in done.stderr and "--resume" in done.stderr
             assert (out / "checkpoints" / "step-000005").is_dir()
-            assert not json.loads((out / "meta.json").read_text())["finished"]
+        assert json.loads((out / "meta.json").read_text())["finished"] == (kill != 4)
     assert torch.equal(Lora.load(out).params, whole.params)
     assert lines(out) == lines(tmp_path / "whole")
+
+
+STOPPED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from engine.flags import run_main
+def main():
+    train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
+          base="b", model_hash="h", resume={resume})
+    print("went on")
+run_main(main, "the same command with --resume goes on")
+"""
+
+
+def test_a_finished_run_is_held_against_its_checkpoint(tiny, tmp_path, capsys):
+    """A published adapter that was damaged is mended or refused, and what is returned is the
+    finished adapter, also where all checkpoints are gone."""
+    out = tmp_path / "run"
+    lora, _ = go(tiny, out)
+    file = out / "adapter_model.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(b"\0" * 1000)
+    with pytest.raises(ValueError, match="not what its run wrote"):
+        checkpoint.refuse_damaged(out)
+    again, _ = go(tiny, out, resume=True)
+    assert file.read_bytes() == right and torch.equal(again.params, lora.params)
+    assert "damaged or gone; it is written again from step-000010" in capsys.readouterr().out
+    checkpoint.refuse_damaged(out)
+    shutil.rmtree(out / "checkpoints")
+    again, _ = go(tiny, out, resume=True)
+    assert torch.equal(again.params, lora.params), "a fresh adapter was returned for a finished run"
+    file.write_bytes(right[:-4] + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="is not what the run wrote, and .*step-000010 cannot"):
+        go(tiny, out, resume=True)
+
+
+def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
+    """Seconds and speed of a run that was stopped and went on, and of one of an older version,
+    whose checkpoints kept no account."""
+    out, step = tmp_path / "run", stepping.micro_step
+
+    def failing(*args):
+        if args[2].packed.step == 8:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(stepping, "micro_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, out)
+    monkeypatch.setattr(stepping, "micro_step", step)
+    place = checkpoint.checkpoints(out)[-1]
+    state = json.loads((place / "state.json").read_text())
+    assert state["step"] == 6
+    assert state["spent"]["tokens"] == sum(x["tokens"] for x in read_jsonl(place / "metrics.jsonl"))
+    shutil.copytree(out, tmp_path / "old")
+    _, summary = go(tiny, out, resume=True)
+    assert summary["since_step"] == 0 and summary["seconds"] > state["spent"]["seconds"]
+    assert summary["tokens_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    old = tmp_path / "old" / "checkpoints" / place.name / "state.json"
+    old.write_text(json.dumps({k: v for k, v in state.items() if k not in ("spent", "since_step")}))
+    _, summary = go(tiny, tmp_path / "old", resume=True)
+    assert summary["since_step"] == 6 and "s since step 6, " in summary_text(summary, out)
 
 
 def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
