@@ -194,16 +194,17 @@ def distill(
     check_temperature(config.stages, sampling.temperature)
     world = world or World()
     seconds, written, stats = 0.0, 0, SamplerStats()
-    stop = Stopping("the rows in flight are finished and kept")
     with (
         lock_file(out),
         ResumedLines(out, settings, resume=resume, wanted=WANTED, world=world) as file,
+        Stopping("the rows in flight are finished and kept") as stop,
     ):
         done = {name: distilled_line(record) for name, record in file.done.items()}
         order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
         turns = list(_pending(file.mine(list(rows)), done))
         if turns:
             stats, seconds, written = _write(model, chat, turns, config, sampling, file, stop)
+        world.barrier()  # another process may have hours of rows left
         if world.any(stop.asked):
             left = sum(name not in file.done for name in order)
             there = f"{len(order) - left} of {len(order)} turns are in {out}"
@@ -235,8 +236,8 @@ def _write(
         Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
         Scorer(model, []) if scored else nullcontext() as scorer,
         progress(total=asked, desc="distill", unit="row", disable=not file.world.first) as bar,
-        stop.calling(sampler.drain),
     ):
+        stop.finish = sampler.drain
         writer = Writer(chat, config, sampler, scorer, file)
         for turn in turns:
             writer.begin(turn)

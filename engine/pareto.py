@@ -24,6 +24,7 @@ import numpy as np
 
 from engine.intervals import crossed, lost_won, mcnemar, sign_flip, wilson
 from engine.log import table
+from model.durable import file_beside
 
 SURE = 0.05  # a difference of verdicts is called one below this p
 NAMES = {"seed": "seed", "sft": "SFT", "sdft": "SDFT"}
@@ -300,7 +301,6 @@ def draw(seed: Point, pairs: Sequence[Sequence[Point]], file: Path) -> str:
     axes.margins(x=0.12, y=0.08)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.legend(frameon=False)
-    beside = file.with_name(f".{file.name}.partial")
-    figure.savefig(beside, format="png", dpi=130, metadata={"Software": None})
-    beside.replace(file)
+    with file_beside(file) as beside:
+        figure.savefig(beside, format="png", dpi=130, metadata={"Software": None})
     return f"target against retention: {file}"

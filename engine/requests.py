@@ -90,14 +90,20 @@ class SamplerConfig:
                 not 0 < self.repetition_penalty < float("inf"),
                 f"repetition_penalty {self.repetition_penalty}: above 0 is wanted, 1 for none",
             ),
-            (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens}: at least 1"),
+            (
+                self.max_new_tokens < 1,
+                f"max_new_tokens {self.max_new_tokens}: at least 1 is wanted",
+            ),
             ("" in self.stop, "an empty stop string would end every row at once"),
             (
                 self.prefill_tokens < 0,
-                f"prefill_tokens {self.prefill_tokens}: at least 1, or 0 for the default",
+                f"prefill_tokens {self.prefill_tokens}: at least 1 is wanted, or 0 for the default",
             ),
-            (self.page_size < 1, f"page_size {self.page_size}: at least 1"),
-            (self.kv_memory < 0, f"kv_memory {self.kv_memory}: GB, 0 for what is needed"),
+            (self.page_size < 1, f"page_size {self.page_size}: at least 1 is wanted"),
+            (
+                self.kv_memory < 0,
+                f"kv_memory {self.kv_memory}: GB are wanted, 0 for what is needed",
+            ),
             (
                 self.draft not in ("auto", "off", "always"),
                 f"draft {self.draft!r}: auto, off or always is wanted",
@@ -117,7 +123,9 @@ class SamplerConfig:
             steps=(0, 10**4),
         )
         if 0 < self.temperature < 1e-6:
-            raise ValueError(f"temperature {self.temperature}: 0 (greedy), or at least 1e-6")
+            raise ValueError(
+                f"temperature {self.temperature}: 0 (greedy) or at least 1e-6 is wanted"
+            )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Stopping:
 
     def __init__(self, meaning: str) -> None:
         self.meaning, self.by = meaning, None
-        self.finish: Callable[[], None] = lambda: None
+        self.finish: Callable[[], None] = lambda: None  # what the first signal calls too
 
     @property
     def asked(self) -> bool:
@@ -123,11 +123,6 @@ class Stopping:
     def end(self, kept: str) -> None:
         """Raise `Stopped`: `kept` says what is there. In a job of several, all call it together."""
         raise Stopped(kept, self.by or signal.SIGTERM)  # asked through another process: SIGTERM
-
-    def calling(self, finish: Callable[[], None]) -> Stopping:
-        """This, with something that the first signal also calls."""
-        self.finish = finish
-        return self
 
     def __enter__(self) -> Stopping:
         self._handling = _handled_by(self._note)

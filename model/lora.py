@@ -43,6 +43,7 @@ PRESETS = {
 }
 PEFT_PREFIX = "base_model.model."
 LARGEST_RANK = 2**16  # no linear of a Llama has a larger side to fill
+LARGEST_ALPHA = 10**9
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class LoraConfig:
                 f"rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: rank >= 1, "
                 "alpha > 0 and 0 <= dropout < 1 are wanted"
             )
-        if not math.isfinite(self.alpha) or self.rank > LARGEST_RANK:
+        if not self.alpha <= LARGEST_ALPHA or self.rank > LARGEST_RANK:
             raise ValueError(
-                f"rank {self.rank}, alpha {self.alpha}: finite numbers, and a rank of at most "
-                f"{LARGEST_RANK:,}, are wanted"
+                f"rank {self.rank}, alpha {self.alpha}: a rank of at most {LARGEST_RANK:,} and an "
+                f"alpha of at most {LARGEST_ALPHA:,} are wanted"
             )
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: a number of 64 bits is wanted")
