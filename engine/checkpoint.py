@@ -61,6 +61,8 @@ def open_run(
     if not isinstance(meta.get("settings"), dict):
         raise ValueError(f"{meta_file}: settings is {meta.get('settings')!r}")
     changes = differing(meta["settings"], settings)
+    if changes and date and "date" not in meta:  # runs of before
+        changes.append("(prompts tell a date: --date YYYY-MM-DD, the day on which it was begun)")
     if changes:
         raise ValueError(
             f"{out} was started with other settings (its meta.json) and cannot be resumed under "

@@ -123,8 +123,8 @@ def _is_complete(out: Path, record: dict) -> bool:
     remedy = "choose another --out or delete it"
     try:
         found = json.loads((out / RECORD).read_text())
-        files = found.pop("files")
-    except (OSError, ValueError, KeyError):
+        files = dict(found.pop("files"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{out} exists and is not a finished import; {remedy}") from None
     wanted = {key: record[key] for key in ("sha256", "importer")}
     differs = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.checkpoint import METRICS
 from engine.data import Distilled, Example, Rows
 from engine.distill import DistillConfig, distill_job
-from engine.evaluate import adapter_hashes, evaluate, nll_file
+from engine.evaluate import ANSWER, NATS, adapter_hashes, evaluate, nll_file
 from engine.limits import MOST, check_numbers
 from engine.log import environment, read_jsonl, write_json, write_text
 from engine.pareto import Measured, Point, draw, every, findings
@@ -37,6 +38,8 @@ from engine.train import EncodeConfig, TrainConfig, train
 from model.lora import LoraConfig
 
 TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
+_N = (float, int)
+DRIFT = {"prompt": str, "kl": _N, "reverse_kl": _N, "agree": int, "tokens": int}
 NO_TASKS = TaskConfig()
 N = TypeVar("N", int, float)
 
@@ -269,9 +272,9 @@ class Runs:
         asked = self.session.settings | hashes | {"max_new": self.job.retention_max_new}
         file = place / "retention.jsonl"
         retention(self.session.model, self.said, {arm: lora}, file, asked)
-        by_prompt = {line["prompt"]: line for line in read_jsonl(file)}
+        by_prompt = {line["prompt"]: line for line in read_jsonl(file, DRIFT)}
         found.drift = [by_prompt[said.prompt] for said in self.said]
-        steps = read_jsonl(place / "metrics.jsonl")
+        steps = read_jsonl(place / "metrics.jsonl", METRICS)
         seconds = sum(line["tokens"] / line["tokens_s"] for line in steps)  # kills not lost
         budget = ("examples", "steps", "tokens", "response_tokens", "first_loss", "last_loss")
         found.training = {name: summary[name] for name in budget} | {"seconds": seconds}
@@ -294,8 +297,8 @@ class Runs:
             self.sampling.greedy(job.eval_max_new),
             asked,
         )
-        judged = {line["id"]: line for line in read_jsonl(file)}
-        nats = {line["id"]: line for line in read_jsonl(nll_file(file))}
+        judged = {line["id"]: line for line in read_jsonl(file, ANSWER)}
+        nats = {line["id"]: line for line in read_jsonl(nll_file(file), NATS)}
         return Measured(
             ids=[row.id for row in self.held_out],
             right=[judged[row.id]["ok"] for row in self.held_out] if judged else None,
@@ -309,7 +312,8 @@ class Runs:
         self.tasks.run(self.session, {arm: lora}, place / "tasks", greedy)
         found = {}
         for task in dict.fromkeys(self.tasks.task):
-            lines = sorted(read_jsonl(place / "tasks" / f"{task}.jsonl"), key=lambda x: x["id"])
+            file = place / "tasks" / f"{task}.jsonl"
+            lines = sorted(read_jsonl(file, {"id": str, "scores": dict}), key=lambda x: x["id"])
             for scorer in TASKS[task].scorers:
                 found[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
         return found

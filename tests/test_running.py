@@ -644,3 +644,62 @@ def test_a_run_that_goes_on_the_next_day_keeps_its_date(tiny, data, tmp_path, sc
         code, said = script(name, *again, "--date", "2020-03-01")
         assert code == 2 and ("date: '2020-02-29' -> '2020-03-01'" in said or "data: " in said)
     assert json.loads((tmp_path / "t" / "meta.json").read_text())["date"] == "2020-02-29"
+
+
+# ---- several processes
+
+AGREEING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from engine import distill, step
+from engine.distributed import start
+from engine.stopping import Stopped
+from engine.train import train
+from tests.test_distill import CONFIG, SAMPLING, load, rows
+from tests.test_train import LORA, SMALL, examples
+torch.set_num_threads(1)
+world, out = start(), Path({out!r})
+count = []
+
+def second_call(made, rank):
+    def asks(*args):
+        count.append(1)
+        if world.rank == rank and len(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*args)
+    count.clear()
+    return asks
+
+model, chat = load({model!r})
+for stage in ("distill", "train"):
+    try:
+        if stage == "distill":
+            distill._line = second_call(distill._line, 1)
+            distill.distill(model, chat, rows(), out / "d.jsonl", CONFIG, SAMPLING, settings={{}},
+                            world=world)
+        else:
+            step.micro_step = second_call(step.micro_step, 1)
+            train(model, examples(), LORA, SMALL, out / "t", base="b", model_hash="h", world=world)
+    except Stopped as stopped:
+        (out / f"{{stage}}{{world.rank}}").write_text(f"{{stopped.code}} {{stopped}}")
+"""
+
+
+def test_all_processes_of_a_job_stop_when_one_is_asked(tiny, tmp_path):
+    """torchrun, gloo; rank 1 alone gets SIGTERM, while it distils and while it trains."""
+    job = tmp_path / "job.py"
+    job.write_text(AGREEING.format(root=str(ROOT), model=str(tiny), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(job)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        said = (tmp_path / f"distill{rank}").read_text()
+        assert said == f"143 what was finished is in {tmp_path}/d.jsonl and its parts"
+        assert re.fullmatch(
+            r"143 step \d of 10 is in .*/t", (tmp_path / f"train{rank}").read_text()
+        )
+    # rank 0 went on to the end of its share, rank 1 ended what was in flight
+    parts = [len(read_jsonl(tmp_path / f"d.jsonl.part{rank}")) for rank in (0, 1)]
+    assert parts[0] == 14 and 2 <= parts[1] < 10

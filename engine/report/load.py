@@ -16,6 +16,14 @@ from engine.data import KEPT, load_distilled
 from engine.log import read_jsonl
 from model.config import read_json
 
+# what the lines of a run must have, for what is shown of them
+_N = (float, int)
+METRICS = {"step": int, "loss": _N}
+DRIFT = {"arm": str, "kl": _N, "agree": int, "tokens": int}
+TOKENS = {"id": str, "sft": dict, "sdft": (dict, type(None))}
+RETENTION = {"prompt": str, "category": str, "answer": str} | DRIFT
+EVALUATION = dict.fromkeys(("id", "arm", "reference", "answer", "reason", "finish"), str)
+EVALUATION |= {"ok": bool}
 ARMS = {"seed": "seed", "sft": "SFT", "sdft": "SDFT"}  # name on disk -> name for people
 TUNED = ("sft", "sdft")
 
@@ -59,14 +67,14 @@ def load_run(path: Path, name: str) -> Run:
             "again finishes one that was stopped)"
         )
     meta = read_json(path / "distilled.jsonl.meta.json", {})
-    losses = {arm: read_jsonl(path / arm / "metrics.jsonl") for arm in TUNED}
+    losses = {arm: read_jsonl(path / arm / "metrics.jsonl", METRICS) for arm in TUNED}
     return Run(
         name=name,
         path=path,
         summary=read_json(path / "summary.json"),
         data_sha256=meta.get("data", {}).get("sha256", "unknown"),
         rows=_rows(path),
-        tokens={line["id"]: _tokens(line) for line in read_jsonl(path / "tokens.jsonl")},
+        tokens={line["id"]: _tokens(line) for line in read_jsonl(path / "tokens.jsonl", TOKENS)},
         answers=_held_out(path) + _general(path),
         losses={arm: [(m["step"], m["loss"]) for m in lines] for arm, lines in losses.items()},
     )
@@ -86,7 +94,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    scores = {line["id"]: line for line in read_jsonl(path / "distilled.jsonl.scores.jsonl")}
+    file = path / "distilled.jsonl.scores.jsonl"
+    scores = {line["id"]: line for line in read_jsonl(file, {"id": str})}
     rows = []
     for line in load_distilled(path / "distilled.jsonl"):
         row = {
@@ -118,13 +127,13 @@ def _tokens(line: dict[str, Any]) -> dict[str, Any]:
 def _general(path: Path) -> list[dict[str, Any]]:
     """The retention prompts; the seed's answer is always there, the tuned ones' for some."""
     found: dict[str, dict[str, Any]] = {}
-    for line in read_jsonl(path / "retention.jsonl"):
+    for line in read_jsonl(path / "retention.jsonl", RETENTION):
         prompt = line["prompt"]
         item = found.setdefault(prompt, _item("general", prompt, line["category"]))
         item["messages"] = [{"role": "user", "content": prompt}]
         item["answers"].setdefault("seed", {"text": line["answer"]})
         _add_drift(item, line)
-    for line in read_jsonl(path / "answers.jsonl"):
+    for line in read_jsonl(path / "answers.jsonl", {"arm": str}):
         if "prompt" in line and line["prompt"] in found:
             answer = {"text": line["answer"], "finish": line["finish"]}
             found[line["prompt"]]["answers"][line["arm"]] = answer
@@ -133,13 +142,13 @@ def _general(path: Path) -> list[dict[str, Any]]:
 
 def _held_out(path: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for line in read_jsonl(path / "evaluation.jsonl"):
+    for line in read_jsonl(path / "evaluation.jsonl", EVALUATION):
         item = found.setdefault(line["id"], _item("held-out", line["id"], "held-out"))
         item["messages"] = line.get("messages", [])
         item["reference"] = line["reference"]
         answer = {"text": line["answer"], "ok": line["ok"], "reason": line["reason"]}
         item["answers"][line["arm"]] = answer | {"finish": line["finish"]}
-    for line in read_jsonl(path / "answers.jsonl"):
+    for line in read_jsonl(path / "answers.jsonl", {"arm": str}):
         if "id" in line and line["id"] in found:
             _add_drift(found[line["id"]], line)
     return list(found.values())

