@@ -32,21 +32,27 @@ def why(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path, folder: Path | None = None) -> Iterator[None]:
+def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
     """Inside `with`, a write that fails is an OSError that names `path`, the cause and what helps.
 
-    An OSError about a file that does not lie in `folder` (`path`'s own) is not ours to name.
+    beside    where it is written first. An OSError about another file is passed on as it is
     """
-    folder = folder or path.parent
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {why(error)}") from None
     except OSError as error:
-        other = error.filename
-        if error.errno is None or (other and not Path(os.fsdecode(other)).is_relative_to(folder)):
+        if error.errno is None or not _is_about(error, path, beside):
             raise
         raise OSError(f"{path} cannot be written: {why(error)}") from None
+
+
+def _is_about(error: OSError, path: Path, beside: Path | None) -> bool:
+    """Whether an error is about one of these, a folder on the way, or about no file by name."""
+    if error.filename is None:
+        return True
+    named = Path(os.fsdecode(error.filename))
+    return path.is_relative_to(named) or (beside is not None and named.is_relative_to(beside))
 
 
 def sync(path: Path) -> None:
@@ -80,7 +86,7 @@ def file_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with writing(path):
+        with writing(path, beside):
             yield beside
             put_in_place(beside, path)
     finally:

@@ -212,7 +212,7 @@ def written_beside(out: Path) -> Iterator[Path]:
     beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        with writing(out):
+        with writing(out, beside):
             beside.mkdir(parents=True)
             yield beside
             mode = beside.stat().st_mode & 0o666  # safetensors shuts out everybody but the writer
