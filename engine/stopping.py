@@ -114,7 +114,7 @@ class Stopping:
             self.by = by
             if os.environ.get("RANK", "0") == "0":  # of a job of several, one speaks
                 # not print: the signal may have come in the middle of one
-                text = f"\n{NAMES[by]}: {self.meaning}; the same again stops at once\n"
+                text = f"\n{NAMES[by]}: {self.meaning}; a second one stops at once\n"
                 os.write(2, text.encode(errors="backslashreplace"))
             self.finish()
 

@@ -205,7 +205,7 @@ run_main(main)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=8)
     assert job.returncode == 130 and time.monotonic() - started < 5 and "finished" not in out
-    assert "Ctrl-C: the unit is finished; the same again stops at once" in err
+    assert "Ctrl-C: the unit is finished; a second one stops at once" in err
     assert "Traceback" not in err
 
 
@@ -223,7 +223,7 @@ def test_stopping_by_itself(signals, capfd):
     with pytest.raises(Stopped, match="all of it") as stopped:
         stop.end("all of it")
     assert stopped.value.code == 130
-    assert capfd.readouterr().err.count("Ctrl-C: it ends; the same again stops at once") == 1
+    assert capfd.readouterr().err.count("Ctrl-C: it ends; a second one stops at once") == 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind `nohup` and `&`
     with Stopping("it ends") as stop:
         signal.raise_signal(signal.SIGINT)
