@@ -29,7 +29,7 @@ from model.lora import Lora
 from model.weights import open_safetensors, written_beside
 
 HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
-METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int, "tokens_s": float}
+METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
 # what training took, of which checkpoints keep account (those of before do not)
 NOTHING_SPENT = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
 WEIGHTS = "adapter_model.safetensors"

@@ -27,6 +27,7 @@ LOCK = ".lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_ADVICE = "wait for it to end, stop it, or choose another --out"
 _PARTIAL = re.compile(r"\.(.+)\.(\d+)\.partial")
 _held: dict[Path, int] = {}  # how often this process has taken what it holds
 
@@ -143,13 +144,11 @@ def _take(file: Path, out: Path) -> int | None:
         os.close(descriptor)
     begun = time.strftime("%Y-%m-%d %H:%M:%S")
     command = Path(sys.argv[0]).name
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} ({command}, since "
-             f"{begun})\n".encode(errors="backslashreplace"))  # fmt: skip
+    said = f"process {os.getpid()} on {socket.gethostname()} ({command}, since {begun})\n"
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without words
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, said.encode(errors="backslashreplace"))
     return descriptor
-
-
-_ADVICE = "wait for it to end, stop it, or choose another --out"
 
 
 def _holder(file: Path) -> str:

@@ -274,7 +274,7 @@ class Runs:
         retention(self.session.model, self.said, {arm: lora}, file, asked)
         by_prompt = {line["prompt"]: line for line in read_jsonl(file, DRIFT)}
         found.drift = [by_prompt[said.prompt] for said in self.said]
-        steps = read_jsonl(place / "metrics.jsonl", METRICS)
+        steps = read_jsonl(place / "metrics.jsonl", METRICS | {"tokens_s": float})
         seconds = sum(line["tokens"] / line["tokens_s"] for line in steps)  # kills not lost
         budget = ("examples", "steps", "tokens", "response_tokens", "first_loss", "last_loss")
         found.training = {name: summary[name] for name in budget} | {"seconds": seconds}
