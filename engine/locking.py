@@ -118,29 +118,29 @@ def _take(file: Path, out: Path) -> int | None:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno in _READ_ONLY:  # nothing can be written there; whoever tries says so
+            if error.errno not in _READ_ONLY:
+                raise
+            if not file.exists():  # nothing can be written there; whoever tries says so
                 return None
-            raise
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it holds too
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # it may be one that its holder removed in the meantime
-            same = file.exists() and os.path.samestat(file.stat(), os.fstat(descriptor))
+            if os.path.samestat(file.stat(), os.fstat(descriptor)):
+                break
+        except FileNotFoundError:
+            pass  # its holder has removed it in the meantime: make another
         except OSError as error:
             os.close(descriptor)
             if error.errno in _TAKEN:
                 raise ValueError(f"{out} is in use by {_holder(file)}; {_ADVICE}") from None
-            if error.errno in _NO_LOCKS:
-                print(
-                    f"note: {file} cannot be locked ({error.strerror}), so nothing keeps a second "
-                    "job off the same --out"
-                )
-                return None
-            raise
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if same:
-            break
+            if error.errno not in _NO_LOCKS:
+                raise
+            file.unlink(missing_ok=True)
+            print(
+                f"note: {file} cannot be locked ({error.strerror}), so nothing keeps a second job "
+                "off the same --out"
+            )
+            return None
         os.close(descriptor)
     begun = time.strftime("%Y-%m-%d %H:%M:%S")
     command = Path(sys.argv[0]).name
