@@ -15,14 +15,11 @@ _ADVICE = {
     errno.ENOSPC: "make room and start again",
     errno.EDQUOT: "make room within the quota and start again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) and start again",
-    errno.EACCES: "choose a place that may be written",
-    errno.EPERM: "choose a place that may be written",
-    errno.EROFS: "choose a place that may be written",
 }
 
 
 def why(error: Exception) -> str:
-    """The cause of a failed write and what helps: "No space left on device; make room and ..."."""
+    """The cause in the system's words, and what helps: "No space left on device; make room ..."."""
     found = re.search(r"os error (\d+)", str(error))  # safetensors has its own kind of error
     number = int(found[1]) if found else getattr(error, "errno", None)
     if number is None:

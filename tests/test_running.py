@@ -144,6 +144,13 @@ def test_asked_to_stop_in_every_stage_the_same_command_goes_on(
     for name in files:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
+    # answers that are finished in another order stand in the same one
+    made, other = Sampler.run, tmp_path / "backwards"
+    monkeypatch.setattr(Sampler, "run", lambda *args: reversed(list(made(*args))))
+    assert script("sdft", *args, *FLAGS, "--out", other)[0] == 0
+    for name in files:
+        assert (other / name).read_bytes() == (whole / name).read_bytes(), name
+
 
 def test_each_script_says_how_it_goes_on(tiny, data, tmp_path, script, signals, monkeypatch):
     """What is kept, and the command: --resume is named where it is a flag, and only there."""
@@ -464,6 +471,7 @@ def test_failures_in_words(capsys):
     for error, said in (
         (ValueError("two words"), "error: two words\n"),
         (full, "error: /x/y: No space left on device; make room and start again\n"),
+        (PermissionError(13, "Permission denied", "/x/y"), "error: /x/y: Permission denied\n"),
         (SafetensorError("Error while serializing"), "error: Error while serializing\n"),
         (MemoryError(), "error: out of memory (MemoryError): lower --rows\n"),
         (RuntimeError("could not create a primitive"), "(could not create a primitive): lower"),
