@@ -372,12 +372,17 @@ def _peft_config(file: Path) -> LoraConfig:
         if type(values.get(key)) not in wanted:  # true is an int to isinstance
             names = " or ".join(kind.__name__ for kind in wanted)
             raise ValueError(f"{file}: {key} is {values.get(key)!r}, {names} was wanted")
-    return LoraConfig(
+    config = LoraConfig(
         rank=values["r"],
         alpha=float(values["lora_alpha"]),
         dropout=float(values["lora_dropout"]),
         rslora=values["use_rslora"],
     )
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return config
 
 
 def merge(model_dir: str | Path, lora: Lora, out: str | Path) -> None:
