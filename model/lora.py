@@ -372,15 +372,15 @@ def _peft_config(file: Path) -> LoraConfig:
         if type(values.get(key)) not in wanted:  # true is an int to isinstance
             names = " or ".join(kind.__name__ for kind in wanted)
             raise ValueError(f"{file}: {key} is {values.get(key)!r}, {names} was wanted")
-    config = LoraConfig(
-        rank=values["r"],
-        alpha=float(values["lora_alpha"]),
-        dropout=float(values["lora_dropout"]),
-        rslora=values["use_rslora"],
-    )
     try:
+        config = LoraConfig(
+            rank=values["r"],
+            alpha=float(values["lora_alpha"]),
+            dropout=float(values["lora_dropout"]),
+            rslora=values["use_rslora"],
+        )
         config.check()
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
     return config
 
