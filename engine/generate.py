@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.data import Row
+from engine.data import Row, template_takes
 from engine.log import AppendedLines, progress
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.session import DataConfig, Session
@@ -37,7 +37,7 @@ def generate_job(
             raise ValueError("the prompt is empty; give some text")
         rows = [Row("prompt", ({"role": "user", "content": asked},))]
     else:
-        rows = asked.load(need_reference=False)
+        rows = asked.load(need_reference=False, check=template_takes(session.chat))
     lora = None if adapter is None else Lora.load(adapter)
     chat, requests = session.chat, []
     for row in rows:

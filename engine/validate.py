@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.data import Example, encode
+from engine.data import Example, encode, template_takes
 from engine.log import progress
 from engine.retention import compare, hidden_states
 from engine.retention_prompts import PROMPTS
-from engine.rows import load_rows
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
+from engine.session import DataConfig
 from kernels.context import Packed
 from model.chat import Chat
 from model.llama import Llama
@@ -76,17 +76,18 @@ def greedy(model: Llama, prompts: list[list[int]], chat: Chat) -> list[tuple[lis
 
 
 class Validator:
-    """Measures an adapter; the held-out rows and the seed's answers are made once."""
+    """Measures an adapter; the held-out rows and the seed's answers are made once.
+
+    `data` says how the training file is read, and the held-out file is read alike; None: plainly.
+    """
 
     def __init__(
-        self, config: ValidateConfig, model: Llama, chat: Chat, system: str | None = None
+        self, config: ValidateConfig, model: Llama, chat: Chat, data: DataConfig | None = None
     ) -> None:
         self.config, self.model = config, model
         self.held_out: list[Example] = []
-        if config.val_data is not None:  # ValueError for rows that do not fit the model
-            rows = load_rows(config.val_data, limit=config.val_limit, system=system)
-            longest = model.config.max_position
-            self.held_out, _ = encode(rows, chat, target="reference", max_length=longest)
+        if config.val_data is not None:
+            self.held_out = self._held_out(config, chat, data or DataConfig(config.val_data))
         count = config.val_prompts  # spread over the categories
         prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
         asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}
@@ -100,6 +101,22 @@ class Validator:
             for prompt, ids in asked.items():
                 ends = [chat.end_id] if done[prompt].finish == "stop" else []
                 self.answers.append(([*ids, *done[prompt].ids, *ends], len(ids)))
+
+    def _held_out(self, config: ValidateConfig, chat: Chat, data: DataConfig) -> list[Example]:
+        """The held-out rows' references; ValueError for rows that do not fit the model."""
+        rows = data.beside(str(config.val_data), config.val_limit).load(check=template_takes(chat))
+        examples, counts = encode(
+            rows,
+            chat,
+            target="reference",
+            max_length=self.model.config.max_position,
+            drop_long=data.drop_long,
+        )
+        if counts.dropped:
+            print(f"validation: {counts.dropped} turns are too long for the model and left out")
+        if not examples:
+            raise ValueError(f"{config.val_data}: no turn is left to validate on; give other rows")
+        return examples
 
     @property
     def names(self) -> list[str]:

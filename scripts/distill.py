@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import PAPER_SAMPLING, DistillConfig, distill_job
+from engine.distill import PAPER_SAMPLING, DistillConfig, distill_file
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.presets import parse
 from engine.sampler import SamplerConfig
@@ -25,7 +25,7 @@ from engine.session import DataConfig, ModelConfig, Session
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_flags(parser, ModelConfig)
-    add_flags(parser, DataConfig)
+    add_flags(parser, DataConfig, {"drop_long"})
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop"}, **PAPER_SAMPLING)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
@@ -36,9 +36,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    distill_job(
+    distill_file(
         Session.open(from_flags(ModelConfig, args)),
-        from_flags(DataConfig, args).load(),
+        from_flags(DataConfig, args),
         args.out,
         from_flags(DistillConfig, args),
         from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),

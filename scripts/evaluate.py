@@ -55,8 +55,8 @@ def main() -> None:
     elif args.lm_eval:
         harness_job(session, from_flags(HarnessConfig, args), args.adapter, args.out, sampling)
     else:
-        rows = from_flags(DataConfig, args).load()
-        evaluate_job(session, rows, args.verify, args.adapter, args.out, sampling)
+        data = from_flags(DataConfig, args)
+        evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
 
 
 if __name__ == "__main__":
