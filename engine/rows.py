@@ -142,7 +142,7 @@ def load_rows(
     path: str | Path | DataFile,
     *,
     columns: dict[str, str] | None = None,
-    skip_bad: bool = False,
+    skip_bad: bool | None = False,
     limit: int | None = None,
     need_reference: bool = True,
     system: str | None = None,
@@ -156,7 +156,8 @@ def load_rows(
     skip_bad        return unusable rows in `.bad` instead of raising ValueError with all of them.
                     Broken syntax in a JSON array or a CSV always raises: what follows is guesswork;
                     so do most rows being unparsable, or having an id that is taken: the file is
-                    something else than it was taken for, and good rows would be lost
+                    something else than it was taken for, and good rows would be lost. None: as
+                    False, where there is no flag to offer
     limit           stop after so many usable rows; what follows is not looked at
     need_reference  False: prompts only. An answer that is there is left out
     system          a system message for rows that have none; ids stay as they are, `.sha256` tells
@@ -245,7 +246,7 @@ class _Reader:
             self.inputs.add(found["input"])
         return row
 
-    def stop_for_bad_rows(self, skip_bad: bool) -> None:
+    def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
         """ValueError for bad rows that are not to be skipped, or no good ones."""
         listed = [f"{self.path}:{b.line} (row {b.row}): {b.reason}" for b in self.bad]
         what = f"{self.path}: {len(self.bad)} unusable rows"
@@ -255,7 +256,7 @@ class _Reader:
                 what = f"{self.path}: {sorts[sort]} of {self.looked} rows {why[0]}"
                 raise ValueError(listing(what, listed, why[1]))
         if self.bad and not skip_bad:
-            ways = ["repair them, or leave them out with --skip-bad"]
+            ways = ["repair them" + (", or leave them out with --skip-bad" * (skip_bad is False))]
             if sorts["id"]:
                 taken = "if the ids name sources and not rows, give --columns id= (with the "
                 ways.insert(0, taken + "roles that you named): ids are then made of the texts")

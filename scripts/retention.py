@@ -2,7 +2,7 @@
 
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
-    python scripts/retention.py ... --data prompts.json     on your own prompts
+    python scripts/retention.py ... --data prompts.json     on your own prompts, instead of our 64
     python scripts/retention.py ... --similarity            how alike are the answers themselves
 """
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.retention import retention_job
 from engine.sampler import SamplerConfig
-from engine.session import ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig, max_new_tokens=96)
     parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
-    parser.add_argument("--data", help="file of prompts (default: the 64 of this project)")
+    add_flags(parser, DataConfig, {"drop_long", "system"}, data=None)
     parser.add_argument(
         "--similarity", action="store_true", help="embed the tuned models' own answers too"
     )
@@ -40,7 +40,7 @@ def main() -> None:
         args.adapter,
         args.out,
         from_flags(SamplerConfig, args),
-        args.data,
+        from_flags(DataConfig, args) if args.data else None,
         similar=args.similarity,
     )
 
