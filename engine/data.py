@@ -78,7 +78,7 @@ def is_distilled(path: str | Path | DataFile) -> bool:
     if not isinstance(path, DataFile):
         with DataFile(path) as file:
             return is_distilled(file)
-    if path.suffix == ".csv" or not path.beginning().lstrip().startswith("{"):
+    if not path.beginning().lstrip().startswith("{") or path.suffix == ".csv":
         return False
     first = path.first_line()
     return all(name in first for name in ('"response_ids"', '"target"', '"status"'))

@@ -218,7 +218,7 @@ def json_lines(text: Iterable[str]) -> Iterator[tuple[int, object]]:
     for line, source in enumerate(text, 1):
         if source.strip():
             try:
-                yield line, json.loads(source, parse_float=Number)
+                yield line, json.loads(source.removesuffix("\n"), parse_float=Number)
             except json.JSONDecodeError as error:
                 yield line, ValueError(f"bad JSON: {error.msg} (column {error.colno})")
             except (ValueError, RecursionError) as error:  # 5,000 digits, 5,000 brackets

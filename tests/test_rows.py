@@ -236,7 +236,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, line, reason):
 
 
 def test_the_first_ten_bad_rows_are_listed_and_all_are_counted(tmp_path):
-    path = write(tmp_path / "a.jsonl", "[]\n{}\n" * 6 + "{}\n" + GOOD)
+    path = write(tmp_path / "a.jsonl", "{}\n[]\n" * 6 + "{}\n" + GOOD)
     with pytest.raises(ValueError) as error:
         load_rows(path)
     text = str(error.value)
