@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.data import Example, encode, template_takes
+from engine.data import Example, encode, listing, template_takes
 from engine.log import progress
 from engine.retention import compare, hidden_states
 from engine.retention_prompts import PROMPTS
@@ -105,15 +105,17 @@ class Validator:
     def _held_out(self, config: ValidateConfig, chat: Chat, data: DataConfig) -> list[Example]:
         """The held-out rows' references; ValueError for rows that do not fit the model."""
         rows = data.beside(str(config.val_data), config.val_limit).load(check=template_takes(chat))
-        examples, counts = encode(
-            rows,
-            chat,
-            target="reference",
-            max_length=self.model.config.max_position,
-            drop_long=data.drop_long,
-        )
-        if counts.dropped:
-            print(f"validation: {counts.dropped} turns are too long for the model and left out")
+        most = self.model.config.max_position
+        examples, _ = encode(rows, chat, target="reference", max_length=most, drop_long=True)
+        fit = {example.id for example in examples}
+        turns = [(row, k) for row in rows for k in range(len(row.turns))]
+        asked = [f"{row.id}/{k}" for row, k in turns if k not in row.context_only]
+        long = [turn for turn in asked if turn not in fit]
+        if long and not data.drop_long:
+            what = f"{config.val_data}: {len(long)} turns are longer than the model's {most} tokens"
+            raise ValueError(listing(what, long, "remove them, or leave them out with --drop-long"))
+        if long:
+            print(f"validation: {len(long)} turns are too long for the model and left out")
         if not examples:
             raise ValueError(f"{config.val_data}: no turn is left to validate on; give other rows")
         return examples

@@ -319,6 +319,8 @@ def test_cutting_in_proportion_is_the_published_codes():
     # by hand: 3,000 before 1,000 keep 768 and 256; of a prompt without end one token is trained on
     assert cut_in_proportion([([1] * 3000, [2] * 1000)], 1024) == ([1] * 768 + [2] * 256, 768)
     assert cut_in_proportion([([1] * 5000, [2])], 1024) == ([1] * 1023 + [2], 1023)
+    # 100 * 0.29 is a little less than 29 in floating point: they lose an end token that fits
+    assert cut_in_proportion([([1] * 71, [2] * 29)], 100) == ([1] * 71 + [2] * 28, 71)
 
 
 def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():

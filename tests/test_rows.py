@@ -654,19 +654,23 @@ def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
         "a.json": "[" + " ,\n".join(lines) + " ]\n",
         "b.json": "\n".join(json.dumps(r, indent=1, ensure_ascii=False) for r in records),
         "c.csv": "question,answer\r\n" + "".join(f'"{i}\nü",{i}\r\n' for i in range(60)),
+        "c.json": "[" + " ,1234567,".join(lines) + "]",
     }
-    whole = {name: load_rows(write(tmp_path / name, text)) for name, text in texts.items()}
+    skip = {"skip_bad": True}
+    whole = {name: load_rows(write(tmp_path / name, text), **skip) for name, text in texts.items()}
     assert all(len(rows) == 60 for rows in whole.values())
     faulty = texts["a.jsonl"].encode()
     at = faulty.index(b"\n", len(faulty) // 2) + 1
-    faulty = faulty[:at] + b"\xff" + faulty[at:]
+    faulty = faulty[:at] + b"\xe2\x82\xff" + faulty[at:]  # a character that is not whole
+    monkeypatch.setattr("engine.records.LOOKED_AT", 16)
     for piece in (1, 2, 3, 7, 61, 1000):
         monkeypatch.setattr("engine.records.PIECE", piece)
         for name, rows in whole.items():
-            again = load_rows(tmp_path / name)
+            again = load_rows(tmp_path / name, **skip)
             assert list(again) == list(rows) and again.sha256 == rows.sha256
+            assert again.bad == rows.bad and len(rows.bad) == 59 * (name == "c.json")
         line = faulty.count(b"\n", 0, at) + 1
-        with pytest.raises(ValueError, match=f"byte 0xff at offset {at} .line {line}."):
+        with pytest.raises(ValueError, match=f"byte 0xe2 at offset {at} .line {line}."):
             load_rows(write(tmp_path / "d.jsonl", faulty))
         broken = texts["a.json"].replace('"n": [40]', '"n": [40')
         line = broken.count("\n", 0, broken.index('"n": [40')) + 1
