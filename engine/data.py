@@ -93,7 +93,7 @@ def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Row
     made, bad = [], []
     seen: dict[str, int] = {}
     with DataFile.of(path) as file:
-        for number, record in json_lines(lines(file.pieces())):
+        for number, record in json_lines(lines(file)):
             try:
                 line = _distilled(record)
                 if line.id in seen:

@@ -119,7 +119,7 @@ class DataFile:
             self._ahead.append(piece)
             line, end, _ = piece.partition("\n")
             parts.append(line)
-            _check_size(sum(map(len, self._ahead)))
+            _check_size(self.path, sum(map(len, self._ahead)))
         return "".join(parts)
 
     def beginning(self) -> str:
@@ -167,26 +167,26 @@ class DataFile:
             data = self._read()
 
 
-def lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends. Only "\\n" ends one: str.splitlines would also cut at U+2028, which
-    JSON allows in a text."""
+def lines(file: DataFile) -> Iterator[str]:
+    """The lines of a file with their ends. Only "\\n" ends one: str.splitlines would also cut at
+    U+2028, which JSON allows in a text."""
     begun: list[str] = []  # of a line that is not whole
     size = 0
-    for piece in pieces:
+    for piece in file.pieces():
         *whole, rest = piece.split("\n")
         for line in whole:
             yield "".join((*begun, line, "\n"))
             begun, size = [], 0
         begun.append(rest)
         size += len(rest)
-        _check_size(size)
+        _check_size(file.path, size)
     if size:
         yield "".join(begun)
 
 
-def _check_size(size: int) -> None:
+def _check_size(path: Path, size: int) -> None:
     if size > LONGEST:
-        raise ValueError(f"a line or a row has over {LONGEST} characters; split it")
+        raise ValueError(f"{path}: a line or a row has over {LONGEST} characters; split it")
 
 
 def records(file: DataFile) -> Iterator[tuple[int, object]]:
@@ -196,18 +196,17 @@ def records(file: DataFile) -> Iterator[tuple[int, object]]:
     """
     head = file.beginning()
     head = head[_SPACE.match(head).end() :]
-    text = file.pieces()
     if file.suffix == ".csv":
-        return _csv(file, text)
+        return _csv(file)
     if head[:1] == "[":
-        return _json_array(file, Text(text))
+        return _json_array(file)
     if head[:1] == "{" and not _is_json(head.partition("\n")[0]):
         if why := _why_not_lines(file.path, head):
             raise ValueError(f"{file.path} {why}")
         if re.match(r'\{\s*\n\s*"', head):
-            return _objects(file, Text(text))
+            return _objects(file)
     if head[:1] == "{" or file.suffix in (".json", ".jsonl", ".ndjson"):
-        return json_lines(lines(text))
+        return json_lines(lines(file))
     raise ValueError(
         f"{file.path} begins with {head[:1]!r}; wanted a JSON array, JSONL or a .csv file"
     )
@@ -292,8 +291,8 @@ def wrapped(path: Path, record: dict[str, Any]) -> str:
 class Text:
     """Text that comes in pieces and is forgotten as it is read."""
 
-    def __init__(self, pieces: Iterable[str]) -> None:
-        self._pieces = iter(pieces)
+    def __init__(self, file: DataFile) -> None:
+        self._path, self._pieces = file.path, iter(file.pieces())
         self.text, self.at = "", 0
         self._line, self._counted = 1, 0  # the line of place `_counted`
         self.decoder = json.JSONDecoder(parse_float=Number)
@@ -309,7 +308,7 @@ class Text:
         self.line(self.at)
         found = [self.text[self.at :]]
         wanted = len(found[0]) + 1
-        _check_size(wanted)
+        _check_size(self._path, wanted)
         for piece in self._pieces:
             found.append(piece)
             wanted -= len(piece)
@@ -361,7 +360,8 @@ def _value(file: DataFile, text: Text) -> object:
         raise _broken(file, text.line(text.at), str(error)) from None
 
 
-def _json_array(file: DataFile, text: Text) -> Iterator[tuple[int, object]]:
+def _json_array(file: DataFile) -> Iterator[tuple[int, object]]:
+    text = Text(file)
     text.next()
     text.at += 1
     end = text.next()
@@ -379,8 +379,9 @@ def _json_array(file: DataFile, text: Text) -> Iterator[tuple[int, object]]:
         raise _broken(file, text.line(text.at), "text after the closing ']'")
 
 
-def _objects(file: DataFile, text: Text) -> Iterator[tuple[int, object]]:
+def _objects(file: DataFile) -> Iterator[tuple[int, object]]:
     """Objects one behind the other, each over several lines."""
+    text = Text(file)
     while begin := text.next():
         line = text.line(text.at)
         if begin != "{":
@@ -391,10 +392,10 @@ def _objects(file: DataFile, text: Text) -> Iterator[tuple[int, object]]:
 # ---- CSV
 
 
-def _csv(file: DataFile, pieces: Iterable[str]) -> Iterator[tuple[int, object]]:
+def _csv(file: DataFile) -> Iterator[tuple[int, object]]:
     csv.field_size_limit(LONGEST)  # the module's own limit is 131,072 characters
     # A lone "\r" ends a line too, as in files of old Macs.
-    text = (part for line in lines(pieces) for part in io.StringIO(line, newline=""))
+    text = (part for line in lines(file) for part in io.StringIO(line, newline=""))
     reader = csv.reader(text, strict=True)
     header: list[str] = []
     line = 1

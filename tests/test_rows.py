@@ -641,6 +641,19 @@ def test_a_large_file_takes_the_memory_of_the_rows_asked_for(tmp_path, form):
     assert int(kilobytes) < 30_000, "a megabyte a piece; 40 MB of bytes were 320 MB before"
 
 
+@pytest.mark.parametrize(
+    "text", [f"{GOOD}\n{GOOD}", f"[{GOOD}]", "question,answer\nq,aaaaaaaaaaaaa"]
+)
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text):
+    """A damaged file, or a gzip bomb: it is named."""
+    monkeypatch.setattr("engine.records.LONGEST", 12)
+    monkeypatch.setattr("engine.records.LOOKED_AT", 4)
+    monkeypatch.setattr("engine.records.PIECE", 4)
+    path = write(tmp_path / ("a.csv" if text[0] == "q" else "a.json"), text)
+    with pytest.raises(ValueError, match=f"{path}: a line or a row has over 12 characters"):
+        load_rows(path)
+
+
 def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
     """Lines, characters and values that go over the end of a piece, and faults in line and byte."""
     rng = random.Random(0)
