@@ -4,8 +4,8 @@
     examples, counts = encode(rows, chat, max_length=1024)
     for batch in pack(examples[:8], micro_tokens=4096): ...
 
-How a file becomes rows stands in rows.py; its names are offered here too. Nothing is cut in
-silence: a turn that does not fit is named, or cut and counted.
+How a file becomes rows stands in rows.py; its names are offered here too. Nothing is cut or left
+out in silence: a turn that does not fit is named, or cut or left out and counted.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ import hashlib
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.records import DataFile, json_lines, lines
 from engine.rows import (
     BadRow,
     Row,
     Rows,
     check_turns,
-    json_lines,
     kind,
     listing,
     load_rows,
     message,
     parse_columns,
-    read_utf8,
 )
 from kernels.philox import mix as hashed
 
@@ -41,9 +40,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BadRow", "Distilled", "EncodeCounts", "Example", "KEPT", "Row", "Rows", "check_examples",
     "encode", "fingerprint", "is_distilled", "load_distilled", "load_rows", "pack",
-    "parse_columns", "show",
+    "parse_columns", "prompts_of", "show", "template_takes",
 ]  # fmt: skip
+MAX_LENGTH = 1024  # tokens of an example, where nothing else is said
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
+CONTEXT = "context_only"  # the status of a turn that its row does not want to be trained on
 FINISHES = ("stop", "length", "stop_string", "prompt_too_long")
 TARGETS = ("target", "response", "reference")
 
@@ -69,38 +70,48 @@ class Distilled:
     tries: dict[str, list[str]] = field(default_factory=dict)  # by stage, what became of each
 
 
-def is_distilled(path: str | Path) -> bool:
-    """Whether the file's first line has the field names of a distilled one."""
-    with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    return all(name in first for name in (b'"response_ids"', b'"target"', b'"status"'))
+def is_distilled(path: str | Path | DataFile) -> bool:
+    """Whether the file's first line has the field names of a distilled one.
 
-
-def load_distilled(path: str | Path) -> Rows:
-    """Every line of a distilled file as Distilled; ValueError names the lines that break its rules.
-
-    A torn last line is one of them: `distill.py --resume` completes a killed run.
+    A file that is open already stays so, and is still read from its beginning.
     """
-    path = Path(path)
-    text, sha256 = read_utf8(path)
-    lines, bad = [], []
+    if not isinstance(path, DataFile):
+        with DataFile(path) as file:
+            return is_distilled(file)
+    if not path.beginning().lstrip().startswith("{") or path.suffix == ".csv":
+        return False
+    first = path.first_line()
+    return all(name in first for name in ('"response_ids"', '"target"', '"status"'))
+
+
+def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Rows:
+    """The lines of a distilled file as Distilled; ValueError names those that break its rules.
+
+    limit: stop after so many; what follows is not looked at. A torn last line breaks the rules:
+    `distill.py --resume` completes a killed run.
+    """
+    made, bad = [], []
     seen: dict[str, int] = {}
-    for number, record in json_lines(text):
-        try:
-            line = _distilled(record)
-            if line.id in seen:
-                raise ValueError(f"id {line.id!r} is taken by line {seen[line.id]}")
-        except ValueError as error:
-            bad.append(f"{path}:{number}: {error}")
-            continue
-        seen[line.id] = number
-        lines.append(line)
+    with DataFile.of(path) as file:
+        for number, record in json_lines(lines(file)):
+            try:
+                line = _distilled(record)
+                if line.id in seen:
+                    raise ValueError(f"id {line.id!r} is taken by line {seen[line.id]}")
+            except ValueError as error:
+                bad.append(f"{file.path}:{number}: {error}")
+                continue
+            seen[line.id] = number
+            made.append(line)
+            if len(made) == limit:
+                break
+        sha256 = file.sha256()
     if bad:
-        what = f"{path}: {len(bad)} lines are no distilled data"
+        what = f"{file.path}: {len(bad)} lines are no distilled data"
         raise ValueError(listing(what, bad, "a killed run is completed by distill.py --resume"))
-    if not lines:
-        raise ValueError(f"{path} holds no line; wanted distilled data (scripts/distill.py)")
-    return Rows(lines, path, sha256)
+    if not made:
+        raise ValueError(f"{file.path} holds no line; wanted distilled data (scripts/distill.py)")
+    return Rows(made, file.path, sha256)
 
 
 def _distilled(record: object) -> Distilled:
@@ -176,6 +187,10 @@ class EncodeCounts:
     response_tokens: int = 0  # those that carry loss, end tokens included
     from_response: int = 0  # examples made of sampled ids; the others are encoded references
     truncated: int = 0  # cut from the answer's end to fit max_length, so without end token
+    cut: int = 0  # prompt and answer cut in proportion, as --paper-exact has it
+    dropped: int = 0  # left out: too long for max_length (--drop-long)
+    refused: int = 0  # left out: the chat template refuses the conversation (--skip-bad)
+    context: int = 0  # not trained on, as their messages say (weight 0): context of later turns
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
     glued: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
@@ -200,24 +215,34 @@ def encode(
     target: str = "target",
     max_length: int,
     truncate: bool = False,
+    drop_long: bool = False,
+    in_proportion: bool = False,
+    skip_refused: bool = False,
     mix: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[Example], EncodeCounts]:
     """One example per assistant turn: prompt ids, answer ids, the chat's end token.
 
-    target      the answer. Of distilled lines: "target" (the sampled ids where the rewrite was
-                kept, never a re-encoding; else the reference), "response" (always the sampled
-                ids) or "reference" (then earlier answers in the context are references too: the
-                control never sees a rewrite). Rows only have their reference
-    max_length  tokens of a whole example. Longer ones raise ValueError naming them, or with
-                `truncate` lose the end of their answer. A prompt is never cut: one that leaves no
-                room for an answer always raises
-    mix         share of the kept rewrites of "target" that give way to their reference, drawn by
-                row id and `seed`; the contexts stay as they are
+    target         the answer. Of distilled lines: "target" (the sampled ids where the rewrite was
+                   kept, never a re-encoding; else the reference), "response" (always the sampled
+                   ids) or "reference" (then earlier answers in the context are references too: the
+                   control never sees a rewrite). Rows only have their reference
+    max_length     tokens of a whole example. Longer ones raise ValueError naming them, or with
+                   `truncate` lose the end of their answer. A prompt is not cut: one that leaves no
+                   room for an answer raises in any case
+    drop_long      turns that would raise for their length are left out, of distilled data also
+                   those that would as another target: all targets train on the same turns. Other
+                   turns of a conversation stay
+    in_proportion  longer turns lose the ends of prompt and answer instead, as in the published code
+                   (`cut_in_proportion`); what nothing is left of is left out
+    skip_refused   turns that the chat template refuses are left out instead of raising ValueError
+    mix            share of the kept rewrites of "target" that give way to their reference, drawn by
+                   row id and `seed`; the contexts stay as they are
 
     A response that hit the sampler's token limit gets no end token: a model must not learn to stop
     there. (Selection keeps none such, but under --paper-exact, which wants them with an end token,
-    as published: counted.) An answer without a token raises ValueError.
+    as published: counted.) An answer without a token raises ValueError. Everything that is cut or
+    left out is counted.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; wanted one of {', '.join(TARGETS)}")
@@ -226,44 +251,151 @@ def encode(
             f"mix={mix} with target={target!r}: a share from 0 to 1 of the rewrites in distilled "
             "data is wanted, with target='target'"
         )
+    fit = _Fit(chat, max_length, truncate, in_proportion)
+    drops = drop_long or in_proportion
+    left_out = _too_long_for_an_arm(rows, fit, seed) if drops else frozenset()
     counts = EncodeCounts()
-    examples, faults, too_long = [], [], []
+    counts.context = sum(
+        len(row.context_only) if isinstance(row, Row) else row.status == CONTEXT for row in rows
+    )
+    examples, refused, empty, no_room, too_long = [], [], [], [], []
     for turn in _turns(rows, target, mix, seed):
         try:
-            prompt = chat.prompt_ids(turn.messages)
+            prompt, answer = fit.encoded(turn)
         except ValueError as error:  # the chat template refuses this conversation
-            faults.append(f"{turn.id}: {error}")
+            refused.append(f"{turn.id}: {error}")
             continue
-        answer = chat.response_ids(turn.text) if turn.ids is None else list(turn.ids)
-        room = max_length - len(prompt)
         where = f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"  # an id alone is a mere hash
-        if not answer or room < 1:
-            why = f"{len(prompt)} prompt tokens leave no room" if answer else "no token to train on"
-            faults.append(f"{where}: {why}")
+        if not answer:
+            empty.append(f"{where}: no token to train on")
             continue
-        if turn.ends:
-            answer.append(chat.end_id)
-        if len(answer) > room:
-            too_long.append(f"{where}: {len(prompt)} + {len(answer)} tokens")
-            answer = answer[:room]
-        examples.append(Example(turn.id, prompt + answer, len(prompt)))
+        fitted = fit(turn, prompt, answer)
+        if turn.id in left_out or (fitted is None and drops):
+            counts.dropped += 1
+            continue
+        if fitted is None:
+            if len(prompt) >= max_length:
+                no_room.append(f"{where}: {len(prompt)} prompt tokens leave no room")
+            else:
+                too_long.append(f"{where}: {len(prompt)} + {len(answer)} tokens")
+            continue
+        ids, n_prompt = fitted
+        if len(ids) < len(prompt) + len(answer):
+            counts.cut += in_proportion
+            counts.truncated += not in_proportion
+        examples.append(Example(turn.id, ids, n_prompt))
         counts.examples += 1
-        counts.tokens += len(prompt) + len(answer)
-        counts.response_tokens += len(answer)
+        counts.tokens += len(ids)
+        counts.response_tokens += len(ids) - n_prompt
         counts.from_response += turn.ids is not None
         counts.unfinished += not turn.ends
         counts.glued += turn.glued
         counts.mixed += turn.mixed
         said = {"role": "assistant", "content": turn.text}
         counts.special += chat.spells_special([*turn.messages, said])
-    if faults:
-        what = f"{len(faults)} turns cannot be trained on with max_length={max_length}"
-        raise ValueError(listing(what, faults, "raise --max-length, or remove them"))
-    if too_long and not truncate:
+    counts.refused = len(refused)
+    if refused and not skip_refused:
+        what = f"{len(refused)} turns are refused by the chat template"
+        raise ValueError(listing(what, refused, "change them, or leave them out with --skip-bad"))
+    if empty:
+        what = f"{len(empty)} turns have no answer to train on"
+        raise ValueError(listing(what, empty, "remove them"))
+    if no_room:
+        what = f"{len(no_room)} turns cannot be trained on with max_length={max_length}"
+        ways = "raise --max-length, or leave them out with --drop-long"
+        raise ValueError(listing(what, no_room, ways))
+    if too_long:
         what = f"{len(too_long)} turns are longer than max_length={max_length}"
-        raise ValueError(listing(what, too_long, "raise --max-length, or --truncate answers"))
-    counts.truncated = len(too_long)
+        ways = "raise --max-length, --truncate answers, or leave them out with --drop-long"
+        raise ValueError(listing(what, too_long, ways))
     return examples, counts
+
+
+class _Fit:
+    """What of a turn's tokens is trained on; None where it is too long."""
+
+    def __init__(self, chat: Chat, max_length: int, truncate: bool, in_proportion: bool) -> None:
+        self.chat, self.max_length = chat, max_length
+        self.truncate, self.in_proportion = truncate, in_proportion
+
+    def encoded(self, turn: _Turn) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of the answer with its end token; ValueError where the chat
+        template refuses the prompt."""
+        prompt = self.chat.prompt_ids(turn.messages)
+        answer = self.chat.response_ids(turn.text) if turn.ids is None else list(turn.ids)
+        if answer and turn.ends:
+            answer.append(self.chat.end_id)
+        return prompt, answer
+
+    def __call__(
+        self, turn: _Turn, prompt: list[int], answer: list[int]
+    ) -> tuple[list[int], int] | None:
+        """Ids, and how many of them are the prompt's."""
+        if self.in_proportion:
+            parts = [*self._turns_of(turn.messages, prompt), (prompt, answer)]
+            done = sum(len(source) + len(target) for source, target in parts[:-1])
+            parts[-1] = prompt[done:], answer
+            return cut_in_proportion(parts, self.max_length)
+        room = self.max_length - len(prompt)
+        if room < 1 or (len(answer) > room and not self.truncate):
+            return None
+        return prompt + answer[:room], len(prompt)
+
+    def _turns_of(
+        self, messages: Sequence[dict[str, str]], prompt: list[int]
+    ) -> list[tuple[list[int], list[int]]]:
+        """The earlier turns in a prompt: what is said before each answer, and the answer with its
+        end token, as parts of the prompt's ids. (By their lengths: a token that the next turn's
+        text merges with can be off by one.)"""
+        parts, done = [], 0
+        for at, said in enumerate(messages):
+            if said["role"] == "assistant":
+                start = len(self.chat.prompt_ids(messages[:at]))
+                end = start + len(self.chat.response_ids(said["content"])) + 1
+                parts.append((prompt[done:start], prompt[start:end]))
+                done = end
+        return parts
+
+
+def cut_in_proportion(
+    turns: Sequence[tuple[list[int], list[int]]], limit: int
+) -> tuple[list[int], int] | None:
+    """A conversation within `limit` tokens as the published code cuts it (LLaMA-Factory of 2023).
+
+    turns: the ids before each answer, and those of the answer with its end token. Every turn keeps
+    of `limit` tokens the share that its prompt and its answer have in it, the answer at least one
+    token; the whole then loses its end. Returns the ids and how many precede the last answer; None
+    where nothing of that is left.
+    """
+    ids: list[int] = []
+    before = 0
+    for source, target in turns:
+        # the order of these operations is theirs: at exactly `limit` tokens rounding can cut one
+        of_target = max(int(limit * (len(target) / (len(source) + len(target)))), 1)
+        ids += source[: limit - of_target]
+        before = len(ids)
+        ids += target[:of_target]
+    ids = ids[:limit]
+    return (ids, before) if before < len(ids) else None
+
+
+def _too_long_for_an_arm(
+    rows: Sequence[Row] | Sequence[Distilled], fit: _Fit, seed: int
+) -> frozenset[str]:
+    """Turns of distilled data that are too long as a reference or as a rewrite, mixed or not: they
+    are left out of every arm, so that all train on the same turns."""
+    if not rows or isinstance(rows[0], Row):
+        return frozenset()
+    found = set()
+    for target, mix in (("reference", 0.0), ("target", 0.0), ("target", 1.0)):
+        for turn in _turns(rows, target, mix, seed):
+            try:
+                prompt, answer = fit.encoded(turn)
+            except ValueError:  # refused by the template, which is told elsewhere
+                continue
+            if answer and fit(turn, prompt, answer) is None:
+                found.add(turn.id)
+    return frozenset(found)
 
 
 def _turns(
@@ -278,7 +410,10 @@ def _turns(
                     "distilled data (scripts/distill.py makes it)"
                 )
             for k, at in enumerate(row.turns):
-                yield _Turn(f"{row.id}/{k}", row.messages[:at], row.messages[at]["content"])
+                if k not in row.context_only:
+                    yield _Turn(f"{row.id}/{k}", row.messages[:at], row.messages[at]["content"])
+        elif row.status == CONTEXT:
+            continue
         elif target == "target" and row.status in KEPT and _drawn(row.id, seed) < mix:
             yield _Turn(row.id, row.messages, row.reference, mixed=True)
         elif target == "response" or (target == "target" and row.status in KEPT):
@@ -311,10 +446,28 @@ def _as_given(line: Distilled, references: dict[str, str]) -> list[dict[str, str
     return messages
 
 
+def prompts_of(row: Row) -> list[tuple[dict[str, str], ...]]:
+    """The conversations that a model is asked to go on with: before every answer that is trained
+    on, or the whole of a row without one."""
+    if row.messages[-1]["role"] != "assistant":
+        return [row.messages]
+    return [row.messages[:at] for k, at in enumerate(row.turns) if k not in row.context_only]
+
+
+def template_takes(chat: Chat) -> Callable[[Row], None]:
+    """A check for `load_rows`: ValueError for a row that the chat template refuses."""
+
+    def check(row: Row) -> None:
+        for messages in prompts_of(row):
+            chat.render(messages, add_generation_prompt=True)
+
+    return check
+
+
 def check_examples(examples: Sequence[Example]) -> None:
     """ValueError naming rows that cannot be trained on."""
     if not examples:
-        raise ValueError("there is nothing to train on: no example")
+        raise ValueError("there is nothing to train on: no example (all turns were left out)")
     empty = [e.id for e in examples if not 0 < e.n_prompt < len(e.ids)]
     if empty:
         raise ValueError(f"{len(empty)} rows have no prompt or no response token: {empty[:10]}")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,16 @@ from engine.cascade import (
     check_temperature,
     parse_cascade,
 )
-from engine.data import KEPT, Distilled, Row, Rows
+from engine.data import (
+    CONTEXT,
+    KEPT,
+    MAX_LENGTH,
+    Distilled,
+    Row,
+    Rows,
+    prompts_of,
+    template_takes,
+)
 from engine.distributed import World
 from engine.locking import lock_file
 from engine.log import progress
@@ -43,7 +52,7 @@ from engine.resumed import ResumedLines
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, Scorer, score
 from engine.select import OURS, PAPER, Rules, judge
-from engine.session import Session
+from engine.session import DataConfig, Session
 from engine.stopping import Stopping
 from engine.templates import TEMPLATES, prompt
 from engine.verifiers import PUBLISHED, get_verifier
@@ -124,9 +133,15 @@ class DistillReport:
         return Counter(line.status for line in self.lines)
 
     @property
+    def targets(self) -> list[Distilled]:
+        """The lines that are trained on: all but those that are context only."""
+        return [line for line in self.lines if line.status != CONTEXT]
+
+    @property
     def differ(self) -> float:
         """Share of targets that are not the reference."""
-        return sum(line.target != line.reference for line in self.lines) / max(1, len(self.lines))
+        targets = self.targets
+        return sum(line.target != line.reference for line in targets) / max(1, len(targets))
 
     def stages(self) -> Iterator[str]:
         """What every stage of a cascade was asked and gave; nothing for one try a turn."""
@@ -146,9 +161,12 @@ class DistillReport:
 
     def text(self) -> str:
         """Counts and shares by status, speed, a warning where the two arms will be nearly one."""
-        n = len(self.lines)
-        parts = [f"{k} {v} ({v / n:.0%})" for k, v in self.counts.most_common()]
+        n = len(self.targets)
+        counts = self.counts
+        silent = counts.pop(CONTEXT, 0)
+        parts = [f"{k} {v} ({v / n:.0%})" for k, v in counts.most_common()]
         text = f"{n} turns: " + ", ".join(parts)
+        text += f"; {silent} further turns are context only" if silent else ""
         text += "".join(f"\n{line}" for line in self.stages())
         text += f"\ntargets that differ from the reference: {self.differ:.1%}"
         if self.cut_at:
@@ -220,6 +238,42 @@ def distilled_line(record: dict[str, Any]) -> Distilled:
     return Distilled(**{name: record[name] for name in FIELDS if name in record})
 
 
+def can_be_asked(chat: Chat, config: DistillConfig) -> Callable[[Row], None]:
+    """A check for `load_rows`: ValueError for a row whose plain prompts, or whose prompts that ask
+    for a rewrite, the chat template refuses."""
+    plain, template = template_takes(chat), TEMPLATES[config.template]
+    guided = any(stage.guided for stage in config.stages)
+
+    def check(row: Row) -> None:
+        plain(row)
+        for messages in prompts_of(row) if guided else ():
+            reference = row.messages[len(messages)]["content"]
+            asked = prompt(chat, template, messages, reference)
+            try:
+                chat.render(asked, add_generation_prompt=True)
+            except ValueError as error:
+                raise ValueError(
+                    f"as the request for a rewrite (--template {config.template}): {error}"
+                ) from None
+
+    return check
+
+
+def _say_what_is_long(session: Session, rows: Sequence[Row]) -> None:
+    """Before the first row is asked for: turns that training will not take as they are."""
+    most = session.model.config.max_position
+    prompts = [messages for row in rows for messages in prompts_of(row)]
+    lengths = [len(session.chat.prompt_ids(messages)) for messages in prompts]
+    if long := sum(length >= min(MAX_LENGTH, most) for length in lengths):
+        never = sum(length >= most for length in lengths)
+        print(
+            f"NOTE: {long} of {len(lengths)} turns have prompts of {min(MAX_LENGTH, most)} tokens "
+            f"or more ({never} of them fill the model's {most}): scripts/train.py stops at them, "
+            "but under a higher --max-length, --drop-long (which --preset yang2024-* sets) or "
+            "--cut-in-proportion"
+        )
+
+
 def _write(
     model: Llama,
     chat: Chat,
@@ -241,6 +295,11 @@ def _write(
         writer = Writer(chat, config, sampler, scorer, file)
         for turn in turns:
             writer.begin(turn)
+        if writer.no_room:
+            print(
+                f"NOTE: of {len(turns)} requests {writer.no_room} leave no room for an answer in "
+                f"the model's {writer.most} tokens: their references stay (prompt_too_long)"
+            )
         started = time.perf_counter()
         for completion in sampler.run():
             writer.take(completion)
@@ -263,13 +322,25 @@ class Writer:
     file: ResumedLines
     flying: dict[str, Asking] = field(default_factory=dict)  # by the request's id
     written: int = 0
+    no_room: int = 0  # requests whose prompt fills the model's context
+
+    @property
+    def most(self) -> int:
+        """Tokens of the model's context."""
+        return self.sampler.owner.config.max_position
 
     def begin(self, turn: Turn | None) -> None:
         """Ask for a turn; those that stay as they are given are written at once."""
-        while turn is not None and not turn.last and not self.config.rules.every_turn:
-            turn = self._write(turn, _untouched(turn))
+        while turn is not None and (status := self._stays(turn)):
+            turn = self._write(turn, _untouched(turn, status))
         if turn is not None:
             self._ask(Asking(turn, self.config.stages))
+
+    def _stays(self, turn: Turn) -> str:
+        """The status of a turn that is not asked for, "" of all others."""
+        if turn.number in turn.row.context_only:
+            return CONTEXT
+        return "" if turn.last or self.config.rules.every_turn else "not_asked"
 
     def _ask(self, asking: Asking) -> None:
         """Submit all tries of the turn's stage."""
@@ -284,6 +355,7 @@ class Writer:
         except ValueError as error:  # the chat template refuses this conversation
             raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
         ids = ids[: config.rules.cut_prompts or None]
+        self.no_room += len(ids) >= self.most
         reference = self.chat.response_ids(turn.reference)
         limit = config.limit(len(reference))
         name = stage.request(turn.id)
@@ -327,6 +399,23 @@ def distill_settings(
         "distill": dataclasses.asdict(config),
         "sampling": sampling.settings(),
     }
+
+
+def distill_file(
+    session: Session,
+    data: DataConfig,
+    out: Path,
+    config: DistillConfig,
+    sampling: SamplerConfig,
+    *,
+    scoring: bool,
+    resume: bool,
+) -> None:
+    """Distil the rows of a file; what is wrong with any of them is said before the first one."""
+    config.check()
+    rows = data.load(check=can_be_asked(session.chat, config))
+    _say_what_is_long(session, rows)
+    distill_job(session, rows, out, config, sampling, scoring=scoring, resume=resume)
 
 
 def distill_job(
@@ -413,7 +502,7 @@ def _line(asking: Asking, won: Candidate | None) -> Distilled:
     )
 
 
-def _untouched(turn: Turn) -> Distilled:
+def _untouched(turn: Turn, status: str) -> Distilled:
     """The line of a turn that is not asked for."""
     return Distilled(
         id=turn.id,
@@ -422,7 +511,7 @@ def _untouched(turn: Turn) -> Distilled:
         response="",
         response_ids=[],
         target=turn.reference,
-        status="not_asked",
+        status=status,
         stage=REFERENCE,
         finish="stop",
         prompt_tokens=0,

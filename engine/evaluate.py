@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import Row, Rows
+from engine.data import Row, Rows, listing, template_takes
 from engine.intervals import wilson
 from engine.log import (
     AppendedLines,
@@ -31,7 +31,7 @@ from engine.log import (
 from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
-from engine.session import Session, meta_of
+from engine.session import DataConfig, Session, meta_of
 from engine.verifiers import get_verifier
 from model.chat import Chat
 from model.config import read_json
@@ -153,9 +153,36 @@ def evaluate(
     return scores
 
 
+def rows_to_judge(session: Session, data: DataConfig) -> Rows:
+    """Held-out rows that the model can answer and score, read as all data are.
+
+    ValueError, before any work, for rows that the chat template refuses and for those that are
+    longer than the model's context; under `skip_bad` and `drop_long` they are left out and counted.
+    """
+    rows, most = data.load(check=template_takes(session.chat)), session.model.config.max_position
+    lengths = [sum(map(len, _prompt_and_reference(session.chat, row))) for row in rows]
+    fit = [row for row, length in zip(rows, lengths, strict=True) if length <= most]
+    long = [f"{r.id}: {n} tokens" for r, n in zip(rows, lengths, strict=True) if n > most]
+    if long and not data.drop_long:
+        what = f"{len(long)} held-out rows of {data.data} are longer than the model's {most} tokens"
+        raise ValueError(listing(what, long, "remove them, or leave them out with --drop-long"))
+    if not fit:
+        raise ValueError(
+            f"{data.data}: all held-out rows are longer than the model's {most} tokens"
+        )
+    if long:
+        print(f"data: {len(long)} held-out rows left out: longer than the model's {most} tokens")
+    return rows.only(fit)
+
+
+def _prompt_and_reference(chat: Chat, row: Row) -> tuple[list[int], list[int]]:
+    """Ids of a row's prompt, and of its reference with the end token."""
+    return chat.prompt_ids(row.messages[:-1]), [*chat.response_ids(row.reference), chat.end_id]
+
+
 def evaluate_job(
     session: Session,
-    rows: Rows,
+    data: DataConfig,
     verify: str,
     adapters: Sequence[str],
     out: Path,
@@ -164,6 +191,7 @@ def evaluate_job(
     """Score the seed and the adapters, print the table."""
     session.alone("evaluation")
     get_verifier(verify)
+    rows = rows_to_judge(session, data)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}
     settings |= {"sampling": sampling.settings(), "adapters": adapter_hashes(adapters)}
@@ -202,8 +230,7 @@ def reference_nll(
     todo = [row for row in rows if any((arm, row.id) not in done for arm in arms)]
     asked = {}
     for row in todo:
-        prompt = chat.prompt_ids(row.messages[:-1])
-        answer = [*chat.response_ids(row.reference), chat.end_id]
+        prompt, answer = _prompt_and_reference(chat, row)
         if len(prompt) + len(answer) > model.config.max_position:
             raise ValueError(
                 f"held-out row {row.id} has {len(prompt) + len(answer)} tokens, the model was made "

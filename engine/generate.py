@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import refuse_damaged
-from engine.data import Row
+from engine.data import Row, template_takes
 from engine.log import AppendedLines, progress, write_jsonl
 from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
@@ -42,7 +42,7 @@ def generate_job(
             raise ValueError("the prompt is empty; give some text")
         rows = [Row("prompt", ({"role": "user", "content": asked},))]
     else:
-        rows = asked.load(need_reference=False)
+        rows = asked.load(need_reference=False, check=template_takes(session.chat))
     if adapter is not None:
         refuse_damaged(Path(adapter))
     lora = None if adapter is None else Lora.load(adapter)

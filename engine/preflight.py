@@ -19,23 +19,25 @@ import re
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import KEPT, Distilled, Example, Row, Rows, encode
-from engine.distill import DistillConfig, distill
+from engine.data import KEPT, Distilled, Example, Row, Rows, prompts_of
+from engine.distill import DistillConfig, can_be_asked, distill
 from engine.limits import check_numbers
 from engine.report.collect import spaced
 from engine.retention import compare, hidden_states
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.score import score
+from engine.sdft import as_published, encode_rows
 from engine.select import garbled
 from engine.session import DataConfig, Session
 from engine.step import step_gradients
 from engine.templates import TEMPLATES, prompt
-from engine.train import EncodeConfig, TrainConfig
+from engine.train import EncodeConfig, TrainConfig, highest_rate
 from engine.verifiers import get_verifier
 from model.lora import Lora, LoraConfig
 
@@ -115,10 +117,14 @@ def preflight(
     distilling = dataclasses.replace(distilling, cascade="guided:1")
     for settings in (data, config, distilling, sampling, encoding, training, lora):
         settings.check()
-    started, rows = time.perf_counter(), data.load()
+    started = time.perf_counter()
+    encoding = as_published(encoding, distilling)
+    rows = data.load(check=can_be_asked(session.chat, distilling))
+    whole = encode_rows(rows, session, data, encoding, "reference")  # too long a row stops here
+    highest_rate(len(whole), training)
     sample = Rows([_first(row) for row in spaced(rows, config.sample)], rows.path, rows.sha256)
     found: dict[str, Any] = {"rows": len(rows), "sample": len(sample)}
-    found["own_template"] = float(session.config.chat_format is None)
+    found["own_template"] = float(session.config.chat_format in (None, "own"))
 
     # 1. plain, greedily; each as long as its rewrite may be
     plain = _answers(session, sample, distilling, sampling)
@@ -139,8 +145,8 @@ def preflight(
                          settings={})  # fmt: skip
         means = score(session.model, session.chat, report.lines, Path(place) / "scores.jsonl", {})
         line_bytes = sum(f.stat().st_size for f in Path(place).glob("*.jsonl")) / len(sample)
-    lines = report.lines
-    found["status"] = dict(report.counts)
+    lines = report.targets
+    found["status"] = dict(Counter(line.status for line in lines))
     found["differ"] = report.differ
     found["accepted"] = _share(line.status in KEPT for line in lines)
     if judged:
@@ -163,7 +169,7 @@ def preflight(
     # 4. what the job would take
     cost = {"distill": report.seconds / len(sample) * len(rows)}
     cost["score"] = means.seconds / len(sample) * len(rows)
-    cost |= _training(session, rows, lines, encoding, training, lora)
+    cost |= _training(session, whole, report.lines, data, encoding, training, lora)
     found["seconds"] = cost
     adapter = 4 * Lora.init(session.model, **dataclasses.asdict(lora)).params.numel()
     # a checkpoint holds the adapter, AdamW's two moments and the parameters; one more is written
@@ -226,8 +232,9 @@ def copied(text: str, source: str) -> float:
 
 
 def _first(row: Row) -> Row:
-    """A conversation up to its first answer."""
-    return dataclasses.replace(row, messages=tuple(row.messages[: row.turns[0] + 1]))
+    """A conversation up to the first answer that is trained on."""
+    end = len(prompts_of(row)[0]) + 1
+    return dataclasses.replace(row, messages=tuple(row.messages[:end]))
 
 
 def _answers(
@@ -251,25 +258,21 @@ def _answers(
 
 def _training(
     session: Session,
-    rows: Sequence[Row],
+    whole: Sequence[Example],
     lines: Sequence[Distilled],
+    data: DataConfig,
     encoding: EncodeConfig,
     training: TrainConfig,
     config: LoraConfig,
 ) -> dict[str, float]:
-    """Seconds of both trainings: forward and backward of a batch each, by tokens."""
+    """Seconds of both trainings: forward and backward of a batch each, by tokens. `whole` are the
+    examples of the whole file, with its references."""
     model, seconds = session.model, {}
-
-    def examples(which: Sequence[Any], target: str) -> list[Example]:
-        longest = min(encoding.max_length, model.config.max_position)
-        return encode(which, session.chat, target=target, max_length=longest,
-                      truncate=encoding.truncate)[0]  # fmt: skip
-
-    whole = sum(len(e.ids) for e in examples(rows, "reference"))
+    tokens = sum(len(e.ids) for e in whole)
     adapter = Lora.init(model, **dataclasses.asdict(config))
     sampled = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
-        mine = examples(lines, target)
+        mine = encode_rows(lines, session, data, encoding, target)
         sampled[arm] = sum(len(e.ids) for e in mine)
         batch = mine[: training.batch_rows]
         if arm == "sft":  # the first step also makes what later ones find
@@ -278,10 +281,10 @@ def _training(
         found = step_gradients(model, adapter, batch, 1, training.micro_tokens, "none")
         found.nll.sum().item()  # waits for the device
         rate = sum(len(e.ids) for e in batch) / (time.perf_counter() - started)
-        epoch = whole * sampled[arm] / sampled["sft"]
+        epoch = tokens * sampled[arm] / sampled["sft"]
         passes = training.epochs
         if training.max_steps:
-            passes = training.max_steps * training.batch_rows / len(rows)
+            passes = training.max_steps * training.batch_rows / len(whole)
         seconds[f"train {arm}"] = epoch * passes / rate
     return seconds
 

@@ -30,13 +30,15 @@ marked (x), which change what is trained on (`select.PAPER`, `verifiers.PUBLISHE
                        here each is, with the earlier rewrites as context
     (x) long prompts   that ask for a rewrite lose their end (the reference, the response marker)
                        at 1,024 tokens there; here they are whole, or counted as prompt_too_long
+    (x) long examples  lose the ends of prompt and answer in proportion at 1,024 tokens there, so
+                       every row is trained on; here the answer's end goes (--truncate, counted),
+                       and a turn whose prompt leaves it no room is left out (--drop-long, counted).
+                       train.py alone takes --cut-in-proportion for it
     (x) guards         only a ban list there; here also garbled, echo, repeats_prompt, refusal,
                        not_refused
 
     row alignment      a row with an empty prompt shifts all later rewrites by one there; here rows
                        have ids, and an empty prompt is refused by name
-    long examples      lose the ends of prompt and answer in proportion at 1,024 tokens there; here
-                       only the answer's end goes (--truncate, counted), never a prompt's
     the ids trained    a rewrite is encoded again from its text there; here the sampled ids are used
     prefix's space     the one at its end is sampled here, with the word that follows
     alpaca turns       an earlier answer is closed by the end token here, in sampling and training
@@ -81,6 +83,7 @@ _PAPER: dict[str, Any] = {
     "batch_rows": 8,
     "max_length": 1024,
     "truncate": True,
+    "drop_long": True,
     "seed": 42,
 }
 _FIVE = {"epochs": 5}

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data import load_rows
+from engine.data import template_takes
 from engine.evaluate import Arms, adapter_hashes, put_in_order, resume_lines
 from engine.intervals import bootstrap
 from engine.log import AppendedLines, progress, sha256, table
 from engine.process import SAMPLE_LESS, memory_for
 from engine.retention_prompts import PROMPTS
 from engine.sampler import Request, Sampler, SamplerConfig
-from engine.session import Session, meta_of
+from engine.session import DataConfig, Session, meta_of
 from engine.similarity import Embedder
 from kernels.context import Packed
 from model.chat import Chat
@@ -147,7 +147,7 @@ def retention_job(
     adapters: Sequence[str],
     out: Path,
     sampling: SamplerConfig,
-    data: str | None = None,
+    data: DataConfig | None = None,
     similar: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Measure adapters on our prompts or a file's, print the table.
@@ -158,10 +158,12 @@ def retention_job(
     embed = Embedder() if similar else None
     prompts: Prompts = PROMPTS
     if data is not None:
-        rows = load_rows(data, need_reference=False)
+        rows = data.load(need_reference=False, check=template_takes(session.chat))
         several = [row.id for row in rows if len(row.messages) != 1]
         if several:
-            raise ValueError(f"{data}: rows {several[:5]} are conversations; prompts are wanted")
+            raise ValueError(
+                f"{data.data}: rows {several[:5]} are conversations; prompts are wanted"
+            )
         prompts = list(dict.fromkeys(("file", row.messages[0]["content"]) for row in rows))
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     settings = session.settings | {"sampling": sampling.settings()}

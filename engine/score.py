@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data import Distilled
+from engine.data import CONTEXT, Distilled
 from engine.distributed import World
 from engine.locking import lock_file
 from engine.log import progress
@@ -94,7 +94,9 @@ def score(
     settings: dict[str, Any],
     world: World | None = None,
 ) -> Means:
-    """Score every line into `out` (FILE.scores.jsonl); lines there already are kept."""
+    """Score every line that is trained on into `out` (FILE.scores.jsonl); lines there already are
+    kept."""
+    lines = [line for line in lines if line.status != CONTEXT]
     means, started = Means(), time.perf_counter()
     with (
         lock_file(out),
@@ -102,6 +104,10 @@ def score(
     ):
         todo = [line for line in file.mine(list(lines)) if line.id not in file.done]
         asked_for = [_asked(model, chat, line) for line in todo]
+        for asked in asked_for:
+            if not any(asked.answers):  # its prompt may be longer than the model's context
+                file.write(_record(asked, asked.answers))
+        asked_for = [asked for asked in asked_for if any(asked.answers)]
         forwards = list(batches(asked_for))
         if model.sharded:  # all processes gather the weights equally often
             forwards += [[]] * (file.world.most(len(forwards)) - len(forwards))
@@ -111,7 +117,7 @@ def score(
                 file.world.together(),
                 PackedScorer(model) if model.sharded else Scorer(model, prompts) as scorer,
                 progress(
-                    total=len(todo), desc="score", unit="row", disable=not file.world.first
+                    total=len(asked_for), desc="score", unit="row", disable=not file.world.first
                 ) as bar,
             ):
                 for batch in forwards:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import Distilled, Example, Row, encode
-from engine.distill import DistillConfig, DistillReport, distill, distill_settings
-from engine.evaluate import Arms, Score, adapter_hashes, evaluate, summary
+from engine.data import Distilled, Example, Row, check_examples, encode
+from engine.distill import DistillConfig, DistillReport, can_be_asked, distill, distill_settings
+from engine.evaluate import Arms, Score, adapter_hashes, evaluate, rows_to_judge, summary
 from engine.limits import MOST, check_numbers
 from engine.log import environment, table, write_json, write_text
 from engine.report.collect import answers, spaced, token_nll
@@ -33,7 +33,7 @@ from engine.sampler import SamplerConfig
 from engine.score import Means, score
 from engine.session import DataConfig, Session, resolved
 from engine.tasks import TaskConfig, tables
-from engine.train import EncodeConfig, TrainConfig, train
+from engine.train import EncodeConfig, TrainConfig, highest_rate, train
 from engine.validate import ValidateConfig, Validator
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
@@ -85,9 +85,13 @@ def run(
         config.check()
     get_verifier(distilling.verify)
     model, chat = session.model, session.chat
-    rows = data.load()
-    held_out = held_out_rows(data, rows, job.eval_data, job.eval_limit)
-    encode_rows(rows, session, encoding, "reference")  # a row that is too long stops here
+    encoding = as_published(encoding, distilling)
+    # what is wrong with any file stops here, not behind hours of work
+    rows = data.load(check=can_be_asked(chat, distilling))
+    held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
+    trained = encode_rows(rows, session, data, encoding, "reference")
+    highest_rate(len(trained), training)
+    validator = Validator(validating, model, chat, data) if validating.val_every else None
     seconds: dict[str, float] = {}
 
     # 1. distillation
@@ -108,14 +112,13 @@ def run(
         print(means.text())
 
     # 3. the two trainings: the same examples in the same order, only the targets differ
-    validator = Validator(validating, model, chat) if validating.val_every else None
     note = {"validate": dataclasses.asdict(validating)} if validator else None
     arms: Arms = {"seed": None}
     trainings = {}
     shown: dict[str, list[Example]] = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         begun = time.perf_counter()
-        examples = encode_rows(report.lines, session, encoding, target, training.seed)
+        examples = encode_rows(report.lines, session, data, encoding, target, training.seed)
         shown[arm] = spaced(examples, job.report_rows)
         arms[arm], trainings[arm] = train(
             model,
@@ -188,12 +191,17 @@ def run(
 
 
 def held_out_rows(
-    data: DataConfig, rows: Sequence[Row], file: str | None, limit: int | None
+    session: Session,
+    data: DataConfig,
+    rows: Sequence[Row],
+    file: str | None,
+    limit: int | None,
 ) -> Any:
-    """The held-out rows of a file; ValueError where one of them is trained on."""
+    """The held-out rows of a file; ValueError where one of them is trained on, or does not fit the
+    model (`rows_to_judge`)."""
     if file is None:
         return None
-    held_out = dataclasses.replace(data, data=file, limit=limit).load()
+    held_out = rows_to_judge(session, data.beside(file, limit))
     asked = {str(row.messages[:-1]) for row in rows}
     both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
     if both:
@@ -204,25 +212,38 @@ def held_out_rows(
     return held_out
 
 
+def as_published(encoding: EncodeConfig, distilling: DistillConfig) -> EncodeConfig:
+    """Under paper_exact long examples are cut as the published code cuts them."""
+    cut = encoding.cut_in_proportion or distilling.paper_exact
+    return dataclasses.replace(encoding, cut_in_proportion=cut)
+
+
 def encode_rows(
     rows: Sequence[Row] | Sequence[Distilled],
     session: Session,
+    data: DataConfig,
     encoding: EncodeConfig,
     target: str,
     seed: int = 0,
 ) -> list[Example]:
-    """Examples whose answers are the `target`, with what was encoded said."""
+    """Examples whose answers are the `target`, with what was encoded, cut and left out said.
+
+    ValueError where turns are too long, or nothing is left.
+    """
     examples, counts = encode(
         rows,
         session.chat,
         target=target,
         max_length=min(encoding.max_length, session.model.config.max_position),
         truncate=encoding.truncate,
+        drop_long=data.drop_long,
+        in_proportion=encoding.cut_in_proportion,
         mix=encoding.mix if target == "target" else 0.0,
         seed=seed,
     )
     numbers = ", ".join(f"{name} {n}" for name, n in dataclasses.asdict(counts).items() if n)
     print(f"training on the {target}: {numbers}")
+    check_examples(examples)
     return examples
 
 

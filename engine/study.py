@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.checkpoint import METRICS
-from engine.data import Distilled, Example, Rows
-from engine.distill import DistillConfig, distill_job
+from engine.data import Distilled, Example, Row, Rows
+from engine.distill import DistillConfig, can_be_asked, distill_job
 from engine.evaluate import ANSWER, NATS, adapter_hashes, evaluate, nll_file
 from engine.limits import MOST, check_numbers
 from engine.log import environment, read_jsonl, write_json, write_text
 from engine.pareto import Measured, Point, draw, every, findings
 from engine.retention import SeedAnswer, retention, seed_answers
 from engine.sampler import SamplerConfig
-from engine.sdft import encode_rows, held_out_rows
+from engine.sdft import as_published, encode_rows, held_out_rows
 from engine.session import DataConfig, Session, resolved
 from engine.tasks import TASKS, TaskConfig
-from engine.train import EncodeConfig, TrainConfig, train
+from engine.train import EncodeConfig, TrainConfig, highest_rate, train
 from model.lora import LoraConfig
 
 TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
@@ -135,13 +135,17 @@ def study(
     for config in (data, job, distilling, sampling, tasks):
         config.check()
     out = Path(job.out)
-    rows = _rows(job, data)
+    encoding = as_published(encoding, distilling)
+    rows = _rows(job, data, can_be_asked(session.chat, distilling))
     settings = settings_of(job, len(rows))
-    runs = Runs(session, job, sampling, distilling, encoding, training, lora, tasks, out)
+    runs = Runs(session, data, job, sampling, distilling, encoding, training, lora, tasks, out)
     for setting in settings:
         runs.check(setting)
-    runs.held_out = held_out_rows(data, rows, job.eval_data, job.eval_limit)
-    encode_rows(rows, session, encoding, "reference")  # a row that is too long stops here
+    # what is wrong with any file stops here, not behind hours of work
+    runs.held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
+    for count in dict.fromkeys(setting.rows for setting in settings):
+        trained = encode_rows(rows[:count], session, data, encoding, "reference")
+        highest_rate(len(trained), training)
 
     # 1. once for all: the rewrites, their likelihoods, what the seed answers
     distilled = out / "distilled.jsonl"
@@ -194,17 +198,17 @@ def study(
     return facts | found
 
 
-def _rows(job: StudyConfig, data: DataConfig) -> Rows:
-    """The rows of the largest count; ValueError where the file has fewer."""
+def _rows(job: StudyConfig, data: DataConfig, check: Callable[[Row], None]) -> Rows:
+    """The rows of the largest count; ValueError where the file has fewer, or what `check` says."""
     if job.rows_list is None:
-        return data.load()
+        return data.load(check=check)
     counts = job.numbers("rows_list", int)
     if data.limit is not None or min(counts) < 1:
         raise ValueError(
             f"rows_list {job.rows_list!r}, limit {data.limit}: counts of at least 1 are wanted, "
             "and no --limit beside them"
         )
-    rows = dataclasses.replace(data, limit=max(counts)).load()
+    rows = dataclasses.replace(data, limit=max(counts)).load(check=check)
     if len(rows) < max(counts):
         raise ValueError(f"rows_list {job.rows_list!r}: {data.data} has {len(rows)} rows")
     return rows
@@ -220,6 +224,7 @@ class Runs:
     """Trains and measures one run at a time; everything is kept in its directory."""
 
     session: Session
+    data: DataConfig
     job: StudyConfig
     sampling: SamplerConfig
     distilling: DistillConfig
@@ -252,7 +257,7 @@ class Runs:
         training = dataclasses.replace(training, seed=seed)
         place = self.out / setting.name / f"seed{seed}" / arm
         examples: list[Example] = encode_rows(
-            self.lines[setting.rows], self.session, encoding, TARGETS[arm], seed
+            self.lines[setting.rows], self.session, self.data, encoding, TARGETS[arm], seed
         )
         lora, summary = train(
             self.session.model,

@@ -23,14 +23,17 @@ import torch
 
 from engine import checkpoint
 from engine.data import (
+    MAX_LENGTH,
     TARGETS,
     Example,
+    Rows,
     check_examples,
     encode,
     fingerprint,
     is_distilled,
     load_distilled,
     show,
+    template_takes,
 )
 from engine.distributed import World
 from engine.limits import MOST, check_numbers
@@ -47,6 +50,7 @@ from engine.process import (
     memory_for,
     peak_memory,
 )
+from engine.records import DataFile
 from engine.score import nll
 from engine.session import DataConfig, Session
 from engine.step import (
@@ -110,8 +114,9 @@ class EncodeConfig:
 
     target: str = "target"  # target | response | reference: which answer of distilled data
     mix: float = 0.0  # share of the kept rewrites whose reference is trained on instead
-    max_length: int = 1024  # tokens of prompt and answer
+    max_length: int = MAX_LENGTH  # tokens of prompt and answer
     truncate: bool = False  # cut the end of longer answers (counted) instead of stopping
+    cut_in_proportion: bool = False  # cut prompt and answer alike, as --paper-exact (counted)
 
     def check(self) -> None:
         """ValueError for what cannot be trained on."""
@@ -152,13 +157,16 @@ def train_job(
         settings.check()
     if show_rows is not None and show_rows < 1:
         raise ValueError(f"--show {show_rows}: at least 1 row is wanted")
-    rows = load_distilled(data.data)[: data.limit] if is_distilled(data.data) else data.load()
+    rows = rows_to_train_on(session, data)
     examples, counts = encode(
         rows,
         session.chat,
         target=encoding.target,
         max_length=min(encoding.max_length, session.model.config.max_position),
         truncate=encoding.truncate,
+        drop_long=data.drop_long,
+        in_proportion=encoding.cut_in_proportion,
+        skip_refused=data.skip_bad,
         mix=encoding.mix,
         seed=config.seed,
     )
@@ -170,9 +178,11 @@ def train_job(
         ]
         print(show(examples, session.chat.tokenizer, show_rows, losses))
         return None
+    check_examples(examples)
+    highest_rate(len(examples), config)
     validator = None
     if validating.val_every:
-        validator = Validator(validating, session.model, session.chat, data.system)
+        validator = Validator(validating, session.model, session.chat, data)
     _, summary = train(
         session.model,
         examples,
@@ -190,6 +200,34 @@ def train_job(
     if session.world.first:
         print(summary_text(summary, out))
     return summary
+
+
+def rows_to_train_on(session: Session, data: DataConfig) -> Rows:
+    """The file's rows, or its lines where it is distilled data; opened once."""
+    with DataFile(data.data) as file:
+        if not is_distilled(file):
+            return data.load(check=template_takes(session.chat), opened=file)
+        rows = load_distilled(file, data.limit)
+    given = {"--columns": data.columns, "--system": data.system}
+    unused = ", ".join(flag for flag, value in given.items() if value)
+    without = f"; {unused} do not change distilled data" if unused else ""
+    print(f"data: {len(rows)} distilled turns from {data.data}{without}")
+    return rows
+
+
+def highest_rate(count: int, config: TrainConfig) -> float:
+    """The highest learning rate of a run over `count` examples; ValueError where it stays 0."""
+    steps = config.max_steps or config.epochs * -(-count // config.batch_rows)
+    highest = max(
+        learning_rate(config.schedule, step, steps, config.lr, config.warmup)
+        for step in range(1, steps + 1)
+    )
+    if highest == 0:
+        raise ValueError(
+            f"warmup {config.warmup:g}: the warm-up is the whole run ({steps} steps), so the rate "
+            "stays 0 and nothing is learned; --warmup 0, or more steps"
+        )
+    return highest
 
 
 @memory_for("training", TRAIN_LESS)
@@ -217,6 +255,11 @@ def train(
     """
     config.check()
     check_examples(examples)
+    if (highest := highest_rate(len(examples), config)) < config.lr:
+        print(
+            f"WARNING: the warm-up (--warmup {config.warmup:g}) takes the whole run: the rate ends "
+            f"at {highest:.2g} and never reaches {config.lr:g}"
+        )
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
     lora = Lora.init(model, **dataclasses.asdict(lora_config))
     keys = {"save_every", "keep", "memory_gb"}  # may change: the result does not depend on them

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.data import Example, encode
+from engine.data import Example, encode, listing, template_takes
 from engine.limits import MOST, check_numbers
 from engine.log import progress
 from engine.process import memory_for
 from engine.retention import compare, hidden_states
 from engine.retention_prompts import PROMPTS
-from engine.rows import load_rows
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
+from engine.session import DataConfig
 from kernels.context import Packed
 from model.chat import Chat
 from model.llama import Llama
@@ -80,18 +80,19 @@ def greedy(model: Llama, prompts: list[list[int]], chat: Chat) -> list[tuple[lis
 
 
 class Validator:
-    """Measures an adapter; the held-out rows and the seed's answers are made once."""
+    """Measures an adapter; the held-out rows and the seed's answers are made once.
+
+    `data` says how the training file is read, and the held-out file is read alike; None: plainly.
+    """
 
     @memory_for("answering general prompts for validation", LESS)
     def __init__(
-        self, config: ValidateConfig, model: Llama, chat: Chat, system: str | None = None
+        self, config: ValidateConfig, model: Llama, chat: Chat, data: DataConfig | None = None
     ) -> None:
         self.config, self.model = config, model
         self.held_out: list[Example] = []
-        if config.val_data is not None:  # ValueError for rows that do not fit the model
-            rows = load_rows(config.val_data, limit=config.val_limit, system=system)
-            longest = model.config.max_position
-            self.held_out, _ = encode(rows, chat, target="reference", max_length=longest)
+        if config.val_data is not None:
+            self.held_out = self._held_out(config, chat, data or DataConfig(config.val_data))
         count = config.val_prompts  # spread over the categories
         prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
         asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}
@@ -105,6 +106,24 @@ class Validator:
             for prompt, ids in asked.items():
                 ends = [chat.end_id] if done[prompt].finish == "stop" else []
                 self.answers.append(([*ids, *done[prompt].ids, *ends], len(ids)))
+
+    def _held_out(self, config: ValidateConfig, chat: Chat, data: DataConfig) -> list[Example]:
+        """The held-out rows' references; ValueError for rows that do not fit the model."""
+        rows = data.beside(str(config.val_data), config.val_limit).load(check=template_takes(chat))
+        most = self.model.config.max_position
+        examples, _ = encode(rows, chat, target="reference", max_length=most, drop_long=True)
+        fit = {example.id for example in examples}
+        turns = [(row, k) for row in rows for k in range(len(row.turns))]
+        asked = [f"{row.id}/{k}" for row, k in turns if k not in row.context_only]
+        long = [turn for turn in asked if turn not in fit]
+        if long and not data.drop_long:
+            what = f"{config.val_data}: {len(long)} turns are longer than the model's {most} tokens"
+            raise ValueError(listing(what, long, "remove them, or leave them out with --drop-long"))
+        if long:
+            print(f"validation: {len(long)} turns are too long for the model and left out")
+        if not examples:
+            raise ValueError(f"{config.val_data}: no turn is left to validate on; give other rows")
+        return examples
 
     @property
     def names(self) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import PAPER_SAMPLING, DistillConfig, distill_job
+from engine.distill import PAPER_SAMPLING, DistillConfig, distill_file
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.locking import lock_file
 from engine.presets import parse
@@ -26,7 +26,7 @@ from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_flags(parser, ModelConfig)
-    add_flags(parser, DataConfig)
+    add_flags(parser, DataConfig, {"drop_long"})
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop"}, **PAPER_SAMPLING)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
@@ -44,9 +44,9 @@ def main() -> None:
         from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
     )
     with lock_file(args.out):
-        distill_job(
+        distill_file(
             Session.open(as_begun(model, meta_of(args.out))),
-            data.load(),
+            data,
             args.out,
             distilling,
             sampling,

@@ -57,7 +57,7 @@ def main() -> None:
         with lock_file(args.out):
             metas = meta_of(args.out), meta_of(nll_file(args.out))
             session = Session.open(as_begun(model, *metas))
-            evaluate_job(session, data.load(), args.verify, args.adapter, args.out, sampling)
+            evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
         return
     config = from_flags(TaskConfig if args.task else HarnessConfig, args)
     job = tasks_job if args.task else harness_job

@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig)
-    add_flags(parser, DataConfig, data=None)
+    add_flags(parser, DataConfig, {"drop_long"}, data=None)
     parser.add_argument("--prompt", help="one user message")
     parser.add_argument("--prefix", default="", help="how every answer begins")
     parser.add_argument("--adapter", help="adapter directory (PEFT)")

@@ -2,7 +2,7 @@
 
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
-    python scripts/retention.py ... --data prompts.json     on your own prompts
+    python scripts/retention.py ... --data prompts.json     on your own prompts, instead of our 64
     python scripts/retention.py ... --similarity            how alike are the answers themselves
 """
 
@@ -18,7 +18,7 @@ from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.locking import lock_file
 from engine.retention import retention_job, retention_metas
 from engine.sampler import SamplerConfig
-from engine.session import ModelConfig, Session, as_begun
+from engine.session import DataConfig, ModelConfig, Session, as_begun
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig, max_new_tokens=96)
     parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
-    parser.add_argument("--data", help="file of prompts (default: the 64 of this project)")
+    add_flags(parser, DataConfig, {"drop_long", "system"}, data=None)
     parser.add_argument(
         "--similarity", action="store_true", help="embed the tuned models' own answers too"
     )
@@ -37,13 +37,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    data = from_flags(DataConfig, args) if args.data else None
     with lock_file(args.out):
         retention_job(
             Session.open(as_begun(model, *retention_metas(args.out))),
             args.adapter,
             args.out,
             sampling,
-            args.data,
+            data,
             similar=args.similarity,
         )
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from engine.data import (
+    CONTEXT,
     KEPT,
     Distilled,
     Example,
     Row,
+    cut_in_proportion,
     encode,
     is_distilled,
     load_distilled,
@@ -259,6 +261,130 @@ def test_a_long_turn_is_named_or_loses_the_end_of_its_answer():
     for truncate in (False, True):
         with pytest.raises(ValueError, match="long/0 .*: 9 prompt tokens leave no room"):
             encode(rows, StubChat(), max_length=9, truncate=truncate)
+
+
+def test_a_turn_that_is_too_long_is_left_out_alone():
+    talk = Row("talk", (user("a"), bot("b"), user("c" * 30), bot("d"), user("e"), bot("f")))
+    short = Row("short", (user("q"), bot("x")))
+    with pytest.raises(ValueError, match="--drop-long") as error:
+        encode([talk, short], StubChat(), max_length=40)
+    assert "talk/1" in str(error.value) and "talk/0" not in str(error.value)
+    examples, counts = encode([talk, short], StubChat(), max_length=40, drop_long=True)
+    assert [e.id for e in examples] == ["talk/0", "short/0"] and counts.dropped == 2
+    # an answer that is too long goes with its turn, or only loses its end under truncate
+    long = Row("long", (user("q"), bot("y" * 40)))
+    with pytest.raises(ValueError, match="--drop-long"):
+        encode([short, long], StubChat(), max_length=20)
+    examples, counts = encode([short, long], StubChat(), max_length=20, drop_long=True)
+    assert [e.id for e in examples] == ["short/0"] and (counts.dropped, counts.truncated) == (1, 0)
+    both = {"drop_long": True, "truncate": True}
+    examples, counts = encode([talk, short, long], StubChat(), max_length=20, **both)
+    assert [e.id for e in examples] == ["talk/0", "short/0", "long/0"]
+    assert (counts.dropped, counts.truncated, len(examples[-1].ids)) == (2, 1, 20)
+
+
+def test_all_arms_leave_the_same_turns_out():
+    """A rewrite that is too long takes its reference along, and the other way round."""
+    long = {"response": "r" * 20, "response_ids": [900] * 20, "target": "r" * 20}
+    lines = distilled(
+        line(id="a/0"),
+        line(id="b/0", **long, response_tokens=20),
+        line(id="c/0", reference="c" * 20),
+        line(id="d/0", **REJECTED, response="r" * 20, response_ids=[900] * 20, response_tokens=20),
+    )
+    for settings in ({"target": "reference"}, {"target": "target"}, {"mix": 0.5}, {"mix": 1.0}):
+        examples, counts = encode(lines, StubChat(), max_length=20, drop_long=True, **settings)
+        assert [e.id for e in examples] == ["a/0", "d/0"] and counts.dropped == 2
+
+
+def published(turns: list[tuple[int, int]], limit: int = 1024) -> tuple[int, int]:
+    """(tokens, tokens with loss) that LLaMA-Factory of 2023 trains on, of lengths before and of
+    every answer (its cutoff_len 1024 and reserved_label_len 1)."""
+    labels: list[bool] = []
+    for source, target in turns:
+        longest = max(int(limit * (target / (source + target))), 1)
+        labels += [False] * min(source, limit - longest) + [True] * min(target, longest)
+    return len(labels[:limit]), sum(labels[:limit])
+
+
+def test_cutting_in_proportion_is_the_published_codes():
+    rng = random.Random(0)
+    lengths = [(1000, 24), (1000, 25), (5000, 1), (1, 5000), (1023, 1), (1024, 1), (3, 1021)]
+    lengths += [(rng.randint(1, 3000), rng.randint(1, 1500)) for _ in range(400)]
+    for source, target in lengths:
+        prompt, answer = list(range(source)), list(range(10_000, 10_000 + target))
+        ids, before = cut_in_proportion([(prompt, answer)], 1024)
+        assert (len(ids), len(ids) - before) == published([(source, target)]), "one turn"
+        assert ids == prompt[:before] + answer[: len(ids) - before]
+    # by hand: 3,000 before 1,000 keep 768 and 256; of a prompt without end one token is trained on
+    assert cut_in_proportion([([1] * 3000, [2] * 1000)], 1024) == ([1] * 768 + [2] * 256, 768)
+    assert cut_in_proportion([([1] * 5000, [2])], 1024) == ([1] * 1023 + [2], 1023)
+    # 100 * 0.29 is a little less than 29 in floating point: they lose an end token that fits
+    assert cut_in_proportion([([1] * 71, [2] * 29)], 100) == ([1] * 71 + [2] * 28, 71)
+
+
+def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():
+    rng = random.Random(1)
+    for _ in range(200):
+        sizes = [(rng.randint(1, 60), rng.randint(1, 40)) for _ in range(rng.randint(2, 4))]
+        messages = []
+        for asked, answered in sizes:
+            messages += [user("u" * asked), bot("b" * answered)]
+
+        class Closing(StubChat):
+            """An earlier answer is closed as it is trained on: by one token."""
+
+            def prompt_ids(self, messages, prefix=""):
+                parts = [m["content"] + "|" * (m["role"] == "assistant") for m in messages]
+                return self.response_ids("".join(parts))
+
+        row, limit = Row("r", tuple(messages)), 64
+        examples, counts = encode([row], Closing(), max_length=limit, in_proportion=True)
+        tokens = [(asked, answered + 1) for asked, answered in sizes]
+        with_loss = sum(len(e.ids) - e.n_prompt for e in examples)
+        want = published(tokens, limit)
+        assert with_loss == want[1] and max(len(e.ids) for e in examples) <= want[0]
+        assert counts.dropped == len(sizes) - len(examples)
+        whole = [sum(map(sum, tokens[: k + 1])) for k in range(len(sizes))]
+        if max(whole) < limit:
+            assert counts.cut == 0 and [len(e.ids) for e in examples] == whole
+
+
+class Refusing(StubChat):
+    """Its template knows no system message."""
+
+    def prompt_ids(self, messages, prefix=""):
+        if messages[0]["role"] == "system":
+            raise ValueError("the chat template refuses this conversation: no system")
+        return super().prompt_ids(messages, prefix)
+
+
+def test_what_the_template_refuses_is_said_as_that():
+    """Not as a matter of length: raising --max-length helps nobody."""
+    told = {"id": "s/0", "messages": [system("s"), user("q")]}
+    lines = distilled(line(), line(**told))
+    with pytest.raises(ValueError, match="1 turns are refused by the chat template; ") as error:
+        encode(lines, Refusing(), max_length=99)
+    text = str(error.value)
+    assert "s/0: the chat template" in text and "--skip-bad" in text and "max" not in text
+    examples, counts = encode(lines, Refusing(), max_length=99, skip_refused=True)
+    assert [e.id for e in examples] == ["r/0"] and counts.refused == 1
+
+
+def test_context_only_turns_are_context_only():
+    row = Row("r", (user("a"), bot("b"), user("c"), bot("d")), context_only=frozenset({0}))
+    examples, counts = encode([row], StubChat(), max_length=99)
+    assert made(examples) == [("r/1", ids("user>a|assistant>b|user>c|"), [*ids("d"), END])]
+    assert counts.context == 1
+    silent = {"status": CONTEXT, "response": "", "response_ids": [], "response_tokens": 0}
+    first = line(reference="b", target="b", **silent)
+    second = line(id="r/1", messages=[user("q"), bot("b"), user("c")])
+    for target in ("target", "reference", "response"):
+        examples, counts = encode(
+            distilled(first, second), StubChat(), target=target, max_length=99
+        )
+        assert [e.id for e in examples] == ["r/1"] and counts.context == 1
+        assert examples[0].ids[: examples[0].n_prompt] == ids("user>q|assistant>b|user>c|")
 
 
 # ---- packing

@@ -95,3 +95,8 @@ def test_a_preflight_of_a_random_model(tiny, data):  # noqa: F811
     assert all(seconds > 0 for seconds in found["seconds"].values()) and found["disk_mb"] > 0
     assert sorted(data.iterdir()) == before
     assert "sample 1: at least 2" in script("preflight", *args[:-1], "1", code=2)
+    # the checkpoint's own format, named or not, is no reason to worry; another one is
+    for form, own in (("own", 1.0), ("alpaca", 0.0)):
+        printed = script("preflight", *args, "--max-new-tokens", "2", "--chat-format", form)
+        assert json.loads(printed.splitlines()[-1])["own_template"] == own
+        assert ("the chat format is not the checkpoint's own" in printed) == (own == 0.0)

@@ -7,16 +7,19 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from engine.data import load_distilled
-from engine.distill import PAPER_SAMPLING, DistillConfig
+from engine.data import encode, load_distilled
+from engine.distill import PAPER_SAMPLING, DistillConfig, can_be_asked
 from engine.flags import add_flags, from_flags
 from engine.presets import PRESETS, get_preset, parse
 from engine.sampler import SamplerConfig
+from engine.sdft import as_published
 from engine.select import OURS, PAPER
 from engine.session import DataConfig, ModelConfig
 from engine.templates import TEMPLATES, prompt
@@ -24,7 +27,9 @@ from engine.train import EncodeConfig, TrainConfig
 from model.chat import Chat
 from model.lora import LoraConfig
 from model.tokenizer import load_tokenizer
+from tests.test_data import published
 from tests.test_sdft import script
+from tests.tokenizer_dirs import golden_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MATH = (
@@ -89,6 +94,7 @@ def test_published_values(name):
     assert (training.clip, training.max_steps) == (1.0, 0)  # the Trainer's default norm
     encoding = made[EncodeConfig]
     assert (encoding.max_length, encoding.truncate, encoding.mix) == (1024, True, 0.0)
+    assert made[DataConfig].drop_long
     for config in made.values():
         getattr(config, "check", lambda: None)()
 
@@ -152,6 +158,70 @@ def test_the_scripts_take_presets(script, monkeypatch):
         assert (args.template, args.verify, args.max_new_tokens) == ("refer", "call", "512")
     if script != "distill":
         assert (args.epochs, args.rank, args.dropout, args.truncate) == (5, 8, 0.1, True)
+
+
+@pytest.fixture(scope="session")
+def llama2(shared_data, tmp_path_factory):
+    """Llama 2's tokenizer with a tiny random model around it."""
+    path = tmp_path_factory.mktemp("llama2")
+    golden_checkpoint(path, "llama2", shared_data / "llama2" / "tokenizer.model")
+    return path
+
+
+SETS = {  # file, rows, turns whose prompt has 1,024 tokens of Llama 2's or more
+    "alpaca": ("alpaca_train.json", 2000, 0),
+    "dolly": ("dolly_train.json", 2000, 28),
+    "gsm8k": ("gsm8k_train.json", 7473, 0),
+    "openfunctions": ("openfunction_train.json", 2211, 42),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
+    """Every row is trained on under --paper-exact; else long prompts are left out, and counted."""
+    file, count, long = SETS[name]
+    made = settings("--preset", f"yang2024-{name}", "--data", str(shared_data / file))
+    tokenizer = load_tokenizer(llama2)
+    chat = Chat.from_dir(llama2, tokenizer, made[ModelConfig].chat_format)
+    data, asked = made[DataConfig], made[DistillConfig]
+    rows = data.load(check=can_be_asked(chat, asked))
+    assert len(rows) == count
+    given = {"target": "target", "max_length": 1024, "truncate": made[EncodeConfig].truncate}
+    examples, counts = encode(rows, chat, drop_long=data.drop_long, **given)
+    assert (len(examples), counts.dropped) == (count - long, long)
+    exact = as_published(made[EncodeConfig], dataclasses.replace(asked, paper_exact=True))
+    assert exact.cut_in_proportion and not made[EncodeConfig].cut_in_proportion
+    examples, counts = encode(rows, chat, drop_long=data.drop_long, in_proportion=True, **given)
+    assert len(examples) == count and counts.dropped == 0
+    lengths = [
+        (len(chat.prompt_ids(r.messages[:-1])), len(chat.response_ids(r.reference)) + 1)
+        for r in rows
+    ]
+    for example, pair in zip(examples, lengths, strict=True):
+        assert (len(example.ids), len(example.ids) - example.n_prompt) == published([pair])
+    assert counts.cut == sum(
+        sum(pair) > len(e.ids) for e, pair in zip(examples, lengths, strict=True)
+    )
+    if long:
+        with pytest.raises(ValueError, match=f"{long} turns cannot be trained on .*--drop-long"):
+            encode(rows, chat, **given)
+
+
+def test_the_script_takes_a_whole_published_file(tiny_llama_dir, llama2, shared_data, tmp_path):
+    """train.py with Llama 2's tokenizer: left out and counted, or cut as published."""
+    model = tiny_llama_dir(vocab=32000, bos_token_id=1, eos_token_id=2)
+    for file in llama2.iterdir():
+        shutil.copy(file, model)
+    data = shared_data / "openfunction_train.json"
+    args = ["--model", model, "--data", data, "--preset", "yang2024-openfunctions", "--show", "1"]
+    args += ["--limit", "400"]
+    left_out = script("train", *args, "--no-truncate", "--max-length", "512")
+    whole = script("train", *args, "--max-length", "512", "--cut-in-proportion")
+    dropped = int(re.search(r"dropped (\d+)", left_out)[1])
+    assert dropped and f"examples {400 - dropped}," in left_out
+    assert "examples 400," in whole and "dropped 0" in whole and "cut 0" not in whole
+    said = script("train", *args, "--max-length", "512", "--no-drop-long", code=2)
+    assert "--drop-long" in said and "Traceback" not in said
 
 
 def test_the_main_job_under_a_preset(tiny_llama_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Retention: the formulas against fp64, means and intervals, the seed's answers kept."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,8 +12,9 @@ from engine.data import encode, load_rows
 from engine.evaluate import reference_nll
 from engine.intervals import bootstrap
 from engine.log import read_jsonl
-from engine.retention import compare, means, retention, seed_answers, similarity
+from engine.retention import compare, means, retention, retention_job, seed_answers, similarity
 from engine.sampler import SamplerConfig
+from engine.session import DataConfig, ModelConfig, Session
 from engine.similarity import PACKAGE, Embedder
 from model.chat import Chat
 from model.llama import Llama
@@ -106,6 +108,29 @@ def test_the_references_likelihood_is_kept_by_row(tiny, tmp_path):
         assert line["nll"] == pytest.approx(want.item(), rel=1e-5)
     assert found["seed"] == sum(x["nll"] for x in lines) / sum(x["tokens"] for x in lines)
     assert reference_nll(None, chat, rows, {"seed": None}, tmp_path / "n", {}) == found
+
+
+def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, capsys):
+    """--columns and --skip-bad, as AdvBench's CSV needs them."""
+    session = Session.open(ModelConfig(str(tiny_llama_dir(tokenizer=True))))
+    lora = Lora.init(session.model)
+    lora.params.add_(0.1)
+    lora.save(tmp_path / "tuned")
+    data = tmp_path / "prompts.csv"
+    data.write_text("goal,target\nWhy?,x\n,y\nHow far?,z\n")
+    args = (
+        session,
+        [str(tmp_path / "tuned")],
+        tmp_path / "r.jsonl",
+        SamplerConfig(max_new_tokens=3),
+    )
+    asked = DataConfig(str(data), columns="prompt=goal")
+    with pytest.raises(ValueError, match="prompts.csv:3 .row 2.: 'goal' is empty"):
+        retention_job(*args, asked)
+    found = retention_job(*args, dataclasses.replace(asked, skip_bad=True))
+    assert found["tuned"]["prompts"] == 2
+    said = capsys.readouterr().out
+    assert "1 unusable rows left out" in said and "fields not used: target" in said
 
 
 @pytest.fixture

@@ -5,14 +5,21 @@ The real files of ../shared/data are loaded where they are present.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from engine.data import is_distilled, load_rows, parse_columns
+from engine.data import is_distilled, load_distilled, load_rows, parse_columns, prompts_of
+from engine.records import DataFile
+from engine.session import DataConfig
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -128,7 +135,7 @@ def test_columns_that_make_no_row(tmp_path, columns):
 BAD = [  # (line of a JSONL file, part of the reason)
     ('{"question": "q", "answer": "  "}', "'answer' is empty"),
     ('{"question": "", "answer": "a"}', "'question' is empty"),
-    ('{"question": "q", "answer": 3}', "'answer' is a number, wanted text"),
+    ('{"question": "q", "answer": NaN}', "'answer' is a number, wanted text"),
     ('{"question": "q", "answer": null}', "'answer' is null, wanted text"),
     ('{"question": "q", "answer": true}', "'answer' is a boolean, wanted text"),
     ('{"question": ["q"], "answer": "a"}', "'question' is a list, wanted text"),
@@ -145,7 +152,7 @@ BAD = [  # (line of a JSONL file, part of the reason)
     ('{"question": "q", "answer": "a", "id": 1.5}', "'id' is a number, wanted text or an integer"),
     ('{"question": "q", "answer": "a", "id": ""}', "'id' is empty"),
     ('{"question": "q", "answer": "a", "id": false}', "'id' is a boolean"),
-    ('{"instruction": "i", "input": 7, "output": "o"}', "'input' is a number"),
+    ('{"instruction": "i", "input": [7], "output": "o"}', "'input' is a list"),
     ('{"instruction": "i", "output": "o", "history": "h"}', "not a list of [user, assistant]"),
     ('{"instruction": "i", "output": "o", "history": [["a"]]}', "not a list of [user, assistant]"),
     ('{"instruction": "i", "output": "o", "history": [["a", " "]]}', "'history 1, assistant' is"),
@@ -153,7 +160,7 @@ BAD = [  # (line of a JSONL file, part of the reason)
     ('{"messages": []}', "'messages' is empty, wanted a list of messages"),
     ('{"messages": "hi"}', "'messages' is text, wanted a list of messages"),
     ('{"messages": ["hi"]}', "message 1 is text, wanted an object"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1: unknown role 'tool'"),
+    ('{"messages": [{"role": "critic", "content": "x"}]}', "message 1: unknown role 'critic'"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 1: unknown role ['user']"),
     ('{"messages": [{"content": "x"}]}', "message 1: unknown role None"),
     ('{"messages": [{"role": "user", "content": [{"text": "x"}]}]}', "'message 1' is a list"),
@@ -180,6 +187,41 @@ BAD = [  # (line of a JSONL file, part of the reason)
 GOOD = '{"question": "how many?", "answer": "two"}'
 
 
+def said(**assistant) -> str:
+    """A row whose assistant's message has further keys, or other values."""
+    answer = {"role": "assistant", "content": "Let me look that up.", **assistant}
+    return json.dumps({"messages": [{"role": "user", "content": "x"}, answer]})
+
+
+BAD += [  # what would be lost, or trained on against what the row says
+    (said(tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls are not supported"),
+    (said(content=None, tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls"),
+    (said(function_call={"name": "f"}), "message 2 has 'function_call': tool calls are not"),
+    (said(reasoning_content="Hm."), "message 2 has 'reasoning_content': thoughts beside the text"),
+    (said(thinking="Hm."), "message 2 has 'thinking': thoughts beside the text are not supported"),
+    (said(role="tool"), "message 2 has the role 'tool': tool calls are not supported"),
+    (said(weight=0), "no message of the assistant is to be trained on"),
+    (said(weight=0.5), "message 2: 'weight' is 0.5; 0 or 1 (false or true) is supported"),
+    (said(train="no"), "message 2: 'train' is 'no'; 0 or 1"),
+    (said(weight=1, trainable=False), "message 2: weight, trainable contradict each other"),
+    (said(content=[{"type": "image_url"}]), "a part that is no text (image_url)"),
+    (
+        '{"messages": [{"role": "user", "content": "x", "train": true},'
+        '{"role": "assistant", "content": "y"}]}',
+        "message 1 is the user's and asks to be trained on",
+    ),
+    ('{"tools": [{"name": "f"}], ' + said()[1:], "'tools': tool calls are not supported"),
+    ('{"question": "q", "answer": "a", "tools": ["f"]}', "'tools': tool calls are not supported"),
+    ('{"loss_mask": [0, 1], ' + said()[1:], "'loss_mask' of a row is not supported"),
+    (
+        '{"prompt": "p", "completion": "c", "context": "t"}',
+        "'context' is not used: say --columns prompt=prompt,input=context,response=completion",
+    ),
+    ('{"instruction": "i", "input": "n", "context": "t", "output": "o"}', "'context' is not used"),
+    ('{"rows": [{"question": "q"}]}', "it holds a list of objects under 'rows'"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("line, reason", BAD, ids=[reason for _, reason in BAD])
 def test_a_bad_row_is_named_with_its_line(tmp_path, line, reason):
     path = write(tmp_path / "a.jsonl", f"{GOOD}\r\n\r\n{line}\r\n{GOOD}")
@@ -194,12 +236,13 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, line, reason):
 
 
 def test_the_first_ten_bad_rows_are_listed_and_all_are_counted(tmp_path):
-    path = write(tmp_path / "a.jsonl", "oops\n" * 13 + GOOD)
+    path = write(tmp_path / "a.jsonl", "{}\n[]\n" * 6 + "{}\n" + GOOD)
     with pytest.raises(ValueError) as error:
         load_rows(path)
     text = str(error.value)
     assert "13 unusable rows" in text and "and 3 more" in text
     assert all((f"a.jsonl:{n} (row" in text) == (n <= 10) for n in range(1, 14))
+    assert "--skip-bad" in text
     rows = load_rows(path, skip_bad=True)
     assert len(rows) == 1 and [bad.line for bad in rows.bad] == list(range(1, 14))
 
@@ -348,8 +391,11 @@ def test_ids_come_from_the_id_field_or_the_content(tmp_path):
     assert first == "2bb26115c2dc1924", "ids are written to disk: they must not change"
 
     path = jsonl(tmp_path / "c.jsonl", {**a, "id": 7}, b, {**b, "id": "7"})
-    with pytest.raises(ValueError, match=r"c.jsonl:3 \(row 3\): id '7' is taken by line 1"):
+    with pytest.raises(
+        ValueError, match=r"c.jsonl:3 \(row 3\): id '7' is taken by line 1"
+    ) as error:
         load_rows(path)
+    assert "--columns id=" in str(error.value) and "--skip-bad" not in str(error.value)
     assert len(load_rows(path, skip_bad=True)) == 2
 
 
@@ -367,6 +413,289 @@ def test_ids_of_random_files_are_unique_and_independent_of_other_rows(tmp_path):
         if distinct:
             alone = load_rows(jsonl(tmp_path / "alone.jsonl", *(records[i] for i in distinct)))
             assert [row.id for row in alone] == [ids[i] for i in distinct]
+
+
+# ---- what a message says beside its text
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss_mask", "loss"])
+@pytest.mark.parametrize("no, yes", [(0, 1), (False, True), (0.0, 1.0), (False, None)])
+def test_an_answer_that_is_not_to_be_trained_on_stays_as_context(tmp_path, capsys, key, no, yes):
+    """OpenAI's `weight` and what other programs call it."""
+    turns = [user("What is 2 + 2?"), bot("Five, obviously.") | {key: no}, user("Think again.")]
+    turns += [bot("It is four.") | {key: yes}]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": turns})
+    (row,) = load_rows(path)
+    plain = [user("What is 2 + 2?"), bot("Five, obviously."), user("Think again.")]
+    assert list(row.messages) == [*plain, bot("It is four.")] and row.context_only == {0}
+    (told,) = load_rows(path, system="Add.")
+    assert told.context_only == {0} and told.id == row.id, "by turn, wherever a message stands"
+    assert prompts_of(row) == [tuple(plain)]
+    DataConfig(str(path)).load()
+    assert "1 of the assistant's messages are context only" in capsys.readouterr().out
+
+
+def test_other_keys_of_messages_are_named(tmp_path, capsys):
+    turns = [user("a") | {"name": "Ann"}, bot("b") | {"name": "", "tool_calls": [], "weight": 1}]
+    path = jsonl(tmp_path / "a.jsonl", {"messages": turns, "topic": 1})
+    rows = load_rows(path)
+    assert rows.unused == ("messages[].name", "topic") and not rows[0].context_only
+    DataConfig(str(path)).load()
+    assert "fields not used: messages[].name, topic" in capsys.readouterr().out
+
+
+def test_text_parts_developer_and_numbers_are_read(tmp_path):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    told = {"role": "developer", "content": "s"}
+    turns = [told, {"role": "user", "content": parts}, bot([{"type": "output_text", "text": "c"}])]
+    (row,) = load_rows(jsonl(tmp_path / "a.jsonl", {"messages": turns}))
+    assert list(row.messages) == [system("s"), user("a b"), bot("c")]
+    # as they are written: 0.50 is not 0.5
+    text = '{"question": "q", "answer": 42}\n{"question": "q", "answer": 0.50}\n'
+    text += '{"instruction": "Even?", "input": 0, "output": -1e3}\n'
+    rows = load_rows(write(tmp_path / "b.jsonl", text))
+    assert [row.reference for row in rows] == ["42", "0.50", "-1e3"]
+    assert rows[2].messages[0]["content"] == "Even?\n0"
+    array = "[" + ",".join(text.splitlines()) + "]"
+    assert list(load_rows(write(tmp_path / "b.json", array))) == list(rows)
+
+
+CONTEXTS = {
+    "Dolly as published": {"instruction": "q", "context": "c", "response": "a", "category": "x"},
+    "Alpaca's answer": {"instruction": "q", "input": " ", "context": "c", "output": "a"},
+    "question": {"question": "q", "context": "c", "answer": "a"},
+}
+
+
+@pytest.mark.parametrize("record", CONTEXTS.values(), ids=CONTEXTS)
+def test_a_context_is_read_as_the_input(tmp_path, capsys, record):
+    path = jsonl(tmp_path / "a.jsonl", record, {**record, "context": ""})
+    rows = load_rows(path)
+    assert [row.messages[0]["content"] for row in rows] == ["q\nc", "q"]
+    assert rows.inputs == ("context",) and set(rows.unused) <= {"category", "context"}
+    assert load_rows(path, need_reference=False)[0].messages == (user("q\nc"),)
+    DataConfig(str(path)).load()
+    assert "'context' read as input" in capsys.readouterr().out
+    with_columns = "prompt=instruction,response=response"
+    if "response" in record:  # what is named is used, and the rest is told
+        rows = load_rows(path, columns=parse_columns(with_columns))
+        assert rows[0].messages[0]["content"] == "q" and "context" in rows.unused
+
+
+def test_ids_that_name_sources_have_a_way_out(tmp_path):
+    records = [{"id": "doc1", "question": f"q{i}", "answer": "a"} for i in range(5)]
+    path = jsonl(tmp_path / "a.jsonl", *records)
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match="4 of 5 rows have an id that an earlier row has"):
+            load_rows(path, skip_bad=skip_bad)
+    bare = [{k: v for k, v in record.items() if k != "id"} for record in records]
+    plain = load_rows(jsonl(tmp_path / "b.jsonl", *bare))
+    for columns in ("id=", "prompt=question,response=answer,id="):
+        rows = load_rows(path, columns=parse_columns(columns))
+        assert list(rows) == list(plain) and rows.unused == ("id",)
+    assert load_rows(path, columns={"id": "question"})[3].id == "q3"
+
+
+def test_a_row_that_the_check_refuses_is_bad_like_any_other(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl", {}, *({"question": f"q{i}", "answer": "a"} for i in range(4))
+    )
+
+    def check(row):
+        if row.messages[0]["content"] in ("q1", "q2"):
+            raise ValueError("the template says no")
+
+    with pytest.raises(ValueError, match="3 unusable rows") as error:
+        load_rows(path, check=check)
+    assert str(error.value).count("the template says no") == 2
+    rows = load_rows(path, skip_bad=True, check=check)
+    assert [bad.line for bad in rows.bad] == [1, 3, 4] and len(rows) == 2
+
+
+# ---- files that are something else
+
+
+@pytest.mark.parametrize(
+    "beginning, said",
+    [
+        (b"PAR1\x15\x04", "a Parquet file.*read_parquet.*'a.jsonl'"),
+        (b"ARROW1\0\0", "an Arrow .Feather. file"),
+        (b"\xff\xff\xff\xff\x10", "an Arrow stream"),
+        (b"PK\x03\x04", "a zip archive .an .xlsx workbook is one."),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd; wanted JSON.*: zstd -d"),
+        (b"BZh91AY", "compressed with bzip2"),
+        (b"\xfd7zXZ\0", "compressed with xz"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
+def test_another_format_is_named(tmp_path, beginning, said, name):
+    path = write(tmp_path / name, beginning + bytes(range(256)))
+    for load in (load_rows, is_distilled, load_distilled):
+        with pytest.raises(ValueError, match=said):
+            load(path)
+
+
+def test_gzipped_files_are_read(tmp_path):
+    text = "".join(json.dumps({"question": f"q{i} é", "answer": "a"}) + "\n" for i in range(999))
+    plain = load_rows(write(tmp_path / "a.jsonl", text))
+    packed = write(tmp_path / "b.jsonl.gz", gzip.compress(text.encode()))
+    rows = load_rows(packed)
+    assert list(rows) == list(plain) and rows.sha256 == plain.sha256
+    cells = "question,answer\nq,a\n"
+    assert len(load_rows(write(tmp_path / "c.csv.gz", gzip.compress(cells.encode())))) == 1
+    torn = write(tmp_path / "d.jsonl.gz", packed.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="d.jsonl.gz is a damaged gzip file"):
+        load_rows(torn)
+
+
+def test_an_object_around_the_rows_is_said_with_the_command_that_unwraps_it(tmp_path):
+    rows = [{"question": f"q{i} é", "answer": "a"} for i in range(3)]
+    for n, text in enumerate(
+        [
+            json.dumps({"version": 1, "data": rows}, indent=2),
+            '{"data": [' + ",\n".join(map(json.dumps, rows)) + "]}",
+            json.dumps({"data": rows}),
+        ]
+    ):
+        path = write(tmp_path / f"it's {n}.json", text)
+        for skip_bad in (False, True):
+            with pytest.raises(ValueError, match="rows? .*under 'data'|under 'data'") as error:
+                load_rows(path, skip_bad=skip_bad)
+        command = re.search(r"python (-c .* > rows.jsonl)", str(error.value))[1]
+        subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=tmp_path)
+        assert [r.messages[0]["content"] for r in load_rows(tmp_path / "rows.jsonl")] == [
+            "q0 é", "q1 é", "q2 é",
+        ]  # fmt: skip
+
+
+def test_objects_over_several_lines_are_read(tmp_path):
+    records = [{"question": f"q{i}", "answer": "a" if i != 1 else ""} for i in range(4)]
+    text = "\n".join(json.dumps(record, indent=2) for record in records)
+    path = write(tmp_path / "a.jsonl", text)
+    with pytest.raises(ValueError, match=r"a.jsonl:5 \(row 2\): 'answer' is empty"):
+        load_rows(path)
+    assert len(load_rows(path, skip_bad=True)) == 3
+    with pytest.raises(ValueError, match=r"b.jsonl:4: bad JSON: wanted the '\{' of the next row"):
+        load_rows(write(tmp_path / "b.jsonl", text.replace("}\n{", "},\n{")), skip_bad=True)
+
+
+def test_commas_behind_every_line_are_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", f"{GOOD},\n{GOOD},\n{GOOD}\n")
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match="a comma behind every line") as error:
+            load_rows(path, skip_bad=skip_bad)
+    command = str(error.value).split("and nothing else: ")[1]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert len(load_rows(tmp_path / "rows.jsonl")) == 3
+
+
+def test_skip_bad_is_no_way_out_where_most_rows_cannot_be_parsed(tmp_path):
+    path = write(tmp_path / "a.jsonl", f"oops\nnot json\n{GOOD}\n")
+    with pytest.raises(ValueError, match="2 of 3 rows cannot be parsed; .*lose the good rows"):
+        load_rows(path, skip_bad=True)
+    assert len(load_rows(write(path, f"oops\n{GOOD}\n{GOOD}\nno\n"), skip_bad=True)) == 2
+    with pytest.raises(ValueError, match="2 of 3 rows cannot be parsed"):
+        load_rows(write(tmp_path / "a.csv", "question,answer\n1\n2\nq,a\n"), skip_bad=True)
+    with pytest.raises(ValueError, match="the columns are parted by ';'"):
+        load_rows(write(tmp_path / "b.csv", "question;answer\nq;a\n"))
+
+
+def test_a_long_cell_is_whole(tmp_path):
+    """The csv module stops at 131,072 characters."""
+    long = "word " * 60_000
+    path = write(tmp_path / "a.csv", f'question,answer\nq,"{long}"\nq,a\n')
+    assert [len(row.reference) for row in load_rows(path)] == [300_000, 1]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "array", "objects", "csv", "gz"])
+def test_a_large_file_takes_the_memory_of_the_rows_asked_for(tmp_path, form):
+    """40 MB, one character of four bytes in a row: five rows, and the hash of all."""
+    row = {"question": "What is it? \U0001f600 " + "word " * 40, "answer": "more " * 20}
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    count = 40_000_000 // len(line.encode())
+    if form == "array":
+        data = ("[" + ",".join([line] * count) + "]").encode()
+    elif form == "csv":
+        cells = ",".join(f'"{text}"' for text in row.values()) + "\n"
+        data = ("question,answer\n" + cells * count).encode()
+    elif form == "objects":
+        data = ((json.dumps(row, ensure_ascii=False, indent=1) + "\n") * count).encode()
+    else:
+        data = (line * count).encode()
+    path = tmp_path / f"a.{'csv' if form == 'csv' else 'json'}{'.gz' if form == 'gz' else ''}"
+    path.write_bytes(gzip.compress(data, 1) if form == "gz" else data)
+    program = (
+        "import resource, sys; from engine.rows import load_rows; "
+        "usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = usage(); "
+        "rows = load_rows(sys.argv[1], limit=5); print(len(rows), rows.sha256, usage() - before)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], env=env, capture_output=True, text=True, check=True
+    )
+    rows, sha256, kilobytes = done.stdout.split()
+    assert rows == "5" and sha256 == hashlib.sha256(data).hexdigest()
+    assert int(kilobytes) < 30_000, "a megabyte a piece; 40 MB of bytes were 320 MB before"
+
+
+@pytest.mark.parametrize(
+    "text", [f"{GOOD}\n{GOOD}", f"[{GOOD}]", "question,answer\nq,aaaaaaaaaaaaa"]
+)
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text):
+    """A damaged file, or a gzip bomb: it is named."""
+    monkeypatch.setattr("engine.records.LONGEST", 12)
+    monkeypatch.setattr("engine.records.LOOKED_AT", 4)
+    monkeypatch.setattr("engine.records.PIECE", 4)
+    path = write(tmp_path / ("a.csv" if text[0] == "q" else "a.json"), text)
+    with pytest.raises(ValueError, match=f"{path}: a line or a row has over 12 characters"):
+        load_rows(path)
+
+
+def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
+    """Lines, characters and values that go over the end of a piece, and faults in line and byte."""
+    rng = random.Random(0)
+    records = [
+        {"question": "é\U0001f600\\" * rng.randint(1, 30) + f"{i}", "answer": i * 1.5, "n": [i]}
+        for i in range(60)
+    ]
+    lines = [json.dumps(r, ensure_ascii=rng.random() < 0.3) for r in records]
+    texts = {
+        "a.jsonl": "\n".join(lines),
+        "a.json": "[" + " ,\n".join(lines) + " ]\n",
+        "b.json": "\n".join(json.dumps(r, indent=1, ensure_ascii=False) for r in records),
+        "c.csv": "question,answer\r\n" + "".join(f'"{i}\nü",{i}\r\n' for i in range(60)),
+        "c.json": "[" + " ,1234567,".join(lines) + "]",
+    }
+    skip = {"skip_bad": True}
+    whole = {name: load_rows(write(tmp_path / name, text), **skip) for name, text in texts.items()}
+    assert all(len(rows) == 60 for rows in whole.values())
+    faulty = texts["a.jsonl"].encode()
+    at = faulty.index(b"\n", len(faulty) // 2) + 1
+    faulty = faulty[:at] + b"\xe2\x82\xff" + faulty[at:]  # a character that is not whole
+    monkeypatch.setattr("engine.records.LOOKED_AT", 16)
+    for piece in (1, 2, 3, 7, 61, 1000):
+        monkeypatch.setattr("engine.records.PIECE", piece)
+        for name, rows in whole.items():
+            again = load_rows(tmp_path / name, **skip)
+            assert list(again) == list(rows) and again.sha256 == rows.sha256
+            assert again.bad == rows.bad and len(rows.bad) == 59 * (name == "c.json")
+        line = faulty.count(b"\n", 0, at) + 1
+        with pytest.raises(ValueError, match=f"byte 0xe2 at offset {at} .line {line}."):
+            load_rows(write(tmp_path / "d.jsonl", faulty))
+        broken = texts["a.json"].replace('"n": [40]', '"n": [40')
+        line = broken.count("\n", 0, broken.index('"n": [40')) + 1
+        with pytest.raises(ValueError, match=f"d.json:{line}: bad JSON"):
+            load_rows(write(tmp_path / "d.json", broken))
+
+
+def test_an_opened_file_is_read_from_its_beginning(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"question": "q" * 200_000, "answer": "a"})
+    with DataFile(path) as file:
+        assert not is_distilled(file)
+        assert load_rows(file)[0].reference == "a"
 
 
 # ---- the real files

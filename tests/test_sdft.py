@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.data import load_distilled
 from engine.evaluate import Score
 from engine.log import read_jsonl
+from engine.session import DataConfig, ModelConfig, Session
+from engine.validate import ValidateConfig, Validator
 from model.llama import Llama
 from model.lora import Lora
+from tests.conftest import CHATML
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,6 +178,185 @@ def test_mistakes_get_one_clear_message_before_work_starts(tiny, data, tmp_path,
     printed = script("sdft", *args, "--out", tmp_path / "run", code=2)
     assert said in printed and "Traceback" not in printed and "error: " in printed
     assert not (tmp_path / "run").exists()
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + CHATML
+)
+
+
+@pytest.fixture
+def no_system(tiny_llama_dir):
+    """A model whose chat template refuses system messages (Gemma's do)."""
+    path = tiny_llama_dir(tokenizer=True)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": NO_SYSTEM}))
+    return path
+
+
+def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
+    """--system, --columns and --skip-bad; train.py and sdft.py find the same number."""
+    for name in ("train", "test"):
+        rows = json.loads((data / f"{name}.json").read_text())
+        rows = [{"q": r["question"], "a": r["answer"]} for r in rows] + [{"q": "", "a": "x"}]
+        (data / f"{name}.json").write_text(json.dumps(rows))
+    args = ["--model", tiny, "--data", data / "train.json", "--epochs", "1", "--batch-rows", "4"]
+    args += ["--columns", "prompt=q,response=a", "--skip-bad", "--system", "Count.", "--rank", "2"]
+    args += ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "0"]
+    said = script("train", *args, "--out", tmp_path / "sft", "--lr", "1e-3")
+    assert "data: 4 rows from" in said and "1 unusable rows left out" in said
+    found = [x["nll"] for x in read_jsonl(tmp_path / "sft" / "validation.jsonl")]
+    job = ["--max-new-tokens", "4", "--no-score", "--retention-max-new", "2", "--report-rows", "0"]
+    job += ["--report-answers", "0", "--lr", "1e-3", "--out", tmp_path / "run"]
+    script("sdft", *args, *job)
+    assert [x["nll"] for x in read_jsonl(tmp_path / "run" / "sft" / "validation.jsonl")] == found
+    session = Session.open(ModelConfig(str(tiny)))
+    told, plain = (
+        DataConfig(str(data / "test.json"), "prompt=q,response=a", skip_bad=True, system=system)
+        for system in ("Count.", None)
+    )
+    looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
+    lora = Lora.load(tmp_path / "sft")
+    lora.bind(session.model)
+    nll = {system: Validator(looking, session.model, session.chat, system)(lora)[0]
+           for system in (told, plain)}  # fmt: skip
+    assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3
+
+
+def test_what_the_template_refuses_is_listed_and_skipped(no_system, data, tmp_path):
+    """Rows with a system message, in every script; all of them at once, and before any work."""
+    rows = json.loads((data / "train.json").read_text())
+    mixed = [r | ({"messages": [{"role": "system", "content": "s"},
+             {"role": "user", "content": r["question"]},
+             {"role": "assistant", "content": r["answer"]}]} if i % 2 else {})
+             for i, r in enumerate(rows[:6])]  # fmt: skip
+    (data / "mixed.json").write_text(json.dumps(mixed))
+    args = ["--model", no_system, "--data", data / "mixed.json"]
+    flags = ["--max-new-tokens", "4", "--epochs", "1"]
+    for name, own in (
+        ("distill", ["--max-new-tokens", "4"]),
+        ("train", ["--epochs", "1"]),
+        ("sdft", [*flags, "--no-score", "--retention-max-new", "2", "--report-answers", "0"]),
+        ("evaluate", ["--max-new-tokens", "4"]),
+    ):
+        out = tmp_path / name
+        said = script(name, *args, *own, "--out", out, code=2)
+        assert "3 unusable rows" in said and said.count("System role not supported") == 3
+        assert "--skip-bad" in said and "--max-length" not in said and not out.exists()
+        said = script(name, *args, *own, "--out", out, "--skip-bad")
+        assert "3 rows from" in said and "3 unusable rows left out" in said
+    # a template of ours that tells a system message is named, where the rows have none
+    plain = ["--model", no_system, "--data", data / "train.json", "--out", tmp_path / "g"]
+    said = script("distill", *plain, "--template", "gsm8k", code=2)
+    assert "8 unusable rows" in said and "as the request for a rewrite (--template gsm8k)" in said
+
+
+def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path):
+    """OpenAI's weight 0: not rewritten, not scored, not trained on; the context of what follows."""
+
+    def talk(i):
+        turns = [("user", f"What is {i}?", {}), ("assistant", "Wrong.", {"weight": 0})]
+        turns += [("user", "Again.", {}), ("assistant", f"It is {i}.", {"weight": 1})]
+        return {"messages": [{"role": r, "content": c} | more for r, c, more in turns]}
+
+    data, out = tmp_path / "talk.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(talk(i)) + "\n" for i in range(4)))
+    args = ["--model", tiny, "--data", data]
+    said = script("sdft", *args, "--out", out, *FLAGS)
+    assert "4 of the assistant's messages are context only" in said
+    assert "4 turns: " in said and "4 further turns are context only" in said
+    assert said.count("examples 4, ") == 3 and said.count("context 4") == 3
+    lines = load_distilled(out / "distilled.jsonl")
+    assert [(line.status == "context_only") for line in lines] == [True, False] * 4
+    for line in lines[1::2]:
+        assert line.messages[1] == {"role": "assistant", "content": "Wrong."}
+    scored = [x["id"] for x in read_jsonl(out / "distilled.jsonl.scores.jsonl")]
+    assert scored == [line.id for line in lines[1::2]]
+    plain = script("train", *args, "--out", tmp_path / "sft", *FLAGS[6:12])
+    assert "examples 4," in plain and "context 4" in plain
+    torch.testing.assert_close(
+        Lora.load(tmp_path / "sft").params, Lora.load(out / "sft").params, rtol=0, atol=0
+    )
+    said = script("preflight", *args, "--max-new-tokens", "4", "--sample", "2")
+    assert json.loads(said.splitlines()[-1])["sample"] == 2
+
+
+def long_rows(data):
+    """train.json with a prompt that fills the model (512), and one that leaves little room."""
+    rows = json.loads((data / "train.json").read_text())
+    rows[3]["question"] += " x" * 300
+    rows[5]["question"] += " x" * 200
+    (data / "long.json").write_text(json.dumps(rows))
+    return data / "long.json"
+
+
+def test_long_turns_are_said_before_the_first_row_is_distilled(tiny, data, tmp_path):
+    out, rows = tmp_path / "run", long_rows(data)
+    args = ["--model", tiny, "--data", rows, *FLAGS, "--max-length", "300", "--out", out]
+    said = script("sdft", *args, code=2)
+    assert "2 turns cannot be trained on with max_length=300" in said and "--drop-long" in said
+    assert not out.exists()
+    said = script("sdft", *args, "--drop-long")
+    assert said.count("examples 6, ") == 3 and said.count("dropped 2") == 3
+    assert said.index("dropped 2") < said.index("8 turns: ")
+    examples = [json.loads((out / arm / "meta.json").read_text())["summary"]["examples"]
+                for arm in ("sft", "sdft")]  # fmt: skip
+    assert examples == [6, 6]
+    said = script("sdft", *args[:-1], tmp_path / "exact", "--paper-exact")
+    assert said.count("examples 8, ") == 3 and said.count("cut 2") == 3
+    # stage by stage the same
+    file = ["--model", tiny, "--data", rows, "--max-new-tokens", "4", "--out", tmp_path / "d.jsonl"]
+    said = script("distill", *file)
+    assert "NOTE: 1 of 8 turns have prompts of 512 tokens or more" in said
+    assert said.index("NOTE: 1 of 8") < said.index("prompt_too_long")
+    assert "requests 2 leave no room" in said or "requests 1 leave no room" in said
+    trained = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--max-length", "300"]
+    trained += ["--epochs", "1", "--out", tmp_path / "t"]
+    assert "--drop-long" in script("train", *trained, code=2)
+    assert "examples 6," in script("train", *trained, "--drop-long")
+
+
+def test_held_out_and_validation_rows_must_fit_before_work_starts(tiny, data, tmp_path):
+    out, rows = tmp_path / "run", long_rows(data)
+    held = json.loads(rows.read_text())
+    for row in held:
+        row["question"] = "Else: " + row["question"]
+    (data / "held.json").write_text(json.dumps(held))
+    args = ["--model", tiny, "--data", data / "train.json", *FLAGS, "--no-score", "--out", out]
+    said = script("sdft", *args, "--eval-data", data / "held.json", code=2)
+    assert "1 held-out rows of" in said and "longer than the model's 512 tokens" in said
+    looking = ["--val-every", "2", "--val-data", data / "held.json", "--val-prompts", "0"]
+    assert "--drop-long" in script("sdft", *args, *looking, code=2) and not out.exists()
+    said = script("sdft", *args, *looking, "--eval-data", data / "held.json", "--drop-long")
+    assert "1 held-out rows left out" in said and "validation: 1 turns are too long" in said
+    assert json.loads((out / "summary.json").read_text())["evaluation"]["seed"]["n"] in (0, 7)
+    judged = ["--model", tiny, "--data", data / "held.json", "--max-new-tokens", "4"]
+    judged += ["--out", tmp_path / "e.jsonl"]
+    assert "--drop-long" in script("evaluate", *judged, code=2)
+    assert "1 held-out rows left out" in script("evaluate", *judged, "--drop-long")
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said_before_it(tiny, data, tmp_path):
+    args = ["--model", tiny, "--data", data / "train.json", "--max-new-tokens", "4"]
+    args += ["--out", tmp_path / "run", "--warmup", "0.1", "--max-steps", "1"]
+    for name in ("sdft", "train"):
+        own = args[:4] + args[6:] if name == "train" else args
+        said = script(name, *own, code=2)
+        assert "the warm-up is the whole run (1 steps)" in said and not (tmp_path / "run").exists()
+    for warmup, warned in (("0.9", True), ("0.5", False)):
+        said = script("train", *args[:4], "--out", tmp_path / warmup, "--warmup", warmup,
+                      "--max-steps", "2")  # fmt: skip
+        assert ("WARNING: the warm-up (--warmup 0.9) takes the whole run" in said) == warned
+
+
+def test_a_file_that_is_not_what_it_seems_is_named_by_every_script(tiny, tmp_path):
+    (tmp_path / "a.json").write_bytes(b"PAR1" + bytes(100))
+    for name in ("distill", "train", "sdft", "evaluate", "preflight", "generate"):
+        args = ["--model", tiny, "--data", tmp_path / "a.json"]
+        args += [] if name == "preflight" else ["--out", tmp_path / "x"]
+        said = script(name, *args, code=2)
+        assert "a.json is a Parquet file" in said and "Traceback" not in said
 
 
 def test_wilson_interval():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import KEPT, load_distilled
+from engine.data import CONTEXT, KEPT, load_distilled
 from engine.log import read_jsonl
 from model.config import read_json
 
@@ -98,6 +98,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     scores = {line["id"]: line for line in read_jsonl(file, {"id": str})}
     rows = []
     for line in load_distilled(path / "distilled.jsonl"):
+        if line.status == CONTEXT:  # it is no target
+            continue
         row = {
             "id": line.id,
             "messages": line.messages,

@@ -47,7 +47,7 @@ def rows_of(
 ) -> tuple[list[Item], str]:
     """The rows of a data file as items; ValueError as `load_rows` says it."""
     assert file is not None, "a task with a file was given none"
-    rows = load_rows(file, columns=columns, need_reference=answers)
+    rows = load_rows(file, columns=columns, need_reference=answers, skip_bad=None)
     items = [
         Item(row.id, row.messages[:-1], row.reference) if answers else Item(row.id, row.messages)
         for row in rows
