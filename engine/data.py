@@ -179,6 +179,7 @@ class EncodeCounts:
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
     glued: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
+    unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
     special: int = 0  # their text spells a special token, encoded as plain text
 
 
@@ -230,11 +231,10 @@ def encode(
     examples, faults, too_long = [], [], []
     for turn in _turns(rows, target, mix, seed):
         try:
-            prompt = chat.prompt_ids(turn.messages)
+            prompt, answer, as_rendered = _encoded(turn, chat)
         except ValueError as error:  # the chat template refuses this conversation
             faults.append(f"{turn.id}: {error}")
             continue
-        answer = chat.response_ids(turn.text) if turn.ids is None else list(turn.ids)
         room = max_length - len(prompt)
         where = f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"  # an id alone is a mere hash
         if not answer or room < 1:
@@ -254,6 +254,7 @@ def encode(
         counts.unfinished += not turn.ends
         counts.glued += turn.glued
         counts.mixed += turn.mixed
+        counts.unrendered += not as_rendered
         said = {"role": "assistant", "content": turn.text}
         counts.special += chat.spells_special([*turn.messages, said])
     if faults:
@@ -264,6 +265,19 @@ def encode(
         raise ValueError(listing(what, too_long, "raise --max-length, or --truncate answers"))
     counts.truncated = len(too_long)
     return examples, counts
+
+
+def _encoded(turn: _Turn, chat: Chat) -> tuple[list[int], list[int], bool]:
+    """Ids of the prompt and of the answer, no end token; whether the template writes it so.
+
+    A text is what the template makes of it; sampled ids stand behind the prompt they came from.
+    ValueError where the template refuses the conversation, or an id has no embedding.
+    """
+    if turn.ids is None:
+        target = chat.target(turn.messages, turn.text)
+        return target.prompt, target.answer, target.as_rendered
+    chat.check_ids(turn.ids)
+    return chat.prompt_ids(turn.messages), list(turn.ids), True
 
 
 def _turns(

@@ -144,6 +144,7 @@ def evaluate_job(
     session.alone("evaluation")
     get_verifier(verify)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
+    session.note_systems(adapters, rows)
     settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}
     settings |= {"sampling": sampling.settings(), "adapters": adapter_hashes(adapters)}
     scores = evaluate(session.model, session.chat, rows, verify, arms, out, sampling, settings)
@@ -181,8 +182,8 @@ def reference_nll(
     todo = [row for row in rows if any((arm, row.id) not in done for arm in arms)]
     asked = {}
     for row in todo:
-        prompt = chat.prompt_ids(row.messages[:-1])
-        answer = [*chat.response_ids(row.reference), chat.end_id]
+        asks = chat.target(row.messages[:-1], row.reference)
+        prompt, answer = asks.prompt, [*asks.answer, chat.end_id]
         if len(prompt) + len(answer) > model.config.max_position:
             raise ValueError(
                 f"held-out row {row.id} has {len(prompt) + len(answer)} tokens, the model was made "

@@ -36,6 +36,7 @@ from engine.train import EncodeConfig, TrainConfig, train
 from engine.validate import ValidateConfig, Validator
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 NO_TASKS, NO_VALIDATION = TaskConfig(), ValidateConfig()
 
@@ -125,6 +126,7 @@ def run(
             world=session.world,
             validator=validator,
             note=note,
+            chat=TrainedChat.of(chat, common_system([line.messages for line in report.lines])),
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 

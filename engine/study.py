@@ -34,6 +34,7 @@ from engine.session import DataConfig, Session, resolved
 from engine.tasks import TASKS, TaskConfig
 from engine.train import EncodeConfig, TrainConfig, train
 from model.lora import LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
 NO_TASKS = TaskConfig()
@@ -262,6 +263,9 @@ class Runs:
             model_hash=self.session.fingerprint,
             resume=place.exists(),
             world=self.session.world,
+            chat=TrainedChat.of(
+                self.session.chat, common_system([x.messages for x in self.lines[setting.rows]])
+            ),
         )
         hashes = {"adapters": adapter_hashes([str(place)])}
         found = self.evaluated(place, arm, lora, hashes)

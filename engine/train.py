@@ -50,6 +50,7 @@ from engine.validate import ValidateConfig, Validator
 from kernels.philox import mix
 from model.llama import POLICIES, Llama
 from model.lora import Lora, LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def train_job(
         validator=validator,
         world=session.world,
         note={"validate": dataclasses.asdict(validating)} if validator else None,
+        chat=TrainedChat.of(session.chat, common_system([row.messages for row in rows])),
     )
     if session.world.first:
         print(summary_text(summary, out))
@@ -182,9 +184,11 @@ def train(
     validator: Validator | None = None,
     world: World = ALONE,
     note: dict[str, Any] | None = None,
+    chat: TrainedChat | None = None,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train an adapter into the run directory `out`; returns it and the summary.
 
+    `chat` goes with the adapter, for those who use it (chat.json).
     With resume a finished run is loaded, a killed one goes on from its last checkpoint, in any
     number of processes. A step that is not finite or a loss that explodes stops with ValueError;
     the checkpoints stay. SIGTERM writes a checkpoint and ends the process with exit code 0.
@@ -203,7 +207,7 @@ def train(
         **(note or {}),
     }
     optimizer = Optimizer.fresh(lora, config.weight_decay)
-    run = Run(model, lora, optimizer, examples, config, out, base, validator, world)
+    run = Run(model, lora, optimizer, examples, config, out, base, validator, world, chat)
     if world.first:
         meta = checkpoint.open_run(out, settings, resume)
     world.barrier()
@@ -243,6 +247,7 @@ class Run:
     base: str
     validator: Validator | None
     world: World
+    chat: TrainedChat | None = None  # written beside the adapter
     state: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in checkpoints
     seconds: float = 0.0  # of this process's steps
     tokens: int = 0  # trained in them, all processes together
@@ -370,7 +375,14 @@ class Run:
             state = {**self.state, "epoch": epoch, "seed": self.config.seed}
             spare = self.state["best"].get("step", 0)
             checkpoint.save_checkpoint(
-                self.out, self.lora, self.optimizer, self.base, self.config.keep, state, spare
+                self.out,
+                self.lora,
+                self.optimizer,
+                self.base,
+                self.config.keep,
+                state,
+                spare,
+                self.chat,
             )
         self.world.barrier()
 
@@ -385,6 +397,8 @@ class Run:
         if not self.world.first:
             return {}
         checkpoint.publish(self.out, place)
+        if self.chat is not None:
+            self.chat.write(self.out)
         lines = read_jsonl(self.out / "metrics.jsonl")
         tenth = max(1, len(lines) // 10)
         adapted = sum(".lora_A." in name for name in self.lora.slots)

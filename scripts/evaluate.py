@@ -20,7 +20,7 @@ from engine.evaluate import evaluate_job
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.harness import HarnessConfig, harness_job
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_trained
 from engine.tasks import TaskConfig, tasks_job
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     args = parse_args()
     if [args.data, args.task, args.lm_eval].count(None) != 2:
         raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
-    session = Session.open(from_flags(ModelConfig, args))
+    session = Session.open(as_trained(from_flags(ModelConfig, args), args.adapter))
     sampling = from_flags(SamplerConfig, args)
     if args.task:
         tasks_job(session, from_flags(TaskConfig, args), args.adapter, args.out, sampling)

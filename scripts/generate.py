@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.generate import generate_job
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     generate_job(
-        Session.open(from_flags(ModelConfig, args)),
+        Session.open(
+            as_trained(from_flags(ModelConfig, args), [args.adapter] if args.adapter else [])
+        ),
         from_flags(DataConfig, args) if args.data else args.prompt,
         from_flags(SamplerConfig, args),
         adapter=args.adapter,

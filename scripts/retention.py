@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.retention import retention_job
 from engine.sampler import SamplerConfig
-from engine.session import ModelConfig, Session
+from engine.session import ModelConfig, Session, as_trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     retention_job(
-        Session.open(from_flags(ModelConfig, args)),
+        Session.open(as_trained(from_flags(ModelConfig, args), args.adapter)),
         args.adapter,
         args.out,
         from_flags(SamplerConfig, args),
