@@ -226,7 +226,7 @@ class Chat:
         id = next(id for id in ids if id >= self.rows)
         piece = repr(self.tokenizer.piece(id))
         raise ValueError(
-            f"the token {piece}{', ' * bool(what)}{what}, has the id {id}, but the model has "
+            f"the token {piece}{f', {what},' if what else ''} has the id {id}, but the model has "
             f"embeddings for {self.rows} ids (0 to {self.rows - 1}): tokenizer files and weights "
             "do not fit together; take all from one checkpoint, or leave that token out"
         )
@@ -431,6 +431,7 @@ class Chat:
             what = "the references are trained on as it writes them, the model's own answers as "
             what += "they were sampled"
             if not self._reconciled:
+                ends = prompt, whole
                 what = "answers are trained on behind the prompt, which it would not write so"
             self.notice = (
                 f"the {self.name} chat template ends a prompt with {ends[0]!r} and writes a "

@@ -143,11 +143,16 @@ class _Budget:
             yield item
 
 
-def _check_arguments(values: Iterable[Any]) -> None:
-    """TemplateLimit for a number, or a list of texts, that asks for too much at once."""
+def _check_numbers(values: Iterable[Any]) -> None:
+    """TemplateLimit for a number (of characters, of repetitions) that asks for too much at once."""
     for value in values:
         if isinstance(value, int) and abs(value) > LARGEST:
             raise TemplateLimit(f"it used the number {_digits(value)}, the most is {LARGEST:,}")
+
+
+def _check_texts(values: Iterable[Any]) -> None:
+    """TemplateLimit for a list of texts that are too long together."""
+    for value in values:
         if isinstance(value, (list, tuple)):
             _check_product(1, sum(len(item) for item in value if isinstance(item, str)))
 
@@ -215,12 +220,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             args = _check_method(__self.budget, owner, method.__name__, args)
-        _check_arguments([*args, *kwargs.values()])
+        _check_numbers([*args, *kwargs.values()])
+        _check_texts(args)
         return __self.budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            _check_arguments([left, right])
+            _check_numbers([right])
             _check_product(_size(left), right if isinstance(right, int) else 0)
         elif operator == "*":
             both_numbers = isinstance(left, int) and isinstance(right, int)
@@ -257,20 +263,24 @@ def _check_product(a: int, b: int) -> None:
 def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
     """A filter whose arguments are checked and whose result counts."""
 
+    # jinja2 hands its environment or context to some filters, before the value
+    value = 1 if hasattr(function, "jinja_pass_arg") else 0
+
     @functools.wraps(function)  # also what jinja2 notes about a filter in its attributes
     def counting(*args: Any, **kwargs: Any) -> Any:
         if name == "format" and args:
             _check_widths(args[0])
         if name == "replace":
-            texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
+            texts = [text for text in (*args, *kwargs.values()) if isinstance(text, str)]
             if len(texts) > 2:
                 _check_product(texts[0].count(texts[1]), len(texts[2]))
-        if name == "join" and len(args) > 1:  # args[0] is what jinja2 hands to such filters
-            items = list(budget.counted(args[1]))
-            separator = [*args[2:3], *kwargs.values()]
+        if name == "join" and len(args) > value:
+            items = list(budget.counted(args[value]))
+            separator = [*args[value + 1 : value + 2], *kwargs.values()]
             _check_product(max(map(_size, separator), default=0), len(items))
-            args = (args[0], items, *args[2:])
-        _check_arguments([*args, *kwargs.values()])
+            args = (*args[:value], items, *args[value + 1 :])
+        _check_numbers([*args[value + 1 :], *kwargs.values()])
+        _check_texts(args)
         return budget.made(function(*args, **kwargs))
 
     return counting
@@ -301,7 +311,7 @@ def _environment(now: datetime) -> _Environment:
 
     def joined(parts: list[Any]) -> str:
         texts = list(map(str, parts))
-        _check_arguments([texts])
+        _check_texts([texts])
         return budget.made("".join(texts))
 
     environment = _Environment(
