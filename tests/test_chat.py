@@ -720,7 +720,7 @@ def test_the_token_that_closes_a_turn_need_not_be_marked_special(ordinary, chat_
     target = chat.target([user("Hi")], "Hello")
     whole = chat.prompt_ids([user("Hi"), assistant("Hello"), user("And?")])
     joined = [*target.prompt, *target.answer, chat.end_id]
-    assert whole[: len(joined)] == joined and whole.count(1) == 3 and whole.count(2) == 2
+    assert whole[: len(joined)] == joined and whole.count(1) == 4 and whole.count(2) == 3
 
 
 @pytest.mark.parametrize("chat_format", [None, "chatml"])

@@ -39,7 +39,7 @@ HOSTILE = {
     "long output": "{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
     "a long list": "{{ ([0] * 1000000) * 1000000 }}",
     "a long text": "{{ 'x' * 1000000000 }}",
-    "a large power": "{{ 9 ** 9 ** 9 }}",
+    "a large power": "{{ 9 ** (9 ** 9) }}",
     "a wide field": "{{ 'x'.center(10000000000) }}",
     "a wide filter": "{{ 'x' | center(10000000000) }}",
     "a wide format": "{{ '%10000000000d' % 1 }}",
