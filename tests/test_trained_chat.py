@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.data import Row, encode
+from engine.data import Distilled, Row, encode
 from engine.distill import check_rows
-from engine.evaluate import evaluate_job
+from engine.evaluate import evaluate_job, reference_nll
 from engine.generate import generate_job
+from engine.log import read_jsonl
 from engine.sampler import SamplerConfig
+from engine.score import nll, score
 from engine.session import DataConfig, ModelConfig, Session, as_trained
 from engine.train import EncodeConfig, TrainConfig, train_job
 from engine.validate import ValidateConfig
@@ -314,3 +316,36 @@ def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
     (path / "model.safetensors").write_bytes(b"never looked at")
     with pytest.raises(ValueError, match="'<tool>'.* has the id 259"):
         Session.open(ModelConfig(str(path)))
+
+
+def test_references_and_rewrites_are_scored_behind_the_prompts_they_are_trained_on(
+    tiny_llama_dir, tmp_path
+):
+    """They differ where the template prompts otherwise than it begins a finished answer."""
+    path = tiny_llama_dir(tokenizer=True)
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    )
+    model, chat = Llama.from_pretrained(path), Chat(template, load_tokenizer(path))
+    ids = chat.response_ids("so</think>hi")
+    line = Distilled(
+        id="r/0", messages=ASKED, reference="hello", response="so</think>hi", response_ids=ids,
+        target="so</think>hi", status="accepted", stage="guided", finish="stop", prompt_tokens=3,
+        response_tokens=len(ids),
+    )  # fmt: skip
+    score(model, chat, [line], tmp_path / "scores.jsonl", {})
+    (found,) = read_jsonl(tmp_path / "scores.jsonl")
+    prompts = {}
+    for name, target in (("reference", "reference"), ("response", "target")):
+        (example,), _ = encode([line], chat, target=target, max_length=99)
+        prompts[name] = example.ids[: example.n_prompt]
+        wanted = nll(model, prompts[name], example.ids[example.n_prompt :])
+        assert found[f"{name}_nll"] == pytest.approx(wanted.mean().item(), rel=1e-5)
+        assert found[f"{name}_tokens"] == len(wanted)
+        row = Row("r", (*ASKED, {"role": "assistant", "content": "hello"}))
+        if name == "reference":
+            measured = reference_nll(model, chat, [row], {"seed": None}, tmp_path / "nll.jsonl", {})
+            assert measured["seed"] == pytest.approx(wanted.mean().item(), rel=1e-5)
+    assert prompts["response"] == [*prompts["reference"], *chat.response_ids("<think>\n")]
