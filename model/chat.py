@@ -421,7 +421,7 @@ class Chat:
         prompt += self._opening
         self._lead = lead[len(self._opening) :]
 
-        common = os.path.commonprefix([prompt, before])
+        common = prompt if before.startswith(prompt) else self._common(prompt, before)
         self._reconciled = QUESTION in common or QUESTION not in before
         self._unfinished = prompt[len(common) :] if self._reconciled else ""
         self._before = before[len(common) :]
@@ -451,6 +451,11 @@ class Chat:
         self._spaces = "" if self._tail.strip(" ") else self._tail
         self._encode(whole, {})  # ValueError for a token beyond the embeddings
         self._encode(prompt, {})
+
+    def _common(self, *texts: str) -> str:
+        """What texts begin with alike, in whole tokens and words."""
+        part = re.compile(rf"{any_of(self.tokenizer.added).pattern}|\w+|\W")
+        return "".join(os.path.commonprefix([part.findall(text) for text in texts]))
 
     def _mask(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
         """`texts` with each spelled special token as one private-use character, and what those are.

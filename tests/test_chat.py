@@ -563,6 +563,15 @@ THINKS_LAST = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Prompt and answer begin with the same letters, and with the same part of an added token.
+ANOTHER_WORD = (
+    "{% for m in messages %}{{ ('Answer: ' if m.role == 'assistant' else 'Q: ') + m.content }}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+ANOTHER_TOKEN = (
+    "{% for m in messages %}{{ '<|im_start|>' if m.role == 'assistant' else 'Q: ' }}"
+    "{{ m.content + '<|im_end|>' }}{% endfor %}{{ '<|im_end|>' if add_generation_prompt else '' }}"
+)
 ONE_LINE_MORE = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n\n'")
 TRIMS = CHATML.replace("m.content", "m.content | trim")
 CLOSES_ON_A_LINE = CHATML.replace("m.content + '<|im_end|>'", "m.content + '\n<|im_end|>'")
@@ -601,6 +610,8 @@ def spelled_out(chat: Chat, ids: list[int]) -> str:
             "<think>\n2 and 2\n</think>\n\n4.",
         ),
         (CLOSES_ON_A_LINE, "It is 4.", "assistant\n", "It is 4.\n"),
+        (ANOTHER_WORD, "It is 4.", "2 + 2?<|im_end|>", "Answer: It is 4."),
+        (ANOTHER_TOKEN, "It is 4.", "2 + 2?<|im_end|>", "<|im_start|>It is 4."),
     ],
 )
 def test_a_target_is_what_the_template_writes(smollm2_chat, source, answer, prompt_ends, said):
