@@ -38,7 +38,7 @@ class ModelConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
     ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
     threads: int = 0  # CPU threads; 0 leaves torch's choice
-    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca | own (default, or adapter's)
+    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca | own (default: adapter's)
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
