@@ -102,15 +102,17 @@ class TrainedChat:
 
     def install(self, directory: Path) -> None:
         """Make the model in `directory` one that is asked, and that stops, as it was trained."""
-        ends = list(dict.fromkeys([self.end_id, *checkpoint_eos_ids(directory)]))
-        config = read_json(directory / "config.json")
-        generation = read_json(
-            directory / "generation_config.json",
-            {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config},
-        )
-        stops = ends if len(ends) > 1 else ends[0]
-        _write(directory / "generation_config.json", generation | {"eos_token_id": stops})
-        _write(directory / "config.json", config | {"eos_token_id": stops})
+        known = checkpoint_eos_ids(directory)
+        ends = list(dict.fromkeys([self.end_id, *known]))
+        if ends != known:
+            config = read_json(directory / "config.json")
+            generation = read_json(
+                directory / "generation_config.json",
+                {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config},
+            )
+            stops = ends if len(ends) > 1 else ends[0]
+            _write(directory / "generation_config.json", generation | {"eos_token_id": stops})
+            _write(directory / "config.json", config | {"eos_token_id": stops})
         if self.chat_format == OWN:
             return
         (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")

@@ -244,6 +244,19 @@ def test_a_merged_model_in_transformers(merged, adapter, base, run_peer, tmp_pat
     assert theirs["answers"][0] == [*chat.response_ids("hi hi"), END]
 
 
+def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp_path):
+    path = tiny_llama_dir(tokenizer=True)
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    random_lora(Llama.from_pretrained(path), "qv").save(tmp_path / "own")
+    TrainedChat.of(chat, None).write(tmp_path / "own")
+    record = TrainedChat.read(tmp_path / "own")
+    merge(path, Lora.load(tmp_path / "own"), tmp_path / "merged", finish=record.install)
+    names = {file.name for file in path.iterdir()}
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {*names, "merge.json"}
+    for name in names - {"model.safetensors"}:
+        assert (tmp_path / "merged" / name).read_bytes() == (path / name).read_bytes()
+
+
 def test_an_adapter_without_a_record_leaves_the_models_own(base, tmp_path):
     random_lora(Llama.from_pretrained(base), "qv").save(tmp_path / "plain")
     merge(base, Lora.load(tmp_path / "plain"), tmp_path / "merged")
