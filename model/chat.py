@@ -148,6 +148,7 @@ class Chat:
             self._variables["bos_token"] = self._bos
         if turn_tokens := self._turn_tokens() - {*tokenizer.special}:
             self.tokenizer = tokenizer.with_control(turn_tokens)
+        self._part = re.compile(rf"{any_of(self.tokenizer.added).pattern}|\w+|\W")
         self._find_edges_of_answers()
         self.end_ids = tuple(dict.fromkeys([self.end_id, *eos_ids]))
         self.check_ids(self.end_ids, "which ends an answer")
@@ -255,33 +256,36 @@ class Chat:
         conversation = [*messages, {"role": "assistant", "content": text}]
         turns, spelled = self._masked(conversation, add_generation_prompt=False)
         prompt, whole = self._text(turns[:-1], True), self._text(turns, False)
-        answer, as_rendered = turns[-1]["content"], False
-        before = prompt.removesuffix(self._unfinished)
-        if self._reconciled and whole.startswith(before):
-            prompt = before
-            if said := self._said(whole[len(before) :], answer):
-                answer, as_rendered = said, True
-            elif not self._unfinished:
-                answer = self._lead + answer
+        answer = turns[-1]["content"]
+        before = self._common(prompt, whole)
+        begun = prompt[len(before) :]  # of the answer, by the prompt alone
+        said = None
+        if len(begun) > len(self._header):  # not behind the question: no common conversation
+            before, begun = prompt, ""
         else:
-            answer = self._lead + answer
-        if not answer.strip():
-            answer = ""
-        ids = self._encode_pieces(answer, spelled, go_on=True)
-        return Target(self._encode(prompt, spelled), ids, as_rendered)
+            said = self._said(before, whole, answer)
+        as_rendered = said is not None
+        if said is None:
+            said = answer if begun else self._lead + answer
+        if not said.strip():
+            said = ""
+        ids = self._encode_pieces(said, spelled, go_on=True)
+        return Target(self._encode(before, spelled), ids, as_rendered)
 
-    def _said(self, rendered: str, answer: str) -> str | None:
-        """What of a rendered answer is asked of the model; None where it is not that answer."""
+    def _said(self, before: str, whole: str, answer: str) -> str | None:
+        """What of `whole`, behind `before`, is asked of the model; None where the answer is not
+        wholly in it, but for space."""
+        rendered = whole[len(before) :]
         start = len(self._before) if rendered.startswith(self._before) else 0
         closed = rendered.find(self._closing, start) if self._closing else len(rendered)
-        said = rendered[:closed] if self._closing else rendered.removesuffix(self._after)
         if closed < 0:
             return None
+        said = rendered[:closed] if self._closing else rendered.removesuffix(self._after)
         said = said.removesuffix(self._spaces)
+        # The prompt may have begun with the answer: a think block that it opens.
+        shown = before[len(before) - len(self._header) :] + said.removesuffix(self._tail)
         own = "".join(answer.split())
-        kept = "".join(said.removesuffix(self._tail).split())
-        after_lead = "".join(said[start:].removesuffix(self._tail).split())
-        return said if own and own in (kept, after_lead) else None
+        return said if own and "".join(shown.split()).endswith(own) else None
 
     def prefix_ids(self, prefix: str) -> list[int]:
         """Ids of a forced beginning of the answer.
@@ -398,15 +402,14 @@ class Chat:
     def _find_edges_of_answers(self) -> None:
         """Find out how the template writes an answer, from one that it is shown.
 
-        _opening     to append to a prompt: the header of a template that never prompts
-        _unfinished  what a prompt ends with that is not written before a finished answer
-        _reconciled  whether prompt and finished answer agree up to there
-        _lead        between prompt and answer, where the prompt is a part of the conversation
-        _before      between the common part and a finished answer
-        _closing     the spelling of end_id, or "" where nothing closes a turn
-        _tail        between answer and closing; _spaces: the same where it is only spaces, which
-                     are not asked of the model
-        _after       behind an answer that nothing closes
+        _opening  to append to a prompt: the header of a template that never prompts
+        _header   what a prompt ends with, behind the question
+        _lead     between prompt and answer, where the prompt is a part of the conversation
+        _before   between what both have in common and a finished answer
+        _closing  the spelling of end_id, or "" where nothing closes a turn
+        _tail     between answer and closing; _spaces: the same where it is only spaces, which are
+                  not asked of the model
+        _after    behind an answer that nothing closes
         """
         asked = [{"role": "user", "content": QUESTION}]
         answered = [*asked, {"role": "assistant", "content": ANSWER}]
@@ -421,16 +424,16 @@ class Chat:
         prompt += self._opening
         self._lead = lead[len(self._opening) :]
 
-        common = prompt if before.startswith(prompt) else self._common(prompt, before)
-        self._reconciled = QUESTION in common or QUESTION not in before
-        self._unfinished = prompt[len(common) :] if self._reconciled else ""
+        self._header = prompt.rpartition(QUESTION)[2]
+        common = self._common(prompt, before)
         self._before = before[len(common) :]
         self.notice = None
         if len(common) < len(prompt):
-            ends = prompt.rpartition(QUESTION)[2], whole.rpartition(QUESTION)[2]
-            what = "the references are trained on as it writes them, the model's own answers as "
-            what += "they were sampled"
-            if not self._reconciled:
+            if len(prompt) - len(common) <= len(self._header):
+                ends = self._header, whole.rpartition(QUESTION)[2]
+                what = "the references are trained on as it writes them, the model's own answers "
+                what += "as they were sampled"
+            else:
                 ends = prompt, whole
                 what = "answers are trained on behind the prompt, which it would not write so"
             self.notice = (
@@ -452,10 +455,13 @@ class Chat:
         self._encode(whole, {})  # ValueError for a token beyond the embeddings
         self._encode(prompt, {})
 
-    def _common(self, *texts: str) -> str:
-        """What texts begin with alike, in whole tokens and words."""
-        part = re.compile(rf"{any_of(self.tokenizer.added).pattern}|\w+|\W")
-        return "".join(os.path.commonprefix([part.findall(text) for text in texts]))
+    def _common(self, prompt: str, text: str) -> str:
+        """The prompt where the text begins with it, else what both begin with alike, in whole
+        tokens and words."""
+        if text.startswith(prompt):
+            return prompt
+        parts = [self._part.findall(t) for t in (prompt, text)]
+        return "".join(os.path.commonprefix(parts))
 
     def _mask(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
         """`texts` with each spelled special token as one private-use character, and what those are.

@@ -563,6 +563,15 @@ THINKS_LAST = (
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Nemotron 3's and Qwen 3.5's: the prompt opens the block that a finished answer closes.
+CLOSES_THINKING = (
+    "{% for m in messages %}{% set c = m.content %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and '</think>' not in c %}{{ '<think></think>' }}{% endif %}"
+    "{{ c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# The prompt closes it too: an answer is not to think. A finished one that thought is kept.
+CLOSED_THINKING = CLOSES_THINKING.replace("assistant\n<think>\n", "assistant\n<think></think>")
 # Prompt and answer begin with the same letters, and with the same part of an added token.
 ANOTHER_WORD = (
     "{% for m in messages %}{{ ('Answer: ' if m.role == 'assistant' else 'Q: ') + m.content }}"
@@ -610,6 +619,10 @@ def spelled_out(chat: Chat, ids: list[int]) -> str:
             "<think>\n2 and 2\n</think>\n\n4.",
         ),
         (CLOSES_ON_A_LINE, "It is 4.", "assistant\n", "It is 4.\n"),
+        (CLOSES_THINKING, "It is 4.", "assistant\n<think>", "</think>It is 4."),
+        (CLOSES_THINKING, "<think>\n2 and 2</think>4.", "\n<think>\n", "2 and 2</think>4."),
+        (CLOSED_THINKING, "It is 4.", "assistant\n<think></think>", "It is 4."),
+        (CLOSED_THINKING, "<think>2 and 2</think>4.", "\n<think>", "2 and 2</think>4."),
         (ANOTHER_WORD, "It is 4.", "2 + 2?<|im_end|>", "Answer: It is 4."),
         (ANOTHER_TOKEN, "It is 4.", "2 + 2?<|im_end|>", "<|im_start|>It is 4."),
     ],
