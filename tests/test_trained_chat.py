@@ -158,6 +158,21 @@ def test_the_recorded_format_is_used_when_none_is_typed(adapter, base, capsys):
     assert "chat format chatml: as the adapter was trained" in said and "WARNING" not in said
 
 
+@pytest.mark.parametrize("script", ["generate", "evaluate", "retention"])
+def test_scripts_ask_an_adapter_as_it_was_trained(adapter, base, tmp_path, script):
+    """Without its record the base, which has no template, could not be asked at all."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(ROW) + "\n")
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--model", base]
+    command += ["--adapter", adapter, "--data", data, "--out", tmp_path / "out.jsonl"]
+    command += ["--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32"]
+    command += {"retention": []}.get(script, ["--system", "Be kind."])
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "chat format chatml: as the adapter was trained (its chat.json)" in done.stdout
+    assert "WARNING" not in done.stdout
+
+
 def test_another_format_that_is_typed_is_said(adapter, base, capsys):
     generate(base, adapter, chat_format="alpaca")
     said = capsys.readouterr().out
