@@ -6,6 +6,8 @@
                                   optimizer.safetensors, state.json (step, data position, best
                                   so far), metrics.jsonl (the lines up to here)
     RUN/adapter_model.safetensors, adapter_config.json     the finished adapter
+    chat.json                     beside each adapter: chat format, end token, system message of the
+                                  training (model/trained_chat.py)
 
 A checkpoint directory appears only when all of it is on disk. Nothing is ever unpickled.
 """
@@ -26,6 +28,7 @@ from engine.optim import Optimizer
 from model.config import read_json
 from model.durable import file_beside
 from model.lora import Lora
+from model.trained_chat import TrainedChat
 from model.weights import open_safetensors, written_beside
 
 HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
@@ -79,6 +82,7 @@ def save_checkpoint(
     keep: int,
     state: dict[str, Any],
     spare: int = 0,
+    chat: TrainedChat | None = None,
 ) -> Path:
     """Write checkpoints/step-N with the metrics so far, delete all but the newest `keep`.
 
@@ -88,6 +92,8 @@ def save_checkpoint(
     if not place.exists():
         with written_beside(place) as beside:
             lora.write(beside, base)
+            if chat is not None:
+                chat.write(beside)
             moments = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
             save_file(moments, beside / "optimizer.safetensors")
             shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")

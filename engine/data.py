@@ -194,6 +194,7 @@ class EncodeCounts:
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
     glued: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
+    unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
     special: int = 0  # their text spells a special token, encoded as plain text
 
 
@@ -261,7 +262,7 @@ def encode(
     examples, refused, empty, no_room, too_long = [], [], [], [], []
     for turn in _turns(rows, target, mix, seed):
         try:
-            prompt, answer = fit.encoded(turn)
+            prompt, answer, as_rendered = fit.encoded(turn)
         except ValueError as error:  # the chat template refuses this conversation
             refused.append(f"{turn.id}: {error}")
             continue
@@ -291,6 +292,7 @@ def encode(
         counts.unfinished += not turn.ends
         counts.glued += turn.glued
         counts.mixed += turn.mixed
+        counts.unrendered += not as_rendered
         said = {"role": "assistant", "content": turn.text}
         counts.special += chat.spells_special([*turn.messages, said])
     counts.refused = len(refused)
@@ -311,6 +313,19 @@ def encode(
     return examples, counts
 
 
+def _encoded(turn: _Turn, chat: Chat) -> tuple[list[int], list[int], bool]:
+    """Ids of the prompt and of the answer, no end token; whether the template writes it so.
+
+    A text is what the template makes of it; sampled ids stand behind the prompt they came from.
+    ValueError where the template refuses the conversation, or an id has no embedding.
+    """
+    if turn.ids is None:
+        target = chat.target(turn.messages, turn.text)
+        return target.prompt, target.answer, target.as_rendered
+    chat.check_ids(turn.ids)
+    return chat.prompt_ids(turn.messages), list(turn.ids), True
+
+
 class _Fit:
     """What of a turn's tokens is trained on; None where it is too long."""
 
@@ -318,14 +333,13 @@ class _Fit:
         self.chat, self.max_length = chat, max_length
         self.truncate, self.in_proportion = truncate, in_proportion
 
-    def encoded(self, turn: _Turn) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and of the answer with its end token; ValueError where the chat
-        template refuses the prompt."""
-        prompt = self.chat.prompt_ids(turn.messages)
-        answer = self.chat.response_ids(turn.text) if turn.ids is None else list(turn.ids)
+    def encoded(self, turn: _Turn) -> tuple[list[int], list[int], bool]:
+        """Ids of the prompt, and of the answer with its end token; whether the template writes it
+        so (`_encoded`)."""
+        prompt, answer, as_rendered = _encoded(turn, self.chat)
         if answer and turn.ends:
             answer.append(self.chat.end_id)
-        return prompt, answer
+        return prompt, answer, as_rendered
 
     def __call__(
         self, turn: _Turn, prompt: list[int], answer: list[int]
@@ -390,7 +404,7 @@ def _too_long_for_an_arm(
     for target, mix in (("reference", 0.0), ("target", 0.0), ("target", 1.0)):
         for turn in _turns(rows, target, mix, seed):
             try:
-                prompt, answer = fit.encoded(turn)
+                prompt, answer, _ = fit.encoded(turn)
             except ValueError:  # refused by the template, which is told elsewhere
                 continue
             if answer and fit(turn, prompt, answer) is None:

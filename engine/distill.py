@@ -49,6 +49,7 @@ from engine.locking import lock_file
 from engine.log import progress
 from engine.process import SAMPLE_LESS, memory_for
 from engine.resumed import ResumedLines
+from engine.rows import listing
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, Scorer, score
 from engine.select import OURS, PAPER, Rules, judge
@@ -389,6 +390,21 @@ class Writer:
         return turn.next(line.target)
 
 
+def check_rows(chat: Chat, rows: Rows) -> None:
+    """ValueError naming the rows that cannot be encoded: before the first is asked, not behind
+    hours of work."""
+    faults = []
+    for row in rows:
+        for number, at in enumerate(row.turns):
+            try:
+                chat.target(row.messages[:at], row.messages[at]["content"])
+            except ValueError as error:
+                faults.append(f"{row.id}/{number}: {error}")
+    if faults:
+        what = f"{len(faults)} turns cannot be asked of this model"
+        raise ValueError(listing(what, faults, "remove or change them"))
+
+
 def distill_settings(
     session: Session, rows: Rows, config: DistillConfig, sampling: SamplerConfig
 ) -> dict[str, Any]:
@@ -430,6 +446,7 @@ def distill_job(
 ) -> tuple[DistillReport, Means | None]:
     """Distil, score and say what came out."""
     settings, world = distill_settings(session, rows, config, sampling), session.world
+    check_rows(session.chat, rows)
     model, chat = session.model, session.chat
     report = distill(
         model, chat, rows, out, config, sampling, settings=settings, resume=resume, world=world

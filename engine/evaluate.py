@@ -177,7 +177,8 @@ def rows_to_judge(session: Session, data: DataConfig) -> Rows:
 
 def _prompt_and_reference(chat: Chat, row: Row) -> tuple[list[int], list[int]]:
     """Ids of a row's prompt, and of its reference with the end token."""
-    return chat.prompt_ids(row.messages[:-1]), [*chat.response_ids(row.reference), chat.end_id]
+    asks = chat.target(row.messages[:-1], row.reference)
+    return asks.prompt, [*asks.answer, chat.end_id]
 
 
 def evaluate_job(
@@ -193,6 +194,7 @@ def evaluate_job(
     get_verifier(verify)
     rows = rows_to_judge(session, data)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
+    session.note_systems(adapters, rows)
     settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}
     settings |= {"sampling": sampling.settings(), "adapters": adapter_hashes(adapters)}
     scores = evaluate(session.model, session.chat, rows, verify, arms, out, sampling, settings)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import refuse_damaged
 from engine.data import Row, template_takes
 from engine.log import AppendedLines, progress, write_jsonl
 from engine.process import SAMPLE_LESS, memory_for
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.session import DataConfig, Session
-from model.lora import Lora
 
 MOST_SAMPLES = 10**6  # of a prompt
 
@@ -43,15 +42,19 @@ def generate_job(
         rows = [Row("prompt", ({"role": "user", "content": asked},))]
     else:
         rows = asked.load(need_reference=False, check=template_takes(session.chat))
-    if adapter is not None:
-        refuse_damaged(Path(adapter))
-    lora = None if adapter is None else Lora.load(adapter)
+    lora = None if adapter is None else session.adapter(adapter)
+    if system:
+        told = {"role": "system", "content": system}
+        rows = [
+            row
+            if row.messages[0]["role"] == "system"
+            else dataclasses.replace(row, messages=(told, *row.messages))
+            for row in rows
+        ]
+    session.note_systems([] if adapter is None else [adapter], rows)
     chat, requests = session.chat, []
     for row in rows:
-        messages = list(row.messages)
-        if system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        ids = chat.prompt_ids(messages, prefix)
+        ids = chat.prompt_ids(row.messages, prefix)
         requests += [Request(row.id, ids, sample=k) for k in range(samples)]
     answers: list[dict[str, Any]] = []
     with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler:

@@ -54,6 +54,7 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
     model, tokenizer = session.model, session.chat.tokenizer
     most = model.config.max_position
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    session.chat.check_ids([id for id in (bos, eos) if id is not None])
 
     class Engine(TemplateLM):
         """Requests of the harness, answered by packed forwards and by the sampler."""
@@ -73,6 +74,7 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
             where the checkpoint wants it."""
             ids = tokenizer.encode_template(string) if string else []
             wanted = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
+            session.chat.check_ids(ids)
             return [bos, *ids] if wanted and tokenizer.add_bos and ids[:1] != [bos] else ids
 
         def _loglikelihood_tokens(

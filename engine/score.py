@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ def score(
             ):
                 for batch in forwards:
                     for asked, losses in zip(batch, scorer.losses(batch), strict=True):
+                        losses = [v[n:] for v, n in zip(losses, asked.skip, strict=True)]
                         file.write(_record(asked, losses))
                         means.scored += sum(len(values) for values in losses)
                         bar.update()
@@ -138,18 +140,33 @@ class Asked:
     id: str
     prompt: list[int]
     answers: list[list[int]]  # one of no token is not scored: empty, or too long for the model
+    skip: tuple[int, ...] = ()  # by answer, tokens at its beginning that are of its own prompt
 
 
 def _asked(model: Llama, chat: Chat, line: Distilled) -> Asked:
-    """The reference and the response of a line, each with its end token if it has one."""
-    prompt = chat.prompt_ids(line.messages)
+    """The reference and the response of a line, each with its end token if it has one.
+
+    Each stands behind the prompt it is trained on. Those differ where the template begins a
+    finished answer otherwise than it prompts for one: what they share is then the prompt.
+    """
     ends = [] if line.finish == "length" else [chat.end_id]
-    answers = [
-        [*chat.response_ids(line.reference), chat.end_id],
-        [*line.response_ids, *ends] if line.response_ids else [],
+    reference = chat.target(line.messages, line.reference)
+    chat.check_ids(line.response_ids)
+    pairs = [
+        (reference.prompt, [*reference.answer, chat.end_id] if reference.answer else []),
+        (
+            chat.prompt_ids(line.messages),
+            [*line.response_ids, *ends] if line.response_ids else [],
+        ),
     ]
-    room = model.config.max_position - len(prompt)
-    return Asked(line.id, prompt, [a if len(a) <= room else [] for a in answers])
+    prompt = os.path.commonprefix([own for own, _ in pairs])
+    answers, skip = [], []
+    for own, answer in pairs:
+        rest = own[len(prompt) :]
+        fits = answer and len(own) + len(answer) <= model.config.max_position
+        answers.append([*rest, *answer] if fits else [])
+        skip.append(len(rest))
+    return Asked(line.id, prompt, answers, tuple(skip))
 
 
 def batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:

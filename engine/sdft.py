@@ -37,6 +37,7 @@ from engine.train import EncodeConfig, TrainConfig, highest_rate, train
 from engine.validate import ValidateConfig, Validator
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 NO_TASKS, NO_VALIDATION = TaskConfig(), ValidateConfig()
 
@@ -133,6 +134,7 @@ def run(
             validator=validator,
             note=note,
             date=session.settings.get("date"),
+            chat=TrainedChat.of(chat, common_system([line.messages for line in report.lines])),
         )
         seconds[f"train {arm}"] = time.perf_counter() - begun
 

@@ -28,6 +28,7 @@ from model.config import LlamaConfig, read_json
 from model.llama import Llama, default_dtype
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
+from model.trained_chat import FILE, OWN, TrainedChat, common_system
 from model.weights import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -44,7 +45,7 @@ class ModelConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
     ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
     threads: int = 0  # CPU threads; 0 leaves torch's choice
-    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca; own: the model's (default)
+    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca | own (default: adapter's)
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
 
@@ -146,7 +147,7 @@ class Session:
             now = datetime.fromisoformat(config.date) if config.date else datetime.now()
         except ValueError:
             raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
-        wanted = None if config.chat_format == "own" else config.chat_format
+        wanted = None if config.chat_format == OWN else config.chat_format
         chat = Chat.from_dir(path, tokenizer, wanted, now=now)
         with memory_for("loading the weights", LOAD_LESS):
             model = Llama.from_pretrained(
@@ -162,6 +163,8 @@ class Session:
             settings["date"] = now.date().isoformat()
         session = cls(config, model, chat, settings["model"], settings, world)
         session.announce(time.perf_counter() - started)
+        if chat.notice:
+            print(f"note: {chat.notice}")
         return session
 
     def facts(self) -> dict[str, Any]:
@@ -208,10 +211,48 @@ class Session:
                 raise ValueError(
                     f"adapter {path}: the name {name!r} is taken; rename the directory"
                 )
-            refuse_damaged(Path(path))
-            found[name] = Lora.load(path)
-            found[name].ensure_bound(self.model)
+            found[name] = self.adapter(path)
         return found
+
+    def adapter(self, path: str | Path) -> Lora:
+        """The adapter of a directory; says so where it was trained in another chat format."""
+        refuse_damaged(Path(path))
+        lora = Lora.load(path)
+        lora.ensure_bound(self.model)
+        trained = TrainedChat.read(path)
+        if trained is not None and (why := trained.why_other(self.chat)):
+            print(f"WARNING: adapter {path}: {why}")
+        return lora
+
+    def note_systems(self, adapters: Sequence[str], rows: Sequence[Any]) -> None:
+        """Say where adapters were trained with a system message that `rows` do not have."""
+        given = common_system([row.messages for row in rows])
+        for path in adapters:
+            trained = TrainedChat.read(path)
+            if trained is not None and trained.system not in (None, given):
+                print(
+                    f"note: adapter {path} was trained with the system message {trained.system!r}, "
+                    f"these prompts have {'another' if given else 'none'}: --system gives one"
+                )
+
+
+def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
+    """The config under which adapters are asked: in the chat format they were trained with, unless
+    one was typed. ValueError where they were trained with several."""
+    records = {path: TrainedChat.read(path) for path in adapters}
+    formats = {path: record.chat_format for path, record in records.items() if record is not None}
+    if config.chat_format is not None or not formats:
+        return config
+    if len({*formats.values()}) > 1:
+        listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
+        raise ValueError(
+            f"the adapters were trained with different chat formats ({listed}); ask them apart, or "
+            "name the one for all with --chat-format"
+        )
+    name = next(iter(formats.values()))
+    if name != OWN:
+        print(f"chat format {name}: as the adapter was trained (its {FILE})")
+    return dataclasses.replace(config, chat_format=name)
 
 
 def meta_of(out: Path) -> Path:

@@ -36,6 +36,7 @@ from engine.session import DataConfig, Session, resolved
 from engine.tasks import TASKS, TaskConfig
 from engine.train import EncodeConfig, TrainConfig, highest_rate, train
 from model.lora import LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
 _N = (float, int)
@@ -270,6 +271,9 @@ class Runs:
             resume=place.exists(),
             world=self.session.world,
             date=self.session.settings.get("date"),
+            chat=TrainedChat.of(
+                self.session.chat, common_system([x.messages for x in self.lines[setting.rows]])
+            ),
         )
         hashes = {"adapters": adapter_hashes([str(place)])}
         found = self.evaluated(place, arm, lora, hashes)

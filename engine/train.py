@@ -65,6 +65,7 @@ from engine.validate import ValidateConfig, Validator
 from kernels.philox import mix
 from model.llama import POLICIES, Llama
 from model.lora import Lora, LoraConfig
+from model.trained_chat import TrainedChat, common_system
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ def train_job(
         world=session.world,
         note={"validate": dataclasses.asdict(validating)} if validator else None,
         date=session.settings.get("date"),
+        chat=TrainedChat.of(session.chat, common_system([row.messages for row in rows])),
     )
     if session.world.first:
         print(summary_text(summary, out))
@@ -245,9 +247,11 @@ def train(
     world: World = ALONE,
     note: dict[str, Any] | None = None,
     date: str | None = None,
+    chat: TrainedChat | None = None,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train an adapter into the run directory `out`; returns it and the summary.
 
+    `chat` goes with the adapter, for those who use it (chat.json).
     With resume a finished run is loaded, a killed one goes on from its last checkpoint, in any
     number of processes. A step that is not finite or a loss that explodes stops with ValueError;
     the checkpoints stay. Ctrl-C or SIGTERM writes a checkpoint behind the step in flight and raises
@@ -272,7 +276,7 @@ def train(
         **(note or {}),
     }
     optimizer = Optimizer.fresh(lora, config.weight_decay)
-    run = Run(model, lora, optimizer, examples, config, out, base, validator, world)
+    run = Run(model, lora, optimizer, examples, config, out, base, validator, world, chat)
     with lock_directory(out):
         if world.first:
             meta = checkpoint.open_run(out, settings, resume, date)
@@ -318,6 +322,7 @@ class Run:
     base: str
     validator: Validator | None
     world: World
+    chat: TrainedChat | None = None  # written beside the adapter
     state: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in checkpoints
     # of the whole run, as far as it is in checkpoints: seconds, tokens, operations (engine/step.py
     # says how they are counted), all processes together, and the largest peak of memory
@@ -469,7 +474,14 @@ class Run:
             state |= {"spent": self.spent, "since_step": self.since_step}
             spare = self.state["best"].get("step", 0)
             checkpoint.save_checkpoint(
-                self.out, self.lora, self.optimizer, self.base, self.config.keep, state, spare
+                self.out,
+                self.lora,
+                self.optimizer,
+                self.base,
+                self.config.keep,
+                state,
+                spare,
+                self.chat,
             )
         self.world.barrier()
 
@@ -484,6 +496,8 @@ class Run:
         if not self.world.first:
             return {}
         checkpoint.publish(self.out, place)
+        if self.chat is not None:
+            self.chat.write(self.out)
         lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
         spent, seconds = self.spent, self.spent["seconds"]
         tenth = max(1, len(lines) // 10)

@@ -17,32 +17,39 @@ checkpoint wants bos before every text, the format opens with it, and what follo
 as the start of a text (for Llama 2: with the space that goes there), as Meta did. A checkpoint's
 template writes its own bos and is encoded as transformers encodes it.
 
-Only what a template writes can become a control token. A special token that a message spells is
-replaced by a private-use character before rendering, so that the template trims and joins as usual,
-and is afterwards encoded as plain text between the pieces around it. (A template that edited texts
-otherwise could still compose such a spelling. Added tokens that the checkpoint does not mark
-special are text like any other.)
+Only what a template writes can become a control token: a special token, or an added token that the
+template writes around turns, whether the checkpoint marks it special or not. One that a message
+spells is replaced by a private-use character before rendering, so that the template trims and joins
+as usual, and is afterwards encoded as plain text between the pieces around it. (A template that
+edited texts otherwise could still compose such a spelling. Other added tokens, as <think>, are text
+like any other.)
 
-What a template writes between an answer and the token that closes it (the space before </s> in
-Llama 2's) stands in the turns of a prompt, and is not asked of the model.
+An answer that is to be learnt is encoded as the template renders it (`target`), so that it is the
+same text as an earlier answer in a context: trimmed where the template trims. A generation prompt
+that goes on after what the template writes before a finished answer (DeepSeek-R1-Distill's opens a
+think block) is not part of it; `notice` then says so. Spaces that a template writes between an
+answer and the token that closes it (one before </s> in Llama 2's) stand in the turns of a prompt,
+and are not asked of the model.
+
+No id may lie beyond the model's embeddings: what needs such a token is refused before the weights
+are used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.config import read_json
-from model.tokenizer import Tokenizer
+from model.files import check_file
+from model.template import ChatTemplate, TemplateStopped
+from model.tokenizer import Tokenizer, any_of, role_ids
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -90,14 +97,30 @@ TEMPLATES = {
 FORMATS = tuple(TEMPLATES)
 
 
+QUESTION, ANSWER = "A-QUESTION", "AN-ANSWER"  # of the conversation that shows how turns look
+
+
+@dataclass(frozen=True)
+class Target:
+    """An answer to be learnt, as ids."""
+
+    prompt: list[int]  # all that the template writes before a finished answer
+    answer: list[int]  # the answer and what the template puts around it, no end token
+    as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
+
+
 class Chat:
     """A chat format with its tokenizer.
 
     name      "checkpoint", or that of a built-in format
+    tokenizer to which all tokens that the template writes around turns are special
     end_id    the token that closes an assistant turn (<|im_end|>, </s>, <|eot_id|>)
     end_ids   every token that stops sampling: end_id and the eos of generation_config.json (of
               config.json where that names none)
     now       the one time a template is told, so that a date in its prompt stays the same
+    rows      of the model's embeddings: no id may reach it (None: not known)
+    notice    a line for the user where the generation prompt is not how the template begins a
+              finished answer, else None
     """
 
     def __init__(
@@ -108,29 +131,27 @@ class Chat:
         name: str = "checkpoint",
         eos_ids: Sequence[int] = (),
         now: datetime | None = None,
+        rows: int | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.now = now or datetime.now()
+        self.rows = rows
         self._source = template
-        try:
-            self._template = _environment(self.now).from_string(template)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the {name} chat template is not valid Jinja: {error}") from error
+        self._template = ChatTemplate(template, name, self.now)
         self._variables = dict(tokenizer.named)
         self._bos = self._opening = ""
         if name in FORMATS:
-            lacks = set(re.findall(r"<\|\w+\|>", template)) - set(tokenizer.special)
-            if lacks:
-                raise ValueError(
-                    f"chat format {name} needs the special tokens {sorted(lacks)}, which this "
-                    f"tokenizer lacks; choose another of {', '.join(FORMATS)}"
-                )
+            self._check_format()
             if tokenizer.add_bos:
                 self._bos = tokenizer.named["bos_token"]
             self._variables["bos_token"] = self._bos
-        self._opening, self._lead, self.end_id = self._find_edges_of_answers()
+        if turn_tokens := self._turn_tokens() - {*tokenizer.special}:
+            self.tokenizer = tokenizer.with_control(turn_tokens)
+        self._part = re.compile(rf"{any_of(self.tokenizer.added).pattern}|\w+|\W")
+        self._find_edges_of_answers()
         self.end_ids = tuple(dict.fromkeys([self.end_id, *eos_ids]))
+        self.check_ids(self.end_ids, "which ends an answer")
 
     @classmethod
     def from_dir(
@@ -144,7 +165,8 @@ class Chat:
         """The chat format of the checkpoint directory `path`, or the built-in one asked for.
 
         ValueError when there is none, when the format is unknown or needs tokens that the tokenizer
-        lacks, and when nothing in it closes an assistant turn.
+        lacks, when nothing in it closes an assistant turn, and when a token that it writes or that
+        ends an answer lies beyond the embeddings (config.json's vocab_size).
         """
         path = Path(path)
         if chat_format is None:
@@ -155,11 +177,14 @@ class Chat:
             raise ValueError(
                 f"chat format {chat_format!r} is unknown; choose one of {', '.join(FORMATS)}"
             )
-        eos = read_json(path / "generation_config.json", {}).get("eos_token_id")
-        if eos is None:
-            eos = read_json(path / "config.json", {}).get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return cls(template, tokenizer, name=name, eos_ids=eos_ids, now=now)
+        return cls(
+            template,
+            tokenizer,
+            name=name,
+            eos_ids=checkpoint_eos_ids(path),
+            now=now,
+            rows=_embedding_rows(path),
+        )
 
     @property
     def source_hash(self) -> str:
@@ -171,19 +196,96 @@ class Chat:
         """Whether the template asks for the date, so that prompts differ from day to day."""
         return "strftime_now" in self._source
 
+    @property
+    def portable_source(self) -> str:
+        """The template for programs that give it the tokenizer's own bos_token and eos_token.
+
+        A built-in format gets those that it is rendered with here, and the bos that it opens with.
+        Where bos is followed by plain text, the space that is put before a text is written out:
+        other programs encode the rendering as one text.
+        """
+        if self.name not in FORMATS:
+            return self._source
+        values = {"bos_token": self._bos, "eos_token": self.tokenizer.named.get("eos_token", "")}
+        opening = ""
+        if self._bos:
+            asked = [{"role": "user", "content": QUESTION}]
+            opens_itself = self._template_text(asked, True).startswith(self._bos)
+            opening = "" if opens_itself else "{{- bos_token }}"
+            start = self._encode(self.render(asked, add_generation_prompt=True), {})
+            if start != self.tokenizer.encode_template(
+                self.render(asked, add_generation_prompt=True)
+            ):
+                values["bos_token"] += " "
+        sets = "".join(f"{{%- set {k} = {json.dumps(v)} %}}" for k, v in values.items())
+        return sets + opening + self._source
+
+    def check_ids(self, ids: Sequence[int], what: str = "") -> None:
+        """ValueError naming the first of `ids` that lies beyond the model's embeddings."""
+        if self.rows is None or not ids or max(ids) < self.rows:
+            return
+        id = next(id for id in ids if id >= self.rows)
+        piece = repr(self.tokenizer.piece(id))
+        raise ValueError(
+            f"the token {piece}{f', {what},' if what else ''} has the id {id}, but the model has "
+            f"embeddings for {self.rows} ids (0 to {self.rows - 1}): tokenizer files and weights "
+            "do not fit together; take all from one checkpoint, or leave that token out"
+        )
+
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         """The conversation as text. ValueError when it is malformed or the template refuses it.
 
         A template that ignores `add_generation_prompt` but writes something before every answer has
         that appended, since the model is not to write it.
         """
-        text, spelled = self._render(messages, add_generation_prompt)
-        return text.translate(str.maketrans(spelled))
+        turns, spelled = self._masked(messages, add_generation_prompt)
+        return self._text(turns, add_generation_prompt).translate(str.maketrans(spelled))
 
     def prompt_ids(self, messages: Messages, prefix: str = "") -> list[int]:
         """Ids of the conversation and the generation prompt, then of `prefix` (`prefix_ids`)."""
-        text, spelled = self._render(messages, add_generation_prompt=True)
-        return self._encode(text, spelled) + self.prefix_ids(prefix)
+        turns, spelled = self._masked(messages, add_generation_prompt=True)
+        return self._encode(self._text(turns, True), spelled) + self.prefix_ids(prefix)
+
+    def target(self, messages: Messages, text: str) -> Target:
+        """The answer `text` to `messages` as the template renders it: what a model is to learn.
+
+        The template may trim it or set other space around its parts. Where it leaves some of the
+        answer's text out (the reasoning of an answer that is no longer the last), the whole
+        answer stands in its place.
+        """
+        conversation = [*messages, {"role": "assistant", "content": text}]
+        turns, spelled = self._masked(conversation, add_generation_prompt=False)
+        prompt, whole = self._text(turns[:-1], True), self._text(turns, False)
+        answer = turns[-1]["content"]
+        before = self._common(prompt, whole)
+        begun = prompt[len(before) :]  # of the answer, by the prompt alone
+        said = None
+        if len(begun) > len(self._header):  # not behind the question: no common conversation
+            before, begun = prompt, ""
+        else:
+            said = self._said(before, whole, answer)
+        as_rendered = said is not None
+        if said is None:
+            said = answer if begun else self._lead + answer
+        if not said.strip():
+            said = ""
+        ids = self._encode_pieces(said, spelled, go_on=True)
+        return Target(self._encode(before, spelled), ids, as_rendered)
+
+    def _said(self, before: str, whole: str, answer: str) -> str | None:
+        """What of `whole`, behind `before`, is asked of the model; None where the answer is not
+        wholly in it, but for space."""
+        rendered = whole[len(before) :]
+        start = len(self._before) if rendered.startswith(self._before) else 0
+        closed = rendered.find(self._closing, start) if self._closing else len(rendered)
+        if closed < 0:
+            return None
+        said = rendered[:closed] if self._closing else rendered.removesuffix(self._after)
+        said = said.removesuffix(self._spaces)
+        # The prompt may have begun with the answer: a think block that it opens.
+        shown = before[len(before) - len(self._header) :] + said.removesuffix(self._tail)
+        own = "".join(answer.split())
+        return said if own and "".join(shown.split()).endswith(own) else None
 
     def prefix_ids(self, prefix: str) -> list[int]:
         """Ids of a forced beginning of the answer.
@@ -233,54 +335,133 @@ class Chat:
                     "system message, then user and assistant in turns (a prompt ends with user)"
                 )
 
-    def _render(
+    def _check_format(self) -> None:
+        """ValueError where the tokenizer lacks what a built-in format writes."""
+        lacks = set(re.findall(r"<\|\w+\|>", self._source)) - set(self.tokenizer.added)
+        if lacks:
+            raise ValueError(
+                f"chat format {self.name} needs the tokens {sorted(lacks)}, which this "
+                f"tokenizer lacks; choose another of {', '.join(FORMATS)}"
+            )
+        if "eos_token" in self._source and self.tokenizer.eos_id is None:
+            named = self.tokenizer.named.get("eos_token")
+            why = f"{named!r} is not in its vocabulary" if named else "the tokenizer names none"
+            raise ValueError(
+                f"chat format {self.name} closes answers with the eos token, and {why}: name "
+                "eos_token in tokenizer_config.json"
+            )
+
+    def _masked(
         self, messages: Messages, add_generation_prompt: bool
-    ) -> tuple[str, dict[str, str]]:
-        """The conversation as text, spelled special tokens masked, and what stands for them."""
+    ) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """The checked messages, spelled special tokens masked, and what stands for them."""
         self._check(messages, add_generation_prompt)
         texts, spelled = self._mask([message["content"] for message in messages])
         turns = [
             {"role": message["role"], "content": text}
             for message, text in zip(messages, texts, strict=True)
         ]
-        try:
-            text = self._template.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the {self.name} chat template refuses this conversation: {error}"
-            ) from error
+        return turns, spelled
+
+    def _template_text(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What the template alone makes of masked messages."""
+        return self._template.render(
+            sum(len(turn["content"]) for turn in turns),
+            messages=[dict(turn) for turn in turns],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._variables,
+        )
+
+    def _text(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Masked messages as text, with the format's bos and the opening of an answer."""
+        text = self._template_text(turns, add_generation_prompt)
         if not text.startswith(self._bos):
             text = self._bos + text
-        return text + self._opening if add_generation_prompt else text, spelled
+        return text + self._opening if add_generation_prompt else text
 
-    def _find_edges_of_answers(self) -> tuple[str, str, int]:
-        """What to append to a prompt, what comes before an answer, the id that closes it."""
-        asked = [{"role": "user", "content": "A-QUESTION"}]
-        answered = [*asked, {"role": "assistant", "content": "AN-ANSWER"}]
-        prompt, _ = self._render(asked, add_generation_prompt=True)
-        unprompted, _ = self._render(asked, add_generation_prompt=False)
-        whole, _ = self._render(answered, add_generation_prompt=False)
-        before, found, after = whole.rpartition("AN-ANSWER")
+    def _turn_tokens(self) -> set[str]:
+        """Added tokens that the template writes around finished turns, special or not.
+
+        Those that are blank or a plain word are not taken for control tokens.
+        """
+        added = any_of(s for s in self.tokenizer.added if not s.strip().isalnum() and s.strip())
+        system = {"role": "system", "content": QUESTION}
+        asked = {"role": "user", "content": QUESTION}
+        answered = [asked, {"role": "assistant", "content": ANSWER}]
+        for turns in ([system, *answered, asked], [*answered, asked], answered):
+            try:
+                return set(added.findall(self._text(turns, False)))
+            except TemplateStopped:
+                raise
+            except ValueError:  # it takes no system message, or one question only
+                continue
+        return set()
+
+    def _find_edges_of_answers(self) -> None:
+        """Find out how the template writes an answer, from one that it is shown.
+
+        _opening  to append to a prompt: the header of a template that never prompts
+        _header   what a prompt ends with, behind the question
+        _lead     between prompt and answer, where the prompt is a part of the conversation
+        _before   between what both have in common and a finished answer
+        _closing  the spelling of end_id, or "" where nothing closes a turn
+        _tail     between answer and closing; _spaces: the same where it is only spaces, which are
+                  not asked of the model
+        _after    behind an answer that nothing closes
+        """
+        asked = [{"role": "user", "content": QUESTION}]
+        answered = [*asked, {"role": "assistant", "content": ANSWER}]
+        prompt, unprompted = self._text(asked, True), self._text(asked, False)
+        whole = self._text(answered, False)
+        before, found, self._after = whole.rpartition(ANSWER)
         if not found:
             raise ValueError(f"the {self.name} chat template leaves out the assistant's text")
         lead = before[len(prompt) :] if before.startswith(prompt) else ""
         # A template that ignores add_generation_prompt: all but spaces belongs to the prompt.
-        opening = lead.rstrip(" ") if prompt == unprompted else ""
-        lead = lead[len(opening) :]
-        closing = self.tokenizer.special_pattern.search(after)
-        end_id = self.tokenizer.special[closing.group()] if closing else self.tokenizer.eos_id
-        if end_id is None:
+        self._opening = lead.rstrip(" ") if prompt == unprompted else ""
+        prompt += self._opening
+        self._lead = lead[len(self._opening) :]
+
+        self._header = prompt.rpartition(QUESTION)[2]
+        common = self._common(prompt, before)
+        self._before = before[len(common) :]
+        self.notice = None
+        if len(common) < len(prompt):
+            if len(prompt) - len(common) <= len(self._header):
+                ends = self._header, whole.rpartition(QUESTION)[2]
+                what = "the references are trained on as it writes them, the model's own answers "
+                what += "as they were sampled"
+            else:
+                ends = prompt, whole
+                what = "answers are trained on behind the prompt, which it would not write so"
+            self.notice = (
+                f"the {self.name} chat template ends a prompt with {ends[0]!r} and writes a "
+                f"finished answer as {ends[1]!r}: {what}"
+            )
+
+        special = self.tokenizer.special
+        closing = self.tokenizer.special_pattern.search(self._after)
+        self._closing = closing.group() if closing else ""
+        self.end_id = special[self._closing] if closing else self.tokenizer.eos_id
+        if self.end_id is None:
             raise ValueError(
                 f"the {self.name} chat template closes the assistant's turn by no special token "
                 "and the tokenizer has no eos_token; name one in tokenizer_config.json"
             )
-        return opening, lead, end_id
+        self._tail = self._after[: closing.start()] if closing else ""
+        self._spaces = "" if self._tail.strip(" ") else self._tail
+        self._encode(whole, {})  # ValueError for a token beyond the embeddings
+        self._encode(prompt, {})
+
+    def _common(self, prompt: str, text: str) -> str:
+        """The prompt where the text begins with it, else what both begin with alike, in whole
+        tokens and words."""
+        if text.startswith(prompt):
+            return prompt
+        parts = [self._part.findall(t) for t in (prompt, text)]
+        return "".join(os.path.commonprefix(parts))
 
     def _mask(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
         """`texts` with each spelled special token as one private-use character, and what those are.
@@ -301,79 +482,65 @@ class Chat:
         """Ids of a rendered conversation; `spelled` is what `_mask` gave."""
         if not self._bos:
             return self._encode_pieces(text, spelled)
-        ids = []
+        ids: list[int] = []
         for part in text.split(self._bos)[1:]:  # the format's own bos: those of messages are masked
             ids += [self.tokenizer.bos_id, *self._encode_pieces(part, spelled)]
         return ids
 
     def _encode_pieces(self, text: str, spelled: dict[str, str], go_on: bool = False) -> list[int]:
         """Ids of rendered text, stand-ins encoded as the text they spell."""
-        if not spelled:
-            return self.tokenizer.encode_template(text, continues=go_on)
         ids: list[int] = []
-        for part in filter(None, re.split(f"([{''.join(spelled)}])", text)):
+        parts = re.split(f"([{''.join(spelled)}])", text) if spelled else [text]
+        for part in filter(None, parts):
             if part in spelled:
                 ids += self.tokenizer.encode(spelled[part], continues=go_on)
             else:
                 ids += self.tokenizer.encode_template(part, continues=go_on)
             go_on = True
+        self.check_ids(ids)
         return ids
+
+
+def checkpoint_eos_ids(path: Path) -> list[int]:
+    """The end tokens of generation_config.json, of config.json where that names none."""
+    found = role_ids(path / "generation_config.json", "eos_token")
+    return found or role_ids(path / "config.json", "eos_token")
+
+
+def _embedding_rows(path: Path) -> int | None:
+    """config.json's vocab_size, None where it says nothing that could be one."""
+    rows = read_json(path / "config.json", {}).get("vocab_size")
+    return rows if type(rows) is int and rows > 0 else None
 
 
 def _checkpoint_template(path: Path) -> str:
     """The source of the checkpoint's default chat template."""
     file = path / "chat_template.jinja"  # takes precedence over tokenizer_config.json
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if file.exists():
+        check_file(file)
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
     found = read_json(path / "tokenizer_config.json", {}).get("chat_template")
-    if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in found
+    ):
+        named = {str(entry["name"]): entry["template"] for entry in found}
         if "default" not in named:
             raise ValueError(
                 f"{path} has the chat templates {sorted(named)} but no 'default'; "
                 f"choose --chat-format: {', '.join(FORMATS)}"
             )
-        return named["default"]
+        found = named["default"]
     if found is None:
         raise ValueError(
             f"{path} has no chat template (chat_template.jinja, or chat_template in "
             f"tokenizer_config.json); choose --chat-format: {', '.join(FORMATS)}"
         )
-    return found
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks an answer for trainers that mask by it; here it is just rendered."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates."""
-    version = tuple(int(part) for part in re.findall(r"\d+", jinja2.__version__)[:3])
-    if version < (3, 1, 6):  # older sandboxes can be escaped, and templates are strangers' programs
+    if not isinstance(found, str):
         raise ValueError(
-            f"jinja2 {jinja2.__version__} cannot run a checkpoint's template safely -> "
-            "pip install -U 'jinja2>=3.1.6'"
+            f"{path / 'tokenizer_config.json'}: chat_template is a {type(found).__name__}; the "
+            "text of a template, or a list of named ones, is wanted"
         )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own would escape <, >, & and ' for HTML.
-        style = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return json.dumps(value, ensure_ascii=ensure_ascii, **style)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment
+    return found

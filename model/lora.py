@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -385,11 +386,17 @@ def _peft_config(file: Path) -> LoraConfig:
     return config
 
 
-def merge(model_dir: str | Path, lora: Lora, out: str | Path) -> None:
+def merge(
+    model_dir: str | Path,
+    lora: Lora,
+    out: str | Path,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
 
     The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
     at a time. ValueError where the adapter does not fit, a sum overflows, or `out` exists.
+    `finish(directory)` may change what lies there before it appears as `out`.
     """
     model_dir = Path(model_dir)
     config = LlamaConfig.from_dir(model_dir)
@@ -405,4 +412,4 @@ def merge(model_dir: str | Path, lora: Lora, out: str | Path) -> None:
             raise ValueError(f"{name} merged is not finite in {weight.dtype}")
         return merged
 
-    rewrite_checkpoint(model_dir, Path(out), change)
+    rewrite_checkpoint(model_dir, Path(out), change, finish=finish)

@@ -224,10 +224,16 @@ def written_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def rewrite_checkpoint(source: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+def rewrite_checkpoint(
+    source: Path,
+    out: Path,
+    change: Callable[[str, Tensor], Tensor],
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Copy a model directory to `out`, each tensor passed through `change(name, tensor)`.
 
     Shards, names, dtypes and every other file stay as they are; one shard is in memory at a time.
+    `finish(directory)` may change what lies there before it appears as `out`.
     """
     shards = checkpoint_files(source)
     with written_beside(out) as beside:
@@ -245,3 +251,5 @@ def rewrite_checkpoint(source: Path, out: Path, change: Callable[[str, Tensor], 
                 shutil.copyfile(file, beside / file.name)
         manifest = json.dumps({"merged_from": str(source.resolve())}, indent=1)
         (beside / "merge.json").write_text(manifest + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(beside)

@@ -21,7 +21,7 @@ from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.harness import HarnessConfig, harness_job
 from engine.locking import lock_directory, lock_file
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
+from engine.session import DataConfig, ModelConfig, Session, as_begun, as_trained, meta_of
 from engine.tasks import TaskConfig, tasks_job
 from engine.verifiers import get_verifier
 
@@ -56,13 +56,14 @@ def main() -> None:
         get_verifier(args.verify)
         with lock_file(args.out):
             metas = meta_of(args.out), meta_of(nll_file(args.out))
-            session = Session.open(as_begun(model, *metas))
+            session = Session.open(as_trained(as_begun(model, *metas), args.adapter))
             evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
         return
     config = from_flags(TaskConfig if args.task else HarnessConfig, args)
     job = tasks_job if args.task else harness_job
     with lock_directory(args.out):
-        session = Session.open(as_begun(model, *sorted(args.out.glob("*.meta.json"))))
+        model = as_begun(model, *sorted(args.out.glob("*.meta.json")))
+        session = Session.open(as_trained(model, args.adapter))
         job(session, config, args.adapter, args.out, sampling)
 
 

@@ -17,7 +17,7 @@ from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.generate import generate_job
 from engine.locking import lock_file
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
+from engine.session import DataConfig, ModelConfig, Session, as_trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +42,7 @@ def main() -> None:
     asked = from_flags(DataConfig, args) if args.data else args.prompt
     with lock_file(args.out):
         generate_job(
-            Session.open(model),
+            Session.open(as_trained(model, [args.adapter] if args.adapter else [])),
             asked,
             sampling,
             adapter=args.adapter,

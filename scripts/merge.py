@@ -4,6 +4,8 @@
         --out models/smollm2-demo
 
 The output has the model's own files, shards and dtype; transformers, vLLM and this engine load it.
+It is asked, and it stops, as the adapter was trained: the chat template goes with it, and the end
+token is among those of generation_config.json.
 It appears under its name only when it is whole, and an existing one is never written over.
 """
 
@@ -19,6 +21,7 @@ from engine.checkpoint import refuse_damaged
 from engine.flags import make_parser, run_main
 from engine.locking import lock_file
 from model.lora import Lora, merge
+from model.trained_chat import TrainedChat
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,9 +37,17 @@ def main() -> None:
     with lock_file(args.out):
         refuse_damaged(args.adapter)
         lora = Lora.load(args.adapter)
-        merge(args.model, lora, args.out)
+        trained = TrainedChat.read(args.adapter)
+        merge(args.model, lora, args.out, finish=trained and trained.install)
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in")
+    if trained is None:
+        print(
+            "the adapter does not say what chat format it was trained with (no chat.json): chat "
+            "template and end token are the model's own"
+        )
+    else:
+        print(f"with it: {trained.text()}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from engine.flags import add_flags, from_flags, make_parser, run_main
 from engine.locking import lock_file
 from engine.retention import retention_job, retention_metas
 from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun
+from engine.session import DataConfig, ModelConfig, Session, as_begun, as_trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +39,9 @@ def main() -> None:
     model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
     data = from_flags(DataConfig, args) if args.data else None
     with lock_file(args.out):
+        model = as_begun(model, *retention_metas(args.out))
         retention_job(
-            Session.open(as_begun(model, *retention_metas(args.out))),
+            Session.open(as_trained(model, args.adapter)),
             args.adapter,
             args.out,
             sampling,

@@ -27,6 +27,7 @@ from engine.data import (
     show,
 )
 from engine.retention_prompts import PROMPTS
+from model.chat import Target
 
 END = 1
 
@@ -41,6 +42,15 @@ class StubChat:
 
     def response_ids(self, text, prefix=""):
         return [ord(char) for char in text]
+
+    def target(self, messages, text):
+        return Target(
+            self.prompt_ids(messages), self.response_ids(text), as_rendered="<t>" not in text
+        )
+
+    def check_ids(self, ids):
+        if any(token > 9999 for token in ids):
+            raise ValueError("beyond the embeddings")
 
     def spells_special(self, messages):
         return any("<s>" in m["content"] for m in messages)
@@ -385,6 +395,19 @@ def test_context_only_turns_are_context_only():
         )
         assert [e.id for e in examples] == ["r/1"] and counts.context == 1
         assert examples[0].ids[: examples[0].n_prompt] == ids("user>q|assistant>b|user>c|")
+
+
+def test_answers_that_the_template_does_not_write_whole_are_counted():
+    rows = [Row("r", (user("a"), bot("<t>b"))), Row("s", (user("a"), bot("b")))]
+    _, counts = encode(rows, StubChat(), max_length=99)
+    assert (counts.examples, counts.unrendered) == (2, 1)
+
+
+def test_sampled_ids_beyond_the_embeddings_are_refused_before_training():
+    far = distilled(line(response_ids=[900, 10000]))
+    with pytest.raises(ValueError, match="r/0: beyond the embeddings"):
+        encode(far, StubChat(), max_length=99)
+    encode(far, StubChat(), target="reference", max_length=99)
 
 
 # ---- packing

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer, role_ids
 from tests.tokenizer_dirs import (
     FLAGS,
     golden,
@@ -19,6 +19,7 @@ from tests.tokenizer_dirs import (
     spelled,
     tiny_converted,
     tiny_sentencepiece,
+    tiny_unigram,
     train_sentencepiece,
     write_json,
 )
@@ -268,13 +269,131 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
 
     path = train_sentencepiece(tmp_path)
     assert roles(path) == (1, 2, True)  # the model's own, as Llama 2 wants them
-    write_json(path / "config.json", {"bos_token_id": 2, "eos_token_id": [1, 2]})
+    write_json(path / "config.json", {"bos_token_id": 0, "eos_token_id": 1})
+    assert roles(path) == (1, 2, True)  # LLaMA-1's conversions kept the ids of another vocabulary
+    write_json(path / "special_tokens_map.json", {"bos_token": "", "eos_token": ""})
+    assert roles(path) == (1, 2, True)  # an empty name names nothing
+    write_json(path / "special_tokens_map.json", {"bos_token": "</s>", "eos_token": "<s>"})
     assert roles(path) == (2, 1, True)
-    write_json(path / "special_tokens_map.json", {"bos_token": "<s>", "eos_token": "</s>"})
-    assert roles(path) == (1, 2, True)
     config = {"bos_token": {"content": "</s>", **FLAGS}, "eos_token": None, "add_bos_token": False}
     write_json(path / "tokenizer_config.json", config)
     assert roles(path) == (2, None, False)
+
+
+def test_config_ids_count_where_nothing_else_knows_and_only_of_control_tokens(tiny_llama_dir):
+    """A tokenizer.json names no roles: config.json does, unless its ids are of another vocabulary,
+    or the class or the post-processor knows better."""
+    pytest.importorskip("tokenizers")
+
+    def roles(tokenizer_config: dict, **config: object) -> tuple:
+        path = tiny_llama_dir(tokenizer=True, **config)
+        write_json(path / "tokenizer_config.json", tokenizer_config)
+        tokenizer = load_tokenizer(path)
+        return tokenizer.bos_id, tokenizer.eos_id
+
+    assert roles({}) == (257, 258)
+    assert roles({}, bos_token_id=0, eos_token_id=1) == (None, None)  # bytes are no control tokens
+    assert roles({}, eos_token_id=[256, 258]) == (257, 256)
+    assert roles({"eos_token": None}) == (257, None)
+    assert roles({"tokenizer_class": "LlamaTokenizer"}) == (257, 258)  # it has no <s>, </s>
+
+
+def test_llama_class_and_post_processor_know_bos_and_eos(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tiny_converted(tmp_path)
+    for kind, eos in (("LlamaTokenizerFast", 2), ("PreTrainedTokenizerFast", 1)):
+        write_json(path / "tokenizer_config.json", {"tokenizer_class": kind})
+        write_json(path / "config.json", {"bos_token_id": 0, "eos_token_id": 1})
+        tokenizer = load_tokenizer(path)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, eos, True)
+
+
+@pytest.mark.parametrize("value", [-5, 10**12, "x", {}, True, 1.5, [2, "x"], [-1], [None]])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_end_ids_that_are_none_are_refused_by_name(tmp_path, file, value):
+    path = train_sentencepiece(tmp_path)
+    write_json(path / file, {"eos_token_id": value})
+    with pytest.raises(ValueError, match=rf"{file}: eos_token_id is .* a token id, a list of"):
+        role_ids(path / file, "eos_token")
+    if file == "config.json":
+        with pytest.raises(ValueError, match="config.json: eos_token_id is"):
+            load_tokenizer(path)
+
+
+def test_no_end_ids_and_an_empty_list_are_the_same(tmp_path):
+    path = train_sentencepiece(tmp_path)
+    for value in ([], None):
+        write_json(path / "config.json", {"eos_token_id": value, "bos_token_id": value})
+        tokenizer = load_tokenizer(path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        assert role_ids(path / "config.json", "eos_token") == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"360": {"special": True}}},
+        {"added_tokens_decoder": ["<a>"]},
+        {"added_tokens_decoder": {str(10**15): {"content": "<a>"}}},
+        {"eos_token": 5},
+        {"eos_token": {"text": "</s>"}},
+        {"additional_special_tokens": [5]},
+    ],
+)
+def test_malformed_notes_on_tokens_are_a_value_error(tmp_path, settings):
+    path = tiny_sentencepiece(tmp_path, **settings)
+    with pytest.raises(ValueError, match="tokenizer_config.json.* are not of the form"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_added_token_is_control_when_it_is_asked_to_be(tmp_path, tiny_llama_dir):
+    """However the files mark it: text cannot spell it then, a template can."""
+    pytest.importorskip("tokenizers")
+    sentencepiece = tiny_sentencepiece(tmp_path)
+    write_json(sentencepiece / "added_tokens.json", {"<|im_end|>": 360, "<tool>": 361})
+    byte_level = tiny_llama_dir(tokenizer=True)
+    document = json.loads((byte_level / "tokenizer.json").read_text())
+    for token in document["added_tokens"]:
+        token["special"] = False
+    write_json(byte_level / "tokenizer.json", document)
+    write_json(byte_level / "tokenizer_config.json", {})
+    for path, end in ((sentencepiece, 360), (byte_level, 258)):
+        plain = load_tokenizer(path)
+        control = plain.with_control(["<|im_end|>"])
+        assert plain.added["<|im_end|>"] == control.special["<|im_end|>"] == end
+        assert "<|im_end|>" not in plain.special and plain.encode("a<|im_end|>")[-1] == end
+        assert end not in control.encode("a<|im_end|>b")
+        assert control.decode(control.encode("a<|im_end|>b")) == "a<|im_end|>b"
+        assert control.encode_template("a<|im_end|>b")[1:-1].count(end) == 1
+        assert control.decode([end]) == "" and control.piece(end) == "<|im_end|>"
+        assert control.with_control([]).special == control.special
+
+
+def test_unigram_text_that_spells_control_pieces_is_sentencepieces(tmp_path):
+    """A converted Unigram model has its control pieces in the vocabulary that text is matched
+    with; sentencepiece keeps them out."""
+    pytest.importorskip("tokenizers")
+    path = tiny_unigram(tmp_path / "json")
+    source = load_tokenizer(train_sentencepiece(tmp_path, model_type="unigram", vocab_size=330))
+    ours = load_tokenizer(path)
+    assert source.special == ours.special == {"<unk>": 0, "<s>": 1, "</s>": 2}
+    texts = ["a<s>b", "<s>", "</s> the", "the<unk>", "a <s><s> b</s>", "<s", *TEXTS]
+    texts += spelled(source.special, 200)
+    # A converted file also matches the text <0x0A> as the byte; it is followed in that.
+    for text in (text for text in texts if "<0x" not in text):
+        assert ours.encode(text, continues=True) == source.encode(text, continues=True), text
+        assert ours.encode(text) == source.encode(text), text
+    pieces = [ours.piece(id) for id in ours.encode("a<s>b", continues=True)]
+    assert "".join(pieces) == "a<s>b" and "<s>" not in pieces
+    assert ours.encode_template("a<s>b")[-2] == 1
 
 
 def test_tokenizer_json_adds_bos_by_its_post_processor(load):

@@ -132,6 +132,45 @@ def tiny_converted(path: Path) -> Path:
     return path
 
 
+def tiny_unigram(path: Path) -> Path:
+    """A trained Unigram model as transformers converts one: a tokenizer.json alone."""
+    path.mkdir()
+    file = train_sentencepiece(path, model_type="unigram", vocab_size=330) / "tokenizer.model"
+    model = sentencepiece.SentencePieceProcessor(str(file))
+    file.unlink()
+    size = range(model.get_piece_size())
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    document = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": id, "content": model.id_to_piece(id), "special": True, **FLAGS}
+            for id in range(3)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {**metaspace, "split": False},
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "Unigram",
+            "unk_id": 0,
+            "byte_fallback": True,
+            "vocab": [[model.id_to_piece(id), model.get_score(id)] for id in size],
+        },
+    }
+    write_json(path / "tokenizer.json", document)
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(path / "tokenizer_config.json", named)
+    return path
+
+
 def spelled(special: dict[str, int], count: int, seed: int = 0) -> Iterator[str]:
     """Texts put together from special spellings, halves of them, and what may stand around."""
     draw = random.Random(seed)

@@ -191,7 +191,14 @@ def paper_chat(session: Session, name: str) -> Chat:
     if name != "plain":
         return Chat.from_dir(session.config.model, tokenizer, name, now=now)
     template = ("{{ bos_token }}" if tokenizer.add_bos else "") + _PLAIN
-    return Chat(template, tokenizer, name=name, eos_ids=session.chat.end_ids, now=now)
+    return Chat(
+        template,
+        tokenizer,
+        name=name,
+        eos_ids=session.chat.end_ids,
+        now=now,
+        rows=session.chat.rows,
+    )
 
 
 @memory_for("answering tasks", SAMPLE_LESS)

@@ -1,0 +1,329 @@
+"""A checkpoint's chat template as a program of a stranger's: Jinja in a sandbox, within limits.
+
+The environment is what transformers gives a chat template. Beyond Jinja's own sandbox (no private
+attributes, nothing it is handed can be changed) a rendering has a budget:
+
+    SECONDS      of this thread's processor time; a paused or crowded process loses nothing
+    CHARACTERS   of text made on the way, and of the output; more where the conversation is long
+    LARGEST      the largest whole number that a call or a filter may be handed
+
+Loops, calls, filters and operators count against it, so that neither a loop in a loop nor text
+that is doubled again and again can hold up the program or fill its memory. Whatever goes wrong
+inside a template (any exception, not Jinja's alone) is a ValueError that names the template.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+SECONDS = 10.0
+CHARACTERS = 1 << 24
+CHARACTERS_EACH = 256  # and so many for every character of the conversation
+LARGEST = 1_000_000
+
+
+class TemplateLimit(Exception):
+    """A template asked for more time or memory than a conversation needs."""
+
+
+class TemplateStopped(ValueError):
+    """The same for the user."""
+
+
+class ChatTemplate:
+    """A compiled template. `name` is how messages call it ("checkpoint", "llama2")."""
+
+    def __init__(self, source: str, name: str, now: datetime) -> None:
+        self.name = name
+        self._environment = _environment(now)
+        try:
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # beside syntax errors RecursionError, OverflowError, ...
+            raise ValueError(
+                f"the {name} chat template is not valid Jinja: {_reason(error)}"
+            ) from error
+
+    def render(self, length: int, **variables: Any) -> str:
+        """The text; `length` is that of the conversation, in characters.
+
+        ValueError where the template refuses the conversation, fails at it or breaks its limits.
+        """
+        budget = self._environment.budget
+        budget.begin(length)
+        pieces = []
+        try:
+            for piece in self._template.generate(**variables):
+                budget.output(len(piece))
+                pieces.append(piece)
+        except TemplateLimit as error:
+            raise TemplateStopped(
+                f"the {self.name} chat template was stopped: {error}; a template that conversations"
+                " are rendered with needs a fraction of that: look into it"
+            ) from None
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the {self.name} chat template refuses this conversation: {_reason(error)}"
+            ) from error
+        except Exception as error:  # TypeError, KeyError, RecursionError, MemoryError, ...
+            raise ValueError(
+                f"the {self.name} chat template fails at this conversation: "
+                f"{type(error).__name__}: {_reason(error)}"
+            ) from error
+        finally:
+            budget.end()
+        return "".join(pieces)
+
+
+def printable(text: str) -> str:
+    """`text` of a stranger's for a terminal: what is not printable as an escape (\\x1b)."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What an exception says, as one line of at most 500 characters."""
+    text = printable(" ".join(str(error).split(" ")))
+    text = " ".join(text.split("\n")) or type(error).__name__
+    return text if len(text) <= 500 else text[:500] + " ..."
+
+
+class _Budget:
+    """What the rendering under way in this thread may still spend; without one all is free."""
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def begin(self, length: int) -> None:
+        self._own.most = CHARACTERS + CHARACTERS_EACH * length
+        self._own.made = self._own.written = 0
+        self._own.deadline = time.thread_time() + SECONDS
+
+    def end(self) -> None:
+        self._own.deadline = None
+
+    def tick(self) -> None:
+        """A step was made."""
+        deadline = getattr(self._own, "deadline", None)
+        if deadline is not None and time.thread_time() > deadline:
+            raise TemplateLimit(f"it ran for more than {SECONDS:g} seconds")
+
+    def made(self, value: Any) -> Any:
+        """A step was made and this is its result."""
+        self.tick()
+        if isinstance(value, (str, list, tuple)) and getattr(self._own, "deadline", None):
+            self._own.made += len(value)
+            if self._own.made > self._own.most:
+                raise TemplateLimit(f"it made more than {self._own.most:,} characters of text")
+        return value
+
+    def output(self, count: int) -> None:
+        """So many characters were written."""
+        self._own.written += count
+        if self._own.written > self._own.most:
+            raise TemplateLimit(f"it wrote more than {self._own.most:,} characters")
+
+    def counted(self, items: Iterable) -> Iterator:
+        """`items`, each of them a step."""
+        for item in items:
+            self.tick()
+            yield item
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    """TemplateLimit for a number (of characters, of repetitions) that asks for too much at once."""
+    for value in values:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise TemplateLimit(f"it used the number {_digits(value)}, the most is {LARGEST:,}")
+
+
+def _check_texts(values: Iterable[Any]) -> None:
+    """TemplateLimit for a list of texts that are too long together."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _check_product(1, sum(len(item) for item in value if isinstance(item, str)))
+
+
+def _check_widths(text: Any) -> None:
+    """TemplateLimit for a format string that asks for a field of millions of characters."""
+    if isinstance(text, str) and re.search(r"[1-9]\d{6}", text):
+        raise TemplateLimit(f"it formats text {LARGEST:,} characters wide or wider")
+
+
+def _digits(value: int) -> str:
+    return str(value) if value.bit_length() < 200 else f"of {value.bit_length()} bits"
+
+
+def _size(value: Any) -> int:
+    """Characters, items or bits."""
+    if isinstance(value, int):
+        return value.bit_length()
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+class _CountLoops(NodeTransformer):
+    """Makes every loop and every `~` of a template count."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered("_counted", node.iter)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered("_joined", nodes.List(node.nodes, lineno=node.lineno))
+
+
+def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks an answer for trainers that mask by it; here it is just rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which what a template does is counted."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **settings: Any) -> None:
+        self.budget = _Budget()
+        super().__init__(**settings)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return _CountLoops().visit(super()._parse(source, name, filename))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        # (named as in jinja2, so that no keyword of a call can be taken for them)
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2's sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str):
+            args = _check_method(__self.budget, owner, method.__name__, args)
+        _check_numbers([*args, *kwargs.values()])
+        _check_texts(args)
+        return __self.budget.made(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            _check_numbers([right])
+            _check_product(_size(left), right if isinstance(right, int) else 0)
+        elif operator == "*":
+            both_numbers = isinstance(left, int) and isinstance(right, int)
+            if both_numbers:
+                _check_product(_size(left), _size(right))
+            elif isinstance(left, int):
+                _check_product(left, _size(right))
+            elif isinstance(right, int):
+                _check_product(_size(left), right)
+        elif operator == "%":
+            _check_widths(left)
+        return self.budget.made(super().call_binop(context, operator, left, right))
+
+
+def _check_method(budget: _Budget, text: str, name: str, args: tuple) -> tuple:
+    """The arguments of a method of `text`; TemplateLimit where the result would be too long."""
+    if name.startswith("format"):
+        _check_widths(text)
+    elif name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
+        _check_product(text.count(args[0]), len(args[1]))
+    elif name == "join" and args:
+        items = list(budget.counted(args[0]))
+        _check_product(len(text), len(items))
+        return (items, *args[1:])
+    return args
+
+
+def _check_product(a: int, b: int) -> None:
+    """TemplateLimit where something `a` large is to be made `b` times."""
+    if a * b > CHARACTERS:
+        raise TemplateLimit(f"it makes {_digits(a)} times {_digits(b)} at once")
+
+
+def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
+    """A filter whose arguments are checked and whose result counts."""
+
+    # jinja2 hands its environment or context to some filters, before the value
+    value = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)  # also what jinja2 notes about a filter in its attributes
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if name == "format" and args:
+            _check_widths(args[0])
+        if name == "replace":
+            texts = [text for text in (*args, *kwargs.values()) if isinstance(text, str)]
+            if len(texts) > 2:
+                _check_product(texts[0].count(texts[1]), len(texts[2]))
+        if name == "join" and len(args) > value:
+            items = list(budget.counted(args[value]))
+            separator = [*args[value + 1 : value + 2], *kwargs.values()]
+            _check_product(max(map(_size, separator), default=0), len(items))
+            args = (*args[:value], items, *args[value + 1 :])
+        _check_numbers([*args[value + 1 :], *kwargs.values()])
+        _check_texts(args)
+        return budget.made(function(*args, **kwargs))
+
+    return counting
+
+
+def _environment(now: datetime) -> _Environment:
+    """Jinja as transformers sets it up for chat templates."""
+    version = tuple(int(part) for part in re.findall(r"\d+", jinja2.__version__)[:3])
+    if version < (3, 1, 6):  # older sandboxes can be escaped, and templates are strangers' programs
+        raise ValueError(
+            f"jinja2 {jinja2.__version__} cannot run a checkpoint's template safely -> "
+            "pip install -U 'jinja2>=3.1.6'"
+        )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own would escape <, >, & and ' for HTML.
+        style = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, **style)
+
+    def joined(parts: list[Any]) -> str:
+        texts = list(map(str, parts))
+        _check_texts([texts])
+        return budget.made("".join(texts))
+
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    budget = environment.budget
+    environment.filters["tojson"] = tojson
+    for name, function in environment.filters.items():
+        environment.filters[name] = _counting(budget, name, function)
+    environment.filters["_counted"] = budget.counted
+    environment.filters["_joined"] = joined
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = now.strftime
+    environment.globals.pop("lipsum")  # random text; transformers leaves it in by default
+    return environment

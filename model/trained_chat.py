@@ -1,0 +1,138 @@
+"""What an adapter's training knew beside its numbers: chat format, end token, system message.
+
+    ADAPTER/chat.json    written by training beside adapter_model.safetensors; other readers of
+                         PEFT's layout pass it over. Adapters of before, and of others, have none
+
+A model is to be asked as it was trained. `as_trained` and `Session.adapter` (engine/session.py)
+read the file; `install` puts it into a merged model, where transformers, vLLM and this engine find
+it: the chat template, and the end token among those that stop generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.chat import FORMATS, Chat, checkpoint_eos_ids
+from model.config import read_json
+
+FILE = "chat.json"
+OWN = "own"  # the flag's word for the checkpoint's own template
+
+
+@dataclass(frozen=True)
+class TrainedChat:
+    """The chat format of a training."""
+
+    chat_format: str  # OWN, or the name of a built-in format
+    template: str  # Jinja, for programs that give it the tokenizer's bos_token and eos_token
+    template_hash: str  # of the template as it was used here
+    end_id: int  # the token that answers were trained to end with
+    end_token: str
+    system: str | None  # the system message of every row, if all had the same
+
+    @classmethod
+    def of(cls, chat: Chat, system: str | None) -> TrainedChat:
+        """What there is to know of a training with `chat`."""
+        return cls(
+            chat_format=chat.name if chat.name in FORMATS else OWN,
+            template=chat.portable_source,
+            template_hash=chat.source_hash,
+            end_id=chat.end_id,
+            end_token=chat.tokenizer.piece(chat.end_id),
+            system=system,
+        )
+
+    @classmethod
+    def read(cls, adapter: str | Path) -> TrainedChat | None:
+        """The record in an adapter's directory, None where it has none; ValueError for a broken
+        one."""
+        file = Path(adapter) / FILE
+        if not file.exists():
+            return None
+        found = read_json(file)
+        kinds: dict[str, Any] = dict.fromkeys(("chat_format", "template", "template_hash"), str)
+        kinds |= {"end_id": int, "end_token": str, "system": (str, type(None))}
+        for name, kind in kinds.items():
+            if not isinstance(found.get(name), kind):
+                raise ValueError(
+                    f"{file}: {name} is {found.get(name)!r}, which training does not write; "
+                    "restore the file, or delete it and name --chat-format yourself"
+                )
+        if found["chat_format"] not in (OWN, *FORMATS):
+            raise ValueError(
+                f"{file}: chat format {found['chat_format']!r}; one of {', '.join((OWN, *FORMATS))}"
+                " was wanted"
+            )
+        return cls(**{name: found[name] for name in kinds})
+
+    def write(self, directory: Path) -> None:
+        """Put the record into a directory: written beside, then renamed."""
+        beside = directory / f".{FILE}.partial"
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, directory / FILE)
+
+    def why_other(self, chat: Chat) -> str | None:
+        """Why `chat` is not the format that was trained with, None where it is."""
+        used = chat.name if chat.name in FORMATS else OWN
+        if used != self.chat_format:
+            return (
+                f"it was trained with --chat-format {self.chat_format}, this run uses {used}: its "
+                "answers will not be what training made them"
+            )
+        if chat.source_hash != self.template_hash:
+            return (
+                "it was trained with another chat template than the model's directory has now: its "
+                "answers will not be what training made them"
+            )
+        if chat.tokenizer.piece(chat.end_id) != self.end_token:
+            return (
+                f"its answers were trained to end with {self.end_token!r}, here they end with "
+                f"{chat.tokenizer.piece(chat.end_id)!r}"
+            )
+        return None
+
+    def install(self, directory: Path) -> None:
+        """Make the model in `directory` one that is asked, and that stops, as it was trained."""
+        known = checkpoint_eos_ids(directory)
+        ends = list(dict.fromkeys([self.end_id, *known]))
+        if ends != known:
+            config = read_json(directory / "config.json")
+            generation = read_json(
+                directory / "generation_config.json",
+                {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config},
+            )
+            stops = ends if len(ends) > 1 else ends[0]
+            _write(directory / "generation_config.json", generation | {"eos_token_id": stops})
+            _write(directory / "config.json", config | {"eos_token_id": stops})
+        if self.chat_format == OWN:
+            return
+        (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        settings = read_json(directory / "tokenizer_config.json", {})
+        if settings:  # older programs look here
+            _write(directory / "tokenizer_config.json", settings | {"chat_template": self.template})
+
+    def text(self) -> str:
+        """What goes with the model, for people."""
+        text = f"chat format {self.chat_format}, answers end with {self.end_token!r}"
+        if self.system:
+            text += f", trained with the system message {self.system!r} (give it in every request)"
+        return text
+
+
+def common_system(conversations: Iterable[Sequence[Mapping[str, str]]]) -> str | None:
+    """The system message that all conversations begin with, None where they differ or have none."""
+    found = {c[0]["content"] if c[0]["role"] == "system" else None for c in conversations}
+    return found.pop() if len(found) == 1 else None
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
