@@ -199,7 +199,8 @@ def encode(
     *,
     target: str = "target",
     max_length: int,
-    truncate: bool = False,
+    model_limit: int | None = None,
+    truncate: bool | None = False,
     mix: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[Example], EncodeCounts]:
@@ -212,6 +213,8 @@ def encode(
     max_length  tokens of a whole example. Longer ones raise ValueError naming them, or with
                 `truncate` lose the end of their answer. A prompt is never cut: one that leaves no
                 room for an answer always raises
+    model_limit what the model was made for: where it binds, no message asks for --max-length
+    truncate    None: neither flag belongs to these rows (validation)
     mix         share of the kept rewrites of "target" that give way to their reference, drawn by
                 row id and `seed`; the contexts stay as they are
 
@@ -226,6 +229,7 @@ def encode(
             f"mix={mix} with target={target!r}: a share from 0 to 1 of the rewrites in distilled "
             "data is wanted, with target='target'"
         )
+    limits = {"max_length": max_length, "model_limit": model_limit}
     counts = EncodeCounts()
     examples, faults, too_long = [], [], []
     for turn in _turns(rows, target, mix, seed):
@@ -258,12 +262,20 @@ def encode(
         counts.special += chat.spells_special([*turn.messages, said])
     if faults:
         what = f"{len(faults)} turns cannot be trained on with max_length={max_length}"
-        raise ValueError(listing(what, faults, "raise --max-length, or remove them"))
+        raise ValueError(listing(what, faults, _what_helps("remove them", **limits)))
     if too_long and not truncate:
         what = f"{len(too_long)} turns are longer than max_length={max_length}"
-        raise ValueError(listing(what, too_long, "raise --max-length, or --truncate answers"))
+        cut = "remove them" if truncate is None else "--truncate answers"
+        raise ValueError(listing(what, too_long, _what_helps(cut, **limits)))
     counts.truncated = len(too_long)
     return examples, counts
+
+
+def _what_helps(otherwise: str, max_length: int, model_limit: int | None) -> str:
+    """What to do about rows that are too long: a larger limit only where the model takes one."""
+    if model_limit is None or max_length < model_limit:
+        return f"raise --max-length, or {otherwise}"
+    return f"the model itself was made for {model_limit} tokens: {otherwise}"
 
 
 def _turns(

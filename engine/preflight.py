@@ -261,6 +261,7 @@ def _training(
     def examples(which: Sequence[Any], target: str) -> list[Example]:
         longest = min(encoding.max_length, model.config.max_position)
         return encode(which, session.chat, target=target, max_length=longest,
+                      model_limit=model.config.max_position,
                       truncate=encoding.truncate)[0]  # fmt: skip
 
     whole = sum(len(e.ids) for e in examples(rows, "reference"))

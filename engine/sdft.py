@@ -223,6 +223,7 @@ def encode_rows(
         session.chat,
         target=target,
         max_length=min(encoding.max_length, session.model.config.max_position),
+        model_limit=session.model.config.max_position,
         truncate=encoding.truncate,
         mix=encoding.mix if target == "target" else 0.0,
         seed=seed,

@@ -86,7 +86,14 @@ class Validator:
         if config.val_data is not None:  # ValueError for rows that do not fit the model
             rows = load_rows(config.val_data, limit=config.val_limit, system=system)
             longest = model.config.max_position
-            self.held_out, _ = encode(rows, chat, target="reference", max_length=longest)
+            self.held_out, _ = encode(
+                rows,
+                chat,
+                target="reference",
+                max_length=longest,
+                model_limit=longest,
+                truncate=None,
+            )
         count = config.val_prompts  # spread over the categories
         prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
         asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}

@@ -42,6 +42,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.config import read_json
+from model.files import check_file
 from model.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -323,7 +324,8 @@ class Chat:
 def _checkpoint_template(path: Path) -> str:
     """The source of the checkpoint's default chat template."""
     file = path / "chat_template.jinja"  # takes precedence over tokenizer_config.json
-    if file.is_file():
+    check_file(file)
+    if file.exists():
         return file.read_text(encoding="utf-8")
     found = read_json(path / "tokenizer_config.json", {}).get("chat_template")
     if isinstance(found, list):

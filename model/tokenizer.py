@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
+from model.files import check_links
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
@@ -51,6 +52,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     taken instead: its ids may differ, and would then depend on what is installed.)
     """
     path = Path(path)
+    check_links(path)
     if (path / "tokenizer.json").is_file():
         return JsonTokenizer(path)
     if (path / "tokenizer.model").is_file():

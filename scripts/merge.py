@@ -32,11 +32,13 @@ def main() -> None:
     args = parse_args()
     try:
         lora = Lora.load(args.adapter)
-        merge(args.model, lora, args.out)
+        left_out = merge(args.model, lora, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"merge: {error}")
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in")
+    if left_out:
+        print(f"not copied: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":
