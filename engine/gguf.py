@@ -419,9 +419,9 @@ def _byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
         pieces = [split, byte_level(add_prefix_space=False, use_regex=False)]
     elif pre is None:
         raise ValueError(
-            f"{source}: tokenizer.ggml.pre is absent: the file was made before May 2024 and does not "
-            "say how text is cut before BPE; take a newer file, or, if the model is a Llama 3, write "
-            "the key with `gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW` (package gguf)"
+            f"{source}: tokenizer.ggml.pre is absent: the file was made before May 2024 and does "
+            "not say how text is cut before BPE; take a newer file, or, if the model is a Llama 3, "
+            "write the key: gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW (package gguf)"
         )
     else:
         raise ValueError(

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
-from model.files import check_links
+from model.files import check_file, check_links
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
@@ -53,10 +53,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     check_links(path)
-    if (path / "tokenizer.json").is_file():
-        return JsonTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path)
+    kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": SentencePieceTokenizer}
+    for name, kind in kinds.items():
+        if (path / name).exists():
+            check_file(path / name)
+            return kind(path)
     raise ValueError(
         f"{path} holds no tokenizer: looked for tokenizer.json and tokenizer.model; "
         "copy it from the checkpoint the weights came from"
