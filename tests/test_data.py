@@ -261,6 +261,24 @@ def test_a_long_turn_is_named_or_loses_the_end_of_its_answer():
             encode(rows, StubChat(), max_length=9, truncate=truncate)
 
 
+def test_no_flag_is_proposed_that_cannot_help():
+    """--max-length helps below the model's own limit alone; validation has neither flag."""
+    rows = [Row("long", (user("qqq"), bot("abcdef")))]
+
+    def said(room, **limits):
+        with pytest.raises(ValueError) as error:
+            encode(rows, StubChat(), max_length=9 + room, **limits)
+        return str(error.value)
+
+    assert "raise --max-length, or --truncate answers" in said(3, model_limit=20)
+    assert "raise --max-length, or remove them" in said(0, model_limit=20)
+    for room, otherwise in ((3, "--truncate answers"), (0, "remove them")):
+        words = said(room, model_limit=9 + room)
+        assert f"the model itself was made for {9 + room} tokens: {otherwise}" in words
+        assert "--max-length" not in words
+        assert "--" not in said(room, model_limit=9 + room, truncate=None)
+
+
 # ---- packing
 
 
