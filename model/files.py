@@ -58,15 +58,12 @@ def check_file(path: Path) -> None:
 def leads_out(path: Path) -> Path | None:
     """Where `path` leads if it is a link out of its directory, else None.
 
-    The snapshots of the Hugging Face cache consist of links into its `blobs`: those stay inside.
+    Links into the Hugging Face cache count as inside: its snapshots consist of them, and so did
+    the large files of its downloads elsewhere. They lead to .../models--OWNER--NAME/blobs/HASH.
     """
     home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    if target.is_relative_to(home):
-        return None
-    for above in home.parents:
-        if target.parent == above / "blobs" and home.is_relative_to(above / "snapshots"):
-            return None
-    return target
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return None if cached or target.is_relative_to(home) else target
 
 
 def check_links(directory: Path) -> None:

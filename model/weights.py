@@ -373,7 +373,7 @@ def _why_not_copied(file: Path, sharded: bool) -> str | None:
     if not file.is_file():
         return "a broken link, a pipe or a device"
     if file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"):
-        return "weights that are not this model's own, which stay unchanged"
+        return "other weights, without the adapter"
     if file.name.endswith(".index.json") and not (sharded and file.name == INDEX):
-        return "an index of weights that are not copied"
+        return "an index of other weights"
     return None

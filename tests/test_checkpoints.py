@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.log import model_fingerprint
 from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama
@@ -498,6 +499,18 @@ def test_a_checkpoint_lies_in_one_place(tiny_llama_dir, tmp_path, name):
             shutil.copyfile(file, blobs / f"{n:040x}")
             (snapshot / file.name).symlink_to(f"../../blobs/{n:040x}")
     open_everything(snapshot)
+    elsewhere = tmp_path / "download"  # as huggingface_hub made them for large files
+    elsewhere.mkdir()
+    for file in snapshot.iterdir():
+        (elsewhere / file.name).symlink_to(file.resolve())
+    open_everything(elsewhere)
+
+
+def test_a_pipe_beside_the_weights_is_not_waited_for(tiny_llama_dir):
+    path = tiny_llama_dir()
+    before = model_fingerprint(path)
+    os.mkfifo(path / "x.safetensors")
+    assert model_fingerprint(path) == before
 
 
 def test_pickles_are_never_opened(tiny_llama_dir):
