@@ -215,6 +215,7 @@ def encode(
     *,
     target: str = "target",
     max_length: int,
+    model_limit: int | None = None,
     truncate: bool = False,
     drop_long: bool = False,
     in_proportion: bool = False,
@@ -231,6 +232,7 @@ def encode(
     max_length     tokens of a whole example. Longer ones raise ValueError naming them, or with
                    `truncate` lose the end of their answer. A prompt is not cut: one that leaves no
                    room for an answer raises in any case
+    model_limit    what the model was made for: where it binds, no message asks for --max-length
     drop_long      turns that would raise for their length are left out, of distilled data also
                    those that would as another target: all targets train on the same turns. Other
                    turns of a conversation stay
@@ -304,13 +306,21 @@ def encode(
         raise ValueError(listing(what, empty, "remove them"))
     if no_room:
         what = f"{len(no_room)} turns cannot be trained on with max_length={max_length}"
-        ways = "raise --max-length, or leave them out with --drop-long"
+        ways = _what_helps("leave them out with --drop-long", max_length, model_limit)
         raise ValueError(listing(what, no_room, ways))
     if too_long:
         what = f"{len(too_long)} turns are longer than max_length={max_length}"
-        ways = "raise --max-length, --truncate answers, or leave them out with --drop-long"
+        otherwise = "--truncate answers, or leave them out with --drop-long"
+        ways = _what_helps(otherwise, max_length, model_limit)
         raise ValueError(listing(what, too_long, ways))
     return examples, counts
+
+
+def _what_helps(otherwise: str, max_length: int, model_limit: int | None) -> str:
+    """What to do about turns that are too long: a larger limit only where the model takes one."""
+    if model_limit is None or max_length < model_limit:
+        return f"raise --max-length, or {otherwise}"
+    return f"the model itself was made for {model_limit} tokens: {otherwise}"
 
 
 def _encoded(turn: _Turn, chat: Chat) -> tuple[list[int], list[int], bool]:

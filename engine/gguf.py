@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from model.config import LlamaConfig
+from model.files import check_file
 from model.rope import inverse_frequencies
 from model.weights import expected_shapes, written_beside
 
@@ -56,6 +58,13 @@ GGUF_NAMES = {  # of what stands between "model.layers.i." and ".weight"
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+# tokenizer.ggml.pre of Llama 3: one thing by three names. smaug-bpe is a tokenizer.json of its
+# first weeks: it cuts text likewise, but does not say that whole words are taken without merges.
+LLAMA3_NAMES, EARLY_LLAMA3 = ("llama-bpe", "llama3", "llama-v3"), "smaug-bpe"
+# How the metadata of a GGUF file are written: bytes of each scalar type, then the two others
+SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+LARGEST_ARRAY = 1 << 24  # elements: no vocabulary has as many
 # tokenizer.ggml.token_type
 CONTROL, USER_DEFINED = 3, 4
 # How Llama 3 cuts text before byte-level BPE: contractions, words with one leading mark, at most
@@ -91,7 +100,8 @@ def import_gguf(source: Path, out: Path) -> bool:
     exists as anything else; ImportError when `gguf` or `tokenizers` is missing.
     """
     out = out.resolve()
-    if not source.is_file():
+    check_file(source)
+    if not source.exists():
         raise ValueError(f"{source} is not a file; name a .gguf file (or `demo`)")
     record = {"source": source.name, "sha256": _sha256(source), "importer": IMPORTER}
     if _is_complete(out, record):
@@ -171,8 +181,9 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata values by key, and the reader's memory-mapped tensors by name."""
     gguf = _optional("gguf")
     try:
+        _check_lengths(source)
         reader = gguf.GGUFReader(source)
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise ValueError(f"{source} is not a readable GGUF file: {error}") from error
     meta = {key: field.contents() for key, field in reader.fields.items()}
     if meta.get("split.count", 1) > 1:
@@ -183,6 +194,57 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if architecture != "llama":
         raise ValueError(f"{source}: architecture {architecture!r}; only 'llama' can be imported")
     return meta, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _check_lengths(source: Path) -> None:
+    """ValueError where the metadata promise more than the file holds.
+
+    gguf's reader believes every length and makes an object per element before it looks.
+    """
+    size = source.stat().st_size
+    with source.open("rb") as file:
+
+        def number(form: str) -> int:
+            (value,) = struct.unpack(order + form, file.read(struct.calcsize(order + form)))
+            return value
+
+        def skip(count: int, what: str) -> None:
+            if count > size - file.tell():
+                raise ValueError(f"{what} goes beyond the end of the file: it is damaged or cut")
+            file.seek(count, 1)
+
+        def value(kind: int, what: str, depth: int = 0) -> None:
+            if kind in SCALAR_BYTES:
+                skip(SCALAR_BYTES[kind], what)
+            elif kind == STRING:
+                skip(number("Q"), what)
+            elif kind == ARRAY and depth < 4:
+                inner, count = number("I"), number("Q")
+                least = SCALAR_BYTES.get(inner, 8)  # a string and an array begin with a length
+                if count > LARGEST_ARRAY or count * least > size - file.tell():
+                    raise ValueError(f"{what} is an array of {count} elements, which cannot be")
+                if inner in SCALAR_BYTES:
+                    skip(count * least, what)
+                else:
+                    for _ in range(count):
+                        value(inner, what, depth + 1)
+            else:
+                raise ValueError(f"{what} has a value of the unknown type {kind}")
+
+        order = "<"
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        if number("I") & 0xFFFF == 0:  # written on a machine of the other byte order
+            order = ">"
+        tensors, keys = number("Q"), number("Q")
+        if max(tensors, keys) > size // 12:
+            raise ValueError(f"{tensors} tensors and {keys} keys have no room in the file")
+        for _ in range(keys):
+            length = number("Q")
+            if length > 1 << 16:
+                raise ValueError(f"a key of {length} bytes")
+            key = file.read(length).decode("utf-8", errors="replace")
+            value(number("I"), key)
 
 
 # Configuration
@@ -331,7 +393,10 @@ def _dequantised(tensor: Any, rows: slice) -> np.ndarray:
         raise ValueError(
             f"{tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot dequantise"
         ) from None
-    return np.ascontiguousarray(values, dtype=np.float32)
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{tensor.name} holds numbers that are NaN or infinite: it is damaged")
+    return values
 
 
 # Tokenizer
@@ -349,18 +414,27 @@ def _byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     cut, byte_level = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel
     if pre == "smollm":
         pieces = [cut.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
-    elif pre == "llama-bpe":
+    elif pre in (*LLAMA3_NAMES, EARLY_LLAMA3):
         split = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
         pieces = [split, byte_level(add_prefix_space=False, use_regex=False)]
+    elif pre is None:
+        raise ValueError(
+            f"{source}: tokenizer.ggml.pre is absent: the file was made before May 2024 and does "
+            "not say how text is cut before BPE; take a newer file, or, if the model is a Llama 3, "
+            "write the key: gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW (package gguf)"
+        )
     else:
-        raise ValueError(f"{source}: pre-tokenizer {pre!r}; only 'smollm' and 'llama-bpe'")
+        raise ValueError(
+            f"{source}: pre-tokenizer {pre!r}; supported are smollm, {EARLY_LLAMA3}, "
+            f"{', '.join(LLAMA3_NAMES)}"
+        )
     tokens = meta["tokenizer.ggml.tokens"]
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError(f"{source}: the vocabulary spells two tokens the same way")
     merges = [tuple(merge.split(" ")) for merge in _need(meta, "tokenizer.ggml.merges", source)]
     # Llama 3 takes a whole word that is in the vocabulary without asking the merges.
-    bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
     tokenizer = tk.Tokenizer(bpe)
     tokenizer.pre_tokenizer = cut.Sequence(pieces)
     tokenizer.decoder = tk.decoders.ByteLevel()
@@ -368,7 +442,7 @@ def _byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
         token = tk.AddedToken(tokens[id], normalized=False, special=special)
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
     bos_id = meta.get("tokenizer.ggml.bos_token_id")
-    if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos_id is not None:
+    if meta.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES) and bos_id is not None:
         bos = tokens[bos_id]
         tokenizer.post_processor = tk.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]

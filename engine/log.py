@@ -147,7 +147,7 @@ def model_fingerprint(path: str | Path) -> str:
     first MiB (the header) and 64 evenly spaced blocks of 64 KiB. Not a proof against tampering."""
     path = Path(path)
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(filter(Path.is_file, path.glob("*.safetensors"))):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:

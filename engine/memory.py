@@ -142,9 +142,17 @@ def choose_policy(
     limit = memory_gb * 1e9 or available(device)
     fitting = [plan for plan in plans if plan.total <= limit]
     if not fitting:
-        least = plans[-1].total / 1e9
+        least = plans[-1]
+        if least.held + least.adapter > limit:
+            helps = "the model and the adapter alone need more: take a smaller model"
+            if least.adapter > limit / 10:
+                helps += ", or lower --rank"
+        elif sizes["tokens"] > sizes["longest"]:
+            helps = "lower --micro-tokens"
+        else:  # one row by itself
+            helps = f"lower --max-length: one row has {sizes['longest']} tokens"
         raise ValueError(
-            f"even with --recompute full a step of {sizes['tokens']} tokens needs {least:.2f} GB, "
-            f"{limit / 1e9:.2f} GB may be used; lower --micro-tokens or --max-length"
+            f"even with --recompute full a step of {sizes['tokens']} tokens needs "
+            f"{least.total / 1e9:.2f} GB, {limit / 1e9:.2f} GB may be used; {helps}"
         )
     return fitting[0]

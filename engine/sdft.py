@@ -237,6 +237,7 @@ def encode_rows(
         session.chat,
         target=target,
         max_length=min(encoding.max_length, session.model.config.max_position),
+        model_limit=session.model.config.max_position,
         truncate=encoding.truncate,
         drop_long=data.drop_long,
         in_proportion=encoding.cut_in_proportion,

@@ -164,6 +164,7 @@ def train_job(
         session.chat,
         target=encoding.target,
         max_length=min(encoding.max_length, session.model.config.max_position),
+        model_limit=session.model.config.max_position,
         truncate=encoding.truncate,
         drop_long=data.drop_long,
         in_proportion=encoding.cut_in_proportion,
@@ -430,16 +431,18 @@ class Run:
                 if self.model.sharded:
                     raise ValueError(
                         f"step {step}: out of memory ({failure}); under --shard no process can try "
-                        "again alone: --resume with more of them, or lower --micro-tokens"
+                        "again alone: --resume with more of them, or begin anew (another --out) "
+                        "with a lower --micro-tokens"
                     ) from None
             if not self.world.any(failure is not None):
                 return found
             longest = max(chosen, key=lambda e: len(e.ids))
             if micro_tokens <= len(longest.ids):
+                more = "" if policy == "full" else "--recompute full, or "
                 raise ValueError(
                     f"step {step}: out of memory with one row at a time; the longest is "
-                    f"{longest.id} of {len(longest.ids)} tokens: --recompute full, or a lower "
-                    f"--max-length ({failure or 'in another process'})"
+                    f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
+                    f"{more}a lower --max-length ({failure or 'in another process'})"
                 )
             self.state["micro_tokens"] = max(micro_tokens // 2, 1)
             print(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kernels.spec import Widths
-from model.files import check_file
+from model.files import check_file, check_links
 
 ROPE_TYPES = ("default", "linear", "llama3")
 _LLAMA3_KEYS = (
@@ -60,6 +60,7 @@ class LlamaConfig:
     rope_scaling: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
     max_position: int = 2048  # tokens the model was made for; longer rows are refused
     tie_embeddings: bool = False  # lm_head is the embedding matrix
+    quantised: str = ""  # what quantization_config calls itself; the tensors tell whether it is so
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -75,9 +76,13 @@ class LlamaConfig:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:
-        """Read and check `path`/config.json; ValueError names what we do not compute."""
+        """Read and check `path`/config.json; ValueError names what we do not compute.
+
+        Whether `tie_embeddings` is so, and `quantised`, the tensors decide (model/weights.py).
+        """
         file = Path(path) / "config.json"
-        if not file.is_file():
+        check_links(file.parent)
+        if not file.exists():
             raise ValueError(
                 f"{file} is missing; a Hugging Face model directory is wanted (config.json, "
                 "*.safetensors, tokenizer.json or tokenizer.model)"
@@ -105,10 +110,10 @@ class LlamaConfig:
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
                 "whole groups of an even head size were wanted"
             )
-        tied = raw.get("tie_word_embeddings", False)
-        if not isinstance(tied, bool):
-            raise ValueError(f"{file}: tie_word_embeddings is {tied!r}, true or false was wanted")
         theta, scaling = _rope(file, raw)
+        longest = number("max_position_embeddings", default=2048)
+        if scaling["rope_type"] == "linear":
+            longest = _stretched(file, raw, longest, scaling["factor"])
         return cls(
             vocab_size=number("vocab_size"),
             hidden_size=hidden,
@@ -120,15 +125,46 @@ class LlamaConfig:
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position=number("max_position_embeddings", default=2048),
-            tie_embeddings=tied,
+            max_position=longest,
+            tie_embeddings=_switch(file, raw, "tie_word_embeddings"),
+            quantised=_quantised(raw.get("quantization_config")),
         )
 
 
 def _positive(value: Any) -> bool:
     """Whether a JSON value is a number over zero (true is none, nor is Infinity)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value <= sys.float_info.max  # an integer of 400 digits is no float
+
+
+def _switch(file: Path, raw: dict[str, Any], key: str) -> bool:
+    """A value that is true or false; absent or null, false."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{file}: {key} is {value!r}, true or false was wanted")
+    return bool(value)
+
+
+def _quantised(found: Any) -> str:
+    """How a quantization_config names its method, "" where there is none."""
+    if not found:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    return str(method or "its method is not named")
+
+
+def _stretched(file: Path, raw: dict[str, Any], longest: int, factor: float) -> int:
+    """The context of a linearly scaled model, in tokens.
+
+    Some config.json keep the length before scaling in max_position_embeddings (vicuna-v1.5-16k) and
+    some the one after it (deepseek-coder), so the factor alone tells nothing. A larger length that
+    the checkpoint names elsewhere is taken, up to what the factor makes of the original one.
+    """
+    tokenizer = read_json(file.parent / "tokenizer_config.json", {})
+    named = (raw.get("max_sequence_length"), tokenizer.get("model_max_length"))
+    sane = [int(n) for n in named if _positive(n) and n <= 1 << 28]  # 1e30: without a limit
+    return max(longest, min(max(sane, default=0), int(longest * factor)))
 
 
 def _refuse(file: Path, raw: dict[str, Any]) -> None:
@@ -140,14 +176,8 @@ def _refuse(file: Path, raw: dict[str, Any]) -> None:
             f"{file}: model_type {kind!r}, architectures {architectures}; only Llama "
             "(LlamaForCausalLM: Llama 2 and 3, TinyLlama, SmolLM2, ...) is supported"
         )
-    if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ValueError(
-            f"{file}: the checkpoint is quantised ({method}); use the original in "
-            "F32, F16 or BF16 safetensors"
-        )
     for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
+        if _switch(file, raw, key):
             raise ValueError(f"{file}: {key} is true; Llama models with biases are not supported")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
@@ -155,30 +185,61 @@ def _refuse(file: Path, raw: dict[str, Any]) -> None:
 
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """theta and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
+    """theta and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
+
+    Exporters write both spellings on purpose; what they mean is compared, not how they say it.
+    """
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
             raise ValueError(f"{file}: {key} is {value!r}, an object or null was wanted")
-    if new and old and new != old:
+    part = {**old, **new}.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise ValueError(
+            f"{file}: partial_rotary_factor {part!r}; only heads rotated whole are supported"
+        )
+    thetas = {
+        "rope_parameters.rope_theta": new.get("rope_theta"),
+        "rope_scaling.rope_theta": old.get("rope_theta"),
+        "rope_theta": raw.get("rope_theta"),
+    }
+    thetas = {key: value for key, value in thetas.items() if value is not None}
+    for key, value in thetas.items():
+        if not _positive(value):
+            raise ValueError(f"{file}: {key} is {value!r}, a positive number was wanted")
+    if len(set(map(float, thetas.values()))) > 1:
+        raise ValueError(
+            f"{file} gives the rotation two bases: "
+            + ", ".join(f"{key} {value!r}" for key, value in thetas.items())
+            + "; remove the wrong one"
+        )
+    meanings = [_scaling(file, raw, spelled) for spelled in (new, old) if spelled]
+    if len(meanings) == 2 and meanings[0] != meanings[1]:
         raise ValueError(
             f"{file}: rope_parameters {new} and rope_scaling {old} disagree; remove the wrong one"
         )
-    scaling = new or old
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    theta = next(iter(thetas.values()), 10000.0)
+    return float(theta), meanings[0] if meanings else {"rope_type": "default"}
+
+
+def _scaling(file: Path, raw: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
+    """What one spelling of the scaling means: its kind and the numbers that the kind needs."""
+    kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{file}: rope_type {kinds[0]!r} and type {kinds[1]!r} disagree; remove the wrong one"
+        )
+    kind = kinds[0] if kinds else "default"
     if kind not in ROPE_TYPES:
         raise ValueError(
             f"{file}: rope type {kind!r} is not supported; one of {', '.join(ROPE_TYPES)} was "
             "wanted"
         )
-    part = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if part not in (None, 1):
+    if not kinds and scaling.get("factor") not in (None, 1):
         raise ValueError(
-            f"{file}: partial_rotary_factor {part!r}; only heads rotated whole are supported"
+            f"{file}: a rope factor {scaling['factor']!r} without a type; name one of "
+            f"{', '.join(ROPE_TYPES)}"
         )
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    if not _positive(theta):
-        raise ValueError(f"{file}: rope_theta is {theta!r}, a positive number was wanted")
     wanted = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
     # where both say how long the original context was, transformers follows the outer one
     outer = {key: raw[key] for key in wanted[3:] if raw.get(key) is not None}
@@ -193,4 +254,4 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
             f"{file}: low_freq_factor {values['low_freq_factor']} is not below high_freq_factor "
             f"{values['high_freq_factor']}"
         )
-    return float(theta), {"rope_type": kind, **values}
+    return {"rope_type": kind, **values}

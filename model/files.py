@@ -1,17 +1,20 @@
 """A look at a file before any parser sees it: the broken downloads that people have, by their name.
 
 Every reader of weights, tokenizers, adapters, GGUF and data calls `check_file` first, so that the
-message says what the file is, and not what a parser stumbled over.
+message says what the file is, and not what a parser stumbled over. `check_links` keeps a checkpoint
+inside its directory: what a stranger's link points to is neither read nor copied.
 """
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs"
 HTML_BEGINNINGS = (b"<!doctype html", b"<html", b"<head")
 LOOKED_AT = 512  # bytes: a Git LFS pointer has about 130
+OF_CHECKPOINTS = (".json", ".safetensors", ".model", ".jinja")  # what is read of a directory
 
 
 def why_not_the_file(path: Path) -> str | None:
@@ -50,3 +53,29 @@ def check_file(path: Path) -> None:
     reason = why_not_the_file(path)
     if reason is not None:
         raise ValueError(f"{path} {reason}")
+
+
+def leads_out(path: Path) -> Path | None:
+    """Where `path` leads if it is a link out of its directory, else None.
+
+    Links into the Hugging Face cache count as inside: its snapshots consist of them, and so did
+    the large files of its downloads elsewhere. They lead to .../models--OWNER--NAME/blobs/HASH.
+    """
+    home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return None if cached or target.is_relative_to(home) else target
+
+
+def check_links(directory: Path) -> None:
+    """ValueError naming the first file of a checkpoint that is a link out of its directory."""
+    if not directory.is_dir():
+        return
+    for path in sorted(directory.iterdir()):
+        if path.suffix not in OF_CHECKPOINTS or not path.is_symlink():
+            continue
+        target = leads_out(path)
+        if target is not None:
+            raise ValueError(
+                f"{path} is a link out of its directory, to {target}; a checkpoint must lie in one "
+                "place (links into the Hugging Face cache apart): put a copy or a hard link there"
+            )

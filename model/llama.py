@@ -43,7 +43,7 @@ from model.config import LlamaConfig
 from model.kv_cache import KVCache
 from model.lora import GROUPS, Lora
 from model.rope import cos_sin_table
-from model.weights import load_weights
+from model.weights import load_weights, locate
 
 POLICIES = ("none", "selective", "full")
 NOTHING = {name: (None, None) for name in GROUPS}  # the adapters and dropouts of the seed model
@@ -120,11 +120,12 @@ class Llama:
         a plain Llama (see model/config.py, model/weights.py).
         """
         path = Path(path)
-        config = LlamaConfig.from_dir(path)
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype {dtype}: float32, bfloat16 or float64 is wanted")
-        return cls(config, load_weights(path, config, device, dtype, shard), ops)
+        checkpoint = locate(path, LlamaConfig.from_dir(path))
+        weights = load_weights(checkpoint, device, dtype, shard)
+        return cls(checkpoint.config, weights, ops)
 
     @property
     def device(self) -> torch.device:

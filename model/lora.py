@@ -6,6 +6,10 @@ Inside a group that shares its input (q, k, v; o; gate, up; down) the A matrices
 other, so that one (R, K) view serves the group. Layout of the flat buffer, layer by layer and group
 by group:    A of every adapted member, then B of every adapted member.
 On disk: PEFT's layout and names, so that peft and vLLM read what we write.
+
+An adapter of others may give modules a rank and an alpha of their own (`rank_pattern`,
+`alpha_pattern`) and leave layers out. Where members of a group differ, the lower ranks are filled
+up with zeros, whose products and gradients are zeros, and B carries the quotient of the scales.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +28,20 @@ from torch import Tensor
 
 from kernels.lora_linear import LoraGroup
 from kernels.spec import accumulate_dtype
-from model.config import LlamaConfig, read_json
-from model.weights import locate, open_safetensors, rewrite_checkpoint, written_beside
+from model.config import LlamaConfig
+from model.files import check_links
+from model.peft import Patterns, read_peft_config
+from model.weights import (
+    COMPARED,
+    EMBEDDING,
+    HEAD,
+    check_finite,
+    locate,
+    open_safetensors,
+    read_rows,
+    rewrite_checkpoint,
+    written_beside,
+)
 
 if TYPE_CHECKING:
     from model.llama import Llama
@@ -45,6 +61,7 @@ PRESETS = {
 PEFT_PREFIX = "base_model.model."
 LARGEST_RANK = 2**16  # no linear of a Llama has a larger side to fill
 LARGEST_ALPHA = 10**9
+COPIED = {EMBEDDING: "embed", HEAD: "head"}  # matrices of the base, and our names for them
 
 
 @dataclass(frozen=True)
@@ -133,9 +150,15 @@ class Lora:
     reads; a forward binds an adapter that is not bound yet.
     """
 
-    def __init__(self, config: LoraConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        config: LoraConfig,
+        shapes: dict[str, tuple[int, int]],
+        patterns: Patterns | None = None,
+    ) -> None:
         config.check()
-        self.config = config
+        self.config, self.patterns = config, patterns or Patterns()
+        self.copies: dict[str, tuple[Path, str]] = {}  # of the base's matrices: file and name there
         self.slots: dict[str, tuple[int, tuple[int, int]]] = {}  # name -> offset, shape
         size = 0
         for name, shape in shapes.items():
@@ -181,18 +204,51 @@ class Lora:
 
     def check_fits(self, model: LlamaConfig) -> None:
         """ValueError naming the first tensor that a model of this shape does not have so."""
-        want = adapter_shapes(self.config, model)
+        sizes, modules = _sizes(model), self.config.module_names()
+        want: dict[str, tuple[int, int]] = {}
+        for layer in range(model.num_layers):
+            for group, members in GROUPS.items():
+                k, outputs = sizes[group]
+                for member, n in zip(members, outputs, strict=True):
+                    if member in modules:
+                        stem = f"model.layers.{layer}.{member}"
+                        a = f"{stem}.lora_A.weight"
+                        rank = self.slots[a][1][0] if a in self.slots else self.config.rank
+                        want |= {a: (rank, k), f"{stem}.lora_B.weight": (n, rank)}
         for name in {**want, **self.slots}:
             have = self.slots.get(name, (0, None))[1]
+            if have is None and self.patterns.leaves_out(name.partition(".lora_")[0]):
+                continue
             if have != want.get(name):
                 raise ValueError(
                     f"the adapter's {name} is {have or 'missing'}, this model needs "
                     f"{want.get(name, 'none')}; was it made for another model?"
                 )
 
+    def check_copies(
+        self, model: LlamaConfig, rows_of: Callable[[str], Iterable[tuple[Tensor, int]]]
+    ) -> None:
+        """ValueError where a copy of the base's own matrix differs from the base's.
+
+        peft puts such copies into an adapter's file (save_embedding_layers). rows_of(name) gives
+        the base's rows, in parts, each with the number of its first.
+        """
+        for name, (file, stored) in self.copies.items():
+            with open_safetensors(file) as opened:
+                shape = tuple(opened.get_slice(stored).get_shape())
+            fits = shape == (model.vocab_size, model.hidden_size)
+            if not fits or not all(_same(file, stored, *part) for part in rows_of(name)):
+                raise ValueError(
+                    f"{file}: {stored} {shape} is not the model's own {name}: it was trained, or "
+                    "the vocabulary extended, and only adapters of linear layers are supported; "
+                    "merge it into the model with peft (merge_and_unload) and use the merged model"
+                )
+            print(f"adapter: {file} holds the model's own {name} as well, unchanged: passed over")
+
     def bind(self, model: Llama) -> None:
         """Move to a model's device and dtype and make its views; ValueError where shapes differ."""
         self.check_fits(model.config)
+        self.check_copies(model.config, lambda name: _held(model, COPIED[name]))
         master = accumulate_dtype(model.dtype)
         self.params = self.params.to(model.device, master)
         self.compute = self.params if model.dtype == master else self.params.to(model.dtype)
@@ -213,26 +269,46 @@ class Lora:
     def make_groups(self, model: LlamaConfig) -> None:
         """The views that a forward reads and a backward adds into."""
         compute, grads = self.views(self.compute), self.views(self.grads)
-        rank, sizes = self.config.rank, _sizes(model)
+        sizes = _sizes(model)
         self._groups = {}
         for layer in range(model.num_layers):
             for group, members in GROUPS.items():
-                k, outputs = sizes[group]
-                names = [f"model.layers.{layer}.{m}" for m in members]
-                on = [n for n in names if f"{n}.lora_A.weight" in self.slots]
+                on = self._adapted(layer, group)
                 if not on:
                     continue
-                offset, rows = self.slots[f"{on[0]}.lora_A.weight"][0], rank * len(on)
+                names = [f"model.layers.{layer}.{m}" for m in members]
+                offset, (rank, k) = self.slots[f"{on[0]}.lora_A.weight"]
+                rows = rank * len(on)
                 span = slice(offset, offset + rows * k)  # the A matrices lie one below the other
                 self._groups[layer, group] = LoraGroup(
                     a=self.compute[span].view(rows, k),
                     b=tuple(compute.get(f"{n}.lora_B.weight") for n in names),
                     da=self.grads[span].view(rows, k),
                     db=tuple(grads.get(f"{n}.lora_B.weight") for n in names),
-                    sizes=outputs,
+                    sizes=sizes[group][1],
                     rank=rank,
-                    scale=self.config.scale,
+                    scale=self._scale(on[0]),
                 )
+
+    def _adapted(self, layer: int, group: str) -> list[str]:
+        """The modules of one group of one layer that have an adapter, by their whole names."""
+        names = [f"model.layers.{layer}.{m}" for m in GROUPS[group]]
+        return [n for n in names if f"{n}.lora_A.weight" in self.slots]
+
+    def _rank(self, stem: str) -> int:
+        """The rank of a module, which a group with higher ones fills up."""
+        return self.patterns.rank(stem, self.config.rank)
+
+    def _scale(self, stem: str) -> float:
+        """s of a module."""
+        alpha = self.patterns.alpha(stem, self.config.alpha)
+        return dataclasses.replace(self.config, rank=self._rank(stem), alpha=alpha).scale
+
+    def _group_scale(self, stem: str) -> float:
+        """s of the group of an adapted module: that of the first one in it."""
+        _, _, layer, module = stem.split(".", 3)
+        group = next(g for g, members in GROUPS.items() if module in members)
+        return self._scale(self._adapted(int(layer), group)[0])
 
     def group(self, layer: int, name: str) -> LoraGroup | None:
         """The adapters of one group of one layer, None where it has none."""
@@ -244,7 +320,7 @@ class Lora:
         if f"{stem}.lora_A.weight" not in self.slots:
             return None
         a, b = (self.view(self.params, f"{stem}.lora_{half}.weight") for half in "AB")
-        return self.config.scale * (b @ a)
+        return self._group_scale(stem) * (b @ a)
 
     # ---- disk
 
@@ -267,56 +343,112 @@ class Lora:
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
+            **self.patterns.said,
         }
         tensors = {
-            f"{PEFT_PREFIX}{name}": view.detach().float().cpu().contiguous()
+            f"{PEFT_PREFIX}{name}": self._as_read(name, view.detach()).float().cpu().contiguous()
             for name, view in self.views(self.params).items()
         }
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(config, indent=2) + "\n"
         (path / "adapter_config.json").write_text(text, encoding="utf-8")
 
+    def _as_read(self, name: str, view: Tensor) -> Tensor:
+        """A tensor without the zeros and the quotient of scales that its group asks for."""
+        stem, _, half = name.partition(".lora_")
+        if half.startswith("A"):
+            return view[: self._rank(stem)]
+        quotient, view = self._scale(stem) / self._group_scale(stem), view[:, : self._rank(stem)]
+        return view if quotient == 1 else view / quotient
+
     @classmethod
     def load(cls, path: str | Path) -> Lora:
         """Read a PEFT adapter directory.
 
-        ValueError names what is not a LoRA of Llama's linear layers, and every setting of
-        adapter_config.json that would change the result and is not computed here.
+        ValueError names what is not a LoRA of Llama's linear layers, every setting of
+        adapter_config.json that would change the result and is not computed here, and a tensor
+        that holds NaN or an infinite number. Copies of the base's own embeddings are compared with
+        them when the adapter is bound. Loaded adapters are for use: training starts afresh.
         """
         path = Path(path)
         file = path / "adapter_model.safetensors"
+        check_links(path)
         if not file.exists():
             pickled = (path / "adapter_model.bin").exists()
             raise ValueError(
                 f"{file} is missing; a PEFT adapter directory is wanted"
                 + (" (adapter_model.bin is a pickle and is never opened)" if pickled else "")
             )
-        config = _peft_config(path / "adapter_config.json")
+        numbers, patterns = read_peft_config(path / "adapter_config.json")
+        tensors, copies = {}, {}
         with open_safetensors(file) as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            for name in opened.keys():
+                if (base := _copied(name)) is not None:
+                    copies[base] = file, name
+                    continue
+                tensors[name] = opened.get_tensor(name)
+                check_finite(tensors[name], name, file)
         if not tensors:
-            raise ValueError(f"{file} holds no tensor")
+            raise ValueError(f"{file} holds no tensor of an adapter")
         stems = {_stem(file, name) for name in tensors}
         adapted = {module for _, module in stems}
-        config = dataclasses.replace(config, modules=",".join(m for m in MODULES if m in adapted))
+        config = LoraConfig(
+            rank=numbers["r"],
+            alpha=float(numbers["lora_alpha"]),
+            dropout=float(numbers["lora_dropout"]),
+            modules=",".join(m for m in MODULES if m in adapted),
+            rslora=numbers["use_rslora"],
+        )
         shapes = {}
         for layer in sorted({layer for layer, _ in stems}):
             for group in GROUPS.values():
-                on = [f"model.layers.{layer}.{m}" for m in group if m in config.module_names()]
-                for name in [f"{m}.lora_{half}.weight" for half in "AB" for m in on]:
+                on = [f"model.layers.{layer}.{m}" for m in group if (layer, m) in stems]
+                ranks = {stem: patterns.rank(stem, config.rank) for stem in on}
+                for name in [f"{stem}.lora_{half}.weight" for half in "AB" for stem in on]:
                     if PEFT_PREFIX + name not in tensors:
                         raise ValueError(f"{file}: {PEFT_PREFIX + name} is missing")
-                    shapes[name] = tuple(tensors[PEFT_PREFIX + name].shape)
-                    rank = shapes[name][0 if ".lora_A." in name else -1]
-                    if len(shapes[name]) != 2 or rank != config.rank:
+                    shape, rank = tensors[PEFT_PREFIX + name].shape, ranks[name.split(".lora_")[0]]
+                    if len(shape) != 2 or shape[0 if ".lora_A." in name else 1] != rank:
                         raise ValueError(
-                            f"{file}: {PEFT_PREFIX + name} is {shapes[name]}, rank {config.rank} "
-                            "of adapter_config.json does not fit"
+                            f"{file}: {PEFT_PREFIX + name} is {tuple(shape)}, rank {rank} of "
+                            "adapter_config.json does not fit"
                         )
-        lora = cls(config, shapes)
+                    most = max(ranks.values())
+                    shapes[name] = (most, shape[1]) if ".lora_A." in name else (shape[0], most)
+        lora = cls(config, shapes, patterns)
+        lora.copies = copies
+        if patterns.ranks or patterns.alphas:
+            lora.params = lora.params.double()  # until it is bound: quotients of scales are exact
         for name, view in lora.views(lora.params).items():
-            view.copy_(tensors[PEFT_PREFIX + name])
+            tensor, stem = tensors[PEFT_PREFIX + name], name.split(".lora_")[0]
+            view[: tensor.shape[0], : tensor.shape[1]] = tensor
+            if ".lora_B." in name:
+                view.mul_(lora._scale(stem) / lora._group_scale(stem))
         return lora
+
+
+def _copied(name: str) -> str | None:
+    """Which of the base's own matrices a tensor of an adapter's file is a copy of, if any."""
+    plain = name.removeprefix(PEFT_PREFIX).replace(".base_layer.weight", ".weight")
+    return plain if name.startswith(PEFT_PREFIX) and plain in COPIED else None
+
+
+def _same(file: Path, stored: str, rows: Tensor, first: int) -> bool:
+    """Whether rows of a matrix are those of its copy, as far as the coarser dtype tells."""
+    for at in range(0, len(rows), COMPARED):
+        own = rows[at : at + COMPARED]
+        copy = read_rows(file, stored, first + at, first + at + len(own)).to(own.device)
+        if not torch.equal(copy.to(own.dtype), own) and not torch.equal(own.to(copy.dtype), copy):
+            return False
+    return True
+
+
+def _held(model: Llama, place: str) -> Iterable[tuple[Tensor, int]]:
+    """The rows of the embedding or the head that this process holds."""
+    if model.sharded:
+        return model.weights.local(place)
+    weight = model.weights[place]
+    return [(weight if isinstance(weight, Tensor) else weight.unpack(), 0)]
 
 
 def _stem(file: Path, name: str) -> tuple[int, str]:
@@ -337,73 +469,37 @@ def _stem(file: Path, name: str) -> tuple[int, str]:
     return int(parts[2]), module
 
 
-# settings that do not change what a finished adapter computes
-_HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
-    *("task_type", "target_modules", "exclude_modules", "ensure_weight_tying", "runtime_config"),
-    *("megatron_core", "eva_config", "lora_ga_config", "velora_config", "qalora_group_size"),
-}
-_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-def _peft_config(file: Path) -> LoraConfig:
-    """What adapter_config.json says (modules apart: the tensors tell), or ValueError naming what
-    is not supported."""
-    raw = read_json(file)
-
-    def refuse(key: str) -> ValueError:
-        return ValueError(
-            f"{file}: {key} = {raw.get(key)!r} is not supported; a plain LoRA adapter is wanted "
-            "(no DoRA, biases, saved modules or per-layer patterns)"
-        )
-
-    if raw.get("peft_type") != "LORA":
-        raise refuse("peft_type")
-    if raw.get("bias", "none") != "none":
-        raise refuse("bias")
-    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise refuse("init_lora_weights")  # PiSSA and its kin change the base weights as well
-    for key, value in raw.items():
-        if key not in _HARMLESS | _READ and value not in (None, False, {}, [], ""):
-            raise refuse(key)
-    kinds = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
-    values = {"lora_dropout": 0.0, "use_rslora": False, **raw}
-    for key, wanted in {**kinds, "use_rslora": (bool,)}.items():
-        if type(values.get(key)) not in wanted:  # true is an int to isinstance
-            names = " or ".join(kind.__name__ for kind in wanted)
-            raise ValueError(f"{file}: {key} is {values.get(key)!r}, {names} was wanted")
-    try:
-        config = LoraConfig(
-            rank=values["r"],
-            alpha=float(values["lora_alpha"]),
-            dropout=float(values["lora_dropout"]),
-            rslora=values["use_rslora"],
-        )
-        config.check()
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    return config
-
-
 def merge(
     model_dir: str | Path,
     lora: Lora,
     out: str | Path,
     finish: Callable[[Path], None] | None = None,
-) -> None:
+) -> list[str]:
     """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
 
     The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
-    at a time. ValueError where the adapter does not fit, a sum overflows, or `out` exists.
-    `finish(directory)` may change what lies there before it appears as `out`.
+    at a time. config.json says what is so of a head that is stored and of quantisation; then
+    `finish(directory)` may change what lies there before it appears as `out`. Returns what was not
+    copied. ValueError where the adapter does not fit, a number is not finite, or `out`
+    exists.
     """
     model_dir = Path(model_dir)
-    config = LlamaConfig.from_dir(model_dir)
-    lora.check_fits(config)
-    locate(model_dir, config)  # what does not load is not copied either
+    said = LlamaConfig.from_dir(model_dir)
+    lora.check_fits(said)
+    checkpoint = locate(model_dir, said)  # what does not load is not copied either
+    config, settings = checkpoint.config, {}
+    if config.tie_embeddings != said.tie_embeddings:
+        settings["tie_word_embeddings"] = config.tie_embeddings
+    if config.quantised != said.quantised:
+        settings["quantization_config"] = None
+
+    def rows_of(name: str) -> Iterable[tuple[Tensor, int]]:
+        stored = name if name in checkpoint.files else EMBEDDING  # a tied head
+        for first in range(0, config.vocab_size, COMPARED):
+            yield checkpoint.rows(stored, first, min(first + COMPARED, config.vocab_size)), first
 
     def change(name: str, weight: Tensor) -> Tensor:
+        check_finite(weight, name, model_dir)
         delta = lora.delta(name)
         if delta is None:
             return weight
@@ -412,4 +508,5 @@ def merge(
             raise ValueError(f"{name} merged is not finite in {weight.dtype}")
         return merged
 
-    rewrite_checkpoint(model_dir, Path(out), change, finish=finish)
+    lora.check_copies(config, rows_of)
+    return rewrite_checkpoint(model_dir, Path(out), change, settings, finish=finish)

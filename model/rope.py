@@ -9,6 +9,7 @@ llama3     wavelengths over old_context / low_freq_factor are divided by factor,
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,3 +51,32 @@ def cos_sin_table(
     """
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), inverse_frequencies(config))
     return torch.cat((angles.cos(), angles.sin()), dim=1).to(device, dtype)
+
+
+def differing_table(config: LlamaConfig, kind: str, table: Tensor) -> str | None:
+    """How a rotary table of a checkpoint differs from what the config makes, None if it does not.
+
+    kind is inv_freq (d/2,), or cos_cached or sin_cached (..., positions, d or d/2). Tables may have
+    been rounded to 16 bits on the way. A linearly scaled model has stored the unscaled inv_freq.
+    """
+    want = inverse_frequencies(config)
+    if kind == "inv_freq":
+        plain = inverse_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
+        made = [want, plain] if config.rope_scaling["rope_type"] == "linear" else [want]
+        if table.shape != want.shape:
+            return f"is {tuple(table.shape)}, config.json makes {tuple(want.shape)}"
+        if any(torch.allclose(table.float(), m, rtol=0.01, atol=1e-7) for m in made):
+            return None
+        at = int((table.float() / want - 1).abs().nan_to_num(math.inf).argmax())
+        return f"has {table[at].item():.4g} at {at}, where config.json makes {want[at].item():.4g}"
+    width = table.shape[-1] if table.dim() else 0
+    if width not in (len(want), 2 * len(want)):
+        return f"is {tuple(table.shape)}, config.json makes rows of {2 * len(want)}"
+    table = table.reshape(-1, width).float()
+    angles = torch.outer(torch.arange(len(table), dtype=torch.float32), want)
+    angles = angles if width == len(want) else torch.cat((angles, angles), dim=1)
+    made = angles.cos() if kind == "cos_cached" else angles.sin()
+    if torch.allclose(table, made, rtol=0, atol=0.05):
+        return None
+    at = int((table - made).abs().amax(dim=1).nan_to_num(math.inf).argmax())
+    return f"is another at position {at} than config.json makes"

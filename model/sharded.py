@@ -117,6 +117,13 @@ class ShardedWeights(Mapping[str, Tensor]):
             found.append((held, start + first))
         return found
 
+    def refuse(self, fault: str | None) -> None:
+        """ValueError in every process of the job where any found a fault in its rows."""
+        found = torch.tensor(int(fault is not None), device=self.norm.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        if found.item():
+            raise ValueError(fault or "another process of the job found a fault in the weights")
+
     @contextlib.contextmanager
     def whole(self, unit: str, then: str | None = None) -> Iterator[None]:
         """Inside `with` a layer is whole, and the gathering of `then` is under way."""

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
-from model.files import check_file
+from model.files import check_file, check_links
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
@@ -59,6 +59,7 @@ def load_tokenizer(path: str | Path, control: Collection[str] = ()) -> Tokenizer
     taken instead: its ids may differ, and would then depend on what is installed.)
     """
     path = Path(path)
+    check_links(path)
     kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": SentencePieceTokenizer}
     for name, kind in kinds.items():
         if (path / name).exists():

@@ -38,7 +38,7 @@ def main() -> None:
         refuse_damaged(args.adapter)
         lora = Lora.load(args.adapter)
         trained = TrainedChat.read(args.adapter)
-        merge(args.model, lora, args.out, finish=trained and trained.install)
+        left_out = merge(args.model, lora, args.out, finish=trained and trained.install)
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in")
     if trained is None:
@@ -48,6 +48,8 @@ def main() -> None:
         )
     else:
         print(f"with it: {trained.text()}")
+    if left_out:
+        print(f"not copied: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

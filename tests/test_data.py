@@ -410,6 +410,23 @@ def test_sampled_ids_beyond_the_embeddings_are_refused_before_training():
     encode(far, StubChat(), target="reference", max_length=99)
 
 
+def test_no_flag_is_proposed_that_cannot_help():
+    """--max-length helps below the model's own limit alone."""
+    rows = [Row("long", (user("qqq"), bot("abcdef")))]
+
+    def said(room, **limits):
+        with pytest.raises(ValueError) as error:
+            encode(rows, StubChat(), max_length=9 + room, **limits)
+        return str(error.value)
+
+    assert "raise --max-length, or --truncate answers" in said(3, model_limit=20)
+    assert "raise --max-length, or leave them out" in said(0, model_limit=20)
+    for room, otherwise in ((3, "--truncate answers"), (0, "leave them out")):
+        words = said(room, model_limit=9 + room)
+        assert f"the model itself was made for {9 + room} tokens: {otherwise}" in words
+        assert "--max-length" not in words
+
+
 # ---- packing
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from engine import gguf as gguf_module
 from engine.gguf import demo_gguf, import_gguf
@@ -259,6 +262,10 @@ REFUSED = {
     "misshapen": ({"llama.feed_forward_length": 32}, "has shape .* wanted"),
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "vocabulary of type 'llama'"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
+    "no pre-tokenizer": (
+        {"tokenizer.ggml.pre": None},
+        "before May 2024 .* gguf-new-metadata --pre-tokenizer llama-bpe",
+    ),
     "no merges": ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
     "split file": ({"split.count": 3}, "one of 3 parts"),
 }
@@ -278,6 +285,68 @@ def test_a_vocabulary_that_repeats_itself_is_refused(tmp_path, hf_dir):
     write_gguf(tmp_path / "m.gguf", hf_dir, **{"tokenizer.ggml.tokens": repeated})
     with pytest.raises(ValueError, match="spells two tokens the same way"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def promise(path: Path, kind: int, payload: bytes) -> None:
+    """A GGUF whose one metadata value says more than is there."""
+    key = b"tokenizer.ggml.tokens"
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", kind)
+    path.write_bytes(head + payload + bytes(1000))
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "named"),
+    [
+        *((9, struct.pack("<IQ", inner, 1 << 40), "1099511627776 elements") for inner in (0, 8, 9)),
+        (9, struct.pack("<IQ", 0, 1 << 20), "an array of 1048576 elements"),
+        (9, struct.pack("<IQ", 9, 1) * 100, "unknown type 9"),
+        (9, struct.pack("<IQ", 77, 1), "unknown type 77"),
+        (8, struct.pack("<Q", 1 << 40), "beyond the end"),
+        (99, b"", "unknown type 99"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, kind, payload, named):
+    """gguf's reader would make an object for each of 2^40 elements."""
+    promise(tmp_path / "m.gguf", kind, payload)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=f"not a readable GGUF.*tokenizer.ggml.tokens.*{named}"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert time.perf_counter() - started < 5
+    counts = b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60)
+    (tmp_path / "m.gguf").write_bytes(counts + bytes(1000))
+    with pytest.raises(ValueError, match="have no room in the file"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_gguf_that_is_another_thing(tmp_path):
+    source = tmp_path / "m.gguf"
+    for text, named in {
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer",
+        "<!doctype html>": "is an HTML page",
+    }.items():
+        source.write_text(text)
+        with pytest.raises(ValueError, match=f"m.gguf {named}"):
+            import_gguf(source, tmp_path / "out")
+    source.unlink()
+    os.mkfifo(source)
+    with pytest.raises(ValueError, match="m.gguf is a pipe or a device"):
+        import_gguf(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="is a directory"):
+        import_gguf(tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not a file"):
+        import_gguf(tmp_path / "nothing.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_numbers_that_are_none_are_refused(tmp_path, tiny_llama_dir, kind):
+    path = tiny_llama_dir(vocab=len(vocabulary()), tied=False)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, path / "model.safetensors")
+    write_gguf(tmp_path / "m.gguf", path, kind=kind)
+    with pytest.raises(ValueError, match="blk.1.ffn_up.weight holds numbers that are NaN"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @pytest.mark.parametrize("keep", [0, 3, 1000, -1000])
@@ -355,8 +424,9 @@ def test_of_two_processes_at_once_the_second_finds_the_work_done(tmp_path, hf_di
 # Tokenizers
 
 
-def test_llama3_cuts_and_whole_words(tmp_path, hf_dir):
-    write_gguf(tmp_path / "m.gguf", hf_dir, pre="llama-bpe")
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama3_cuts_and_whole_words(tmp_path, hf_dir, pre):
+    write_gguf(tmp_path / "m.gguf", hf_dir, pre=pre)
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.encode("1234", add_special_tokens=False).tokens == ["123", "4"]
@@ -365,6 +435,21 @@ def test_llama3_cuts_and_whole_words(tmp_path, hf_dir):
     for text in texts():
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids) == text
+
+
+def test_early_llama3_cuts_alike_but_merges_whole_words(tmp_path, hf_dir):
+    """As llama.cpp: the same expression, no ignore_merges, no bos unless the key says so."""
+    write_gguf(tmp_path / "m.gguf", hf_dir, pre="smaug-bpe")
+    import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.encode("1234").tokens == ["123", "4"]
+    assert tokenizer.encode("hello").tokens == ["he", "l", "l", "o"]
+    write_gguf(
+        tmp_path / "b.gguf", hf_dir, pre="smaug-bpe", **{"tokenizer.ggml.add_bos_token": True}
+    )
+    import_gguf(tmp_path / "b.gguf", tmp_path / "with-bos")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "with-bos" / "tokenizer.json"))
+    assert tokenizer.encode("12").tokens == ["<|begin|>", "12"]
 
 
 def test_smollm_cuts_digits_one_by_one(tmp_path, hf_dir):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from kernels.adamw import AdamW
 from kernels.context import Packed
 from model.llama import Llama, Tape
-from model.lora import PRESETS, Lora, merge
+from model.lora import GROUPS, PRESETS, Lora, merge
 from tests.adapters import TOKENS, ask_peft, distance, random_lora
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "peft"
@@ -138,19 +138,62 @@ PLAIN = {
     "pattern": {"target_modules": r".*\.(k_proj|down_proj)", "r": 2, "lora_alpha": 16},
     "rslora": {"target_modules": ["o_proj", "up_proj"], "r": 16, "use_rslora": True},
     "excluded": {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
+    "ranks": {
+        "target_modules": "all-linear",
+        "r": 4,
+        "lora_alpha": 7,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.down_proj": 6, "v_proj": 9},
+        "alpha_pattern": {"k_proj": 3, r"layers\.0\.self_attn\.v_proj": 40, "up_proj": 2.5},
+    },
+    "ranks-rslora": {
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+        "r": 4,
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 5, "o_proj": 1},
+    },
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "layer": {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    "layers-by-pattern": {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"},
+    "layers-by-name": {"target_modules": ["layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
+    "copies": {"target_modules": ["q_proj"], "save_embedding_layers": True},
 }
+PATTERNED = ("ranks", "ranks-rslora", "layers", "layer", "layers-by-pattern", "layers-by-name")
 REFUSED = {
     "use_dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
-    "alpha_pattern": {"alpha_pattern": {"v_proj": 2}},
-    "layers_to_transform": {"layers_to_transform": [1]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     "trainable_token_indices": {"trainable_token_indices": [3]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
 }
+
+
+def assert_saved_and_merged(base, adapter, again):
+    """What was loaded is saved as it was, bound or not, and merged gives the same logits."""
+    model, lora = Llama.from_pretrained(base, dtype=torch.float64), Lora.load(adapter)
+    logits = model.logits(TOKENS, lora)
+    lora.save(again)
+    assert_same_files(adapter, again)
+    merge(base, Lora.load(again), again / "merged")
+    merged = Llama.from_pretrained(again / "merged", dtype=torch.float64).logits(TOKENS)
+    assert distance(merged, logits) < 2e-5 and distance(merged, model.logits(TOKENS)) > 1e-2
+    single = Llama.from_pretrained(base)
+    sampling, left = single.for_sampling(Lora.load(again))
+    assert left is None and distance(sampling.logits(TOKENS), logits) < 2e-5
+
+
+def assert_same_files(one, other):
+    """The same tensors, and the same of what is said of single modules."""
+    tensors, saved = (load_file(p / "adapter_model.safetensors") for p in (one, other))
+    assert tensors.keys() == saved.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=0, msg=name)
+    said, found = (json.loads((p / "adapter_config.json").read_text()) for p in (one, other))
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        assert (found.get(key) or None) == (said.get(key) or None), key
+    for key in ("target_modules", "layers_to_transform", "exclude_modules"):
+        assert not said.get(key) or found[key] == said[key], key
 
 
 @pytest.mark.peers
@@ -195,6 +238,8 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
         assert distance(logits64, theirs[f"{name}/fp64"]) < 1e-11, f"{name}: another function"
         assert distance(logits, plain) > 1e-2, f"{name} does nothing: the test would prove nothing"
     assert torch.equal(model.logits(TOKENS, Lora.load(tmp_path / "untrained")), plain)
+    for name in PATTERNED:
+        assert_saved_and_merged(path, tmp_path / name, tmp_path / f"{name}-again")
     for name in REFUSED:
         with pytest.raises(ValueError, match=rf"adapter_config.json: {name} = "):
             Lora.load(tmp_path / name)
@@ -258,11 +303,14 @@ def edited(tmp_path, change_config=None, change_tensors=None):
         {"lora_bias": True},
         {"fan_in_fan_out": True},
         {"modules_to_save": ["embed_tokens"]},
-        {"rank_pattern": {"q_proj": 4}},
-        {"alpha_pattern": {"q_proj": 4}},
-        {"layers_to_transform": [0, 1]},
-        {"layers_to_transform": 1},
-        {"layers_pattern": "layers"},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_proj": 2.0}},
+        {"alpha_pattern": {"q_proj": float("nan")}},
+        {"alpha_pattern": {"q_proj": "4"}},
+        {"layers_to_transform": "1"},
+        {"layers_to_transform": [True]},
+        {"target_modules": {"q_proj": 1}},
         {"layer_replication": [[0, 2]]},
         {"target_parameters": ["w"]},
         {"trainable_token_indices": [1]},
@@ -283,6 +331,13 @@ def edited(tmp_path, change_config=None, change_tensors=None):
         {"r": "8"},
         {"r": True},
         {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 0},
+        {"r": 0},
+        {"r": 10**30},
+        {"lora_dropout": float("nan")},
+        {"lora_dropout": 1.5},
         {"lora_dropout": "0.1"},
         {"use_rslora": "false"},
     ],
@@ -300,6 +355,9 @@ def test_setting_is_refused_by_name(tmp_path, setting):
     [
         {"target_modules": r".*proj"},
         {"target_modules": ["q_proj"]},  # the tensors tell
+        {"layers_to_transform": [0, 1]},  # all there are
+        {"layers_pattern": "layers"},
+        {"rank_pattern": {"nothing": 5}},
         {"init_lora_weights": True},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}},
@@ -348,6 +406,173 @@ def test_tensor_is_refused_by_name(tmp_path, change, named):
         Lora.load(path)
     assert str(path / "adapter_model.safetensors") in str(refusal.value)
     assert named in str(refusal.value)
+
+
+def test_a_pattern_that_is_no_expression_is_refused(tmp_path):
+    for setting in ({"rank_pattern": {"q_(": 4}}, {"target_modules": "*"}):
+        path = edited(tmp_path, setting)
+        with pytest.raises(ValueError, match=r"adapter_config.json: .* is no regular expression"):
+            Lora.load(path)
+        shutil.rmtree(path)
+
+
+def peft_adapter(path, model, ranks, alphas, seed=0, **config):
+    """A PEFT adapter written by hand; ranks and alphas: (layer, module) -> number.
+
+    Returns W + alpha / rank B A of every adapted weight in fp64, by the weight's name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = load_file(model / "model.safetensors")
+    tensors, made = {}, {}
+    for (layer, module), rank in ranks.items():
+        stem = f"model.layers.{layer}.{module}"
+        weight = shapes[f"{stem}.weight"].double()
+        a = torch.randn(rank, weight.shape[1], generator=generator) / 8
+        b = torch.randn(weight.shape[0], rank, generator=generator) / 8
+        tensors[f"base_model.model.{stem}.lora_A.weight"] = a
+        tensors[f"base_model.model.{stem}.lora_B.weight"] = b
+        made[f"{stem}.weight"] = weight + alphas[layer, module] / rank * (b.double() @ a.double())
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (path / "adapter_config.json").write_text(json.dumps(said))
+    return made
+
+
+def test_ranks_alphas_and_layers_of_single_modules(tiny_llama_dir, tmp_path):
+    """By hand: the logits are those of a model whose weights carry the sums, in fp64."""
+    path = tiny_llama_dir(layers=3, tied=False)
+    q, k, v = (f"self_attn.{name}_proj" for name in "qkv")
+    up = "mlp.up_proj"
+    ranks = {(0, q): 2, (0, k): 4, (0, v): 9, (2, q): 2, (2, k): 4, (2, v): 4, (2, up): 4}
+    alphas = {place: 8.0 for place in ranks} | {(0, k): 3.0, (2, k): 3.0, (2, q): 5.0}
+    said = {
+        "rank_pattern": {"q_proj": 2, r"model\.layers\.0\.self_attn\.v_proj": 9},
+        "alpha_pattern": {"k_proj": 3, "2.self_attn.q_proj": 5.0},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"],
+        "exclude_modules": "model.layers.0.mlp.*",
+        "layers_to_transform": [0, 2],
+    }
+    made = peft_adapter(tmp_path / "adapter", path, ranks, alphas, **said)
+    exact = Llama.from_pretrained(path, dtype=torch.float64)
+    lora = Lora.load(tmp_path / "adapter")
+    logits = exact.logits(TOKENS, lora)
+    whole = load_file(path / "model.safetensors") | {}
+    whole = {name: made.get(name, weight.double()) for name, weight in whole.items()}
+    assert_logits_of(exact, whole, logits)
+    assert distance(Llama.from_pretrained(path).logits(TOKENS, Lora.load(tmp_path / "adapter")),
+                    logits) < 1e-4  # fmt: skip
+    assert_saved_and_merged(path, tmp_path / "adapter", tmp_path / "again")
+
+    # gradients of what was filled up are zero, so that the adapter stays what it is
+    add_gradient(exact, lora, random_rows())
+    grads = lora.views(lora.grads)
+    filled = grads["model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert filled.shape[0] == 9 and filled[:2].abs().max() > 0 and not filled[2:].any()
+    filled = grads["model.layers.0.self_attn.k_proj.lora_B.weight"]
+    assert filled[:, :4].abs().max() > 0 and not filled[:, 4:].any()
+
+
+def assert_logits_of(model, weights, logits):
+    """`logits` are those of `model` with other weights, by their names in a checkpoint, in fp64."""
+    ours = dict(model.weights)
+    for i in range(model.config.num_layers):
+        stem = f"model.layers.{i}"
+        for group, members in GROUPS.items():
+            ours[f"{i}.{group}"] = torch.cat([weights[f"{stem}.{m}.weight"] for m in members])
+    other = Llama(model.config, ours, model.ops)
+    assert distance(other.logits(TOKENS), logits) < 1e-11
+    assert distance(model.logits(TOKENS), logits) > 1e-2, "the adapter does nothing"
+
+
+def test_a_layer_that_nobody_left_out_is_missed(tiny_llama_dir, tmp_path):
+    """An adapter of two layers under a model of three is another model's, unless it says so."""
+    path, q = tiny_llama_dir(layers=3), "self_attn.q_proj"
+    ranks = {(0, q): 4, (1, q): 4}
+    model = Llama.from_pretrained(path)
+    loads = {
+        "list": {"target_modules": ["q_proj"]},
+        "pattern": {"target_modules": r".*\.q_proj"},
+        "none": {},
+        "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2]},
+        "said": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+        "said-by-pattern": {"target_modules": r".*layers\.[01]\.self_attn\.q_proj"},
+        "excluded": {"target_modules": ["q_proj"], "exclude_modules": ["2.self_attn.q_proj"]},
+    }
+    for name, said in loads.items():
+        peft_adapter(tmp_path / name, path, ranks, dict.fromkeys(ranks, 8.0), **said)
+        lora = Lora.load(tmp_path / name)
+        if name in ("said", "said-by-pattern", "excluded"):
+            assert distance(model.logits(TOKENS, lora), model.logits(TOKENS)) > 1e-2
+            continue
+        with pytest.raises(ValueError, match="layers.2.self_attn.q_proj.lora_A.weight is missing"):
+            model.logits(TOKENS, lora)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, tied):
+    """peft's save_embedding_layers: equal, they are passed over with a word; else refused."""
+    base = tiny_llama_dir(tied=tied)
+    stored = load_file(base / "model.safetensors")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    own = {embedding: stored[embedding], head: stored.get(head, stored[embedding]).clone()}
+    q, where = "self_attn.q_proj", tmp_path / "adapter"
+    model = Llama.from_pretrained(base)
+
+    def adapter(copies):
+        shutil.rmtree(where, ignore_errors=True)
+        peft_adapter(where, base, {(0, q): 4, (1, q): 4}, {(0, q): 8.0, (1, q): 8.0})
+        tensors = load_file(where / "adapter_model.safetensors")
+        tensors |= {f"base_model.model.{name}": tensor for name, tensor in copies.items()}
+        save_file(tensors, where / "adapter_model.safetensors")
+        return Lora.load(where)
+
+    want = model.logits(TOKENS, adapter({}))
+    assert capsys.readouterr().out == ""
+    half = {name: tensor.bfloat16() for name, tensor in own.items()}
+    base_layer = {"lm_head.base_layer.weight": own[head]}
+    for copies in (own, half, {head: own[head]}, base_layer):
+        lora = adapter(copies)
+        assert torch.equal(model.logits(TOKENS, lora), want)
+        assert f"the model's own {head} as well" in capsys.readouterr().out
+        sampling, _ = model.for_sampling(release=True)  # bound while the matrices are packed
+        Lora.load(where).bind(model)
+        model.restore()
+        merge(base, adapter(copies), where / "merged")
+        assert not any("lora" in n for n in load_file(where / "merged" / "model.safetensors"))
+    other = {embedding: own[embedding].clone()}
+    other[embedding][300, 3] += 1e-3
+    resized = {head: torch.cat((own[head], own[head][:2]))}
+    for copies in (other, resized, {head: own[head][:, :-1].clone()}):
+        (name,) = copies
+        words = rf"adapter_model.safetensors: base_model.model.{name} .* is not the model's own"
+        with pytest.raises(ValueError, match=words):
+            model.logits(TOKENS, adapter(copies))
+        with pytest.raises(ValueError, match=words):
+            merge(base, adapter(copies), where / "merged")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(tmp_path, value):
+    name = f"{STEM}.lora_B.weight"
+    path = edited(tmp_path, change_tensors=lambda tensors: tensors[name][3].fill_(value))
+    with pytest.raises(ValueError, match=f"{name} holds 3 numbers that are NaN or infinite"):
+        Lora.load(path)
+
+
+def test_adapter_files_that_are_other_things(tmp_path):
+    """Git LFS pointers, and a link to what lies elsewhere."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        path = edited(tmp_path)
+        (path / name).rename(tmp_path / "elsewhere")
+        (path / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match=f"{name} is a link out of its directory"):
+            Lora.load(path)
+        (path / name).unlink()
+        (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+            Lora.load(path)
+        shutil.rmtree(path)
 
 
 def test_adapter_files_are_refused(tmp_path, tiny_llama_dir):

@@ -101,3 +101,8 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_llama_dir):
     assert choose(1, 2048, "none").policy == "none", "what is asked for is done"
     with pytest.raises(ValueError, match=r"even with --recompute full.*lower --micro-tokens"):
         choose(14, 8192)
+    with pytest.raises(ValueError, match="lower --max-length: one row has 2048 tokens") as error:
+        choose(14, 2048)
+    assert "--micro-tokens" not in str(error.value), "one row cannot be cut into more steps"
+    with pytest.raises(ValueError, match="alone need more: take a smaller model$"):
+        choose(10, 8192)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model.llama import Llama
 from model.lora import PRESETS, Lora, merge
@@ -95,6 +96,71 @@ def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
         assert distance(merged.logits(TOKENS), apart.logits(TOKENS, lora)) < 2e-5
 
 
+def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
+    """Of a head that is stored under a tied config, and of quantisation that is none."""
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    source = tiny_llama_dir(dtype=torch.bfloat16, quantization_config=quantised, note="kept")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors")
+    model = Llama.from_pretrained(source)
+    lora = random_lora(model, "qv")
+    assert merge(source, lora, tmp_path / "merged") == []
+    said = json.loads((source / "config.json").read_text())
+    del said["quantization_config"]
+    found = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert found == said | {"tie_word_embeddings": False}
+    capsys.readouterr()
+    merged = Llama.from_pretrained(tmp_path / "merged")
+    assert capsys.readouterr().out == "", "nothing is left to be said"
+    assert torch.equal(merged.weights["head"], model.weights["head"])
+    assert distance(merged.logits(TOKENS), model.logits(TOKENS, lora)) < 0.1
+
+
+def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
+    """Files of the directory and of the Hugging Face cache; what is left out is listed."""
+    cache = tmp_path / "models--some--model"
+    source, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    for n, file in enumerate(sorted(tiny_llama_dir(tokenizer=True).iterdir())):
+        file.rename(blobs / f"{n:040x}")
+        (source / file.name).symlink_to(f"../../blobs/{n:040x}")
+    (source / "README.md").write_text("a card")
+    (source / "inside.txt").symlink_to("README.md")
+    (tmp_path / "secret").write_text("a key")
+    (source / "outside.txt").symlink_to(tmp_path / "secret")
+    (source / "up.txt").symlink_to("../../../secret")
+    (source / "broken.txt").symlink_to("nothing")
+    (source / "folder").mkdir()
+    os.mkfifo(source / "pipe")
+    (source / "pytorch_model.bin").write_bytes(b"")
+    (source / "model.safetensors.index.json").write_text("{}")  # model.safetensors is read alone
+    lora = random_lora(Llama.from_pretrained(source), "qv")
+    left_out = merge(source, lora, tmp_path / "merged")
+    names = "broken.txt folder model.safetensors.index.json outside.txt pipe pytorch_model.bin"
+    assert [line.split(" ")[0] for line in left_out] == [*names.split(), "up.txt"]
+    assert str(tmp_path / "secret") in left_out[3] and "a directory" in left_out[1]
+    found = {file.name for file in (tmp_path / "merged").iterdir()}
+    others = {"tokenizer.json", "tokenizer_config.json", "README.md", "inside.txt"}
+    assert found == {"config.json", "model.safetensors", "merge.json", *others}
+    assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
+
+
+def test_merge_of_numbers_that_are_none_is_refused(tiny_llama_dir, tmp_path):
+    """Of weights that no adapter touches as well."""
+    source = tiny_llama_dir()
+    lora = random_lora(Llama.from_pretrained(source), "qv")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight"):
+        broken = {**tensors, name: tensors[name].clone()}
+        broken[name].view(-1)[7] = torch.nan
+        save_file(broken, source / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{name} holds 1 numbers that are NaN"):
+            merge(source, lora, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_merge_that_overflows_is_refused(tiny_llama_dir, tmp_path):
     source = tiny_llama_dir(dtype=torch.float16)
     lora = random_lora(Llama.from_pretrained(source), "qv")
@@ -153,6 +219,7 @@ def test_merge_script(tiny_llama_dir, tmp_path):
     assert done.returncode == 0 and "q_proj, k_proj, v_proj, o_proj" in done.stdout, done.stderr
     assert distance(Llama.from_pretrained(out).logits(TOKENS), model.logits(TOKENS, lora)) < 2e-5
     before = (out / "model.safetensors").stat()
+    assert "not copied" not in done.stdout
     refused = run(source)
     assert refused.returncode == 2 and f"{out} exists already" in refused.stderr
     assert (out / "model.safetensors").stat() == before

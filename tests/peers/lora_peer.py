@@ -30,7 +30,9 @@ base = cache(load)  # an adapter is put into it and taken out again
 def make(dir: str, out: str, config: dict) -> None:
     torch.manual_seed(0)
     model = load(dir, torch.float32)  # some initialisations change the weights themselves
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config)).save_pretrained(out)
+    copies = config.pop("save_embedding_layers", False)
+    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+    made.save_pretrained(out, save_embedding_layers=copies)
 
 
 def logits_under(dir: str, adapter: str | None, tokens: list[int], dtype: torch.dtype):
