@@ -40,6 +40,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from engine.data import KEPT
+from engine.programs import compiles, fenced_blocks, free_names, future_first, parsed, program_in
 from engine.rows import Row
 
 Verifier = Callable[[Row, str], tuple[bool, str]]
@@ -178,42 +179,51 @@ def _canonical(node: ast.expr) -> object:
 # ---- programs, patterns, plain text
 
 SECONDS, MEMORY_MB = 10, 512  # a program's limits
-_BLOCK = r"^[ \t]*```[ \t]*(?:{})[^\n]*\n(.*?)^[ \t]*```"
-
-
-def last_block(text: str, language: str) -> str | None:
-    """What the last fenced block of that language (a pattern) holds; None where there is none."""
-    blocks = re.findall(_BLOCK.format(language), text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
-    return blocks[-1] if blocks else None
 
 
 def verify_code(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts a text whose program (its last ```python block, else all of it) passes the tests.
+    """Accepts a text whose program (engine/programs.py) passes the tests.
 
-    The tests run behind the program in one limited process (engine/sandbox.py).
+    The tests run behind the program in one limited process (engine/sandbox.py). The program's main
+    guard (`if __name__ == "__main__"`) does not run, that of the tests does.
     """
     from engine.sandbox import run_program
 
     tests = row.tests or _asserts(row.reference)
-    if not tests.strip():
+    if not _run_something(tests):
         return False, "reference_without_tests"
-    program = last_block(text, "python|py")
-    program = text if program is None else program
-    try:
-        compile(program, "program", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    program = program_in(text, free_names(tests))
+    if not compiles(program):
         return False, "no_program"
-    outcome = run_program(f"{program}\n\n{tests}\n", seconds=SECONDS, memory_mb=MEMORY_MB)
+    source = f'{program}\n\n__name__ = "__main__"\n{tests}\n'
+    outcome = run_program(future_first(source), seconds=SECONDS, memory_mb=MEMORY_MB)
     return (True, "ok") if outcome.ok else (False, "tests_" + re.split("[: ]", outcome.reason)[0])
 
 
 def _asserts(reference: str) -> str:
-    """The top-level asserts of the reference's last program; "" where there are none."""
-    try:
-        body = ast.parse(last_block(reference, "python|py") or "").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Assert))
+    """The asserts at the top of the reference's last program that has some, with that program's
+    imports; "" where there are none."""
+    for source in (*(block.code for block in reversed(fenced_blocks(reference))), reference):
+        tree = parsed(source)
+        nodes = tree.body if tree else []
+        if any(isinstance(node, ast.Assert) for node in nodes):
+            kept = (ast.Assert, ast.Import, ast.ImportFrom)
+            return "\n".join(ast.unparse(node) for node in nodes if isinstance(node, kept))
+    return ""
+
+
+def _run_something(tests: str) -> bool:
+    """Whether tests do more than define: those that only define would accept every program.
+
+    Tests that do not compile count: the run then says so.
+    """
+    tree = parsed(tests)
+    if tree is None:
+        return True
+    calls = (ast.Call, ast.Assert, ast.Raise)
+    defines = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in tree.body if not isinstance(node, defines)]
+    return any(isinstance(inner, calls) for node in nodes for inner in ast.walk(node))
 
 
 def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
@@ -237,12 +247,16 @@ def _no_constant(name: str) -> None:
 
 def verify_json(row: Row, text: str) -> tuple[bool, str]:
     """Accepts valid JSON; what it says is not compared with the reference."""
-    block = last_block(text, "json")
+    blocks = [b.code for b in fenced_blocks(text, _is_json) if b.info.lower().startswith("json")]
+    return (True, "ok") if _is_json(blocks[-1] if blocks else text) else (False, "no_json")
+
+
+def _is_json(text: str) -> bool:
     try:
-        json.loads(text if block is None else block, parse_constant=_no_constant)
+        json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        return False, "no_json"
-    return True, "ok"
+        return False
+    return True
 
 
 def _spaced(text: str) -> str:

@@ -13,9 +13,11 @@ import gzip
 import importlib.util
 import json
 import re
+import textwrap
 from pathlib import Path
 
 from engine.log import sha256
+from engine.programs import bound_names, compiles, fenced_blocks, future_first, lines_of, program_in
 from engine.sandbox import run_program
 from engine.tasks.base import Item, Task
 
@@ -30,7 +32,6 @@ PAPER_IMPORTS = (
     "import math, re, sys, copy, datetime, itertools, collections, heapq, statistics, functools, "
     "hashlib, string\nfrom typing import *\nfrom collections import *\n"
 )
-_BLOCK = re.compile(r"```[ \t]*(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
@@ -87,15 +88,19 @@ def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
 
 
 def chat_program(record: dict[str, str], answer: str) -> str:
-    """The program in a chat's answer: the code block that defines the function (else the first;
-    else the whole text), with the prompt's imports and helpers; what defines none is a body."""
-    blocks = _BLOCK.findall(answer) or [answer]
-    defines = re.compile(rf"^def {record['entry_point']}\b", re.MULTILINE)
-    code = next((block for block in blocks if defines.search(block)), blocks[0])
-    prompt = record["prompt"]
-    if not defines.search(code):
-        return prompt + code
-    return prompt[: defines.search(prompt).start()] + code
+    """The program in a chat's answer (engine/programs.py) behind the prompt's imports and helpers;
+    an answer that does not define the function is taken for its body."""
+    prompt, name = record["prompt"], record["entry_point"]
+    code = program_in(answer, {name})
+    if name in bound_names(code):
+        head = re.search(rf"^def {name}\b", prompt, re.MULTILINE)
+        assert head, f"the prompt of {record['task_id']} does not define {name}"
+        return future_first(f"{prompt[: head.start()]}{code}")
+    blocks = fenced_blocks(answer)
+    body = blocks[0].code if blocks else "\n".join(lines_of(answer))
+    plain = textwrap.dedent(body)
+    forms = (body, textwrap.indent(plain, "    "), "    " + body.lstrip())  # the last: first line
+    return next((prompt + form for form in forms if compiles(prompt + form)), prompt + body)
 
 
 def paper_program(record: dict[str, str], answer: str) -> str:
