@@ -31,8 +31,8 @@ import platform
 import secrets
 import selectors
 import signal
-import subprocess
 import stat
+import subprocess
 import sys
 import tempfile
 import time

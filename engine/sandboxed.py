@@ -131,7 +131,7 @@ def confine_files():
 
 
 def confine_calls():
-    """Seccomp: every system call that is not ALLOWED, or CONDITIONAL and meets it, fails with EPERM.
+    """Seccomp: a system call that is neither ALLOWED nor meets CONDITIONAL fails with EPERM.
 
     openat may not truncate what it opens for reading, which Landlock sees from version 3 only.
     clone3, whose flags a filter cannot see, "does not exist": the C library then asks clone.

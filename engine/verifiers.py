@@ -33,12 +33,12 @@ import inspect
 import json
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
+from engine.answer_numbers import last_number
+from engine.calls import call_meaning, json_calls, python_calls
 from engine.data import KEPT
 from engine.programs import compiles, fenced_blocks, free_names, future_first, parsed, program_in
 from engine.rows import Row
@@ -51,35 +51,10 @@ def verify_none(row: Row, text: str) -> tuple[bool, str]:
     return True, "ok"
 
 
-# A minus is a sign where no operand stands before it ("5-3" holds 5 and 3), also before a currency
-# sign ("-$5"). Commas and no-break spaces group digits by three and only so: "1, 2" are two
-# numbers, as are "1 200". a/b is one number, so that 1/4 does not pass for 3/4.
-_DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u202f\u2009][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-_NUMBER = re.compile(
-    rf"((?<![\w.)\]%])[-\u2212](?=[$€£¥]?[.0-9]))?[$€£¥]?({_DIGITS}|(?<![\w.])\.[0-9]+)"
-    rf"(?:/({_DIGITS})(?![0-9/]|\.[0-9]))?"
-)
-_GROUPING = re.compile(r"[,\u00a0\u202f\u2009]")
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in the text, in English notation, exactly; None if there is none.
-
-    Currency and percent signs and a full stop around it do not count; exponents, mixed numbers
-    ("1 1/2") and number words are not understood.
-    """
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers or len(numbers[-1][0]) > 400:  # so long is no number, and int() may refuse it
-        return None
-    sign, top, bottom = numbers[-1].groups()
-    divisor = Fraction(_GROUPING.sub("", bottom or "1"))
-    if not divisor:
-        return None
-    return (-1 if sign else 1) * Fraction(_GROUPING.sub("", top)) / divisor
-
-
 def verify_number(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234."""
+    """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234.
+
+    See engine/answer_numbers.py for how numbers are read."""
     wanted, got = last_number(row.reference), last_number(text)
     if wanted is None:
         return False, "reference_without_number"
@@ -88,92 +63,27 @@ def verify_number(row: Row, text: str) -> tuple[bool, str]:
     return (True, "ok") if got == wanted else (False, "mismatch")
 
 
-_CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*\(")
-_JSON_NAMES = {"true": True, "false": False, "null": None}
-
-
 def verify_call(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text that makes the reference's calls, in any order, and calls those functions in
-    no other way; whatever stands around the calls does not matter.
+    no other way; whatever stands around the calls does not matter. See engine/calls.py.
 
-    Calls are compared as Python's parser reads them: spaces, kind of quotes and the order of
-    keyword arguments and dictionary keys do not count, the order of positional arguments does;
-    numbers compare by value; true/false/null are True/False/None. A call that does not parse
-    (a `<placeholder>`) is compared as text without spaces and quotes.
+    Where the reference calls in JSON, the text must too, and must make no other call in JSON.
     """
-    wanted = list(_calls(row.reference))
+    wanted = list(python_calls(row.reference))
+    inside = [range(place, place + len(source)) for place, _, source in wanted]
+    in_json = {c for at, c in json_calls(row.reference) if not any(at in span for span in inside)}
+    if in_json:
+        made = {call for _, call in json_calls(text)}
+        if not made:
+            return False, "no_call"
+        return (True, "ok") if made == in_json else (False, "mismatch")
     if not wanted:
         return False, "reference_without_call"
-    made = list(_calls(text, names={name for name, _ in wanted}))
-    if not made:
+    calls = list(python_calls(text, names={name for _, name, _ in wanted}))
+    if not calls:
         return False, "no_call"
-    same = {_meaning(source) for _, source in made} == {_meaning(source) for _, source in wanted}
+    same = {call_meaning(s) for *_, s in calls} == {call_meaning(s) for *_, s in wanted}
     return (True, "ok") if same else (False, "mismatch")
-
-
-def _calls(text: str, names: set[str] | None = None) -> Iterator[tuple[str, str]]:
-    """(name, source) of every outermost `name(...)`, of these names only where they are given."""
-    at = 0
-    while found := _CALL.search(text, at):
-        at = found.end()
-        if names is None or found[1] in names:
-            end = _closing(text, at - 1)
-            if end is not None:
-                yield found[1], text[found.start() : end]
-                at = end
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Past the parenthesis that closes the one at `start`; those inside quotes do not count."""
-    depth, quote, at = 0, "", start
-    while at < len(text):
-        char = text[at]
-        if quote:
-            if char == "\\":
-                at += 1
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char == "(":
-            depth += 1
-        elif char == ")":
-            depth -= 1
-            if not depth:
-                return at + 1
-        at += 1
-    return None
-
-
-def _meaning(source: str) -> object:
-    """A call in a form in which equal calls are equal."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in a string literal warns
-            return _canonical(ast.parse(source, mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.sub(r"[\s'\"]", "", source)
-
-
-def _canonical(node: ast.expr) -> object:
-    match node:
-        case ast.Call(func=func, args=args, keywords=keywords):
-            named = frozenset((keyword.arg, _canonical(keyword.value)) for keyword in keywords)
-            return ("call", ast.unparse(func), tuple(map(_canonical, args)), named)
-        case ast.List(elts=parts) | ast.Tuple(elts=parts):
-            return (type(node).__name__, tuple(map(_canonical, parts)))
-        case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return ("dict", frozenset((k and _canonical(k), _canonical(v)) for k, v in pairs))
-        case ast.Name(id=name) if name in _JSON_NAMES:
-            return ("constant", str(_JSON_NAMES[name]))
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return ("number", -value)
-        case ast.Constant(value=bool() | None as value):
-            return ("constant", str(value))
-        case ast.Constant(value=int() | float() as value):
-            return ("number", value)
-    return ast.dump(node)  # strings and names end here, and expressions, compared as written
 
 
 # ---- programs, patterns, plain text

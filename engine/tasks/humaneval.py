@@ -34,6 +34,31 @@ PAPER_IMPORTS = (
 )
 
 
+# Put between a chat's program and the tests: what the function returns must not decide by itself
+# what it equals, as `unittest.mock.ANY` and a class whose `__eq__` is always true do. The published
+# executor does not look at this, so `paper` does not either.
+PLAIN_RESULTS = """
+
+def _plain_results(function):
+    import builtins as b
+    known = ("builtins", "collections", "fractions", "decimal")
+    compares = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __sub__ __rsub__ __abs__".split()
+    def look(value):
+        for kind in b.type(value).__mro__:
+            if kind.__module__ not in known and b.any(n in b.vars(kind) for n in compares):
+                raise b.TypeError("the result decides by itself what it equals: " + kind.__name__)
+        if b.isinstance(value, b.dict):
+            for key in value:
+                look(key)
+                look(value[key])
+        elif b.isinstance(value, (b.list, b.tuple, b.set, b.frozenset)):
+            for part in value:
+                look(part)
+        return value
+    return lambda *args, **named: look(function(*args, **named))
+"""
+
+
 def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
     """The records of HumanEval.jsonl(.gz), of the installed package where no file is given."""
     if file is None:
@@ -116,9 +141,8 @@ def paper_program(record: dict[str, str], answer: str) -> str:
     return PAPER_IMPORTS + record["prompt"].rstrip() + "\n".join(kept)
 
 
-def _judge(record: dict[str, str], program: str) -> tuple[dict[str, bool], str]:
-    tests = f"\n\n{record['test']}\n\ncheck({record['entry_point']})\n"
-    outcome = run_program(program + tests, seconds=SECONDS, memory_mb=MEMORY_MB)
+def _judge(program: str) -> tuple[dict[str, bool], str]:
+    outcome = run_program(program, seconds=SECONDS, memory_mb=MEMORY_MB)
     last = outcome.output.strip().split("\n")[-1][:200]
     reason = outcome.reason if outcome.ok or not last else f"{outcome.reason}: {last}"
     return {"pass": outcome.ok}, reason
@@ -126,12 +150,18 @@ def _judge(record: dict[str, str], program: str) -> tuple[dict[str, bool], str]:
 
 def judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
     """Whether the answer's program passes the problem's tests, and how it ended."""
-    return _judge(item.record, chat_program(item.record, answer))
+    record = item.record
+    program = chat_program(record, answer) + PLAIN_RESULTS
+    return _judge(
+        f"{program}\n{record['test']}\n\ncheck(_plain_results({record['entry_point']}))\n"
+    )
 
 
 def paper_judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
     """The same of an answer to the octocoder prompt."""
-    return _judge(item.record, paper_program(item.record, answer))
+    record = item.record
+    program = paper_program(record, answer)
+    return _judge(f"{program}\n\n{record['test']}\n\ncheck({record['entry_point']})\n")
 
 
 HUMANEVAL = Task(
