@@ -26,8 +26,9 @@ import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-CLOSERS = 40  # fences that are tried as the end of one block
+CLOSERS = 12  # fences that are tried as the end of one block
 GROWTH, SHRINKAGE, COMPILED = 40, 20, 2000  # tries in plain text: a statement's end, all in all
 _OPENS = re.compile(r"((?:[ \t]|>|[-*+][ \t]|[0-9]{1,3}[.)][ \t])*)(`{3,}|~{3,})([^`\n]*)")
 _QUOTED = re.compile(r"[ \t]*(?:>[ \t]?)+")
@@ -99,8 +100,9 @@ def _closed(
     if ">" in prefix:  # a quotation: each line carries its sign
         body = [_QUOTED.sub("", line, count=1) for line in body]
     closes = re.compile(rf"[ \t]*{re.escape(fence[0])}{{{len(fence)},}}[ \t]*")
-    ends = [n for n, line in enumerate(body) if closes.fullmatch(line)][:CLOSERS]
-    inside = [(n, line.index(fence)) for n, line in enumerate(body) if fence in line][:CLOSERS]
+    ends = list(islice((n for n, line in enumerate(body) if closes.fullmatch(line)), CLOSERS))
+    within = ((n, line.index(fence)) for n, line in enumerate(body) if fence in line)
+    inside = list(islice(within, CLOSERS))
     choices = [(n, body[:n]) for n in ends]
     choices += [(n, [*body[:n], body[n][:column]]) for n, column in inside if n not in ends]
     choices.append((len(body), body))
@@ -112,11 +114,12 @@ def _closed(
     return _dedented(kept, prefix)[0], start + n + 1
 
 
-def _dedented(lines: list[str], prefix: str) -> tuple[str, str]:
+def _dedented(lines: list[str], prefix: str) -> tuple[str, ...]:
     """The lines without the fence's own indentation, and without all that they have in common."""
     indent = re.compile(rf"[ \t]{{0,{len(prefix.replace('>', ''))}}}")
     own = "\n".join(indent.sub("", line, count=1) for line in lines)
-    return own + "\n", textwrap.dedent(own) + "\n"
+    plain = textwrap.dedent(own)
+    return (own + "\n",) if plain == own else (own + "\n", plain + "\n")
 
 
 # ---- names

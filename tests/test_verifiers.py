@@ -2,7 +2,8 @@
 
 And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
 
-`number` and `call` have their cases in test_select.py.
+`number` and `call` have their cases in test_numbers_and_calls.py and test_select.py, and the forms
+in which programs are written theirs in test_programs.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine.data import Row, load_rows
-from engine.verifiers import VERIFIERS, get_verifier, last_block
+from engine.verifiers import VERIFIERS, get_verifier
 
 
 def row(reference: str, tests: str = "") -> Row:
@@ -44,6 +45,9 @@ PLAIN = [
     ("json", "whatever", " 5 \n", "ok"),
     ("json", "whatever", 'Here it is:\n```json\n{"a": 1}\n```\nFine?', "ok"),
     ("json", "whatever", '```json\n{"a": 1}\n```\nor\n```json\n{"a": 1,}\n```', "no_json"),
+    ("json", "whatever", 'Here it is:\n~~~JSON\r\n{"a": 1}\r\n~~~', "ok"),
+    ("json", "whatever", '1. So:\n   ```json5\n   {"a": 1}\n   ```', "ok"),
+    ("json", "whatever", '```json\n{"a": "```"}\n```', "ok"),
     ("json", "whatever", 'Here it is: {"a": 1}', "no_json"),
     ("json", "whatever", "{'a': 1}", "no_json"),
     ("json", "whatever", '{"a": NaN}', "no_json"),
@@ -116,13 +120,6 @@ def test_where_the_tests_of_code_come_from(tmp_path):
     assert load_rows(file, columns=columns)[2].tests == TESTS
     with pytest.raises(ValueError, match="row 3.*'tests' is a number, wanted text or a list"):
         load_rows(file, columns={**columns, "tests": "tests"})
-
-
-def test_last_block():
-    assert last_block("no block", "python") is None
-    assert last_block("```\nx\n```", "python") is None
-    assert last_block("  ```Python title\n  x = 1\n  ```", "python") == "  x = 1\n"
-    assert last_block("```python\nunclosed", "python") is None
 
 
 # ---- the user's own
