@@ -120,6 +120,16 @@ def run_program(source: str, *, seconds: float = 5.0, memory_mb: int = 256) -> O
     return _outcome(child.returncode, reason, output, report, token)
 
 
+def check_sandbox() -> None:
+    """Unprotected where programs cannot be contained, or an empty one does not come to its end."""
+    outcome = run_program("pass", seconds=60)
+    if not outcome.ok:
+        raise Unprotected(
+            f"the sandbox for model-written programs does not work here: an empty program ended by "
+            f"{outcome.reason!r}: {outcome.output.strip()[-300:]!r}; leave such tasks out"
+        )
+
+
 def _watch(
     child: subprocess.Popen, report_fd: int, directory: str, seconds: float
 ) -> tuple[str, bytes, bytes]:

@@ -5,7 +5,7 @@ rewrite that is not ok. `--verify` takes one of these names, or `module:function
 
     none             every text
     number           the last number equals the reference's last
-    call             the reference's function calls, compared as Python reads them
+    call             the reference's function calls, compared as Python (or JSON) reads them
     code             the text's program passes the row's tests (run in engine/sandbox.py)
     regex:PATTERN    the pattern's last match (its first group, if any) equals the reference's
     json             valid JSON, as the last ```json block or as the whole text
@@ -15,7 +15,9 @@ rewrite that is not ok. `--verify` takes one of these names, or `module:function
 Spaces around and between words do not count for the last two, nor letter case for `contains`.
 
 The tests of `code` are the row's `tests` field (`--columns tests=FIELD`) where it has one, else the
-top-level `assert`s in the reference's last ```python block.
+top-level `assert`s of the reference's program. Tests that run nothing (only definitions) accept
+nothing. A pattern that takes longer than PATTERN_SECONDS on one text is `too_slow`, so that one
+which backtracks without end does not hold up the job (in the main thread, where Python allows it).
 
 What the published code checks instead (paper.md 1.3), with its mistakes, for `--paper-exact`:
 
@@ -32,10 +34,14 @@ import importlib
 import inspect
 import json
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
+from types import FrameType
 
 from engine.answer_numbers import last_number
 from engine.calls import call_meaning, json_calls, python_calls
@@ -89,6 +95,7 @@ def verify_call(row: Row, text: str) -> tuple[bool, str]:
 # ---- programs, patterns, plain text
 
 SECONDS, MEMORY_MB = 10, 512  # a program's limits
+PATTERN_SECONDS = 5.0  # a pattern's, on one text
 
 
 def verify_code(row: Row, text: str) -> tuple[bool, str]:
@@ -136,6 +143,29 @@ def _run_something(tests: str) -> bool:
     return any(isinstance(inner, calls) for node in nodes for inner in ast.walk(node))
 
 
+class _TooSlow(Exception):
+    pass
+
+
+@contextmanager
+def _seconds(limit: float) -> Iterator[None]:
+    """_TooSlow where the block takes longer; no limit but in the main thread, which has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text in which the pattern's last match is the reference's last match."""
 
@@ -143,7 +173,11 @@ def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, s
         found = list(pattern.finditer(said))
         return found[-1][1 if pattern.groups else 0] if found else None
 
-    wanted, got = last(row.reference), last(text)
+    try:
+        with _seconds(PATTERN_SECONDS):
+            wanted, got = last(row.reference), last(text)
+    except _TooSlow:
+        return False, "too_slow"
     if wanted is None:
         return False, "reference_without_match"
     if got is None:
@@ -248,9 +282,9 @@ def get_verifier(name: str) -> Verifier:
     OSError for `code` on a system that cannot contain programs.
     """
     if name == "code":
-        from engine.sandbox import run_program
+        from engine.sandbox import check_sandbox
 
-        run_program("pass")  # now, and not when the first rewrite is there
+        check_sandbox()  # now, and not when the first rewrite is there
     if name in VERIFIERS:
         return VERIFIERS[name]
     kind, colon, rest = name.partition(":")

@@ -298,11 +298,27 @@ FORGED = [
 ]
 
 
+TOKEN = """
+token = b""
+for fd in range(3, 32):
+    try:
+        read = os.read(fd, 64)
+    except OSError:
+        continue
+    token = read if len(read) == 32 else token
+assert token
+"""
+
+
 @needs_sandbox
 @pytest.mark.parametrize("said", FORGED, ids=range(len(FORGED)))
 @pytest.mark.parametrize("leave", ["os._exit(0)", "pass"])
-def test_nothing_that_a_program_reports_raises_here(said, leave):
-    source = f"import os\nfor fd in range(3, 32):\n    try: os.write(fd, {said!r})\n"
+@pytest.mark.parametrize("token", ["token = b''", TOKEN], ids=["blind", "with the token"])
+def test_nothing_that_a_program_reports_raises_here(said, leave, token):
+    """Not even behind the token, which a program that knows this sandbox can read."""
+    source = (
+        f"import os\n{token}\nfor fd in range(3, 32):\n    try: os.write(fd, token + {said!r})\n"
+    )
     outcome = run_program(f"{source}    except OSError: pass\n{leave}")
     assert (outcome.ok, outcome.reason) == (False, "exit")
 

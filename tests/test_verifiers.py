@@ -9,8 +9,10 @@ in which programs are written theirs in test_programs.py.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,20 @@ PLAIN = [
 @pytest.mark.parametrize("name, reference, text, reason", PLAIN)
 def test_patterns_json_and_plain_text(name, reference, text, reason):
     assert get_verifier(name)(row(reference), text) == (reason == "ok", reason)
+
+
+def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("engine.verifiers.PATTERN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    verify = get_verifier(r"regex:^(a+)+$")
+    assert verify(row("aa"), "a" * 60 + "b") == (False, "too_slow")
+    assert verify(row("aa"), "aa") == (True, "ok"), "and the next text is judged as ever"
+    assert signal.getsignal(signal.SIGALRM) is before
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(verify(row("aa"), "aaa")))
+    thread.start()
+    thread.join()
+    assert answers == [(False, "mismatch")], "another thread has no signals, so no limit"
 
 
 # ---- programs
