@@ -1,8 +1,13 @@
 """What runs inside the sandbox: give every right away, run the program from standard input, report
 
 Started by engine/sandbox.py as `python -s -S sandboxed.py TOKEN_FD REPORT_FD SECONDS MEMORY_BYTES
-FILE_BYTES` in an empty directory. The last right is gone before the program is even compiled. The
-word that tells an honest report apart stays in a pipe until the program has come to its end.
+FILE_BYTES` in an empty directory. The last right is gone before the program is even compiled.
+
+It writes two lines into the report's pipe: PROTECTED (or what could not be protected) before the
+program begins, so that no program can say this in its place, and at the end the token and one
+word. The token, which tells an honest report apart, stays in a pipe until the program has come to
+its end. Whatever is needed after the program is bound before it, since a program may replace what
+it can import (`json.dumps`, `os.write`, `print`, `sys.stdout`).
 """
 
 import sys
@@ -11,7 +16,6 @@ del sys.path[0]  # this directory: engine/select.py is not the standard library'
 
 import ctypes  # noqa: E402
 import errno  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
 import resource  # noqa: E402
 import signal  # noqa: E402
@@ -19,32 +23,51 @@ import struct  # noqa: E402
 import traceback  # noqa: E402
 from types import ModuleType  # noqa: E402
 
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_SET_DUMPABLE = 1, 22, 38, 4
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446  # x86-64 numbers
 
 # Landlock's rights on files, by their bit; version 1 knows the first 13, 2 and 3 one more each.
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
-    1 << bit for bit in (1, 2, 3, 5, 8, 14)
+WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = (
+    1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 14)
 )
 # What Python's own modules and their C libraries are read from. Nothing of /proc, /etc, /home.
 READABLE = (sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64", "/lib", "/lib64")
 READABLE_FILES = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 
 # System calls that stay (x86-64): memory, time, own files and own signals. Not among them: new
-# processes and threads, execve, sockets, kill, ioctl, fcntl, chmod and chown, ptrace, io_uring.
+# processes, execve, sockets, kill, chmod and chown, chdir, ptrace, io_uring.
 # fmt: off
 ALLOWED = (
     0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,  # read .. rt_sigreturn, without open
     17, 18, 19, 20, 21, 22, 23, 24, 25, 28,  # pread64 .. access, pipe, select, mremap, madvise
     32, 33, 34, 35, 36, 37, 38, 39,  # dup, dup2, pause, nanosleep, timers, getpid
-    60, 63, 74, 77, 78, 79, 82, 87, 89,  # exit, uname, fsync .. getcwd, rename, unlink, readlink
+    45, 60, 63, 74, 77, 78, 79, 82,  # recvfrom, exit, uname, fsync .. getcwd, rename
+    83, 84, 87, 89,  # mkdir, rmdir, unlink, readlink
     96, 97, 98, 99, 100, 102, 104, 107, 108, 110,  # gettimeofday, getrlimit .. getppid
     131, 158, 186, 201, 202, 204, 217, 218, 219,  # sigaltstack, arch_prctl, futex, getdents64
-    228, 229, 230, 231, 257, 262, 263, 264, 267, 269, 273,  # clocks, openat .. faccessat
-    292, 293, 316, 318, 324, 332, 334, 439,  # dup3, pipe2, renameat2, getrandom, statx, rseq
+    228, 229, 230, 231, 232, 233, 262, 263, 264, 267, 269, 273,  # clocks, epoll .. faccessat
+    281, 291, 292, 293, 316, 318, 324, 332, 334, 439,  # epoll, dup3, pipe2, renameat2 .. rseq
 )
 # fmt: on
-OPENAT, OPENAT_FLAGS_AT = 257, 16 + 2 * 8  # its third argument's place in struct seccomp_data
+ALL_BITS = 0xFFFFFFFF
+AT_FDCWD, AF_UNIX, SOCK_STREAM = -100 & ALL_BITS, 1, 1
+FIONBIO, FIOCLEX, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0x5421, 0x5451, 2, 3, 1030
+# What the C library starts a thread with: memory, files, signals shared, the same thread group.
+THREAD_FLAGS = 0x3D0F00
+# System calls that stay with these arguments only: (call, ((argument, half, mask, value), ...)),
+# half 0 being an argument's low 32 bits. A pointer that must be null is two halves.
+CONDITIONAL = (
+    (16, ((1, 0, ALL_BITS, FIONBIO),)),  # ioctl: does not block, for asyncio
+    (16, ((1, 0, ALL_BITS, FIOCLEX),)),  # and is closed by exec, for tempfile
+    (72, ((1, 0, ALL_BITS, F_DUPFD_CLOEXEC),)),  # fcntl: list a directory that is open
+    (72, ((1, 0, ALL_BITS, F_GETFL),)),
+    (72, ((1, 0, ALL_BITS, F_SETFD),)),
+    (44, ((4, 0, ALL_BITS, 0), (4, 1, ALL_BITS, 0))),  # sendto: to the other end, no address
+    (53, ((0, 0, ALL_BITS, AF_UNIX), (1, 0, 0xF, SOCK_STREAM))),  # socketpair: with itself
+    (56, ((0, 0, ALL_BITS, THREAD_FLAGS), (0, 1, ALL_BITS, 0))),  # clone: a thread
+    (258, ((0, 0, ALL_BITS, AT_FDCWD),)),  # mkdirat: so that no path is longer than PATH_MAX
+)
+OPENAT, CLONE3 = 257, 435
 AUDIT_ARCH_X86_64 = 0xC000003E
 
 # Python's audit events, so that a refusal can be told by its kind; what refuses is the kernel.
@@ -77,8 +100,7 @@ def limit(seconds, memory, file_bytes):
         ("CPU", int(seconds) + 2),
         ("FSIZE", file_bytes),
         ("NOFILE", 32),
-        ("NPROC", 0),
-        ("CORE", 0),
+        ("CORE", 1),  # none; 0 would still start a core handler behind a pipe
     ):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
@@ -94,7 +116,8 @@ def confine_files():
     version = checked("landlock", libc.syscall(LANDLOCK_CREATE, None, 0, 1))
     known = (1 << min(12 + version, 15)) - 1
     rules = checked("landlock", libc.syscall(LANDLOCK_CREATE, struct.pack("Q", known), 8, 0))
-    own = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE
+    own = READ_FILE | READ_DIR | WRITE_FILE | MAKE_REG | REMOVE_FILE | TRUNCATE
+    own |= MAKE_DIR | REMOVE_DIR
     grants = [(".", own), *((path, READ_FILE | READ_DIR) for path in READABLE)]
     grants += [(path, READ_FILE) for path in READABLE_FILES]
     for path, rights in grants:
@@ -108,22 +131,34 @@ def confine_files():
 
 
 def confine_calls():
-    """Seccomp: every system call that is not ALLOWED fails with EPERM.
+    """Seccomp: a system call that is neither ALLOWED nor meets CONDITIONAL fails with EPERM.
 
     openat may not truncate what it opens for reading, which Landlock sees from version 3 only.
+    clone3, whose flags a filter cannot see, "does not exist": the C library then asks clone.
     """
     load, equal, mask, answer = 0x20, 0x15, 0x54, 0x06  # BPF: ld, jeq, and, ret
     allow, kill = 0x7FFF0000, 0x80000000
-    refuse = 0x00050000 | errno.EPERM
+    refuse, missing = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 
     def step(code, value, yes=0, no=0):
         return struct.pack("HBBI", code, yes, no, value)
 
+    def argument(number, half):
+        return step(load, 16 + 8 * number + 4 * half)
+
     truncating = os.O_TRUNC | os.O_ACCMODE
     program = [step(load, 4), step(equal, AUDIT_ARCH_X86_64, 1, 0), step(answer, kill)]
-    program += [step(load, 0), step(equal, OPENAT, 0, 5), step(load, OPENAT_FLAGS_AT)]
+    program += [step(load, 0), step(equal, OPENAT, 0, 5), argument(2, 0)]
     program += [step(mask, truncating), step(equal, os.O_TRUNC, 0, 1), step(answer, refuse)]
     program += [step(answer, allow)]
+    for number, conditions in CONDITIONAL:
+        checks, left = [], 3 * len(conditions)  # steps to the end of this call's part
+        for which, half, bits, value in conditions:
+            left -= 3
+            checks += [argument(which, half), step(mask, bits), step(equal, value, 0, left + 1)]
+        program += [step(load, 0), step(equal, number, 0, len(checks) + 1)]
+        program += [*checks, step(answer, allow)]
+    program += [step(load, 0), step(equal, CLONE3, 0, 1), step(answer, missing)]
     for number in ALLOWED:
         program += [step(equal, number, 0, 1), step(answer, allow)]
     program.append(step(answer, refuse))
@@ -136,7 +171,6 @@ def protect(seconds, memory, file_bytes):
     """All of the above; OSError where one cannot be had."""
     os.environ.clear()
     checked("parent-death signal", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-    checked("dumpable", libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     checked("no new privileges", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     limit(seconds, memory, file_bytes)
     drop_capabilities()
@@ -164,9 +198,9 @@ def reason_of(error, attempts):
 
 
 def main():
-    """Protect, run, report as TOKEN and a line of JSON."""
+    """Protect, run, report."""
     token_fd, report_fd, seconds, memory, file_bytes = map(float, sys.argv[1:])
-    read, write, leave = os.read, os.write, os._exit  # the program may replace them in os
+    token_fd, report_fd = int(token_fd), int(report_fd)
     source = sys.stdin.buffer.read()
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
@@ -174,23 +208,39 @@ def main():
     try:
         protect(seconds, int(memory), int(file_bytes))
     except OSError as error:
-        reason = json.dumps({"unprotected": str(error)}).encode()
-        write(int(report_fd), read(int(token_fd), 64) + reason)
-        leave(1)
+        os.write(report_fd, f"cannot have {error}\n".encode())
+        os._exit(1)
+    os.write(report_fd, b"PROTECTED\n")
     sys.argv[:] = ["program"]
-    program = ModuleType("__main__")
-    sys.modules["__main__"] = program
+    # Not named "__main__", so that main guards do not run; found under both names, as by pickle.
+    program = ModuleType("program")
+    sys.modules["program"] = sys.modules["__main__"] = program
     attempts = []
     sys.addaudithook(lambda event, _: attempts.append(KINDS[event]) if event in KINDS else None)
-    reason = "ok"
+    read, write, leave = os.read, os.write, os._exit
+    describe, streams = traceback.format_exception, (sys.stdout, sys.stderr)
+    reason = b"ok"
     try:
         exec(compile(source, "<program>", "exec"), program.__dict__)
     except BaseException as error:  # whatever it is, it is the program's
-        reason = reason_of(error, attempts)
-        print("".join(traceback.format_exception(error)), file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    write(int(report_fd), read(int(token_fd), 64) + json.dumps({"reason": reason}).encode())
+        said = b""
+        try:
+            reason = reason_of(error, attempts).encode()
+            said = "".join(describe(error)).encode("utf-8", "backslashreplace")
+        except BaseException:  # the program has replaced what these use
+            reason = b"error"
+    else:
+        said = b""
+    for stream in streams:
+        try:
+            stream.flush()
+        except BaseException:  # closed, or what lies below is
+            continue
+    try:
+        write(2, said)
+    except OSError:  # closed
+        pass
+    write(report_fd, read(token_fd, 64) + reason)
     leave(0)
 
 

@@ -5,7 +5,7 @@ rewrite that is not ok. `--verify` takes one of these names, or `module:function
 
     none             every text
     number           the last number equals the reference's last
-    call             the reference's function calls, compared as Python reads them
+    call             the reference's function calls, compared as Python (or JSON) reads them
     code             the text's program passes the row's tests (run in engine/sandbox.py)
     regex:PATTERN    the pattern's last match (its first group, if any) equals the reference's
     json             valid JSON, as the last ```json block or as the whole text
@@ -15,7 +15,9 @@ rewrite that is not ok. `--verify` takes one of these names, or `module:function
 Spaces around and between words do not count for the last two, nor letter case for `contains`.
 
 The tests of `code` are the row's `tests` field (`--columns tests=FIELD`) where it has one, else the
-top-level `assert`s in the reference's last ```python block.
+top-level `assert`s of the reference's program. Tests that run nothing (only definitions) accept
+nothing. A pattern that takes longer than PATTERN_SECONDS on one text is `too_slow`, so that one
+which backtracks without end does not hold up the job (in the main thread, where Python allows it).
 
 What the published code checks instead (paper.md 1.3), with its mistakes, for `--paper-exact`:
 
@@ -32,14 +34,19 @@ import importlib
 import inspect
 import json
 import re
+import signal
 import sys
-import warnings
+import threading
 from collections.abc import Callable, Iterator
-from fractions import Fraction
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
+from types import FrameType
 
+from engine.answer_numbers import last_number
+from engine.calls import call_meaning, json_calls, python_calls
 from engine.data import KEPT
+from engine.programs import compiles, fenced_blocks, free_names, future_first, parsed, program_in
 from engine.rows import Row
 
 Verifier = Callable[[Row, str], tuple[bool, str]]
@@ -50,35 +57,10 @@ def verify_none(row: Row, text: str) -> tuple[bool, str]:
     return True, "ok"
 
 
-# A minus is a sign where no operand stands before it ("5-3" holds 5 and 3), also before a currency
-# sign ("-$5"). Commas and no-break spaces group digits by three and only so: "1, 2" are two
-# numbers, as are "1 200". a/b is one number, so that 1/4 does not pass for 3/4.
-_DIGITS = r"(?:[0-9]{1,3}(?:[,\u00a0\u202f\u2009][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-_NUMBER = re.compile(
-    rf"((?<![\w.)\]%])[-\u2212](?=[$€£¥]?[.0-9]))?[$€£¥]?({_DIGITS}|(?<![\w.])\.[0-9]+)"
-    rf"(?:/({_DIGITS})(?![0-9/]|\.[0-9]))?"
-)
-_GROUPING = re.compile(r"[,\u00a0\u202f\u2009]")
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in the text, in English notation, exactly; None if there is none.
-
-    Currency and percent signs and a full stop around it do not count; exponents, mixed numbers
-    ("1 1/2") and number words are not understood.
-    """
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers or len(numbers[-1][0]) > 400:  # so long is no number, and int() may refuse it
-        return None
-    sign, top, bottom = numbers[-1].groups()
-    divisor = Fraction(_GROUPING.sub("", bottom or "1"))
-    if not divisor:
-        return None
-    return (-1 if sign else 1) * Fraction(_GROUPING.sub("", top)) / divisor
-
-
 def verify_number(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234."""
+    """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234.
+
+    See engine/answer_numbers.py for how numbers are read."""
     wanted, got = last_number(row.reference), last_number(text)
     if wanted is None:
         return False, "reference_without_number"
@@ -87,133 +69,101 @@ def verify_number(row: Row, text: str) -> tuple[bool, str]:
     return (True, "ok") if got == wanted else (False, "mismatch")
 
 
-_CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*\(")
-_JSON_NAMES = {"true": True, "false": False, "null": None}
-
-
 def verify_call(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text that makes the reference's calls, in any order, and calls those functions in
-    no other way; whatever stands around the calls does not matter.
+    no other way; whatever stands around the calls does not matter. See engine/calls.py.
 
-    Calls are compared as Python's parser reads them: spaces, kind of quotes and the order of
-    keyword arguments and dictionary keys do not count, the order of positional arguments does;
-    numbers compare by value; true/false/null are True/False/None. A call that does not parse
-    (a `<placeholder>`) is compared as text without spaces and quotes.
+    Where the reference calls in JSON, the text must too, and must make no other call in JSON.
     """
-    wanted = list(_calls(row.reference))
+    wanted = list(python_calls(row.reference))
+    inside = [range(place, place + len(source)) for place, _, source in wanted]
+    in_json = {c for at, c in json_calls(row.reference) if not any(at in span for span in inside)}
+    if in_json:
+        made = {call for _, call in json_calls(text)}
+        if not made:
+            return False, "no_call"
+        return (True, "ok") if made == in_json else (False, "mismatch")
     if not wanted:
         return False, "reference_without_call"
-    made = list(_calls(text, names={name for name, _ in wanted}))
-    if not made:
+    calls = list(python_calls(text, names={name for _, name, _ in wanted}))
+    if not calls:
         return False, "no_call"
-    same = {_meaning(source) for _, source in made} == {_meaning(source) for _, source in wanted}
+    same = {call_meaning(s) for *_, s in calls} == {call_meaning(s) for *_, s in wanted}
     return (True, "ok") if same else (False, "mismatch")
-
-
-def _calls(text: str, names: set[str] | None = None) -> Iterator[tuple[str, str]]:
-    """(name, source) of every outermost `name(...)`, of these names only where they are given."""
-    at = 0
-    while found := _CALL.search(text, at):
-        at = found.end()
-        if names is None or found[1] in names:
-            end = _closing(text, at - 1)
-            if end is not None:
-                yield found[1], text[found.start() : end]
-                at = end
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Past the parenthesis that closes the one at `start`; those inside quotes do not count."""
-    depth, quote, at = 0, "", start
-    while at < len(text):
-        char = text[at]
-        if quote:
-            if char == "\\":
-                at += 1
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char == "(":
-            depth += 1
-        elif char == ")":
-            depth -= 1
-            if not depth:
-                return at + 1
-        at += 1
-    return None
-
-
-def _meaning(source: str) -> object:
-    """A call in a form in which equal calls are equal."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\d" in a string literal warns
-            return _canonical(ast.parse(source, mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return re.sub(r"[\s'\"]", "", source)
-
-
-def _canonical(node: ast.expr) -> object:
-    match node:
-        case ast.Call(func=func, args=args, keywords=keywords):
-            named = frozenset((keyword.arg, _canonical(keyword.value)) for keyword in keywords)
-            return ("call", ast.unparse(func), tuple(map(_canonical, args)), named)
-        case ast.List(elts=parts) | ast.Tuple(elts=parts):
-            return (type(node).__name__, tuple(map(_canonical, parts)))
-        case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return ("dict", frozenset((k and _canonical(k), _canonical(v)) for k, v in pairs))
-        case ast.Name(id=name) if name in _JSON_NAMES:
-            return ("constant", str(_JSON_NAMES[name]))
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return ("number", -value)
-        case ast.Constant(value=bool() | None as value):
-            return ("constant", str(value))
-        case ast.Constant(value=int() | float() as value):
-            return ("number", value)
-    return ast.dump(node)  # strings and names end here, and expressions, compared as written
 
 
 # ---- programs, patterns, plain text
 
 SECONDS, MEMORY_MB = 10, 512  # a program's limits
-_BLOCK = r"^[ \t]*```[ \t]*(?:{})[^\n]*\n(.*?)^[ \t]*```"
-
-
-def last_block(text: str, language: str) -> str | None:
-    """What the last fenced block of that language (a pattern) holds; None where there is none."""
-    blocks = re.findall(_BLOCK.format(language), text, re.DOTALL | re.MULTILINE | re.IGNORECASE)
-    return blocks[-1] if blocks else None
+PATTERN_SECONDS = 5.0  # a pattern's, on one text
 
 
 def verify_code(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts a text whose program (its last ```python block, else all of it) passes the tests.
+    """Accepts a text whose program (engine/programs.py) passes the tests.
 
-    The tests run behind the program in one limited process (engine/sandbox.py).
+    The tests run behind the program in one limited process (engine/sandbox.py). The program's main
+    guard (`if __name__ == "__main__"`) does not run, that of the tests does.
     """
     from engine.sandbox import run_program
 
     tests = row.tests or _asserts(row.reference)
-    if not tests.strip():
+    if not _run_something(tests):
         return False, "reference_without_tests"
-    program = last_block(text, "python|py")
-    program = text if program is None else program
-    try:
-        compile(program, "program", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    program = program_in(text, free_names(tests))
+    if not compiles(program):
         return False, "no_program"
-    outcome = run_program(f"{program}\n\n{tests}\n", seconds=SECONDS, memory_mb=MEMORY_MB)
+    source = f'{program}\n\n__name__ = "__main__"\n{tests}\n'
+    outcome = run_program(future_first(source), seconds=SECONDS, memory_mb=MEMORY_MB)
     return (True, "ok") if outcome.ok else (False, "tests_" + re.split("[: ]", outcome.reason)[0])
 
 
 def _asserts(reference: str) -> str:
-    """The top-level asserts of the reference's last program; "" where there are none."""
+    """The asserts at the top of the reference's last program that has some, with that program's
+    imports; "" where there are none."""
+    for source in (*(block.code for block in reversed(fenced_blocks(reference))), reference):
+        tree = parsed(source)
+        nodes = tree.body if tree else []
+        if any(isinstance(node, ast.Assert) for node in nodes):
+            kept = (ast.Assert, ast.Import, ast.ImportFrom)
+            return "\n".join(ast.unparse(node) for node in nodes if isinstance(node, kept))
+    return ""
+
+
+def _run_something(tests: str) -> bool:
+    """Whether tests do more than define: those that only define would accept every program.
+
+    Tests that do not compile count: the run then says so.
+    """
+    tree = parsed(tests)
+    if tree is None:
+        return True
+    calls = (ast.Call, ast.Assert, ast.Raise)
+    defines = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in tree.body if not isinstance(node, defines)]
+    return any(isinstance(inner, calls) for node in nodes for inner in ast.walk(node))
+
+
+class _TooSlow(Exception):
+    pass
+
+
+@contextmanager
+def _seconds(limit: float) -> Iterator[None]:
+    """_TooSlow where the block takes longer; no limit but in the main thread, which has signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        body = ast.parse(last_block(reference, "python|py") or "").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Assert))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
@@ -223,7 +173,11 @@ def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, s
         found = list(pattern.finditer(said))
         return found[-1][1 if pattern.groups else 0] if found else None
 
-    wanted, got = last(row.reference), last(text)
+    try:
+        with _seconds(PATTERN_SECONDS):
+            wanted, got = last(row.reference), last(text)
+    except _TooSlow:
+        return False, "too_slow"
     if wanted is None:
         return False, "reference_without_match"
     if got is None:
@@ -237,12 +191,16 @@ def _no_constant(name: str) -> None:
 
 def verify_json(row: Row, text: str) -> tuple[bool, str]:
     """Accepts valid JSON; what it says is not compared with the reference."""
-    block = last_block(text, "json")
+    blocks = [b.code for b in fenced_blocks(text, _is_json) if b.info.lower().startswith("json")]
+    return (True, "ok") if _is_json(blocks[-1] if blocks else text) else (False, "no_json")
+
+
+def _is_json(text: str) -> bool:
     try:
-        json.loads(text if block is None else block, parse_constant=_no_constant)
+        json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
-        return False, "no_json"
-    return True, "ok"
+        return False
+    return True
 
 
 def _spaced(text: str) -> str:
@@ -324,9 +282,9 @@ def get_verifier(name: str) -> Verifier:
     OSError for `code` on a system that cannot contain programs.
     """
     if name == "code":
-        from engine.sandbox import run_program
+        from engine.sandbox import check_sandbox
 
-        run_program("pass")  # now, and not when the first rewrite is there
+        check_sandbox()  # now, and not when the first rewrite is there
     if name in VERIFIERS:
         return VERIFIERS[name]
     kind, colon, rest = name.partition(":")

@@ -38,6 +38,41 @@ while True:
         pass
 """
 MANY_FILES = "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(10**7))"
+MANY_DIRECTORIES = "import os\ni = 0\nwhile True:\n    i += 1\n    os.mkdir(str(i))"
+# Beyond Python's recursion; then, by longer names above, beyond the longest path as well.
+DEEP = """
+import os, time
+path = "d"
+while len(path) < 4000:
+    os.mkdir(path)
+    path += "/d"
+"""
+DEEPER = f"""{DEEP}
+path = "d"
+for _ in range(9):
+    longer = path[:-1] + "e" * 250
+    os.rename(path, longer)
+    path = longer + "/d"
+time.sleep(60)
+"""
+DEEP += "time.sleep(60)"
+REMOVED = """
+import os, time
+kept = []
+for name in "abcdefghijklmnopqrst":
+    kept.append(open(name, "wb"))
+    os.remove(name)
+    for _ in range(15):
+        kept[-1].write(bytes(1 << 20))
+    kept[-1].flush()
+time.sleep(60)
+"""
+THREADS = """
+import threading, time
+threading.stack_size(32768)
+while True:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+"""
 DAEMON = """
 import os, time
 if os.fork() == 0:
@@ -63,11 +98,17 @@ if os.fork() == 0:
         (DAEMON, "process"),
         ("import subprocess\nsubprocess.run(['ls'])", "process"),
         ("import os\nos.execv('/bin/ls', ['ls'])", "process"),
-        ("import threading\nthreading.Thread(target=print).start()", "process"),
+        (THREADS, "process"),
+        ("import ctypes\nassert ctypes.CDLL(None).syscall(56, 17, 0, 0, 0, 0) != -1", "error"),
         ("[0] * 10**10", "memory"),
         ("x = []\nwhile True: x.append(bytes(10**6))", "memory"),
         ("open('/tmp/outside', 'w')", "files"),
-        ("import os\nos.mkdir('inside')", "files"),
+        ("import os\nos.mkdir('/tmp/outside')", "files"),
+        ("import os\nos.mkdir('a')\nos.chdir('a')", "files"),
+        (MANY_DIRECTORIES, "files"),
+        (DEEP, "files"),
+        (DEEPER, "files"),
+        (REMOVED, "files"),
         ("import os\nos.chmod('.', 0o777)", "files"),
         ("open('a', 'wb').truncate(10 * 2**30)", "files"),
         ("f = open('a', 'wb')\nwhile True: f.write(bytes(10**6))", "files"),
@@ -75,7 +116,8 @@ if os.fork() == 0:
         ("import os\nopen('a', 'w').close()\nos.open('a', os.O_TRUNC)", "files"),
         ("open('/etc/passwd').read()", "files"),
         ("import socket\nsocket.socket()", "network"),
-        ("import socket\nsocket.socketpair()", "error"),
+        ("import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)", "error"),
+        ("import socket\nsocket.socketpair()[0].sendto(b'x', '/tmp/x')", "network"),
         ("import os\nos.kill(os.getppid(), 9)", "signal"),
         ("import ctypes\nctypes.string_at(0)", "killed by SIGSEGV"),
         ("while True: print('x' * 1000)", "output"),
@@ -164,6 +206,149 @@ print(open("b").read(), os.listdir(), os.getcwd())
     text, names, directory = outcome.output.split()
     assert (outcome.reason, text, names) == ("ok", "text", "['b']")
     assert not Path(directory).exists()
+
+
+RIGHT = {
+    "asyncio": """
+import asyncio
+async def one(x):
+    await asyncio.sleep(0.01)
+    return x
+async def both():
+    return await asyncio.gather(one(1), asyncio.to_thread(abs, -2))
+assert asyncio.run(both()) == [1, 2]
+""",
+    "threads": """
+import queue, threading
+from concurrent.futures import ThreadPoolExecutor
+box = queue.Queue()
+thread = threading.Thread(target=box.put, args=(1,))
+thread.start()
+thread.join()
+with ThreadPoolExecutor(8) as pool:
+    assert box.get() == 1 and list(pool.map(abs, [-1, -2])) == [1, 2]
+""",
+    "tempfile": """
+import os, tempfile
+with tempfile.NamedTemporaryFile("w+") as file, tempfile.TemporaryFile() as other:
+    file.write("x")
+    other.write(b"x")
+handle, path = tempfile.mkstemp()
+os.close(handle)
+os.remove(path)
+with tempfile.TemporaryDirectory() as folder:
+    os.makedirs(os.path.join(folder, "a", "b"))
+    open(os.path.join(folder, "a", "file"), "w").close()
+assert not os.path.exists(folder)
+""",
+    "stdout None": "import sys\nsys.stdout = sys.stderr = None",
+    "stdout closed": "import sys\nsys.stdout.close()\nsys.stderr.close()",
+    "stdout another": "import io, sys\nsys.stdout = io.StringIO()\nprint(1)",
+    "patched": """
+import builtins, json, os, traceback
+json.dumps = traceback.format_exception = os.write = os.read = os._exit = None
+builtins.print = builtins.isinstance = builtins.open = None
+""",
+    "json.dumps changed": "import json\n_o = json.dumps\njson.dumps = lambda o: '<' + _o(o) + '>'",
+    "main guard": "if __name__ == '__main__': exit(1)\nimport sys\nassert len(sys.argv) == 1",
+    "names": """
+from __future__ import annotations
+import pickle, typing
+from dataclasses import dataclass
+@dataclass
+class Point:
+    x: int
+class Pair(typing.NamedTuple):
+    a: int
+assert typing.get_type_hints(Point) == {"x": int}
+assert pickle.loads(pickle.dumps((Point(1), Pair(2)))) == (Point(1), Pair(2))
+""",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_are_judged_right(name):
+    outcome = run_program(RIGHT[name])
+    assert outcome.ok, outcome
+
+
+@needs_sandbox
+def test_a_failure_is_an_error_whatever_the_program_has_replaced():
+    for patch in (
+        "import builtins\nbuiltins.isinstance = None",
+        "import traceback, linecache\ntraceback.format_exception = linecache.getline = None",
+        "import sys\nsys.stderr = None",
+        "import sys\nsys.stdout.close()\nsys.stderr.close()",
+    ):
+        assert run_program(f"{patch}\nassert False").reason == "error"
+
+
+# What a program may put into the report's pipe; none of it may raise in the parent.
+FORGED = [
+    b"cannot have landlock\n",
+    b'{"unprotected": "so"}',
+    b"PROTECTED\n" * 3,
+    b"[" * 100_000,
+    b"[1, 2]\n",
+    b'"ok"',
+    b"{}",
+    b"\xff\xfe\n\n",
+    b"0" * 32 + b"ok",
+]
+
+
+TOKEN = """
+token = b""
+for fd in range(3, 32):
+    try:
+        read = os.read(fd, 64)
+    except OSError:
+        continue
+    token = read if len(read) == 32 else token
+assert token
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize("said", FORGED, ids=range(len(FORGED)))
+@pytest.mark.parametrize("leave", ["os._exit(0)", "pass"])
+@pytest.mark.parametrize("token", ["token = b''", TOKEN], ids=["blind", "with the token"])
+def test_nothing_that_a_program_reports_raises_here(said, leave, token):
+    """Not even behind the token, which a program that knows this sandbox can read."""
+    source = (
+        f"import os\n{token}\nfor fd in range(3, 32):\n    try: os.write(fd, token + {said!r})\n"
+    )
+    outcome = run_program(f"{source}    except OSError: pass\n{leave}")
+    assert (outcome.ok, outcome.reason) == (False, "exit")
+
+
+@needs_sandbox
+def test_what_is_not_understood_is_exit(monkeypatch):
+    """Also where the token is there: the word behind it is one of a few."""
+    for report, reason in (
+        (b"PROTECTED\nTok", "ok"),
+        (b"PROTECTED\nTsplendid", "exit"),
+        (b"PROTECTED\nT" + b"[" * 100_000, "exit"),
+        (b"PROTECTED\nT", "exit"),
+        (b"PROTECTED\n", "exit"),
+    ):
+        assert sandbox._outcome(0, "", b"", report, b"T").reason == reason
+    assert sandbox._outcome(-9, "", b"", b"PROTECTED\n", b"T").reason == "killed by SIGKILL"
+    assert sandbox._outcome(-40, "", b"", b"", b"T").reason == "killed by signal 40"
+    assert sandbox._outcome(-9, "timeout", b"", b"", b"T").reason == "timeout"
+    with pytest.raises(Unprotected, match="cannot have landlock"):
+        sandbox._outcome(1, "", b"", b"cannot have landlock: x\n", b"T")
+    with pytest.raises(Unprotected, match="did not start: 'no module'"):
+        sandbox._outcome(1, "", b"no module", b"", b"T")
+
+
+@needs_sandbox
+def test_what_a_program_leaves_is_removed():
+    """Directories deeper than Python's recursion and the longest path, without rights."""
+    for source in (DEEP, DEEPER, "import os\nos.mkdir('a')\nos.mkdir('a/b', 0)\nos.mkdir('c', 0)"):
+        outcome = run_program(f"import os\nprint(os.getcwd(), flush=True)\n{source}", seconds=2)
+        assert not Path(outcome.output.split()[0]).exists()
 
 
 @needs_sandbox

@@ -2,20 +2,23 @@
 
 And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
 
-`number` and `call` have their cases in test_select.py.
+`number` and `call` have their cases in test_numbers_and_calls.py and test_select.py, and the forms
+in which programs are written theirs in test_programs.py.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from engine.data import Row, load_rows
-from engine.verifiers import VERIFIERS, get_verifier, last_block
+from engine.verifiers import VERIFIERS, get_verifier
 
 
 def row(reference: str, tests: str = "") -> Row:
@@ -44,6 +47,9 @@ PLAIN = [
     ("json", "whatever", " 5 \n", "ok"),
     ("json", "whatever", 'Here it is:\n```json\n{"a": 1}\n```\nFine?', "ok"),
     ("json", "whatever", '```json\n{"a": 1}\n```\nor\n```json\n{"a": 1,}\n```', "no_json"),
+    ("json", "whatever", 'Here it is:\n~~~JSON\r\n{"a": 1}\r\n~~~', "ok"),
+    ("json", "whatever", '1. So:\n   ```json5\n   {"a": 1}\n   ```', "ok"),
+    ("json", "whatever", '```json\n{"a": "```"}\n```', "ok"),
     ("json", "whatever", 'Here it is: {"a": 1}', "no_json"),
     ("json", "whatever", "{'a': 1}", "no_json"),
     ("json", "whatever", '{"a": NaN}', "no_json"),
@@ -59,6 +65,20 @@ PLAIN = [
 @pytest.mark.parametrize("name, reference, text, reason", PLAIN)
 def test_patterns_json_and_plain_text(name, reference, text, reason):
     assert get_verifier(name)(row(reference), text) == (reason == "ok", reason)
+
+
+def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("engine.verifiers.PATTERN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    verify = get_verifier(r"regex:^(a+)+$")
+    assert verify(row("aa"), "a" * 60 + "b") == (False, "too_slow")
+    assert verify(row("aa"), "aa") == (True, "ok"), "and the next text is judged as ever"
+    assert signal.getsignal(signal.SIGALRM) is before
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(verify(row("aa"), "aaa")))
+    thread.start()
+    thread.join()
+    assert answers == [(False, "mismatch")], "another thread has no signals, so no limit"
 
 
 # ---- programs
@@ -116,13 +136,6 @@ def test_where_the_tests_of_code_come_from(tmp_path):
     assert load_rows(file, columns=columns)[2].tests == TESTS
     with pytest.raises(ValueError, match="row 3.*'tests' is a number, wanted text or a list"):
         load_rows(file, columns={**columns, "tests": "tests"})
-
-
-def test_last_block():
-    assert last_block("no block", "python") is None
-    assert last_block("```\nx\n```", "python") is None
-    assert last_block("  ```Python title\n  x = 1\n  ```", "python") == "  x = 1\n"
-    assert last_block("```python\nunclosed", "python") is None
 
 
 # ---- the user's own

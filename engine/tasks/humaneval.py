@@ -13,10 +13,12 @@ import gzip
 import importlib.util
 import json
 import re
+import textwrap
 import zlib
 from pathlib import Path
 
 from engine.log import sha256
+from engine.programs import bound_names, compiles, fenced_blocks, future_first, lines_of, program_in
 from engine.sandbox import run_program
 from engine.tasks.base import Item, Task
 
@@ -31,7 +33,31 @@ PAPER_IMPORTS = (
     "import math, re, sys, copy, datetime, itertools, collections, heapq, statistics, functools, "
     "hashlib, string\nfrom typing import *\nfrom collections import *\n"
 )
-_BLOCK = re.compile(r"```[ \t]*(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+# Put between a chat's program and the tests: what the function returns must not decide by itself
+# what it equals, as `unittest.mock.ANY` and a class whose `__eq__` is always true do. The published
+# executor does not look at this, so `paper` does not either.
+PLAIN_RESULTS = """
+
+def _plain_results(function):
+    import builtins as b
+    known = ("builtins", "collections", "fractions", "decimal")
+    compares = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __sub__ __rsub__ __abs__".split()
+    def look(value):
+        for kind in b.type(value).__mro__:
+            if kind.__module__ not in known and b.any(n in b.vars(kind) for n in compares):
+                raise b.TypeError("the result decides by itself what it equals: " + kind.__name__)
+        if b.isinstance(value, b.dict):
+            for key in value:
+                look(key)
+                look(value[key])
+        elif b.isinstance(value, (b.list, b.tuple, b.set, b.frozenset)):
+            for part in value:
+                look(part)
+        return value
+    return lambda *args, **named: look(function(*args, **named))
+"""
 
 
 def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
@@ -91,15 +117,19 @@ def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
 
 
 def chat_program(record: dict[str, str], answer: str) -> str:
-    """The program in a chat's answer: the code block that defines the function (else the first;
-    else the whole text), with the prompt's imports and helpers; what defines none is a body."""
-    blocks = _BLOCK.findall(answer) or [answer]
-    defines = re.compile(rf"^def {record['entry_point']}\b", re.MULTILINE)
-    code = next((block for block in blocks if defines.search(block)), blocks[0])
-    prompt = record["prompt"]
-    if not defines.search(code):
-        return prompt + code
-    return prompt[: defines.search(prompt).start()] + code
+    """The program in a chat's answer (engine/programs.py) behind the prompt's imports and helpers;
+    an answer that does not define the function is taken for its body."""
+    prompt, name = record["prompt"], record["entry_point"]
+    code = program_in(answer, {name})
+    if name in bound_names(code):
+        head = re.search(rf"^def {name}\b", prompt, re.MULTILINE)
+        assert head, f"the prompt of {record['task_id']} does not define {name}"
+        return future_first(f"{prompt[: head.start()]}{code}")
+    blocks = fenced_blocks(answer)
+    body = blocks[0].code if blocks else "\n".join(lines_of(answer))
+    plain = textwrap.dedent(body)
+    forms = (body, textwrap.indent(plain, "    "), "    " + body.lstrip())  # the last: first line
+    return next((prompt + form for form in forms if compiles(prompt + form)), prompt + body)
 
 
 def paper_program(record: dict[str, str], answer: str) -> str:
@@ -115,9 +145,8 @@ def paper_program(record: dict[str, str], answer: str) -> str:
     return PAPER_IMPORTS + record["prompt"].rstrip() + "\n".join(kept)
 
 
-def _judge(record: dict[str, str], program: str) -> tuple[dict[str, bool], str]:
-    tests = f"\n\n{record['test']}\n\ncheck({record['entry_point']})\n"
-    outcome = run_program(program + tests, seconds=SECONDS, memory_mb=MEMORY_MB)
+def _judge(program: str) -> tuple[dict[str, bool], str]:
+    outcome = run_program(program, seconds=SECONDS, memory_mb=MEMORY_MB)
     last = outcome.output.strip().split("\n")[-1][:200]
     reason = outcome.reason if outcome.ok or not last else f"{outcome.reason}: {last}"
     return {"pass": outcome.ok}, reason
@@ -125,12 +154,18 @@ def _judge(record: dict[str, str], program: str) -> tuple[dict[str, bool], str]:
 
 def judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
     """Whether the answer's program passes the problem's tests, and how it ended."""
-    return _judge(item.record, chat_program(item.record, answer))
+    record = item.record
+    program = chat_program(record, answer) + PLAIN_RESULTS
+    return _judge(
+        f"{program}\n{record['test']}\n\ncheck(_plain_results({record['entry_point']}))\n"
+    )
 
 
 def paper_judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
     """The same of an answer to the octocoder prompt."""
-    return _judge(item.record, paper_program(item.record, answer))
+    record = item.record
+    program = paper_program(record, answer)
+    return _judge(f"{program}\n\n{record['test']}\n\ncheck({record['entry_point']})\n")
 
 
 HUMANEVAL = Task(
