@@ -179,3 +179,16 @@ def test_every_equivalent_mutant_is_one():
     """A reason outlives the line that it was given for, and would excuse nothing or the wrong."""
     keys = {mutant.key for mutant in mutate_kernels.mutants("*", per_kernel=1000)}
     assert mutate_kernels.EQUIVALENT.keys() <= keys
+
+
+def test_kernels_are_mutated_at_any_depth(tmp_path, monkeypatch):
+    """A file that is moved into a folder is not left out without a word."""
+    source = "@jit\ndef {}(n):\n    return n + 1 < 3\n"
+    for path, name in (("kernels/a.py", "a_kernel"), ("kernels/deep/er/b.py", "b_kernel")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source.format(name))
+    monkeypatch.setattr(mutate_kernels, "ROOT", tmp_path)
+    found = mutate_kernels.mutants("*", per_kernel=10)
+    assert [(m.kernel, m.old) for m in found] == [
+        (name, old) for name in ("a_kernel", "b_kernel") for old in ("+", "<")
+    ]

@@ -111,6 +111,59 @@ def unpickling(source: str) -> list[str]:
     return found
 
 
+def defined(tree: ast.Module) -> dict[str, ast.stmt]:
+    """Top-level name -> the statement that makes it."""
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+def unused(sources_by_module: dict[str, str]) -> list[str]:
+    """ "module.name" of what no other statement of any module names. Docstrings do not count."""
+    trees = {module: ast.parse(source) for module, source in sources_by_module.items()}
+    used: set[tuple[str, str]] = set()  # (module or its last part or "module", name)
+    made: dict[tuple[str, str], ast.stmt] = {}
+    for module, tree in trees.items():
+        names = defined(tree)
+        made |= {(module, name): node for name, node in names.items()}
+        for statement in tree.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    if names.get(node.id) is not statement:
+                        used.add((module, node.id))
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    used.add((node.value.id, node.attr))
+                elif isinstance(node, ast.ImportFrom):
+                    used |= {(node.module, alias.name) for alias in node.names}
+    return [
+        f"{module}.{name}"
+        for module, name in made
+        if not name.startswith("__")
+        and not {(module, name), (module.split(".")[-1], name), ("module", name)} & used
+    ]
+
+
+def test_nothing_is_defined_that_nothing_uses():
+    """Benchmarks are users, tests are not: what only a test calls is dead."""
+    files = sources(*FLOORS, "benchmarks")
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in files}
+    assert unused(modules) == []
+
+
+def test_rule_of_what_is_used():
+    modules = {
+        "kernels.a": "def f():\n    return f()\n\ndef g():\n    'f'\n\nN = 3\nM = N\n",
+        "kernels.b": "from kernels.a import g\nfrom kernels import a\nX = [a.M, g]\nclass B: pass",
+        "kernels.c": "import b\nb.X.f()\n",
+    }
+    assert unused(modules) == ["kernels.a.f", "kernels.b.B"]
+
+
 def test_top_level_is_fixed():
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert found - MADE_BY_RUNNING - TOP_LEVEL == set()
