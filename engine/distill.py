@@ -41,7 +41,7 @@ from engine.process import Interruption
 from engine.resumed import ResumedLines
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, Scorer, score
-from engine.select import OURS, PAPER, Rules, judge
+from engine.selection import OURS, PAPER, Rules, judge
 from engine.session import Session
 from engine.templates import TEMPLATES, prompt
 from engine.verifiers import PUBLISHED, get_verifier

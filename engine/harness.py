@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,15 @@ class HarnessConfig:
     lm_eval_path: str | None = None  # directory with further tasks in the harness's YAML
     lm_eval_shots: int | None = None  # examples shown before a question (default: the task's own)
     lm_eval_limit: int | None = None  # use only the first so many questions of each task
+
+
+def leave_scripts_out() -> None:
+    """Take scripts/ off the path of modules, which begins with it when one of them runs.
+
+    Its evaluate.py is not the package `evaluate` that tasks of the harness import (squadv2).
+    """
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != scripts]
 
 
 def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) -> Any:
@@ -158,6 +168,7 @@ def harness_job(
     What `out` holds already is kept.
     """
     session.alone("evaluation")
+    leave_scripts_out()
     try:
         import lm_eval
         from lm_eval.evaluator import simple_evaluate

@@ -7,7 +7,7 @@ word that tells an honest report apart stays in a pipe until the program has com
 
 import sys
 
-del sys.path[0]  # this directory: engine/select.py is not the standard library's
+del sys.path[0]  # this directory: nothing here is to be imported by a bare name
 
 import ctypes  # noqa: E402
 import errno  # noqa: E402

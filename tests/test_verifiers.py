@@ -2,7 +2,7 @@
 
 And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
 
-`number` and `call` have their cases in test_select.py.
+`number` and `call` have their cases in test_selection.py.
 """
 
 from __future__ import annotations
