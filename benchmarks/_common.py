@@ -151,7 +151,7 @@ def jitted() -> dict[str, Any]:
     >>> sorted(name for name in jitted() if name.endswith("_kernel"))
     """
     found = {}
-    for module in pkgutil.iter_modules(kernels.__path__, "kernels."):
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
         for name, value in vars(importlib.import_module(module.name)).items():
             fn = getattr(value, "fn", None)
             if hasattr(value, "arg_names") and getattr(fn, "__module__", None) == module.name:

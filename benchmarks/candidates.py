@@ -112,7 +112,6 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "kv_write_kernel": rows("BW w", (512, 4), (1024, 4), (256, 2), (2048, 4), (512, 2), (2048, 8)),
     "lora_reduce_kernel": rows("BN w", (512, 4), (1024, 4), (256, 2), (2048, 8), (256, 4)),
     "cross_entropy_rows_kernel": rows("BV w", (4096, 8), (8192, 16), (2048, 8), (8192, 8)),
-    "cross_entropy_combine_kernel": rows("BN w", (16, 4), (32, 4), (64, 2), (16, 2)),
     "penalise_kernel": rows("BL w", (256, 4), (512, 4), (128, 2), (1024, 8)),
     "sample_largest_kernel": rows(
         "BV w s",
@@ -192,17 +191,6 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         *((64, 128, 2048, 4, 3), (128, 64, 1024, 4, 3), (64, 128, 1024, 4, 4)),
         *((32, 128, 1024, 4, 4), (64, 256, 1024, 8, 3), (128, 128, 1024, 8, 2)),
     ),
-    "cross_entropy_slices_kernel": rows(
-        "BN BV BD SLICE w s",
-        *((128, 128, 64, 1024, 8, 4), (128, 128, 64, 2048, 8, 3), (128, 256, 64, 1024, 8, 3)),
-        *((64, 256, 64, 1024, 8, 3), (128, 128, 64, 512, 8, 3), (64, 128, 64, 1024, 4, 4)),
-        *((256, 128, 64, 1024, 8, 3), (128, 128, 64, 1024, 4, 3)),
-    ),
-    "cross_entropy_window_kernel": rows(
-        "BN BV BD w s",
-        *((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3)),
-        *((64, 256, 64, 8, 3), (64, 256, 64, 4, 3), (64, 128, 64, 4, 4)),
-    ),
 }
 
 # The tile of the first decides how much the second has to do.
@@ -210,7 +198,6 @@ TIMED_WITH = {
     "sum_of_squares_kernel": "root_of_sum_kernel",
     "cached_decode_kernel": "cached_join_kernel",
     "lora_da_kernel": "lora_reduce_kernel",
-    "cross_entropy_slices_kernel": "cross_entropy_combine_kernel",
 }
 
 # The rows that are named for a form: the public function that they decide, as CALLS names it.

@@ -52,7 +52,7 @@ from engine.resumed import ResumedLines
 from engine.rows import listing
 from engine.sampler import Completion, Request, Sampler, SamplerConfig, SamplerStats
 from engine.score import Means, Scorer, score
-from engine.select import OURS, PAPER, Rules, judge
+from engine.selection import OURS, PAPER, Rules, judge
 from engine.session import DataConfig, Session
 from engine.stopping import Stopping
 from engine.templates import TEMPLATES, prompt

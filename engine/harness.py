@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,15 @@ class HarnessConfig:
     def check(self) -> None:
         """ValueError for numbers that cannot be."""
         check_numbers(self, lm_eval_limit=(1, MOST))
+
+
+def leave_scripts_out() -> None:
+    """Take scripts/ off the path of modules, which begins with it when one of them runs.
+
+    Its evaluate.py is not the package `evaluate` that tasks of the harness import (squadv2).
+    """
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != scripts]
 
 
 def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) -> Any:
@@ -168,6 +178,7 @@ def harness_job(
     """
     session.alone("evaluation")
     config.check()
+    leave_scripts_out()
     try:
         import lm_eval
         from lm_eval.evaluator import simple_evaluate

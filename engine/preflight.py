@@ -33,7 +33,7 @@ from engine.retention import compare, hidden_states
 from engine.sampler import Completion, Request, Sampler, SamplerConfig
 from engine.score import score
 from engine.sdft import as_published, encode_rows
-from engine.select import garbled
+from engine.selection import garbled
 from engine.session import DataConfig, Session
 from engine.step import step_gradients
 from engine.templates import TEMPLATES, prompt

@@ -12,7 +12,7 @@ it can import (`json.dumps`, `os.write`, `print`, `sys.stdout`).
 
 import sys
 
-del sys.path[0]  # this directory: engine/select.py is not the standard library's
+del sys.path[0]  # this directory: nothing here is to be imported by a bare name
 
 import ctypes  # noqa: E402
 import errno  # noqa: E402

@@ -8,9 +8,9 @@ shapes     qkv, dqkv (T, (H + 2G) d)    o, do (T, H d)    lse (T, H) accumulatio
 precision  a row's q, k, v are widened to max(fp32, dtype) and everything is computed there; flash
            attention and triton keep the operands of products in the dtype: P and dS are rounded
 traffic    the torch form holds a block of scores; a row is cut into blocks of about PACKED_BLOCK
-           queries (`attend`: BLOCK), and a block looks at no key behind its last query, so long
-           rows do about half the square. exp of an infinity, or to a denormal, takes a CPU seven
-           times as long as another: scores are clamped to LOWEST, whose exp is lost in a sum >= 1
+           queries, and a block looks at no key behind its last query, so long rows do about half
+           the square. exp of an infinity, or to a denormal, takes a CPU seven times as long as
+           another: scores are clamped to LOWEST, whose exp is lost in a sum >= 1
 torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention
 A row's result depends on that row (and a prefix that all share, `Packed.prefix`) alone: rows are
 handled one after the other.
@@ -27,7 +27,6 @@ from torch import Tensor
 from kernels.context import Packed
 from kernels.spec import MODELS, Spec, accumulate_dtype, autograd
 
-BLOCK = 256  # queries that `attend` handles together: (G, n * BLOCK, L) scores are held
 PACKED_BLOCK = {"cpu": 96, "cuda": 512}  # small blocks skip more of the square, launch more often
 LOWEST = -87.0  # exp of it is the smallest normal fp32, almost
 
@@ -140,17 +139,6 @@ def split_heads(row: Tensor, H: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, heads[:, H : H + G].transpose(0, 1), heads[:, H + G :].transpose(0, 1)
 
 
-def _scores(q: Tensor, k: Tensor, first: int) -> Tensor:
-    """Masked scores (G, n * m, keys) of a block of m queries, the first at position `first`."""
-    groups, m, keys = q.shape[0], q.shape[1], k.shape[1]
-    scores = torch.bmm(q, k.transpose(1, 2))
-    count = keys - first  # queries first .. keys - 1 attend to keys up to themselves
-    corner = scores.view(groups, m // count, count, keys)[..., first:]
-    future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
-    corner.masked_fill_(future, -torch.inf)
-    return scores
-
-
 def _block(q: Tensor, begin: int, end: int) -> Tensor:
     """Queries begin .. end - 1 of q (L, G, n, d) as (G, n * m, d): a group's heads together."""
     return q[begin:end].permute(1, 2, 0, 3).flatten(1, 2)
@@ -159,27 +147,6 @@ def _block(q: Tensor, begin: int, end: int) -> Tensor:
 def _unblock(t: Tensor, m: int) -> Tensor:
     """(G, n * m, d) back to (m, G, n, d)."""
     return t.unflatten(1, (-1, m)).permute(2, 0, 1, 3)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The new queries of one row against all of its keys, causal at the bottom right.
-
-    q (m, G, n, d); k, v (G, context + m, d). Returns o (m, G, n, d) and lse (m, G, n), both in the
-    accumulation dtype.
-    """
-    total, acc = q.shape[0], accumulate_dtype(q.dtype)
-    q, k, v = q.to(acc) * q.shape[-1] ** -0.5, k.to(acc), v.to(acc)
-    o = torch.empty(q.shape, dtype=acc, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=acc, device=q.device)
-    for begin in range(0, total, BLOCK):
-        end = min(begin + BLOCK, total)
-        keys = context + end
-        scores = _scores(_block(q, begin, end), k[:, :keys], context + begin)
-        sums = torch.logsumexp(scores, dim=-1, keepdim=True)
-        p = scores.sub_(sums).exp_()
-        o[begin:end] = _unblock(torch.bmm(p, v[:, :keys]), end - begin)
-        lse[begin:end] = _unblock(sums, end - begin)[..., 0]
-    return o, lse
 
 
 def _blocks(tokens: int, device: torch.device) -> list[tuple[int, int]]:

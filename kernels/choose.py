@@ -4,8 +4,9 @@ The check is the SPEC's, at its two largest test shapes in the run's dtype, at t
 and for a few tokens at the model's own widths: those are the kernels that will run. An operation
 that fails it, or raises, is taken from the other table. Results lie in $XDG_CACHE_HOME (~/.cache)
 /sdft-engine/kernels-<key>.json; the key is made of the card (on a CPU: the compiled library), the
-versions of torch and triton, the dtype, the widths and the contents of this folder. A file that is
-not understood is written anew.
+versions of torch and triton, the dtype, the widths and the contents of this folder and all below
+it. A file that is not understood is written anew; without a home directory, or where other users
+could have written it (kernels/cache.py), each run checks anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kernels import native
+from kernels import cache, native
 from kernels.spec import Spec, Widths, check
 
 FOLDER = Path(__file__).resolve().parent
@@ -30,13 +31,17 @@ REASON = 200  # characters of a reason that are kept
 
 
 def sources_hash(folder: Path = FOLDER) -> str:
-    """Hash of names and contents of every kernel file and table of tiles."""
+    """Hash of the names and contents of every file in the folder, at any depth.
+
+    What Python or an editor leaves there is none of them: __pycache__ and hidden files.
+    """
     digest = hashlib.sha256()
-    for path in sorted(
-        [*folder.glob("*.py"), *folder.glob("tiles/*.json"), *folder.glob("native/*")]
-    ):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder)} {len(content)} ".encode() + content)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        left = any(part == "__pycache__" or part.startswith(".") for part in name.parts)
+        if path.is_file() and not left:
+            content = path.read_bytes()
+            digest.update(f"{name.as_posix()} {len(content)} ".encode() + content)
     return digest.hexdigest()
 
 
@@ -54,16 +59,18 @@ def identity(
     return {"card": card, **versions, **model, "kernels": sources_hash()}
 
 
-def cache_file(valid_for: dict[str, str]) -> Path:
-    """Where the results of this card and version lie."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def cache_file(valid_for: dict[str, str]) -> Path | None:
+    """Where the results of this card and version lie; None without a home directory."""
     key = hashlib.sha256(json.dumps(valid_for, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(base) / "sdft-engine" / f"kernels-{key}.json"
+    folder = cache.folder()
+    return folder and folder / f"kernels-{key}.json"
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path | None) -> dict[str, str]:
     """Operation -> reason of its failure, "" where it passed; {} for a file we did not write."""
     try:
+        if path is None or cache.distrusted(path):
+            return {}
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         fine = all(isinstance(text, str) for pair in results.items() for text in pair)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -71,15 +78,22 @@ def _read(path: Path) -> dict[str, str]:
     return results if fine else {}
 
 
-def _write(path: Path, valid_for: dict[str, str], results: dict[str, str]) -> None:
+def _write(path: Path | None, valid_for: dict[str, str], results: dict[str, str]) -> str:
+    """Keep the results; where they lie then, or why nowhere."""
+    if path is None:
+        return "not remembered, there is no home directory: set XDG_CACHE_HOME"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if reason := cache.distrusted(path):
+            return f"not remembered, {reason}: set XDG_CACHE_HOME to a folder of your own"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         text = json.dumps({"valid_for": valid_for, "results": results}, indent=1) + "\n"
         beside.write_text(text, encoding="utf-8")
+        beside.chmod(0o600)  # whatever the umask lets others write
         os.replace(beside, path)
     except OSError as error:
-        print(f"ops: {path} cannot be written ({error}); the next run checks again")
+        return f"not remembered, {path} cannot be written ({error}); the next run checks again"
+    return f"remembered in {path}"
 
 
 def _shapes(spec: Spec) -> list[tuple[int, ...]]:
@@ -153,8 +167,8 @@ def checked(
                 _write(path, valid_for, results)
                 _ensure_alive(name, results[name], device)
     if new:
-        _write(path, valid_for, results)
-        say(f"ops: checked in {time.perf_counter() - started:.1f} s; remembered in {path}")
+        kept = _write(path, valid_for, results)
+        say(f"ops: checked in {time.perf_counter() - started:.1f} s; {kept}")
     reasons = {name: reason for name, reason in results.items() if reason and name in specs}
     for name, reason in reasons.items():
         say(f"ops: {name} runs in its {fallback.name} form, its check failed here: {reason}")

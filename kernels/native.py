@@ -1,12 +1,13 @@
 """The C forms for CPUs: compiled on this machine when first used, kept, and called through ctypes
 
 native/*.c hold what a sampling run on a CPU consists of; python files bind them, each call one C
-function over torch's memory. They are compiled by the C compiler that is there (`$CC`, cc, gcc or
-clang) for the processor that is there, against the OpenMP that torch has loaded already, so that
-both share one set of threads. The library lies in $XDG_CACHE_HOME (~/.cache)/sdft-engine/
-native-<key>.so; the key is made of the sources, the command, the compiler's version and the
-processor's flags. A hash stands at its end: a file that was cut off or changed is compiled anew.
-Where that cannot be written it is compiled for this process alone.
+function over torch's memory. They are compiled by the C compiler that is there ($CC, split into
+words as a shell does, else cc, gcc or clang) for the processor that is there, against the OpenMP
+that torch has loaded already, so that both share one set of threads. The library lies in
+$XDG_CACHE_HOME (~/.cache)/sdft-engine/native-<key>.so; the key is made of the sources, the command,
+the compiler's version and the processor's flags. A hash stands at its end: a file that was cut off
+or changed is compiled anew. Where that cannot be written, or another user could write it too
+(kernels/cache.py), or there is no home directory, it is compiled for this process alone.
 
 `usable` says why there is none: not Linux on x86-64, no AVX2, no compiler, a compiler that fails.
 """
@@ -18,6 +19,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +28,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from kernels import cache
 
 FOLDER = Path(__file__).resolve().parent / "native"
 SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
@@ -68,14 +72,19 @@ def _openmp() -> str:
     paths = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
     names = ("libgomp", "libiomp5", "libomp")
     found = [p for p in dict.fromkeys(paths) if os.path.basename(p).startswith(names)]
-    own = str(Path(torch.__file__).parent)
+    own = str(Path(torch.__file__).resolve().parent)  # maps has no links, a .venv may be one
     return min(found, key=lambda p: (not p.startswith(own), "site-packages" in p), default="")
 
 
-def _compiler() -> str:
-    wanted = os.environ.get("CC", "")
-    names = [wanted] if wanted else ["cc", "gcc", "clang"]
-    return next((path for name in names if (path := shutil.which(name))), "")
+def _compiler() -> list[str]:
+    """The compiler's path and the words of $CC behind it; [] where there is none."""
+    try:
+        wanted = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation that does not end
+        return []
+    commands = [wanted] if wanted else [["cc"], ["gcc"], ["clang"]]
+    found = ([path, *rest] for name, *rest in commands if (path := shutil.which(name)))
+    return next(found, [])
 
 
 def _run(command: list[str], folder: str | None = None) -> str:
@@ -119,29 +128,34 @@ def _whole(library: Path) -> bool:
 def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     """The library for this machine in `folder`, compiled if it is not there.
 
-    RuntimeError where the compiler fails, OSError where the folder cannot be written.
+    RuntimeError where the compiler fails, OSError where the folder cannot be written, the NotOurs
+    among them where another user may write it too.
     """
     compiler, openmp = _compiler(), _openmp()
-    version = _run([compiler, "--version"])
-    digest = hashlib.sha256(f"{compiler} {version} {flags} {openmp} {_processor()}".encode())
-    for path in sorted(FOLDER.iterdir()):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    version, command = _run([*compiler, "--version"]), shlex.join(compiler)
+    digest = hashlib.sha256(f"{command} {version} {flags} {openmp} {_processor()}".encode())
+    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+        name = path.relative_to(FOLDER).as_posix()
+        digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
     library = folder / f"native-{digest.hexdigest()[:16]}.so"
+    if reason := cache.distrusted(library):
+        raise cache.NotOurs(reason)
     if _whole(library):
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in folder.glob(".native-*"):  # by a process that was killed while it compiled
         if time.time() - left.stat().st_mtime > 3600:
             shutil.rmtree(left, ignore_errors=True)
-    print(f"ops: {compiler} compiles the C kernels for this processor (once: {library})")
+    print(f"ops: {command} compiles the C kernels for this processor (once: {library})")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
-        _run([compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
+        _run([*compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
         objects = [Path(name).with_suffix(".o").name for name in SOURCES]
         # without -fopenmp, which would bring the system's library in beside torch's
-        _run([compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
+        _run([*compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
         made = Path(beside, library.name)
         with made.open("r+b") as file:
             file.write(_digest(file.read()))  # the loader looks at nothing behind its tables
+        made.chmod(0o700)  # whatever the umask lets others write
         os.replace(made, library)
     return library
 
@@ -161,12 +175,19 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     if reason := _reason():
         return None, reason
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sdft-engine")
+        kept = cache.folder()
         try:
-            return bind(build(base)), ""
-        except OSError:  # not writable, or nothing there may be run: then for this process alone
-            with tempfile.TemporaryDirectory() as folder:
-                return bind(build(Path(folder))), ""  # what is loaded needs its file no more
+            if kept is not None:
+                return bind(build(kept)), ""
+        except cache.NotOurs as error:
+            print(
+                f"ops: {error}, so nothing is taken from there and the C kernels are compiled for "
+                "this process alone; set XDG_CACHE_HOME to a folder that only you can write"
+            )
+        except OSError:  # not writable, or nothing there may be run
+            pass
+        with tempfile.TemporaryDirectory() as folder:
+            return bind(build(Path(folder, cache.NAME))), ""  # loaded, it needs its file no more
     except (OSError, AttributeError, RuntimeError) as error:
         return None, str(error)
 

@@ -182,7 +182,7 @@ def invariant(ops: Ops) -> Ops:
     )
 
 
-# TRITON with an operation in another form: the tiles, the memory or a flag may ask for it.
+# TRITON with an operation in another form: the tiles or a flag may ask for it.
 VARIANTS = {
     name: dataclasses.replace(TRITON, name=f"triton ({name})", **{field: function})
     for name, field, function in (
@@ -195,11 +195,6 @@ VARIANTS = {
             "lora_linear split",
             "lora_linear_forward",
             lora_linear_triton.lora_linear_forward_split_triton,
-        ),
-        (
-            "linear_cross_entropy fused",
-            "linear_cross_entropy",
-            linear_cross_entropy.linear_cross_entropy_fused_triton,
         ),
     )
 }

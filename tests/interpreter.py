@@ -8,6 +8,9 @@
     undefined  a lane that is masked off without `other` reads as zero there and as anything on a
                GPU. Here: NaN, or the largest integer.
     dots       the inner dimension must be at least 16, as the compiler for NVIDIA demands.
+    sums       tl.dot and tl.sum add in one order, spelled out below. numpy's matmul is the BLAS's,
+               whose order follows the processor and the number of rows (OpenBLAS's Haswell
+               kernels), and np.sum's follows the layout: neither is a property of a kernel.
 
 `guarded` puts inputs into the middle of larger buffers filled with NaN, so that an address one past
 the end is nobody's and a stray write shows; `poisoned` does so with fresh tensors, filled with NaN.
@@ -48,6 +51,27 @@ def _narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(np.shape(values))
 
 
+def _total(terms: np.ndarray) -> np.ndarray:
+    """The sum over the first axis, a power of two long; `terms` is used up.
+
+    The upper half is added to the lower until one is left. Each addition is elementwise, so the
+    bits of a sum depend on its own terms alone: on no shape, layout, library or processor.
+    """
+    count = len(terms)
+    assert count & (count - 1) == 0 and count, f"a sum over {count} terms: no power of two"
+    while count > 1:
+        count //= 2
+        np.add(terms[:count], terms[count : 2 * count], out=terms[:count])
+    return terms[0]
+
+
+def product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+    """(..., M, K) times (..., K, N), each product and each sum of two rounded to `dtype`."""
+    a = np.ascontiguousarray(np.moveaxis(a, -1, 0), dtype=dtype)  # (K, ..., M)
+    b = np.ascontiguousarray(np.moveaxis(b, -2, 0), dtype=dtype)  # (K, ..., N)
+    return _total(a[..., :, None] * b[..., None, :])
+
+
 def _inside(what: str, pointers: Any, mask: Any, grid: Any) -> None:
     """Raise unless every address that is not masked off lies in one of `_extents`."""
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -82,7 +106,7 @@ def install() -> None:
     if getattr(builder, "strict", False):
         return
     builder.strict = True
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast = builder.cast_impl
     binary, unary, ternary = builder.binary_op, builder.unary_op, builder.ternary_op
     fp_to_fp, convert = builder.create_fp_to_fp, interpreter._implicit_cvt
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -131,15 +155,26 @@ def install() -> None:
 
     def strict_dot(self, a, b, d, *rest):
         inner = a.data.shape[-1]
+        kinds = (tl.float16, tl.bfloat16, tl.float32, tl.float64)
+        assert a.dtype.scalar in kinds, f"tl.dot of {a.dtype.scalar} is not written down here"
         assert inner >= 16, (
             f"tl.dot over {inner} elements does not compile for NVIDIA (16 at least)"
         )
-        return dot(self, widened(a), widened(b), d, *rest)
+        made = product(widened(a).data, widened(b).data, d.data.dtype)
+        return handle(made + d.data, d.dtype.scalar)
 
     def strict_sum(self, value):
-        if value.dtype.scalar == tl.bfloat16:
-            raise AssertionError("tl.sum of bf16: widen to fp32 first")
-        return reduce_sum(self, value)
+        if value.dtype.scalar in (tl.bfloat16, tl.float16):
+            raise AssertionError(f"tl.sum of {value.dtype.scalar}: widen to fp32 first")
+        if not value.dtype.is_floating():
+            return reduce_sum(self, value)
+        data, axis = value.handle.data, self.axis
+        terms = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
+        made = _total(np.array(terms, order="C"))  # of a copy
+        if self.keep_dims:
+            axes = tuple(range(data.ndim)) if axis is None else axis
+            made = np.expand_dims(made, axes)
+        return self.to_tensor(made, value.dtype)
 
     # -- bounds and undefined lanes
     def noted(arg):

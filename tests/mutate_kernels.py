@@ -137,7 +137,7 @@ def _operators(function: ast.FunctionDef, lines: list[str]) -> Iterator[tuple[in
 def mutants(pattern: str, per_kernel: int) -> list[Mutant]:
     """Up to `per_kernel` of each kernel, the same ones every time, signs and bounds both."""
     found = []
-    for path in sorted((ROOT / "kernels").glob("*.py")):
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
         source = path.read_text()
         lines = source.split("\n")
         for node in ast.parse(source).body:

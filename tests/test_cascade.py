@@ -20,7 +20,7 @@ from engine.data import KEPT, Row, encode, load_distilled, load_rows
 from engine.distill import DistillConfig, distill
 from engine.sampler import Request, Sampler, SamplerConfig
 from engine.score import nll
-from engine.select import PAPER
+from engine.selection import PAPER
 from engine.verifiers import last_number
 from tests.test_distill import SAMPLING, load, rows
 

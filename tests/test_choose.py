@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ import torch
 from engine import session
 from engine.session import ModelConfig, Session
 from kernels import _triton, choose, native, registry
+from kernels import cache as cache_module
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS, Widths, check
 
 CPU = torch.device("cpu")
+Group = namedtuple("Group", ["gr_name", "gr_mem"])
+Account = namedtuple("Account", ["pw_name"])
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,11 +140,66 @@ def test_a_cache_file_that_is_not_understood_is_written_anew(cache, content):
     assert file.read_text() == good and list(cache.iterdir()) == [file], "nothing left beside it"
 
 
-def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert list(run(candidate(swiglu_forward=wrong_swiglu))[1]) == ["swiglu"]
-    assert "the next run checks again" in capsys.readouterr().out
+    said = []
+    assert list(run(candidate(swiglu_forward=wrong_swiglu), said)[1]) == ["swiglu"]
+    assert any("not remembered, " in x and "the next run checks again" in x for x in said)
+
+
+def test_without_a_home_each_run_checks_anew(monkeypatch):
+    """As for a user id that is not in /etc/passwd, with no HOME: no traceback."""
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    for _ in range(2):
+        said = []
+        assert list(run(candidate(swiglu_forward=wrong_swiglu), said)[1]) == ["swiglu"]
+        assert any("not remembered, there is no home directory" in line for line in said)
+
+
+def test_results_that_others_could_have_written_are_not_believed(cache, capsys):
+    table, said = candidate(swiglu_forward=wrong_swiglu), []
+    run(table)
+    (file,) = cache.iterdir()
+    forged = file.read_text().replace(json.loads(file.read_text())["results"]["swiglu"], "")
+    file.write_text(forged)
+    assert run(table)[1] == {}, "the owner's own words are believed"
+    file.chmod(0o666)
+    assert list(run(table, said)[1]) == ["swiglu"]
+    assert any(f"not remembered, {file} may be written by other users" in line for line in said)
+    assert file.read_text() == forged
+
+
+def test_who_else_could_write(tmp_path, monkeypatch):
+    """A group of the user's own, as many systems give one, is nobody else."""
+    place = tmp_path / "cache" / "file"
+    place.parent.mkdir()
+    assert cache_module.distrusted(place) == ""
+    place.write_text("")
+    place.chmod(0o664)
+    owner = Group("me", [])
+    monkeypatch.setattr(cache_module.pwd, "getpwuid", lambda uid: Account("me"))
+    for group, fine in (
+        (owner, True),
+        (Group("me", ["me"]), True),
+        (Group("me", ["me", "you"]), False),
+        (Group("staff", []), False),
+    ):
+        monkeypatch.setattr(cache_module.grp, "getgrgid", lambda gid, group=group: group)
+        assert (cache_module.distrusted(place) == "") == fine, group
+    place.chmod(0o646)
+    assert cache_module.distrusted(place) == f"{place} may be written by other users"
+    place.chmod(0o644)
+    tmp_path.chmod(0o777)
+    assert cache_module.distrusted(place) == f"{tmp_path} may be written by other users"
+    tmp_path.chmod(0o1777)
+    assert cache_module.distrusted(place) == ""
+    tmp_path.chmod(0o700)
 
 
 def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
@@ -153,7 +212,18 @@ def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
     hashes.add(choose.sources_hash(folder))
     (folder / "a.py").rename(folder / "b.py")
     hashes.add(choose.sources_hash(folder))
-    assert len(hashes) == 3
+    (folder / "cpu" / "native").mkdir(parents=True)
+    (folder / "b.py").rename(folder / "cpu" / "b.py")
+    hashes.add(choose.sources_hash(folder))
+    (folder / "cpu" / "native" / "vec.h").write_text("1")
+    hashes.add(choose.sources_hash(folder))
+    (folder / "cpu" / "native" / "vec.h").write_text("2")
+    hashes.add(choose.sources_hash(folder))
+    assert len(hashes) == 6
+    for left in ("__pycache__/a.pyc", "cpu/__pycache__/b.pyc", "cpu/.b.py.swp"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_text("1")
+        assert choose.sources_hash(folder) in hashes, f"{left} is no kernel"
     here = choose.identity(CPU, torch.bfloat16, OWN)
     assert here.keys() == {"card", "torch", "triton", "dtype", "widths", "kernels"}
     files = {choose.cache_file(here | {name: "other"}) for name in here}

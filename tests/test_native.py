@@ -664,7 +664,7 @@ def test_other_forms(form, tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     if form == "sanitized":
         env |= {
-            "LD_PRELOAD": runtimes(native._compiler()),
+            "LD_PRELOAD": runtimes(native._compiler()[0]),
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }

@@ -134,7 +134,10 @@ def test_another_compiler_flag_or_source_has_its_own_file(cache, monkeypatch, tm
     assert native.build(cache) == files[-1], "where the sources lie is nothing to it"
     (copied / "vec.h").write_bytes((copied / "vec.h").read_bytes() + b"\n")
     files.append(native.build(cache))
-    assert len(set(files)) == 5 == count[0] and sorted(cache.iterdir()) == sorted(files)
+    (copied / "common").mkdir()
+    (copied / "vec.h").rename(copied / "common" / "vec.h")
+    files.append(native.build(cache))
+    assert len(set(files)) == 6 == count[0] and sorted(cache.iterdir()) == sorted(files)
 
 
 @pytest.mark.parametrize("broken", ["empty", "half", "end", "changed", "text"])
@@ -187,13 +190,84 @@ def test_a_cache_that_cannot_be_written_stops_nobody(cache, built, monkeypatch, 
     assert where == "a file" or [p.name for p in cache.iterdir()] == [library.name]
 
 
-def test_no_home_is_a_reason(cache, monkeypatch):
+def test_without_a_home_it_is_compiled_for_this_process_alone(cache, monkeypatch, capsys):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
+    temporary = cache.parent.parent / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(native.tempfile, "tempdir", str(temporary))
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(native.Path, "home", staticmethod(nobody))
-    assert native.usable() == "Could not determine home directory."
+    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    assert registry.choose().sampled is NATIVE and works()
+    assert "not remembered, there is no home directory" in capsys.readouterr().out
+    assert list(temporary.iterdir()) == [] and not cache.exists()
+
+
+def given_away(place):
+    if os.geteuid():
+        pytest.skip("only root can give a file to another user")
+    os.chown(place, 12345, -1)
+
+
+def open_to_all(place):
+    place.chmod(place.stat().st_mode | 0o022)
+
+
+@pytest.mark.parametrize("change", [given_away, open_to_all])
+@pytest.mark.parametrize("which", ["the library", "its folder", "the folder around it"])
+def test_what_another_user_could_have_written_is_not_loaded(
+    cache, built, monkeypatch, capsys, which, change
+):
+    """Said so, and the C forms are used all the same; what lies there stays as it is."""
+    library = put(built, cache)
+    place = {"the library": library, "its folder": cache}.get(which, cache.parent)
+    change(place)
+    loaded, bind, before = [], native.bind, library.read_bytes()
+    monkeypatch.setattr(native, "bind", lambda path: loaded.append(path) or bind(path))
+    assert native.usable() == "" and works()
+    assert len(loaded) == 1 and cache not in loaded[0].parents and not loaded[0].exists()
+    said = capsys.readouterr().out
+    why = "belongs to user 12345" if change is given_away else "may be written by other users"
+    assert f"ops: {place} {why}, so nothing is taken from there" in said
+    assert "compiled for this process alone; set XDG_CACHE_HOME to a folder that only" in said
+    assert list(cache.iterdir()) == [library] and library.read_bytes() == before
+
+
+def test_what_is_written_is_this_users_alone(cache, monkeypatch):
+    """Or else a generous umask would have the next process refuse it."""
+    before = os.umask(0)
+    try:
+        assert native.usable() == "" and registry.choose().sampled is NATIVE
+    finally:
+        os.umask(before)
+    cache.parent.chmod(0o1777)  # a shared folder as /tmp is one: nobody takes what is not theirs
+    for place in (cache, *cache.iterdir()):
+        assert place.stat().st_mode & 0o077 == 0, place
+    again(monkeypatch)
+    assert native.usable() == "" and Path(native.library()._name).parent == cache
+
+
+def test_a_command_in_CC_is_split_as_a_shell_does(cache, monkeypatch, tmp_path):
+    """A compiler with a flag, one behind ccache, one whose path has a space in it."""
+    compiler = native._compiler()[0]
+    (tmp_path / "a folder").mkdir()
+    wrapper = script(tmp_path / "a folder" / "cache it", ['exec "$@"'])
+    ran, run = [], native._run
+    monkeypatch.setattr(native, "_run", lambda command, *a: ran.append(command) or run(command, *a))
+    for given, words in (
+        (f"{compiler} -O1 -DFIRST", [compiler, "-O1", "-DFIRST"]),
+        (f"'{wrapper}' {compiler}", [wrapper, compiler]),
+    ):
+        ran.clear()
+        again(monkeypatch)
+        monkeypatch.setenv("CC", given)
+        assert native.usable() == "" and works()
+        assert len(ran) == 3 and all(command[: len(words)] == words for command in ran)
+    assert len(list(cache.iterdir())) == 2, "each command has a library of its own"
+    again(monkeypatch)
+    monkeypatch.setenv("CC", "gcc 'not closed")
+    assert native.usable() == "no C compiler is there (gcc 'not closed); install gcc"
 
 
 def test_two_processes_compile_at_once(cache):
@@ -233,12 +307,24 @@ def test_torchs_own_openmp_is_taken(monkeypatch):
     assert maps(other, system) == system and maps(other) == other and maps() == ""
 
 
+def test_torchs_own_openmp_is_taken_through_a_link(monkeypatch, tmp_path):
+    """A .venv that is a link: torch is imported by it, the process's maps do not show it."""
+    (tmp_path / "venv" / "torch").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "venv")
+    monkeypatch.setattr(native.torch, "__file__", str(tmp_path / "link" / "torch" / "__init__.py"))
+    own = str(tmp_path.resolve() / "venv" / "torch" / "lib" / "libgomp.so.1")
+    other = "/x/site-packages/sentencepiece.libs/libgomp-6a.so.1"
+    lines = [f"7f0000-7f1000 r-xp 00000000 08:01 123 {path}" for path in (other, own)]
+    monkeypatch.setattr(native, "_lines", lambda path: lines)
+    assert native._openmp() == own
+
+
 # ---- where there is none
 
 
 def refusals(cache):
     """What stands in the way: environment, what is said, and whether there is a cache folder."""
-    compiler, folder = native._compiler(), cache.parent.parent
+    (compiler,), folder = native._compiler(), cache.parent.parent
     fails = script(folder / "fails", [
         '[ "$1" = --version ] && exec ' + compiler + " --version",
         "echo something >&2; echo 'vec.h:1: error: no room' >&2; exit 3",

@@ -20,7 +20,7 @@ from engine.flags import add_flags, from_flags
 from engine.presets import PRESETS, get_preset, parse
 from engine.sampler import SamplerConfig
 from engine.sdft import as_published
-from engine.select import OURS, PAPER
+from engine.selection import OURS, PAPER
 from engine.session import DataConfig, ModelConfig
 from engine.templates import TEMPLATES, prompt
 from engine.train import EncodeConfig, TrainConfig

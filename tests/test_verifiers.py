@@ -2,8 +2,8 @@
 
 And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
 
-`number` and `call` have their cases in test_numbers_and_calls.py and test_select.py, and the forms
-in which programs are written theirs in test_programs.py.
+`number` and `call` have their cases in test_numbers_and_calls.py and test_selection.py, and
+the forms in which programs are written theirs in test_programs.py.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def called(source: str) -> set[str]:
 
 @pytest.mark.parametrize("room", ["kernels", "model", "engine"])
 def test_all_that_are_used_are_called_first(room):
-    used = set().union(*(called(path.read_text()) for path in (ROOT / room).glob("*.py")))
+    used = set().union(*(called(path.read_text()) for path in (ROOT / room).rglob("*.py")))
     assert used <= set(vml.FUNCTIONS), f"add {sorted(used - set(vml.FUNCTIONS))} to kernels/vml.py"
     assert used or room == "engine", "the search finds nothing"
 

@@ -1,8 +1,8 @@
-"""The rules of selection (engine/select.py), and the verifiers `number` and `call`.
+"""The rules of selection (engine/selection.py), and the verifiers `number` and `call`.
 
-Every mistake of the published selection code (see engine/select.py and the paper's repository) has
-its case here or in test_verifiers.py, which has the other verifiers. The rules and verifiers also
-run over all rows of ../shared/data where present.
+Every mistake of the published selection code (see engine/selection.py and the paper's repository)
+has its case here or in test_verifiers.py, which has the other verifiers. The rules and verifiers
+also run over all rows of ../shared/data where present.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fractions import Fraction
 import pytest
 
 from engine.data import Row, load_rows
-from engine.select import PAPER, banned, garbled, judge, repeats
+from engine.selection import PAPER, banned, garbled, judge, repeats
 from engine.verifiers import VERIFIERS, last_number
 
 
