@@ -350,10 +350,12 @@ class Run:
     def validate(self, step: int, epoch: int) -> bool:
         """Measure the adapter, note it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
-        values = torch.zeros(len(names), dtype=torch.float64, device=self.model.device)
+        values = torch.zeros(len(names), dtype=torch.float64)
         if self.world.first or self.model.sharded:  # all are needed to gather sharded weights
-            measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
-            values += measured.to(values.device) * self.world.first
+            values += (
+                torch.tensor(self.validator(self.lora), dtype=torch.float64) * self.world.first
+            )
+        self.world.barrier()  # rank 0 may be long about it
         found = dict(zip(names, self.world.sum_(values).tolist(), strict=True))
         if self.world.first:
             checkpoint.note_validation(self.out, {"step": step, "epoch": epoch, **found})
