@@ -92,7 +92,7 @@ class Heartbeat(threading.Thread):
         """Say that this process ends; the others are told at their next meeting."""
         self.leaving = True
         self.hurry.set()
-        self.join(timeout=5 * BEAT)
+        self.join(timeout=SILENCE.total_seconds() + BEAT)  # a process that is stopped misses this
         self.broken |= self.is_alive()
 
 

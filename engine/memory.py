@@ -128,7 +128,7 @@ def choose_policy(
 ) -> Plan:
     """The policy asked for; for `auto` the least recomputation that fits into memory_gb.
 
-    memory_gb 0 is what the device has. ValueError where nothing fits, with what would.
+    memory_gb 0 is what `available` says. ValueError where nothing fits, with what would.
     """
     kind = torch.device(device).type
     plans = [predict(config, lora, policy, device=kind, **sizes) for policy in POLICIES]

@@ -67,7 +67,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0  # of the adapter's start, the order of the rows and dropout
     recompute: str = "auto"  # none | selective | full: what the backward computes again; auto: plan
-    memory_gb: float = 0.0  # memory that --recompute auto plans for; 0: what the device has
+    memory_gb: float = 0.0  # that --recompute auto plans for; 0: what is held, and what is free
     save_every: int = 50  # optimizer steps between checkpoints
     keep: int = 2  # checkpoints kept, beside the best
 

@@ -231,21 +231,27 @@ def test_products_on_a_gpu_are_summed_in_fp32(monkeypatch, tiny_llama_dir):
     """By whatever way a model comes to a GPU; torch's default adds parts of a bf16 sum in bf16."""
     products = torch.backends.cuda.matmul
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(products, name) for name in names]
 
-    def reset():
-        for name in names:
-            monkeypatch.setattr(products, name, True)
+    def allowed(value=None):
+        for name in names if value is not None else ():
+            setattr(products, name, value)
+        return [getattr(products, name) for name in names]
 
-    reset()
-    registry.choose("torch", "cpu")
-    assert all(getattr(products, name) for name in names)
-    registry.choose("torch", "cuda", torch.bfloat16)
-    assert not any(getattr(products, name) for name in names)
-    reset()
-    model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
-    monkeypatch.setattr(Llama, "device", property(lambda self: torch.device("cuda")))
-    Llama(model.config, model.weights, TORCH)
-    assert not any(getattr(products, name) for name in names)
+    try:
+        assert allowed(True) == [True, True]
+        registry.choose("torch", "cpu")
+        assert allowed() == [True, True]
+        registry.choose("torch", "cuda", torch.bfloat16)
+        assert allowed() == [False, False]
+        allowed(True)
+        model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
+        monkeypatch.setattr(Llama, "device", property(lambda self: torch.device("cuda")))
+        Llama(model.config, model.weights, TORCH)
+        assert allowed() == [False, False]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(products, name, value)
 
 
 @pytest.mark.parametrize("units", [True, False])

@@ -168,7 +168,7 @@ def text(ids):
 
 def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
     """What a cascade does: it asks for more than the first rows needed, near the card's limit."""
-    model = Llama.from_pretrained(tiny_llama_dir(layers=1, max_position=1024))
+    model = Llama.from_pretrained(tiny_llama_dir(layers=1, max_position_embeddings=1024))
     page = KVCache.page_bytes(model.config, 8, torch.float32)
     first = [Request(f"r{i}", [*[3] * 72, *[4 + i] * 8], 12) for i in range(4)]
     late = Request("late", [9] * 600, 12)
@@ -181,7 +181,7 @@ def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
                     sampler.submit(late)
                 done[completion.id] = completion
                 pools.append(sampler.pages.cache.pages)
-        return {name: (c.ids, c.logprobs) for name, c in done.items()}
+        return {name: (c.ids, c.logprobs, c.finish) for name, c in done.items()}
 
     pools = []
     want = write(kv_memory=100 * page / 1e9)
@@ -201,7 +201,7 @@ def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
     pools.clear()
     assert write() == want and len(want) == 5
     assert pools[:4] == [57] * 4, "four rows of 12 pages, and what they begin with"
-    assert 86 <= pools[4] <= 90 and len(made) == 2 and not grown
+    assert pools[4] == 77 and len(made) == 2 and not grown, "its own pages, in a pool made anew"
 
 
 def test_keys_and_values_go_before_torchs_cache_is_emptied(tiny_llama_dir, monkeypatch):
