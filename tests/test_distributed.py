@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from engine import distributed
 from engine.distributed import Heartbeat, World, shares, start
 from engine.log import read_jsonl
+from engine.metrics import Metrics
 from engine.score import score
 from engine.session import ModelConfig, Session
 from engine.step import ALONE, step_gradients
-from engine.train import train
+from engine.train import Run, train
 from engine.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import POLICIES, Llama
@@ -259,6 +260,42 @@ def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
     monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
     world.any(True), world.most(3)
     assert [t.device.type for t in summed] == ["cpu", "cpu"]
+
+
+def test_no_number_of_a_sum_is_asked_for_unguarded(tmp_path):
+    """Metrics settle before they read a loss; a long validation is waited for at a barrier."""
+    asked = []
+
+    class Number:
+        device = torch.device("cuda")
+
+        def item(self):
+            asked.append("item")
+            return 1.0
+
+    class Recorded(World):
+        def settle(self, device):
+            asked.append(f"settle {device}")
+
+        def barrier(self):
+            asked.append("barrier")
+
+        def sum_(self, tensor):
+            asked.append(f"sum on {tensor.device}")
+            return tensor
+
+    world = Recorded(1, 2)
+    with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
+        line = {"step": 2, "tokens": 3}
+        metrics.pending.append((line, SimpleNamespace(loss=Number(), norm=Number()), []))
+        metrics.flush()
+    assert asked == ["settle cuda", "item", "item"]
+    asked.clear()
+    looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
+    model = SimpleNamespace(sharded=False)
+    run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
+    Run.validate(run, 1, 0)
+    assert asked == ["barrier", "sum on cpu"]
 
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):

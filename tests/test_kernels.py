@@ -325,7 +325,7 @@ def short(o, lse):
     [
         (None, ""),
         (lambda o, lse: (o, lse.T.contiguous().view_as(lse)), "its lse differs"),
-        (lambda o, lse: (o, lse[:-1]), "must match the size"),
+        (lambda o, lse: (o, lse[:-1]), "cannot be used with 7 + 2 x 7 heads of 16"),
         (lambda o, lse: (o * float("nan"), lse), "its o differs"),
         (unknown, "takes 12 arguments"),
     ],
