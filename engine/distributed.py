@@ -78,9 +78,11 @@ class Heartbeat(threading.Thread):
         self.mine += 1
         self.waiting = True
         self.hurry.set()
+        pause = 0.002
         while min(self.reached) < self.mine:
             self.look()
-            time.sleep(0.002)
+            time.sleep(pause)
+            pause = min(1.2 * pause, 0.1)
         self.waiting = False
 
     def look(self) -> None:
@@ -198,7 +200,8 @@ def _join(kind: str) -> Heartbeat:
     """Be one of the job from now on, to the end of this process."""
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(BACKENDS[kind], timeout=COLLECTIVE)
+    if not dist.is_initialized():
+        dist.init_process_group(BACKENDS[kind], timeout=COLLECTIVE)
     heartbeat = Heartbeat(dist.get_world_size())
     heartbeat.start()
     atexit.register(_leave, heartbeat)
