@@ -110,7 +110,10 @@ class Pages:
                 if not is_out_of_memory(error):
                     raise
                 if pages == least:
-                    raise self._too_small(pages * self._page_bytes(), least) from None
+                    raise ValueError(
+                        f"{self._need(least)}, and {m.device} could not give them in one piece: "
+                        "other programs on it, or fewer new tokens, may make room"
+                    ) from None
                 pages = max(least, pages // 2)
 
     def _grow(self, wanted: int, least: int) -> bool:
@@ -149,7 +152,7 @@ class Pages:
 
     def _too_small(self, budget: float, least: int) -> ValueError:
         """What to say where not even one row fits."""
-        need = f"the longest row needs {least * self._page_bytes() / 1e9:.3g} GB of keys and values"
+        need = self._need(least)
         if self.budget:
             return ValueError(
                 f"kv_memory {budget / 1e9:.3g} GB: {need}; allow more, or fewer new tokens"
@@ -158,6 +161,9 @@ class Pages:
             f"{need}, and {self.model.device} has {budget / 1e9:.3g} GB free for them beside the "
             "weights and what other programs hold; fewer new tokens, or a shorter prompt"
         )
+
+    def _need(self, least: int) -> str:
+        return f"the longest row needs {least * self._page_bytes() / 1e9:.3g} GB of keys and values"
 
     def discard(self) -> None:
         """Give the pool up, with all that is in it: no row may be in flight."""
