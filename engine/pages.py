@@ -112,7 +112,7 @@ class Pages:
                 if pages == least:
                     raise ValueError(
                         f"{self._need(least)}, and {m.device} could not give them in one piece: "
-                        "other programs on it, or fewer new tokens, may make room"
+                        "end other programs on it, or allow fewer new tokens"
                     ) from None
                 pages = max(least, pages // 2)
 
