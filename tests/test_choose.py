@@ -273,6 +273,7 @@ def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     with pytest.raises(ValueError, match="--ops triton cannot run here"):
         Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
     monkeypatch.setattr(_triton, "triton", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
         ValueError, match="was built for CPUs and knows no GPU; use --ops auto or torch"
     ):
