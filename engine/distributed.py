@@ -3,24 +3,99 @@
     torchrun --nproc-per-node 2 scripts/train.py ...              each holds all weights
     torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a share (model/sharded.py)
 
-A process has a rank below the size of the world. gloo joins CPUs, nccl GPUs.
+A process has a rank below the size of the world. gloo carries tensors of the CPU, flags too, NCCL
+those of GPUs.
+
+How long a process waits for the others
+    in a sum      COLLECTIVE: all are at the same step, so one that is missing is gone
+    at a barrier  as long as they live: one may distil for hours behind another. Meanwhile their
+                  heartbeats meet; one that misses them for SILENCE is gone
+One that is gone ends the job with a ValueError that says how to go on.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-WAIT = timedelta(days=7)  # the slowest process may distil for hours; torchrun ends what is dead
+COLLECTIVE = timedelta(minutes=30)  # checkpoints, validation and compilation take less
+SILENCE = timedelta(minutes=10)  # of a busy machine; a heartbeat is late by seconds at most
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+BEAT = 2.0  # seconds between heartbeats
+
+
+class Heartbeat(threading.Thread):
+    """Tells the other processes that this one lives, and how many barriers it has reached.
+
+    The threads of all processes meet on gloo every BEAT seconds, whatever their programs do
+    meanwhile. Where one is stopped, the meeting fails after SILENCE; where one has died, its
+    connections are closed and it fails at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.group = dist.new_group(backend="gloo", timeout=SILENCE)
+        self.reached = [0] * size  # barriers, by rank, as far as is known
+        self.mine = 0
+        self.waiting = False  # at a barrier: then the next meeting is at once
+        self.hurry = threading.Event()
+        self.leaving = False
+        self.gone = ""  # why no meeting takes place any more
+        self.broken = False  # because a process is stopped or dead, not because one has ended
+
+    def run(self) -> None:
+        """Meet until a process leaves, or is gone."""
+        while not self.gone:
+            own = torch.tensor([-1 if self.leaving else self.mine])
+            all_ = [torch.empty_like(own) for _ in self.reached]
+            try:
+                dist.all_gather(all_, own, group=self.group)
+            except RuntimeError as error:
+                self.gone, self.broken = first_line(error), True
+                return
+            found = [int(n) for n in all_]
+            self.reached = [max(pair) for pair in zip(self.reached, found, strict=True)]
+            if min(found) < 0:
+                self.gone = f"rank {found.index(-1)} has ended"
+            elif not self.waiting:
+                self.hurry.wait(BEAT)
+                self.hurry.clear()
+
+    def meet(self) -> None:
+        """Wait until every process has come as often as this one; RuntimeError where one cannot."""
+        self.mine += 1
+        self.waiting = True
+        self.hurry.set()
+        pause = 0.002
+        while min(self.reached) < self.mine:
+            self.look()
+            time.sleep(pause)
+            pause = min(1.2 * pause, 0.1)
+        self.waiting = False
+
+    def look(self) -> None:
+        """RuntimeError where a process is gone."""
+        if self.gone:
+            raise RuntimeError(self.gone)
+
+    def leave(self) -> None:
+        """Say that this process ends; the others are told at their next meeting."""
+        self.leaving = True
+        self.hurry.set()
+        self.join(timeout=SILENCE.total_seconds() + BEAT)  # a process that is stopped misses this
+        self.broken |= self.is_alive()
 
 
 @dataclass(frozen=True)
@@ -29,6 +104,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -38,7 +114,8 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place and the same bits in each.
 
-        ValueError when a process of the job is gone.
+        ValueError when a process of the job is gone; on a GPU nothing is waited for here, so
+        `settle` comes before the host looks at the sum.
         """
         if self.size > 1:
             try:
@@ -49,15 +126,11 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process."""
-        if self.size == 1:
-            return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.sum_(torch.tensor(float(flag), device=device)).item())
+        return bool(self.sum_(torch.tensor(float(flag))))
 
     def most(self, count: int) -> int:
         """The largest count of any process."""
-        device = "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
-        counts = torch.zeros(self.size, dtype=torch.int64, device=device)
+        counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = count
         return int(self.sum_(counts).max())
 
@@ -67,21 +140,46 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            lost = any(word in str(error) for word in ("Connection", "gloo", "NCCL"))
+            lost = any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Timed out"))
             if self.size == 1 or not lost:
                 raise
             raise ValueError(_gone(self, error)) from None
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.any(False)
+        """Wait until every process is here, however long it works; ValueError where one is gone."""
+        if self.size > 1:
+            try:
+                self.heartbeat.meet()
+            except RuntimeError as error:
+                raise ValueError(_gone(self, error)) from None
+
+    def settle(self, device: torch.device) -> None:
+        """Wait until a GPU has done what it was given; ValueError where a process is gone.
+
+        Without that process a sum on NCCL never ends, nor does whoever asks for its numbers.
+        """
+        if self.size == 1 or device.type != "cuda":
+            return
+        done = torch.cuda.Event()
+        done.record()
+        try:
+            while not done.query():
+                self.heartbeat.look()
+                time.sleep(0.001)
+        except RuntimeError as error:
+            raise ValueError(_gone(self, error)) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, without what follows."""
+    return (str(error).strip().splitlines() or ["no word"])[0][:160]
 
 
 def _gone(world: World, error: RuntimeError) -> str:
-    words = (str(error).strip().splitlines() or ["no word"])[0]
     return (
-        f"rank {world.rank} of {world.size}: another process of the job is gone ({words[:160]}); "
-        "start the same command again with --resume to go on from the last checkpoint"
+        f"rank {world.rank} of {world.size}: another process of the job is gone "
+        f"({first_line(error)}); start the same command again with --resume to go on from the last "
+        "checkpoint"
     )
 
 
@@ -93,15 +191,30 @@ def start(device: str = "cpu") -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
+    heartbeat = _join(torch.device(device).type)
+    return World(dist.get_rank(), size, heartbeat)
+
+
+@functools.cache
+def _join(kind: str) -> Heartbeat:
+    """Be one of the job from now on, to the end of this process."""
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        gpu = torch.device(device).type == "cuda"
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=WAIT)
-        atexit.register(dist.destroy_process_group)
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
-    return World(dist.get_rank(), size)
+        dist.init_process_group(BACKENDS[kind], timeout=COLLECTIVE)
+    heartbeat = Heartbeat(dist.get_world_size())
+    heartbeat.start()
+    atexit.register(_leave, heartbeat)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return heartbeat
+
+
+def _leave(heartbeat: Heartbeat) -> None:
+    """The orderly end; where a process is gone NCCL would wait for it."""
+    heartbeat.leave()
+    if not heartbeat.broken:
+        dist.destroy_process_group()
 
 
 def shares(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -18,11 +18,10 @@ for any model by arithmetic alone (`python -m benchmarks.memory`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from engine.process import held_memory
+from engine.process import free_memory, held_memory
 from kernels.attention import PACKED_BLOCK
 from kernels.linear_cross_entropy import CHUNK_BYTES
 from model.config import LlamaConfig
@@ -115,12 +114,8 @@ def predict(
 
 
 def available(device: str | torch.device) -> int:
-    """Bytes this process may reach: a GPU's memory, or the free memory and what it holds."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    return free + held_memory(device)
+    """Bytes this process may reach: what it holds, and what it can still take."""
+    return held_memory(device) + free_memory(device)
 
 
 def choose_policy(
@@ -133,7 +128,7 @@ def choose_policy(
 ) -> Plan:
     """The policy asked for; for `auto` the least recomputation that fits into memory_gb.
 
-    memory_gb 0 is what the device has. ValueError where nothing fits, with what would.
+    memory_gb 0 is what `available` says. ValueError where nothing fits, with what would.
     """
     kind = torch.device(device).type
     plans = [predict(config, lora, policy, device=kind, **sizes) for policy in POLICIES]

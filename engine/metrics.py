@@ -37,6 +37,7 @@ class Metrics:
             disable=not world.first,
         )
         self.pending: list[tuple[dict[str, Any], StepResult, Sequence[Example]]] = []
+        self.world = world
         self.since = time.perf_counter()
 
     def add(self, line: dict[str, Any], result: StepResult, examples: Sequence[Example]) -> None:
@@ -48,6 +49,8 @@ class Metrics:
     def flush(self) -> None:
         """Look at the pending steps and write them down; ValueError for the first bad one."""
         tokens = sum(line["tokens"] for line, _, _ in self.pending)
+        if self.pending:
+            self.world.settle(self.pending[-1][1].loss.device)
         found = [(r.loss.item(), r.norm.item()) for _, r, _ in self.pending]  # waits for the device
         rate = tokens / max(1e-9, time.perf_counter() - self.since)
         for (line, result, examples), (loss, norm) in zip(self.pending, found, strict=True):

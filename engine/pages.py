@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from engine.endings import FlyingRow
+from engine.process import free_memory, is_out_of_memory
 from model.kv_cache import KVCache
 from model.llama import Llama
 
+SHARE = 0.9  # of a GPU's free memory is for keys and values, the rest for a step's own tensors
 WORTH = 64  # prompt tokens saved from which on a forward for a common beginning pays
 
 
@@ -83,30 +83,92 @@ class Pages:
         """Pages that hold so many tokens."""
         return -(-tokens // self.size)
 
-    def make_room(self, wanted: int, least: int) -> None:
-        """A pool of the wanted pages as far as memory allows; ValueError for fewer than `least`."""
-        self._make_room(wanted + self.spare, least + self.spare)
+    def make_room(self, wanted: int, least: int) -> bool:
+        """A pool of the wanted pages as far as memory allows, at least of `least`.
+
+        False where a pool of `least` pages can be had only in the place of the one in use: a pool
+        that grows lies beside the old one for a moment. The rows in it have to end first, and then
+        `discard` makes room. ValueError where a GPU, or kv_memory, is too small for `least`.
+        """
+        wanted, least = wanted + self.spare, least + self.spare
+        if self.cache is not None and len(self.cache.free) == self.cache.pages < wanted:
+            self.discard()
+        if self.cache is None:
+            self._begin_pool(wanted, least)
+        elif not self._grow(wanted, least):
+            return False
         if not self.idle:
             self.idle = self.cache.take(self.spare)
+        return True
 
-    def _make_room(self, wanted: int, least: int) -> None:
-        if self.cache is not None and wanted <= self.cache.pages:
-            return
-        m, budget = self.model, self.budget
-        page = KVCache.page_bytes(m.config, self.size, m.dtype)
-        if not budget and m.device.type == "cuda":
+    def _begin_pool(self, wanted: int, least: int) -> None:
+        m, pages = self.model, self._allowed(wanted, least)
+        while self.cache is None:
+            try:
+                self.cache = KVCache(m.config, pages, self.size, m.device, m.dtype)
+            except RuntimeError as error:  # what is free may lie in pieces
+                if not is_out_of_memory(error):
+                    raise
+                if pages == least:
+                    raise ValueError(
+                        f"{self._need(least)}, and {m.device} could not give them in one piece: "
+                        "end other programs on it, or allow fewer new tokens"
+                    ) from None
+                pages = max(least, pages // 2)
+
+    def _grow(self, wanted: int, least: int) -> bool:
+        have = self.cache.pages
+        if wanted <= have:
+            return True
+        pages = self._allowed(wanted, least)
+        if self._by_the_card():  # the new pool must fit beside the old one
+            pages = min(pages, int(SHARE * free_memory(self.model.device) // self._page_bytes()))
+        try:
+            if pages >= least:
+                self.cache.grow(pages)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return self.cache.pages >= least
+
+    def _by_the_card(self) -> bool:
+        """Whether what the GPU has free is what a pool may take."""
+        return not self.budget and self.model.device.type == "cuda"
+
+    def _page_bytes(self) -> int:
+        return KVCache.page_bytes(self.model.config, self.size, self.model.dtype)
+
+    def _allowed(self, wanted: int, least: int) -> int:
+        """Pages that a pool in the place of this one may have; ValueError for fewer than least."""
+        page, budget = self._page_bytes(), self.budget
+        if self._by_the_card():
             have = 0 if self.cache is None else self.cache.pages * page
-            budget = 0.9 * (torch.cuda.mem_get_info(m.device)[0] + have)
-        if budget and least * page > budget:
-            raise ValueError(
-                f"kv_memory {budget / 1e9:.3g} GB: the longest row needs {least * page / 1e9:.3g} "
-                "GB of keys and values; allow more, or fewer new tokens"
+            budget = SHARE * (free_memory(self.model.device) + have)
+        elif not budget:
+            return max(1, wanted)
+        if least * page > budget:
+            raise self._too_small(budget, least)
+        return max(1, min(wanted, int(budget // page)))
+
+    def _too_small(self, budget: float, least: int) -> ValueError:
+        """What to say where not even one row fits."""
+        need = self._need(least)
+        if self.budget:
+            return ValueError(
+                f"kv_memory {budget / 1e9:.3g} GB: {need}; allow more, or fewer new tokens"
             )
-        pages = max(1, min(wanted, int(budget // page)) if budget else wanted)
-        if self.cache is None:
-            self.cache, self.idle = KVCache(m.config, pages, self.size, m.device, m.dtype), []
-        else:
-            self.cache.grow(pages)
+        return ValueError(
+            f"{need}, and {self.model.device} has {budget / 1e9:.3g} GB free for them beside the "
+            "weights and what other programs hold; fewer new tokens, or a shorter prompt"
+        )
+
+    def _need(self, least: int) -> str:
+        return f"the longest row needs {least * self._page_bytes() / 1e9:.3g} GB of keys and values"
+
+    def discard(self) -> None:
+        """Give the pool up, with all that is in it: no row may be in flight."""
+        self.kept.clear()
+        self.prefix, self.idle, self.cache = ([], []), [], None
 
     def begin(
         self, prompt: tuple[int, ...], twin: list[int] | None, more_wait: bool

@@ -33,12 +33,14 @@ def return_freed_memory() -> bool:
     return _mallopt({M_MMAP_THRESHOLD: 1 << 20})  # by default it moves up to 32 MB
 
 
-def give_back_freed_memory() -> None:
-    """Have glibc give back what is free now, once, between two kinds of work.
+def give_back_freed_memory(device: str | torch.device) -> None:
+    """Have glibc and, on a GPU, torch give back what is free now, once, between two kinds of work.
 
     What the one left in small gaps (packed weights, pages of keys and values) does not fit the
     other, and would stay resident beside it.
     """
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(ctypes.c_size_t(0))
@@ -73,6 +75,18 @@ def held_memory(device: str | torch.device) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that this process can still take: what the system, or a GPU's driver, calls free.
+
+    On a GPU also what torch has taken and keeps for later tensors: the driver calls that used.
+    """
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
 
 
 SAMPLE_LESS = "lower --rows or --kv-memory"

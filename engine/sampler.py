@@ -78,15 +78,16 @@ class Sampler:
 
     def __enter__(self) -> Sampler:
         self._prepare(release=True)
-        give_back_freed_memory()
+        give_back_freed_memory(self.owner.device)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.pages.cache = None  # first: only what nobody holds can be given back
         self.graphs.clear()
-        self.model = self.pages.cache = self.graphs = None
-        give_back_freed_memory()  # keys and values, before the matrices grow again
+        self.model = self.graphs = None
+        give_back_freed_memory(self.owner.device)  # before the matrices grow again
         self.owner.restore()
-        give_back_freed_memory()
+        give_back_freed_memory(self.owner.device)
 
     def _prepare(self, release: bool) -> None:
         invariant = self.config.invariant
@@ -162,7 +163,13 @@ class Sampler:
                 continue
             expected = self._expected(request)
             least = self._most_pages(request) + len(self.pages.prefix[1])
-            self.pages.make_room(least, least)
+            if not self.pages.make_room(least, least):
+                if self.flying or admitted:
+                    break  # they end first
+                self.graphs.clear()
+                self.pages.discard()
+                self._open()
+                continue
             promised = sum(self._missing(row) for row in (*self.flying, *admitted))
             need = self.pages.count(len(prompt) + expected)
             if self.pages.free - promised < need:

@@ -25,7 +25,7 @@ from engine.rows import Row, Rows, load_rows, parse_columns
 from kernels.registry import choose
 from model.chat import Chat
 from model.config import LlamaConfig, read_json
-from model.llama import Llama, default_dtype
+from model.llama import Llama, default_dtype, has_bf16_units
 from model.lora import Lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
@@ -137,6 +137,9 @@ class Session:
             )
         return_freed_memory() if config.shard else keep_freed_memory()
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
+        if device == "cuda" and config.dtype in ("auto", "bfloat16") and not has_bf16_units(device):
+            what = "float32 is taken" if config.dtype == "auto" else "bfloat16 is emulated, slowly"
+            print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {what}")
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
         if config.threads:

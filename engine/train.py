@@ -83,7 +83,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     seed: int = 0  # of the adapter's start, the order of the rows and dropout
     recompute: str = "auto"  # none | selective | full: what the backward computes again; auto: plan
-    memory_gb: float = 0.0  # memory that --recompute auto plans for; 0: what the device has
+    memory_gb: float = 0.0  # that --recompute auto plans for; 0: what is held, and what is free
     save_every: int = 50  # optimizer steps between checkpoints
     keep: int = 2  # checkpoints kept, beside the best
 
@@ -455,10 +455,12 @@ class Run:
     def validate(self, step: int, epoch: int) -> bool:
         """Measure the adapter, note it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
-        values = torch.zeros(len(names), dtype=torch.float64, device=self.model.device)
+        values = torch.zeros(len(names), dtype=torch.float64)
         if self.world.first or self.model.sharded:  # all are needed to gather sharded weights
-            measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
-            values += measured.to(values.device) * self.world.first
+            values += (
+                torch.tensor(self.validator(self.lora), dtype=torch.float64) * self.world.first
+            )
+        self.world.barrier()  # rank 0 may be long about it
         found = dict(zip(names, self.world.sum_(values).tolist(), strict=True))
         if self.world.first:
             checkpoint.note_validation(self.out, {"step": step, "epoch": epoch, **found})

@@ -23,6 +23,7 @@ from torch import Tensor
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: the default is to change
 
 OLDEST = (3, 6)  # compiled with 3.6 and 3.9; before, tensor descriptors are not there or differ
+HOW = "on Linux torch 2.10 and newer bring it: pip install -U 'torch>=2.10'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
@@ -50,9 +51,11 @@ def usable(device: str | torch.device) -> str:
     kind = torch.device(device).type
     if kind == ("cpu" if INTERPRETED else "cuda"):
         if triton is None:
-            return "triton is not installed (there are wheels for Linux), or torch knows no GPU"
+            if not (torch.version.cuda or torch.version.hip):
+                return "this torch was built for CPUs and knows no GPU"
+            return f"triton is not installed; {HOW}"
         if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-            return f"triton is {triton.__version__}, and the kernels need 3.6 or newer"
+            return f"triton is {triton.__version__}, and the kernels need 3.6 or newer; {HOW}"
         return ""
     where = "unset it" if kind == "cuda" else "kernels run on a GPU, or on a CPU with it (slow)"
     return (

@@ -11,7 +11,8 @@ traffic    the torch form holds a block of scores; a row is cut into blocks of a
            queries, and a block looks at no key behind its last query, so long rows do about half
            the square. exp of an infinity, or to a denormal, takes a CPU seven times as long as
            another: scores are clamped to LOWEST, whose exp is lost in a sum >= 1
-torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention
+torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention, where a try on
+           two short rows gives what the blocked form gives
 A row's result depends on that row (and a prefix that all share, `Packed.prefix`) alone: rows are
 handled one after the other.
 The Triton kernels are in attention_triton.py.
@@ -20,6 +21,8 @@ The Triton kernels are in attention_triton.py.
 # T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size, n = H / G
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -78,11 +81,17 @@ def longest_row(packed: Packed) -> int:
     return max((end - start for start, end in packed.rows), default=0)
 
 
-def _flash(qkv: Tensor, packed: Packed, d: int) -> bool:
-    """Whether torch's variable-length flash attention takes this: NVIDIA from sm_80 on, 16 bits.
+def _flash(qkv: Tensor, packed: Packed, H: int, G: int) -> bool:
+    """Whether torch's variable-length flash attention takes this, and was right when it was tried.
 
     Not where every row has one token: there it reorders heads, and the log-sums with them.
     """
+    d = head_size(qkv, packed, H, G)
+    return _flash_takes(qkv, packed, d) and not _flash_failure(qkv.device, qkv.dtype, H, G, d)
+
+
+def _flash_takes(qkv: Tensor, packed: Packed, d: int) -> bool:
+    """Whether it is made for this: NVIDIA from sm_80 on, 16 bits."""
     return (
         qkv.is_cuda
         and not packed.prefix
@@ -93,6 +102,36 @@ def _flash(qkv: Tensor, packed: Packed, d: int) -> bool:
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(qkv.device)[0] >= 8
     )
+
+
+@functools.cache
+def _flash_failure(device: torch.device, dtype: torch.dtype, H: int, G: int, d: int) -> str:
+    """Why torch's flash attention is not used for such heads, "" where it is; tried once.
+
+    The operators are not part of torch's public interface: their arguments and the layout of the
+    log-sums may change with its version, and so may the heads that a card's form takes.
+    """
+    g = torch.Generator().manual_seed(0)
+    packed = Packed.from_lengths([5, 2], device)
+    qkv, do = (torch.randn(7, heads * d, generator=g).to(device, dtype) for heads in (H + 2 * G, H))
+    try:
+        o, lse = _flash_forward(qkv, packed, H, G)
+        found = {"o": o, "lse": lse, "dqkv": _flash_backward(do, qkv, o, lse, packed, H, G)}
+        o, lse = _blocked_forward(qkv, packed, H, G)
+        wanted = {"o": o, "lse": lse, "dqkv": _blocked_backward(do, qkv, o, lse, packed, H, G)}
+        for name, want in wanted.items():
+            error = ((found[name] - want).abs().max() / want.abs().max()).item()
+            assert error < 0.05, f"its {name} differs from the definition's by {error:.1%}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever another version raises for arguments it does not know
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(
+            "ops: attention runs in blocks of queries, slower than torch's flash attention, which "
+            f"cannot be used with {H} + 2 x {G} heads of {d} here: {lines[0][:200]}"
+        )
+        return lines[0]
+    return ""
 
 
 def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
@@ -172,10 +211,13 @@ def _with_prefix(qkv: Tensor, start: int, end: int, context: int, H: int, G: int
 
 def attention_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
     """o (T, H d) and lse (T, H) for the backward."""
-    d = head_size(qkv, packed, H, G)
-    if _flash(qkv, packed, d):
+    if _flash(qkv, packed, H, G):
         return _flash_forward(qkv, packed, H, G)
-    acc = accumulate_dtype(qkv.dtype)
+    return _blocked_forward(qkv, packed, H, G)
+
+
+def _blocked_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
+    d, acc = head_size(qkv, packed, H, G), accumulate_dtype(qkv.dtype)
     o = qkv.new_empty(qkv.shape[0], G, H // G, d)
     lse = qkv.new_empty(qkv.shape[0], G, H // G, dtype=acc)
     for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
@@ -202,10 +244,15 @@ def attention_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
     """dqkv (T, (H + 2G) d), one buffer."""
-    d = head_size(qkv, packed, H, G)
-    if _flash(qkv, packed, d):
+    if _flash(qkv, packed, H, G):
         return _flash_backward(do, qkv, o, lse, packed, H, G)
-    dqkv = torch.empty_like(qkv)
+    return _blocked_backward(do, qkv, o, lse, packed, H, G)
+
+
+def _blocked_backward(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
+) -> Tensor:
+    d, dqkv = head_size(qkv, packed, H, G), torch.empty_like(qkv)
     acc, scale = lse.dtype, d**-0.5
     delta = (do.to(acc) * o.to(acc)).unflatten(1, (H, -1)).sum(-1)  # (T, H)
     shared = qkv.new_zeros(2, G, packed.prefix, d, dtype=acc)  # dk, dv of the prefix

@@ -239,6 +239,16 @@ FIELDS: dict[str, tuple[str, ...]] = {
 VARIANTS["invariant"] = invariant(TRITON)
 
 
+def sum_products_in_fp32() -> None:
+    """Have cuBLAS add the parts of a 16-bit product in fp32, as every file here promises.
+
+    Unless it is told so, it may add them in 16 bits where it splits a long sum (split-K).
+    """
+    products = torch.backends.cuda.matmul
+    products.allow_bf16_reduced_precision_reduction = False
+    products.allow_fp16_reduced_precision_reduction = False
+
+
 def choose(
     name: str = "auto",
     device: str | torch.device = "cpu",
@@ -249,10 +259,13 @@ def choose(
 
     `auto` on a CPU is TORCH, and in fp32 NATIVE for sampling if that compiles and passes its checks
     here at the model's widths (kernels/choose.py); on a GPU it is TRITON as far as it passes,
-    operation by operation. ValueError for an unknown name, and for `native` and `triton` where they
-    cannot run, with the reason.
+    operation by operation. Where `auto` takes a slower form than others may have, it prints why.
+    ValueError for an unknown name, and for `native` and `triton` where they cannot run, with the
+    reason.
     """
     device = torch.device(device)
+    if device.type == "cuda":
+        sum_products_in_fp32()
     if name not in ("auto", *OPS):
         raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
     if name == "native" or (name == "auto" and device.type == "cpu"):
@@ -260,8 +273,11 @@ def choose(
     reason = _triton.usable(device)
     if name == "triton" and reason:
         raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
-    if name == "auto" and (reason or dtype == torch.float64):
-        return TORCH  # kernels compute in fp32
+    if name == "auto" and dtype == torch.float64:
+        reason = reason or "they compute in fp32, and float64 was asked for"
+    if name == "auto" and reason:
+        print(f"ops: all runs in torch's slower form on {device}, without Triton kernels: {reason}")
+        return TORCH
     ops, reasons = OPS.get(name), {}
     if ops is None:
         ops, reasons = checked(TRITON, TORCH, REFERENCE, SPECS, FIELDS, device, dtype, widths)
@@ -283,6 +299,5 @@ def _with_native(name: str, device: torch.device, dtype: torch.dtype, widths: Wi
         return NATIVE if name == "native" else sampling
     if name == "native":
         raise ValueError(f"--ops native cannot run here: {reason}; use --ops auto or torch")
-    if wanted:
-        print(f"ops: sampling goes the slower way of torch, without native kernels: {reason}")
+    print(f"ops: sampling goes the slower way of torch, without native kernels: {reason}")
     return TORCH

@@ -89,14 +89,20 @@ class KVCache:
         self.free = list(range(used, self.pages))
 
     def grow(self, pages: int) -> None:
-        """Enlarge the pool to `pages`; what is in use keeps its place and content."""
+        """Enlarge the pool to `pages`; what is in use keeps its place and content.
+
+        The old pool is held beside the new one until its content is copied. Where memory does not
+        suffice for that, torch's error is raised and the pool stays as it was.
+        """
         old = self.pages
         if pages <= old:
             return
-        self.shape = (self.shape[0], pages, *self.shape[2:])
-        for name in ("k", "v"):
-            bigger = getattr(self, name).new_empty(self.shape)
-            bigger[:, :old] = getattr(self, name)
-            setattr(self, name, bigger)
+        shape = (self.shape[0], pages, *self.shape[2:])
+        bigger = {name: self.k.new_empty(shape) for name in ("k", "v")}
+        self.shape = shape
+        while bigger:  # each old tensor is freed as soon as it is copied
+            name, tensor = bigger.popitem()
+            tensor[:, :old] = getattr(self, name)
+            setattr(self, name, tensor)
         for page in range(old, pages):
             heapq.heappush(self.free, page)

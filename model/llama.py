@@ -79,11 +79,15 @@ class Tape:
         assert self.policy in POLICIES, f"recompute policy {self.policy!r} is not in {POLICIES}"
 
 
+def has_bf16_units(device: str | torch.device) -> bool:
+    """Whether this is a GPU that computes in bf16; others (T4, V100) emulate it, slowly."""
+    cuda = torch.device(device).type == "cuda"
+    return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """bf16 on a GPU with bf16 units, else fp32 (a CPU's text is then the same on every CPU run)."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if has_bf16_units(device) else torch.float32
 
 
 class Llama:
@@ -97,6 +101,8 @@ class Llama:
     ) -> None:
         self.config, self.weights = config, weights
         self.sharded = hasattr(weights, "whole")
+        if self.device.type == "cuda":
+            registry.sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
         # set for packed weights: all layers in one call (kernels/layers.py)

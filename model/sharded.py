@@ -97,7 +97,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         for module in self.units.values():
             fully_shard(module, mesh=mesh)
             module.to_empty(device=device)
-            if dist.get_backend() == "gloo":
+            if torch.device(device).type == "cpu":  # that is gloo's
                 module.set_custom_all_gather(in_place)
         # bytes beside the share: a gather's buffer, the unit and the next, or the head
         self.gathered = dtype.itemsize * (2 * layer + max(layer, math.prod(shapes["embed"])))

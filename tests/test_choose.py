@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from kernels import _triton, choose, native, registry
 from kernels import cache as cache_module
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS, Widths, check
+from model.llama import Llama, default_dtype
 
 CPU = torch.device("cpu")
 Group = namedtuple("Group", ["gr_name", "gr_mem"])
@@ -243,16 +245,18 @@ def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
     assert list(run(table)[1]) == ["swiglu"]
 
 
-def test_auto_on_a_cpu_is_torch(monkeypatch):
+def test_auto_on_a_cpu_is_torch(monkeypatch, capsys):
     """But for sampling in fp32, where a compiler is there: tests/test_native_use.py."""
     for dtype in (torch.bfloat16, torch.float64):
         assert registry.choose("auto", "cpu", dtype) is TORCH
+        said = capsys.readouterr().out
+        assert "sampling goes the slower way" in said and f"fp32 on a CPU, not {dtype}" in said
     assert dataclasses.replace(registry.choose(), name="torch", sampled=None) == TORCH
     monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler"))
     assert registry.choose() is TORCH
 
 
-def test_auto_on_a_gpu_asks_the_check(monkeypatch):
+def test_auto_on_a_gpu_asks_the_check(monkeypatch, capsys):
     """With a card that only the checking knows: the table is named by what is in it."""
     table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
     monkeypatch.setattr(registry, "TRITON", table)
@@ -268,9 +272,68 @@ def test_auto_on_a_gpu_asks_the_check(monkeypatch):
     assert seen == [(torch.device("cuda"), torch.bfloat16, OWN)]
     assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
     assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
+    capsys.readouterr()
     assert registry.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
+    assert "they compute in fp32, and float64 was asked for" in capsys.readouterr().out
     monkeypatch.setattr(_triton, "usable", lambda device: "no triton")
     assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    assert (
+        "torch's slower form on cuda, without Triton kernels: no triton" in capsys.readouterr().out
+    )
+    assert registry.choose("torch", "cuda", torch.bfloat16) is TORCH
+    assert capsys.readouterr().out == "", "that was asked for"
+
+
+@pytest.mark.parametrize("triton", [SimpleNamespace(__version__="3.5.1"), None])
+def test_auto_says_how_to_have_the_kernels(monkeypatch, capsys, triton):
+    """torch 2.9 and older bring a triton that is too old: the run is half as fast, and says so."""
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "triton", triton)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    said = capsys.readouterr().out
+    assert ("triton is 3.5.1, and the kernels need 3.6" in said) == (triton is not None)
+    assert ("triton is not installed" in said) == (triton is None)
+    assert "slower form" in said and "pip install -U 'torch>=2.10'" in said
+
+
+def test_products_on_a_gpu_are_summed_in_fp32(monkeypatch, tiny_llama_dir):
+    """By whatever way a model comes to a GPU; torch's default adds parts of a bf16 sum in bf16."""
+    products = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(products, name) for name in names]
+
+    def allowed(value=None):
+        for name in names if value is not None else ():
+            setattr(products, name, value)
+        return [getattr(products, name) for name in names]
+
+    try:
+        assert allowed(True) == [True, True]
+        registry.choose("torch", "cpu")
+        assert allowed() == [True, True]
+        registry.choose("torch", "cuda", torch.bfloat16)
+        assert allowed() == [False, False]
+        allowed(True)
+        model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
+        monkeypatch.setattr(Llama, "device", property(lambda self: torch.device("cuda")))
+        Llama(model.config, model.weights, TORCH)
+        assert allowed() == [False, False]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(products, name, value)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_is_the_default_only_where_a_gpu_computes_in_it(monkeypatch, units):
+    """A T4 answers that bf16 is supported: it emulates it."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: units or including_emulation,
+    )
+    assert default_dtype("cuda") == (torch.bfloat16 if units else torch.float32)
+    assert default_dtype("cpu") == torch.float32
 
 
 def test_refusals_say_why(monkeypatch, tiny_llama_dir):
@@ -280,8 +343,9 @@ def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     with pytest.raises(ValueError, match="--ops triton cannot run here"):
         Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
     monkeypatch.setattr(_triton, "triton", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
-        ValueError, match="triton is not installed.*knows no GPU.*use --ops auto or torch"
+        ValueError, match="was built for CPUs and knows no GPU; use --ops auto or torch"
     ):
         registry.choose("triton", "cuda")
     with pytest.raises(ValueError, match="--ops 'fast' is not known; choose one of auto"):

@@ -4,20 +4,26 @@ resumed."""
 import itertools
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.distributed import World, shares, start
+from engine import distributed
+from engine.distributed import Heartbeat, World, shares, start
 from engine.log import read_jsonl
+from engine.metrics import Metrics
 from engine.score import score
 from engine.session import ModelConfig, Session
 from engine.step import ALONE, step_gradients
-from engine.train import train
+from engine.train import Run, train
 from engine.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import POLICIES, Llama
@@ -165,6 +171,131 @@ def test_the_scripts_share_the_weights_out(tiny_llama_dir, tmp_path):
     for a, b in zip(read_jsonl(scores), whole, strict=True):
         assert a["id"] == b["id"]
         assert a["reference_nll"] == pytest.approx(b["reference_nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("busy", ""),
+        ("stopped", r"is gone \(.*[Tt]imed out"),
+        ("stopped in a sum", r"is gone \(.*[Tt]imed out"),
+        ("killed", r"is gone \(.*onnection"),
+        ("ended", r"is gone \(rank 1 has ended\)"),
+    ],
+)
+def test_waiting_for_a_process(deed, said):
+    """A busy one is waited for beyond every time-out; one that is stopped, or dead, is not."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    here = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "tests" / "waiting_job.py"), deed]
+    pair = [
+        subprocess.Popen(command, env=here | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        _, heard = pair[0].communicate(timeout=120)
+    finally:
+        pair[1].kill()
+    _, other = pair[1].communicate()
+    assert "joined" in heard and "joined" in other, heard + other
+    if deed == "busy":
+        assert "through" in heard and pair[0].returncode == 0, heard
+        return
+    assert pair[0].returncode == 2 and "through" not in heard, heard
+    assert re.search("rank 0 of 2: another process of the job " + said, heard), heard
+    assert "--resume" in heard and "Traceback" not in heard
+
+
+class Clock:
+    """An event of a GPU that is done when it was asked `asks` times."""
+
+    def __init__(self, asks):
+        self.left = asks
+
+    def record(self):
+        pass
+
+    def query(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
+    """all_reduce on NCCL returns at once; who then asks for the numbers hangs if a peer is gone."""
+    heartbeat = SimpleNamespace(gone="", look=lambda: Heartbeat.look(heartbeat))
+    world, card = World(0, 2, heartbeat), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
+    world.settle(card)
+    heartbeat.gone = "Timed out waiting for rank 1"
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
+    world.settle(card)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
+    with pytest.raises(ValueError, match="rank 0 of 2: another process.*Timed out.*--resume"):
+        world.settle(card)
+    world.settle(torch.device("cpu"))
+    World().settle(card)
+
+
+def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
+    """Flags never touch the device; sums within a step give up, waiting between stages does not."""
+    made = {}
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda b, **k: made.update(k, b=b))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **k: made.setdefault("beat", k))
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: made.update(card=index))
+    monkeypatch.setattr(Heartbeat, "start", lambda self: None)
+    monkeypatch.setattr(distributed.atexit, "register", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed._join.cache_clear()
+    world = start("cuda")
+    distributed._join.cache_clear()
+    assert made["b"] == "cpu:gloo,cuda:nccl" and made["card"] == 1
+    assert made["timeout"] == timedelta(minutes=30) and made["beat"]["backend"] == "gloo"
+    assert made["beat"]["timeout"] < timedelta(minutes=30)
+    summed = []
+    monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
+    world.any(True), world.most(3)
+    assert [t.device.type for t in summed] == ["cpu", "cpu"]
+
+
+def test_no_number_of_a_sum_is_asked_for_unguarded(tmp_path):
+    """Metrics settle before they read a loss; a long validation is waited for at a barrier."""
+    asked = []
+
+    class Number:
+        device = torch.device("cuda")
+
+        def item(self):
+            asked.append("item")
+            return 1.0
+
+    class Recorded(World):
+        def settle(self, device):
+            asked.append(f"settle {device}")
+
+        def barrier(self):
+            asked.append("barrier")
+
+        def sum_(self, tensor):
+            asked.append(f"sum on {tensor.device}")
+            return tensor
+
+    world = Recorded(1, 2)
+    with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
+        line = {"step": 2, "tokens": 3}
+        metrics.pending.append((line, SimpleNamespace(loss=Number(), norm=Number()), []))
+        metrics.flush()
+    assert asked == ["settle cuda", "item", "item"]
+    asked.clear()
+    looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
+    model = SimpleNamespace(sharded=False)
+    run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
+    Run.validate(run, 1, 0)
+    assert asked == ["barrier", "sum on cpu"]
 
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):

@@ -293,6 +293,76 @@ def test_torchs_flash_attention_takes_what_we_give_it(H, G):
     assert names[4:12] == ["out", "logsumexp", *lengths] and names[12:14] == ["rng_state", "unused"]
 
 
+def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
+    """As if this were a GPU whose flash attention gives that of what it should."""
+    monkeypatch.setattr(attention, "_flash_takes", lambda qkv, packed, d: True)
+    calls = []
+
+    def forward(qkv, packed, H, G):
+        calls.append("forward")
+        return change(*attention._blocked_forward(qkv, packed, H, G))
+
+    def backward(*args):
+        calls.append("backward")
+        return attention._blocked_backward(*args)
+
+    monkeypatch.setattr(attention, "_flash_forward", forward)
+    monkeypatch.setattr(attention, "_flash_backward", backward)
+    attention._flash_failure.cache_clear()
+    return calls
+
+
+def unknown(o, lse):
+    raise TypeError("_flash_attention_forward() takes 12 arguments")
+
+
+def short(o, lse):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, ""),
+        (lambda o, lse: (o, lse.T.contiguous().view_as(lse)), "its lse differs"),
+        (lambda o, lse: (o, lse[:-1]), "cannot be used with 7 + 2 x 7 heads of 16"),
+        (lambda o, lse: (o * float("nan"), lse), "its o differs"),
+        (unknown, "takes 12 arguments"),
+    ],
+    ids=["right", "another layout", "another shape", "nan", "another signature"],
+)
+def test_flash_attention_is_tried_once_and_left_where_it_is_another(
+    monkeypatch, capsys, change, said
+):
+    """With as many heads as the tried rows have tokens: the shape of the log-sums tells nothing."""
+    calls = flash_as_blocks(monkeypatch, *[change] * (change is not None))
+    spec = SPECS["attention"]
+    inputs = cast(
+        spec.make_inputs((7, 7, 16, 3, 4), torch.Generator().manual_seed(0)), torch.float32
+    )
+    found = spec.run(TORCH, inputs)
+    assert calls == ["forward", "backward"] * 2 if change is None else calls[:1] == ["forward"]
+    tried, heard = len(calls), capsys.readouterr().out
+    assert (said in heard and "in blocks of queries" in heard) if said else heard == ""
+    again = spec.run(TORCH, inputs)
+    assert len(calls) == tried + 2 * (change is None) and capsys.readouterr().out == ""
+    monkeypatch.undo()
+    attention._flash_failure.cache_clear()
+    for name, want in spec.run(TORCH, inputs).items():
+        torch.testing.assert_close(found[name], want)
+        torch.testing.assert_close(again[name], want)
+
+
+def test_want_of_memory_does_not_tell_against_flash_attention(monkeypatch):
+    calls = flash_as_blocks(monkeypatch, short)
+    qkv = torch.zeros(7, 3 * 16)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            attention.attention_forward(qkv, Packed.from_lengths([7]), 1, 1)
+    assert calls == ["forward"] * 2
+    attention._flash_failure.cache_clear()
+
+
 @pytest.mark.parametrize("name", [n for n in OPS])
 def test_every_operation_is_in_the_tables(name):
     assert all(callable(getattr(OPS[name], op)) for op in OPS[name].table())

@@ -381,3 +381,21 @@ def f():
 def test_rule_of_unpickling(source):
     assert len(unpickling(source)) == 1
     assert unpickling("np.load('x', allow_pickle=False)\njson.load(f)") == []
+
+
+def test_the_oldest_torch_and_triton_are_said_alike():
+    """pyproject.toml, the script that makes .venv, the kernels, what is printed, README.md."""
+    from kernels import _triton
+
+    project, script, readme = (
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("pyproject.toml", "scripts/venv.sh", "README.md")
+    )
+    torch, triton = (re.search(rf'"{name}>=([\d.]+)', project)[1] for name in ("torch", "triton"))
+    assert f">= ({torch.replace('.', ', ')})" in script and f"torch >= {torch} yet" in script
+    assert f"torch>={torch}'" in _triton.HOW
+    assert tuple(map(int, triton.split("."))) == _triton.OLDEST
+    words = " ".join(readme.split())
+    assert f"torch ({torch} or newer), triton ({triton} or newer" in words
+    python = re.search(r'requires-python = ">=([\d.]+)"', project)[1]
+    assert f"Python {python} or newer" in words and python.replace(".", ", ") in script

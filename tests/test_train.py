@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from engine import checkpoint
 from engine import step as stepping
+from engine import train as train_module
 from engine.data import Example, encode, load_rows
 from engine.demo import write_demo
 from engine.evaluate import reference_nll
@@ -79,6 +80,37 @@ def test_loss_falls_and_the_run_directory_is_complete(tiny, tmp_path):
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert meta["finished"] and meta["settings"]["lora"]["rank"] == 4
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == SMALL.keep
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_training_twice_and_resuming_give_the_same_bytes(
+    tiny_llama_dir, tmp_path, device, monkeypatch
+):
+    """Nothing in a training step is atomic, so this holds on a GPU too, in either dtype."""
+    ops = TRITON if device == "cuda" else TORCH
+    path = tiny_llama_dir(heads=4, kv_heads=2, head_dim=16)
+    step = train_module.step_update
+
+    def failing(model, lora, optimizer, *rest):
+        if optimizer.step == 7:
+            raise KeyError("killed")
+        return step(model, lora, optimizer, *rest)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
+        runs = [tmp_path / f"{name} {dtype}" for name in ("once", "twice", "resumed")]
+        go(model, runs[0]), go(model, runs[1])
+        monkeypatch.setattr(train_module, "step_update", failing)
+        with pytest.raises(KeyError):
+            go(model, runs[2])
+        monkeypatch.setattr(train_module, "step_update", step)
+        go(model, runs[2], resume=True)
+        first, *others = [(run / "adapter_model.safetensors").read_bytes() for run in runs]
+        assert others == [first] * 2 and lines(runs[0]) == lines(runs[1]) == lines(runs[2])
 
 
 def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
