@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.cores import waiting, within_limits
 from engine.distributed import World, start
 from engine.log import model_fingerprint
 from engine.process import keep_freed_memory, return_freed_memory
@@ -36,7 +37,7 @@ class ModelConfig:
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
     ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
-    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    threads: int = 0  # CPU threads; 0: torch's choice, no more than a container's limit allows
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca; own: the model's (default)
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
@@ -101,8 +102,9 @@ class Session:
         dtype = DTYPES.get(config.dtype) or default_dtype(device)
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads = config.threads or within_limits(torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         started = time.perf_counter()
         tokenizer = load_tokenizer(path)
         try:
@@ -151,9 +153,12 @@ class Session:
         f = self.facts()
         print(
             f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
-            f"{f['device']}{self._shared()}, {torch.get_num_threads()} threads, ops {f['ops']}, "
+            f"{f['device']}{self._shared()}, {self._threads()}, ops {f['ops']}, "
             f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
+
+    def _threads(self) -> str:
+        return f"{torch.get_num_threads()} threads" + (f" ({waiting()})" if waiting() else "")
 
     def _shared(self) -> str:
         return f", shared out over {self.world.size} processes" if self.model.sharded else ""
