@@ -187,10 +187,10 @@ class Worker:
 
 
 @contextmanager
-def neighbour(kind: str) -> Iterator[None]:
+def neighbour(kind: str) -> Iterator[subprocess.Popen | None]:
     """Another process at work, which has begun when the block does."""
     if kind == "none":
-        yield
+        yield None
         return
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", NEIGHBOURS[kind]]
@@ -198,7 +198,7 @@ def neighbour(kind: str) -> Iterator[None]:
     try:
         process.stdout.readline()
         time.sleep(0.2)
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import engine  # noqa: F401 before torch: how waiting threads wait
 from model.lora import Lora, merge
 
 

@@ -139,8 +139,8 @@ static float weights_of(float *scores, long length) {
     return sum(total);
 }
 
-/* The query heads of key/value heads g0 ... g1 - 1, of a token that sees `length` keys; q is that of
-   its head 0, o that of head g0 n. Page by page, whose heads lie side by side. */
+/* The query heads of key/value heads g0 ... g1 - 1, of a token that sees `length` keys; q is that
+   of its head 0, o that of head g0 n. Page by page, whose heads lie side by side. */
 static void attend(const worker *me, const float *q, const float *k, const float *v, float *o,
                    const int64_t *table, float *scratch, long length, long room, long n, long G,
                    long g0, long g1, long d, long page) {

@@ -1,9 +1,9 @@
 /* How work is shared out: share.h says why.
 
    All that decides is the state of a chunk. It rises: below 2p before it is done in phase p, 2p
-   while its result is put into place, 2p + 1 from then on. Who moves it to 2p, by an atomic exchange,
-   puts. Ranges only say who had best compute what; were they wrong, chunks would be done twice
-   or by those that wait, never put twice or left out. */
+   while its result is put into place, 2p + 1 from then on. Who moves it to 2p, by an atomic
+   exchange, puts. Ranges only say who had best compute what; were they wrong, chunks would be
+   done twice or by those that wait, never put twice or left out. */
 
 #include <omp.h>
 #include <sched.h>
@@ -12,9 +12,9 @@
 #include "share.h"
 #include "vec.h"
 
-#define CHUNKS 1024  /* of a phase; one with more is several */
-#define THREADS 256  /* more do not take part */
-#define PATIENCE 50000    /* cycles, and twice the longest chunk: then a chunk is done again */
+#define CHUNKS 1024 /* of a phase; one with more is several */
+#define THREADS 256 /* more do not take part */
+#define PATIENCE 50000 /* cycles, and twice the longest chunk: then a chunk is done again */
 #define NO_MEASURE 1000000 /* cycles, for a thread that had no chunk to go by */
 
 typedef _Atomic uint32_t state;
@@ -69,7 +69,7 @@ static long left_of(crew *crew, uint32_t phase, long thread, long count, uint64_
     return end - *first;
 }
 
-/* The next chunk of its own part, else the first of a half of the longest one; -1: all are taken */
+/* The next chunk of its own part, else the first of half of the longest one; -1: all are taken */
 static long take(const worker *me, long count) {
     crew *crew = me->crew;
     for (;;) {
