@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.cores import set_here
 from engine.log import ROOT
 
 # 32 MiB is the largest threshold that glibc takes for mmap; freed pages stay with the process
@@ -60,7 +61,7 @@ class Quiet:
 def run(command: Sequence[str], job: Job, malloc: bool) -> dict[str, Any]:
     """A process that reads the job and writes JSON as its last line."""
     ours = command[1] == "-m"
-    left_out = {*MALLOC, *(() if ours else ("PYTHONPATH",))}
+    left_out = {*MALLOC, *(() if ours else ("PYTHONPATH", *set_here))}
     env = {k: v for k, v in os.environ.items() if k not in left_out} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command,

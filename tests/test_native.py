@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cached_attention, native, panels
+from kernels import native, panels
 from kernels.context import Cached
 from kernels.panels import Panels, bytes_needed
 from kernels.registry import FIELDS, NATIVE, REFERENCE, SPECS, TORCH
@@ -44,7 +44,7 @@ def needed():
         pytest.skip(f"no native kernels: {reason}")
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+@pytest.fixture(params=[1, 2, 5], ids=["1 thread", "2 threads", "5 threads"])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -615,17 +615,34 @@ def test_heads_that_are_no_whole_vectors_are_refused():
         NATIVE.cached_attention(torch.zeros(1, 3 * d), k, k, cached)
 
 
-def test_no_memory_for_scores_is_an_error(monkeypatch):
-    """Not an answer: the C function says -1."""
+def test_no_memory_is_an_error(threads):
+    """Not an answer; and nothing was written."""
+    x, y = torch.ones(1, 8), fresh(1, 8)
+    bits, count = packed(torch.ones(8, 8))
+    places = x.data_ptr(), bits.data_ptr(), y.data_ptr()
+    with pytest.raises(MemoryError, match="what a thread of the native linear needs"):
+        native.library().linear(*places, count, 1, 2**50, 8)  # of so many inputs
+    assert y.isnan().all()
+    native.library().linear(*places, count, 1, 8, 8)
+    assert torch.equal(y, torch.full((1, 8), 8.0)), "the next call has what it needs"
 
-    class Full:
-        panel_columns = staticmethod(native.library().panel_columns)
-        cached_attention = staticmethod(lambda *_: -1)
 
-    monkeypatch.setattr(cached_attention, "library", Full)
-    cached, k = Cached.build([1], [0], [[0]], 8), torch.zeros(1, 1, 8, 16)
-    with pytest.raises(MemoryError, match="no memory for the scores"):
-        NATIVE.cached_attention(torch.zeros(1, 48), k, k, cached)
+# ---- shared out
+
+
+def test_many_threads_give_the_bits_of_one():
+    """More than there are cores, and than a product has panels; far more panels than chunks."""
+    wide, tall = normal(2100 * lanes() + 5, 9), normal(3 * lanes(), 400)
+    x, y = normal(50, 9, seed=1), normal(700, 400, seed=2)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7, 16):
+            torch.set_num_threads(count)
+            seen.append((Panels(wide)(x), Panels(tall)(y)))
+    finally:
+        torch.set_num_threads(before)
+    for made in seen:
+        assert all(map(bitwise, made, seen[0]))
 
 
 # ---- the same tests on other forms
@@ -640,6 +657,8 @@ FORMS = {  # flags instead of -march=native, and the processor flags that it tak
         ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover"],
         set(),
     ),
+    # threads that lose their core at every turn, and do at once what another has in hand
+    "stalled": (["-O3", "-march=native", "-DSTALLED"], set()),
 }
 
 
@@ -665,12 +684,13 @@ def test_other_forms(form, tmp_path):
     if form == "sanitized":
         env |= {
             "LD_PRELOAD": runtimes(native._compiler()[0]),
-            "ASAN_OPTIONS": "detect_leaks=0",
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
     common = tuple(f for f in native.FLAGS if not f.startswith(("-O", "-march")))
     env["TESTED_LIBRARY"] = str(native.build(tmp_path, (*common, *flags)))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    command += [str(Path(__file__).with_name("test_layers.py")), "-k", "not profile"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout

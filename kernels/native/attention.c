@@ -17,17 +17,49 @@
 #include "native.h"
 #include "vec.h"
 
-void kv_write(const float *qkv, float *k, float *v, const int64_t *pages, const int64_t *offsets,
-              long T, long H, long G, long d, long page) {
-#pragma omp parallel for schedule(static) if (T > 64)
-    for (long t = 0; t < T; t++)
+/* ---- writing */
+
+typedef struct {
+    const float *qkv;
+    float *k, *v;
+    const int64_t *pages, *offsets;
+    long T, H, G, d, page;
+} written;
+
+#define TOKENS 8 /* of a chunk */
+
+static void compute_nothing(worker *me, const void *what, long chunk) {}
+
+static void put_tokens(const worker *me, const void *what, long chunk) {
+    const written *a = what;
+    long G = a->G, d = a->d;
+    for (long t = chunk * TOKENS; t < least((chunk + 1) * TOKENS, a->T); t++)
         for (long g = 0; g < G; g++) {
-            long to = ((pages[t] * G + g) * page + offsets[t]) * d;
-            const float *from = qkv + (t * (H + 2 * G) + H + g) * d;
-            memcpy(k + to, from, d * sizeof(float));
-            memcpy(v + to, from + G * d, d * sizeof(float));
+            long to = ((a->pages[t] * G + g) * a->page + a->offsets[t]) * d;
+            const float *from = a->qkv + (t * (a->H + 2 * G) + a->H + g) * d;
+            memcpy(a->k + to, from, d * sizeof(float));
+            memcpy(a->v + to, from + G * d, d * sizeof(float));
         }
 }
+
+static void all_written(worker *me, const void *what) {
+    const written *a = what;
+    share(me, (a->T + TOKENS - 1) / TOKENS, compute_nothing, put_tokens, a);
+}
+
+void share_kv_write(worker *me, const float *qkv, float *k, float *v, const int64_t *pages,
+                    const int64_t *offsets, long T, long H, long G, long d, long page) {
+    written a = {qkv, k, v, pages, offsets, T, H, G, d, page};
+    all_written(me, &a);
+}
+
+int kv_write(const float *qkv, float *k, float *v, const int64_t *pages, const int64_t *offsets,
+             long T, long H, long G, long d, long page) {
+    written a = {qkv, k, v, pages, offsets, T, H, G, d, page};
+    return together(T <= 64, 0, all_written, &a);
+}
+
+/* ---- reading */
 
 /* scores[j] = q . k_j for `count` keys of a page, and room up to whole vectors of scores; c vectors
    hold a head */
@@ -107,22 +139,22 @@ static float weights_of(float *scores, long length) {
     return sum(total);
 }
 
-/* The query heads of key/value heads g0 ... g1 - 1, of a token that sees `length` keys; q and o are
-   those of its head 0. Page by page, whose heads lie side by side. */
-static void attend(const float *q, const float *k, const float *v, float *o, const int64_t *table,
-                   float *scratch, long length, long room, long n, long G, long g0, long g1,
-                   long d, long page) {
+/* The query heads of key/value heads g0 ... g1 - 1, of a token that sees `length` keys; q is that
+   of its head 0, o that of head g0 n. Page by page, whose heads lie side by side. */
+static void attend(const worker *me, const float *q, const float *k, const float *v, float *o,
+                   const int64_t *table, float *scratch, long length, long room, long n, long G,
+                   long g0, long g1, long d, long page) {
     long c = d / LANES, first = g0 * n, heads = (g1 - g0) * n;
     float *scaled = scratch + heads * room, *out = scaled + heads * d, total[heads];
     for (long i = 0; i < heads * d; i += LANES)
         store(scaled + i, mul(load(q + first * d + i), all(1 / sqrtf(d))));
     memset(out, 0, 2 * heads * d * sizeof(float));
-    for (long b = 0; b * page < length; b++)
+    for (long b = 0; b * page < length && !late(me); b++)
         for (long h = 0; h < heads; h++)
             scores_of(c, scaled + h * d, k + (table[b] * G + g0 + h / n) * page * d,
                       scratch + h * room + b * page, least(page, length - b * page));
     for (long h = 0; h < heads; h++) total[h] = weights_of(scratch + h * room, length);
-    for (long b = 0; b * page < length; b++)
+    for (long b = 0; b * page < length && !late(me); b++)
         for (long h = 0; h < heads; h++)
             values_of(c, scratch + h * room + b * page,
                       v + (table[b] * G + g0 + h / n) * page * d, out + 2 * h * d,
@@ -130,45 +162,76 @@ static void attend(const float *q, const float *k, const float *v, float *o, con
     for (long h = 0; h < heads; h++)
         for (long i = 0; i < c; i++) {
             const float *pair = out + 2 * (h * c + i) * LANES;
-            store(o + (first + h) * d + i * LANES,
+            store(o + h * d + i * LANES,
                   quotient(add(load(pair), load(pair + LANES)), all(total[h])));
         }
 }
 
 #define PIECE 16 /* tokens of a row that one thread takes in turn: their keys are at hand */
 
-/* 0, or -1 where memory for the scores could not be had. */
+/* What is known before the first phase. 0, or -1 where memory could not be had; free(a->piece). */
+int cut_attention(attention *a) {
+    long longest = 0;
+    a->pieces = 0;
+    a->piece = malloc((a->cu[a->B] + 1) * sizeof *a->piece);
+    if (!a->piece) return -1;
+    for (long b = 0; b < a->B; b++) {
+        for (long t = a->cu[b]; t < a->cu[b + 1]; t += PIECE) {
+            a->piece[a->pieces].row = b;
+            a->piece[a->pieces++].first = t;
+        }
+        long length = a->contexts[b] + a->cu[b + 1] - a->cu[b];
+        if (length > longest) longest = length;
+    }
+    a->room = longest + LANES; /* a page's scores may be written beyond it by a vector */
+    /* few rows are shared out by heads, too: memory is read in shorter runs then */
+    a->together = a->B >= 4 * omp_get_max_threads() ? a->G : 1;
+    return 0;
+}
+
+/* A thread's own memory: a piece's outputs, and scratch for a token */
+long attention_room(const attention *a) {
+    return a->together * a->H / a->G * (PIECE * a->d + a->room + 3 * a->d);
+}
+
+static void compute_piece(worker *me, const void *what, long chunk) {
+    const attention *a = what;
+    long i = chunk % a->pieces, g = chunk / a->pieces * a->together, b = a->piece[i].row;
+    long first = a->piece[i].first, end = least(first + PIECE, a->cu[b + 1]);
+    long n = a->H / a->G, width = a->together * n * a->d;
+    for (long t = first; t < end && !late(me); t++)
+        if (!a->place || a->place[t] >= 0)
+            attend(me, a->qkv + t * (a->H + 2 * a->G) * a->d, a->k, a->v,
+                   me->own + (t - first) * width, a->table + b * a->P, me->own + PIECE * width,
+                   a->contexts[b] + t - a->cu[b] + 1, a->room, n, a->G, g, g + a->together, a->d,
+                   a->page);
+}
+
+static void put_piece(const worker *me, const void *what, long chunk) {
+    const attention *a = what;
+    long i = chunk % a->pieces, g = chunk / a->pieces * a->together, b = a->piece[i].row;
+    long first = a->piece[i].first, end = least(first + PIECE, a->cu[b + 1]);
+    long n = a->H / a->G, width = a->together * n * a->d;
+    for (long t = first; t < end; t++) {
+        long to = a->place ? a->place[t] : t;
+        if (to >= 0)
+            memcpy(a->o + (to * a->H + g * n) * a->d, me->own + (t - first) * width,
+                   width * sizeof(float));
+    }
+}
+
+void share_attention(worker *me, const attention *a) {
+    share(me, a->pieces * (a->G / a->together), compute_piece, put_piece, a);
+}
+
+static void all_attention(worker *me, const void *what) { share_attention(me, what); }
+
 int cached_attention(const float *qkv, const float *k, const float *v, float *o,
                      const int64_t *table, const int32_t *cu, const int32_t *contexts, long B,
                      long P, long H, long G, long d, long page) {
-    long n = H / G, longest = 0, pieces = 0, failed = 0;
-    struct { int32_t row, first; } *piece = malloc((cu[B] + 1) * sizeof *piece);
-    if (!piece) return -1;
-    for (long b = 0; b < B; b++) {
-        for (long t = cu[b]; t < cu[b + 1]; t += PIECE) {
-            piece[pieces].row = b;
-            piece[pieces++].first = t;
-        }
-        long length = contexts[b] + cu[b + 1] - cu[b];
-        if (length > longest) longest = length;
-    }
-    long room = longest + LANES; /* a page's scores may be written beyond it by a vector */
-    /* few rows are shared out by heads, too: memory is read in shorter runs then */
-    long together = B >= 4 * omp_get_max_threads() ? G : 1, parts = G / together;
-#pragma omp parallel reduction(| : failed)
-    {
-        float *scratch = malloc(together * n * (room + 3 * d) * sizeof(float));
-        failed = !scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (long task = 0; task < pieces * parts; task++) {
-            long i = task % pieces, g = task / pieces * together, b = piece[i].row;
-            long first = piece[i].first, end = least(first + PIECE, cu[b + 1]);
-            for (long t = first; scratch && t < end; t++)
-                attend(qkv + t * (H + 2 * G) * d, k, v, o + t * H * d, table + b * P, scratch,
-                       contexts[b] + t - cu[b] + 1, room, n, G, g, g + together, d, page);
-        }
-        free(scratch);
-    }
-    free(piece);
-    return failed ? -1 : 0;
+    attention a = {qkv, k, v, o, table, cu, contexts, B, P, H, G, d, page};
+    if (cut_attention(&a)) return -1;
+    int failed = together(0, attention_room(&a), all_attention, &a);
+    free(a.piece);
+    return failed;
 }

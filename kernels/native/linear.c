@@ -10,7 +10,8 @@
 
    Every y is a sum of chains over CHAIN numbers k each of fused multiply-adds from 0 on, added in
    order: its bits do not depend on T, on the place of its row, or on the number of threads. (One
-   chain over all of K would double the rounding error.)
+   chain over all of K would double the rounding error.) Threads share out panels: each column of y
+   is computed by one.
 
    T = tokens, K = inputs, N = outputs, P = panels */
 
@@ -83,9 +84,9 @@ INLINE void numbers(const long bytes, const char *panel, long k, vec *a, vec *b)
 /* What to ask memory for during a tile: `step` bytes from `at` on for every k. */
 typedef struct { const char *at; long step; } ahead;
 
-/* m <= ROWS rows of x by one panel, `width` rows of which are W's */
+/* m <= ROWS rows of x by one panel: out (m, PANEL) */
 INLINE void tile(const int m, const long bytes, const ahead next, const float *x, const char *w,
-                 float *y, long width, long K, long N) {
+                 float *out, long K) {
     vec total[ROWS][2], sums[ROWS][2];
     for (long from = 0; from < K; from += CHAIN) {
         EACH for (int i = 0; i < m; i++) sums[i][0] = sums[i][1] = all(0);
@@ -108,15 +109,13 @@ INLINE void tile(const int m, const long bytes, const ahead next, const float *x
             EACH for (int j = 0; j < 2; j++)
                 total[i][j] = from ? add(total[i][j], sums[i][j]) : sums[i][j];
     }
-    EACH for (int i = 0; i < m; i++) {
-        store_some(y + i * N, total[i][0], least(width, LANES));
-        if (width > LANES) store_some(y + i * N + LANES, total[i][1], width - LANES);
-    }
+    EACH for (int i = 0; i < m; i++)
+        EACH for (int j = 0; j < 2; j++) store(out + i * PANEL + j * LANES, total[i][j]);
 }
 
-#define CASE(m) case m: tile(m, bytes, next, x, w, y, width, K, N); break;
+#define CASE(m) case m: tile(m, bytes, next, x, w, out, K); break;
 INLINE void tiles(const long bytes, const ahead next, long m, const float *x, const char *w,
-                  float *y, long width, long K, long N) {
+                  float *out, long K) {
     switch (m) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if ROWS > 6
@@ -125,61 +124,88 @@ INLINE void tiles(const long bytes, const ahead next, long m, const float *x, co
     }
 }
 
-#define FORM(bytes)                                                                           \
-    static void tiles##bytes(ahead next, long m, const float *x, const char *w, float *y,     \
-                             long width, long K, long N) {                                    \
-        tiles(bytes, next, m, x, w, y, width, K, N);                                          \
+#define FORM(bytes)                                                                         \
+    static void tiles##bytes(ahead next, long m, const float *x, const char *w, float *out, \
+                             long K) {                                                      \
+        tiles(bytes, next, m, x, w, out, K);                                                \
     }
 FORM(2)
 FORM(3)
 FORM(4)
 
-/* A panel as fp32 that this thread has at hand; NULL where there is no memory for it. */
-static const char *widened(const char *panel, long bytes, long K) {
-    static __thread float *scratch;
-    static __thread long size;
-    if (size < K * PANEL) {
-        free(scratch);
-        scratch = aligned_alloc(64, K * PANEL * sizeof(float));
-        size = scratch ? K * PANEL : 0;
-    }
-    for (long k = 0; scratch && k < K; k++) {
+/* A panel as fp32 */
+static void widen(const char *panel, long bytes, float *wide, long K) {
+    for (long k = 0; k < K; k++) {
         vec a, b;
         if (bytes == 2)
             numbers(2, panel, k, &a, &b);
         else
             numbers(3, panel, k, &a, &b);
-        store(scratch + k * PANEL, a);
-        store(scratch + k * PANEL + LANES, b);
+        store(wide + k * PANEL, a);
+        store(wide + k * PANEL + LANES, b);
     }
-    return (const char *)scratch;
 }
 
-void linear(const float *x, const char *w, float *y, long bytes, long T, long K, long N) {
-    long P = (N + PANEL - 1) / PANEL, size = K * PANEL * bytes;
-    for (long first = 0; first < T; first += BLOCK) {
-        long end = least(first + BLOCK, T), tiles = (end - first + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static)
-        for (long p = 0; p < P; p++) {
-            const char *panel = w + p * size;
-            const char *wide = bytes < 4 && tiles >= WIDENED ? widened(panel, bytes, K) : NULL;
-            for (long i = 0, t = first, m; i < tiles; i++, t += m) { /* of about the same size */
-                long width = least(PANEL, N - p * PANEL);
-                m = (end - t + tiles - i - 1) / (tiles - i);
-                const float *in = x + t * K;
-                float *out = y + t * N + p * PANEL;
-                /* one tile asks for what it needs soon, several share out the next panel */
-                ahead next = {panel + (tiles == 1 ? AHEAD : size + size / tiles * i),
-                              (PANEL * bytes + tiles - 1) / tiles};
-                if (wide)
-                    tiles4(next, m, in, wide, out, width, K, N);
-                else if (bytes == 2)
-                    tiles2(next, m, in, panel, out, width, K, N);
-                else if (bytes == 3)
-                    tiles3(next, m, in, panel, out, width, K, N);
-                else
-                    tiles4(next, m, in, panel, out, width, K, N);
-            }
-        }
+/* Tokens first ... end - 1 of a product */
+typedef struct {
+    const float *x;
+    const char *w;
+    float *y;
+    long bytes, first, end, K, N;
+} product;
+
+/* A thread's own memory: a panel's columns of y, and a panel as fp32 */
+long linear_room(long T, long K) { return (least(T, BLOCK) + K) * PANEL; }
+
+static void compute_panel(worker *me, const void *what, long p) {
+    const product *a = what;
+    long tiles = (a->end - a->first + ROWS - 1) / ROWS, size = a->K * PANEL * a->bytes;
+    const char *panel = a->w + p * size;
+    float *wide = a->bytes < 4 && tiles >= WIDENED ? me->own + (a->end - a->first) * PANEL : NULL;
+    if (wide) widen(panel, a->bytes, wide, a->K);
+    for (long i = 0, t = a->first, m; i < tiles && !late(me); i++, t += m) {
+        m = (a->end - t + tiles - i - 1) / (tiles - i); /* of about the same size */
+        const float *in = a->x + t * a->K;
+        float *out = me->own + (t - a->first) * PANEL;
+        /* one tile asks for what it needs soon, several share out the next panel */
+        ahead next = {panel + (tiles == 1 ? AHEAD : size + size / tiles * i),
+                      (PANEL * a->bytes + tiles - 1) / tiles};
+        if (wide)
+            tiles4(next, m, in, (char *)wide, out, a->K);
+        else if (a->bytes == 2)
+            tiles2(next, m, in, panel, out, a->K);
+        else if (a->bytes == 3)
+            tiles3(next, m, in, panel, out, a->K);
+        else
+            tiles4(next, m, in, panel, out, a->K);
     }
+}
+
+static void put_panel(const worker *me, const void *what, long p) {
+    const product *a = what;
+    long width = least(PANEL, a->N - p * PANEL);
+    for (long t = a->first; t < a->end; t++) {
+        const float *out = me->own + (t - a->first) * PANEL;
+        float *y = a->y + t * a->N + p * PANEL;
+        store_some(y, load(out), least(width, LANES));
+        if (width > LANES) store_some(y + LANES, load(out + LANES), width - LANES);
+    }
+}
+
+void share_linear(worker *me, const float *x, const char *w, float *y, long bytes, long T, long K,
+                  long N) {
+    for (long first = 0; first < T; first += BLOCK) {
+        product a = {x, w, y, bytes, first, least(first + BLOCK, T), K, N};
+        share(me, (N + PANEL - 1) / PANEL, compute_panel, put_panel, &a);
+    }
+}
+
+static void all_of(worker *me, const void *what) {
+    const product *a = what;
+    share_linear(me, a->x, a->w, a->y, a->bytes, a->end, a->K, a->N);
+}
+
+int linear(const float *x, const char *w, float *y, long bytes, long T, long K, long N) {
+    product a = {x, w, y, bytes, 0, T, K, N};
+    return together(0, linear_room(T, K), all_of, &a);
 }

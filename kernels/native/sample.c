@@ -104,37 +104,56 @@ static long drawn(const float *z, const entry *order, double *cumulative, long n
     return order[last].id;
 }
 
+typedef struct {
+    const float *logits, *z;
+    const double *u;
+    int64_t *tokens;
+    float *logprobs;
+    long V, n, room; /* n: tokens that top_k leaves; room: entries of the order */
+    double temperature, top_p, min_p;
+    long B;
+} draws;
+
+typedef struct { int64_t token; float logprob; } draw;
+#define HEAD 16 /* floats of a thread's memory in front of the order: its draw */
+
+static void compute_draw(worker *me, const void *what, long b) {
+    const draws *a = what;
+    const float *row = a->z + b * a->V, *logits = a->logits + b * a->V;
+    draw *drew = (draw *)me->own;
+    if (a->temperature > 0) {
+        entry *order = (entry *)(me->own + HEAD), *other = order + a->room;
+        double *cumulative = (double *)(a->n > FEW ? other + a->V : other);
+        if (a->n <= FEW)
+            first_few(row, a->V, order, a->n);
+        else
+            sorted(row, a->V, order, other);
+        if (late(me)) return;
+        drew->token = drawn(row, order, cumulative, a->n, a->u[b], a->temperature, a->top_p,
+                            a->min_p);
+    } else
+        drew->token = first_largest(row, a->V);
+    if (late(me)) return;
+    drew->logprob = logits[drew->token] - log_sum(logits, a->V);
+}
+
+static void put_draw(const worker *me, const void *what, long b) {
+    const draws *a = what;
+    const draw *drew = (const draw *)me->own;
+    a->tokens[b] = drew->token;
+    a->logprobs[b] = drew->logprob;
+}
+
+static void all_draws(worker *me, const void *what) {
+    const draws *a = what;
+    share(me, a->B, compute_draw, put_draw, a);
+}
+
 /* 0, or -1 where memory could not be had. temperature 0 takes the largest; top_k 0 keeps all. */
 int sample(const float *logits, const float *z, const double *u, int64_t *tokens, float *logprobs,
            long B, long V, double temperature, long top_k, double top_p, double min_p) {
-    long n = top_k && top_k < V ? top_k : V, room = n <= FEW ? n : V, failed = 0;
-#pragma omp parallel reduction(| : failed) if (B > 1)
-    {
-        entry *order = NULL, *other = NULL;
-        double *cumulative = NULL;
-        if (temperature > 0) {
-            order = malloc(room * sizeof(entry));
-            other = n > FEW ? malloc(V * sizeof(entry)) : order;
-            cumulative = malloc(n * sizeof(double));
-            failed = !order || !other || !cumulative;
-        }
-#pragma omp for schedule(static)
-        for (long b = 0; b < B; b++) {
-            const float *row = z + b * V;
-            if (failed) continue;
-            if (temperature > 0) {
-                if (n <= FEW)
-                    first_few(row, V, order, n);
-                else
-                    sorted(row, V, order, other);
-                tokens[b] = drawn(row, order, cumulative, n, u[b], temperature, top_p, min_p);
-            } else
-                tokens[b] = first_largest(row, V);
-            logprobs[b] = logits[b * V + tokens[b]] - log_sum(logits + b * V, V);
-        }
-        if (other != order) free(other);
-        free(order);
-        free(cumulative);
-    }
-    return failed ? -1 : 0;
+    long n = top_k && top_k < V ? top_k : V, room = n <= FEW ? n : V, own = HEAD;
+    draws a = {logits, z, u, tokens, logprobs, V, n, room, temperature, top_p, min_p, B};
+    if (temperature > 0) own += 2 * (room + (n > FEW ? V : 0) + n); /* entry and double: 2 floats */
+    return together(B <= 1, own, all_draws, &a);
 }
