@@ -46,7 +46,7 @@ KEPT_BYTES = 1 << 14  # of that, in Outcome.output
 FILE_BYTES, ALL_FILES_BYTES, FILES = 16 << 20, 64 << 20, 256  # the working directory's limits
 THREADS = 32
 TICK = 0.02  # seconds between looks at the working directory, open files and threads
-# What a program may be said to have done by the process it ran in; "" stands for nothing said.
+# What the process may say of its program; anything else is not understood.
 SAID = ("ok", "error", "syntax", "exit", "memory", "files", "process", "network", "signal")
 
 
