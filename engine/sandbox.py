@@ -45,8 +45,8 @@ OUTPUT_BYTES = 1 << 20  # of stdout and stderr together; beyond it the program i
 KEPT_BYTES = 1 << 14  # of that, in Outcome.output
 FILE_BYTES, ALL_FILES_BYTES, FILES = 16 << 20, 64 << 20, 256  # the working directory's limits
 THREADS = 32
-TICK = 0.05  # seconds between looks at the working directory, open files and threads
-# What a program may be said to have done by the process it ran in; "" stands for nothing said.
+TICK = 0.02  # seconds between looks at the working directory, open files and threads
+# What the process may say of its program; anything else is not understood.
 SAID = ("ok", "error", "syntax", "exit", "memory", "files", "process", "network", "signal")
 
 

@@ -109,9 +109,9 @@ def test_hostile_numbers_take_no_time():
         " " * 99_000 + "1", "1 x 10" * 20_000, "⁵" * 50_000, "1:" * 50_000, "9^999", "0^-1",
         "99999999999999999999^300", "1e999",
     ):  # fmt: skip
-        started = time.perf_counter()
+        started = time.process_time()
         last_number(text)
-        assert time.perf_counter() - started < 2, text[:20]
+        assert time.process_time() - started < 2, text[:20]
 
 
 # ---- calls
@@ -182,6 +182,6 @@ def test_hostile_calls_take_no_time():
         '{"name": "f", "arguments": ' + "[" * 900 + "]" * 900 + "}", "f(" + "1" * 9000 + ")",
     ):  # fmt: skip
         for reference in ("f(a=1)", JSON):
-            started = time.perf_counter()
+            started = time.process_time()
             assert not VERIFIERS["call"](row(reference), text)[0]
-            assert time.perf_counter() - started < 5, text[:20]
+            assert time.process_time() - started < 5, text[:20]

@@ -228,6 +228,6 @@ def test_hostile_texts_are_read_in_time_and_raise_nothing():
         "1" * 5000, "x = " + "1 + " * 5000 + "1", "if x:\n" * 200, "@" * 5000, "\ud800",
     ]  # fmt: skip
     for text in texts:
-        started = time.monotonic()
+        started = time.process_time()
         program_in(text, {"f"})
-        assert time.monotonic() - started < 5, text[:20]
+        assert time.process_time() - started < 5, text[:20]
