@@ -37,17 +37,26 @@ def peft_forward(x: Tensor, weight: Tensor, group: Any = None, dropout: Any = No
     return ys, None
 
 
-def sdpa_forward(qkv: Tensor, packed: Any, H: int, G: int) -> tuple[Tensor, None]:
-    """torch's fused attention: equal rows as one batch, others one after the other."""
-    heads = qkv.unflatten(1, (H + 2 * G, -1)).transpose(0, 1)  # (H + 2G, T, d)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, packed: Any) -> tuple[Tensor, ...]:
+    """torch's fused attention of q (T, H, d), k and v (T, G, d): o (tokens, H d) of each batch.
+
+    Equal rows are one batch, others come one after the other. Nothing is copied here: what is timed
+    is torch's work alone.
+    """
     equal = len({end - start for start, end in packed.rows}) == 1
-    length, outs = packed.rows[0][1], []
-    for start, end in [(0, qkv.shape[0])] if equal else packed.rows:
-        rows = heads[:, start:end].unflatten(1, (-1, length if equal else end - start))
-        q, k, v = rows.transpose(0, 1).split((H, G, G), dim=1)  # (rows, heads, L, d)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
-        outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))
-    return torch.cat(outs), None
+    outs = []
+    for start, end in [(0, q.shape[0])] if equal else packed.rows:
+        length = packed.rows[0][1] - packed.rows[0][0] if equal else end - start
+        parts = (t[start:end].unflatten(0, (-1, length)).transpose(1, 2) for t in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        o = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=gqa)
+        outs.append(o.transpose(1, 2).flatten(0, 1).flatten(1))  # (rows, H, L, d) before
+    return tuple(outs)
+
+
+def sdpa_forward(qkv: Tensor, packed: Any, H: int, G: int) -> tuple[tuple[Tensor, ...], None]:
+    """The outputs of `sdpa`, and no log-sums."""
+    return sdpa(*qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1), packed), None
 
 
 BY_HAND = {
@@ -100,6 +109,11 @@ def _linear_graph(ops: Ops, i: dict) -> tuple:
 
 
 def _attention_graph(ops: Ops, i: dict) -> tuple:
+    if ops is BY_HAND["attention"]:  # q, k, v as three leaves: their gradients are not joined
+        H, G = i["H"], i["G"]
+        leaves = tuple(map(_leaf, i["qkv"].unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)))
+        outs = sdpa(*leaves, i["packed"])
+        return outs, leaves, i["do"].split([len(o) for o in outs])
     qkv = _leaf(i["qkv"])
     return ops.attention_forward(qkv, i["packed"], i["H"], i["G"])[0], (qkv,), i["do"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,26 @@ MALLOC = {
 }
 BUSY = 0.2  # cores that others may take
 Job = dict[str, Any]
+# What torch (CPU, GPU), Python, C++ and llama.cpp say where memory cannot be had.
+NO_MEMORY = (
+    *("DefaultCPUAllocator", "can't allocate memory", "not enough memory", "OutOfMemoryError"),
+    *("CUDA out of memory", "MemoryError", "std::bad_alloc", "failed to allocate"),
+)
+
+
+class OutOfMemory(Exception):
+    """A process ended for want of memory; the text is what to print in place of its figures."""
+
+
+def why_it_ended(code: int, words: str) -> str:
+    """ "out of memory", and how that is known, where this is why; else "".
+
+    SIGKILL (-9; 137 behind a shell) is what the kernel ends a process with when memory is short.
+    """
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return "out of memory (killed)"
+    said = [line for line in words.splitlines() if any(w in line for w in NO_MEMORY)]
+    return f"out of memory ({said[-1].strip()[:200]})" if said else ""
 
 
 def worked_seconds() -> float:
@@ -59,7 +80,10 @@ class Quiet:
 
 
 def run(command: Sequence[str], job: Job, malloc: bool) -> dict[str, Any]:
-    """A process that reads the job and writes JSON as its last line."""
+    """A process that reads the job and writes JSON as its last line.
+
+    OutOfMemory where it ended for that; any other failure ends this process too.
+    """
     ours = command[1] == "-m"
     left_out = {*MALLOC, *(() if ours else ("PYTHONPATH", *set_here))}
     env = {k: v for k, v in os.environ.items() if k not in left_out} | {"HF_HUB_OFFLINE": "1"}
@@ -72,5 +96,7 @@ def run(command: Sequence[str], job: Job, malloc: bool) -> dict[str, Any]:
         text=True,
     )
     if done.returncode:
+        if reason := why_it_ended(done.returncode, done.stderr):
+            raise OutOfMemory(reason)
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -41,7 +41,7 @@ import torch
 
 from benchmarks.clock import machine, record
 from benchmarks.floor import generation_floor, scoring_floor
-from benchmarks.processes import BUSY, MALLOC, Job, Quiet, run
+from benchmarks.processes import BUSY, MALLOC, Job, OutOfMemory, Quiet, run
 from engine.distill import TEMPLATES, prompt
 from engine.gguf import demo_gguf
 from engine.log import table
@@ -294,16 +294,26 @@ def main() -> None:
         time.sleep(2)
     job, chat, config = make_job(args)
     prompts = [row["prompt"] for row in job["rows"]]
-    turns, runs = commands(args), {}
+    turns, runs, lost = commands(args), {}, {}
     rates = [run(own_run("ceilings"), job, malloc=False)]
     for repeat in range(args.repeats):
         for name, (command, malloc) in reversed(turns.items()) if repeat % 2 else turns.items():
-            with Quiet(f"during {name}", args.busy) as quiet:
-                result = run(command, job, malloc)
+            if name in lost:
+                continue
+            try:
+                with Quiet(f"during {name}", args.busy) as quiet:
+                    result = run(command, job, malloc)
+            except OutOfMemory as error:
+                if name.startswith("ours"):
+                    sys.exit(f"{name}: {error}")
+                lost[name] = str(error)
+                print(f"{name}: {error}; the others go on", file=sys.stderr, flush=True)
+                continue
             runs.setdefault(name, []).append(result | {"others": quiet.others})
             print(f"{name}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
     engines = "ours", "transformers", "llama.cpp"
-    runs = {name: runs[name] for e in engines for name in turns if name.startswith(e)}
+    ran = [name for name in turns if name not in lost]
+    runs = {name: runs[name] for e in engines for name in ran if name.startswith(e)}
     rates.append(run(own_run("ceilings"), job, malloc=False))
     best = {name: max(r[name] for r in rates) for name in ("flops", "bytes")}
     own = {name: several for name, several in runs.items() if name.startswith("ours")}
@@ -325,6 +335,8 @@ def main() -> None:
         f"{len(prompts)} rows, {prompt_tokens} prompt tokens"
     )
     report(results, runs)
+    for name, reason in lost.items():
+        print(f"{name}: {reason}")
     found = ratios(results)
     for name, value in found.items():
         print(f"{name}: {value:.2f}")
@@ -339,6 +351,7 @@ def main() -> None:
         "ceilings": rates,
         "ratios": found,
         "results": results,
+        "lost": lost,
     }
     if args.score:
         document["scoring"] = scoring(job, ours, config, best, args.busy)

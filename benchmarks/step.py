@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import DTYPES, ceilings, first_line, header, machine, record
+from benchmarks.processes import why_it_ended
 from engine.data import Example
 from engine.graphs import refusal
 from engine.log import table
@@ -201,6 +202,8 @@ def peer(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
+        if reason := why_it_ended(done.returncode, done.stderr):
+            return {"failed": reason}
         return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:300]}
     told = json.loads(done.stdout.splitlines()[-1])
     return summary(told) | {"how": told["how"]}

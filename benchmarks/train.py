@@ -10,13 +10,15 @@ and gradient norms of every step must agree with the peer's to 1e-3.
 
 Real tokens a second: those of the rows, padding not counted. The floor is measured beside them, by
 one more process: all products of a step with the frozen weights, forward and backward, and with the
-head at the response tokens, each at the micro-batches' own shapes, and nothing else. The last line
-is JSON, with --record also appended to benchmarks/results/train.jsonl.
+head at the response tokens, each at the micro-batches' own shapes, and nothing else. A peer that
+runs out of memory is named so, and the others go on. The last line is JSON, with --record also
+appended to benchmarks/results/train.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import machine, record
+from benchmarks.processes import OutOfMemory, why_it_ended
 from engine.cores import set_here
 from engine.data import Example, encode, load_rows, pack
 from engine.log import table
@@ -124,27 +127,64 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
 
 
 class Engine:
-    """A process that trains a step when told to."""
+    """A process that trains a step when told to. What it says to stderr is shown at its end."""
 
     def __init__(self, name: str, command: list[str], folder: str | None = None) -> None:
         drop = ("PYTHONPATH", *set_here) if folder else ()
         env = {k: v for k, v in os.environ.items() if k not in drop} | {"HF_HUB_OFFLINE": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.name, self.steps = name, []
-        self.process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+        self.words = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(command, cwd=folder, env=env, stderr=self.words, **pipes)
 
     def ask(self, order: str) -> dict[str, Any]:
-        """Send one line, wait for the answer."""
-        self.process.stdin.write(order + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"{self.name} ended with code {self.process.wait()}; see its words above")
-        return json.loads(answer)
+        """Send one line, wait for the answer.
+
+        OutOfMemory where the process has ended for that; another end ends this process too.
+        """
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):  # it may have been killed while it waited
+            self.process.stdin.write(order + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        code = self.process.wait()
+        self.words.seek(0)
+        words = self.words.read()
+        if reason := why_it_ended(code, words):
+            raise OutOfMemory(reason)
+        sys.exit(f"{self.name} ended with code {code}:\n{words[-3000:]}")
 
     def close(self) -> None:
-        self.process.stdin.close()
+        """End it, and let it say what it had to say."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
+        self.words.seek(0)
+        print(self.words.read(), end="", file=sys.stderr)
+        self.words.close()
+
+
+def take_turns(engines: list[Engine], products: Engine, count: int) -> tuple[list[float], dict]:
+    """Every step on every engine: seconds of the products, and why an engine is not among the rest.
+
+    The first of the engines is ours and has to last.
+    """
+    floors, lost = [], {}
+    for number in range(count):
+        for engine in engines:
+            if engine.name in lost:
+                continue
+            try:
+                engine.steps.append(engine.ask(str(number)))
+            except OutOfMemory as error:
+                if engine is engines[0]:
+                    sys.exit(f"{engine.name}: {error}")
+                lost[engine.name] = str(error)
+                print(f"{engine.name}: {error}; the others go on", file=sys.stderr, flush=True)
+        floors.append(products.ask(f"floor {number}")["seconds"])
+    return floors, lost
 
 
 def write_adapter(path: Path, model: LlamaConfig, rank: int, modules: str) -> None:
@@ -174,21 +214,25 @@ def compare(args: argparse.Namespace, modules: str, steps: list[list[dict]]) -> 
             engines.append(Engine(f"peft, {size} rows", command, folder))
         products = Engine("the products", [*mine, "--worker", str(file)])
         try:
-            floors = []
-            for number in range(len(steps)):
-                for engine in engines:
-                    engine.steps.append(engine.ask(str(number)))
-                floors.append(products.ask(f"floor {number}")["seconds"])
+            floors, lost = take_turns(engines, products, len(steps))
         finally:
             for engine in (*engines, products):
                 engine.close()
-    return report(modules, steps, engines, floors[1:])
+    return report(modules, steps, engines, floors[1:], lost)
 
 
 def report(
-    modules: str, steps: list[list[dict]], engines: list[Engine], floors: list[float]
+    modules: str,
+    steps: list[list[dict]],
+    engines: list[Engine],
+    floors: list[float],
+    lost: dict[str, str],
 ) -> dict[str, Any]:
-    """Check, print and return: no speed without agreement."""
+    """Check, print and return: no speed without agreement. `lost`: engine -> why it has none."""
+    engines = [engine for engine in engines if engine.name not in lost]
+    if len(engines) == 1:
+        print(f"\n{modules}: no peer is left to agree with, so no speed is reported: {lost}")
+        return {"engines": {}, "lost": lost}
     counts = [sum(len(row["ids"]) for row in step) for step in steps[1:]]
     tokens = sum(counts)
     truth = engines[1]
@@ -211,11 +255,12 @@ def report(
     )
     if worst > AGREE:
         sys.exit(f"they differ by more than {AGREE:g}: no speed is reported\n{found}")
-    print(table(lines))
+    print(table(lines + [[name, reason] + [""] * 4 for name, reason in lost.items()]))
     peers = {e.name: found["engines"][e.name]["tokens_s"] for e in engines[1:]}
     best = max(peers, key=peers.get)
     mine = found["engines"]["ours"]["tokens_s"]
     rss = engines[0].steps[-1]["rss"] / next(e for e in engines if e.name == best).steps[-1]["rss"]
+    found["lost"] = lost
     found |= {"agree": worst, "ratio": mine / peers[best], "best_peer": best, "rss_ratio": rss}
     found["share_of_floor"] = mine / found["floor_tokens_s"]
     print(

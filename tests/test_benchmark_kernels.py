@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import clock, operations, step
 from benchmarks import kernels as bench
@@ -131,7 +132,9 @@ def test_autograd_times_the_same_backward(operation):
         ours = call.run(TORCH, inputs, call.saved(TORCH, inputs))
         for ops in [REFERENCE, *([operations.BY_HAND[name]] if name in operations.BY_HAND else [])]:
             outs, leaves, douts = call.graph(ops, inputs)
-            theirs = torch.autograd.grad(outs, leaves, douts)[0]
+            theirs = torch.autograd.grad(outs, leaves, douts)
+            by_parts = operation == "attention" and ops is not REFERENCE  # dq, dk, dv
+            theirs = torch.cat(theirs, dim=1).flatten(1) if by_parts else theirs[0]
             torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
@@ -140,13 +143,47 @@ def test_autograd_times_the_same_backward(operation):
 def test_forms_by_hand_compute_the_same(lengths, groups):
     inputs = operations.make_inputs("attention", (4, groups, 16, *lengths), torch.float32, "cpu")
     args = (inputs["qkv"], inputs["packed"], 4, groups)
-    torch.testing.assert_close(
-        operations.sdpa_forward(*args)[0], REFERENCE.attention_forward(*args)[0]
-    )
+    outs = operations.sdpa_forward(*args)[0]
+    assert len(outs) == (1 if len(set(lengths)) == 1 else len(lengths))
+    torch.testing.assert_close(torch.cat(outs), REFERENCE.attention_forward(*args)[0])
     inputs = operations.make_inputs("lora_linear", (5, 24, 8, 16, 8, 8), torch.float32, "cpu")
     args = (inputs["x"], inputs["w"], inputs["group"])
     ours = REFERENCE.lora_linear_forward(*args)[0]
     torch.testing.assert_close(torch.cat(operations.peft_forward(*args)[0], dim=1), ours)
+
+
+class Copies(TorchDispatchMode):
+    """Collects the operations inside that copy whole tensors."""
+
+    COPY = ("copy_", "clone", "cat", "contiguous", "_to_copy", "stack", "index_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.COPY:
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [(16, 16, 16), (7, 1, 30)])
+@pytest.mark.parametrize("operation", operations.BY_HAND)
+def test_no_copy_of_ours_is_timed_with_a_form_by_hand(operation, lengths):
+    """Forwards and backwards: what is timed is the work of torch's own operators."""
+    shape = (4, 4, 16, *lengths) if operation == "attention" else (5, 24, 8, 16, 8, 8)
+    inputs = operations.make_inputs(operation, shape, torch.float32, "cpu")
+    ops = operations.BY_HAND[operation]
+    with Copies() as forward:
+        operations.CALLS[operation, "forward"].run(ops, inputs, None)
+    assert forward.found == []
+    outs, leaves, douts = operations.CALLS[operation, "backward"].graph(ops, inputs)
+    with Copies() as backward:
+        torch.autograd.grad(outs, leaves, douts, retain_graph=True)
+    assert backward.found == []
+    with Copies() as seen:
+        torch.cat((outs[0], outs[0]))
+    assert seen.found == ["cat"]
 
 
 def test_floors_by_hand():

@@ -295,7 +295,7 @@ def test_two_processes_compile_at_once(cache):
 
 def test_torchs_own_openmp_is_taken(monkeypatch):
     """Whatever another package loaded before; where torch brings none, the system's."""
-    own = str(Path(torch.__file__).parent / "lib" / "libgomp.so.1")
+    own = str(Path(torch.__file__).resolve().parent / "lib" / "libgomp.so.1")
     other, system = "/x/site-packages/sk.libs/libgomp-6a.so.1", "/usr/lib/libgomp.so.1"
 
     def maps(*paths):
