@@ -96,6 +96,8 @@ class Heartbeat(threading.Thread):
         self.hurry.set()
         self.join(timeout=SILENCE.total_seconds() + BEAT)  # a process that is stopped misses this
         self.broken |= self.is_alive()
+        time.sleep(BEAT / 10)  # the others read the last meeting before its connections close
+        self.group = None
 
 
 @dataclass(frozen=True)
@@ -204,16 +206,16 @@ def _join(kind: str) -> Heartbeat:
         dist.init_process_group(BACKENDS[kind], timeout=COLLECTIVE)
     heartbeat = Heartbeat(dist.get_world_size())
     heartbeat.start()
-    atexit.register(_leave, heartbeat)
+    atexit.register(_leave, heartbeat, kind)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return heartbeat
 
 
-def _leave(heartbeat: Heartbeat) -> None:
-    """The orderly end; where a process is gone NCCL would wait for it."""
+def _leave(heartbeat: Heartbeat, kind: str) -> None:
+    """The orderly end; NCCL's would wait for a process that is gone."""
     heartbeat.leave()
-    if not heartbeat.broken:
+    if kind == "cpu" or not heartbeat.broken:
         dist.destroy_process_group()
 
 
