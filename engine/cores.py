@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 # Turns that a waiting thread spins before it sleeps; libgomp's own number is 300,000, some
-# milliseconds. Chosen by benchmarks/busy.py.
-SPINS = 1000
+# milliseconds. With 1000 a step of training on a quiet machine is 9 % slower, with 10,000 it is
+# 2 %; beside other processes each smaller number is faster (benchmarks/busy.py).
+SPINS = 4000
 # What a user may have set: libgomp's, every OpenMP's, that of Intel and LLVM
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 set_here: set[str] = set()  # what of the environment was set below
