@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.process import first_line
+
 COLLECTIVE = timedelta(minutes=30)  # checkpoints, validation and compilation take less
 SILENCE = timedelta(minutes=10)  # of a busy machine; a heartbeat is late by seconds at most
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -172,16 +174,11 @@ class World:
             raise ValueError(_gone(self, error)) from None
 
 
-def first_line(error: BaseException) -> str:
-    """What a library said, without what follows."""
-    return (str(error).strip().splitlines() or ["no word"])[0][:160]
-
-
 def _gone(world: World, error: RuntimeError) -> str:
     return (
         f"rank {world.rank} of {world.size}: another process of the job is gone "
-        f"({first_line(error)}); start the same command again with --resume to go on from the last "
-        "checkpoint"
+        f"({first_line(error)[:160]}); start the same command again with --resume to go on from "
+        "the last checkpoint"
     )
 
 

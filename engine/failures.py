@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import errno
-import unicodedata
 
 from safetensors import SafetensorError
 
 from model.durable import why
-
-
-def visible(text: str) -> str:
-    """`text` with what would command a terminal (ESC, other controls, turns of the writing
-    direction) as escapes; line ends and tabs stay."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )  # fmt: skip
 
 
 def explain(error: BaseException, lower: str = "") -> str | None:

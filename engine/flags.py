@@ -15,8 +15,9 @@ import typing
 from collections.abc import Callable, Collection
 from typing import Any, TextIO, TypeVar
 
-from engine.failures import explain, visible
+from engine.failures import explain
 from engine.stopping import NAMES, Stopped, catch_signals
+from model.terminal import visible
 
 T = TypeVar("T")
 

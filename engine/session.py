@@ -17,7 +17,6 @@ import torch
 from engine.checkpoint import refuse_damaged
 from engine.cores import waiting, within_limits
 from engine.distributed import World, start
-from engine.failures import visible
 from engine.limits import MOST, check_numbers
 from engine.log import model_fingerprint
 from engine.process import keep_freed_memory, memory_for, return_freed_memory
@@ -28,6 +27,7 @@ from model.chat import Chat
 from model.config import LlamaConfig, read_json
 from model.llama import Llama, default_dtype, has_bf16_units
 from model.lora import Lora
+from model.terminal import visible
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
 from model.weights import expected_shapes

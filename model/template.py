@@ -29,6 +29,8 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from model.terminal import visible
+
 SECONDS = 10.0
 CHARACTERS = 1 << 24
 CHARACTERS_EACH = 256  # and so many for every character of the conversation
@@ -87,16 +89,9 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def printable(text: str) -> str:
-    """`text` of a stranger's for a terminal: what is not printable as an escape (\\x1b)."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
-
-
 def _reason(error: BaseException) -> str:
     """What an exception says, as one line of at most 500 characters."""
-    text = printable(" ".join(str(error).split(" ")))
+    text = visible(" ".join(str(error).split(" ")))
     text = " ".join(text.split("\n")) or type(error).__name__
     return text if len(text) <= 500 else text[:500] + " ..."
 

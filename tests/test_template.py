@@ -9,7 +9,8 @@ from datetime import datetime
 import pytest
 
 from model import template
-from model.template import ChatTemplate, TemplateStopped, printable
+from model.template import ChatTemplate, TemplateStopped
+from model.terminal import visible
 
 NOW = datetime(2026, 1, 1)
 MESSAGES = [{"role": "user", "content": "I have 12345678 apples."}]
@@ -112,7 +113,7 @@ def test_what_a_template_says_is_shown_not_sent():
     with pytest.raises(ValueError) as error:
         render("{{ raise_exception('no\x1b[31mred\x07\u202e way\nsecond line') }}")
     assert r"no\x1b[31mred\x07\u202e way second line" in str(error.value)
-    assert printable("Größe 漢字") == "Größe 漢字"
+    assert visible("Größe 漢字") == "Größe 漢字"
     with pytest.raises(ValueError) as error:
         render("{{ raise_exception('x' * 9000) }}")
     assert len(str(error.value)) < 700
