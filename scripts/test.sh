@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The test suite from nothing: .venv, what the tests need, pytest. Arguments go on to pytest.
+# The test suite from nothing: .venv, what the tests need, pytest in two processes. Arguments go on
+# to pytest.
 #
 #     bash scripts/test.sh
 #     bash scripts/test.sh -m "not peers" tests/test_layout.py
+#     bash scripts/test.sh -n 0 -x tests/test_rows.py      one process
 
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
 make_venv test "$TEST_EXTRAS"
 
-say "pytest $*"
-"$PYTHON" -m pytest "$@"
+# Two processes, since most tests keep one core busy and a few need 3 GB; a file's tests go together.
+say "pytest -n 2 --dist loadfile $*"
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -6,6 +6,7 @@ skips the tests that use it, with the reason.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -60,7 +61,10 @@ def smollm2_dir() -> Path:
     from engine.gguf import demo_gguf, import_gguf
 
     out = ROOT / "models" / "smollm2-135m-instruct"
-    import_gguf(demo_gguf(), out)
+    out.parent.mkdir(exist_ok=True)
+    with (out.parent / ".tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of pytest-xdist one imports it
+        import_gguf(demo_gguf(), out)
     return out
 
 
