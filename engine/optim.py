@@ -33,6 +33,17 @@ def learning_rate(schedule: str, step: int, steps: int, peak: float, warmup: flo
     )
 
 
+def highest_rate(schedule: str, steps: int, peak: float, warmup: float) -> float:
+    """The highest rate of steps 1..steps; ValueError where the warm-up leaves all of them at 0."""
+    rates = [learning_rate(schedule, step, steps, peak, warmup) for step in range(1, steps + 1)]
+    if max(rates) == 0:
+        raise ValueError(
+            f"warmup {warmup:g}: the warm-up is the whole run ({steps} steps), so the rate stays 0 "
+            "and nothing is learned; --warmup 0, or more steps"
+        )
+    return max(rates)
+
+
 @dataclass
 class Optimizer:
     """Moments of one adapter and the step that uses them."""

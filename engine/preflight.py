@@ -37,7 +37,7 @@ from engine.selection import garbled
 from engine.session import DataConfig, Session
 from engine.step import step_gradients
 from engine.templates import TEMPLATES, prompt
-from engine.train import EncodeConfig, TrainConfig, highest_rate
+from engine.train import EncodeConfig, TrainConfig
 from engine.verifiers import get_verifier
 from model.lora import Lora, LoraConfig
 
@@ -121,7 +121,7 @@ def preflight(
     encoding = as_published(encoding, distilling)
     rows = data.load(check=can_be_asked(session.chat, distilling))
     whole = encode_rows(rows, session, data, encoding, "reference")  # too long a row stops here
-    highest_rate(len(whole), training)
+    training.highest_rate(len(whole))
     sample = Rows([_first(row) for row in spaced(rows, config.sample)], rows.path, rows.sha256)
     found: dict[str, Any] = {"rows": len(rows), "sample": len(sample)}
     found["own_template"] = float(session.config.chat_format in (None, "own"))

@@ -33,7 +33,7 @@ from engine.sampler import SamplerConfig
 from engine.score import Means, score
 from engine.session import DataConfig, Session, resolved
 from engine.tasks import TaskConfig, tables
-from engine.train import EncodeConfig, TrainConfig, highest_rate, train
+from engine.train import EncodeConfig, TrainConfig, train
 from engine.validate import ValidateConfig, Validator
 from engine.verifiers import get_verifier
 from model.lora import LoraConfig
@@ -91,7 +91,7 @@ def run(
     rows = data.load(check=can_be_asked(chat, distilling))
     held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
     trained = encode_rows(rows, session, data, encoding, "reference")
-    highest_rate(len(trained), training)
+    training.highest_rate(len(trained))
     validator = Validator(validating, model, chat, data) if validating.val_every else None
     seconds: dict[str, float] = {}
 

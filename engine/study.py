@@ -34,7 +34,7 @@ from engine.sampler import SamplerConfig
 from engine.sdft import as_published, encode_rows, held_out_rows
 from engine.session import DataConfig, Session, resolved
 from engine.tasks import TASKS, TaskConfig
-from engine.train import EncodeConfig, TrainConfig, highest_rate, train
+from engine.train import EncodeConfig, TrainConfig, train
 from model.lora import LoraConfig
 from model.trained_chat import TrainedChat, common_system
 
@@ -146,7 +146,7 @@ def study(
     runs.held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
     for count in dict.fromkeys(setting.rows for setting in settings):
         trained = encode_rows(rows[:count], session, data, encoding, "reference")
-        highest_rate(len(trained), training)
+        training.highest_rate(len(trained))
 
     # 1. once for all: the rewrites, their likelihoods, what the seed answers
     distilled = out / "distilled.jsonl"

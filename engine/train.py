@@ -41,7 +41,7 @@ from engine.locking import lock_directory
 from engine.log import environment, read_jsonl, write_json
 from engine.memory import Plan, choose_policy
 from engine.metrics import Metrics, summary_text
-from engine.optim import SCHEDULES, Optimizer, learning_rate
+from engine.optim import SCHEDULES, Optimizer, highest_rate, learning_rate
 from engine.process import (
     TRAIN_LESS,
     first_line,
@@ -87,6 +87,15 @@ class TrainConfig:
     save_every: int = 50  # optimizer steps between checkpoints
     keep: int = 2  # checkpoints kept, beside the best
 
+    def steps(self, count: int) -> int:
+        """Optimizer steps of a run over `count` examples."""
+        return self.max_steps or self.epochs * -(-count // self.batch_rows)
+
+    def highest_rate(self, count: int) -> float:
+        """The highest rate that a run over `count` examples comes to, as far as the warm-up lets
+        it; ValueError where that is 0."""
+        return highest_rate(self.schedule, self.steps(count), self.lr, self.warmup)
+
     def check(self) -> None:
         """ValueError for numbers that cannot train."""
         counts = ("epochs", "batch_rows", "micro_tokens", "save_every", "keep")
@@ -130,7 +139,7 @@ class EncodeConfig:
 
 def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
     """(epoch, example indices) of every optimizer step, a fresh order in every epoch."""
-    left = config.max_steps or config.epochs * -(-count // config.batch_rows)
+    left = config.steps(count)
     epoch = 0
     while left:
         generator = torch.Generator().manual_seed(mix("order", config.seed, epoch) >> 1)
@@ -181,7 +190,7 @@ def train_job(
         print(show(examples, session.chat.tokenizer, show_rows, losses))
         return None
     check_examples(examples)
-    highest_rate(len(examples), config)
+    config.highest_rate(len(examples))
     validator = None
     if validating.val_every:
         validator = Validator(validating, session.model, session.chat, data)
@@ -218,21 +227,6 @@ def rows_to_train_on(session: Session, data: DataConfig) -> Rows:
     return rows
 
 
-def highest_rate(count: int, config: TrainConfig) -> float:
-    """The highest learning rate of a run over `count` examples; ValueError where it stays 0."""
-    steps = config.max_steps or config.epochs * -(-count // config.batch_rows)
-    highest = max(
-        learning_rate(config.schedule, step, steps, config.lr, config.warmup)
-        for step in range(1, steps + 1)
-    )
-    if highest == 0:
-        raise ValueError(
-            f"warmup {config.warmup:g}: the warm-up is the whole run ({steps} steps), so the rate "
-            "stays 0 and nothing is learned; --warmup 0, or more steps"
-        )
-    return highest
-
-
 @memory_for("training", TRAIN_LESS)
 def train(
     model: Llama,
@@ -260,7 +254,7 @@ def train(
     """
     config.check()
     check_examples(examples)
-    if (highest := highest_rate(len(examples), config)) < config.lr:
+    if (highest := config.highest_rate(len(examples))) < config.lr:
         print(
             f"WARNING: the warm-up (--warmup {config.warmup:g}) takes the whole run: the rate ends "
             f"at {highest:.2g} and never reaches {config.lr:g}"

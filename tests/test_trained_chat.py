@@ -200,7 +200,7 @@ def test_a_missing_system_message_is_said(adapter, base, capsys, tmp_path):
     data.write_text(json.dumps(ROW) + "\n")
     sampling = SamplerConfig(temperature=0.0, max_new_tokens=4)
     for system, word in ((None, "none"), ("Be brief.", "another"), ("Be kind.", None)):
-        rows = DataConfig(str(data), system=system).load()
+        rows = DataConfig(str(data), system=system)
         out = tmp_path / f"{word}.jsonl"
         evaluate_job(session, rows, "number", [str(adapter)], out, sampling)
         said = capsys.readouterr().out
