@@ -11,5 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 make_venv test "$TEST_EXTRAS"
 
 # Two processes, since most tests keep one core busy and a few need 3 GB; a file's tests go together.
+# Their threads sleep while they wait: on two cores spinning ones would hold up the other process.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 say "pytest -n 2 --dist loadfile $*"
 "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -96,9 +96,9 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
             assert error < 1e-9 * grads.abs().max()
         if kill:
             assert done.returncode != 0
-            assert f"rank 0 of {size}: another process of the job is gone" in done.stderr, (
-                done.stderr
-            )
+            # torchrun asks rank 0 to stop as soon as it sees the death: either may come first
+            gone = f"rank 0 of {size}: another process of the job is gone"
+            assert gone in done.stderr or "SIGTERM: " in done.stderr, done.stderr[-3000:]
             assert "--resume" in done.stderr
             kept = sorted(p.name for p in (out / "checkpoints").iterdir())
             want = [3, 6] if kill == 8 else [6, 9]
