@@ -267,11 +267,11 @@ def _say_what_is_long(session: Session, rows: Sequence[Row]) -> None:
     lengths = [len(session.chat.prompt_ids(messages)) for messages in prompts]
     if long := sum(length >= min(MAX_LENGTH, most) for length in lengths):
         never = sum(length >= most for length in lengths)
+        higher = "a higher --max-length, " if most > MAX_LENGTH else ""
         print(
             f"NOTE: {long} of {len(lengths)} turns have prompts of {min(MAX_LENGTH, most)} tokens "
             f"or more ({never} of them fill the model's {most}): scripts/train.py stops at them, "
-            "but under a higher --max-length, --drop-long (which --preset yang2024-* sets) or "
-            "--cut-in-proportion"
+            f"but under {higher}--drop-long (which --preset yang2024-* sets) or --cut-in-proportion"
         )
 
 
