@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 # Turns that a waiting thread spins before it sleeps; libgomp's own number is 300,000, some
-# milliseconds. With 1000 a step of training on a quiet machine is 9 % slower, with 10,000 it is
-# 2 %; beside other processes each smaller number is faster (benchmarks/busy.py).
+# milliseconds. 4000 is as fast on a quiet machine and a quarter faster beside a busy process; 1000
+# costs a training step 9 % (benchmarks/busy.py).
 SPINS = 4000
 # What a user may have set: libgomp's, every OpenMP's, that of Intel and LLVM
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
