@@ -230,6 +230,7 @@ def distill(
             if world.size > 1:
                 there = f"what was finished is in {out} and its parts"
             stop.end(there)
+        stop.kept = f"all {len(order)} turns are in {out}"
         lines = [distilled_line(record) for record in file.finish(order)]
     return DistillReport(lines, stats, seconds, written, len(done), config.rules.cut_prompts)
 

@@ -95,14 +95,16 @@ def catch_signals() -> Iterator[None]:
 class Stopping:
     """Inside `with`, the first signal only sets `asked`: the unit in flight may come to an end.
 
-    `meaning` says what that is. Whoever opened the block has to call `end` then, inside or behind
-    it, which raises `Stopped`. The second signal raises at once.
+    `meaning` says what that is. Whoever opened the block calls `end` then, which raises `Stopped`;
+    the end of the block raises it too where a signal came too late for that, and says `kept`. The
+    second signal raises at once.
     """
 
     by: int | None
 
     def __init__(self, meaning: str) -> None:
         self.meaning, self.by = meaning, None
+        self.kept = ""  # what is there, at the end of the block
         self.finish: Callable[[], None] = lambda: None  # what the first signal calls too
 
     @property
@@ -129,5 +131,7 @@ class Stopping:
         self._handling.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._handling.__exit__(*error)
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        self._handling.__exit__(kind, *error)
+        if kind is None and self.asked:  # since anybody looked
+            raise Stopped(self.kept, self.by)

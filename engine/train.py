@@ -298,9 +298,10 @@ def train(
                 record = meta | {"finished": True, "summary": summary}
                 record |= {"published": checkpoint.published(out), "environment": environment()}
                 write_json(out / "meta.json", record)
+            stop.kept = f"the adapter in {out} is finished"
             stopping = world.any(stop.asked)
         if stopping:
-            stop.end(f"the adapter in {out} is finished")
+            stop.end(stop.kept)
     return lora, summary
 
 

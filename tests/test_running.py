@@ -221,15 +221,19 @@ def test_stopping_by_itself(signals, capfd):
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
     called = []
-    with Stopping("it ends") as stop:
+    with pytest.raises(Stopped, match="all of it") as stopped, Stopping("it ends") as stop:
         stop.finish = lambda: called.append(1)
         assert not stop.asked
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.asked and called == [1]
-    with pytest.raises(Stopped, match="all of it") as stopped:
         stop.end("all of it")
     assert stopped.value.code == 130
+    # a signal that comes behind the last look at `asked` is not lost
+    with pytest.raises(Stopped, match="the last of it") as stopped, Stopping("late") as stop:
+        stop.kept = "the last of it"
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
     assert capfd.readouterr().err.count("Ctrl-C: it ends; a second one stops at once") == 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind `nohup` and `&`
     with Stopping("it ends") as stop:
