@@ -1,6 +1,7 @@
 """What the benchmarks of kernels share: which kernels there are, and who launches which, and how.
 
-Nothing here writes a launch down: an operation is run and `kernels._triton.recorder` is told.
+Nothing here writes a launch down: an operation is run and `kernels.launch.triton_launch.recorder`
+is told.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from torch.overrides import TorchFunctionMode
 
 import benchmarks.with_triton  # noqa: F401 before kernels
 import kernels
-from kernels import _triton, registry, tiles
+from kernels import registry
+from kernels.dtypes import accumulate_dtype
+from kernels.launch import tile_config, triton_launch
 from kernels.registry import Ops
-from kernels.spec import Spec, accumulate_dtype, cast
+from kernels.spec import Spec, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,12 +79,16 @@ def recording(device_class: str | None = None) -> Iterator[list[Launch]]:
         shape_class = looked.get(kernel.__name__, "")
         launches.append(Launch(kernel, grid, described, dict(options), shape_class))
 
-    kept = _triton.recorder, tiles.pretended, tiles.watcher
-    _triton.recorder, tiles.pretended, tiles.watcher = note, device_class, looked.__setitem__
+    kept = triton_launch.recorder, tile_config.pretended, tile_config.watcher
+    triton_launch.recorder, tile_config.pretended, tile_config.watcher = (
+        note,
+        device_class,
+        looked.__setitem__,
+    )
     try:
         yield launches
     finally:
-        _triton.recorder, tiles.pretended, tiles.watcher = kept
+        triton_launch.recorder, tile_config.pretended, tile_config.watcher = kept
 
 
 class _RealOrder(TorchFunctionMode):
@@ -189,10 +196,10 @@ def other_triton(wanted: str) -> Path:
 def settle(module: str, wanted: str | None) -> None:
     """Restart `python -m module` without the interpreter, with the triton that is wanted."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    restart = _triton.INTERPRETED
+    restart = triton_launch.INTERPRETED
     if wanted is not None:
         folder = other_triton(wanted)
-        here = _triton.triton is not None and Path(_triton.triton.__file__)
+        here = triton_launch.triton is not None and Path(triton_launch.triton.__file__)
         restart |= not (here and here.is_relative_to(folder))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), env.get("PYTHONPATH"))))
     if restart:
@@ -200,5 +207,5 @@ def settle(module: str, wanted: str | None) -> None:
             sys.exit(f"triton {wanted} cannot be imported here")
         command = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execve(sys.executable, command, env | {"SDFT_RESTARTED": "1"})
-    if _triton.triton is None:
+    if triton_launch.triton is None:
         sys.exit("triton is not installed (there are wheels for Linux)")

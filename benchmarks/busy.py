@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 def work(args: argparse.Namespace) -> None:
     """Do the job once for every line on stdin, and answer with one line of JSON."""
-    from engine.demo import problems
+    from engine.jobs.demo import problems
     from engine.session import ModelConfig, Session
 
     session = Session.open(ModelConfig(args.model, device="cpu", dtype="float32"))
@@ -80,7 +80,8 @@ def answer(tokens: int, seconds: float, result: object) -> None:
 
 
 def sampling(session: Any, made: list, args: argparse.Namespace) -> None:
-    from engine.sampler import Request, Sampler, SamplerConfig
+    from engine.sampling.requests import Request, SamplerConfig
+    from engine.sampling.sampler import Sampler
 
     config = SamplerConfig(
         rows=args.rows, max_new_tokens=args.new, ignore_eos=True, draft="off", page_size=64
@@ -98,8 +99,8 @@ def sampling(session: Any, made: list, args: argparse.Namespace) -> None:
 
 
 def scoring(session: Any, made: list, args: argparse.Namespace) -> None:
-    from engine.data import Distilled
-    from engine.score import score
+    from engine.data.distilled import Distilled
+    from engine.distill.seed_likelihoods import score
 
     lines = [
         Distilled(
@@ -127,9 +128,9 @@ def scoring(session: Any, made: list, args: argparse.Namespace) -> None:
 
 
 def training(session: Any, made: list, args: argparse.Namespace) -> None:
-    from engine.data import Example
-    from engine.optim import Optimizer
-    from engine.step import step_gradients, step_update
+    from engine.data.encode import Example
+    from engine.train.optim import Optimizer
+    from engine.train.step import step_gradients, step_update
     from model.lora import Lora, LoraConfig
 
     examples = []

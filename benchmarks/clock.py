@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from engine.log import environment
-from kernels import _triton
+from engine.runtime.run_record import environment
+from kernels.launch import triton_launch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ def first_line(error: Exception) -> str:
 def machine(device: str) -> dict[str, Any]:
     """What the figures are of: card or processor, versions, commit, date."""
     about = environment() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    about["triton"] = getattr(_triton.triton, "__version__", None)
+    about["triton"] = getattr(triton_launch.triton, "__version__", None)
     about["driver"] = None
     about["device"] = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from engine.sampler import common_prefix
-from kernels import native
-from kernels.prepack import linear, prepack
+from engine.sampling.page_pool import common_prefix
+from kernels.cpu import native
+from kernels.cpu.prepack import linear, prepack
 from model.config import LlamaConfig
 
 FLOAT = 4  # bytes

@@ -40,7 +40,6 @@ from typing import Any
 import torch
 
 from benchmarks import _common
-from benchmarks.ahead import Target, Task, Workers, in_parts
 from benchmarks.clock import DTYPES, Clock, ceilings, first_line, header, machine, record
 from benchmarks.operations import (
     BY_HAND,
@@ -52,8 +51,10 @@ from benchmarks.operations import (
     on_device,
     rows_of,
 )
-from engine.log import table
-from kernels import _triton, registry
+from benchmarks.tuning.ahead import Target, Task, Workers, in_parts
+from engine.runtime.terminal import table
+from kernels import registry
+from kernels.launch import triton_launch
 from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH, Ops
 from kernels.spec import check
 
@@ -113,7 +114,7 @@ class Run:
         self.verdicts: dict[tuple[str, str, Shape], str] = {}
         self.clock = Clock(self.device, args.slot, 2 if args.dry else 50)
         self.ceilings = ceilings(self.device, self.dtype)
-        self.without_ours = _triton.usable(self.device)
+        self.without_ours = triton_launch.usable(self.device)
         self.workers: Workers | None = None
         if self.gpu and args.jobs and not self.without_ours:
             self.workers = Workers(args.jobs, Target.of(torch.empty(0, device=self.device).device))

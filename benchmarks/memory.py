@@ -1,4 +1,4 @@
-"""The memory plan (engine/memory.py) as a table: model size x tokens x recompute policy.
+"""The memory plan (engine/train/memory_plan.py) as a table: model size x tokens x recompute policy.
 
     python -m benchmarks.memory                                    Llama-2-7B and others
     python -m benchmarks.memory --model MODEL_DIR --tokens 1024,4096   and measured, a process each
@@ -21,14 +21,15 @@ import torch
 
 from benchmarks.clock import machine, record
 from benchmarks.step import SHAPES, model_config
-from engine.data import Example
-from engine.log import table
-from engine.memory import predict, saved_per_token
-from engine.optim import Optimizer
-from engine.process import held_memory, keep_freed_memory, peak_memory
-from engine.step import step_gradients, step_update
-from model.llama import POLICIES, Llama
+from engine.data.encode import Example
+from engine.runtime.process_memory import held_memory, keep_freed_memory, peak_memory
+from engine.runtime.terminal import table
+from engine.train.memory_plan import predict, saved_per_token
+from engine.train.optim import Optimizer
+from engine.train.step import step_gradients, step_update
+from model.llama import Llama
 from model.lora import Lora, LoraConfig
+from model.tape import POLICIES
 
 ROW = 256  # tokens of a measured row
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.cores import set_here
-from engine.log import ROOT
+from engine.runtime.cores import set_here
+from engine.runtime.run_record import ROOT
 
 # 32 MiB is the largest threshold that glibc takes for mmap; freed pages stay with the process
 MALLOC = {

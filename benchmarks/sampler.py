@@ -16,7 +16,8 @@ in another order and llama.cpp with other weights: where their rows leave ours i
 "share" is the arithmetic floor (benchmarks/floor.py has the formula), from ceilings measured before
 and after the runs, over our seconds.
 
-Our processes set glibc's malloc as all scripts do (engine/process.py); --peer-malloc adds runs of
+Our processes set glibc's malloc as all scripts do (engine/runtime/process_memory.py);
+--peer-malloc adds runs of
 transformers that keep it from giving pages back (processes.MALLOC). llama.cpp runs where --gguf is
 given or the demo model's file is installed, and `llama_cpp` is importable by --llama-python.
 
@@ -42,10 +43,10 @@ import torch
 from benchmarks.clock import machine, record
 from benchmarks.floor import generation_floor, scoring_floor
 from benchmarks.processes import BUSY, MALLOC, Job, OutOfMemory, Quiet, run
-from engine.distill import TEMPLATES, prompt
-from engine.gguf import demo_gguf
-from engine.log import table
-from engine.session import DataConfig
+from engine.data.config import DataConfig
+from engine.distill.rewrite_prompts import TEMPLATES, prompt
+from engine.jobs.gguf_import import demo_gguf
+from engine.runtime.terminal import table
 from model.chat import Chat
 from model.config import LlamaConfig
 from model.tokenizer import load_tokenizer
@@ -257,7 +258,8 @@ def report(results: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, An
 def scoring(
     job: Job, answers: list[list[int]], config: LlamaConfig, rates: dict[str, float], busy: bool
 ) -> dict[str, Any]:
-    """engine.score on the same rows: its time, tokens/s (both answers' tokens), share of floor."""
+    """engine.measure.likelihood on the same rows: its time, tokens/s (both answers' tokens), share
+    of floor."""
     with Quiet("while scoring", busy):
         result = run(own_run("score"), job | {"answers": answers}, malloc=False)
     tokens, seconds = result["answer_tokens"], result["seconds"]

@@ -23,9 +23,10 @@ import torch
 
 from benchmarks.floor import ceilings
 from benchmarks.sampler_profile import profile
-from engine.data import Distilled
-from engine.sampler import Request, Sampler, SamplerConfig
-from engine.score import score
+from engine.data.distilled import Distilled
+from engine.distill.seed_likelihoods import score
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
 from model.lora import GROUPS
 

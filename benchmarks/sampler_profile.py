@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from engine.sampler import Request, Sampler, SamplerConfig
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
 from engine.session import Session
-from kernels import native
+from kernels.cpu import native
 
 PHASES = ("prefill", "decode")
 

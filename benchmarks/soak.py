@@ -24,10 +24,11 @@ import torch
 
 from benchmarks.clock import machine, record
 from benchmarks.step import model_config, random_weights
-from engine.data import Example
-from engine.log import read_jsonl
-from engine.process import keep_freed_memory
-from engine.train import TrainConfig, train
+from engine.data.encode import Example
+from engine.runtime.files import read_jsonl
+from engine.runtime.process_memory import keep_freed_memory
+from engine.train.config import TrainConfig
+from engine.train.train import train
 from kernels.registry import choose
 from model.llama import Llama
 from model.lora import LoraConfig

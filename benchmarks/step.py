@@ -4,14 +4,16 @@
     python -m benchmarks.step --rank 16 --modules all --ops torch,triton,peft --no-decode
     python -m benchmarks.step --model tiny --tokens 64 --row 16      on any machine
 
-A training step is what engine/train.py does: forward, loss at every token, backward, clipping,
+A training step is what engine/train/train.py does: forward, loss at every token, backward,
+clipping,
 AdamW, on rows packed into one micro-batch. The tables of operations take turns, step by step, and
 see the same tokens and weights: their losses and gradient norms must agree. `peft` is transformers
 with peft in a process of its own, on weights of the same shapes.
 
 MFU counts 4 operations per weight and token (a LoRA step has no weight gradients: forward and
 gradient of the activations) and 3.5 times the causal attention's forward, over the rate of a large
-product measured on this machine first. Decoding is engine/sampler.py with no adapter and no drafts,
+product measured on this machine first. Decoding is engine/sampling/sampler.py with no adapter and
+no drafts,
 a step launched by the host after the other, and on a GPU with captured steps ("graphs") too, eight
 between two visits of the host; capturing is timed apart.
 The last line is JSON, appended to $OUT/step.jsonl, or with --record to benchmarks/results/.
@@ -40,17 +42,21 @@ from torch import Tensor
 
 from benchmarks.clock import DTYPES, ceilings, first_line, header, machine, record
 from benchmarks.processes import why_it_ended
-from engine.data import Example
-from engine.graphs import refusal
-from engine.log import table
-from engine.optim import Optimizer
-from engine.sampler import Request, Sampler, SamplerConfig
-from engine.step import MicroBatch, micro_step, stated_rate, step_operations
+from engine.data.encode import Example
+from engine.data.pack import MicroBatch
+from engine.runtime.terminal import table
+from engine.sampling.cuda_graphs import refusal
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
+from engine.train.mfu import stated_rate, step_operations
+from engine.train.optim import Optimizer
+from engine.train.step import micro_step
 from kernels.registry import choose, invariant
 from kernels.spec import MODELS, Widths
 from model.config import LlamaConfig
-from model.llama import POLICIES, Llama
+from model.llama import Llama
 from model.lora import Lora, LoraConfig
+from model.tape import POLICIES
 
 PEER = Path(__file__).resolve().parent / "peers" / "transformers_step.py"
 # name -> widths, layers, rope's theta, longest row, whether the head is the embedding

@@ -32,12 +32,14 @@ import torch
 
 from benchmarks.clock import machine, record
 from benchmarks.processes import OutOfMemory, why_it_ended
-from engine.cores import set_here
-from engine.data import Example, encode, load_rows, pack
-from engine.log import table
-from engine.optim import Optimizer
-from engine.process import keep_freed_memory, peak_memory
-from engine.step import MicroBatch, step_gradients, step_update
+from engine.data.encode import Example, encode
+from engine.data.pack import MicroBatch, pack
+from engine.data.rows import load_rows
+from engine.runtime.cores import set_here
+from engine.runtime.process_memory import keep_freed_memory, peak_memory
+from engine.runtime.terminal import table
+from engine.train.optim import Optimizer
+from engine.train.step import step_gradients, step_update
 from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import kernels
-from engine.cores import let_waiting_threads_sleep
+from engine.runtime.cores import let_waiting_threads_sleep
 
 let_waiting_threads_sleep()  # here, so that it is done before any module of ours imports torch
 

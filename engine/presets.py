@@ -59,7 +59,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.templates import GSM8K_SYSTEM
+from engine.distill.rewrite_prompts import GSM8K_SYSTEM
 
 _PAPER: dict[str, Any] = {
     "chat_format": "alpaca",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint import refuse_damaged
-from engine.cores import waiting, within_limits
-from engine.distributed import World, start
-from engine.limits import MOST, check_numbers
-from engine.log import model_fingerprint
-from engine.process import keep_freed_memory, memory_for, return_freed_memory
-from engine.records import DataFile
-from engine.rows import Row, Rows, load_rows, parse_columns
+from engine.runtime.cores import waiting, within_limits
+from engine.runtime.distributed import World, start
+from engine.runtime.limits import check_numbers
+from engine.runtime.process_memory import keep_freed_memory, memory_for, return_freed_memory
+from engine.runtime.published_adapter import refuse_damaged
+from engine.runtime.run_record import model_fingerprint
 from kernels.registry import choose
 from model.chat import Chat
 from model.config import LlamaConfig, read_json
@@ -54,56 +52,6 @@ class ModelConfig:
         """ValueError for what cannot be run."""
         # many times the CPUs is slow; a hundred thousand threads end the process
         check_numbers(self, threads=(0, max(256, os.cpu_count() or 1)))
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which rows of which file."""
-
-    data: str  # JSON, JSONL or CSV file of rows, or distilled data
-    columns: str | None = None  # field names, as prompt=goal,response=target; id= takes no ids
-    skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
-    drop_long: bool = False  # leave turns out that are too long and count them, instead of stopping
-    limit: int | None = None  # use only the first so many usable rows
-    system: str | None = None  # a system message for every row that has none
-
-    def check(self) -> None:
-        """ValueError for a limit that leaves no row."""
-        check_numbers(self, limit=(1, MOST))
-
-    def load(
-        self,
-        need_reference: bool = True,
-        *,
-        check: Callable[[Row], None] | None = None,
-        opened: DataFile | None = None,
-    ) -> Rows:
-        """The rows, with what was left out said.
-
-        check: ValueError for rows that cannot be used, as `template_takes` gives for those that the
-        chat template refuses. opened: the file, if it is open already.
-        """
-        rows = load_rows(
-            opened or self.data,
-            columns=parse_columns(self.columns) if self.columns else None,
-            skip_bad=self.skip_bad,
-            limit=self.limit,
-            need_reference=need_reference,
-            system=self.system,
-            check=check,
-        )
-        skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
-        unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
-        read = f", {', '.join(map(repr, rows.inputs))} read as input" if rows.inputs else ""
-        print(f"data: {len(rows)} rows from {self.data}{skipped}{read}{unused}")
-        silent = sum(len(row.context_only) for row in rows)
-        if silent:
-            print(f"data: {silent} of the assistant's messages are context only, as they ask")
-        return rows
-
-    def beside(self, file: str, limit: int | None) -> DataConfig:
-        """The same reading of another file: held-out rows, validation."""
-        return dataclasses.replace(self, data=file, limit=limit)
 
 
 @dataclass(frozen=True)
@@ -261,11 +209,6 @@ def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
     if name != OWN:
         print(f"chat format {name}: as the adapter was trained (its {FILE})")
     return dataclasses.replace(config, chat_format=name)
-
-
-def meta_of(out: Path) -> Path:
-    """Where the settings of a JSONL file of results lie."""
-    return out.with_name(out.name + ".meta.json")
 
 
 def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels._triton import cdiv, jit, launch, tl
-from kernels.context import upload
+from kernels.launch.tile_config import tile
+from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.packed import upload
 from kernels.spec import Spec
-from kernels.tiles import tile
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import jit, launch, power_of_two, tl
-from kernels.prepack import PackedWeight, linear
-from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
-from kernels.tiles import device_class, tile
+from kernels.cpu.prepack import PackedWeight, linear
+from kernels.dtypes import accumulate_dtype
+from kernels.launch.tile_config import device_class, tile
+from kernels.launch.triton_launch import jit, launch, power_of_two, tl
+from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 CHUNK_BYTES = {
     "cpu": 64 << 20,

@@ -15,25 +15,36 @@ from dataclasses import dataclass
 import torch
 
 from kernels import (
-    _triton,
     adamw,
     attention,
-    attention_triton,
     cached_attention,
-    layers,
     linear_cross_entropy,
-    linear_invariant,
     lora_linear,
-    lora_linear_backward_triton,
-    lora_linear_triton,
-    native,
-    prepack,
     rms_norm,
     rope,
     sampling,
     swiglu,
 )
-from kernels.choose import checked, described
+from kernels.attention import reference as attention_reference
+from kernels.attention import torch_form as attention_torch
+from kernels.attention import triton_backward as attention_triton_backward
+from kernels.attention import triton_forward as attention_triton
+from kernels.cached_attention import native_form as cached_attention_native
+from kernels.cached_attention import reference as cached_attention_reference
+from kernels.cached_attention import torch_form as cached_attention_torch
+from kernels.cached_attention import triton_forward as cached_attention_triton
+from kernels.cpu import fused_layers, native, prepack
+from kernels.launch import triton_launch
+from kernels.lora_linear import batch_invariant as lora_linear_batch_invariant
+from kernels.lora_linear import reference as lora_linear_reference
+from kernels.lora_linear import torch_form as lora_linear_torch
+from kernels.lora_linear import triton_backward as lora_linear_triton_backward
+from kernels.lora_linear import triton_forward as lora_linear_triton
+from kernels.sampling import native_form as sampling_native
+from kernels.sampling import reference as sampling_reference
+from kernels.sampling import torch_form as sampling_torch
+from kernels.sampling import triton_forward as sampling_triton
+from kernels.select_ops import checked, described
 from kernels.spec import Widths
 
 
@@ -81,17 +92,17 @@ REFERENCE = Ops(
     rope_=rope.rope_reference,
     swiglu_forward=swiglu.swiglu_reference,
     swiglu_backward=swiglu.swiglu_reference_backward,
-    lora_linear_forward=lora_linear.lora_linear_reference,
-    lora_linear_backward=lora_linear.lora_linear_reference_backward,
-    linear=linear_invariant.linear_reference,
-    attention_forward=attention.attention_reference,
-    attention_backward=attention.attention_reference_backward,
-    kv_write_=cached_attention.kv_write_reference,
-    cached_attention=cached_attention.cached_attention_reference,
+    lora_linear_forward=lora_linear_reference.lora_linear_reference,
+    lora_linear_backward=lora_linear_reference.lora_linear_reference_backward,
+    linear=lora_linear_batch_invariant.linear_reference,
+    attention_forward=attention_reference.attention_reference,
+    attention_backward=attention_reference.attention_reference_backward,
+    kv_write_=cached_attention_reference.kv_write_reference,
+    cached_attention=cached_attention_reference.cached_attention_reference,
     linear_cross_entropy=linear_cross_entropy.linear_cross_entropy_reference,
     adamw_=adamw.adamw_reference_,
     grad_norm=adamw.grad_norm_reference,
-    sample=sampling.sample_reference,
+    sample=sampling_reference.sample_reference,
 )
 
 TORCH = Ops(
@@ -103,17 +114,17 @@ TORCH = Ops(
     rope_=rope.rope_,
     swiglu_forward=swiglu.swiglu_forward,
     swiglu_backward=swiglu.swiglu_backward,
-    lora_linear_forward=lora_linear.lora_linear_forward,
-    lora_linear_backward=lora_linear.lora_linear_backward,
+    lora_linear_forward=lora_linear_torch.lora_linear_forward,
+    lora_linear_backward=lora_linear_torch.lora_linear_backward,
     linear=prepack.linear,
-    attention_forward=attention.attention_forward,
-    attention_backward=attention.attention_backward,
-    kv_write_=cached_attention.kv_write_,
-    cached_attention=cached_attention.cached_attention,
+    attention_forward=attention_torch.attention_forward,
+    attention_backward=attention_torch.attention_backward,
+    kv_write_=cached_attention_torch.kv_write_,
+    cached_attention=cached_attention_torch.cached_attention,
     linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
     adamw_=adamw.adamw_,
     grad_norm=adamw.grad_norm,
-    sample=sampling.sample,
+    sample=sampling_torch.sample,
     shares_prefix=("cpu",),  # flash attention, on a GPU, knows no prefix
 )
 
@@ -121,15 +132,15 @@ NATIVE = dataclasses.replace(
     TORCH,
     name="native",
     packs="panels",
-    layers=layers.LayersNative,
+    layers=fused_layers.LayersNative,
     rms_norm_forward=rms_norm.rms_norm_forward_native,
     add_rms_norm_forward=rms_norm.add_rms_norm_forward_native,
     rope_=rope.rope_native_,
     swiglu_forward=swiglu.swiglu_forward_native,
     linear=prepack.linear_native,
-    kv_write_=cached_attention.kv_write_native_,
-    cached_attention=cached_attention.cached_attention_native,
-    sample=sampling.sample_native,
+    kv_write_=cached_attention_native.kv_write_native_,
+    cached_attention=cached_attention_native.cached_attention_native,
+    sample=sampling_native.sample_native,
 )
 
 TRITON = dataclasses.replace(
@@ -143,15 +154,15 @@ TRITON = dataclasses.replace(
     swiglu_forward=swiglu.swiglu_forward_triton,
     swiglu_backward=swiglu.swiglu_backward_triton,
     lora_linear_forward=lora_linear_triton.lora_linear_forward_triton,
-    lora_linear_backward=lora_linear_backward_triton.lora_linear_backward_triton,
-    kv_write_=cached_attention.kv_write_triton_,
-    cached_attention=cached_attention.cached_attention_triton,
+    lora_linear_backward=lora_linear_triton_backward.lora_linear_backward_triton,
+    kv_write_=cached_attention_triton.kv_write_triton_,
+    cached_attention=cached_attention_triton.cached_attention_triton,
     attention_forward=attention_triton.attention_forward_triton,
-    attention_backward=attention_triton.attention_backward_triton,
+    attention_backward=attention_triton_backward.attention_backward_triton,
     linear_cross_entropy=linear_cross_entropy.linear_cross_entropy_triton,
     adamw_=adamw.adamw_triton_,
     grad_norm=adamw.grad_norm_triton,
-    sample=sampling.sample_triton,
+    sample=sampling_triton.sample_triton,
     shares_prefix=(),
 )
 
@@ -177,8 +188,8 @@ def invariant(ops: Ops) -> Ops:
     return dataclasses.replace(
         ops,
         name=f"{ops.name} (invariant)",
-        lora_linear_forward=linear_invariant.lora_linear_forward_invariant_triton,
-        linear=linear_invariant.linear_invariant_triton,
+        lora_linear_forward=lora_linear_batch_invariant.lora_linear_forward_invariant_triton,
+        linear=lora_linear_batch_invariant.linear_invariant_triton,
     )
 
 
@@ -207,7 +218,7 @@ SPECS = {
         rope,
         swiglu,
         lora_linear,
-        linear_invariant,
+        lora_linear_batch_invariant,
         attention,
         cached_attention,
         linear_cross_entropy,
@@ -258,7 +269,7 @@ def choose(
     """The table of that name for a model on this device; the result's name says what is in it.
 
     `auto` on a CPU is TORCH, and in fp32 NATIVE for sampling if that compiles and passes its checks
-    here at the model's widths (kernels/choose.py); on a GPU it is TRITON as far as it passes,
+    here at the model's widths (kernels/select_ops.py); on a GPU it is TRITON as far as it passes,
     operation by operation. Where `auto` takes a slower form than others may have, it prints why.
     ValueError for an unknown name, and for `native` and `triton` where they cannot run, with the
     reason.
@@ -270,7 +281,7 @@ def choose(
         raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
     if name == "native" or (name == "auto" and device.type == "cpu"):
         return _with_native(name, device, dtype, widths)
-    reason = _triton.usable(device)
+    reason = triton_launch.usable(device)
     if name == "triton" and reason:
         raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
     if name == "auto" and dtype == torch.float64:

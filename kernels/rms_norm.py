@@ -19,10 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import cdiv, jit, launch, power_of_two, tl
-from kernels.native import at, library
-from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
-from kernels.tiles import tile
+from kernels.cpu.native import at, library
+from kernels.dtypes import accumulate_dtype
+from kernels.launch.tile_config import tile
+from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
 

@@ -18,12 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import vml  # noqa: F401 every operation is right from its first call on
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, statistics and softmax: fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from kernels.cpu import onemkl_first_calls  # noqa: F401 every operation is right from its first call on
 
 
 def autograd(fn: Callable[..., Tensor], wanted: tuple[Tensor, ...], douts: Any) -> list[Tensor]:

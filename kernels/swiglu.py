@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._triton import cdiv, jit, launch, tl
-from kernels.native import at, library
-from kernels.rowwise import rowwise
-from kernels.spec import MODELS, TOKENS, Spec, accumulate_dtype, autograd
-from kernels.tiles import tile
+from kernels.cpu.native import at, library
+from kernels.cpu.rowwise import rowwise
+from kernels.dtypes import accumulate_dtype
+from kernels.launch.tile_config import tile
+from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
 

@@ -19,13 +19,13 @@ full        h                                                        the whole l
 Weights that are sharded (model/sharded.py) are whole, layer by layer, while they are used.
 """
 
+
 # T = tokens, D = model width, V = vocabulary, H = query heads, G = key/value heads, d = head size
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,50 +33,21 @@ import torch
 from torch import Tensor
 
 from kernels import registry
-from kernels.context import Cached, Packed
-from kernels.lora_linear import LoraGroup
+from kernels.cached import Cached
+from kernels.cpu.prepack import PackedWeight, Prepacked, prepack
+from kernels.dtypes import accumulate_dtype
+from kernels.lora_linear.group import LoraGroup
+from kernels.packed import Packed
 from kernels.philox import Dropout, mix
-from kernels.prepack import PackedWeight, Prepacked, prepack
 from kernels.registry import TORCH, Ops, choose
-from kernels.spec import accumulate_dtype
 from model.config import LlamaConfig
 from model.kv_cache import KVCache
 from model.lora import GROUPS, Lora
 from model.rope import cos_sin_table
+from model.tape import Saved, Tape
 from model.weights import load_weights, locate
 
-POLICIES = ("none", "selective", "full")
 NOTHING = {name: (None, None) for name in GROUPS}  # the adapters and dropouts of the seed model
-
-
-@dataclass
-class Saved:
-    """What the forward of one layer keeps for its backward."""
-
-    h: Tensor | None = None  # (T, D) residual stream at the layer's entry
-    rstd1: Tensor | None = None
-    qkv: Tensor | None = None  # rotated
-    o: Tensor | None = None
-    lse: Tensor | None = None
-    h_mid: Tensor | None = None  # (T, D) residual stream after attention
-    rstd2: Tensor | None = None
-    gate_up: Tensor | None = None
-    s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> S
-
-
-@dataclass
-class Tape:
-    """The record of one training forward; used up by one backward."""
-
-    policy: str = "none"
-    layers: list[Saved] = field(default_factory=list)
-    packed: Packed | None = None
-    lora: Lora | None = None
-    h: Tensor | None = None  # (T, D) residual stream before the last norm
-    rstd: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        assert self.policy in POLICIES, f"recompute policy {self.policy!r} is not in {POLICIES}"
 
 
 def has_bf16_units(device: str | torch.device) -> bool:
@@ -105,7 +76,7 @@ class Llama:
             registry.sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
-        # set for packed weights: all layers in one call (kernels/layers.py)
+        # set for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
         packed = self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor)
         self.at_once = self.ops.layers(weights, config.num_layers) if packed else None
 
@@ -390,7 +361,8 @@ class Llama:
 
         On a CPU in fp32 the matrices are packed, the adapter merged into the copy (measured faster
         than two more products per group, and a row stays a row; the base stays as it is): into
-        panels of our own C (kernels/panels.py; the embeddings too) where `ops` has them, else into
+        panels of our own C (kernels/cpu/panels.py; the embeddings too) where `ops` has them, else
+        into
         oneDNN's layout. Elsewhere: this model and the adapter. `release` gives this model's own
         matrices up while they are packed, so that memory does not double, until `restore`; with
         an adapter they are kept, since a sum cannot be taken apart exactly.

@@ -26,25 +26,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernels.lora_linear import LoraGroup
-from kernels.spec import accumulate_dtype
+from kernels.dtypes import accumulate_dtype
+from kernels.lora_linear.group import LoraGroup
 from model.config import LlamaConfig
 from model.files import check_links
-from model.peft import Patterns, read_peft_config
+from model.peft_format import Patterns, read_peft_config
 from model.weights import (
     COMPARED,
     EMBEDDING,
     HEAD,
     check_finite,
-    locate,
     open_safetensors,
     read_rows,
-    rewrite_checkpoint,
     written_beside,
 )
 
 if TYPE_CHECKING:
     from model.llama import Llama
+
 
 GROUPS = {  # group -> members in the order of the fused weight
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -467,46 +466,3 @@ def _stem(file: Path, name: str) -> tuple[int, str]:
             f"({PEFT_PREFIX}model.layers.N.self_attn.q_proj.lora_A.weight and the like)"
         )
     return int(parts[2]), module
-
-
-def merge(
-    model_dir: str | Path,
-    lora: Lora,
-    out: str | Path,
-    finish: Callable[[Path], None] | None = None,
-) -> list[str]:
-    """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
-
-    The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
-    at a time. config.json says what is so of a head that is stored and of quantisation; then
-    `finish(directory)` may change what lies there before it appears as `out`. Returns what was not
-    copied. ValueError where the adapter does not fit, a number is not finite, or `out`
-    exists.
-    """
-    model_dir = Path(model_dir)
-    said = LlamaConfig.from_dir(model_dir)
-    lora.check_fits(said)
-    checkpoint = locate(model_dir, said)  # what does not load is not copied either
-    config, settings = checkpoint.config, {}
-    if config.tie_embeddings != said.tie_embeddings:
-        settings["tie_word_embeddings"] = config.tie_embeddings
-    if config.quantised != said.quantised:
-        settings["quantization_config"] = None
-
-    def rows_of(name: str) -> Iterable[tuple[Tensor, int]]:
-        stored = name if name in checkpoint.files else EMBEDDING  # a tied head
-        for first in range(0, config.vocab_size, COMPARED):
-            yield checkpoint.rows(stored, first, min(first + COMPARED, config.vocab_size)), first
-
-    def change(name: str, weight: Tensor) -> Tensor:
-        check_finite(weight, name, model_dir)
-        delta = lora.delta(name)
-        if delta is None:
-            return weight
-        merged = (weight.float() + delta.cpu().float()).to(weight.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(f"{name} merged is not finite in {weight.dtype}")
-        return merged
-
-    lora.check_copies(config, rows_of)
-    return rewrite_checkpoint(model_dir, Path(out), change, settings, finish=finish)

@@ -15,12 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import PAPER_SAMPLING, DistillConfig, distill_file
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.locking import lock_file
+from engine.data.config import DataConfig
+from engine.distill.config import PAPER_SAMPLING, DistillConfig
+from engine.distill.distill import distill_file
 from engine.presets import parse
-from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.locking import lock_file
+from engine.runtime.resumable_answers import meta_of
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session, as_begun
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,14 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.evaluate import evaluate_job, nll_file
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.harness import HarnessConfig, harness_job
-from engine.locking import lock_directory, lock_file
-from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun, as_trained, meta_of
-from engine.tasks import TaskConfig, tasks_job
-from engine.verifiers import get_verifier
+from engine.data.config import DataConfig
+from engine.evaluate.lm_eval_harness import HarnessConfig, harness_job
+from engine.evaluate.target_task import evaluate_job, nll_file
+from engine.evaluate.tasks.run import TaskConfig, tasks_job
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.locking import lock_directory, lock_file
+from engine.runtime.resumable_answers import meta_of
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session, as_begun, as_trained
+from engine.verify.verifiers import get_verifier
 
 
 def parse_args() -> argparse.Namespace:

@@ -63,8 +63,8 @@ part() {
 }
 
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
-PYTEST+=(tests/test_kernels.py tests/test_triton_model.py tests/test_invariant.py)
-PYTEST+=(tests/test_cached_attention_triton.py tests/test_graphs.py)
+PYTEST+=(tests/kernels/test_operations.py tests/model/test_triton_model.py tests/kernels/test_batch_invariant.py)
+PYTEST+=(tests/kernels/test_cached_attention_triton.py tests/sampling/test_cuda_graphs.py)
 # On the card most of a test is compiling, on one core: shares of the tests run side by side.
 SHARES=("rms_norm or rope or swiglu" "adamw or linear_cross_entropy" "cached_attention" "sample")
 SHARES+=("attention and not cached_attention" "lora_linear and bfloat16" "test_triton_model")
@@ -78,7 +78,7 @@ TESTS=("${IN_SHARES[@]}" "${PYTEST[@]}")
 if "$PYTHON" -c "import xdist" 2>/dev/null; then # shares the tests out better, as they are done
     TESTS=("${PYTEST[@]}" -n 16)
 fi
-TUNE=("$PYTHON" -m benchmarks.tune --out "$OUT/tiles" --jobs "$(nproc)")
+TUNE=("$PYTHON" -m benchmarks.tuning.tune --out "$OUT/tiles" --jobs "$(nproc)")
 KERNELS=("$PYTHON" -m benchmarks.kernels)
 STEP=("$PYTHON" -m benchmarks.step)
 

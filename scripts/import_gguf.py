@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import make_parser, run_main
-from engine.gguf import demo_gguf, import_gguf
-from engine.locking import lock_file
+from engine.jobs.gguf_import import demo_gguf, import_gguf
+from engine.runtime.flags import make_parser, run_main
+from engine.runtime.locking import lock_file
 
 
 def parse_args() -> argparse.Namespace:

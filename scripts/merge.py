@@ -17,10 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.checkpoint import refuse_damaged
-from engine.flags import make_parser, run_main
-from engine.locking import lock_file
-from model.lora import Lora, merge
+from engine.runtime.flags import make_parser, run_main
+from engine.runtime.locking import lock_file
+from engine.runtime.published_adapter import refuse_damaged
+from model.lora import Lora
+from model.merge import merge
 from model.trained_chat import TrainedChat
 
 

@@ -18,15 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import PAPER_SAMPLING, DistillConfig
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.locking import lock_directory
+from engine.data.config import DataConfig
+from engine.distill.config import PAPER_SAMPLING, DistillConfig
+from engine.evaluate.tasks.run import TaskConfig
+from engine.jobs.study import StudyConfig, study
 from engine.presets import parse
-from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun, meta_of
-from engine.study import StudyConfig, study
-from engine.tasks import TaskConfig
-from engine.train import EncodeConfig, TrainConfig
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.locking import lock_directory
+from engine.runtime.resumable_answers import meta_of
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session, as_begun
+from engine.train.config import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
 

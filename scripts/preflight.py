@@ -14,13 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.distill import PAPER_SAMPLING, DistillConfig
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.preflight import PreflightConfig, preflight
+from engine.data.config import DataConfig
+from engine.distill.config import PAPER_SAMPLING, DistillConfig
+from engine.jobs.preflight import PreflightConfig, preflight
 from engine.presets import parse
-from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session
-from engine.train import EncodeConfig, TrainConfig
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session
+from engine.train.config import EncodeConfig, TrainConfig
 from model.lora import LoraConfig
 
 

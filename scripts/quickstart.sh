@@ -31,7 +31,7 @@ say "the embedded model"
 "$PYTHON" scripts/import_gguf.py --gguf demo --out "$MODEL"
 
 say "$TRAIN_ROWS word problems to train on, $TEST_ROWS held out: $DATA"
-"$PYTHON" -c "from pathlib import Path; from engine.demo import write_demo
+"$PYTHON" -c "from pathlib import Path; from engine.jobs.demo import write_demo
 write_demo(Path('$DATA'), $TRAIN_ROWS, $TEST_ROWS)"
 
 say "python scripts/sdft.py --model $MODEL ${SDFT_FLAGS[*]}"

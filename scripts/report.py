@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import make_parser, run_main
 from engine.report.page import report_job
+from engine.runtime.flags import make_parser, run_main
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.locking import lock_file
-from engine.retention import retention_job, retention_metas
-from engine.sampler import SamplerConfig
-from engine.session import DataConfig, ModelConfig, Session, as_begun, as_trained
+from engine.data.config import DataConfig
+from engine.evaluate.retention import retention_job, retention_metas
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.locking import lock_file
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session, as_begun, as_trained
 
 
 def parse_args() -> argparse.Namespace:

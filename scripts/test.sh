@@ -3,8 +3,8 @@
 # to pytest.
 #
 #     bash scripts/test.sh
-#     bash scripts/test.sh -m "not peers" tests/test_layout.py
-#     bash scripts/test.sh -n 0 -x tests/test_rows.py      one process
+#     bash scripts/test.sh -m "not peers" tests/layout/test_layout.py
+#     bash scripts/test.sh -n 0 -x tests/data/test_rows.py      one process
 
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 

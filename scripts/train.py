@@ -17,12 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.flags import add_flags, from_flags, make_parser, run_main
-from engine.locking import lock_directory
+from engine.data.config import DataConfig
 from engine.presets import parse
-from engine.session import DataConfig, ModelConfig, Session, as_begun
-from engine.train import EncodeConfig, TrainConfig, train_job
-from engine.validate import ValidateConfig
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.locking import lock_directory
+from engine.session import ModelConfig, Session, as_begun
+from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.train import train_job
+from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
 
 

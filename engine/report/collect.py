@@ -17,13 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.data import Example, Row
-from engine.evaluate import ANSWER, Arms, put_in_order, resume_lines
-from engine.log import AppendedLines, progress, read_jsonl
-from engine.process import SAMPLE_LESS, memory_for
-from engine.retention import compare, hidden_states
-from engine.sampler import Request, Sampler, SamplerConfig
-from engine.score import nll
+from engine.data.encode import Example
+from engine.data.rows import Row
+from engine.evaluate.target_task import ANSWER, Arms
+from engine.measure.divergence import compare, hidden_states
+from engine.measure.likelihood import nll
+from engine.runtime.files import AppendedLines, read_jsonl
+from engine.runtime.process_memory import SAMPLE_LESS, memory_for
+from engine.runtime.resumable_answers import put_in_order, resume_lines
+from engine.runtime.terminal import progress
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
 from model.chat import Chat
 from model.llama import Llama
 from model.tokenizer import Tokenizer

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from engine.distill import LOW_SHARE
-from engine.evaluate import Score
-from engine.intervals import bootstrap, mcnemar, student
+from engine.distill.distill_report import LOW_SHARE
+from engine.evaluate.target_task import Score
+from engine.measure.intervals import bootstrap, mcnemar, student
 from engine.report.load import ARMS, TUNED, Run
 
 Table = list[list[str]]  # the first row is the header

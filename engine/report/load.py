@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data import CONTEXT, KEPT, load_distilled
-from engine.log import read_jsonl
+from engine.data.distilled import CONTEXT, KEPT, load_distilled
+from engine.runtime.files import read_jsonl
 from model.config import read_json
 
 # what the lines of a run must have, for what is shown of them

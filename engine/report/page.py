@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.log import write_text
 from engine.report import plots as figures
 from engine.report.findings import (
     Table,
@@ -31,6 +30,7 @@ from engine.report.findings import (
     warnings,
 )
 from engine.report.load import Run, load_runs
+from engine.runtime.files import write_text
 
 ASSETS = Path(__file__).resolve().parent
 NO_PLOTS = "Without figures, which need matplotlib -> pip install -e '.[report]', then "

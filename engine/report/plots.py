@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.evaluate import Score
+from engine.evaluate.target_task import Score
 from engine.report.findings import Table, drift_interval
 from engine.report.load import ARMS, TUNED, Run
 

@@ -1,0 +1,1 @@
+"""Search for the block sizes of the Triton kernels."""

@@ -1,0 +1,1 @@
+"""Rows, distilled lines, encoding, packing."""

@@ -1,0 +1,61 @@
+"""Which rows of which file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.data.records import DataFile
+from engine.data.rows import Row, Rows, load_rows, parse_columns
+from engine.runtime.limits import MOST, check_numbers
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows of which file."""
+
+    data: str  # JSON, JSONL or CSV file of rows, or distilled data
+    columns: str | None = None  # field names, as prompt=goal,response=target; id= takes no ids
+    skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
+    drop_long: bool = False  # leave turns out that are too long and count them, instead of stopping
+    limit: int | None = None  # use only the first so many usable rows
+    system: str | None = None  # a system message for every row that has none
+
+    def check(self) -> None:
+        """ValueError for a limit that leaves no row."""
+        check_numbers(self, limit=(1, MOST))
+
+    def load(
+        self,
+        need_reference: bool = True,
+        *,
+        check: Callable[[Row], None] | None = None,
+        opened: DataFile | None = None,
+    ) -> Rows:
+        """The rows, with what was left out said.
+
+        check: ValueError for rows that cannot be used, as `template_takes` gives for those that the
+        chat template refuses. opened: the file, if it is open already.
+        """
+        rows = load_rows(
+            opened or self.data,
+            columns=parse_columns(self.columns) if self.columns else None,
+            skip_bad=self.skip_bad,
+            limit=self.limit,
+            need_reference=need_reference,
+            system=self.system,
+            check=check,
+        )
+        skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
+        unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
+        read = f", {', '.join(map(repr, rows.inputs))} read as input" if rows.inputs else ""
+        print(f"data: {len(rows)} rows from {self.data}{skipped}{read}{unused}")
+        silent = sum(len(row.context_only) for row in rows)
+        if silent:
+            print(f"data: {silent} of the assistant's messages are context only, as they ask")
+        return rows
+
+    def beside(self, file: str, limit: int | None) -> DataConfig:
+        """The same reading of another file: held-out rows, validation."""
+        return dataclasses.replace(self, data=file, limit=limit)

@@ -1,0 +1,1 @@
+"""The seed model rewrites the references: prompts, cascade, selection, distilled lines."""

@@ -1,0 +1,65 @@
+"""Settings of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.distill.cascade import (
+    Stage,
+    parse_cascade,
+)
+from engine.distill.rewrite_prompts import TEMPLATES
+from engine.distill.selection import OURS, PAPER, Rules
+from engine.verify.paper_rules import PUBLISHED
+from engine.verify.verifiers import get_verifier
+
+PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Factory's defaults
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What is asked of the seed model and what is accepted."""
+
+    template: str = "using"  # using | refer | gsm8k: how the reference is shown
+    verify: str = "none"  # what a rewrite must keep: none | number | call | code | ... (README)
+    cascade: str = "guided:1"  # tries, as unguided:2,guided:2,cooler:1; the reference comes last
+    choose: str = "likelihood"  # likelihood | first: which of several fit tries is taken
+    max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
+    paper_exact: bool = False  # also the published code's defects that change results
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return parse_cascade(self.cascade)
+
+    @property
+    def rules(self) -> Rules:
+        return PAPER if self.paper_exact else OURS
+
+    @property
+    def verifier(self) -> str:
+        """The verifier's name: the published one of the same purpose under paper_exact."""
+        return PUBLISHED.get(self.verify, self.verify) if self.paper_exact else self.verify
+
+    def check(self) -> None:
+        """ValueError for names and numbers that are not known."""
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template {self.template!r}: one of {', '.join(TEMPLATES)} is wanted")
+        get_verifier(self.verify)
+        if self.choose not in ("likelihood", "first"):
+            raise ValueError(f"choose {self.choose!r}: likelihood or first is wanted")
+        stages = self.stages
+        if self.paper_exact and stages != parse_cascade("guided:1"):
+            raise ValueError(
+                f"paper_exact with cascade {self.cascade!r}: the published code asks once, shown "
+                "the reference; leave out one of the two"
+            )
+        if self.max_new_tokens != "auto" and not (
+            self.max_new_tokens.isdecimal() and int(self.max_new_tokens) > 0
+        ):
+            raise ValueError(f"max_new_tokens {self.max_new_tokens!r}: a number or auto is wanted")
+
+    def limit(self, reference_tokens: int) -> int:
+        """New tokens for a reference of that length."""
+        if self.max_new_tokens != "auto":
+            return int(self.max_new_tokens)
+        return max(128, 64 + 3 * reference_tokens)

@@ -1,0 +1,1 @@
+"""The target task, tasks/, retention, lm-eval."""

@@ -1,0 +1,1 @@
+"""Whole jobs, one a script."""

@@ -1,0 +1,1 @@
+"""Likelihoods, divergences, confidence intervals, similarity."""

@@ -1,0 +1,1 @@
+"""Files, terminal, flags, processes, signals: no other room of engine/ is imported here."""

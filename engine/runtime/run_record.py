@@ -1,0 +1,72 @@
+"""What a run leaves behind for people: metrics, settings, hashes, versions; files written whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """A hash that tells checkpoints apart: config.json and, of every weight file, its size, its
+    first MiB (the header) and 64 evenly spaced blocks of 64 KiB. Not a proof against tampering."""
+    path = Path(path)
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(filter(Path.is_file, path.glob("*.safetensors"))):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            for block in range(64):
+                opened.seek(size * block // 64)
+                digest.update(opened.read(1 << 16))
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, threads and commit, for the record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The clone's commit, with a + where the tree has changes; None without git."""
+    try:
+        head = subprocess.run(
+            ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() or None
+
+
+def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """'name: old -> new' for every setting that is not the same, nested names joined by dots."""
+    now = json.loads(json.dumps(now))  # as a file gives it back: tuples are lists
+    found = []
+    for name in sorted({*was, *now}):
+        a, b = was.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{line}" for line in differing(a, b)]
+        elif a != b:
+            found.append(f"{name}: {a!r} -> {b!r}")
+    return found

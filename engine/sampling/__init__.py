@@ -1,0 +1,1 @@
+"""The KV-cached batched sampler."""

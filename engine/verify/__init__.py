@@ -1,0 +1,1 @@
+"""Verifiers, the published rules, refusals, the sandbox for model-written code."""

@@ -1,0 +1,1 @@
+"""What only a CPU needs: native C, packed weights, the paged layout."""

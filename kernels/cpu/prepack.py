@@ -1,0 +1,101 @@
+"""The one product form that the sampler uses for a whole run on a CPU
+
+Row i of a product must not depend on the number of rows. Our own form is in panels.py; this is the
+one where that cannot be compiled: oneDNN with prepacked weights. Elsewhere `prepack` leaves a
+weight as it is; a GPU's form is in linear_invariant.py.
+
+shapes     x (T, K)    weight (N, K)    product (T, N), fp32
+"""
+
+# T = tokens, K = inputs, N = outputs
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu.panels import Panels
+
+
+class Prepacked:
+    """A weight in oneDNN's own layout, for fp32 inference on a CPU.
+
+    The product of a row is the same bits for any number of rows from `min_rows` on (fewer are
+    padded to it). `min_rows` is measured per matrix shape, since it differs between CPUs: on one
+    with AVX-512 a single row of the down projection takes another path than two.
+    """
+
+    _measured: dict[tuple[int, int, int], int] = {}  # (N, K, threads) -> min_rows
+    PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        hint = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), hint)
+        key = (*weight.shape, torch.get_num_threads())
+        if key not in self._measured:
+            self._measured[key] = self._measure()
+        self.min_rows = self._measured[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.packed.numel() * self.packed.element_size()
+
+    @staticmethod
+    def available(weight: Tensor) -> bool:
+        """Whether this weight can be prepacked here."""
+        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        return on_cpu and torch.backends.mkldnn.is_available()
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def _measure(self) -> int:
+        n, k = self.shape
+        probes = [m for m in self.PROBES if m * n < 8_000_000]  # 257 rows of a head take too long
+        x = torch.randn(max(probes), k, generator=torch.Generator().manual_seed(0))
+        whole = self._product(x)
+        same = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
+        for least in (1, 2, 8, 17):
+            if all(ok for m, ok in same.items() if m >= least):
+                return least
+        raise RuntimeError(
+            f"oneDNN's product of a {n} x {k} matrix depends on the number of rows on this CPU "
+            f"(equal for: {[m for m, ok in same.items() if ok]}), so text would depend on --rows"
+        )
+
+    def unpack(self) -> Tensor:
+        """The weight (N, K) as it was, bit for bit: packing only moves numbers."""
+        return self.packed.to_dense()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if rows >= self.min_rows:
+            return self._product(x.contiguous())
+        if rows == 0:
+            return x.new_zeros(0, self.shape[0])
+        padded = x.new_zeros(self.min_rows, x.shape[1])
+        padded[:rows] = x
+        return self._product(padded)[:rows]
+
+
+PackedWeight = Prepacked | Panels
+
+
+def prepack(weight: Tensor, panels: bool = False) -> Tensor | PackedWeight:
+    """The form of `weight` for the products of a sampling run, as it is where there is none."""
+    if panels:
+        return Panels(weight)
+    return Prepacked(weight) if Prepacked.available(weight) else weight
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """x (T, K) times weight (N, K) transposed: (T, N)."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def linear_native(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """As `linear`, in panels; a weight that is not packed yet is, for this one product."""
+    return linear(x, Panels(weight) if isinstance(weight, Tensor) else weight)

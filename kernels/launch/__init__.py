@@ -1,0 +1,1 @@
+"""How a Triton kernel is launched, and with which block sizes."""

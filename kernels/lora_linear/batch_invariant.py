@@ -1,0 +1,140 @@
+"""Products in which a row's bits are its own on a GPU: `linear`, and a form of lora_linear
+
+    y = x W^T                          the model's head; W is frozen
+    y_i = x W_i^T + s (x A^T)_i B_i^T  a group of matrices with or without adapters, as lora_linear
+
+A library picks its kernel by the number of rows: other tiles, another instruction, the sum over K
+cut into parts. Here a row's result is one fixed chain of roundings, because
+    tile    BM, BN, BK, warps and stages follow from dtype and rank alone. A tile that T does not
+            fill is computed whole; what stands in its idle rows is thrown away
+    order   a program owns its outputs and walks over all of K in steps of BK: no split, no atomics.
+            S = x A^T is made in the same loop, by every program for itself
+    code    one compiled kernel for every T: T is no constant of it and is not specialised; x lies
+            contiguous from 16 bytes on (else it is copied), so neither alignment nor strides are
+What is left is the hardware's: an element of a tile product is computed in one way wherever in the
+tile it stands. `--invariant` looks at that on the card (engine/sampling/batch_invariance.py).
+
+shapes     x (T, K)    weight (N, K)    y (T, N)
+precision  products accumulate in at least fp32 (fp32 operands: no TF32); one rounding to the dtype
+traffic    T K + N K + T N elements must be moved. W is read anew by every BM rows (from L2, if it
+           holds GROUP tiles of x and one of W), x by every BN columns
+cost       one row is computed as BM rows: hidden behind the reading of W, which is what a step of
+           decoding waits for. Prompts lose: a tile is small beside those of "many" in lora_linear
+triton     the kernel is lora_linear_kernel, with RANK 0 for a plain product
+tiles      rows "fixed r16" (padded rank, 128 for more), "fixed" of lora_linear_kernel, in fp32
+           "fixed fp32 r16", "fixed fp32"; the interpreter's "any" serves all
+"""
+
+# T = tokens, K = inputs, N = outputs, R = ranks of all adapted members
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.launch.tile_config import tile
+from kernels.launch.triton_launch import cdiv, power_of_two
+from kernels.lora_linear.group import LoraGroup
+from kernels.lora_linear.triton_forward import (
+    launch_tiles,
+    lora_linear_forward_split_triton,
+    lora_linear_kernel,
+    members_of,
+)
+from kernels.philox import Dropout
+from kernels.spec import MODELS, Spec, Widths
+
+# ---- reference: the definition
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """y (T, N); differentiable."""
+    return x @ weight.T
+
+
+# ---- triton
+
+
+def _fixed_tiles(
+    x: Tensor, weight: Tensor, group: LoraGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    (T, K), (N, _) = x.shape, weight.shape
+    assert weight.shape == (N, K), f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(T, N)
+    if x.storage_offset() * x.element_size() % 16:
+        x = x.clone()
+    sizes, rank, scale, a, b, s = (N,), 0, 1.0, None, [None] * 3, None
+    members = {"N0": N, "N1": 0, "N2": 0, "S0": -1, "S1": -1, "S2": -1, "R": 0, "RANK": 0}
+    if group is not None:
+        assert group.a.shape[1] == K and sum(group.sizes) == N, (
+            f"x {tuple(x.shape)}, W {(N, K)}, A {tuple(group.a.shape)}, {group.sizes}"
+        )
+        sizes, rank, scale, a = group.sizes, group.rank, group.scale, group.a.contiguous()
+        (b, members), s = members_of(group), x.new_empty(T, a.shape[0])
+    kind = "fixed fp32" if x.dtype == torch.float32 else "fixed"
+    padded = power_of_two(max(1, rank))
+    classes = (f"{kind} r{min(128, padded)}", kind) if rank else (kind,)
+    row = tile("lora_linear_kernel", x.device, *classes)
+    launch_tiles(
+        lora_linear_kernel, cdiv(T, row["BM"]) * sum(cdiv(n, row["BN"]) for n in sizes), x, False,
+        x, weight, a, *b, s, y, T, K, scale, K=K, **members, FUSED=True, BR=padded, **row,
+    )  # fmt: skip
+    return y, s
+
+
+def linear_invariant_triton(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, K) times weight (N, K) transposed: (T, N); a row's bits do not depend on the others."""
+    return _fixed_tiles(x, weight, None)[0]
+
+
+def lora_linear_forward_invariant_triton(
+    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """As `lora_linear_forward`; a row's bits do not depend on the others.
+
+    Nothing is sampled with dropout, and with one the form is the split one, with its own tiles.
+    """
+    if group is not None and dropout is not None:
+        return lora_linear_forward_split_triton(x, weight, group, dropout)
+    return _fixed_tiles(x, weight, group)
+
+
+# ---- contract
+
+
+def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
+    """T, K, N; a fourth number: the weight's are of so many bits, as a checkpoint's in bf16 (8) or
+    fp16 (11). A CPU has a form for each (panels.py)."""
+    t, k, n, *bits = shape
+    x = torch.randn(t, k, generator=g, dtype=torch.float64)
+    w = torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5
+    if bits:
+        w = w.to({8: torch.bfloat16, 11: torch.float16}[bits[0]]).double()
+    return {"x": x, "w": w}
+
+
+def _run(ops, i: dict) -> dict[str, Tensor]:
+    return {"y": ops.linear(i["x"], i["w"])}
+
+
+def _heads(m: Widths, tokens: tuple[int, ...], *bits: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((t, m.D, m.V, *bits) for t in tokens)
+
+
+SPEC = Spec(
+    "linear",
+    _make_inputs,
+    _run,
+    test_shapes=(
+        (1, 16, 8),
+        (3, 63, 21),
+        (65, 96, 130),
+        (17, 32, 300),
+        (0, 16, 8),
+        (17, 33, 70, 8),
+        (65, 97, 131, 11),  # the largest, which `auto` checks beside the second (fp32)
+    ),
+    bench_shapes=tuple(s for m in MODELS.values() for s in _heads(m, (1, 16, 64))),
+    model_shapes=lambda m: _heads(m, (17, 65), 8),
+    floor=1e-5,  # a different summation order over K is not an error
+)

@@ -1,0 +1,72 @@
+"""A linear layer with low-rank adapters on torch products."""
+
+
+# T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu.prepack import PackedWeight, linear
+from kernels.lora_linear.group import LoraGroup
+from kernels.philox import Dropout
+
+# ---- torch
+
+
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, N) and, with a group, S (T, R) for the backward."""
+    assert x.dim() == 2 and x.shape[1] == weight.shape[1], (
+        f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
+    )
+    y = linear(x, weight)
+    if group is None:
+        return y, None
+    assert sum(group.sizes) == weight.shape[0], f"{group.sizes} do not add to {weight.shape[0]}"
+    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)
+    s = F.linear(dropped, group.a)
+    for i, columns, s_columns in group.members():
+        y[:, columns].addmm_(s[:, s_columns], group.b[i].T, alpha=group.scale)
+    return y, s
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    s: Tensor | None = None,
+    group: LoraGroup | None = None,
+    need_dx: bool = True,
+    dropout: Dropout | None = None,
+) -> Tensor | None:
+    """dx (T, K), or None where not needed; adds dA and dB into the group's views."""
+    dx = dy @ weight if need_dx else None
+    if group is None:
+        return dx
+    ds = torch.empty_like(s)
+    for i, columns, s_columns in group.members():
+        dy_i, b = dy[:, columns], group.b[i]
+        ds[:, s_columns] = dy_i @ b
+        _add_product(group.db[i], dy_i.T, s[:, s_columns], group.scale)
+    ds.mul_(group.scale)
+    if dropout is None:
+        _add_product(group.da, ds.T, x, 1.0)
+        return dx.addmm_(ds, group.a) if need_dx else None
+    mask = dropout.mask(x.shape[1], x.dtype)
+    _add_product(group.da, ds.T, x * mask, 1.0)
+    return dx.add_((ds @ group.a).mul_(mask)) if need_dx else None
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """out += alpha left right, in out's dtype (fp32 masters under 16-bit activations)."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=alpha)
+    else:
+        out.add_((left @ right).to(out.dtype), alpha=alpha)

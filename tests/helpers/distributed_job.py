@@ -1,0 +1,110 @@
+"""What each process of tests/runtime/test_distributed.py does: started by torchrun, never by
+pytest.
+
+python -m torch.distributed.run --nproc-per-node N tests/helpers/distributed_job.py JOB.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from engine.train import step as step_module
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from safetensors.torch import save_file
+
+from engine.data.distilled import Distilled
+from engine.distill.seed_likelihoods import score
+from engine.runtime.distributed import start
+from engine.runtime.flags import run_main
+from engine.sampling.requests import SamplerConfig
+from engine.sampling.sampler import Sampler
+from engine.train.train import train
+from engine.train.validate import ValidateConfig, Validator
+from model.chat import Chat
+from model.llama import Llama
+from model.lora import Lora
+from model.tape import POLICIES
+from model.tokenizer import load_tokenizer
+from tests.train.test_train import LORA, SMALL, examples
+
+
+def lines(count: int) -> list[Distilled]:
+    """Distilled lines of made text, of all lengths, one without a response."""
+    return [
+        Distilled(
+            id=f"r{i}/0",
+            messages=[{"role": "user", "content": "Say " + "abc" * (i % 4)}],
+            reference="no " * (i % 5 + 1),
+            response="yes" * (i % 3),
+            response_ids=[121, 101, 115] * (i % 3),
+            target="",
+            status="accepted",
+            stage="",
+            finish="stop",
+            prompt_tokens=1,
+            response_tokens=3 * (i % 3),
+        )
+        for i in range(count)
+    ]
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(1)
+    world, shard = start(), job["shard"]
+
+    # 1. the gradient of one step in fp64, summed over the processes
+    model = Llama.from_pretrained(job["model"], dtype=torch.float64, shard=shard)
+    lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
+    lora.params.add_(0.05)
+    found = {}
+    for policy in POLICIES:
+        for count in (9, 1):  # of one row, all processes but one have nothing
+            gradients = step_module.step_gradients(
+                model, lora, examples(count), 3, 64, policy, world
+            )
+            found[f"loss {policy} {count}"] = world.sum_(gradients.nll.sum())
+            found[f"grads {policy} {count}"] = world.sum_(lora.grads).clone()
+
+    # 2. what is looked at, and what sharded weights refuse
+    chat = Chat.from_dir(job["model"], load_tokenizer(job["model"]))
+    if shard:
+        pieces = [piece for name in model.weights for piece, _ in model.weights.local(name)]
+        held = sum(piece.numel() for piece in pieces)
+        found["held"] = torch.tensor(held)
+        looking = ValidateConfig(val_every=1, val_data=job["held_out"], val_prompts=2)
+        found["validation"] = torch.tensor(Validator(looking, model, chat)(lora))
+        score(model, chat, lines(7), Path(job["scores"]), {}, world)
+        try:
+            Sampler(model, chat.tokenizer.decode, chat.end_ids, SamplerConfig()).__enter__()
+        except ValueError as error:
+            assert "without --shard" in str(error)
+        else:
+            raise AssertionError("a sampler was opened on sharded weights")
+    if world.first:
+        save_file(found, job["found"])
+
+    # 3. a run, in which rank 1 may be killed
+    micro_step = step_module.micro_step
+
+    def killing(model, lora, batch, policy):
+        if world.rank == 1 and int(batch.packed.step) == job["kill"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return micro_step(model, lora, batch, policy)
+
+    step_module.micro_step = killing
+    out = Path(job["out"])
+    model = Llama.from_pretrained(job["model"], shard=shard)
+    where = {"base": "b", "model_hash": "h", "resume": out.exists(), "world": world}
+    train(model, examples(), LORA, SMALL, out, **where)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,66 @@
+"""Distils the same rows under many settings that must not change a text, and compares the files.
+
+    python -m tests.helpers.same_distillation --model models/smollm2-135m-instruct \\
+        --data ../shared/data/alpaca_train.json --rows 200
+
+Not part of the suite: it takes minutes. The suite does it with fewer rows
+(tests/sampling/test_sampler.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTILL = str(ROOT / "scripts" / "distill.py")
+SETTINGS = {  # name -> (what starts it, flags)
+    "64 rows": ([], ["--rows", "64"]),
+    "as it is": ([], []),
+    "7 rows, no drafts": ([], ["--rows", "7", "--draft", "off"]),
+    "24 rows, every draft": ([], ["--rows", "24", "--draft", "always"]),
+    "3 steps a visit": ([], ["--rows", "16", "--draft", "off", "--steps", "3"]),
+    "short of memory": ([], ["--kv-memory", "0.1"]),
+    "short chunks": ([], ["--prefill-tokens", "64"]),
+    "1 thread": ([], ["--threads", "1"]),
+    "2 processes": (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        [],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--ops", default="auto", help="table of operations")
+    parser.add_argument("--flags", default="", help="more flags for all, e.g. '--temperature 0.95'")
+    args = parser.parse_args()
+    common = ["--model", args.model, "--data", args.data, "--limit", str(args.rows), "--no-score"]
+    common += ["--ops", args.ops, "--max-new-tokens", "64", *args.flags.split()]
+    first, differ = None, []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (start, flags) in SETTINGS.items():
+            out = Path(folder, f"{name}.jsonl".replace(" ", "_"))
+            command = [sys.executable, *start, DISTILL, *common, "--out", str(out), *flags]
+            env = os.environ | {"PYTHONPATH": str(ROOT)}
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True, env=env)
+            text = out.read_bytes()
+            first = first or text
+            same = text == first
+            differ += [] if same else [name]
+            print(f"{name}: {time.perf_counter() - started:.0f} s, {len(text)} bytes, same: {same}")
+    assert first.count(b"\n") == args.rows and not differ, f"other texts with: {differ}"
+    print(f"{args.rows} rows, {len(SETTINGS)} settings: byte-identical")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""One of two processes of tests/runtime/test_distributed.py, on gloo: what happens while others
+wait for it
+
+python tests/helpers/waiting_job.py DEED        RANK, WORLD_SIZE and MASTER_* in the environment
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from engine.runtime import distributed
+from engine.runtime.flags import run_main
+
+
+def main() -> None:
+    deed = sys.argv[1]
+    distributed.COLLECTIVE = timedelta(seconds=4)
+    distributed.SILENCE = timedelta(seconds=300 if deed in ("killed", "ended") else 6)
+    distributed.BEAT = 0.2
+    world = distributed.start()
+    for _ in range(5):
+        world.barrier()
+    assert world.any(world.first) and not world.any(False) and world.most(7 - world.rank) == 7
+    print("joined", file=sys.stderr)
+    if not world.first:
+        if deed == "busy":  # longer than anybody waits in a sum, or for a heartbeat
+            until = time.monotonic() + 9
+            while time.monotonic() < until:
+                time.sleep(0.01)
+        elif deed == "ended":
+            raise ValueError("a bad row")
+        else:
+            os.kill(os.getpid(), signal.SIGKILL if deed == "killed" else signal.SIGSTOP)
+    if deed == "stopped in a sum":
+        world.sum_(torch.ones(3))
+    world.barrier()
+    assert world.sum_(torch.ones(3)).tolist() == [2, 2, 2]
+    print("through", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,369 @@
+"""The main job and the scripts a person types, end to end on a tiny random model."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data.config import DataConfig
+from engine.data.distilled import load_distilled
+from engine.evaluate.target_task import Score
+from engine.runtime.files import read_jsonl
+from engine.session import ModelConfig, Session
+from engine.train.validate import ValidateConfig, Validator
+from model.llama import Llama
+from model.lora import Lora
+from tests.conftest import CHATML
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name, *args, code=0):
+    """Run scripts/NAME.py from another directory; returns what it printed."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + (done.stderr if code else "")
+
+
+@pytest.fixture
+def tiny(tiny_llama_dir):
+    return tiny_llama_dir(tokenizer=True)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files of word problems: train.json and test.json."""
+    for name, first, count in (("train", 1, 8), ("test", 50, 4)):
+        rows = [
+            {"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."}
+            for i in range(first, first + count)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
+FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", "5"]
+FLAGS += ["--report-answers", "3"]
+
+
+def test_the_main_job(tiny, data, tmp_path):
+    out = tmp_path / "run"
+    args = ["--model", tiny, "--data", data / "train.json", "--eval-data", data / "test.json"]
+    args += ["--verify", "number", "--out", out, *FLAGS]
+    printed = script("sdft", *args)
+    result = json.loads((out / "summary.json").read_text())
+    assert set(result["evaluation"]) == {"seed", "sft", "sdft"} and "KL to seed" in printed
+    assert result["evaluation"]["seed"]["n"] == 4
+    assert all(0 <= result["retention"][arm]["kl"] < 1 for arm in ("sft", "sdft"))
+    assert result["training"]["sft"]["steps"] == result["training"]["sdft"]["steps"] == 2
+    assert sum(result["distilled"]["counts"].values()) == 8
+    for arm in ("sft", "sdft"):
+        Lora.load(out / arm).bind(Llama.from_pretrained(tiny))
+    _what_the_report_shows(out, printed)
+    # the same command again does nothing again
+    files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
+    files += ["tokens.jsonl", "answers.jsonl"]
+    before = [(out / f).read_bytes() for f in files]
+    script("sdft", *args)
+    assert [(out / f).read_bytes() for f in files] == before
+    again = json.loads((out / "summary.json").read_text())
+    assert {k: again[k] for k in ("evaluation", "retention")} == {
+        k: result[k] for k in ("evaluation", "retention")
+    }
+    # and under another setting it is refused, naming it
+    said = script("sdft", *args, "--template", "refer", code=2)
+    assert "distill.template: 'using' -> 'refer'" in said and "Traceback" not in said
+
+
+def test_both_arms_are_validated_and_keep_their_best(tiny, data, tmp_path):
+    out = tmp_path / "run"
+    args = ["--model", tiny, "--data", data / "train.json", "--no-score", "--out", out, *FLAGS]
+    looking = ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "1"]
+    script("sdft", *args, *looking, "--best", "kl")
+    result = json.loads((out / "summary.json").read_text())
+    for arm in ("sft", "sdft"):
+        noted = read_jsonl(out / arm / "validation.jsonl")
+        assert [x["step"] for x in noted] == [1, 2] and all(x["nll"] > 0 for x in noted)
+        best = result["training"][arm]["best"]
+        assert best["metric"] == "kl" and best["value"] == min(x["kl"] for x in noted)
+    said = script("sdft", *args, code=2)  # not the same run without it
+    assert "validate" in said and "Traceback" not in said
+    assert "--best nll needs" in script("sdft", *args, "--best", "nll", code=2)
+
+
+def _what_the_report_shows(out, printed):
+    """The page, the training texts with the likelihoods that score.py found, the tuned answers."""
+    assert f"report: {out}/report.html" in printed and "8 rows" in printed
+    assert f'"name":"{out.name}"' in (out / "report.html").read_text()
+    scores = {s["id"]: s for s in read_jsonl(out / "distilled.jsonl.scores.jsonl")}
+    tokens = read_jsonl(out / "tokens.jsonl")
+    assert len(tokens) == 5 and len({line["id"] for line in tokens}) == 5
+    for line in tokens:
+        sft, score = line["sft"], scores[line["id"]]
+        assert len(sft["pieces"]) == sft["prompt"] + len(sft["nll"])
+        assert sum(sft["nll"]) / len(sft["nll"]) == pytest.approx(score["reference_nll"], abs=1e-3)
+        assert "".join(sft["pieces"][sft["prompt"] : -1]).startswith("The answer is")
+    lines = read_jsonl(out / "answers.jsonl")
+    general = [line for line in lines if "prompt" in line]
+    assert {arm: sum(x["arm"] == arm for x in general) for arm in ("sft", "sdft")} == {
+        "sft": 3, "sdft": 3}  # fmt: skip
+    drift = {}
+    for line in read_jsonl(out / "retention.jsonl"):
+        kl = line["kl"] / line["tokens"]
+        drift[line["prompt"]] = max(kl, drift.get(line["prompt"], 0))
+    assert {line["prompt"] for line in general} == set(sorted(drift, key=drift.get)[-3:])
+    held_out = [line for line in lines if "id" in line]
+    assert len(held_out) == 6 and all(0 <= x["kl"] < x["tokens"] for x in held_out)
+    seed = {x["id"]: x for x in read_jsonl(out / "evaluation.jsonl") if x["arm"] == "seed"}
+    assert all(x["tokens"] - len(seed[x["id"]]["ids"]) in (0, 1) for x in held_out)
+
+
+def test_held_out_rows_must_not_be_trained_on(tiny, data, tmp_path):
+    train = data / "train.json"
+    args = ["--model", tiny, "--data", train, "--eval-data", train, "--out", tmp_path / "x"]
+    assert "8 held-out rows are also trained on" in script("sdft", *args, code=2)
+
+
+def test_the_stages_one_by_one(tiny, data, tmp_path):
+    model, train = ["--model", tiny], ["--data", data / "train.json"]
+    distilled = tmp_path / "d.jsonl"
+    said = script("distill", *model, *train, "--out", distilled, "--max-new-tokens", "8")
+    assert "targets that differ" in said and "NLL per token" in said
+    run = tmp_path / "sft"
+    said = script("train", *model, "--data", distilled, "--target", "reference", "--out", run,
+                  "--epochs", "1", "--modules", "all")  # fmt: skip
+    assert "LoRA on 14/14 linears" in said
+    raw = tmp_path / "raw"  # plain rows give the same adapter as their references
+    script("train", *model, *train, "--out", raw, "--epochs", "1", "--modules", "all")
+    torch.testing.assert_close(Lora.load(raw).params, Lora.load(run).params, rtol=0, atol=0)
+    shown = script("train", *model, "--data", distilled, "--target", "reference", "--show", "1")
+    assert "with loss (*)" in shown and "  * " in shown
+    test = ["--data", data / "test.json", "--verify", "number"]
+    said = script("evaluate", *model, "--adapter", run, *test, "--max-new-tokens", "6",
+                  "--out", tmp_path / "e.jsonl")  # fmt: skip
+    assert "seed" in said and "sft" in said and "0/4" in said
+    said = script("retention", *model, "--adapter", run, "--max-new-tokens", "3",
+                  "--out", tmp_path / "r.jsonl")  # fmt: skip
+    assert "KL careful" in said and "KL from seed" in said
+    said = script("generate", *model, "--prompt", "Hi", "--max-new-tokens", "3", "--adapter", run)
+    script("generate", *model, *train, "--samples", "2", "--temperature", "1",
+           "--max-new-tokens", "3", "--out", tmp_path / "g.jsonl")  # fmt: skip
+    answers = [json.loads(x) for x in (tmp_path / "g.jsonl").read_text().splitlines()]
+    assert len(answers) == 16 and {a["sample"] for a in answers} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model", "/nowhere", "--data", "x"], "/nowhere"),
+        (["--model", "TINY", "--data", "/nowhere.json"], "/nowhere.json"),
+        (["--model", "TINY", "--data", "DATA", "--ops", "fast"], "--ops 'fast' is not known"),
+        (["--model", "TINY", "--data", "DATA", "--lr", "-1"], "lr > 0"),
+        (["--model", "TINY", "--data", "DATA", "--modules", "q_proj,x"], "['x']"),
+        (["--model", "TINY", "--data", "DATA", "--verify", "magic"], "magic"),
+        (["--model", "TINY", "--data", "DATA", "--columns", "prompt"], "--columns"),
+        (["--model", "TINY", "--data", "DATA", "--chat-format", "llama3"], "llama3"),
+        (["--model", "TINY", "--data", "DATA", "--rows", "-1"], "rows -1"),
+        (["--model", "TINY", "--data", "DATA", "--report-rows", "-1"], "report_rows -1"),
+    ],
+)
+def test_mistakes_get_one_clear_message_before_work_starts(tiny, data, tmp_path, args, said):
+    names = {"TINY": str(tiny), "DATA": str(data / "train.json")}
+    args = [names.get(a, a) for a in args]
+    printed = script("sdft", *args, "--out", tmp_path / "run", code=2)
+    assert said in printed and "Traceback" not in printed and "error: " in printed
+    assert not (tmp_path / "run").exists()
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + CHATML
+)
+
+
+@pytest.fixture
+def no_system(tiny_llama_dir):
+    """A model whose chat template refuses system messages (Gemma's do)."""
+    path = tiny_llama_dir(tokenizer=True)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": NO_SYSTEM}))
+    return path
+
+
+def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
+    """--system, --columns and --skip-bad; train.py and sdft.py find the same number."""
+    for name in ("train", "test"):
+        rows = json.loads((data / f"{name}.json").read_text())
+        rows = [{"q": r["question"], "a": r["answer"]} for r in rows] + [{"q": "", "a": "x"}]
+        (data / f"{name}.json").write_text(json.dumps(rows))
+    args = ["--model", tiny, "--data", data / "train.json", "--epochs", "1", "--batch-rows", "4"]
+    args += ["--columns", "prompt=q,response=a", "--skip-bad", "--system", "Count.", "--rank", "2"]
+    args += ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "0"]
+    said = script("train", *args, "--out", tmp_path / "sft", "--lr", "1e-3")
+    assert "data: 4 rows from" in said and "1 unusable rows left out" in said
+    found = [x["nll"] for x in read_jsonl(tmp_path / "sft" / "validation.jsonl")]
+    job = ["--max-new-tokens", "4", "--no-score", "--retention-max-new", "2", "--report-rows", "0"]
+    job += ["--report-answers", "0", "--lr", "1e-3", "--out", tmp_path / "run"]
+    script("sdft", *args, *job)
+    assert [x["nll"] for x in read_jsonl(tmp_path / "run" / "sft" / "validation.jsonl")] == found
+    session = Session.open(ModelConfig(str(tiny)))
+    told, plain = (
+        DataConfig(str(data / "test.json"), "prompt=q,response=a", skip_bad=True, system=system)
+        for system in ("Count.", None)
+    )
+    looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
+    lora = Lora.load(tmp_path / "sft")
+    lora.bind(session.model)
+    nll = {system: Validator(looking, session.model, session.chat, system)(lora)[0]
+           for system in (told, plain)}  # fmt: skip
+    assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3
+
+
+def test_what_the_template_refuses_is_listed_and_skipped(no_system, data, tmp_path):
+    """Rows with a system message, in every script; all of them at once, and before any work."""
+    rows = json.loads((data / "train.json").read_text())
+    mixed = [r | ({"messages": [{"role": "system", "content": "s"},
+             {"role": "user", "content": r["question"]},
+             {"role": "assistant", "content": r["answer"]}]} if i % 2 else {})
+             for i, r in enumerate(rows[:6])]  # fmt: skip
+    (data / "mixed.json").write_text(json.dumps(mixed))
+    args = ["--model", no_system, "--data", data / "mixed.json"]
+    flags = ["--max-new-tokens", "4", "--epochs", "1"]
+    for name, own in (
+        ("distill", ["--max-new-tokens", "4"]),
+        ("train", ["--epochs", "1"]),
+        ("sdft", [*flags, "--no-score", "--retention-max-new", "2", "--report-answers", "0"]),
+        ("evaluate", ["--max-new-tokens", "4"]),
+    ):
+        out = tmp_path / name
+        said = script(name, *args, *own, "--out", out, code=2)
+        assert "3 unusable rows" in said and said.count("System role not supported") == 3
+        assert "--skip-bad" in said and "--max-length" not in said and not out.exists()
+        said = script(name, *args, *own, "--out", out, "--skip-bad")
+        assert "3 rows from" in said and "3 unusable rows left out" in said
+    # a template of ours that tells a system message is named, where the rows have none
+    plain = ["--model", no_system, "--data", data / "train.json", "--out", tmp_path / "g"]
+    said = script("distill", *plain, "--template", "gsm8k", code=2)
+    assert "8 unusable rows" in said and "as the request for a rewrite (--template gsm8k)" in said
+
+
+def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path):
+    """OpenAI's weight 0: not rewritten, not scored, not trained on; the context of what follows."""
+
+    def talk(i):
+        turns = [("user", f"What is {i}?", {}), ("assistant", "Wrong.", {"weight": 0})]
+        turns += [("user", "Again.", {}), ("assistant", f"It is {i}.", {"weight": 1})]
+        return {"messages": [{"role": r, "content": c} | more for r, c, more in turns]}
+
+    data, out = tmp_path / "talk.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(talk(i)) + "\n" for i in range(4)))
+    args = ["--model", tiny, "--data", data]
+    said = script("sdft", *args, "--out", out, *FLAGS)
+    assert "4 of the assistant's messages are context only" in said
+    assert "4 turns: " in said and "4 further turns are context only" in said
+    assert said.count("examples 4, ") == 3 and said.count("context 4") == 3
+    lines = load_distilled(out / "distilled.jsonl")
+    assert [(line.status == "context_only") for line in lines] == [True, False] * 4
+    for line in lines[1::2]:
+        assert line.messages[1] == {"role": "assistant", "content": "Wrong."}
+    scored = [x["id"] for x in read_jsonl(out / "distilled.jsonl.scores.jsonl")]
+    assert scored == [line.id for line in lines[1::2]]
+    plain = script("train", *args, "--out", tmp_path / "sft", *FLAGS[6:12])
+    assert "examples 4," in plain and "context 4" in plain
+    torch.testing.assert_close(
+        Lora.load(tmp_path / "sft").params, Lora.load(out / "sft").params, rtol=0, atol=0
+    )
+    said = script("preflight", *args, "--max-new-tokens", "4", "--sample", "2")
+    assert json.loads(said.splitlines()[-1])["sample"] == 2
+
+
+def long_rows(data):
+    """train.json with a prompt that fills the model (512), and one that leaves little room."""
+    rows = json.loads((data / "train.json").read_text())
+    rows[3]["question"] += " x" * 300
+    rows[5]["question"] += " x" * 200
+    (data / "long.json").write_text(json.dumps(rows))
+    return data / "long.json"
+
+
+def test_long_turns_are_said_before_the_first_row_is_distilled(tiny, data, tmp_path):
+    out, rows = tmp_path / "run", long_rows(data)
+    args = ["--model", tiny, "--data", rows, *FLAGS, "--max-length", "300", "--out", out]
+    said = script("sdft", *args, code=2)
+    assert "2 turns cannot be trained on with max_length=300" in said and "--drop-long" in said
+    assert not out.exists()
+    said = script("sdft", *args, "--drop-long")
+    assert said.count("examples 6, ") == 3 and said.count("dropped 2") == 3
+    assert said.index("dropped 2") < said.index("8 turns: ")
+    examples = [json.loads((out / arm / "meta.json").read_text())["summary"]["examples"]
+                for arm in ("sft", "sdft")]  # fmt: skip
+    assert examples == [6, 6]
+    said = script("sdft", *args[:-1], tmp_path / "exact", "--paper-exact")
+    assert said.count("examples 8, ") == 3 and said.count("cut 2") == 3
+    # stage by stage the same
+    file = ["--model", tiny, "--data", rows, "--max-new-tokens", "4", "--out", tmp_path / "d.jsonl"]
+    said = script("distill", *file)
+    assert "NOTE: 1 of 8 turns have prompts of 512 tokens or more" in said
+    assert said.index("NOTE: 1 of 8") < said.index("prompt_too_long")
+    assert "requests 2 leave no room" in said or "requests 1 leave no room" in said
+    trained = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--max-length", "300"]
+    trained += ["--epochs", "1", "--out", tmp_path / "t"]
+    assert "--drop-long" in script("train", *trained, code=2)
+    assert "examples 6," in script("train", *trained, "--drop-long")
+
+
+def test_held_out_and_validation_rows_must_fit_before_work_starts(tiny, data, tmp_path):
+    out, rows = tmp_path / "run", long_rows(data)
+    held = json.loads(rows.read_text())
+    for row in held:
+        row["question"] = "Else: " + row["question"]
+    (data / "held.json").write_text(json.dumps(held))
+    args = ["--model", tiny, "--data", data / "train.json", *FLAGS, "--no-score", "--out", out]
+    said = script("sdft", *args, "--eval-data", data / "held.json", code=2)
+    assert "1 held-out rows of" in said and "longer than the model's 512 tokens" in said
+    looking = ["--val-every", "2", "--val-data", data / "held.json", "--val-prompts", "0"]
+    assert "--drop-long" in script("sdft", *args, *looking, code=2) and not out.exists()
+    said = script("sdft", *args, *looking, "--eval-data", data / "held.json", "--drop-long")
+    assert "1 held-out rows left out" in said and "validation: 1 turns are too long" in said
+    assert json.loads((out / "summary.json").read_text())["evaluation"]["seed"]["n"] in (0, 7)
+    judged = ["--model", tiny, "--data", data / "held.json", "--max-new-tokens", "4"]
+    judged += ["--out", tmp_path / "e.jsonl"]
+    assert "--drop-long" in script("evaluate", *judged, code=2)
+    assert "1 held-out rows left out" in script("evaluate", *judged, "--drop-long")
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said_before_it(tiny, data, tmp_path):
+    args = ["--model", tiny, "--data", data / "train.json", "--max-new-tokens", "4"]
+    args += ["--out", tmp_path / "run", "--warmup", "0.1", "--max-steps", "1"]
+    for name in ("sdft", "train"):
+        own = args[:4] + args[6:] if name == "train" else args
+        said = script(name, *own, code=2)
+        assert "the warm-up is the whole run (1 steps)" in said and not (tmp_path / "run").exists()
+    for warmup, warned in (("0.9", True), ("0.5", False)):
+        said = script("train", *args[:4], "--out", tmp_path / warmup, "--warmup", warmup,
+                      "--max-steps", "2")  # fmt: skip
+        assert ("WARNING: the warm-up (--warmup 0.9) takes the whole run" in said) == warned
+
+
+def test_a_file_that_is_not_what_it_seems_is_named_by_every_script(tiny, tmp_path):
+    (tmp_path / "a.json").write_bytes(b"PAR1" + bytes(100))
+    for name in ("distill", "train", "sdft", "evaluate", "preflight", "generate"):
+        args = ["--model", tiny, "--data", tmp_path / "a.json"]
+        args += [] if name == "preflight" else ["--out", tmp_path / "x"]
+        said = script(name, *args, code=2)
+        assert "a.json is a Parquet file" in said and "Traceback" not in said
+
+
+def test_wilson_interval():
+    """Wilson (1927): 8 of 10 gives 0.490 to 0.943."""
+    low, high = Score(10, 8, 0, 1.0).interval()
+    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    low, high = Score(20, 0, 0, 1.0).interval()
+    assert low == 0 and 0.15 < high < 0.17
+    assert math.isnan(Score(0, 0, 0, 1.0).share)

@@ -1,0 +1,191 @@
+"""A row's bits are its own where Triton's kernels run, from its products to its sampled text.
+
+In the interpreter without a GPU, on the GPU with one.
+"""
+
+import dataclasses
+import math
+import operator
+
+import pytest
+import torch
+
+from engine.sampling.batch_invariance import differing
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
+from kernels.cpu.prepack import Prepacked
+from kernels.launch import tile_config, triton_launch
+from kernels.lora_linear.group import LoraGroup
+from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS, invariant
+from model.llama import Llama
+from model.lora import Lora
+from tests.helpers import interpreter
+
+if triton_launch.INTERPRETED:
+    interpreter.install()
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+OPS = VARIANTS["invariant"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+COUNTS = (1, 3, 17, 64, 300)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+
+
+def adapters(k, sizes, rank, dtype):
+    b = tuple(normal(n, rank, seed=n, dtype=dtype) if i != 1 else None for i, n in enumerate(sizes))
+    a = normal(rank * sum(v is not None for v in b), k, seed=9, dtype=dtype)
+    return LoraGroup(a, b, torch.zeros_like(a), b, sizes, rank, 0.75)
+
+
+def product_of(form, k, sizes, dtype):
+    weight = normal(sum(sizes), k, seed=1, dtype=dtype)
+    if form == "head":
+        return lambda x: OPS.linear(x, weight)
+    group = adapters(k, sizes, 20, dtype) if form == "adapted" else None
+    return lambda x: OPS.lora_linear_forward(x, weight, group)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["head", "plain", "adapted"])
+def test_a_row_of_a_product_is_its_own(form, dtype):
+    """Alone, and at the first, the last and any place between, among large and small rows."""
+    k, sizes = (4096, (4096, 1024, 1000)) if ON_GPU else (40, (24, 8, 9))
+    product = product_of(form, k, sizes, dtype)
+    row, others = normal(1, k, seed=2, dtype=dtype), normal(300, k, seed=3, dtype=dtype)
+    others[::3] *= 300
+    want = product(row)[0]
+    assert want.isfinite().all() and want.abs().max() > 0
+    for count in COUNTS:
+        x, places = others[:count].clone(), sorted({0, count // 5, count // 2, count - 1})
+        x[places] = row
+        got = product(x)[places]
+        assert torch.equal(got, want.expand_as(got)), f"one of {places} of {count}"
+
+
+def test_a_row_that_begins_anywhere_is_its_own():
+    """Not on 16 bytes, and with a gap behind each row."""
+    product, x = product_of("plain", 40, (41,), torch.float32), normal(5, 40)
+    home = normal(300)
+    for strided in (home.as_strided((5, 40), (40, 1), 3), home.as_strided((5, 40), (48, 1))):
+        assert torch.equal(product(strided.copy_(x)), product(x))
+
+
+@pytest.mark.skipif(ON_GPU, reason="an H100 adds up along K one by one, whatever BK")
+def test_another_tile_gives_other_bits(monkeypatch):
+    """Or else that the tile is fixed would be worth nothing."""
+    x, first = (
+        normal(64, 96),
+        tile_config.tile("lora_linear_kernel", torch.device(DEVICE), "fixed fp32"),
+    )
+    product = product_of("head", 96, (64,), torch.float32)
+    want = product(x)
+    monkeypatch.setitem(
+        tile_config.overrides, ("lora_linear_kernel", ""), first | {"BK": first["BK"] // 2}
+    )
+    other = product(x)
+    assert not torch.equal(other, want)
+    torch.testing.assert_close(other, want)
+
+
+# ---- a whole model
+
+
+@pytest.fixture
+def model(tiny_llama_dir):
+    """Three query heads to a key head, so that a tile decodes 5 of 13 drafted tokens."""
+    sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
+    special = {"bos_token_id": 68, "eos_token_id": 69}
+    path = tiny_llama_dir(layers=2, tied=False, **sizes, **special)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    return Llama.from_pretrained(path, device=DEVICE, dtype=dtype, ops=TRITON)
+
+
+def adapter(model):
+    lora = Lora.init(model, rank=4, alpha=8, modules="qv", seed=3)
+    with torch.no_grad():
+        lora.params.add_(0.1 * normal(*lora.params.shape))
+    lora.bind(model)
+    return lora
+
+
+def requests():
+    """Two samples of one row, and prompts with a common beginning."""
+    g = torch.Generator().manual_seed(1)
+    common = torch.randint(68, (9,), generator=g).tolist()
+    prompts = [common + torch.randint(68, (n,), generator=g).tolist() for n in (1, 6, 9)]
+    prompts.append(prompts[0][5:9])
+    made = [Request(f"q{i}", p, 4) for i, p in enumerate(prompts)]
+    return [*made, dataclasses.replace(made[2], sample=1)]
+
+
+def texts(model, order, lora=None, drafts=None, **settings):
+    """(id, sample) -> tokens and log-probabilities."""
+    config = SamplerConfig(page_size=8, temperature=0.8, top_p=0.95, invariant=True, **settings)
+    wanted = [dataclasses.replace(r, draft=(drafts or {}).get((r.id, r.sample), ())) for r in order]
+    with Sampler(model, lambda ids: "", (), config, lora) as sampler:
+        done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(wanted)}
+    assert all(math.isfinite(p) for _, logprobs in done.values() for p in logprobs)
+    return done, sampler.stats
+
+
+def test_a_text_is_its_own(model):
+    """Tokens and log-probabilities, bitwise: rows together, order, drafts, chunks, an adapter."""
+    lora, wanted, before = adapter(model), requests(), dict(model.weights)
+    together, _ = texts(model, wanted, lora, rows=5, draft="off")
+    assert len({tuple(ids) for ids, _ in together.values()}) == 5
+    # references that hold for some tokens and then fail
+    drafts = {key: [*ids[:2], 7, 7] for key, (ids, _) in together.items()}
+    turned, stats = texts(model, wanted[::-1], lora, drafts, rows=2, draft="always")
+    assert turned == together and stats.held > 0 and stats.held < stats.drafted
+    chunked, _ = texts(model, wanted[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
+    assert chunked == {key: together[key] for key in chunked} and len(chunked) == 4
+    for request in wanted[2:4]:
+        alone, _ = texts(model, [request], lora, rows=1, draft="off")
+        assert alone == {key: together[key] for key in alone}
+    assert texts(model, wanted[:1], None, rows=1)[0] != {("q0", 0): together["q0", 0]}
+    assert all(model.weights[name] is weight for name, weight in before.items())
+
+
+def test_the_probe(model):
+    """What is looked at on a card before the first row: silent here, and not where a row leans."""
+    ours, lora = model.for_sampling(adapter(model), invariant=True)
+    ops = dataclasses.replace(ours.ops, sample=TORCH.sample)  # much faster in the interpreter
+
+    def leaning(x, weight):
+        return OPS.linear(x, weight) * (1 + 2.0**-7 * (x.shape[0] > 1))
+
+    leans = ["rows beside one of 1 ", "rows beside one of 11 ", "a prompt is cut"]
+    for linear, what in ((OPS.linear, []), (leaning, leans)):
+        probed = Llama(model.config, model.weights, dataclasses.replace(ops, linear=linear))
+        found = differing(probed, lora, page_size=8, prompts=(1, 11), drafted=6)
+        assert len(found) == len(what) and all(map(operator.contains, found, what)), found
+
+
+def test_where_it_does_not_hold_it_is_refused(tiny_llama_dir):
+    path = tiny_llama_dir()
+    for dtype, ops in ((torch.bfloat16, TORCH), (torch.float32, REFERENCE)):
+        model = Llama.from_pretrained(path, dtype=dtype, ops=ops)
+        with pytest.raises(ValueError, match="invariant: rms_norm, rope, .*float32"):
+            model.for_sampling(invariant=True)
+    one = dataclasses.replace(TRITON, swiglu_forward=TORCH.swiglu_forward)
+    with pytest.raises(ValueError, match="invariant: swiglu would run"):
+        invariant(one)
+
+
+def test_on_a_cpu_it_holds_anyway(tiny_llama_dir, capsys):
+    model = Llama.from_pretrained(tiny_llama_dir(tied=False), device="cpu", ops=TORCH)
+    if not Prepacked.available(model.weights["embed"]):
+        pytest.skip("this CPU's torch has no oneDNN")
+    done, _ = texts(model, requests(), rows=5)
+    said = capsys.readouterr().out
+    assert done == texts(model, requests(), rows=2)[0]
+    assert (
+        said
+        == "invariant: a row's bits are its own on a CPU in float32, with and without the flag\n"
+    )

@@ -1,0 +1,135 @@
+"""All layers for new tokens in one C call: the bits of the calls one by one, and the sampler's use
+of it; where a benchmark says the time goes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from benchmarks import sampler_profile
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
+from kernels.cached import Cached
+from kernels.cpu import native
+from kernels.registry import NATIVE, TORCH
+from model.kv_cache import KVCache
+from model.llama import Llama
+
+pytestmark = pytest.mark.skipif(bool(native.usable()), reason=native.usable())
+
+
+def sampling_model(path) -> Llama:
+    return Llama.from_pretrained(path, device="cpu", ops=NATIVE).for_sampling()[0]
+
+
+def forward(
+    model: Llama, new: list[int], contexts: list[int], at_once: bool, wanted: list[int] | None
+) -> tuple:
+    """Hidden states and the cache after rows with these contexts brought so many new tokens."""
+    size, g = 8, torch.Generator().manual_seed(0)
+    need = [-(-(c + n) // size) for c, n in zip(contexts, new, strict=True)]
+    order = list(range(sum(need) + 2))
+    random.Random(1).shuffle(order)
+    tables = [[order.pop() for _ in range(count)] for count in need]
+    cache = KVCache(model.config, sum(need) + 2, size, "cpu", torch.float32)
+    cache.k.normal_(generator=g)
+    cache.v.normal_(generator=g)
+    tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=g)
+    whole, model.at_once = model.at_once, model.at_once if at_once else None
+    cached = Cached.build(new, contexts, tables, size, alone=True)
+    rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+    hidden = model.forward(tokens, cached, cache=cache, wanted=rows)
+    model.at_once = whole
+    return hidden, cache.k, cache.v
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("new", "contexts", "wanted"),
+    [
+        ([1], [0], None),
+        ([1, 1, 1], [3, 40, 8], None),
+        ([4, 1, 2, 7], [15, 0, 9, 30], None),
+        ([1] * 30, [5] * 30, None),
+        ([4, 1, 2, 7], [15, 0, 9, 30], [3, 4, 6, 13]),
+        ([90, 33], [0, 8], [89]),
+        ([90, 33], [0, 8], []),
+        ([5, 2], [0, 8], [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_one_call_is_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, wanted):
+    path = tiny_llama_dir(layers=3, heads=4, kv_heads=2, hidden=48, tied=tied)
+    model = sampling_model(path)
+    assert model.at_once is not None
+    both = [forward(model, new, contexts, way, wanted) for way in (True, False)]
+    assert len(both[0][0]) == (sum(new) if wanted is None else len(wanted))
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_short_forward_after_a_long_one_meets_nothing_of_it(tiny_llama_dir):
+    """The room is kept: what a forward of more tokens left there changes nothing."""
+    model = sampling_model(tiny_llama_dir(layers=2))
+    before = forward(model, [3, 1], [4, 9], True, None)[0]
+    room = len(model.at_once.room)
+    forward(model, [50, 60], [0, 3], True, [109])
+    assert len(model.at_once.room) > room
+    model.at_once.room.fill_(float("nan"))
+    assert torch.equal(forward(model, [3, 1], [4, 9], True, None)[0], before)
+
+
+def test_what_does_not_fit_is_refused(tiny_llama_dir):
+    model = sampling_model(tiny_llama_dir(layers=2))
+    c = model.config
+    cache = KVCache(c, 4, 8, "cpu", torch.float32)
+    cached = Cached.build([1, 1], [3, 0], [[0], [1]], 8)
+    h, cos_sin = torch.zeros(2, c.hidden_size), torch.zeros(16, c.head_dim)
+    for k, tokens in ((cache.k[:1], h), (cache.k, h[:1])):
+        with pytest.raises(AssertionError, match="2 layers"):
+            model.at_once(tokens, cached, cos_sin, k, k, 1e-5)
+    for wanted in ([1, 0], [0, 0], [2], [-1]):  # has to rise, and to be there
+        with pytest.raises(AssertionError, match="of 2 tokens"):
+            model.at_once(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
+
+
+def test_it_is_what_the_sampler_runs(tiny_llama_dir):
+    """Prompts and decoding go through it; texts are those without it."""
+    model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
+    requests = [Request(f"r{i}", [5, 6, 7 + i], 6) for i in range(5)]
+    texts, calls = [], []
+    for one_by_one in (False, True):
+        config = SamplerConfig(rows=3, draft="off", page_size=8)
+        with Sampler(model, str, (), config) as sampler:
+            at_once = sampler.model.at_once
+            sampler.model.at_once = None
+            if not one_by_one:
+                sampler.model.at_once = lambda *a, run=at_once: calls.append(len(a[0])) or run(*a)
+            texts.append({c.id: (c.ids, c.logprobs) for c in sampler.run(requests)})
+            steps = sampler.stats.steps
+    assert texts[0] == texts[1]
+    assert calls.count(9) == 1 and len(calls) > steps, "three prompts of three tokens, then steps"
+
+
+def test_plain_weights_go_layer_by_layer(tiny_llama_dir):
+    path = tiny_llama_dir(layers=2)
+    assert Llama.from_pretrained(path, device="cpu", ops=NATIVE).at_once is None
+    assert Llama.from_pretrained(path, device="cpu", ops=TORCH).for_sampling()[0].at_once is None
+
+
+def test_the_profile_adds_up(tiny_llama_dir):
+    class Session:
+        model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
+
+        class chat:
+            class tokenizer:
+                decode = staticmethod(str)
+
+    requests = [Request(f"r{i}", [5, 6, 7 + i], 6) for i in range(3)]
+    before = native.library().linear
+    found = sampler_profile.profile(Session, requests, 2, [])
+    assert native.library().linear is before, "the clocks are taken off again"
+    assert {"linear", "head", "cached_attention", "rms_norm", "python"} <= found["decode"].keys()
+    assert "layers" not in found["decode"] and 0 < found["share"]["python"] < 1
+    assert all(s > 0 for part in (found["prefill"], found["decode"]) for s in part.values())

@@ -1,0 +1,387 @@
+"""`--ops auto`: what fails its check falls back alone, results are remembered, refusals say why."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import session as session_module
+from engine.session import ModelConfig, Session
+from kernels import disk_cache as cache_module
+from kernels import registry, select_ops
+from kernels.cpu import native
+from kernels.launch import triton_launch
+from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
+from kernels.spec import MODELS, Widths, check
+from model.llama import Llama, default_dtype
+
+CPU = torch.device("cpu")
+Group = namedtuple("Group", ["gr_name", "gr_mem"])
+Account = namedtuple("Account", ["pw_name"])
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    native.usable()  # what it compiles is not for this cache
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "sdft-engine"
+
+
+def plain_swiglu(gate_up):
+    return TORCH.swiglu_forward(gate_up)
+
+
+def plain_rope(*args, **kwargs):
+    return TORCH.rope_(*args, **kwargs)
+
+
+def wrong_swiglu(gate_up):
+    return TORCH.swiglu_forward(gate_up) * 1.01
+
+
+def raising(*_):
+    raise RuntimeError("no room for 300 KiB of shared memory\nand a long trace")
+
+
+def candidate(**functions):
+    return dataclasses.replace(TORCH, name="triton", **functions)
+
+
+def run(ops, said=None, widths=None):
+    say = (said if said is not None else []).append
+    dtype = torch.bfloat16
+    return select_ops.checked(ops, TORCH, REFERENCE, SPECS, FIELDS, CPU, dtype, widths, say)
+
+
+def test_every_function_belongs_to_one_spec():
+    functions = [f for names in FIELDS.values() for f in names]
+    assert FIELDS.keys() == SPECS.keys()
+    assert sorted(functions) == sorted(TORCH.table())
+
+
+def test_only_the_operation_that_fails_falls_back():
+    said = []
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    ops, reasons = run(table, said)
+    assert list(reasons) == ["swiglu"] and "over the bound" in reasons["swiglu"]
+    assert ops.swiglu_forward is TORCH.swiglu_forward and ops.rope_ is plain_rope
+    assert any(line.startswith("ops: swiglu runs in its torch form") for line in said)
+    text = select_ops.described(ops, [TORCH, table], FIELDS, reasons)
+    assert text.startswith("torch (rms_norm, swiglu: check failed: swiglu h")
+    assert text.endswith("triton (rope)")
+
+
+def test_an_exception_is_a_failure():
+    ops, reasons = run(candidate(swiglu_forward=raising, swiglu_backward=plain_swiglu))
+    assert reasons == {"swiglu": "RuntimeError: no room for 300 KiB of shared memory"}
+    assert ops.swiglu_backward is TORCH.swiglu_backward, "the pair falls back together"
+
+
+OWN = Widths(D=56, F=72, H=6, G=2, d=24, V=301)
+
+
+def test_checks_at_the_models_own_widths():
+    """A form that is wrong at one width is used by models of another."""
+
+    def wrong_at_72(gate_up):
+        return TORCH.swiglu_forward(gate_up) * (1.01 if gate_up.shape[1] == 2 * OWN.F else 1)
+
+    table = candidate(swiglu_forward=wrong_at_72)
+    assert run(table)[1] == {}
+    assert run(table, widths=dataclasses.replace(OWN, F=64))[1] == {}
+    ops, reasons = run(table, widths=OWN)
+    assert "over the bound" in reasons["swiglu"] and ops.swiglu_forward is TORCH.swiglu_forward
+    assert run(table)[1] == {}, "remembered for the widths that it was found at"
+
+
+def test_a_session_asks_for_its_models_widths(monkeypatch, tiny_llama_dir):
+    def refuse(name, device, dtype, widths):
+        raise ValueError(f"asked for {widths}")
+
+    monkeypatch.setattr(session_module, "choose", refuse)
+    with pytest.raises(ValueError, match="asked for Widths.D=64, F=96, H=4, G=2, d=16, V=320"):
+        Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu"))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_shapes_of_a_model_have_its_widths(name):
+    """Torch's form passes at them, and they are another model's no longer."""
+    shapes = SPECS[name].model_shapes(OWN)
+    for shape in shapes:
+        check(SPECS[name], TORCH, REFERENCE, shape, torch.bfloat16)
+    assert bool(shapes) == (name != "adamw"), "which has no width"
+    assert not shapes or shapes != SPECS[name].model_shapes(MODELS["llama-3-8b"])
+
+
+def test_the_second_run_checks_nothing(cache, monkeypatch):
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    _, first = run(table)
+    monkeypatch.setattr(select_ops, "check", None)  # a call would raise, and count as failure
+    said = []
+    ops, second = run(table, said)
+    assert second == first and ops.rope_ is plain_rope
+    assert len(said) == 1, "one line for what does not run as wished, none about checking"
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["results"].keys() == {"swiglu", "rope"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": {"swiglu": 3}}', '{"results": null}'])
+def test_a_cache_file_that_is_not_understood_is_written_anew(cache, content):
+    table = candidate(swiglu_forward=wrong_swiglu)
+    run(table)
+    (file,) = cache.iterdir()
+    good = file.read_text()
+    file.write_text(content)
+    assert list(run(table)[1]) == ["swiglu"]
+    assert file.read_text() == good and list(cache.iterdir()) == [file], "nothing left beside it"
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = []
+    assert list(run(candidate(swiglu_forward=wrong_swiglu), said)[1]) == ["swiglu"]
+    assert any("not remembered, " in x and "the next run checks again" in x for x in said)
+
+
+def test_without_a_home_each_run_checks_anew(monkeypatch):
+    """As for a user id that is not in /etc/passwd, with no HOME: no traceback."""
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    for _ in range(2):
+        said = []
+        assert list(run(candidate(swiglu_forward=wrong_swiglu), said)[1]) == ["swiglu"]
+        assert any("not remembered, there is no home directory" in line for line in said)
+
+
+def test_results_that_others_could_have_written_are_not_believed(cache, capsys):
+    table, said = candidate(swiglu_forward=wrong_swiglu), []
+    run(table)
+    (file,) = cache.iterdir()
+    forged = file.read_text().replace(json.loads(file.read_text())["results"]["swiglu"], "")
+    file.write_text(forged)
+    assert run(table)[1] == {}, "the owner's own words are believed"
+    file.chmod(0o666)
+    assert list(run(table, said)[1]) == ["swiglu"]
+    assert any(f"not remembered, {file} may be written by other users" in line for line in said)
+    assert file.read_text() == forged
+
+
+def test_who_else_could_write(tmp_path, monkeypatch):
+    """A group of the user's own, as many systems give one, is nobody else."""
+    place = tmp_path / "cache" / "file"
+    place.parent.mkdir()
+    assert cache_module.distrusted(place) == ""
+    place.write_text("")
+    place.chmod(0o664)
+    owner = Group("me", [])
+    monkeypatch.setattr(cache_module.pwd, "getpwuid", lambda uid: Account("me"))
+    for group, fine in (
+        (owner, True),
+        (Group("me", ["me"]), True),
+        (Group("me", ["me", "you"]), False),
+        (Group("staff", []), False),
+    ):
+        monkeypatch.setattr(cache_module.grp, "getgrgid", lambda gid, group=group: group)
+        assert (cache_module.distrusted(place) == "") == fine, group
+    place.chmod(0o646)
+    assert cache_module.distrusted(place) == f"{place} may be written by other users"
+    place.chmod(0o644)
+    tmp_path.chmod(0o777)
+    assert cache_module.distrusted(place) == f"{tmp_path} may be written by other users"
+    tmp_path.chmod(0o1777)
+    assert cache_module.distrusted(place) == ""
+    tmp_path.chmod(0o700)
+
+
+def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
+    folder = tmp_path / "kernels"
+    (folder / "tiles").mkdir(parents=True)
+    (folder / "a.py").write_text("1")
+    (folder / "tiles" / "a.json").write_text("{}")
+    hashes = {select_ops.sources_hash(folder)}
+    (folder / "tiles" / "a.json").write_text("{ }")
+    hashes.add(select_ops.sources_hash(folder))
+    (folder / "a.py").rename(folder / "b.py")
+    hashes.add(select_ops.sources_hash(folder))
+    (folder / "cpu" / "native").mkdir(parents=True)
+    (folder / "b.py").rename(folder / "cpu" / "b.py")
+    hashes.add(select_ops.sources_hash(folder))
+    (folder / "cpu" / "native" / "vec.h").write_text("1")
+    hashes.add(select_ops.sources_hash(folder))
+    (folder / "cpu" / "native" / "vec.h").write_text("2")
+    hashes.add(select_ops.sources_hash(folder))
+    assert len(hashes) == 6
+    for left in ("__pycache__/a.pyc", "cpu/__pycache__/b.pyc", "cpu/.b.py.swp"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_text("1")
+        assert select_ops.sources_hash(folder) in hashes, f"{left} is no kernel"
+    here = select_ops.identity(CPU, torch.bfloat16, OWN)
+    assert here.keys() == {"card", "torch", "triton", "dtype", "widths", "kernels"}
+    files = {select_ops.cache_file(here | {name: "other"}) for name in here}
+    assert len(files | {select_ops.cache_file(here)}) == len(here) + 1
+
+
+def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
+    def dead(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(select_ops.torch, "zeros", dead)
+    table = candidate(swiglu_forward=raising)
+    with pytest.raises(RuntimeError, match="the Triton form of swiglu left cpu unusable.*again"):
+        run(table)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
+    assert list(run(table)[1]) == ["swiglu"]
+
+
+def test_auto_on_a_cpu_is_torch(monkeypatch, capsys):
+    """But for sampling in fp32, where a compiler is there: tests/kernels/test_native_use.py."""
+    for dtype in (torch.bfloat16, torch.float64):
+        assert registry.choose("auto", "cpu", dtype) is TORCH
+        said = capsys.readouterr().out
+        assert "sampling goes the slower way" in said and f"fp32 on a CPU, not {dtype}" in said
+    assert dataclasses.replace(registry.choose(), name="torch", sampled=None) == TORCH
+    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler"))
+    assert registry.choose() is TORCH
+
+
+def test_auto_on_a_gpu_asks_the_check(monkeypatch, capsys):
+    """With a card that only the checking knows: the table is named by what is in it."""
+    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
+    monkeypatch.setattr(registry, "TRITON", table)
+    monkeypatch.setattr(triton_launch, "usable", lambda device: "")
+    seen = []
+
+    def checked(*args):
+        seen.append(args[5:])
+        return select_ops.checked(*args[:5], CPU, *args[6:])
+
+    monkeypatch.setattr(registry, "checked", checked)
+    ops = registry.choose("auto", "cuda", torch.bfloat16, OWN)
+    assert seen == [(torch.device("cuda"), torch.bfloat16, OWN)]
+    assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
+    assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
+    capsys.readouterr()
+    assert registry.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
+    assert "they compute in fp32, and float64 was asked for" in capsys.readouterr().out
+    monkeypatch.setattr(triton_launch, "usable", lambda device: "no triton")
+    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    assert (
+        "torch's slower form on cuda, without Triton kernels: no triton" in capsys.readouterr().out
+    )
+    assert registry.choose("torch", "cuda", torch.bfloat16) is TORCH
+    assert capsys.readouterr().out == "", "that was asked for"
+
+
+@pytest.mark.parametrize("triton", [SimpleNamespace(__version__="3.5.1"), None])
+def test_auto_says_how_to_have_the_kernels(monkeypatch, capsys, triton):
+    """torch 2.9 and older bring a triton that is too old: the run is half as fast, and says so."""
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "triton", triton)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    said = capsys.readouterr().out
+    assert ("triton is 3.5.1, and the kernels need 3.6" in said) == (triton is not None)
+    assert ("triton is not installed" in said) == (triton is None)
+    assert "slower form" in said and "pip install -U 'torch>=2.10'" in said
+
+
+def test_products_on_a_gpu_are_summed_in_fp32(monkeypatch, tiny_llama_dir):
+    """By whatever way a model comes to a GPU; torch's default adds parts of a bf16 sum in bf16."""
+    products = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(products, name) for name in names]
+
+    def allowed(value=None):
+        for name in names if value is not None else ():
+            setattr(products, name, value)
+        return [getattr(products, name) for name in names]
+
+    try:
+        assert allowed(True) == [True, True]
+        registry.choose("torch", "cpu")
+        assert allowed() == [True, True]
+        registry.choose("torch", "cuda", torch.bfloat16)
+        assert allowed() == [False, False]
+        allowed(True)
+        model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
+        monkeypatch.setattr(Llama, "device", property(lambda self: torch.device("cuda")))
+        Llama(model.config, model.weights, TORCH)
+        assert allowed() == [False, False]
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(products, name, value)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_is_the_default_only_where_a_gpu_computes_in_it(monkeypatch, units):
+    """A T4 answers that bf16 is supported: it emulates it."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: units or including_emulation,
+    )
+    assert default_dtype("cuda") == (torch.bfloat16 if units else torch.float32)
+    assert default_dtype("cpu") == torch.float32
+
+
+def test_refusals_say_why(monkeypatch, tiny_llama_dir):
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="--ops triton cannot run here: TRITON_INTERPRET is not"):
+        registry.choose("triton")
+    with pytest.raises(ValueError, match="--ops triton cannot run here"):
+        Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
+    monkeypatch.setattr(triton_launch, "triton", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(
+        ValueError, match="was built for CPUs and knows no GPU; use --ops auto or torch"
+    ):
+        registry.choose("triton", "cuda")
+    with pytest.raises(ValueError, match="--ops 'fast' is not known; choose one of auto"):
+        registry.choose("fast")
+
+
+def test_the_interpreter_counts_as_usable():
+    if triton_launch.usable("cpu"):
+        pytest.skip("there is a GPU, so kernels are not interpreted here")
+    ops = registry.choose("triton")
+    assert ops.name.startswith("triton (") or ", triton (" in ops.name
+    assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward
+
+
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="there triton is used")
+def test_a_cpu_does_not_import_triton():
+    """It takes 70 MB, and nothing could be launched; who compiles ahead imports it first."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = (
+        "import sys, engine.sampling.sampler, engine.train.train, benchmarks.sampler_job\n"
+        "from kernels.launch import triton_launch\n"
+        "print('triton' in sys.modules, triton_launch.usable('cpu'), triton_launch.usable('cuda'), sep='|')"
+    )
+    for first, imported in (("", "False"), ("import benchmarks._common\n", "True")):
+        command = [sys.executable, "-c", first + script]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        there, on_cpu, on_gpu = done.stdout.strip().split("|")
+        assert there == imported and "TRITON_INTERPRET is not set" in on_cpu
+        assert ("knows no GPU" in on_gpu) == (imported == "False")
+
+
+@pytest.mark.parametrize(("version", "said"), [("3.2.0", "need 3.6"), ("3.10.1", "")])
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, said):
+    monkeypatch.setattr(triton_launch.triton, "__version__", version)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", True)
+    assert said in triton_launch.usable("cpu") if said else triton_launch.usable("cpu") == ""

@@ -1,0 +1,257 @@
+"""Adapters merged into the model: on disk for others to load, in memory for sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.llama import Llama
+from model.lora import PRESETS, Lora
+from model.merge import merge
+from model.weights import rewrite_checkpoint
+from tests.helpers.adapters import TOKENS, ask_peft, distance, random_lora
+from tests.helpers.shards import split
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM2 = ROOT / "tests" / "golden" / "smollm2.json"
+
+# ---- on disk
+
+
+@pytest.mark.peers
+def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tmp_path):
+    """The logits of base and adapter: in fp32 as near as peft's unmerged fp32 ones come, twice;
+    in 16 bits, where the rounding of the weights decides, as near as peft's own merged model."""
+    half = tiny_llama_dir(dtype=torch.bfloat16, tied=False)
+    sources = {
+        "smollm2": smollm2_dir,
+        "f32": tiny_llama_dir(),
+        "f16": tiny_llama_dir(dtype=torch.float16),
+        "bf16": half,
+        "sharded-bf16": split(half, tmp_path / "half", 3),
+    }
+    sixteen = [name for name in sources if "16" in name]
+    jobs = {"merge": {}, "logits": {}}
+    with tempfile.TemporaryDirectory(dir=tmp_path) as place:  # pytest would keep the large ones
+        for name, source in sources.items():
+            adapter, ours, theirs = (Path(place, f"{name}-{k}") for k in ("lora", "ours", "theirs"))
+            random_lora(Llama.from_pretrained(source), "all").save(adapter)
+            merge(source, Lora.load(adapter), ours)
+            apart = {"dir": source, "adapter": adapter, "tokens": TOKENS}
+            jobs["logits"] |= {name: apart, f"{name}-ours": {**apart, "dir": ours, "adapter": None}}
+            if name in sixteen:
+                jobs["merge"][name] = {"dir": source, "adapter": adapter, "out": theirs}
+                jobs["logits"][f"{name}-theirs"] = {**apart, "dir": theirs, "adapter": None}
+        made = ask_peft(run_peer, tmp_path, **jobs)
+    for name in sources:
+        truth = made[f"{name}/fp64"]
+        yardstick = f"{name}-theirs/fp32" if name in sixteen else f"{name}/fp32"
+        error, unit = distance(made[f"{name}-ours/fp32"], truth), distance(made[yardstick], truth)
+        print(f"{name}: merged {error:.3g} from base and adapter, {yardstick} {unit:.3g}")
+        assert error <= 2 * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
+    """W + s B A, rounded once; everything else, names and other files, as it was."""
+    source = tiny_llama_dir(dtype=dtype, tied=False, tokenizer=True)
+    if shards > 1:
+        source = split(source, tmp_path / "shards", shards)
+    lora = random_lora(Llama.from_pretrained(source), "qv", rslora=True)
+    out = tmp_path / "deep" / "merged"
+    merge(source, lora, out)
+    adapter = {name: view.double() for name, view in lora.views(lora.params).items()}
+    weights = sorted(source.glob("*.safetensors"))
+    assert len(weights) == shards
+    for file in weights:
+        old, new = load_file(file), load_file(out / file.name)
+        assert old.keys() == new.keys()
+        for name, weight in old.items():
+            stem = name.removesuffix(".weight")
+            if f"{stem}.lora_A.weight" not in adapter:
+                assert torch.equal(new[name], weight), name
+                continue
+            delta = adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+            want = (weight.double() + 16 / 8**0.5 * delta).to(dtype)
+            assert new[name].dtype == dtype and not torch.equal(new[name], weight)
+            # where fp32 falls on the other side of a rounding boundary, the last bit differs
+            differ = (new[name] != want).double().mean().item()
+            assert differ < (0.3 if dtype == torch.float32 else 1e-3), f"{name}: {differ:.1%}"
+            torch.testing.assert_close(new[name], want, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    others = {f.name for f in source.iterdir() if f.suffix != ".safetensors"}
+    assert all((out / n).read_bytes() == (source / n).read_bytes() for n in others)
+    (tmp_path / "plain").touch()
+    rights = {file.stat().st_mode for file in (*out.iterdir(), tmp_path / "plain")}
+    assert len(rights) == 1, "a merged model can be read by whoever may read other files"
+    if dtype == torch.float32:
+        merged, apart = Llama.from_pretrained(out), Llama.from_pretrained(source)
+        assert distance(merged.logits(TOKENS), apart.logits(TOKENS, lora)) < 2e-5
+
+
+def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
+    """Of a head that is stored under a tied config, and of quantisation that is none."""
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    source = tiny_llama_dir(dtype=torch.bfloat16, quantization_config=quantised, note="kept")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, source / "model.safetensors")
+    model = Llama.from_pretrained(source)
+    lora = random_lora(model, "qv")
+    assert merge(source, lora, tmp_path / "merged") == []
+    said = json.loads((source / "config.json").read_text())
+    del said["quantization_config"]
+    found = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert found == said | {"tie_word_embeddings": False}
+    capsys.readouterr()
+    merged = Llama.from_pretrained(tmp_path / "merged")
+    assert capsys.readouterr().out == "", "nothing is left to be said"
+    assert torch.equal(merged.weights["head"], model.weights["head"])
+    assert distance(merged.logits(TOKENS), model.logits(TOKENS, lora)) < 0.1
+
+
+def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
+    """Files of the directory and of the Hugging Face cache; what is left out is listed."""
+    cache = tmp_path / "models--some--model"
+    source, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    for n, file in enumerate(sorted(tiny_llama_dir(tokenizer=True).iterdir())):
+        file.rename(blobs / f"{n:040x}")
+        (source / file.name).symlink_to(f"../../blobs/{n:040x}")
+    (source / "README.md").write_text("a card")
+    (source / "inside.txt").symlink_to("README.md")
+    (tmp_path / "secret").write_text("a key")
+    (source / "outside.txt").symlink_to(tmp_path / "secret")
+    (source / "up.txt").symlink_to("../../../secret")
+    (source / "broken.txt").symlink_to("nothing")
+    (source / "folder").mkdir()
+    os.mkfifo(source / "pipe")
+    (source / "pytorch_model.bin").write_bytes(b"")
+    (source / "model.safetensors.index.json").write_text("{}")  # model.safetensors is read alone
+    lora = random_lora(Llama.from_pretrained(source), "qv")
+    left_out = merge(source, lora, tmp_path / "merged")
+    names = "broken.txt folder model.safetensors.index.json outside.txt pipe pytorch_model.bin"
+    assert [line.split(" ")[0] for line in left_out] == [*names.split(), "up.txt"]
+    assert str(tmp_path / "secret") in left_out[3] and "a directory" in left_out[1]
+    found = {file.name for file in (tmp_path / "merged").iterdir()}
+    others = {"tokenizer.json", "tokenizer_config.json", "README.md", "inside.txt"}
+    assert found == {"config.json", "model.safetensors", "merge.json", *others}
+    assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
+
+
+def test_merge_of_numbers_that_are_none_is_refused(tiny_llama_dir, tmp_path):
+    """Of weights that no adapter touches as well."""
+    source = tiny_llama_dir()
+    lora = random_lora(Llama.from_pretrained(source), "qv")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight"):
+        broken = {**tensors, name: tensors[name].clone()}
+        broken[name].view(-1)[7] = torch.nan
+        save_file(broken, source / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{name} holds 1 numbers that are NaN"):
+            merge(source, lora, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_that_overflows_is_refused(tiny_llama_dir, tmp_path):
+    source = tiny_llama_dir(dtype=torch.float16)
+    lora = random_lora(Llama.from_pretrained(source), "qv")
+    lora.params.mul_(1e4)
+    with pytest.raises(ValueError, match="q_proj.weight merged is not finite in torch.float16"):
+        merge(source, lora, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from model.weights import rewrite_checkpoint
+
+left = int(sys.argv[3])
+def change(name, tensor):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensor
+
+rewrite_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), change)
+"""
+
+
+def test_killed_merge_leaves_nothing_under_the_name(tiny_llama_dir, tmp_path):
+    """At several moments, shards written already included; the next run is not disturbed."""
+    source, out = split(tiny_llama_dir(), tmp_path / "source", 3), tmp_path / "out"
+    tensors = sum(len(load_file(file)) for file in source.glob("*.safetensors"))
+    for moment in (0, tensors // 2, tensors - 1):
+        command = [sys.executable, "-c", KILLED, str(source), str(out), str(moment)]
+        assert subprocess.run(command, cwd=ROOT).returncode == -9
+        assert not out.exists()
+    rewrite_checkpoint(source, out, lambda name, tensor: tensor)
+    assert torch.equal(
+        Llama.from_pretrained(out).logits(TOKENS), Llama.from_pretrained(source).logits(TOKENS)
+    )
+
+
+def test_merge_script(tiny_llama_dir, tmp_path):
+    source, out = tiny_llama_dir(), tmp_path / "merged"
+    model = Llama.from_pretrained(source)
+    lora = random_lora(model, "all")
+    lora.save(tmp_path / "adapter")
+
+    def run(model_dir):
+        paths = ["--model", model_dir, "--adapter", tmp_path / "adapter", "--out", out]
+        command = [sys.executable, ROOT / "scripts" / "merge.py", *paths]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    refused = run(tmp_path / "nowhere")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
+    assert "nowhere/config.json is missing" in refused.stderr and not out.exists()
+    done = run(source)
+    assert done.returncode == 0 and "q_proj, k_proj, v_proj, o_proj" in done.stdout, done.stderr
+    assert distance(Llama.from_pretrained(out).logits(TOKENS), model.logits(TOKENS, lora)) < 2e-5
+    before = (out / "model.safetensors").stat()
+    assert "not copied" not in done.stdout
+    refused = run(source)
+    assert refused.returncode == 2 and f"{out} exists already" in refused.stderr
+    assert (out / "model.safetensors").stat() == before
+
+
+# ---- in memory, for sampling
+
+
+def assert_merges_for_sampling(path, modules, tokens):
+    """No further from the fp64 truth than twice the unmerged logits; the base is not touched."""
+    model, exact = Llama.from_pretrained(path), Llama.from_pretrained(path, dtype=torch.float64)
+    lora = random_lora(model, modules)
+    again = Lora(lora.config, {name: shape for name, (_, shape) in lora.slots.items()})
+    again.params.copy_(lora.params)
+    truth = exact.logits(tokens, again)
+    before = {name: weight.clone() for name, weight in model.weights.items()}
+    sampling, left = model.for_sampling(lora)
+    assert left is None, "on a CPU in fp32 the adapter is merged"
+    merged = sampling.logits(tokens)
+    error, unit = distance(merged, truth), distance(model.logits(tokens, lora), truth)
+    print(f"merged for sampling: error {error:.3g}, unmerged {unit:.3g}")
+    assert error <= 2 * unit
+    assert distance(merged, model.logits(tokens)) > 1e-2, "the adapter did nothing"
+    assert all(torch.equal(weight, before[name]) for name, weight in model.weights.items())
+
+
+@pytest.mark.parametrize("modules", [*PRESETS, "k_proj,down_proj"])
+def test_adapter_merged_for_sampling(tiny_llama_dir, modules):
+    assert_merges_for_sampling(tiny_llama_dir(tied=False), modules, TOKENS)
+
+
+def test_smollm2_adapter_merged_for_sampling(smollm2_dir):
+    tokens = json.loads(SMOLLM2.read_text())["tokens"][:48]
+    assert_merges_for_sampling(smollm2_dir, "all", tokens)

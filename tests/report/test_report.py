@@ -1,0 +1,231 @@
+"""The report: what it says, what it escapes, what it does without matplotlib or without a part."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.measure.intervals import bootstrap, mcnemar, student
+from engine.report import plots
+from engine.report.collect import spaced
+from engine.report.findings import findings, seeds
+from engine.report.load import load_run, load_runs
+from engine.report.page import Html, inline_json, report_job, tag, write_report
+from engine.runtime.files import read_jsonl, write_json, write_jsonl
+from tests.helpers.made_run import make_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def change(path: Path, edit) -> None:
+    """Rewrite a run's summary."""
+    summary = json.loads((path / "summary.json").read_text())
+    edit(summary)
+    write_json(path / "summary.json", summary)
+
+
+def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
+    a, b = make_run(tmp_path / "x" / "run", 12), make_run(tmp_path / "y" / "run", 12, seed=1)
+    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
+    said = subprocess.run([*command, a], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"report: {a / 'report.html'}" in said.stdout and "12 rows" in said.stdout
+    subprocess.run([*command, a, b], cwd=tmp_path, check=True, capture_output=True)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("5ha256") == 2 and "kernels.adamw.adamw_" in page
+    assert "x/run" in page and "y/run" in page and "Settings in which the runs differ" in page
+    assert "over 2 seeds" in page  # they differ in nothing else
+    wrong = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "holds no summary.json; wanted the --out" in wrong.stderr
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_open_shows_the_page_or_says_where_it_is(tmp_path, monkeypatch, capsys, opens):
+    run = make_run(tmp_path / "run", 3)
+    shown = []
+    monkeypatch.setattr("webbrowser.open", lambda address: shown.append(address) or opens)
+    report_job([run], tmp_path / "new" / "page.html", show=True)
+    assert shown == [(tmp_path / "new" / "page.html").as_uri()]
+    assert ("no browser could be started here" in capsys.readouterr().out) != opens
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    with pytest.raises(ValueError, match="nowhere is no directory"):
+        load_runs([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="each named once"):
+        load_runs([run, tmp_path / "." / "run"])
+    with (run / "distilled.jsonl").open("a") as file:
+        file.write('{"id": "torn')
+    with pytest.raises(ValueError, match="distilled.jsonl:4: bad JSON"):
+        report_job([run], None, show=False)
+    assert not (run / "report.html").exists()
+
+
+def test_nothing_can_leave_the_data_block_or_an_element():
+    value = {"</script>": "<!-- <script> &amp; ]]> \u2028 \ud800"}
+    block = inline_json(value)
+    assert not set("<>&") & set(block) and json.loads(block) == value
+    with pytest.raises(ValueError):
+        inline_json(math.nan)
+    assert tag("a", "<b>", Html("<i>"), title='"<') == '<a title="&quot;&lt;">&lt;b&gt;<i></a>'
+
+
+def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+
+    def source(element: str) -> str:
+        (inside,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = hashlib.sha256(inside.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    (policy,) = re.findall('Content-Security-Policy" content="(.*?)"', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": source("style"),
+        "script-src": source("script"),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+
+
+def test_acceptance_counts_every_try_of_a_cascade(tmp_path):
+    run = load_run(make_run(tmp_path / "run", 3), "run")
+    fit = {"status": "accepted", "kept": True}
+    run.rows[0] |= fit | {"tries": {"unguided": ["banned", "empty"], "guided": ["accepted"]}}
+    run.rows[1] |= fit | {"tries": {"unguided": ["accepted", "accepted"]}}
+    run.rows[2] |= {"stage": "reference", "status": "not_asked", "kept": False, "tries": {}}
+    header, *lines = plots._acceptance(run).table
+    assert header == ["Stage", "Status", "Fit", "Tries", "Share"]
+    assert sorted(lines) == [
+        ["guided", "accepted", "yes", "1", "16.7%"],
+        ["reference", "not_asked", "no", "1", "16.7%"],
+        ["unguided", "accepted", "yes", "2", "33.3%"],
+        ["unguided", "banned", "no", "1", "16.7%"],
+        ["unguided", "empty", "no", "1", "16.7%"],
+    ]
+
+
+def test_without_matplotlib_the_page_has_its_tables_and_says_so(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", 12)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = write_report([run], run / "report.html")
+    assert "pip install -e '.[report]'" in said and f"python scripts/report.py {run}" in said
+    page = (run / "report.html").read_text()
+    assert "<svg" not in page and "Training loss: the numbers" in page and "need matplotlib" in page
+
+
+def test_a_run_without_its_optional_parts(tmp_path):
+    """Nothing held out, nothing scored, nothing collected; a KL that is no number."""
+    run = make_run(tmp_path / "run", 12)
+    for name in ("evaluation.jsonl", "distilled.jsonl.scores.jsonl", "tokens.jsonl",
+                 "answers.jsonl"):  # fmt: skip
+        (run / name).unlink()
+    lines = read_jsonl(run / "retention.jsonl")
+    lines[0]["kl"] = math.nan
+    write_jsonl(run / "retention.jsonl", lines)
+    change(run, lambda s: s.update(evaluation={}, likelihood=None))
+    change(run, lambda s: s.pop("model"))
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "no held-out rows were given" in page and "Likelihood under the seed" not in page
+    # and one whose target nothing verifies
+    change(run, lambda s: s.update(evaluation={
+        arm: {"n": 0, "right": 0, "truncated": 0, "nll": 1.5, "share": math.nan}
+        for arm in ("seed", "sft", "sdft")}))  # fmt: skip
+    write_report([run], run / "report.html")
+    assert "NLL per token of the held-out references: seed 1.500" in (
+        (run / "report.html").read_text()
+    )
+
+
+def test_a_difference_is_called_one_only_where_it_is_seen(tmp_path):
+    run = make_run(tmp_path / "run", 12)
+    lines = read_jsonl(run / "evaluation.jsonl")
+    for line in lines:
+        line["ok"] = line["arm"] == "sft" or line["id"] == "test3"
+    write_jsonl(run / "evaluation.jsonl", lines)
+    drift = read_jsonl(run / "retention.jsonl")
+    for i, line in enumerate(drift):
+        line["kl"] = (i // 2 + 1) * {"sft": 2, "sdft": 1}[line["arm"]]
+    write_jsonl(run / "retention.jsonl", drift)
+    said = dict(findings(load_run(run, "run")))
+    assert "SFT is better than seed (p < 0.001). SFT is better than SDFT" in said["Target"]
+    assert "No difference is seen between seed and SDFT (p = 1.00)" in said["Target"]
+    assert "SDFT forgot less" in said["Retention"]
+    write_jsonl(run / "retention.jsonl", [line | {"kl": 3.0} for line in drift])
+    assert (
+        "No difference seen (SFT − SDFT: +0.0000"
+        in (dict(findings(load_run(run, "run")))["Retention"])
+    )
+
+
+def test_intervals_over_seeds_only_of_runs_that_differ_in_nothing_else(tmp_path):
+    a, b, c = (make_run(tmp_path / n, 6, seed=k) for k, n in enumerate("abc"))
+    change(c, lambda s: s["settings"]["TrainConfig"].update(lr=1.0))
+    ((group, table),) = seeds(load_runs([a, b, c]))
+    assert [run.name for run in group] == ["a", "b"]
+    kl = [json.loads((p / "summary.json").read_text())["retention"]["sft"]["kl"] for p in (a, b)]
+    mean, low, high = student(kl)
+    assert table[2][3] == f"{mean:.4f} ({low:.4f} – {high:.4f})"
+    assert table[4][0] == "SDFT − SFT" and seeds(load_runs([a, c])) == []
+
+
+def test_bootstrap_mcnemar_student():
+    """McNemar: 2 (1 + 10) / 2^10; Student: t = 4.303 at two degrees of freedom."""
+    assert mcnemar(1, 9) == pytest.approx(22 / 1024) and mcnemar(0, 0) == mcnemar(3, 3) == 1
+    mean, low, high = student([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == pytest.approx(4.303 / 3**0.5) == pytest.approx(mean - low)
+    assert all(map(math.isnan, student([1.0])[1:])) and math.isnan(bootstrap([1], [1])[0])
+    assert bootstrap([2, 4, 6], [1, 2, 3]) == (2, 2)
+    values = [float(i % 10) for i in range(400)]  # mean 4.5, sd 2.87, so 4.5 +- 0.28
+    low, high = bootstrap(values, [1] * 400)
+    assert low == pytest.approx(4.22, abs=0.04) and high == pytest.approx(4.78, abs=0.04)
+
+
+def test_figures_obey_the_policy_and_take_the_pages_colours(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the extra `report`")
+    run = make_run(tmp_path / "run", 40)
+    run = load_run(run, "$\\frac{a}{ <b> \x1b &")  # a name that is no mathematics and no XML
+    made = [*plots.overview([run]), *plots.of_run(run, "0"), *plots.of_run(run, "1")]
+    drawn = "".join(plots.drawn(made))
+    assert len(made) == 11
+    assert " style=" not in drawn and "<style" not in drawn and "<metadata" not in drawn
+    assert "#00000" not in drawn and "var(--sdft)" in drawn and drawn.count("</text>") > 100
+    ids = re.findall(r' id="([^"]+)"', drawn)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="|url\()#([^")]+)', drawn)) == (
+        set(ids)
+    )
+    assert plots.drawn(made[:1]) == plots.drawn(made[:1])  # the same run gives the same page
+    two = plots.overview([run, load_run(run.path, "other")])
+    assert "$\\frac{a}{ &lt;b&gt; \ufffd &amp;" in plots.svg(two[0])
+
+
+def test_spaced():
+    assert spaced(range(10), 4) == [0, 2, 5, 7] and spaced([1, 2], 5) == [1, 2]
+    assert spaced([1, 2], 0) == spaced([], 3) == []
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """A model may write U+2028 or U+0085, which str.splitlines would cut at."""
+    lines = [{"text": "a\u2028b\x85c"}, {"text": ""}]
+    write_jsonl(tmp_path / "x.jsonl", lines)
+    assert read_jsonl(tmp_path / "x.jsonl") == lines
+    (tmp_path / "x.jsonl").write_text("")
+    assert read_jsonl(tmp_path / "x.jsonl") == []
+    (tmp_path / "x.jsonl").write_text("{}\n{\n")
+    with pytest.raises(ValueError, match="x.jsonl:2 is not JSON"):
+        read_jsonl(tmp_path / "x.jsonl")

@@ -1,0 +1,377 @@
+"""Decode steps over static buffers: on a GPU captured and replayed, here called as they are.
+
+The same tests in both places. Here products are packed ones, and attention goes token by token, by
+what the device knows of rows and pages and not by the host's lists (Triton's does that too, very
+slowly in the interpreter: it has tests of its own). A row's bits are its own in all these forms, so
+texts and log-probabilities must be equal.
+"""
+
+import dataclasses
+import gc
+import random
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.sampling import cuda_graphs
+from engine.sampling.page_pool import Pages
+from engine.sampling.requests import Request, SamplerConfig, SamplerStats
+from engine.sampling.sampler import Sampler
+from engine.sampling.speculation import Controller
+from kernels.cpu.prepack import Prepacked
+from kernels.launch import triton_launch
+from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS
+from model.kv_cache import KVCache
+from model.llama import Llama
+from model.lora import Lora
+from tests.helpers import interpreter
+
+if triton_launch.INTERPRETED:
+    interpreter.install()
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+def by_the_device(qkv, k, v, cached):
+    """Attention of tokens that are alone, from the device mirrors of a `Cached` only."""
+    if not cached.alone:
+        return TORCH.cached_attention(qkv, k, v, cached)
+    (G, size, d), outs, starts = k.shape[1:], [], cached.cu_queries.tolist()
+    n = qkv.shape[1] // (G * d) - 2
+    for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for t in range(start, end):
+            seen = int(cached.contexts[row]) + t - start + 1
+            pages = cached.block_table[row, : -(-seen // size)]
+            keys, values = (c[pages].transpose(0, 1).flatten(1, 2)[:, :seen] for c in (k, v))
+            q = qkv[t, : G * n * d].view(G, n, d)
+            p = torch.softmax(q @ keys.transpose(1, 2) * d**-0.5, dim=-1)
+            outs.append((p @ values).flatten())
+    return torch.stack(outs)
+
+
+MIRRORED = dataclasses.replace(TORCH, name="mirrored", cached_attention=by_the_device)
+MIXED = dataclasses.replace(
+    TORCH, name="mixed", kv_write_=TRITON.kv_write_, cached_attention=TRITON.cached_attention
+)
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
+PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.1, "repetition_penalty": 1.3}
+END = 7
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    if not ON_GPU:
+        refusal = cuda_graphs.refusal
+        monkeypatch.setattr(cuda_graphs, "DEVICES", ("cuda", "cpu"))
+        monkeypatch.setattr(
+            cuda_graphs, "refusal", lambda ops: "" if ops is MIRRORED else refusal(ops)
+        )
+
+
+@pytest.fixture
+def model(tiny_llama_dir):
+    sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
+    special = {"bos_token_id": 68, "eos_token_id": 69}
+    path = tiny_llama_dir(layers=2, tied=False, max_position=128, **sizes, **special)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    model = Llama.from_pretrained(
+        path, device=DEVICE, dtype=dtype, ops=TRITON if ON_GPU else MIRRORED
+    )
+    if not ON_GPU and not Prepacked.available(model.weights["embed"]):
+        pytest.skip("this CPU's torch has no oneDNN")
+    return model
+
+
+def adapter(model):
+    lora = Lora.init(model, rank=4, alpha=8, modules="qv", seed=3)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        lora.params.add_(0.1 * torch.randn(lora.params.shape, generator=g).to(DEVICE))
+    lora.bind(model)
+    return lora
+
+
+def text(ids):
+    return "".join(chr(0x100 + i) for i in ids)
+
+
+def requests(count=9, longest=20, most=22, seed=0):
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        prompt = [rng.randrange(68) for _ in range(rng.randint(1, longest))]
+        made.append(Request(f"row-{i}", prompt, rng.randint(1, most)))
+    return [*made, dataclasses.replace(made[1], sample=1), dataclasses.replace(made[2], seed=5)]
+
+
+def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, **settings):
+    """(id, sample, seed) -> completion, and the stats; `late` comes when the first row has ended.
+
+    Whatever is in a page that is nobody's, and not set aside for idle rows, becomes NaN.
+    """
+    config = SamplerConfig(page_size=8, invariant=invariant, **{"draft": "off", **settings})
+    seeds, late = {r.id: r.seed for r in (*wanted, *late)}, list(late)
+    with Sampler(model, text, end_ids, config, lora) as sampler:
+        done = {}
+        for c in sampler.run(wanted):
+            done[c.id, c.sample, seeds[c.id]] = c
+            while late:
+                sampler.submit(late.pop())
+            cache = sampler.pages.cache
+            for page in cache.free:
+                cache.k[:, page] = cache.v[:, page] = torch.nan
+        assert sorted(cache.free) == list(range(cache.pages)), "pages were lost"
+    return done, sampler.stats
+
+
+def unique(wanted):
+    return [dataclasses.replace(r, id=f"{r.id}/{r.sample}/{r.seed}") for r in wanted]
+
+
+@pytest.mark.parametrize("decoding", [{}, SAMPLED, PENALISED], ids=["greedy", "top-p", "penalised"])
+def test_texts_are_those_of_steps_that_are_not_captured(model, decoding):
+    """Rows that end and are followed by others, over page borders and those of buckets."""
+    wanted = unique(requests(16))
+    base, stats = write(model, wanted, rows=10, graphs=False, **decoding)
+    assert stats.replayed == stats.captured == 0 and not stats.not_captured
+    got, stats = write(model, wanted, rows=10, **decoding)
+    assert got == base and not stats.not_captured, stats.not_captured
+    assert stats.replayed == stats.steps > 8 and stats.captured > 2
+    assert f"of {stats.captured} graphs captured" in stats.text()
+    again, stats = write(model, wanted[::-1], rows=18, steps=3, **decoding)
+    assert again == base and stats.replayed == stats.steps and stats.captured > 3
+
+
+def test_a_stop_string_ends_a_row_inside_a_visit(model):
+    wanted = unique(requests(4))
+    free, _ = write(model, wanted, end_ids=(), graphs=False, rows=3)
+    ids = max((c.ids for c in free.values()), key=len)
+    stop = (text(ids[3:5]), "never")
+    base, _ = write(model, wanted, end_ids=(), graphs=False, rows=3, stop=stop)
+    got, stats = write(model, wanted, end_ids=(), rows=3, stop=stop)
+    assert got == base and stats.replayed == stats.steps
+    assert "stop_string" in {c.finish for c in got.values()}
+
+
+def test_a_pool_that_grows_is_captured_anew(model):
+    wanted, late = unique(requests(4, longest=9, most=9)), [Request("late", [5] * 60, 20)]
+    base, _ = write(model, wanted, late=late, graphs=False, rows=2, **SAMPLED)
+    pools, gone = [], []
+    before, clear = KVCache.grow, cuda_graphs.Graphs.clear
+
+    def grow(self, pages):
+        pools.append(pages)
+        before(self, pages)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCache, "grow", grow)
+        patch.setattr(
+            cuda_graphs.Graphs, "clear", lambda self: gone.append(len(self.made)) or clear(self)
+        )
+        got, stats = write(model, wanted, late=late, rows=2, **SAMPLED)
+    assert pools and got == base and stats.replayed == stats.steps
+    assert (
+        len(gone) == 2 + len(pools) and gone[0] == 0 and min(gone[1:]) > 0
+    )  # the last: at the end
+
+
+def test_the_last_visit_ends_at_the_last_position(model):
+    most = model.config.max_position
+    wanted = [Request("long", [5] * (most - 9), 99), Request("short", [6] * 3, 4)]
+    base, _ = write(model, wanted, end_ids=(), graphs=False)
+    got, stats = write(model, wanted, end_ids=())
+    assert got == base and stats.replayed == stats.steps == 8
+    assert len(got["long", 0, None].ids) == 9
+
+
+def test_short_memory_puts_rows_back_and_drops_none(model):
+    wanted = [dataclasses.replace(r, expected=1) for r in unique(requests(8))]
+    base, _ = write(model, wanted, rows=8, graphs=False, **SAMPLED)
+    page = KVCache.page_bytes(model.config, 8, model.dtype)
+    got, stats = write(model, wanted, rows=8, kv_memory=8 * page / 1e9, **SAMPLED)
+    assert got == base and stats.put_back > 0 and stats.replayed == stats.steps
+
+
+def test_guesses_are_checked_in_steps_that_are_not_captured(model):
+    wanted = unique(requests(5))
+    base, _ = write(model, wanted, rows=3, graphs=False)
+    ids = {c.id: c.ids for c in base.values()}
+    guessed = [dataclasses.replace(r, draft=[*ids[r.id][:3], 9, *ids[r.id][4:]]) for r in wanted]
+    got, stats = write(model, guessed, rows=3, draft="always")
+    assert got == base and stats.held > 0 and 0 < stats.replayed < stats.steps
+
+
+def test_rows_of_several_temperatures_go_uncaptured(model):
+    wanted = [
+        dataclasses.replace(r, temperature=0.7 + 0.5 * (i < 3), max_new=4 + 30 * (i < 3))
+        for i, r in enumerate(unique(requests(4)))
+    ]
+    base, _ = write(model, wanted, end_ids=(), graphs=False, rows=6, **SAMPLED)
+    got, stats = write(model, wanted, end_ids=(), rows=6, **SAMPLED)
+    assert got == base and 0 < stats.replayed < stats.steps  # the three hot ones are left
+
+
+def test_what_cannot_be_captured_says_so_once(model):
+    model.ops = dataclasses.replace(model.ops, cached_attention=TORCH.cached_attention)
+    if ON_GPU:
+        model.ops = dataclasses.replace(model.ops, kv_write_=TORCH.kv_write_)
+    wanted = unique(requests(3))
+    base, off = write(model, wanted, graphs=False, invariant=False)
+    got, stats = write(model, wanted, invariant=False)
+    assert got == base and stats.replayed == 0 and off.text().count("captured") == 0
+    assert "not captured as CUDA graphs: cached_attention would look" in stats.text()
+    assert cuda_graphs.refusal(REFERENCE) and not cuda_graphs.refusal(VARIANTS["invariant"])
+    assert cuda_graphs.refusal(TORCH).startswith("cached_attention ") and not cuda_graphs.refusal(
+        TRITON
+    )
+
+
+class Watch(TorchDispatchMode):
+    """The operations in which the host reads a tensor or makes one from its own numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.asked = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.seen += 1
+        if name in ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal", "item"):
+            self.asked.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ops", [MIXED, TRITON, VARIANTS["invariant"]], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
+def test_a_step_asks_nothing_of_the_host(model, ops, decoding, monkeypatch):
+    """What would end a capture on a GPU, looked for without one. The adapter is not merged here."""
+    config = SamplerConfig(page_size=8, rows=2, **decoding)
+    plain = Llama(model.config, model.weights, ops)
+    lora, pages, stats = adapter(plain), Pages(plain, 8, 0.0), SamplerStats()
+    cuda_graphs.Graphs(plain, lora, pages, config, stats)
+    pages.make_room(4, 2)
+    launch, watch = triton_launch.launch, Watch()
+
+    def unwatched(*args, **options):  # the interpreter reads what the GPU would
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch(*args, **options)
+
+    for module in {
+        fn.__globals__["__name__"] for fn in map(ops.__getattribute__, cuda_graphs.USED)
+    }:
+        if hasattr(sys.modules[module], "launch"):
+            monkeypatch.setattr(sys.modules[module], "launch", unwatched)
+    step = cuda_graphs.Step(plain, lora, pages, config, 2, 2, config.temperature, 2)
+    step.load(())
+    step()  # as before a capture
+    with watch:
+        step()
+    assert watch.seen > 10 and not watch.asked
+    with watch:  # what it is there for
+        torch.tensor([1], device=DEVICE).item()
+    assert watch.asked == ["lift_fresh", "_local_scalar_dense"]
+    assert step.turn.tolist() == [2] and step.results[:, 0].long().max() < 70
+
+
+def test_buckets():
+    rows = [1, 2, 3, 5, 9, 17, 25, 33, 49, 65, 97, 129]
+    want = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192]
+    assert [cuda_graphs.row_bucket(n, 999) for n in rows] == want
+    assert (
+        all(cuda_graphs.row_bucket(n, 999) == n for n in want)
+        and cuda_graphs.row_bucket(33, 40) == 40
+    )
+
+
+def test_steps_between_visits_follow_what_guesses_promise(model):
+    def steps(rows, controller, **settings):
+        config = SamplerConfig(**settings)
+        pages = Pages(model, 64, 0.0)
+        made = cuda_graphs.Graphs(model, None, pages, config, SamplerStats())
+        assert made.usable == config.graphs == pages.spare
+        return made.steps(rows, controller)
+
+    cheap, dear = Controller(), Controller()
+    for _ in range(100):
+        for tokens in (1, 8, 30):  # replayed or not, and whatever is guessed
+            cheap.measured(tokens, tokens, 0.01, replayed=True)
+            cheap.measured(tokens, tokens, 0.01)
+            dear.measured(tokens, tokens, 0.001, replayed=True)  # ten steps for one with guesses
+            dear.measured(tokens, 2 * tokens, 0.01)
+    assert cheap.pays(1) and not dear.pays(1) and not cheap.pays(200)
+    assert (
+        steps(1, cheap) == 1 and steps(1, dear) == steps(1, cheap, draft="off") == cuda_graphs.STEPS
+    )
+    assert steps(1, dear, draft="always") == 1 and steps(1, dear, graphs=False) == 1
+    assert steps(1, cheap, steps=5) == steps(1, dear, steps=5, graphs=False) == 5
+
+
+@pytest.mark.parametrize("ops", ["triton", "with an adapter"])
+def test_a_whole_model_on_triton(model, ops):
+    """Without --invariant too, with as many rows as the bucket; on a GPU in two dtypes."""
+    lora = adapter(model) if ops == "with an adapter" else None
+    wanted = [Request(f"q{i}", [i + 1] * (3 + 2 * i), 6) for i in range(2)]
+    for dtype in (model.dtype, torch.float32) if ON_GPU else (model.dtype,):
+        weights = {name: w.to(dtype) for name, w in model.weights.items()}
+        whole = Llama(model.config, weights, TRITON)
+        if lora is not None:
+            lora.bind(whole)
+        for decoding in ({}, SAMPLED) if ON_GPU else (SAMPLED if lora else {},):
+            settings = {"rows": 2, "end_ids": (), "invariant": False, **decoding}
+            base, _ = write(whole, wanted, lora, graphs=False, **settings)
+            got, stats = write(whole, wanted, lora, **settings)
+            assert stats.replayed == stats.steps == 5, stats.not_captured
+            assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
+def test_memory_is_given_back(model):
+    def held():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    wanted = unique(requests(6))
+    write(model, wanted, rows=6, **SAMPLED)  # what libraries and tables of angles keep
+    before = held()
+    for _ in range(3):
+        _, stats = write(model, wanted, rows=6, **SAMPLED)
+        assert stats.replayed == stats.steps, stats.not_captured
+    assert held() <= before
+    config = SamplerConfig(rows=6, page_size=8, draft="off", invariant=True)
+    with Sampler(model, text, (END,), config) as sampler:
+        list(sampler.run(wanted))
+        assert held() > before and len(sampler.graphs.made) == sampler.stats.captured > 1
+        assert all(step.graph is not None for step in sampler.graphs.made.values())
+    assert held() <= before
+
+
+def test_a_capture_that_fails_costs_no_row(model, monkeypatch):
+    """The last of this file: on a GPU a stream is left that was capturing."""
+    wanted = unique(requests(4))
+    base, _ = write(model, wanted, rows=3, graphs=False, **SAMPLED)
+    if ON_GPU:
+        step = cuda_graphs.Step.__call__
+        monkeypatch.setattr(
+            cuda_graphs.Step, "__call__", lambda self: (step(self), self.turn.item())
+        )
+    else:
+
+        def failing(self, step):
+            try:
+                raise RuntimeError("the host was asked\nand more")
+            finally:
+                raise ValueError("ended")
+
+        monkeypatch.setattr(cuda_graphs.Graphs, "_capture", failing)
+    got, stats = write(model, wanted, rows=3, **SAMPLED)
+    assert got == base and stats.replayed == stats.captured == 0
+    assert stats.not_captured.startswith("capturing failed: ") and "\n" not in stats.text()
+    if not ON_GPU:
+        said = "capturing failed: RuntimeError: the host was asked; then ValueError: ended"
+        assert stats.not_captured == said

@@ -1,0 +1,215 @@
+"""Memory for keys and values on a GPU, by a fake allocator: numbers only, no card.
+
+The fake knows what torch's allocator does: what is freed stays reserved until the cache is emptied,
+and the driver calls it used.
+"""
+
+import gc
+import types
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.runtime.process_memory import free_memory, give_back_freed_memory
+from engine.sampling import page_pool as module
+from engine.sampling.page_pool import Pages
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
+from engine.train.memory_plan import available
+from kernels.registry import TORCH
+from model.kv_cache import KVCache
+from model.llama import Llama
+from tests.train.test_memory_plan import llama_2_7b
+
+GB = 10**9
+
+
+class Card(TorchDispatchMode):
+    """A GPU of `total` bytes and torch's allocator on it; meta tensors made inside are counted."""
+
+    def __init__(self, total):
+        super().__init__()
+        self.total, self.allocated, self.reserved, self.emptied = total, 0, 0, 0
+        self.known, self.others = set(), 0  # others: bytes that other programs hold
+        self.largest = total  # bytes in one piece
+
+    def take(self, size):
+        if self.allocated + size > self.total - self.others or size > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory (a fake card)")
+        self.allocated += size
+        self.reserved = max(self.reserved, self.allocated)
+
+    def give(self, size):
+        self.allocated -= size
+
+    def empty_cache(self):
+        self.reserved, self.emptied = self.allocated, self.emptied + 1
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_meta:
+            storage = out.untyped_storage()
+            if (key := storage._cdata) not in self.known:
+                self.take(storage.nbytes())
+                self.known.add(key)
+                weakref.finalize(storage, self.forget, key, storage.nbytes())
+        return out
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.give(size)
+
+
+class MetaCache(KVCache):
+    """A pool without numbers, whatever device it is asked for."""
+
+    def __init__(self, config, pages, page_size, device, dtype):
+        super().__init__(config, pages, page_size, "meta", dtype)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """24 GB, of which the driver's context takes half of one."""
+    card = Card(24 * GB)
+    cuda = {
+        "mem_get_info": lambda device=None: (card.total - card.others - card.reserved, card.total),
+        "memory_reserved": lambda device=None: card.reserved,
+        "memory_allocated": lambda device=None: card.allocated,
+        "empty_cache": card.empty_cache,
+    }
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(module, "KVCache", MetaCache)
+    card.take(GB // 2)
+    with card:
+        yield card
+
+
+@pytest.fixture
+def llama_7b(tiny_llama_dir):
+    """What Pages looks at of Llama-2-7B in bf16 on a GPU: a page of 64 tokens has 33.6 MB."""
+    config, device = llama_2_7b(tiny_llama_dir), torch.device("cuda")
+    return types.SimpleNamespace(config=config, device=device, dtype=torch.bfloat16, ops=TORCH)
+
+
+def test_what_torch_caches_counts_as_free(card):
+    card.take(13 * GB)
+    card.take(7 * GB)
+    card.give(7 * GB)
+    assert torch.cuda.mem_get_info()[0] == 3.5 * GB, "the driver's word"
+    assert free_memory("cuda") == 10.5 * GB
+    assert available("cuda") == 24 * GB, "and what this process holds"
+    give_back_freed_memory("cuda")
+    assert card.emptied == 1 and torch.cuda.mem_get_info()[0] == free_memory("cuda") == 10.5 * GB
+
+
+def test_other_peoples_memory_is_not_available(card):
+    """The memory plan's number and the sampler's are one."""
+    card.take(5 * GB)
+    card.others = 8 * GB
+    assert available("cuda") == 16 * GB and free_memory("cuda") == 10.5 * GB
+
+
+def test_every_sampler_of_a_job_has_the_memory_of_the_first(card, llama_7b):
+    """Distillation, training with a peak of 20.6 GB, evaluation: Llama-2-7B on a card of 24 GB."""
+    card.take(int(13.5 * GB))
+    got = []
+    for peak in (0.0, 6.6, 6.6):
+        card.take(int(peak * GB))  # a training step's tensors, freed
+        card.give(int(peak * GB))
+        pages = Pages(llama_7b, 64, 0.0)
+        assert pages.make_room(64 * 11, 11)
+        got.append(pages.cache.pages)
+        del pages
+        gc.collect()
+    assert got == [268] * 3, "0.9 of 10 GB in pages of 33.6 MB"
+
+
+def test_a_pool_that_cannot_grow_beside_itself_is_made_anew(card, llama_7b):
+    card.take(int(13.5 * GB))
+    pages = Pages(llama_7b, 64, 0.0)
+    pages.spare = 1
+    assert pages.make_room(199, 11) and pages.cache.pages == 200  # 6.7 of 10 GB
+    pages.prefix = [1] * 64, pages.cache.take(1)
+    assert pages.make_room(150, 150) and pages.cache.pages == 200
+    before = pages.cache
+    assert not pages.make_room(230, 230), "7.8 GB fit, but not beside 6.7"
+    assert pages.cache is before and before.pages == 200 and len(before.free) == 198
+    del before
+    pages.discard()
+    gc.collect()
+    assert pages.make_room(230, 230) and pages.cache.pages == 231 and len(pages.idle) == 1
+    with pytest.raises(ValueError, match=r"needs 10.* GB .*cuda has 9 GB free.*fewer new tokens"):
+        pages.make_room(300, 300)
+    assert pages.make_room(200, 200), "and the pool is as it was"
+    pages.close()
+    assert pages.make_room(260, 260), "of which nobody uses a page is not copied"
+
+
+def test_a_pool_that_does_not_fit_in_one_piece(card, llama_7b):
+    """10 GB are free, but in pieces of at most 2."""
+    card.take(int(13.5 * GB))
+    card.largest = 2 * GB
+    pages = Pages(llama_7b, 64, 0.0)
+    assert pages.make_room(400, 11) and 2 * GB < pages.cache.pages * 33.6e6 < 4 * GB
+    have = pages.cache.pages
+    pages.prefix = [1] * 64, pages.cache.take(1)
+    assert not pages.make_room(have + 60, have + 60) and pages.cache.pages == have
+    assert pages.cache.k.shape == pages.cache.v.shape == pages.cache.shape
+    card.largest = 10**6
+    with pytest.raises(ValueError, match="longest row needs 0.369 GB.*in one piece"):
+        Pages(llama_7b, 64, 0.0).make_room(20, 11)
+
+
+def text(ids):
+    return "".join(chr(0x100 + i) for i in ids)
+
+
+def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
+    """What a cascade does: it asks for more than the first rows needed, near the card's limit."""
+    model = Llama.from_pretrained(tiny_llama_dir(layers=1, max_position_embeddings=1024))
+    page = KVCache.page_bytes(model.config, 8, torch.float32)
+    first = [Request(f"r{i}", [*[3] * 72, *[4 + i] * 8], 12) for i in range(4)]
+    late = Request("late", [9] * 600, 12)
+
+    def write(**settings):
+        done, config = {}, SamplerConfig(rows=4, page_size=8, draft="off", **settings)
+        with Sampler(model, text, (), config) as sampler:
+            for completion in sampler.run(first):
+                if not done:
+                    sampler.submit(late)
+                done[completion.id] = completion
+                pools.append(sampler.pages.cache.pages)
+        return {name: (c.ids, c.logprobs, c.finish) for name, c in done.items()}
+
+    pools = []
+    want = write(kv_memory=100 * page / 1e9)
+
+    def free(device):
+        return (100 - sum(pool.pages for ref in made if (pool := ref()) is not None)) * page
+
+    made, begin, grown = [], KVCache.__init__, []
+    monkeypatch.setattr(
+        KVCache,
+        "__init__",
+        lambda self, *args: (begin(self, *args), made.append(weakref.ref(self)))[0],
+    )
+    monkeypatch.setattr(KVCache, "grow", lambda self, pages: grown.append(pages))
+    monkeypatch.setattr(Pages, "_by_the_card", lambda self: True)
+    monkeypatch.setattr(module, "free_memory", free)
+    pools.clear()
+    assert write() == want and len(want) == 5
+    assert pools[:4] == [57] * 4, "four rows of 12 pages, and what they begin with"
+    assert pools[4] == 77 and len(made) == 2 and not grown, "its own pages, in a pool made anew"
+
+
+def test_keys_and_values_go_before_torchs_cache_is_emptied(tiny_llama_dir, monkeypatch):
+    model, emptied = Llama.from_pretrained(tiny_llama_dir()), []
+    with Sampler(model, text, (), SamplerConfig(max_new_tokens=2)) as sampler:
+        list(sampler.run([Request("a", [5, 6])]))
+        keys = weakref.ref(sampler.pages.cache.k)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(keys() is None))
+        sampler.graphs.pool = object()  # as behind a capture
+    assert emptied == [True], "what is emptied is what nobody holds"

@@ -1,0 +1,150 @@
+"""Repetition penalty and min-p: by hand, against the definition, and what the two leave alone."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels.launch import triton_launch
+from kernels.registry import REFERENCE, TORCH, TRITON
+from kernels.sampling.sample_rows import SampleRows
+from tests.helpers import interpreter
+
+NEVER = float("-inf")
+
+
+def rows(count, history=None, **settings):
+    """Rows whose random numbers differ by their position."""
+    zero = torch.zeros(count, dtype=torch.int64)
+    if history is not None:
+        history = torch.tensor(history)
+    return SampleRows(torch.arange(count), zero, zero, 3, history=history, **settings)
+
+
+def drawn(logits, count=400, history=None, **settings):
+    """The distinct tokens of `count` draws from one row of logits; both tables must agree."""
+    many = torch.tensor([logits]).expand(count, -1)
+    history = None if history is None else [history] * count
+    tokens, _ = TORCH.sample(many, rows(count, history, **settings))
+    assert torch.equal(tokens, REFERENCE.sample(many, rows(count, history, **settings))[0])
+    return set(tokens.tolist())
+
+
+SETTINGS = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8, "temperature": 1.0},
+    {"min_p": 0.1, "temperature": 1.5},
+    {"min_p": 1.0, "temperature": 1.0},
+    {"min_p": 0.05, "temperature": 1.1, "top_k": 40, "top_p": 0.9},
+    {"repetition_penalty": 1.2, "min_p": 0.02, "temperature": 0.9, "top_k": 60, "top_p": 0.95},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(s))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_torch_equals_reference(settings, dtype):
+    generator = torch.Generator().manual_seed(5)
+    logits = (3 * torch.randn(100, 211, generator=generator)).to(dtype)
+    history = torch.randint(-1, 211, (100, 150), generator=generator)
+    wanted = rows(100, history.tolist(), **settings)
+    before = logits.clone(), history.clone()
+    tokens, logprobs = TORCH.sample(logits, wanted)
+    want, want_logprobs = REFERENCE.sample(logits, wanted)
+    assert torch.equal(tokens, want)
+    torch.testing.assert_close(logprobs, want_logprobs, rtol=0, atol=1e-5)
+    assert torch.equal(logits, before[0]) and torch.equal(history, before[1])
+
+
+@pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=lambda t: t.name)
+def test_penalty_by_hand(table):
+    """Penalty 2: 4 becomes 2, -1 becomes -2, once however often the id was seen; -1 is padding."""
+    logits = torch.tensor([[4.0, 3.0, 1.9, -1.0]]).repeat(6, 1)
+    logits[4:] = torch.tensor([-1.0, -1.5, -9.0, -9.0])
+    history = [
+        [-1, -1, -1],  # nothing seen: 4 wins
+        [0, -1, -1],  # 4 -> 2 < 3
+        [0, 1, -1],  # 2, 1.5, 1.9: the first again
+        [0, 0, 1],  # a repeat counts once: 2 and not 1, so still above 1.9
+        [0, -1, -1],  # -1 -> -2 < -1.5
+        [0, 1, 0],  # -2, -3
+    ]
+    tokens, logprobs = table.sample(logits, rows(6, history, repetition_penalty=2.0))
+    assert tokens.tolist() == [0, 1, 0, 0, 1, 0]
+    plain = torch.log_softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, plain)  # of the logits as they came
+
+
+def test_penalty_below_one_rewards():
+    assert drawn([1.0, 1.1, NEVER], history=[0], repetition_penalty=0.5) == {0}
+
+
+def test_penalty_comes_before_the_cuts():
+    """6 -> 3 falls out of the two largest."""
+    logits = [6.0, 5.0, 4.0, NEVER]
+    assert drawn(logits, history=[0, -1], repetition_penalty=2.0, temperature=1.0, top_k=2) == {
+        1,
+        2,
+    }
+
+
+def test_min_p_by_hand():
+    """Probabilities 0.5, 0.3, 0.15, 0.05."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert drawn(logits, temperature=1.0) == {0, 1, 2, 3}
+    assert drawn(logits, temperature=1.0, min_p=0.2) == {0, 1, 2}  # 0.1 is the least
+    assert drawn(logits, temperature=1.0, min_p=0.5) == {0, 1}
+    assert drawn(logits, temperature=1.0, min_p=1.0) == {0}
+    # temperature 1/2 squares: 0.09 / 0.25 = 0.36 is now below a half
+    assert drawn(logits, temperature=0.5, min_p=0.5) == {0}
+
+
+def test_min_p_keeps_ties_of_the_largest():
+    assert drawn([2.0, 2.0, 1.99, NEVER], temperature=1.0, min_p=1.0) == {0, 1}
+
+
+def test_top_k_takes_the_lowest_ids_of_a_tie():
+    """Also across the last place; on sixteen-bit logits that is common."""
+    assert drawn([0.0] * 40, temperature=1.0, top_k=3) == {0, 1, 2}
+    assert drawn([0.0, 0.5] + [0.0] * 40, temperature=1.0, top_k=3) == {0, 1, 2}
+
+
+def test_top_p_reached_exactly_takes_no_more():
+    assert drawn([0.0] * 100, temperature=1.0, top_p=0.1) == set(range(10))
+
+
+def test_defaults_change_nothing():
+    """A penalty of 1 with a history and a min_p of 0 are the plain draw."""
+    logits = torch.randn(50, 64)
+    plain = rows(50, temperature=1.0, top_k=30)
+    same = dataclasses.replace(plain, history=torch.randint(-1, 64, (50, 9)))
+    assert torch.equal(TORCH.sample(logits, plain)[0], TORCH.sample(logits, same)[0])
+
+
+def test_settings_that_mean_nothing():
+    with pytest.raises(AssertionError, match="history"):
+        rows(1, repetition_penalty=1.1)
+    with pytest.raises(AssertionError, match="min_p"):
+        rows(1, min_p=1.5)
+    with pytest.raises(AssertionError, match="repetition_penalty 0"):
+        rows(1, [[0]], repetition_penalty=0)
+
+
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}])
+def test_broken_logits_give_a_token_of_the_vocabulary(settings):
+    """NaN and +inf name no likeliest token, but must not send the kernel outside the row."""
+    interpreter.install()
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    logits[0], logits[1, 7], logits[2, 3] = torch.nan, torch.nan, torch.inf
+    buffers = []
+    tokens, _ = TRITON.sample(interpreter.guarded(logits, buffers), rows(4, **settings))
+    assert ((0 <= tokens) & (tokens < 100)).all()
+
+
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
+def test_an_id_behind_the_vocabulary_is_nobodys():
+    """It is no token's penalty, neither of this row nor of the next one's first."""
+    interpreter.install()
+    logits = torch.ones(3, 100)  # all equal, so an id 0 that is penalised loses to id 1
+    tokens, _ = TRITON.sample(logits, rows(3, [[100, 5]] * 3, repetition_penalty=2.0))
+    assert tokens.tolist() == [0, 0, 0]

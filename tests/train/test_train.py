@@ -1,0 +1,646 @@
+"""The training loop: micro-batches, accumulation, resume after SIGKILL, guards, a falling loss."""
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.data.encode import Example, check_examples, encode
+from engine.data.pack import MicroBatch, common_prefix
+from engine.data.rows import load_rows
+from engine.evaluate.target_task import reference_nll
+from engine.jobs.demo import write_demo
+from engine.runtime import published_adapter as published_adapter_module
+from engine.runtime.files import read_jsonl
+from engine.train import checkpoint as checkpoint_module
+from engine.train import loop as loop_module
+from engine.train import mfu as mfu_module
+from engine.train import step as step_module
+from engine.train.config import TrainConfig
+from engine.train.loop import batches
+from engine.train.metrics import summary_text
+from engine.train.optim import learning_rate
+from engine.train.step import micro_step
+from engine.train.train import train
+from engine.train.validate import ValidateConfig, Validator
+from kernels.adamw import AdamW
+from kernels.registry import TORCH, TRITON
+from model.chat import Chat
+from model.llama import Llama
+from model.lora import Lora, LoraConfig
+from model.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = TrainConfig(lr=5e-3, epochs=2, batch_rows=4, micro_tokens=64, save_every=3, seed=5)
+LORA = LoraConfig(rank=4, alpha=8, modules="all", dropout=0.1)
+
+
+def examples(count=20, vocab=300, seed=0):
+    rng = random.Random(seed)
+    made = []
+    for i in range(count):
+        n_prompt, n = rng.randint(1, 20), rng.randint(1, 25)
+        ids = [rng.randrange(vocab) for _ in range(n_prompt)] + [(7 * k) % 50 for k in range(n)]
+        made.append(Example(f"r{i}/0", ids, n_prompt))
+    return made
+
+
+def go(model, out, config=SMALL, rows=None, resume=False, lora=LORA):
+    return train(
+        model,
+        rows or examples(),
+        lora,
+        config,
+        Path(out),
+        base="b",
+        model_hash="h",
+        resume=resume,
+    )
+
+
+def lines(out):
+    """The metrics without the speed."""
+    text = (Path(out) / "metrics.jsonl").read_text()
+    return [{**json.loads(x), "tokens_s": 0} for x in text.splitlines()]
+
+
+@pytest.fixture
+def tiny(tiny_llama_dir):
+    return Llama.from_pretrained(tiny_llama_dir())
+
+
+def test_loss_falls_and_the_run_directory_is_complete(tiny, tmp_path):
+    lora, summary = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, epochs=8))
+    assert summary["last_loss"] < 0.7 * summary["first_loss"]
+    assert summary["linears"] == "14/14" and summary["steps"] == 40
+    again = Lora.load(tmp_path / "run")
+    assert torch.equal(again.params, lora.params)
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    assert meta["finished"] and meta["settings"]["lora"]["rank"] == 4
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == SMALL.keep
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_training_twice_and_resuming_give_the_same_bytes(
+    tiny_llama_dir, tmp_path, device, monkeypatch
+):
+    """Nothing in a training step is atomic, so this holds on a GPU too, in either dtype."""
+    ops = TRITON if device == "cuda" else TORCH
+    path = tiny_llama_dir(heads=4, kv_heads=2, head_dim=16)
+    step = loop_module.step_update
+
+    def failing(model, lora, optimizer, *rest):
+        if optimizer.step == 7:
+            raise KeyError("killed")
+        return step(model, lora, optimizer, *rest)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
+        runs = [tmp_path / f"{name} {dtype}" for name in ("once", "twice", "resumed")]
+        go(model, runs[0]), go(model, runs[1])
+        monkeypatch.setattr(loop_module, "step_update", failing)
+        with pytest.raises(KeyError):
+            go(model, runs[2])
+        monkeypatch.setattr(loop_module, "step_update", step)
+        go(model, runs[2], resume=True)
+        first, *others = [(run / "adapter_model.safetensors").read_bytes() for run in runs]
+        assert others == [first] * 2 and lines(runs[0]) == lines(runs[1]) == lines(runs[2])
+
+
+def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
+    """Eight word problems, two steps an epoch; the paper's modules and rank."""
+    tokenizer = load_tokenizer(smollm2_dir)
+    (tmp_path / "data").mkdir()
+    write_demo(tmp_path / "data", n_train=8, n_test=1)
+    rows = load_rows(tmp_path / "data" / "train.json")
+    encoded, _ = encode(rows, Chat.from_dir(smollm2_dir, tokenizer), max_length=512)
+    config = TrainConfig(lr=2e-3, epochs=5, batch_rows=4, micro_tokens=512)
+    model = Llama.from_pretrained(smollm2_dir)
+    go(model, tmp_path / "run", config, encoded, lora=LoraConfig())
+    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2]), losses
+
+
+def test_micro_batches_change_nothing(tiny_llama_dir):
+    """fp64: one forward of all rows = rows in any grouping, loss and every gradient."""
+    model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
+    lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
+    lora.params.add_(0.05)
+    rows, results = examples(9), []
+    for groups in ([rows], [[r] for r in rows], [rows[:4], rows[4:]], [rows[::-1]]):
+        lora.grads.zero_()
+        losses = 0.0
+        for group in groups:
+            batch = MicroBatch.build(group, step=3, device=model.device)
+            losses += micro_step(model, lora, batch, "none").sum()
+        results.append((losses, lora.grads.clone()))
+    for losses, grads in results[1:]:
+        assert abs(losses - results[0][0]) < 1e-9 * losses
+        assert (grads - results[0][1]).abs().max() < 1e-9 * grads.abs().max()
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_prefix_that_all_prompts_share_is_computed_once_and_changes_nothing(
+    tiny_llama_dir, policy
+):
+    """fp64: loss and every gradient, prompts equal but for their last token among them."""
+    model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
+    lora = Lora.init(model, rank=3, modules="all", seed=1)
+    lora.params.add_(0.05)
+    begin = [(11 * k) % 300 for k in range(40)]
+    rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
+    rows.append(Example("short/0", [*begin, 7, 8], 41))
+    results = []
+    for share in (False, True):
+        lora.grads.zero_()
+        batch = MicroBatch.build(rows, 1, model.device, share)
+        nll = micro_step(model, lora, batch, policy)
+        results.append((nll, lora.grads.clone(), len(batch.tokens)))
+    (nll, grads, many), (nll_shared, grads_shared, few) = results
+    assert many - few == 40 * 5 and len(nll) == sum(len(e.ids) - e.n_prompt for e in rows)
+    assert (nll - nll_shared).abs().max() < 1e-9
+    assert (grads - grads_shared).abs().max() < 1e-9 * grads.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("ops", "dropout", "shared"),
+    [
+        (TORCH, 0.0, True),
+        (dataclasses.replace(TORCH, name="torch with another name"), 0.0, True),
+        (TORCH, 0.1, False),
+        (dataclasses.replace(TORCH, shares_prefix=()), 0.0, False),
+    ],
+)
+def test_prefixes_are_shared_where_the_table_says_so(
+    tiny_llama_dir, monkeypatch, ops, dropout, shared
+):
+    model = Llama.from_pretrained(tiny_llama_dir(), ops=ops)
+    lora = Lora.init(model, dropout=dropout)
+    begin = [(11 * k) % 300 for k in range(40)]
+    rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
+    seen, step = [], step_module.micro_step
+
+    def watched(model, lora, batch, policy):
+        seen.append(batch.packed.prefix)
+        return step(model, lora, batch, policy)
+
+    monkeypatch.setattr(step_module, "micro_step", watched)
+    step_module.step_gradients(model, lora, rows, 1, 1000, "none")
+    assert seen == [40 if shared else 0]
+    assert TRITON.shares_prefix == (), "its attention refuses a prefix"
+
+
+def test_common_prefix():
+    a, b = Example("a", [*range(20), 1, 2], 15), Example("b", [*range(12), 99, 3], 13)
+    assert common_prefix([a, b]) == 12 and common_prefix([a]) == 0 and common_prefix([a, a]) == 14
+    assert common_prefix([a, Example("c", [*range(5), 99, 3], 6)]) == 0, "too few to matter"
+    assert common_prefix([b, Example("d", list(range(12)), 11)]) == 10, "one of its own is left"
+
+
+def test_loss_is_over_response_tokens_of_the_whole_step(tiny, tmp_path):
+    """The first step's loss against the logits themselves, micro-batches of one row."""
+    config = dataclasses.replace(SMALL, micro_tokens=1, batch_rows=20, epochs=1)
+    rows = examples()
+    go(tiny, tmp_path / "run", config, rows, lora=dataclasses.replace(LORA, dropout=0.0))
+    total, count = 0.0, 0
+    for e in rows:
+        logits = tiny.logits(torch.tensor(e.ids))[e.n_prompt - 1 : -1]
+        targets = torch.tensor(e.ids[e.n_prompt :])
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
+    (line,) = lines(tmp_path / "run")
+    assert line["response_tokens"] == count and line["tokens"] == sum(len(e.ids) for e in rows)
+    assert line["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_step_is_adamw_on_the_mean_gradient_clipped(tiny, tmp_path):
+    """Against torch.optim.AdamW and clip_grad_norm_, two steps, weight decay on."""
+    config = TrainConfig(
+        lr=1e-2, epochs=2, batch_rows=20, micro_tokens=10**6, clip=0.1, weight_decay=0.1, seed=5
+    )
+    rows, lora_config = examples(), dataclasses.replace(LORA, dropout=0.0)
+    trained, _ = go(tiny, tmp_path / "run", config, rows, lora=lora_config)
+    lora = Lora.init(tiny, rank=4, alpha=8, modules="all", seed=5)
+    parameter = torch.nn.Parameter(lora.params.clone())
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1)
+    for step, line in enumerate(lines(tmp_path / "run"), start=1):
+        lora.params.copy_(parameter.detach())
+        lora.grads.zero_()
+        micro_step(tiny, lora, MicroBatch.build(rows, step, tiny.device), "none")
+        parameter.grad = lora.grads / sum(len(e.ids) - e.n_prompt for e in rows)
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 0.1).item()
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5) and norm > 0.1
+        optimizer.param_groups[0]["lr"] = line["lr"]
+        optimizer.step()
+    assert (parameter.detach() - trained.params).abs().max() < 2e-6
+
+
+def test_mfu_is_operations_by_hand_over_the_stated_rate(tiny, tmp_path, monkeypatch):
+    """P = 2 layers of 64 x (128 qkv + 64 o + 3 x 96 mlp) and a head of 320 x 64."""
+    rows = examples()
+    config = dataclasses.replace(SMALL, batch_rows=20, epochs=2)
+    _, summary = go(tiny, tmp_path / "run", config, rows)
+    assert "MFU" not in summary_text(summary, tmp_path), "nobody stated a rate for a CPU"
+    monkeypatch.setitem(mfu_module.STATED, "cpu", 2e9)
+    lengths = [len(e.ids) for e in rows]
+    weights = 2 * (8192 + 4096 + 3 * 6144) + 20480
+    per_step = 4 * weights * sum(lengths) + sum(7 * n * n * 4 * 16 * 2 for n in lengths)
+    share = 2 * per_step / summary["seconds"] / 2e9
+    assert summary["operations_s"] == pytest.approx(2 * per_step / summary["seconds"])
+    text = summary_text(summary, tmp_path)
+    assert f"(4 P a token + 7 L^2 H d a row and layer), MFU {share:.1%};" in text
+    two = summary_text(summary | {"processes": 2}, tmp_path)
+    assert f", MFU {share / 2:.1%};" in two, "two devices have twice the rate"
+
+
+def test_learning_rates():
+    rates = [learning_rate("cosine", s, 10, 1.0, 0.2) for s in range(1, 11)]
+    assert rates[:3] == [0.0, 0.5, 1.0] and rates == sorted(rates[:3]) + sorted(rates[3:])[::-1]
+    assert learning_rate("cosine", 1, 10, 1.0, 0.0) == 1.0
+    assert 0 < learning_rate("cosine", 10, 10, 1.0, 0.0) < 0.03
+    linear = [learning_rate("linear", s, 4, 2.0, 0.0) for s in range(1, 5)]
+    assert linear == [2.0, 1.5, 1.0, 0.5]
+    constant = [learning_rate("constant", s, 4, 2.0, 0.5) for s in range(1, 5)]
+    assert constant == [0.0, 1.0, 2.0, 2.0]
+
+
+def test_adamw_scalars_refuse_step_zero():
+    with pytest.raises(AssertionError, match="count from 1"):
+        AdamW().scalars(1e-3, 0, 1.0, "cpu")
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {root!r})
+import engine.step as stepping
+from engine.train import train
+from tests.test_train import SMALL, LORA, examples
+from model.llama import Llama
+from pathlib import Path
+import os, signal
+step = stepping.micro_step
+def micro_step(*args):
+    if {kill} and len(open({out!r} + "/metrics.jsonl").readlines()) == {kill}:
+        with open({out!r} + "/metrics.jsonl", "a") as file:
+            file.write('{{"step": 99, "torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+stepping.micro_step = micro_step
+train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
+               base="b", model_hash="h", resume=True)
+"""
+
+
+def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, tmp_path):
+    """10 steps = 5, SIGKILL (with a torn metrics line), resume, 8, SIGKILL, resume; dropout on."""
+    path = tiny_llama_dir()
+    whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
+    out = tmp_path / "killed"
+    go_on = {"root": str(ROOT), "model": str(path), "out": str(out)}
+    for kill in (5, 8, 0):
+        if kill == 5:  # the first start is not a resumption
+            script = KILLED.replace("resume=True", "resume=False").format(kill=kill, **go_on)
+        else:
+            script = KILLED.format(kill=kill, **go_on)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
+    assert torch.equal(Lora.load(out).params, whole.params)
+    assert lines(out) == lines(tmp_path / "whole")
+    states = [load_file(sorted(o.glob("checkpoints/*"))[-1] / "optimizer.safetensors")
+              for o in (out, tmp_path / "whole")]  # fmt: skip
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path, monkeypatch):
+    go(tiny, tmp_path / "run")
+    with pytest.raises(ValueError, match="exists already"):
+        go(tiny, tmp_path / "run")
+    with pytest.raises(ValueError, match="train.lr: 0.005 -> 0.1"):
+        go(tiny, tmp_path / "run", dataclasses.replace(SMALL, lr=0.1), resume=True)
+    with pytest.raises(ValueError, match="data: "):
+        go(tiny, tmp_path / "run", rows=examples(seed=1), resume=True)
+    monkeypatch.setattr(step_module, "micro_step", None)  # a finished run is loaded, not trained
+    lora, _ = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
+    assert len(lines(tmp_path / "run")) == 10
+    assert torch.equal(lora.params, Lora.load(tmp_path / "run").params)
+
+
+def test_rows_without_response_are_named(tiny, tmp_path):
+    rows = [*examples(3), Example("empty/0", [1, 2, 3], 3), Example("bare/0", [1], 0)]
+    with pytest.raises(ValueError, match=r"empty/0.*bare/0"):
+        go(tiny, tmp_path / "run", rows=rows)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="nothing to train on"):
+        check_examples([])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    tiny, tmp_path, monkeypatch, where
+):
+    step, calls = step_module.micro_step, []
+
+    def broken(model, lora, batch, policy):
+        nll = step(model, lora, batch, policy)
+        calls.append(batch)
+        if batch.packed.step >= 8:
+            if where == "loss":
+                nll[batch.owners.index(batch.owners[-1])] = torch.nan
+            else:
+                lora.grads[3] = torch.inf
+        return nll
+
+    monkeypatch.setattr(step_module, "micro_step", broken)
+    with pytest.raises(ValueError, match=r"step 8: the (loss|gradient).*step-000006") as error:
+        go(tiny, tmp_path / "run")
+    assert calls[-1].owners[-1] in str(error.value)
+    assert len(lines(tmp_path / "run")) == 7
+    monkeypatch.setattr(step_module, "micro_step", step)
+    resumed, _ = go(tiny, tmp_path / "run", resume=True)
+    whole, _ = go(tiny, tmp_path / "whole")
+    assert torch.equal(resumed.params, whole.params)
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir, tmp_path, by):
+    """At step 5; then at the last step, behind which the adapter is finished but the job must not
+    go on (the main job trained the other arm); then undisturbed."""
+    path, out = tiny_llama_dir(), tmp_path / "asked"
+    whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
+    torn = KILLED[KILLED.index("        with open") : KILLED.index("        os.kill")]
+    begin = KILLED.index("train(Llama")
+    script = KILLED[:begin].replace(torn, "").replace("SIGKILL", by.name) + STOPPED
+    last = ((9, True), (0, True)) if by == signal.SIGTERM else ((0, True),)
+    for kill, resume in ((4, False), *last):
+        names = {"root": str(ROOT), "model": str(path), "out": str(out)}
+        text = script.format(kill=kill, resume=resume, **names)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.returncode == (128 + by if kill else 0), done.stderr[-2000:]
+        assert ("went on" in done.stdout) == (not kill)
+        assert "Traceback" not in done.stderr
+        if kill == 4:
+            assert "step 5 of 10 is in" in done.stderr and "--resume" in done.stderr
+            assert (out / "checkpoints" / "step-000005").is_dir()
+        assert json.loads((out / "meta.json").read_text())["finished"] == (kill != 4)
+    assert torch.equal(Lora.load(out).params, whole.params)
+    assert lines(out) == lines(tmp_path / "whole")
+
+
+STOPPED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from engine.flags import run_main
+def main():
+    train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
+          base="b", model_hash="h", resume={resume})
+    print("went on")
+run_main(main, "the same command with --resume goes on")
+"""
+
+
+def test_a_finished_run_is_held_against_its_checkpoint(tiny, tmp_path, capsys):
+    """A published adapter that was damaged is mended or refused, and what is returned is the
+    finished adapter, also where all checkpoints are gone."""
+    out = tmp_path / "run"
+    lora, _ = go(tiny, out)
+    file = out / "adapter_model.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(b"\0" * 1000)
+    with pytest.raises(ValueError, match="not what its run wrote"):
+        published_adapter_module.refuse_damaged(out)
+    again, _ = go(tiny, out, resume=True)
+    assert file.read_bytes() == right and torch.equal(again.params, lora.params)
+    assert "damaged or gone; it is written again from step-000010" in capsys.readouterr().out
+    published_adapter_module.refuse_damaged(out)
+    shutil.rmtree(out / "checkpoints")
+    again, _ = go(tiny, out, resume=True)
+    assert torch.equal(again.params, lora.params), "a fresh adapter was returned for a finished run"
+    file.write_bytes(right[:-4] + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="is not what the run wrote, and .*step-000010 cannot"):
+        go(tiny, out, resume=True)
+
+
+def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
+    """Seconds and speed of a run that was stopped and went on, and of one of an older version,
+    whose checkpoints kept no account."""
+    out, step = tmp_path / "run", step_module.micro_step
+
+    def failing(*args):
+        if args[2].packed.step == 8:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(step_module, "micro_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny, out)
+    monkeypatch.setattr(step_module, "micro_step", step)
+    place = checkpoint_module.checkpoints(out)[-1]
+    state = json.loads((place / "state.json").read_text())
+    assert state["step"] == 6
+    assert state["spent"]["tokens"] == sum(x["tokens"] for x in read_jsonl(place / "metrics.jsonl"))
+    shutil.copytree(out, tmp_path / "old")
+    _, summary = go(tiny, out, resume=True)
+    assert summary["since_step"] == 0 and summary["seconds"] > state["spent"]["seconds"]
+    assert summary["tokens_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    old = tmp_path / "old" / "checkpoints" / place.name / "state.json"
+    old.write_text(json.dumps({k: v for k, v in state.items() if k not in ("spent", "since_step")}))
+    _, summary = go(tiny, tmp_path / "old", resume=True)
+    assert summary["since_step"] == 6 and "s since step 6, " in summary_text(summary, out)
+
+
+def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    """What did not fit at 64 tokens is done with 32, also after a resume; a lone row is named."""
+    step, sizes, most = step_module.micro_step, [], 60
+
+    def small_machine(model, lora, batch, policy):
+        sizes.append(len(batch.tokens))
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return step(model, lora, batch, policy)
+
+    monkeypatch.setattr(step_module, "micro_step", small_machine)
+    lora, _ = go(tiny, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "out of memory with micro-batches of 64 tokens; going on with 32" in said
+    assert max(sizes) > most and sum(n > most for n in sizes) == 1, "it was tried again"
+    monkeypatch.setattr(step_module, "micro_step", step)
+    plain, _ = go(tiny, tmp_path / "plain")
+    assert (lora.params - plain.params).abs().max() < 1e-4
+    assert (
+        json.loads(next((tmp_path / "run").glob("checkpoints/*/state.json")).read_text())[
+            "micro_tokens"
+        ]
+        == 32
+    )
+    most = 10
+    monkeypatch.setattr(step_module, "micro_step", small_machine)
+    with pytest.raises(ValueError, match=r"one row at a time; the longest is r\d+/0 of \d+ tokens"):
+        go(tiny, tmp_path / "never")
+
+
+def test_other_errors_are_not_taken_for_memory(tiny, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(step_module, "micro_step", broken)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        go(tiny, tmp_path / "run")
+
+
+def test_recompute_policies_give_the_same_bits(tiny, tmp_path):
+    results = [
+        go(tiny, tmp_path / p, dataclasses.replace(SMALL, recompute=p, epochs=1))[0].params
+        for p in ("none", "selective", "full", "auto")
+    ]
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path, monkeypatch):
+    step, calls = step_module.micro_step, []
+
+    def growing(*args):
+        calls.append(1)
+        return step(*args) + 0.4 * len(calls)
+
+    monkeypatch.setattr(step_module, "micro_step", growing)
+    config = dataclasses.replace(SMALL, epochs=40, micro_tokens=10**6)
+    with pytest.raises(ValueError, match=r"the loss has exploded.*step-0000"):
+        go(tiny, tmp_path / "run", config)
+
+
+def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "micro_step", lambda m, lora, b, p: torch.ones(len(b.owners)))
+        with pytest.raises(ValueError, match="gradient is exactly zero"):
+            go(tiny, tmp_path / "run")
+
+    def only_a(model, lora, batch, policy):
+        for name, view in lora.views(lora.grads).items():
+            view.fill_(float(".lora_A." in name))
+        return torch.ones(len(batch.owners))
+
+    monkeypatch.setattr(step_module, "micro_step", only_a)
+    with pytest.raises(ValueError, match="B is zero everywhere"):
+        go(tiny, tmp_path / "zero")
+
+
+def test_steps_instead_of_epochs():
+    plan = list(batches(10, dataclasses.replace(SMALL, max_steps=7)))
+    assert [len(rows) for _, rows in plan] == [4, 4, 2, 4, 4, 2, 4]
+    assert [epoch for epoch, _ in plan] == [0, 0, 0, 1, 1, 1, 2]
+    by_epochs = list(batches(10, SMALL))
+    assert plan[:6] == by_epochs and len(by_epochs) == 6
+    assert sorted(sum((rows for _, rows in plan[:3]), [])) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "step"}, "schedule 'step'.*cosine, linear, constant"),
+        ({"recompute": "some"}, "recompute 'some'"),
+        ({"max_steps": -1}, "max_steps -1"),
+        ({"memory_gb": -1.0}, "memory_gb -1"),
+        ({"keep": 0}, "keep 0"),
+    ],
+)
+def test_settings_that_cannot_train(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **change).check()
+
+
+def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
+    """A validator that likes step 4 best: it outlives --keep 1 and becomes the adapter."""
+
+    class Likes:
+        config = ValidateConfig(val_every=2, best="nll", val_data="x")
+        names = ("nll",)
+
+        def __call__(self, lora):
+            seen.append(lora.params.clone())
+            return [abs(len(seen) - 2.0)]
+
+    seen = []
+    config = dataclasses.replace(SMALL, keep=1)
+    lora, summary = train(
+        tiny, examples(), LORA, config, tmp_path / "run", base="b", model_hash="h",
+        validator=Likes(),
+    )  # fmt: skip
+    assert len(seen) == 5 and summary["best"] == {"metric": "nll", "value": 0.0, "step": 4}
+    assert torch.equal(Lora.load(tmp_path / "run").params, seen[1])
+    assert torch.equal(lora.params, seen[1]) and not torch.equal(seen[1], seen[4])
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000010"]
+    noted = read_jsonl(tmp_path / "run" / "validation.jsonl")
+    assert [(x["step"], x["nll"]) for x in noted] == [(2, 1), (4, 0), (6, 1), (8, 2), (10, 3)]
+
+
+def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
+    """nll is evaluate's; kl is 0 for an adapter that does nothing and above 0 for one that does."""
+    path = tiny_llama_dir(tokenizer=True)
+    model, chat = Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
+    held_out = tmp_path / "held_out.json"
+    rows = [{"instruction": f"Say {w}", "output": w} for w in ("a", "bb", "c c")]
+    held_out.write_text(json.dumps(rows))
+    config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
+    validator = Validator(config, model, chat)
+    assert validator.names == ["nll", "kl", "agreement"]
+    lora = Lora.init(model, modules="all")
+    nll, kl, agreement = validator(lora)
+    rows = load_rows(held_out)
+    (want,) = reference_nll(model, chat, rows, {"x": None}, tmp_path / "nll", {}).values()
+    assert nll == pytest.approx(want, rel=1e-6) and abs(kl) < 1e-6 and agreement == 1.0
+    lora.params.add_(0.1)
+    nll, kl, agreement = validator(lora)
+    assert kl > 0.01 and agreement < 1 and abs(nll - want) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ValidateConfig(best="nll"), "--best nll needs --val-every and --val-data"),
+        (ValidateConfig(val_every=1, best="kl", val_prompts=0), "--val-every needs --val-data"),
+        (ValidateConfig(best="loss"), "best 'loss'"),
+        (ValidateConfig(val_prompts=65), "val_prompts 65"),
+    ],
+)
+def test_validation_settings(config, message):
+    with pytest.raises(ValueError, match=message):
+        config.check()
+
+
+def test_the_script_shows_trains_validates_and_publishes_the_best(tiny_llama_dir, tmp_path):
+    """scripts/train.py from another directory: rows shown with their loss, then two steps."""
+    path = tiny_llama_dir(tokenizer=True)
+    data, out = tmp_path / "rows.json", tmp_path / "run"
+    data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--model", path, "--data", data]
+
+    def run(*flags):
+        done = subprocess.run(
+            [*script, *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    assert " nats each" in run("--show", "1")
+    flags = ["--out", out, "--max-steps", "2", "--schedule", "linear", "--modules", "all"]
+    flags += ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
+    said = run(*flags)
+    assert "recompute none: predicted peak" in said and "LoRA on 14/14 linears" in said
+    assert "TFLOP/s" in said and "best nll" in said and "peak memory" in said
+    noted = read_jsonl(out / "validation.jsonl")
+    assert [sorted(x) for x in noted] == [["agreement", "epoch", "kl", "nll", "step"]] * 2
+    summary = json.loads((out / "meta.json").read_text())["summary"]
+    assert summary["best"]["value"] == min(x["nll"] for x in noted)
+    assert [x["lr"] for x in read_jsonl(out / "metrics.jsonl")] == [3e-4, 1.5e-4]

@@ -1,0 +1,444 @@
+"""The sandbox: what a program must not do it cannot, and each ending has a name of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.verify import sandbox
+from engine.verify.sandbox import Outcome, Unprotected, run_program
+
+try:
+    AVAILABLE = run_program("pass").ok
+    WHY = ""
+except Unprotected as error:
+    AVAILABLE, WHY = False, str(error)
+
+needs_sandbox = pytest.mark.skipif(not AVAILABLE, reason=WHY)
+
+
+@needs_sandbox
+def test_a_program_that_ends_is_ok():
+    assert run_program("import math, hashlib\nprint(math.gcd(12, 18))") == Outcome(
+        True, "ok", "6\n"
+    )
+
+
+FORK_BOMB = """
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass
+"""
+MANY_FILES = "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(10**7))"
+MANY_DIRECTORIES = "import os\ni = 0\nwhile True:\n    i += 1\n    os.mkdir(str(i))"
+# Beyond Python's recursion; then, by longer names above, beyond the longest path as well.
+DEEP = """
+import os, time
+path = "d"
+while len(path) < 4000:
+    os.mkdir(path)
+    path += "/d"
+"""
+DEEPER = f"""{DEEP}
+path = "d"
+for _ in range(9):
+    longer = path[:-1] + "e" * 250
+    os.rename(path, longer)
+    path = longer + "/d"
+time.sleep(60)
+"""
+DEEP += "time.sleep(60)"
+REMOVED = """
+import os, time
+kept = []
+for name in "abcdefghijklmnopqrst":
+    kept.append(open(name, "wb"))
+    os.remove(name)
+    for _ in range(15):
+        kept[-1].write(bytes(1 << 20))
+    kept[-1].flush()
+time.sleep(60)
+"""
+THREADS = """
+import threading, time
+threading.stack_size(32768)
+while True:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+"""
+DAEMON = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(1000)
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("assert 1 == 2", "error"),
+        ("def f(:", "syntax"),
+        ("import sys\nsys.exit(0)", "exit"),
+        ("raise SystemExit", "exit"),
+        ("import os\nos._exit(0)", "exit"),
+        ("while True: pass", "timeout"),
+        ("import time\ntime.sleep(1000)", "timeout"),
+        (FORK_BOMB, "timeout"),
+        ("import os\nos.fork()", "process"),
+        (DAEMON, "process"),
+        ("import subprocess\nsubprocess.run(['ls'])", "process"),
+        ("import os\nos.execv('/bin/ls', ['ls'])", "process"),
+        (THREADS, "process"),
+        ("import ctypes\nassert ctypes.CDLL(None).syscall(56, 17, 0, 0, 0, 0) != -1", "error"),
+        ("[0] * 10**10", "memory"),
+        ("x = []\nwhile True: x.append(bytes(10**6))", "memory"),
+        ("open('/tmp/outside', 'w')", "files"),
+        ("import os\nos.mkdir('/tmp/outside')", "files"),
+        ("import os\nos.mkdir('a')\nos.chdir('a')", "files"),
+        (MANY_DIRECTORIES, "files"),
+        (DEEP, "files"),
+        (DEEPER, "files"),
+        (REMOVED, "files"),
+        ("import os\nos.chmod('.', 0o777)", "files"),
+        ("open('a', 'wb').truncate(10 * 2**30)", "files"),
+        ("f = open('a', 'wb')\nwhile True: f.write(bytes(10**6))", "files"),
+        (MANY_FILES, "files"),
+        ("import os\nopen('a', 'w').close()\nos.open('a', os.O_TRUNC)", "files"),
+        ("open('/etc/passwd').read()", "files"),
+        ("import socket\nsocket.socket()", "network"),
+        ("import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)", "error"),
+        ("import socket\nsocket.socketpair()[0].sendto(b'x', '/tmp/x')", "network"),
+        ("import os\nos.kill(os.getppid(), 9)", "signal"),
+        ("import ctypes\nctypes.string_at(0)", "killed by SIGSEGV"),
+        ("while True: print('x' * 1000)", "output"),
+        ("input()", "error"),
+    ],
+)
+def test_every_ending_has_its_reason(source, reason):
+    started = time.monotonic()
+    outcome = run_program(source, seconds=1.5, memory_mb=128)
+    assert (outcome.ok, outcome.reason) == (False, reason), outcome.output
+    assert time.monotonic() - started < 5
+    assert len(outcome.output) <= sandbox.KEPT_BYTES
+
+
+@needs_sandbox
+def test_the_parents_secrets_are_out_of_reach(monkeypatch):
+    monkeypatch.setenv("SANDBOX_SECRET", "hunter2")
+    source = """
+import os
+print(dict(os.environ))
+for pid in (os.getpid(), os.getppid(), 1, "self"):
+    for name in ("environ", "cmdline", "mem", "maps"):
+        try:
+            print(open(f"/proc/{pid}/{name}", "rb").read())
+        except PermissionError:
+            print("refused")
+"""
+    outcome = run_program(source)
+    assert outcome == Outcome(True, "ok", "{}\n" + "refused\n" * 16)
+
+
+@needs_sandbox
+def test_nothing_outside_changes(tmp_path):
+    """A program that tries everything and swallows every exception changes nothing."""
+    victim = tmp_path / "victim"
+    victim.write_text("as it was")
+    victim.chmod(0o666)
+    tmp_path.chmod(0o777)
+    before = victim.stat()
+    source = f"""
+import os, ctypes
+path = {str(victim)!r}
+libc = ctypes.CDLL(None)
+for attempt in (
+    lambda: open(path, "w"),
+    lambda: open(path, "a").write("more"),
+    lambda: os.open(path, os.O_RDONLY | os.O_TRUNC),
+    lambda: os.truncate(path, 0),
+    lambda: os.remove(path),
+    lambda: os.rename(path, path + "2"),
+    lambda: os.link(path, "mine"),
+    lambda: os.symlink(path, "mine"),
+    lambda: os.chmod(path, 0),
+    lambda: os.utime(path, (0, 0)),
+    lambda: os.chown(path, 1, 1),
+    lambda: os.setxattr(path, "user.a", b"1"),
+    lambda: os.mkdir(path + ".d"),
+    lambda: os.system("touch " + path + ".touched"),
+    lambda: libc.unlink(path.encode()),
+    lambda: libc.syscall(57) == 0 and os.remove(path),
+):
+    try:
+        attempt()
+    except OSError:
+        pass
+"""
+    outcome = run_program(source)
+    assert outcome == Outcome(True, "ok", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["victim"]
+    assert victim.read_text() == "as it was"
+    after = victim.stat()
+    for name in ("st_mode", "st_uid", "st_gid", "st_mtime_ns", "st_ctime_ns", "st_nlink"):
+        assert getattr(after, name) == getattr(before, name)
+
+
+@needs_sandbox
+def test_files_in_the_working_directory_are_kept_while_it_runs_and_removed_after():
+    source = """
+import os
+assert os.listdir() == []
+open("a", "w").write("text")
+os.rename("a", "b")
+print(open("b").read(), os.listdir(), os.getcwd())
+"""
+    outcome = run_program(source)
+    text, names, directory = outcome.output.split()
+    assert (outcome.reason, text, names) == ("ok", "text", "['b']")
+    assert not Path(directory).exists()
+
+
+RIGHT = {
+    "asyncio": """
+import asyncio
+async def one(x):
+    await asyncio.sleep(0.01)
+    return x
+async def both():
+    return await asyncio.gather(one(1), asyncio.to_thread(abs, -2))
+assert asyncio.run(both()) == [1, 2]
+""",
+    "threads": """
+import queue, threading
+from concurrent.futures import ThreadPoolExecutor
+box = queue.Queue()
+thread = threading.Thread(target=box.put, args=(1,))
+thread.start()
+thread.join()
+with ThreadPoolExecutor(8) as pool:
+    assert box.get() == 1 and list(pool.map(abs, [-1, -2])) == [1, 2]
+""",
+    "tempfile": """
+import os, tempfile
+with tempfile.NamedTemporaryFile("w+") as file, tempfile.TemporaryFile() as other:
+    file.write("x")
+    other.write(b"x")
+handle, path = tempfile.mkstemp()
+os.close(handle)
+os.remove(path)
+with tempfile.TemporaryDirectory() as folder:
+    os.makedirs(os.path.join(folder, "a", "b"))
+    open(os.path.join(folder, "a", "file"), "w").close()
+assert not os.path.exists(folder)
+""",
+    "stdout None": "import sys\nsys.stdout = sys.stderr = None",
+    "stdout closed": "import sys\nsys.stdout.close()\nsys.stderr.close()",
+    "stdout another": "import io, sys\nsys.stdout = io.StringIO()\nprint(1)",
+    "patched": """
+import builtins, json, os, traceback
+json.dumps = traceback.format_exception = os.write = os.read = os._exit = None
+builtins.print = builtins.isinstance = builtins.open = None
+""",
+    "json.dumps changed": "import json\n_o = json.dumps\njson.dumps = lambda o: '<' + _o(o) + '>'",
+    "main guard": "if __name__ == '__main__': exit(1)\nimport sys\nassert len(sys.argv) == 1",
+    "names": """
+from __future__ import annotations
+import pickle, typing
+from dataclasses import dataclass
+@dataclass
+class Point:
+    x: int
+class Pair(typing.NamedTuple):
+    a: int
+assert typing.get_type_hints(Point) == {"x": int}
+assert pickle.loads(pickle.dumps((Point(1), Pair(2)))) == (Point(1), Pair(2))
+""",
+}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_are_judged_right(name):
+    outcome = run_program(RIGHT[name])
+    assert outcome.ok, outcome
+
+
+@needs_sandbox
+def test_a_failure_is_an_error_whatever_the_program_has_replaced():
+    for patch in (
+        "import builtins\nbuiltins.isinstance = None",
+        "import traceback, linecache\ntraceback.format_exception = linecache.getline = None",
+        "import sys\nsys.stderr = None",
+        "import sys\nsys.stdout.close()\nsys.stderr.close()",
+    ):
+        assert run_program(f"{patch}\nassert False").reason == "error"
+
+
+# What a program may put into the report's pipe; none of it may raise in the parent.
+FORGED = [
+    b"cannot have landlock\n",
+    b'{"unprotected": "so"}',
+    b"PROTECTED\n" * 3,
+    b"[" * 100_000,
+    b"[1, 2]\n",
+    b'"ok"',
+    b"{}",
+    b"\xff\xfe\n\n",
+    b"0" * 32 + b"ok",
+]
+
+
+TOKEN = """
+token = b""
+for fd in range(3, 32):
+    try:
+        read = os.read(fd, 64)
+    except OSError:
+        continue
+    token = read if len(read) == 32 else token
+assert token
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize("said", FORGED, ids=range(len(FORGED)))
+@pytest.mark.parametrize("leave", ["os._exit(0)", "pass"])
+@pytest.mark.parametrize("token", ["token = b''", TOKEN], ids=["blind", "with the token"])
+def test_nothing_that_a_program_reports_raises_here(said, leave, token):
+    """Not even behind the token, which a program that knows this sandbox can read."""
+    source = (
+        f"import os\n{token}\nfor fd in range(3, 32):\n    try: os.write(fd, token + {said!r})\n"
+    )
+    outcome = run_program(f"{source}    except OSError: pass\n{leave}")
+    assert (outcome.ok, outcome.reason) == (False, "exit")
+
+
+@needs_sandbox
+def test_what_is_not_understood_is_exit(monkeypatch):
+    """Also where the token is there: the word behind it is one of a few."""
+    for report, reason in (
+        (b"PROTECTED\nTok", "ok"),
+        (b"PROTECTED\nTsplendid", "exit"),
+        (b"PROTECTED\nT" + b"[" * 100_000, "exit"),
+        (b"PROTECTED\nT", "exit"),
+        (b"PROTECTED\n", "exit"),
+    ):
+        assert sandbox._outcome(0, "", b"", report, b"T").reason == reason
+    assert sandbox._outcome(-9, "", b"", b"PROTECTED\n", b"T").reason == "killed by SIGKILL"
+    assert sandbox._outcome(-40, "", b"", b"", b"T").reason == "killed by signal 40"
+    assert sandbox._outcome(-9, "timeout", b"", b"", b"T").reason == "timeout"
+    with pytest.raises(Unprotected, match="cannot have landlock"):
+        sandbox._outcome(1, "", b"", b"cannot have landlock: x\n", b"T")
+    with pytest.raises(Unprotected, match="did not start: 'no module'"):
+        sandbox._outcome(1, "", b"no module", b"", b"T")
+
+
+@needs_sandbox
+def test_what_a_program_leaves_is_removed():
+    """Directories deeper than Python's recursion and the longest path, without rights."""
+    for source in (DEEP, DEEPER, "import os\nos.mkdir('a')\nos.mkdir('a/b', 0)\nos.mkdir('c', 0)"):
+        outcome = run_program(f"import os\nprint(os.getcwd(), flush=True)\n{source}", seconds=2)
+        assert not Path(outcome.output.split()[0]).exists()
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "forged",
+    [
+        'print(\'{"reason": "ok"}\')',
+        "import os\nfor fd in range(32):\n"
+        '    try: os.write(fd, b\'{"reason": "ok"}\')\n    except OSError: pass',
+        "import os\nos.closerange(0, 32)",
+    ],
+)
+def test_a_program_that_leaves_early_cannot_say_ok(forged):
+    for leave in ("import os\nos._exit(0)", "raise SystemExit(0)", "assert False"):
+        assert not run_program(f"{forged}\n{leave}").ok
+
+
+@needs_sandbox
+def test_the_token_is_not_in_the_programs_reach():
+    """Neither in a frame above it nor in any object that the collector knows."""
+    source = """
+import gc, sys, re
+seen, frame = [], sys._getframe()
+while frame:
+    seen.append(repr(frame.f_locals) + repr(frame.f_globals))
+    frame = frame.f_back
+seen += [repr(o) for o in gc.get_objects() if isinstance(o, (list, tuple, dict))]
+print(sorted(set(re.findall(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", " ".join(seen)))))
+"""
+    assert run_program(source) == Outcome(True, "ok", "[]\n")
+
+
+@needs_sandbox
+def test_it_dies_with_its_parent():
+    """Also where the parent is killed and cannot clean up."""
+    code = (
+        "from engine.verify.sandbox import run_program\n"
+        "run_program('import os, time\\nprint(os.getpid(), flush=True)\\ntime.sleep(60)',"
+        " seconds=60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    child = ""
+    for _ in range(200):
+        child = child or children.read_text().strip()
+        if child and "sandbox_child.py" in Path(f"/proc/{child}/cmdline").read_text():
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it sleeps in the program
+    parent.kill()
+    parent.wait()
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(int(child), 9)
+    pytest.fail("the program outlived its parent")
+
+
+@needs_sandbox
+def test_the_same_program_gives_the_same_output():
+    source = "print({'a', 'b', 'c', 'd', 'e'}, hash('x'))"
+    assert run_program(source) == run_program(source)
+
+
+@needs_sandbox
+def test_what_cannot_be_protected_is_not_run(tmp_path, monkeypatch):
+    """The launcher under a system without Landlock, or without seccomp: nothing runs."""
+    launcher = Path(sandbox.__file__).with_name("sandbox_child.py").read_text()
+    for there, gone in (("LANDLOCK_CREATE, LANDLOCK_ADD", "444"), ("PR_SET_SECCOMP", "22")):
+        assert there in launcher
+        crippled = launcher.replace(f" {gone},", " 999,").replace(f", {gone}, ", ", 999, ")
+        assert crippled != launcher
+        (tmp_path / "sandbox_child.py").write_text(crippled)
+        monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
+        with pytest.raises(Unprotected, match="landlock|seccomp"):
+            run_program(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        assert not (tmp_path / "ran").exists()
+
+
+def test_other_systems_are_refused(monkeypatch):
+    monkeypatch.setattr(sandbox.platform, "machine", lambda: "aarch64")
+    with pytest.raises(Unprotected, match="x86-64"):
+        run_program("pass")
+
+
+def test_limits_that_make_no_sense_are_refused(monkeypatch):
+    monkeypatch.setattr(sandbox.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(sandbox.sys, "platform", "linux")
+    for limits in ({"seconds": 0}, {"memory_mb": 8}):
+        with pytest.raises(ValueError, match="wanted"):
+            run_program("pass", **limits)

@@ -1,0 +1,259 @@
+"""Verifiers (engine/verify/verifiers.py): programs, patterns, plain text, the user's own.
+
+And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
+
+`number` and `call` have their cases in test_numbers_and_calls.py and test_selection.py, and
+the forms in which programs are written theirs in test_programs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine.data.rows import Row, load_rows
+from engine.verify.verifiers import VERIFIERS, get_verifier
+
+
+def row(reference: str, tests: str = "") -> Row:
+    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference})
+    return Row("r", said, tests)
+
+
+def test_unknown_names_are_refused_naming_the_known():
+    with pytest.raises(ValueError, match="no verifier 'numbr'; wanted one of none, number, call"):
+        get_verifier("numbr")
+    with pytest.raises(ValueError, match="no regular expression: unterminated character set"):
+        get_verifier("regex:[a")
+    assert get_verifier("number") is VERIFIERS["number"]
+    assert get_verifier("none")(row("x"), "anything") == (True, "ok")
+
+
+PLAIN = [
+    (r"regex:answer is (\w+)", "The answer is B.", "So the answer is A. No: answer is B", "ok"),
+    (r"regex:answer is (\w+)", "The answer is B.", "The answer is B. Or answer is C", "mismatch"),
+    (r"regex:answer is (\w+)", "The answer is B.", "B", "no_match"),
+    (r"regex:answer is (\w+)", "B", "The answer is B", "reference_without_match"),
+    (r"regex:^(?:yes|no)\b", "yes\nfor sure", "I think\nyes", "ok"),
+    (r"regex:^(?:yes|no)\b", "yes", "no", "mismatch"),
+    ("regex:a:b", "a:b", "see a:b", "ok"),
+    ("json", "whatever", '{"a": [1, 2.5, null]}', "ok"),
+    ("json", "whatever", " 5 \n", "ok"),
+    ("json", "whatever", 'Here it is:\n```json\n{"a": 1}\n```\nFine?', "ok"),
+    ("json", "whatever", '```json\n{"a": 1}\n```\nor\n```json\n{"a": 1,}\n```', "no_json"),
+    ("json", "whatever", 'Here it is:\n~~~JSON\r\n{"a": 1}\r\n~~~', "ok"),
+    ("json", "whatever", '1. So:\n   ```json5\n   {"a": 1}\n   ```', "ok"),
+    ("json", "whatever", '```json\n{"a": "```"}\n```', "ok"),
+    ("json", "whatever", 'Here it is: {"a": 1}', "no_json"),
+    ("json", "whatever", "{'a': 1}", "no_json"),
+    ("json", "whatever", '{"a": NaN}', "no_json"),
+    ("json", "whatever", "[" * 100_000, "no_json"),
+    ("exact", "Paris,  France", " Paris,\nFrance ", "ok"),
+    ("exact", "Paris", "paris", "mismatch"),
+    ("exact", "Paris", "It is Paris", "mismatch"),
+    ("contains", "Paris,  France", "It is paris,\nfrance.", "ok"),
+    ("contains", "Paris", "Par is", "mismatch"),
+]
+
+
+@pytest.mark.parametrize("name, reference, text, reason", PLAIN)
+def test_patterns_json_and_plain_text(name, reference, text, reason):
+    assert get_verifier(name)(row(reference), text) == (reason == "ok", reason)
+
+
+def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("engine.verify.verifiers.PATTERN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    verify = get_verifier(r"regex:^(a+)+$")
+    assert verify(row("aa"), "a" * 60 + "b") == (False, "too_slow")
+    assert verify(row("aa"), "aa") == (True, "ok"), "and the next text is judged as ever"
+    assert signal.getsignal(signal.SIGALRM) is before
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(verify(row("aa"), "aaa")))
+    thread.start()
+    thread.join()
+    assert answers == [(False, "mismatch")], "another thread has no signals, so no limit"
+
+
+# ---- programs
+
+PROGRAM = "Here is it:\n```python\ndef add(a, b):\n    return a + b\n```\nEnjoy."
+TESTS = "assert add(2, 3) == 5\nassert add('a', 'b') == 'ab'"
+CODE = [
+    (PROGRAM, "ok"),
+    ("def add(a, b):\n    return a + b", "ok"),  # no block: all of it is the program
+    ("```python\nadd = 1\n```\nBetter:\n```py\nadd = lambda a, b: a + b\n```", "ok"),
+    (PROGRAM.replace("+", "-"), "tests_error"),
+    (PROGRAM.replace("add", "plus"), "tests_error"),
+    ("Use the + operator.", "no_program"),
+    ("```python\ndef add(a, b:\n```", "no_program"),
+    ("```python\nimport sys\nsys.exit(0)\n```", "tests_exit"),
+    ("```python\ndef add(a, b):\n    return a + b\nwhile True:\n    pass\n```", "tests_timeout"),
+    ("```python\nx = 'x' * 10**10\n```", "tests_memory"),
+]
+
+
+@pytest.mark.parametrize("text, reason", CODE, ids=[reason for _, reason in CODE])
+def test_code(text, reason, monkeypatch):
+    monkeypatch.setattr("engine.verify.verifiers.SECONDS", 2)
+    assert get_verifier("code")(row("see the tests", TESTS), text) == (reason == "ok", reason)
+
+
+def test_code_is_refused_at_once_where_programs_cannot_be_contained(monkeypatch):
+    get_verifier.cache_clear()
+    monkeypatch.setattr("platform.machine", lambda: "s390x")
+    with pytest.raises(OSError, match="need the sandbox"):
+        get_verifier("code")
+
+
+def test_where_the_tests_of_code_come_from(tmp_path):
+    verify = get_verifier("code")
+    own = (
+        f"```python\ndef add(a, b):\n    return a + b\n\nassert add(2, 2) == 4  # so\n{TESTS}\n```"
+    )
+    assert verify(row(own), PROGRAM) == (True, "ok")
+    assert verify(row(own), PROGRAM.replace("+", "-")) == (False, "tests_error")
+    assert verify(row(own, "assert add(1, 1) == 3"), PROGRAM) == (False, "tests_error")
+    assert verify(row("add(a, b)"), PROGRAM) == (False, "reference_without_tests")
+    assert verify(row(PROGRAM), PROGRAM) == (False, "reference_without_tests")
+    # from a file: text, a list as in MBPP, another name; what is no source is left unused
+    records = [
+        {"prompt": "add", "response": "r", "tests": TESTS},
+        {"prompt": "add them", "response": "r", "tests": TESTS.split("\n")},
+        {"prompt": "add it", "response": "r", "tests": 5, "test_list": [TESTS]},
+    ]
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps(records))
+    rows = load_rows(file)
+    assert [r.tests for r in rows] == [TESTS, TESTS, ""] and rows.unused == ("test_list", "tests")
+    columns = {"prompt": "prompt", "response": "response", "tests": "test_list"}
+    assert load_rows(file, columns=columns)[2].tests == TESTS
+    with pytest.raises(ValueError, match="row 3.*'tests' is a number, wanted text or a list"):
+        load_rows(file, columns={**columns, "tests": "tests"})
+
+
+# ---- the user's own
+
+
+def own(folder: Path, name: str, source: str) -> None:
+    (folder / f"{name}.py").write_text(source)
+
+
+def test_the_users_own_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "def short(row, text):\n    return len(text) < len(row.reference), 'too_long'\n"
+    own(tmp_path, "rules_a", source + "class Odd:\n    pass\nnumber = 5\n")
+    verify = get_verifier("rules_a:short")
+    assert verify(row("four"), "abc") == (True, "too_long")
+    assert verify(row("four"), "abcde") == (False, "too_long")
+    assert str(tmp_path) not in sys.path, "looked for there, and left as it was"
+    with pytest.raises(ValueError, match="rules_a has no function 'long'; it has short"):
+        get_verifier("rules_a:long")
+    with pytest.raises(ValueError, match="rules_a has no function 'number'; it has short"):
+        get_verifier("rules_a:number")
+
+
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        (None, "cannot import 'rules_b' .ModuleNotFoundError.*it is looked for in"),
+        ("import no_such_module", "cannot import 'rules_b' .ModuleNotFoundError: .*no_such_module"),
+        ("def f(row, text", "cannot import 'rules_b' .SyntaxError"),
+        ("def f(text): pass", r"cannot be called as f\(row, text\): too many positional"),
+        ("def f(row, text, *, mode): pass", r"cannot be called as f\(row, text\): missing"),
+    ],
+)
+def test_functions_that_cannot_be_verifiers(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rules_b", raising=False)
+    get_verifier.cache_clear()
+    if source is not None:
+        own(tmp_path, "rules_b", source)
+    with pytest.raises(ValueError, match=said):
+        get_verifier("rules_b:f")
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("True", "answered True; wanted"),
+        ("(1, 'ok')", r"answered \(1, 'ok'\)"),
+        ("(False, '')", r"answered \(False, ''\)"),
+        ("(False, 'accepted')", "none of accepted, identical"),
+        ("(False, 1 / 0)", "failed on the row that asks 'q': ZeroDivisionError"),
+    ],
+)
+def test_answers_of_the_users_function_are_checked(tmp_path, monkeypatch, answer, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rules_c", raising=False)
+    get_verifier.cache_clear()
+    own(tmp_path, "rules_c", f"def f(row, text):\n    return {answer}\n")
+    with pytest.raises(ValueError, match=said):
+        get_verifier("rules_c:f")(row("x"), "y")
+
+
+def test_nothing_of_the_users_is_imported_unasked(tmp_path):
+    own(tmp_path, "rules_d", "open('imported', 'w')\ndef f(row, text):\n    return True, 'ok'\n")
+    root = str(Path(__file__).resolve().parents[2])
+    for name, there in (("number", False), ("rules_d:f", True)):
+        code = f"from engine.verify.verifiers import get_verifier as g; g('number'); g({name!r})"
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, check=True
+        )
+        assert (tmp_path / "imported").exists() is there
+
+
+# ---- the published rules: outcome of ours beside theirs
+
+PUBLISHED = [  # name, reference, text, ours, theirs
+    ("number", "The answer is 18.", "So it is 18", "ok", True),
+    ("number", "The answer is 18.", "So it is 17", "mismatch", False),
+    ("number", "no idea", "none here", "reference_without_number", True),  # INVALID = INVALID
+    ("number", "It is 3.5", "It is 7.25", "mismatch", True),  # neither is an integer
+    ("number", "It is 3", "It is 3.0", "ok", False),
+    ("number", "It is 12", "either 1, 2", "mismatch", False),  # "1, 2": , and space are two
+    ("number", "It is 12", "either 1,2", "mismatch", True),
+    ("number", "It is 1200", "day 1 200", "mismatch", True),
+    ("number", "It is -3", "5-3", "mismatch", True),
+    ("number", "It is 1,234.", "It is 1234", "ok", True),
+    ("number", "unknown", "-999999999", "reference_without_number", True),
+    ("number", "It is 1/4", "It is 3/4", "mismatch", True),
+    ("call", "f(a=1, b='x')", 'Sure: f(a = 1, b="x")', "ok", True),
+    ("call", "f(a=1, b=2)", "f(b=2, a=1)", "ok", False),
+    ("call", "f(a=1)", "f(a=1.0)", "ok", False),
+    ("call", "f(a=1)", "my_f(a=1)", "no_call", True),
+    ("call", "f(a='San Jose')", "f(a='SanJose')", "mismatch", True),
+    ("call", "f(a=1)", "not f(a=2) but f(a=1)", "mismatch", True),
+    ("call", "f(a=1)", "f(a=1, b=2)", "mismatch", False),
+    ("call", "f(a='1')", "f(a=1)", "mismatch", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, reference, text, ours, theirs", PUBLISHED)
+def test_the_published_rules_and_ours(name, reference, text, ours, theirs):
+    assert get_verifier(name)(row(reference), text) == (ours == "ok", ours)
+    wanted = (theirs, "ok" if theirs else "mismatch")
+    assert get_verifier(f"paper_{name}")(row(reference), text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text, ok",
+    [
+        ("Here is a solution:\n```python\n1/0\n```", True),  # what it does is not looked at
+        ("  I have it.\n```python\n```", True),
+        ("I implemented it:\n```python", True),
+        ("Sure! Here is a solution:\n```python\nx = 1\n```", False),
+        ("Here's a solution:\n```python\nx = 1\n```", False),
+        ("here is a solution:\n```python\nx = 1\n```", False),
+        ("Here is a solution:\n```java\nx = 1\n```", False),
+        ("Here is a solution: x = 1", False),
+    ],
+)
+def test_the_published_rule_for_programs(text, ok):
+    assert get_verifier("paper_code")(row("anything"), text) == (ok, "ok" if ok else "mismatch")
