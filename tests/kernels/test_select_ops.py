@@ -369,7 +369,8 @@ def test_a_cpu_does_not_import_triton():
     script = (
         "import sys, engine.sampling.sampler, engine.train.train, benchmarks.sampler_job\n"
         "from kernels.launch import triton_launch\n"
-        "print('triton' in sys.modules, triton_launch.usable('cpu'), triton_launch.usable('cuda'), sep='|')"
+        "reasons = triton_launch.usable('cpu'), triton_launch.usable('cuda')\n"
+        "print('triton' in sys.modules, *reasons, sep='|')"
     )
     for first, imported in (("", "False"), ("import benchmarks._common\n", "True")):
         command = [sys.executable, "-c", first + script]

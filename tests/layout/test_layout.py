@@ -1,8 +1,8 @@
 """The layout: the direction of imports, between floors and between rooms; sizes; what is forbidden.
 
 Imports run one way: scripts -> engine -> model -> kernels, and inside engine/ from the rooms that
-ROOMS lists later to those that it lists earlier. No module imports itself in a circle. Code lines are lines that are not blank,
-comments or docstrings.
+ROOMS lists later to those that it lists earlier. No module imports itself in a circle. Code lines
+are lines that are not blank, comments or docstrings.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TOP_LEVEL = set(
 )
 MADE_BY_RUNNING = {"runs", "models", "__pycache__", "sdft_engine.egg-info"}  # git ignores these
 
-# Inside engine/ a room imports itself and the rooms on earlier lines; rooms on one line do not import
-# each other. session.py and presets.py stand beside the rooms and count as rooms here.
+# Inside engine/ a room imports itself and the rooms on earlier lines; rooms on one line do not
+# import each other. session.py and presets.py stand beside the rooms and count as rooms here.
 ROOMS = (
     ("runtime",),
     ("data",),
