@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.data.record_shapes import parse_columns
 from engine.data.records import DataFile
-from engine.data.rows import Row, Rows, load_rows, parse_columns
+from engine.data.rows import Row, Rows, load_rows
 from engine.runtime.limits import MOST, check_numbers
 
 

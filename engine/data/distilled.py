@@ -8,14 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.data.conversation import check_turns
+from engine.data.fields import kind, message
 from engine.data.records import DataFile, json_lines, lines
-from engine.data.rows import (
-    Rows,
-    check_turns,
-    kind,
-    listing,
-    message,
-)
+from engine.data.rows import Rows, listing
 
 if TYPE_CHECKING:
     pass

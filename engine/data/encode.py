@@ -16,10 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from engine.data.rows import (
-    Row,
-    listing,
-)
+from engine.data.rows import Row, listing
 from kernels.philox import mix as hashed
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ import pytest
 from engine.data.config import DataConfig
 from engine.data.distilled import is_distilled, load_distilled
 from engine.data.encode import prompts_of
+from engine.data.record_shapes import parse_columns
 from engine.data.records import DataFile
-from engine.data.rows import load_rows, parse_columns
+from engine.data.rows import load_rows
 
 
 def write(path: Path, text: str | bytes) -> Path:
