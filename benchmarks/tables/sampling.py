@@ -83,8 +83,9 @@ def of_workload(records: list[Record], data: str) -> list[Record]:
     """Runs of the demo model on these rows (older records name the model in their command only)."""
 
     def fits(record: Record) -> bool:
-        command = record.environment["command"]
-        return record["data"] == data and any(part.endswith(MODEL) for part in command)
+        named = record.data.get("model")
+        words = [named] if named else record.environment["command"]
+        return record["data"] == data and any(word.endswith(MODEL) for word in words)
 
     return [record for record in of_kind(records, "sampler") if fits(record)]
 
