@@ -8,20 +8,33 @@ from pathlib import Path
 
 from benchmarks.tables.records import ROOT, Record
 
+COMPUTING = ["kernels", "model"]
+PIPELINE = [
+    *COMPUTING,
+    "engine/presets.py",
+    "engine/data",
+    "engine/sampling",
+    "engine/verify",
+    "engine/measure",
+    "engine/distill",
+    "engine/train",
+    "engine/evaluate",
+]
+
 # Kind of record -> the files and folders that its figures depend on.
 MEASURED_PATHS = {
     "kernels": ["kernels"],
-    "step": ["kernels", "model", "engine/step.py", "engine/optim.py", "engine/sampler.py"],
-    "train": ["kernels", "model", "engine/step.py", "engine/optim.py", "engine/data.py"],
-    "memory": ["kernels", "model", "engine/memory.py", "engine/step.py"],
-    "sharded": ["kernels", "model", "engine/train.py", "engine/step.py", "engine/distributed.py"],
-    "soak": ["kernels", "model", "engine/train.py", "engine/step.py", "engine/checkpoint.py"],
-    "sampler": ["kernels", "model", "engine/sampler.py", "engine/drafting.py", "engine/score.py"],
-    "distill_processes": ["kernels", "model", "engine/sampler.py", "engine/distill.py"],
-    "busy": ["kernels", "model", "engine/sampler.py", "engine/step.py", "engine/cores.py"],
-    "real_data": ["kernels", "model", "engine"],
-    "real_data_settings": ["kernels", "model", "engine"],
-    "quickstart": ["kernels", "model", "engine", "scripts/quickstart.sh"],
+    "step": [*COMPUTING, "engine/train", "engine/sampling"],
+    "train": [*COMPUTING, "engine/train", "engine/data/pack.py"],
+    "memory": [*COMPUTING, "engine/train/memory_plan.py", "engine/train/step.py"],
+    "sharded": [*COMPUTING, "engine/train", "engine/runtime/distributed.py"],
+    "soak": [*COMPUTING, "engine/train"],
+    "sampler": [*COMPUTING, "engine/sampling", "engine/measure/likelihood.py"],
+    "distill_processes": [*COMPUTING, "engine/sampling", "engine/distill"],
+    "busy": [*COMPUTING, "engine/sampling", "engine/train", "engine/runtime/cores.py"],
+    "real_data": [*PIPELINE, "engine/jobs/study.py"],
+    "real_data_settings": [*PIPELINE, "engine/jobs/study.py"],
+    "quickstart": [*PIPELINE, "engine/jobs/sdft.py", "engine/jobs/demo.py"],
 }
 
 

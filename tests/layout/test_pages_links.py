@@ -24,7 +24,7 @@ import pytest
 
 from benchmarks.tables.pages import pages
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [path.relative_to(ROOT).as_posix() for path in pages(ROOT)]
 TOP = ("engine/", "kernels/", "model/", "scripts/", "tests/", "benchmarks/", ".github/", ".ci/")
 SHELL = {"sh", "bash", "shell", "console"}
