@@ -21,7 +21,7 @@ from kernels.launch import triton_launch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What every record must say of where its figures come from.
+# Fields that the `environment` of every record must have.
 ORIGIN = ("commit", "date", "cpu_model", "cores", "gpu", "python", "torch", "triton")
 SLOW = 2.0  # seconds of one call from which on it is called only once
 
@@ -61,7 +61,7 @@ def driver_version() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures are of: processor, card, versions, commit, date. `record` wants it."""
+    """Origin of the figures: processor, card, versions, commit, date. `record` demands it."""
     on_gpu = device.startswith("cuda")
     processor = cpu_model()
     return environment() | {

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.tables.records import Record, of_kind
 from benchmarks.tables.table import Definition, Table, bold, fixed, percent
 
-BY_HAND = ("peft", "sdpa")  # what one would write by hand without this project
+BY_HAND = ("peft", "sdpa")  # forms that one would write without this project
 PREFIX = "triton "  # of the names of our other forms
 Point = tuple[str, str, tuple[int, ...], str]  # operation, call, shape, dtype
 

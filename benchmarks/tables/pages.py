@@ -4,8 +4,8 @@
     ... generated ...
     <!-- end -->
 
-A mark stands alone on its line, outside of code blocks. What stands between two marks is replaced;
-everything else of a page is left as it is.
+A mark stands alone on its line, outside of code blocks. The lines between two marks are replaced;
+the rest of a page is left as it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of what fine-tuning did: real data sets, settings, the quickstart."""
+"""Tables of fine-tuning results: real data sets, settings, the quickstart."""
 
 from __future__ import annotations
 

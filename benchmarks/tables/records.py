@@ -3,9 +3,9 @@
 A record says where it comes from in `environment`: `commit`, `date`, `device` (CPU model or GPU
 name), `threads`, `torch`, `triton`. Three further fields are written by hand where they are known:
 
-    tree        the source tree that really ran, where `commit` names another one
+    tree        the source tree that ran, where `commit` names another one
     stated_in   the commit that first stated the figures, where the commit that ran is not known
-    source      where figures come from that no benchmark wrote down
+    source      the origin of figures that no benchmark wrote down
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Record:
 
     @property
     def commit(self) -> str | None:
-        """Short hash to compare the present code with, or None: what ran, else what stated it."""
+        """Short hash to compare the present code with, or None: the tree that ran, else the README's."""
         tree = self.environment.get("tree")
         if tree:
             return tree.split()[0]
@@ -72,7 +72,8 @@ class Record:
         device = environment.get("device") or environment["machine"]
         parts = []
         if environment.get("gpu") is None and environment.get("threads"):
-            parts.append(f"{environment['threads']} threads")
+            threads = environment["threads"]
+            parts.append("1 thread" if threads == 1 else f"{threads} threads")
         for name in ("driver", "torch", "triton"):
             if environment.get(name):
                 parts.append(f"{name} {environment[name]}")

@@ -1,4 +1,4 @@
-"""Which tables are older than the code that they measure: asks git, changes nothing."""
+"""Find the tables that are older than the code they measure. Asks git, changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEASURED_PATHS = {
 
 @dataclass(frozen=True)
 class Age:
-    """What git says of one commit and the paths of one kind of record."""
+    """The commits after one commit that touch the paths of one kind of record."""
 
     commit: str
     changes: list[str]  # "abc1234 2026-11-27 subject", newest first

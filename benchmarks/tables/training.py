@@ -118,7 +118,7 @@ def cpu_training(records: list[Record]) -> Table:
 
 
 def memory_plan(records: list[Record]) -> Table:
-    """By arithmetic: what the plan predicts for the models that fit one GPU."""
+    """Predictions of the memory plan, by arithmetic, for the models that fit one GPU."""
     planned = [record for record in of_kind(records, "memory") if "arithmetic" in record.data]
     record = newest(planned, "the memory plan")
     header = ["model", "tokens", "recompute", "MB a layer", "saved GB", "weights GB", "peak GB"]
