@@ -46,7 +46,7 @@ class Record:
 
     @property
     def commit(self) -> str | None:
-        """Short hash to compare the present code with, or None: the tree that ran, else the README's."""
+        """Short hash of the code that ran, else of the page that stated the figures, else None."""
         tree = self.environment.get("tree")
         if tree:
             return tree.split()[0]

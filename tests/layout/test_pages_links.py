@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -168,6 +169,7 @@ def split(command: str) -> tuple[str | None, list[str]]:
     return None, []
 
 
+@functools.cache
 def load(target: str) -> ModuleType:
     """The module of a script or of `python -m`; ImportError where there is none."""
     if target.endswith(".py"):
