@@ -26,7 +26,7 @@ from tests.conftest import ROOT  # noqa: E402
 def run(module, *args, **env):
     """(exit code, last line as JSON, stderr) of a benchmark in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, args)]
+    command = [sys.executable, "-m", f"benchmarks.tuning.{module}", *map(str, args)]
     done = subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     last = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
@@ -368,7 +368,7 @@ COMPILED_AHEAD = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from benchmarks._common import tables, typed
-from benchmarks.ahead import Target, Task, Workers
+from benchmarks.tuning.ahead import Target, Task, Workers
 from kernels import _triton, tiles
 from kernels.registry import SPECS
 

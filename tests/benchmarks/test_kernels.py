@@ -28,7 +28,7 @@ def document(capsys):
 
 def test_a_run_ends_in_json_and_is_recorded(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(bench.triton_launch, "usable", lambda device: "no card here")
     bench.main(["--kernel", "swiglu", "--slot", "0.01", "--device", "cpu", "--dtype", "fp32"])
     out, last = document(capsys)
     assert "our kernels are not timed: no card here" in out
@@ -45,7 +45,7 @@ def test_a_run_ends_in_json_and_is_recorded(capsys, tmp_path, monkeypatch):
 def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypatch):
     """Appended, unless $OUT is set (above) or it is a rehearsal."""
     monkeypatch.setattr(clock, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(bench.triton_launch, "usable", lambda device: "no card here")
     asked = ["--kernel", "swiglu", "--device", "cpu", "--dtype", "fp32", "--rows", "1"]
     for n in (1, 2):
         bench.main([*asked, "--slot", "0.01"])
@@ -59,7 +59,7 @@ def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypat
 def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
     """M, K, N, r: forward and backward of one matrix with its adapter, peft's form beside it."""
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(bench.triton_launch, "usable", lambda device: "no card here")
     where = ["--device", "cpu", "--dtype", "fp32", "--slot", "0.01"]
     bench.main(["--backward", "--shape", "5,24,16,4", *where])
     _, last = document(capsys)
@@ -82,7 +82,7 @@ def test_a_red_form_has_no_time(capsys, monkeypatch):
     planted = dataclasses.replace(TORCH, name="triton", swiglu_forward=wrong)
     monkeypatch.setattr(registry, "TRITON", planted)
     monkeypatch.setattr(registry, "VARIANTS", {})
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "")
+    monkeypatch.setattr(bench.triton_launch, "usable", lambda device: "")
     dry = ["--dry", "--kernel", "swiglu", "--device", "cpu", "--dtype", "fp32"]
     with pytest.raises(SystemExit) as stopped:
         bench.main(dry)
