@@ -67,12 +67,12 @@ COPIED = {EMBEDDING: "embed", HEAD: "head"}  # matrices of the base, and our nam
 class LoraConfig:
     """What an adapter is, apart from its numbers."""
 
-    rank: int = 8  # columns of B; the paper's value
-    alpha: float = 16.0  # update is scaled by alpha / rank
-    dropout: float = 0.0  # on the adapter's input, in training only
-    modules: str = "qv"  # qv | attention | all, or names joined by commas
-    rslora: bool = False  # scale alpha / sqrt(rank) instead
-    seed: int = 0  # of A's initial numbers and of dropout
+    rank: int = 8  # rank of the adapter: a larger one can learn more and takes more memory
+    alpha: float = 16.0  # strength of the adapter: its update is scaled by alpha / rank
+    dropout: float = 0.0  # share of the adapter's inputs that is set to 0 in training
+    modules: str = "qv"  # adapted linear layers: qv, attention, all, or names as in q_proj,up_proj
+    rslora: bool = False  # scale the update by alpha / sqrt(rank) instead (rank-stabilised LoRA)
+    seed: int = 0  # seed of the adapter's first values and of dropout
 
     @property
     def scale(self) -> float:

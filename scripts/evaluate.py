@@ -1,4 +1,4 @@
-"""Score answers of the seed model and of adapters over one base: on a file's rows, or on tasks.
+"""Score the answers of the seed model and of adapters: on rows of a file, or on benchmarks.
 
     python scripts/evaluate.py --model MODEL_DIR --data test.json --verify number --out eval.jsonl
     python scripts/evaluate.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
@@ -29,21 +29,29 @@ from engine.verify.verifiers import get_verifier
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "evaluate")
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig, data=None)
     add_flags(parser, TaskConfig)
     add_flags(parser, HarnessConfig)
     add_flags(parser, SamplerConfig)
-    parser.add_argument("--adapter", action="append", default=[], help="adapter directory (PEFT)")
     parser.add_argument(
-        "--verify", default="number", help="none | number | call | code | ... (README)"
+        "--adapter",
+        action="append",
+        default=[],
+        help="adapter directory (PEFT) to score beside the seed model; may be repeated",
+    )
+    parser.add_argument(
+        "--verify",
+        default="number",
+        help="what an answer must share with its reference to count as right: number, call, code, "
+        "json, exact, contains, regex:PATTERN, module:function (your own), or none",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="JSONL file of the answers; with --task, --lm-eval a directory",
+        help="JSONL file of the answers to write; with --task or --lm-eval a directory",
     )
     return parser.parse_args()
 

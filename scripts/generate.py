@@ -22,15 +22,19 @@ from engine.session import ModelConfig, Session, as_trained
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "generate")
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig)
     add_flags(parser, DataConfig, {"drop_long"}, data=None)
-    parser.add_argument("--prompt", help="one user message")
-    parser.add_argument("--prefix", default="", help="how every answer begins")
-    parser.add_argument("--adapter", help="adapter directory (PEFT)")
-    parser.add_argument("--samples", type=int, default=1, help="answers per prompt")
-    parser.add_argument("--out", type=Path, help="JSONL file (default: print)")
+    parser.add_argument("--prompt", help="one user message to answer")
+    parser.add_argument(
+        "--prefix", default="", help="text that every answer begins with [default: none]"
+    )
+    parser.add_argument(
+        "--adapter", help="adapter directory (PEFT) [default: none (the seed model answers)]"
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
+    parser.add_argument("--out", type=Path, help="JSONL file to write [default: print the answers]")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data is None):
         parser.error("give either --prompt TEXT or --data FILE")

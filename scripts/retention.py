@@ -1,9 +1,9 @@
-"""Measure how far adapters moved the model on general prompts: KL to the seed, agreement.
+"""Measure how much a fine-tuned model differs from its seed on general prompts: KL, agreement.
 
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
-    python scripts/retention.py ... --data prompts.json     on your own prompts, instead of our 64
-    python scripts/retention.py ... --similarity            how alike are the answers themselves
+    python scripts/retention.py ... --data prompts.json     on your prompts, not our 64
+    python scripts/retention.py ... --similarity            also how similar the answers are
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ from engine.session import ModelConfig, Session, as_begun, as_trained
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "retention")
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig, max_new_tokens=96)
-    parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        help="adapter directory (PEFT) to compare with the seed model; may be repeated",
+    )
     add_flags(parser, DataConfig, {"drop_long", "system"}, data=None)
     parser.add_argument(
-        "--similarity", action="store_true", help="embed the tuned models' own answers too"
+        "--similarity",
+        action="store_true",
+        help="also compare the answers themselves, by sentence embeddings",
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file, a line per prompt")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSONL file to write, one line per prompt"
+    )
     return parser.parse_args()
 
 

@@ -39,10 +39,13 @@ MAX_NEW = 256  # new tokens where a task names no limit, as in the harness's own
 class HarnessConfig:
     """Which tasks of lm-evaluation-harness."""
 
-    lm_eval: str | None = None  # names joined by commas: mmlu,arc_easy (extra: pip install lm-eval)
-    lm_eval_path: str | None = None  # directory with further tasks in the harness's YAML
-    lm_eval_shots: int | None = None  # examples shown before a question (default: the task's own)
-    lm_eval_limit: int | None = None  # use only the first so many questions of each task
+    lm_eval: str | None = None  # tasks of lm-evaluation-harness, as in mmlu,arc_easy (pip install
+    #   -e '.[eval]') [default: none]
+    lm_eval_path: str | None = None  # directory with more tasks in the harness's YAML
+    #   [default: none]
+    lm_eval_shots: int | None = None  # solved examples shown before a question
+    #   [default: the task's own number]
+    lm_eval_limit: int | None = None  # use only the first N questions of each task [default: all]
 
     def check(self) -> None:
         """ValueError for numbers that cannot be."""

@@ -20,23 +20,30 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 0  # in flight: never text (fp32 on a CPU, or --invariant); 0: 64, on a CPU 32
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens up to this probability
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0 drops none
-    repetition_penalty: float = 1.0  # above 1 weakens tokens of the prompt and the answer so far
-    max_new_tokens: int = 512  # where a request names no limit of its own
-    seed: int = 0  # with row id, sample and position it names every random number
-    stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
-    ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 0  # of prompts in a forward; longer ones are cut; 0: 1024, on a CPU 512
-    page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
-    kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
-    draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
-    invariant: bool = False  # on a GPU too, no text depends on --rows, order or drafts; slower
-    steps: int = 0  # decode steps between two visits of the host; 0: 1, or 8 if captured
-    graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs: less waiting for the host
+    rows: int = 0  # sequences decoded together: more are faster and take more memory; texts do not
+    #   depend on it in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]
+    temperature: float = 0.0  # 0 takes the most likely token (greedy); higher is more random
+    top_k: int = 0  # sample from the k most likely tokens only; 0 keeps all
+    top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1 keeps all
+    min_p: float = 0.0  # drop tokens below this share of the largest probability; 0 keeps all
+    repetition_penalty: float = 1.0  # above 1 makes tokens that occurred before less likely
+    max_new_tokens: int = 512  # most new tokens in an answer
+    seed: int = 0  # seed of every random number, together with row id, sample number and position
+    stop: tuple[str, ...] = ()  # text that ends an answer and is cut off; may be repeated
+    #   [default: none]
+    ignore_eos: bool = False  # continue past end tokens up to --max-new-tokens (for benchmarks)
+    prefill_tokens: int = 0  # most prompt tokens in one forward pass; longer prompts are split
+    #   [default: auto (1024; 512 on a CPU)]
+    page_size: int = 64  # tokens per block of the key/value cache; attention splits a context there
+    kv_memory: float = 0.0  # GB for keys and values; sequences that find no room wait
+    #   [default: auto (as much as --rows needs; on a GPU at most what is free)]
+    draft: str = "auto"  # auto, off or always: guess tokens from the reference and check several in
+    #   one forward pass (speculative decoding); auto does so where it is faster
+    invariant: bool = False  # make texts independent of --rows, order and drafts on a GPU too
+    #   (batch-invariant); slower
+    steps: int = 0  # decode steps per synchronisation with the host
+    #   [default: auto (8 with CUDA graphs; else 1)]
+    graphs: bool = True  # on a GPU, run decode steps as CUDA graphs, and wait less for the host
 
     def settings(self) -> dict[str, Any]:
         """What names a run of it: not what changes its speed only."""

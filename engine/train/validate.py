@@ -36,11 +36,14 @@ ANSWER = 48  # tokens of the seed's answer to a general prompt
 class ValidateConfig:
     """What is looked at between training steps."""
 
-    val_every: int = 0  # optimizer steps between validations; 0: none
-    val_data: str | None = None  # held-out rows whose loss is taken
-    val_limit: int = 32  # use only the first so many of them
-    val_prompts: int = 8  # general prompts for the drift from the seed; 0: none
-    best: str = "last"  # last | nll | kl: the checkpoint that becomes the adapter at the end
+    val_every: int = 0  # optimizer steps between validations [default: off]
+    val_data: str | None = None  # held-out rows whose loss is measured during training
+    #   [default: none]
+    val_limit: int = 32  # use only the first N rows of --val-data
+    val_prompts: int = 8  # general prompts on which validation measures the drift from the seed
+    #   model (KL); 0 is off
+    best: str = "last"  # last, nll or kl: the checkpoint that becomes the adapter is the last one,
+    #   or that with the lowest held-out loss, or that with the least drift
 
     def check(self) -> None:
         """ValueError for what cannot be looked at."""

@@ -3,7 +3,6 @@
 The table is typed from the paper's record (paper.md 1.2 to 1.4), not made of the presets.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import json
@@ -23,7 +22,7 @@ from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.selection import OURS, PAPER
 from engine.jobs.sdft import as_published
 from engine.presets import PRESETS, get_preset, parse
-from engine.runtime.flags import add_flags, from_flags
+from engine.runtime.flags import add_flags, from_flags, make_parser
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
@@ -53,7 +52,7 @@ NEEDED = ["--model", "m", "--data", "d"]
 
 
 def parser_of_the_main_job():
-    parser = argparse.ArgumentParser()
+    parser = make_parser(__doc__)
     for config in CONFIGS[:3]:
         add_flags(parser, config)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
