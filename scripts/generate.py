@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig)
     add_flags(parser, DataConfig, {"drop_long"}, data=None)
-    parser.add_argument("--prompt", help="one user message to answer")
+    parser.add_argument("--prompt", help="one user message to answer, in place of --data")
     parser.add_argument(
         "--prefix", default="", help="text that every answer begins with [default: none]"
     )

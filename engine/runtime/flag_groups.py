@@ -11,9 +11,9 @@ from __future__ import annotations
 # heading -> its flags, both in the order in which the help shows them
 GROUPS = {
     "Presets": "preset",
-    "Model": "model adapter chat-format date gguf",
-    "Data, and how an answer is checked": """
-        data columns prompt system verify limit sample skip-bad drop-long runs prefix""",
+    "Input": "gguf runs",
+    "Model": "model adapter chat-format date",
+    "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """
         max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",
