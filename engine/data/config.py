@@ -16,12 +16,13 @@ from engine.runtime.limits import MOST, check_numbers
 class DataConfig:
     """Which rows of which file."""
 
-    data: str  # JSON, JSONL or CSV file of rows, or distilled data
-    columns: str | None = None  # field names, as prompt=goal,response=target; id= takes no ids
-    skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
-    drop_long: bool = False  # leave turns out that are too long and count them, instead of stopping
-    limit: int | None = None  # use only the first so many usable rows
-    system: str | None = None  # a system message for every row that has none
+    data: str  # file of rows (JSON, JSONL or CSV; may be gzipped) or of distilled data
+    columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target;
+    #   id= ignores the file's own ids [default: recognised by their usual names]
+    skip_bad: bool = False  # leave out, and count, rows that cannot be used instead of stopping
+    drop_long: bool = False  # leave out, and count, turns that are too long instead of stopping
+    limit: int | None = None  # use only the first N usable rows [default: all]
+    system: str | None = None  # system message for rows that have none [default: none]
 
     def check(self) -> None:
         """ValueError for a limit that leaves no row."""

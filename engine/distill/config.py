@@ -20,12 +20,17 @@ PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Facto
 class DistillConfig:
     """What is asked of the seed model and what is accepted."""
 
-    template: str = "using"  # using | refer | gsm8k: how the reference is shown
-    verify: str = "none"  # what a rewrite must keep: none | number | call | code | ... (README)
-    cascade: str = "guided:1"  # tries, as unguided:2,guided:2,cooler:1; the reference comes last
-    choose: str = "likelihood"  # likelihood | first: which of several fit tries is taken
-    max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
-    paper_exact: bool = False  # also the published code's defects that change results
+    template: str = "using"  # using, refer or gsm8k: the wording that shows the model the reference
+    #   answer and asks for a rewrite
+    verify: str = "none"  # what an answer must share with its reference to count as right: number,
+    #   call, code, json, exact, contains, regex:PATTERN, module:function (your own), or none
+    cascade: str = "guided:1"  # kinds of tries with their number; the next kind is asked where all
+    #   before failed, as in unguided:2,guided:2,cooler:1; in the end the reference itself is used
+    choose: str = "likelihood"  # likelihood or first: which of several accepted tries is used;
+    #   likelihood takes the one that the seed model finds most likely
+    max_new_tokens: str = "auto"  # most new tokens in a rewrite
+    #   [default: auto (64 + 3 x the tokens of the reference; at least 128)]
+    paper_exact: bool = False  # also reproduce defects of the published code that change results
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -1,9 +1,9 @@
 """How the scripts' flags are presented: headings of the help, the short list of each script, and
 other names.
 
-What a flag means stands beside its field (engine/runtime/flags.py). Here is only which flags a reader sees
-first, and what to offer for a name that no flag has. tests/runtime/test_help.py fails where a table and the
-flags of the scripts differ.
+What a flag means stands beside its field (engine/runtime/flags.py). Here is only which flags a
+reader sees first, and what to offer for a name that no flag has. tests/runtime/test_help.py fails
+where a table and the flags of the scripts differ.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ continue in comment lines below the field, and it may end in `[default: ...]`, t
     rows: int = 0  # sequences decoded together
     #   [default: auto (64; 32 on a CPU)]
 
-engine/runtime/flag_parser.py shows the texts; engine/runtime/flag_groups.py says under which headings.
+flag_parser.py shows the texts; flag_groups.py says under which headings.
 """
 
 from __future__ import annotations

@@ -18,19 +18,23 @@ class TrainConfig:
     """How an adapter is trained. Defaults are the paper's where it has one."""
 
     lr: float = 1e-4  # peak learning rate
-    epochs: int = 2  # passes over the examples
-    max_steps: int = 0  # optimizer steps instead of epochs; 0: by epochs
-    batch_rows: int = 8  # examples per optimizer step
-    micro_tokens: int = 1024  # tokens per forward and backward: memory and speed, not the result
-    schedule: str = "cosine"  # cosine | linear | constant, behind the warm-up
-    warmup: float = 0.0  # share of the steps with rising rate
-    weight_decay: float = 0.0  # decoupled
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    seed: int = 0  # of the adapter's start, the order of the rows and dropout
-    recompute: str = "auto"  # none | selective | full: what the backward computes again; auto: plan
-    memory_gb: float = 0.0  # that --recompute auto plans for; 0: what is held, and what is free
+    epochs: int = 2  # passes over the training rows
+    max_steps: int = 0  # optimizer steps, instead of --epochs [default: as many as the epochs take]
+    batch_rows: int = 8  # rows per optimizer step (the batch size)
+    micro_tokens: int = 1024  # tokens per micro-batch: affects memory and speed; results by
+    #   rounding only
+    schedule: str = "cosine"  # cosine, linear or constant: the learning rate after the warm-up
+    warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0 is off
+    seed: int = 0  # seed of all random numbers: the adapter's first values, order of the rows,
+    #   dropout, and sampling where a script samples
+    recompute: str = "auto"  # none, selective or full: what the backward pass computes again to
+    #   save memory [default: auto (the least that fits in --memory-gb)]
+    memory_gb: float = 0.0  # GB that --recompute auto may plan for
+    #   [default: auto (what the process holds and what is free)]
     save_every: int = 50  # optimizer steps between checkpoints
-    keep: int = 2  # checkpoints kept, beside the best
+    keep: int = 2  # checkpoints to keep, besides the best one
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a run over `count` examples."""
@@ -67,11 +71,13 @@ class TrainConfig:
 class EncodeConfig:
     """What of a row is trained on."""
 
-    target: str = "target"  # target | response | reference: which answer of distilled data
-    mix: float = 0.0  # share of the kept rewrites whose reference is trained on instead
-    max_length: int = MAX_LENGTH  # tokens of prompt and answer
-    truncate: bool = False  # cut the end of longer answers (counted) instead of stopping
-    cut_in_proportion: bool = False  # cut prompt and answer alike, as --paper-exact (counted)
+    target: str = "target"  # which answer of distilled data to learn: target (the accepted rewrite,
+    #   else the reference: SDFT), reference (SFT), or response (every rewrite)
+    mix: float = 0.0  # share of the accepted rewrites, from 0 to 1, replaced by their references
+    max_length: int = MAX_LENGTH  # most tokens of prompt and answer together
+    truncate: bool = False  # cut the end of longer answers, and count them, instead of stopping
+    cut_in_proportion: bool = False  # cut prompt and answer of longer rows in proportion, and count
+    #   them, as --paper-exact does
 
     def check(self) -> None:
         """ValueError for what cannot be trained on."""

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
+from engine.evaluate.lm_eval_harness import HarnessConfig
+from engine.evaluate.tasks import TaskConfig
+from engine.jobs.preflight import PreflightConfig
+from engine.jobs.sdft import SdftConfig
+from engine.jobs.study import StudyConfig
+from engine.presets import PRESETS, parse
 from engine.runtime.flag_groups import COMMON, GROUPS, RENAMED, SYNONYMS
 from engine.runtime.flag_parser import FlagParser, name_of, split_default
 from engine.runtime.flags import add_flags, from_flags, make_parser
-from engine.evaluate.lm_eval_harness import HarnessConfig
-from engine.jobs.preflight import PreflightConfig
-from engine.presets import PRESETS, parse
 from engine.sampling.requests import SamplerConfig
-from engine.jobs.sdft import SdftConfig
-from engine.data.config import DataConfig
 from engine.session import ModelConfig
-from engine.jobs.study import StudyConfig
-from engine.evaluate.tasks import TaskConfig
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
