@@ -118,7 +118,9 @@ def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
     """
     names = ", ".join(PRESETS)
     parser.add_argument(
-        "--preset", default="default", help=f"other defaults for the flags below: one of {names}"
+        "--preset",
+        default="default",
+        help=f"set of defaults for the flags below: {names} (yang2024-* are the SDFT paper's)",
     )
     name = _preset_of(given)
     known = {action.dest for action in parser.arguments}

@@ -47,9 +47,8 @@ class ModelConfig:
     #   to use [default: auto (the fastest one that passes its self-check here)]
     threads: int = 0  # CPU threads to compute with
     #   [default: auto (torch's choice, at most the cores that a container may use)]
-    chat_format: str | None = None  # how a conversation is written as a prompt: chatml, llama2,
-    #   llama3, alpaca, or own (the model's template)
-    #   [default: what the adapter was trained with; else own]
+    chat_format: str | None = None  # prompt format: chatml, llama2, llama3, alpaca, or own (the
+    #   model's chat template) [default: what the adapter was trained with; else own]
     shard: bool = False  # under torchrun, split the weights over the processes (FSDP2), for a model
     #   too large for one device; training and scoring only
     date: str | None = None  # YYYY-MM-DD, the day told to chat templates that ask for it

@@ -70,9 +70,10 @@ class LoraConfig:
     rank: int = 8  # rank of the adapter: a larger one can learn more and takes more memory
     alpha: float = 16.0  # strength of the adapter: its update is scaled by alpha / rank
     dropout: float = 0.0  # share of the adapter's inputs that is set to 0 in training
-    modules: str = "qv"  # adapted linear layers: qv, attention, all, or names as in q_proj,up_proj
+    modules: str = "qv"  # adapted linear layers: qv (queries and values), attention, all, or names
+    #   as in q_proj,up_proj
     rslora: bool = False  # scale the update by alpha / sqrt(rank) instead (rank-stabilised LoRA)
-    seed: int = 0  # seed of the adapter's first values and of dropout
+    seed: int = 0  # random seed of the adapter's first values and of dropout
 
     @property
     def scale(self) -> float:

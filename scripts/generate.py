@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.jobs.generate import generate_job
-from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_trained
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, "generate")
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig)
-    add_flags(parser, DataConfig, {"drop_long"}, data=None)
+    add_flags(parser, DataConfig, {"drop_long"}, data=InWords(None, "none (--prompt is answered)"))
     parser.add_argument("--prompt", help="one user message to answer, in place of --data")
     parser.add_argument(
         "--prefix", default="", help="text that every answer begins with [default: none]"

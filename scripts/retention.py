@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.evaluate.retention import retention_job, retention_metas
-from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_begun, as_trained
@@ -32,7 +32,9 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="adapter directory (PEFT) to compare with the seed model; may be repeated",
     )
-    add_flags(parser, DataConfig, {"drop_long", "system"}, data=None)
+    add_flags(
+        parser, DataConfig, {"drop_long", "system"}, data=InWords(None, "our 64 general prompts")
+    )
     parser.add_argument(
         "--similarity",
         action="store_true",

@@ -20,14 +20,16 @@ PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Facto
 class DistillConfig:
     """What is asked of the seed model and what is accepted."""
 
-    template: str = "using"  # using, refer or gsm8k: the wording that shows the model the reference
-    #   answer and asks for a rewrite
-    verify: str = "none"  # what an answer must share with its reference to count as right: number,
-    #   call, code, json, exact, contains, regex:PATTERN, module:function (your own), or none
-    cascade: str = "guided:1"  # kinds of tries with their number; the next kind is asked where all
-    #   before failed, as in unguided:2,guided:2,cooler:1; in the end the reference itself is used
-    choose: str = "likelihood"  # likelihood or first: which of several accepted tries is used;
-    #   likelihood takes the one that the seed model finds most likely
+    template: str = "using"  # wording that shows the model the reference answer and asks for a
+    #   rewrite: using, refer or gsm8k
+    verify: str = "none"  # what an answer must share with its reference to count as right: number
+    #   (the last one), call (function calls), code (passes the tests), json, exact, contains,
+    #   regex:PATTERN, module:function (your own), or none
+    cascade: str = "guided:1"  # tries per row, by kind: unguided (plain prompt), guided (shown the
+    #   reference), cooler (guided, half the temperature), as in unguided:2,guided:1; a kind is
+    #   tried if those before it failed; if all fail, the reference itself is used
+    choose: str = "likelihood"  # which of several accepted tries is used: likelihood (the one that
+    #   the seed model finds most likely) or first
     max_new_tokens: str = "auto"  # most new tokens in a rewrite
     #   [default: auto (64 + 3 x the tokens of the reference; at least 128)]
     paper_exact: bool = False  # also reproduce defects of the published code that change results

@@ -63,15 +63,15 @@ class SdftConfig:
     """The job around the stages' own settings."""
 
     out: str  # directory of the run; the same command resumes there
-    eval_data: str | None = None  # held-out rows that seed, SFT and SDFT answer, checked with
-    #   --verify [default: none (the target task is not scored)]
+    eval_data: str | None = None  # held-out rows that the seed model and both adapters answer,
+    #   checked with --verify [default: none (the target task is not scored)]
     eval_limit: int | None = None  # use only the first N held-out rows [default: all]
     eval_max_new: int = 256  # most new tokens in an answer to a held-out row
     retention_max_new: int = 96  # most new tokens in an answer to a general prompt
     no_score: bool = False  # do not measure how likely the seed model finds references and rewrites
     report_rows: int = 48  # rows of which the report shows the likelihood of every token
-    report_answers: int = 16  # general prompts, and held-out rows, for which the report shows all
-    #   arms
+    report_answers: int = 16  # general prompts, and held-out rows, of which the report shows all
+    #   answers
 
     def check(self) -> None:
         """ValueError for numbers that cannot be."""

@@ -19,7 +19,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from engine.runtime.failures import explain
 from engine.runtime.flag_groups import COMMON, RENAMED
@@ -29,6 +29,13 @@ from model.terminal import visible
 
 T = TypeVar("T")
 METAVARS = {int: "N", float: "X"}  # what a help text shows for a value; else the flag's last word
+
+
+class InWords(NamedTuple):
+    """A default of a script whose value does not say what holds."""
+
+    value: Any
+    words: str  # for the help
 
 
 def make_parser(doc: str, script: str | None = None) -> FlagParser:
@@ -42,7 +49,10 @@ def make_parser(doc: str, script: str | None = None) -> FlagParser:
 def add_flags(
     parser: FlagParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
 ) -> None:
-    """One flag per field of `cls`; `defaults` replaces a field's own default."""
+    """One flag per field of `cls`.
+
+    defaults: replace a field's own, each by a value or by one InWords.
+    """
     types = typing.get_type_hints(cls)
     source = inspect.getsource(cls)
     for field in dataclasses.fields(cls):
@@ -52,6 +62,12 @@ def add_flags(
         kind = kinds[0] if kinds else types[field.name]
         given: dict[str, Any] = {"dest": field.name}
         default = defaults.get(field.name, field.default)
+        text = _comment(source, field.name)
+        if field.name in defaults:
+            text, _ = split_default(text)  # its words are of the field's own default
+        if isinstance(default, InWords):
+            text += f" [default: {default.words}]"
+            default = default.value
         if default is dataclasses.MISSING:
             given["required"] = True
         else:
@@ -60,14 +76,11 @@ def add_flags(
             # --truncate can be undone by --no-truncate, for a preset that sets it
             either = argparse.BooleanOptionalAction
             given["action"] = "store_true" if field.name.startswith("no_") else either
-        elif typing.get_origin(types[field.name]) is tuple:  # repeatable; None where not given
-            given |= {"action": "append", "type": kind, "metavar": "TEXT", "default": None}
         else:
             word = field.name.rpartition("_")[2].upper()
             given |= {"type": kind, "metavar": METAVARS.get(kind, word)}
-        text = _comment(source, field.name)
-        if field.name in defaults:
-            text, _ = split_default(text)  # its words are of the field's own default
+        if typing.get_origin(types[field.name]) is tuple:  # repeatable; None where not given
+            given |= {"action": "append", "default": None}
         flags = ["--" + name.replace("_", "-") for name in _names(field.name)]
         parser.add_argument(*flags, **given).help = text  # set last: argparse 3.10 appends to it
 

@@ -20,15 +20,15 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 0  # sequences decoded together: more are faster and take more memory; texts do not
-    #   depend on it in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]
+    rows: int = 0  # sequences decoded together: more is faster and takes more memory; does not
+    #   change texts in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]
     temperature: float = 0.0  # 0 takes the most likely token (greedy); higher is more random
     top_k: int = 0  # sample from the k most likely tokens only; 0 keeps all
     top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1 keeps all
     min_p: float = 0.0  # drop tokens below this share of the largest probability; 0 keeps all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred before less likely
     max_new_tokens: int = 512  # most new tokens in an answer
-    seed: int = 0  # seed of every random number, together with row id, sample number and position
+    seed: int = 0  # random seed; with row id, sample and position it names each random number
     stop: tuple[str, ...] = ()  # text that ends an answer and is cut off; may be repeated
     #   [default: none]
     ignore_eos: bool = False  # continue past end tokens up to --max-new-tokens (for benchmarks)

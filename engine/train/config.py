@@ -27,8 +27,8 @@ class TrainConfig:
     warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0 is off
-    seed: int = 0  # seed of all random numbers: the adapter's first values, order of the rows,
-    #   dropout, and sampling where a script samples
+    seed: int = 0  # random seed of the adapter's first values, the order of the rows, dropout, and
+    #   of sampling where a script samples
     recompute: str = "auto"  # none, selective or full: what the backward pass computes again to
     #   save memory [default: auto (the least that fits in --memory-gb)]
     memory_gb: float = 0.0  # GB that --recompute auto may plan for

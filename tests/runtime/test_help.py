@@ -22,7 +22,7 @@ from engine.jobs.study import StudyConfig
 from engine.presets import PRESETS, parse
 from engine.runtime.flag_groups import COMMON, GROUPS, RENAMED, SYNONYMS
 from engine.runtime.flag_parser import FlagParser, name_of, split_default
-from engine.runtime.flags import add_flags, from_flags, make_parser
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
@@ -285,11 +285,13 @@ class Example:
     #   [default: auto (64; 32 on a CPU)]
     name: str | None = None  # how it is called [default: none]
     ratio: float = 0.5  # how much of it is used
+    kinds: tuple[str, ...] = ()  # which of its kinds are used [default: none]
+    source: str = "x"  # where it comes from [default: the field's own words]
 
 
 def test_a_help_text_goes_on_below_its_field():
     parser = make_parser("")
-    add_flags(parser, Example, ratio=0.25)
+    add_flags(parser, Example, ratio=0.25, source=InWords(None, "those of the script"))
     texts = {action.dest: action.help for action in parser.arguments}
     assert texts["size"] == (
         "how large it is: it goes on in the lines below the field, 100 % of it "
@@ -299,3 +301,7 @@ def test_a_help_text_goes_on_below_its_field():
     page = " ".join(parser.help_text(everything=True).split())
     assert "--size N how large it is: it goes on" in page
     assert "[default: auto (64; 32 on a CPU)]" in page and "used [default: 0.25]" in page
+    assert "--source SOURCE where it comes from [default: those of the script]" in page
+    assert parser.parse_args([]).source is None and parser.parse_args([]).kinds is None
+    args = parser.parse_args(["--kinds", "a", "--kinds", "b"])
+    assert from_flags(Example, args, source="y") == Example(0, None, 0.25, ("a", "b"), "y")
