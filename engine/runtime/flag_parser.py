@@ -41,7 +41,7 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc: str, common: Sequence[str] | None = None) -> None:
-        super().__init__(description=doc, add_help=False, allow_abbrev=False)
+        super().__init__(description=doc, add_help=False)
         self.common = common
         self.arguments: list[argparse.Action] = []
         self.replaced: set[str] = set()  # names whose default a preset has replaced
@@ -84,7 +84,9 @@ class FlagParser(argparse.ArgumentParser):
         known = [name for action in self.arguments for name in action.option_strings]
         if typed in known:
             return typed
-        begun = [name for name in known if typed.startswith("--") and name.startswith(typed)]
+        begun = []  # the flags that begin as it does
+        if self.allow_abbrev and typed.startswith("--"):
+            begun = [name for name in known if name.startswith(typed)]
         synonym = SYNONYMS.get(_plain(typed))
         meant = f"--{synonym}" if f"--{synonym}" in known else None
         if begun and meant is not None and meant not in begun:
