@@ -249,9 +249,9 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine import distill
-from engine.distributed import start
-from tests.test_cascade import chance, go
+from engine.distill import writer as distill
+from engine.runtime.distributed import start
+from tests.distill.test_cascade import chance, go
 torch.set_num_threads(1)
 world = start()
 distill.judge = chance

@@ -24,8 +24,8 @@ OURS = """
 import json, sys
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from engine.harness import harness_model
-from engine.sampler import SamplerConfig
+from engine.evaluate.lm_eval_harness import harness_model
+from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 model, tasks, names = sys.argv[1:]
 session = Session.open(ModelConfig(model, dtype="float32"))

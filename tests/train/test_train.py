@@ -284,9 +284,9 @@ def test_adamw_scalars_refuse_step_zero():
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
-import engine.step as stepping
-from engine.train import train
-from tests.test_train import SMALL, LORA, examples
+import engine.train.step as stepping
+from engine.train.train import train
+from tests.train.test_train import SMALL, LORA, examples
 from model.llama import Llama
 from pathlib import Path
 import os, signal
@@ -400,7 +400,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir
 
 STOPPED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from engine.flags import run_main
+from engine.runtime.flags import run_main
 def main():
     train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
           base="b", model_hash="h", resume={resume})
