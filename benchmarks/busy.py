@@ -139,7 +139,9 @@ def training(session: Any, made: list, args: argparse.Namespace) -> None:
         prompt = session.chat.prompt_ids([{"role": "user", "content": p.question}])
         ids = [*prompt, *session.chat.tokenizer.encode(p.answer)]
         examples.append(Example(str(i), ids, len(prompt)))
-    lora = Lora.init(session.model, **vars(LoraConfig(rank=8, modules="qv")))
+    model = session.model
+    config = LoraConfig(rank=8, modules="qv")
+    lora = Lora.init(config, model.config, model.device, model.dtype)
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
     tokens = sum(len(e.ids) for e in examples)
     for _ in sys.stdin:

@@ -68,7 +68,8 @@ def worker(path: str, modules: str, policy: str, tokens: int) -> None:
     """Plan, train two steps, answer with both peaks."""
     keep_freed_memory()
     model = Llama.from_pretrained(path)
-    lora = Lora.init(model, modules=modules)
+    config = LoraConfig(modules=modules)
+    lora = Lora.init(config, model.config, model.device, model.dtype)
     vocab = model.config.vocab_size
     rows = [
         Example(str(i), [(31 * i + 7 * k) % vocab for k in range(ROW)], ROW // 2)

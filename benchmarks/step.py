@@ -121,7 +121,8 @@ class Trainer:
 
     def __init__(self, model: Llama, args: argparse.Namespace) -> None:
         self.model, self.policy = model, args.recompute
-        self.lora = Lora.init(model, args.rank, 2.0 * args.rank, args.modules)
+        config = LoraConfig(args.rank, 2.0 * args.rank, modules=args.modules)
+        self.lora = Lora.init(config, model.config, model.device, model.dtype)
         self.optimizer = Optimizer.fresh(self.lora, weight_decay=0.0)
         generator = torch.Generator().manual_seed(1)
         vocab = model.config.vocab_size

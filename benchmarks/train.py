@@ -75,7 +75,7 @@ def worker(job: dict[str, Any]) -> None:
     keep_freed_memory()
     model = Llama.from_pretrained(job["model"])
     lora = Lora.load(job["adapter"])
-    lora.bind(model)
+    model.bind(lora)
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
     steps = [
         [Example(str(i), r["ids"], r["n_prompt"]) for i, r in enumerate(s)] for s in job["steps"]

@@ -180,7 +180,7 @@ class Session:
         """The adapter of a directory; says so where it was trained in another chat format."""
         refuse_damaged(Path(path))
         lora = Lora.load(path)
-        lora.ensure_bound(self.model)
+        self.model.bind(lora)
         trained = TrainedChat.read(path)
         if trained is not None and (why := trained.why_other(self.chat)):
             print(f"WARNING: adapter {path}: {why}")

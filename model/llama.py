@@ -42,7 +42,7 @@ from kernels.philox import Dropout, mix
 from kernels.registry import TORCH, Ops, choose
 from model.config import LlamaConfig
 from model.kv_cache import KVCache
-from model.lora import GROUPS, Lora
+from model.lora import COPIED, GROUPS, Lora
 from model.rope import cos_sin_table
 from model.tape import Saved, Tape
 from model.weights import load_weights, locate
@@ -125,6 +125,36 @@ class Llama:
         """Inside `with` the head is here."""
         return self.weights.whole_head() if self.sharded else contextlib.nullcontext()
 
+    # ---- adapters
+
+    def bind(self, lora: Lora) -> None:
+        """Bind an adapter to this model's shapes, device and dtype.
+
+        ValueError where its shapes differ, or where it holds copies of the base's embedding or
+        head that are not equal to this model's (all of these matrices must be here, not released).
+        """
+        lora.check_fits(self.config)
+        lora.check_copies(self.config, lambda name: self._rows_here(COPIED[name]))
+        lora.bind(self.config, self.device, self.dtype)
+
+    def ensure_bound(self, lora: Lora) -> None:
+        """Bind if that was not done yet; an adapter bound to another kind of model is an error."""
+        if lora.bound is None:
+            self.bind(lora)
+        elif lora.bound != (self.config, self.device, self.dtype):
+            raise ValueError(
+                f"the adapter is bound to {lora.bound[1:]}, the model is on "
+                f"{(self.device, self.dtype)}; call model.bind(lora)"
+            )
+
+    def _rows_here(self, name: str) -> Iterable[tuple[Tensor, int]]:
+        """The rows of "embed" or "head" that this process holds: tensors, each with the number of
+        its first row."""
+        if self.sharded:
+            return self.weights.local(name)
+        weight = self.weights[name]
+        return [(weight if isinstance(weight, Tensor) else weight.unpack(), 0)]
+
     # ---- forward
 
     def forward(
@@ -147,7 +177,7 @@ class Llama:
         assert tape is None or cache is None, "only packed rows can be trained on"
         assert wanted is None or tape is None, "a backward needs every token"
         if lora is not None:
-            lora.ensure_bound(self)
+            self.ensure_bound(lora)
         w, eps = self.weights, self.config.rms_norm_eps
         cos_sin = self._rope_table(context)
         h, x = w.embed(tokens) if self.sharded else w["embed"][tokens], None
@@ -383,7 +413,7 @@ class Llama:
         if not native and (ops.name == "reference" or not Prepacked.available(embed)):
             return self, lora  # the definition knows plain matrices only
         if lora is not None:
-            lora.ensure_bound(self)
+            self.ensure_bound(lora)
         tied = self.config.tie_embeddings
         packed: dict[str, Tensor | PackedWeight] = {}
         for name in sorted(self.weights, key="embed".__eq__):  # what is tied to another comes last

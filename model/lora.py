@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -40,10 +39,6 @@ from model.weights import (
     read_rows,
     written_beside,
 )
-
-if TYPE_CHECKING:
-    from model.llama import Llama
-
 
 GROUPS = {  # group -> members in the order of the fused weight
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -146,8 +141,8 @@ class Lora:
     params  (P,) masters, fp32 (fp64 beside an fp64 model)      grads  (P,) the same dtype
     compute (P,) what the forward reads: params itself, or a copy in the model's dtype
 
-    `bind(model)` puts the buffers on the model's device and makes the views that its forward
-    reads; a forward binds an adapter that is not bound yet.
+    `bind` puts the buffers on a model's device and makes the views that its forward reads.
+    `Llama.bind(lora)` does that for a model, and a forward for an adapter that is not bound yet.
     """
 
     def __init__(
@@ -172,23 +167,19 @@ class Lora:
     @classmethod
     def init(
         cls,
-        model: Llama,
-        rank: int = 8,
-        alpha: float = 16.0,
-        modules: str = "qv",
-        dropout: float = 0.0,
-        seed: int = 0,
-        rslora: bool = False,
+        config: LoraConfig,
+        model_config: LlamaConfig,
+        device: str | torch.device,
+        dtype: torch.dtype,  # of the model; the masters have at least fp32
     ) -> Lora:
-        """A fresh adapter: A uniform in +-1/sqrt(K) (PEFT's Kaiming form), B zero."""
-        config = LoraConfig(rank, alpha, dropout, modules, rslora, seed)
-        lora = cls(config, adapter_shapes(config, model.config))
-        generator = torch.Generator().manual_seed(seed)
+        """A fresh adapter, bound: A uniform in +-1/sqrt(K) (PEFT's Kaiming form), B zero."""
+        lora = cls(config, adapter_shapes(config, model_config))
+        generator = torch.Generator().manual_seed(config.seed)
         for name, view in lora.views(lora.params).items():
             if ".lora_A." in name:
                 bound = view.shape[1] ** -0.5
                 view.copy_(torch.rand(view.shape, generator=generator) * (2 * bound) - bound)
-        lora.bind(model)
+        lora.bind(model_config, torch.device(device), dtype)
         return lora
 
     # ---- views
@@ -245,26 +236,19 @@ class Lora:
                 )
             print(f"adapter: {file} holds the model's own {name} as well, unchanged: passed over")
 
-    def bind(self, model: Llama) -> None:
-        """Move to a model's device and dtype and make its views; ValueError where shapes differ."""
-        self.check_fits(model.config)
-        self.check_copies(model.config, lambda name: _held(model, COPIED[name]))
-        master = accumulate_dtype(model.dtype)
-        self.params = self.params.to(model.device, master)
-        self.compute = self.params if model.dtype == master else self.params.to(model.dtype)
-        self.grads = torch.zeros_like(self.params)
-        self.bound = (model.config, model.device, model.dtype)
-        self.make_groups(model.config)
+    def bind(self, model_config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Move to a model's device and dtype and make the views that its forward reads.
 
-    def ensure_bound(self, model: Llama) -> None:
-        """Bind if that was not done yet; an adapter bound to another kind of model is an error."""
-        if self.bound is None:
-            self.bind(model)
-        elif self.bound != (model.config, model.device, model.dtype):
-            raise ValueError(
-                f"the adapter is bound to {self.bound[1:]}, the model is on "
-                f"{(model.device, model.dtype)}; call lora.bind(model)"
-            )
+        ValueError where the shapes do not fit the model. Copies of the base's own matrices are
+        compared by `Llama.bind`, which has them.
+        """
+        self.check_fits(model_config)
+        master = accumulate_dtype(dtype)
+        self.params = self.params.to(device, master)
+        self.compute = self.params if dtype == master else self.params.to(dtype)
+        self.grads = torch.zeros_like(self.params)
+        self.bound = (model_config, device, dtype)
+        self.make_groups(model_config)
 
     def make_groups(self, model: LlamaConfig) -> None:
         """The views that a forward reads and a backward adds into."""
@@ -441,14 +425,6 @@ def _same(file: Path, stored: str, rows: Tensor, first: int) -> bool:
         if not torch.equal(copy.to(own.dtype), own) and not torch.equal(own.to(copy.dtype), copy):
             return False
     return True
-
-
-def _held(model: Llama, place: str) -> Iterable[tuple[Tensor, int]]:
-    """The rows of the embedding or the head that this process holds."""
-    if model.sharded:
-        return model.weights.local(place)
-    weight = model.weights[place]
-    return [(weight if isinstance(weight, Tensor) else weight.unpack(), 0)]
 
 
 def _stem(file: Path, name: str) -> tuple[int, str]:

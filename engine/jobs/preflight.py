@@ -44,7 +44,7 @@ from engine.session import Session
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.step import step_gradients
 from engine.verify.verifiers import get_verifier
-from model.lora import Lora, LoraConfig
+from model.lora import Lora, LoraConfig, adapter_shapes
 
 GRAM = 4  # words of an n-gram; copying is the share of the rewrite's that stand in the reference
 HEDGES = re.compile(
@@ -176,7 +176,8 @@ def preflight(
     cost["score"] = means.seconds / len(sample) * len(rows)
     cost |= _training(session, whole, report.lines, data, encoding, training, lora)
     found["seconds"] = cost
-    adapter = 4 * Lora.init(session.model, **dataclasses.asdict(lora)).params.numel()
+    shapes = adapter_shapes(lora, session.model.config).values()
+    adapter = 4 * sum(rows * columns for rows, columns in shapes)  # bytes, fp32
     # a checkpoint holds the adapter, AdamW's two moments and the parameters; one more is written
     found["disk_mb"] = (line_bytes * len(rows) + 2 * adapter * (1 + 4 * (training.keep + 1))) / 1e6
     found["took"] = time.perf_counter() - started
@@ -274,7 +275,7 @@ def _training(
     examples of the whole file, with its references."""
     model, seconds = session.model, {}
     tokens = sum(len(e.ids) for e in whole)
-    adapter = Lora.init(model, **dataclasses.asdict(config))
+    adapter = Lora.init(config, model.config, model.device, model.dtype)
     sampled = {}
     for arm, target in (("sft", "reference"), ("sdft", "target")):
         mine = encode_rows(lines, session, data, encoding, target)

@@ -162,7 +162,7 @@ def train(
             f"at {highest:.2g} and never reaches {config.lr:g}"
         )
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
-    lora = Lora.init(model, **dataclasses.asdict(lora_config))
+    lora = Lora.init(lora_config, model.config, model.device, model.dtype)
     keys = {"save_every", "keep", "memory_gb"}  # may change: the result does not depend on them
     settings = {
         "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in keys},

@@ -16,8 +16,8 @@ from engine.evaluate.lm_eval_harness import _cell, _line
 from engine.measure.likelihood import Asked, Scorer
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
-from model.lora import Lora
 from tests.conftest import _need
+from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = """
@@ -139,7 +139,7 @@ def test_the_real_model_answers_as_the_harness_own_does(run_peer, tasks, tmp_pat
 def test_the_command(tasks, tmp_path, tiny_llama_dir):
     """Seed and adapter, the table, nothing done twice, an unknown task refused."""
     model = tiny_llama_dir(tokenizer=True)
-    Lora.init(Llama.from_pretrained(model), rank=2).save(tmp_path / "tuned")
+    new_lora(Llama.from_pretrained(model), rank=2).save(tmp_path / "tuned")
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(model)]
     command += ["--adapter", str(tmp_path / "tuned"), "--lm-eval-path", str(tasks)]
@@ -178,9 +178,9 @@ def test_without_the_extra_it_says_what_to_install(tiny_llama_dir, tmp_path):
 def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
     """Nats and greedy flags of several answers behind one context, under an adapter."""
     model = Llama.from_pretrained(tiny_llama_dir())
-    lora = Lora.init(model, rank=2, alpha=64)
+    lora = new_lora(model, rank=2, alpha=64)
     lora.params.add_(torch.randn(lora.params.shape) * 0.3)
-    lora.bind(model)
+    model.bind(lora)
     prompt, answers = [1, 2, 3, 4, 5], [[7], [8, 9, 10], []]
     best = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
     answers[2] = [best]

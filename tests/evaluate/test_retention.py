@@ -22,8 +22,8 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import Lora
 from model.tokenizer import load_tokenizer
+from tests.helpers.adapters import new_lora
 
 PROMPTS = [("a", "Why?"), ("a", "How far?"), ("b", "Say it again.")]
 
@@ -78,7 +78,7 @@ def test_the_seeds_answers_are_made_once_and_drift_is_gone_on_with(tiny, tmp_pat
     out.write_bytes(before[:-9])  # killed in the middle of the last line
     assert seed_answers(model, chat, out, config, {}, PROMPTS) == said
     assert out.read_bytes() == before
-    lora = Lora.init(model, modules="all")
+    lora = new_lora(model, modules="all")
     lora.params.add_(0.1)
     file = tmp_path / "r.jsonl"
     found = retention(model, said, {"seed": None, "x": lora}, file, {"n": 1})
@@ -114,7 +114,7 @@ def test_the_references_likelihood_is_kept_by_row(tiny, tmp_path):
 def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, capsys):
     """--columns and --skip-bad, as AdvBench's CSV needs them."""
     session = Session.open(ModelConfig(str(tiny_llama_dir(tokenizer=True))))
-    lora = Lora.init(session.model)
+    lora = new_lora(session.model)
     lora.params.add_(0.1)
     lora.save(tmp_path / "tuned")
     data = tmp_path / "prompts.csv"
@@ -154,7 +154,7 @@ def test_similarity_of_answers(embed, tiny, tmp_path):
     model, chat = tiny
     config, out = SamplerConfig(max_new_tokens=6), tmp_path / "x.jsonl"
     said = seed_answers(model, chat, tmp_path / "said.jsonl", config, {}, PROMPTS)
-    arms = {"seed": None, "none": Lora.init(model), "some": Lora.init(model, modules="all")}
+    arms = {"seed": None, "none": new_lora(model), "some": new_lora(model, modules="all")}
     arms["some"].params.add_(0.1)
     found = similarity(model, chat, embed, said, arms, out, config, {})
     assert found["none"]["similarity"] == pytest.approx(1, abs=1e-6) and found["none"]["same"] == 1

@@ -31,6 +31,7 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from engine.verify.sandbox import Unprotected, run_program
 from model.lora import Lora
+from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -330,10 +331,10 @@ def session(model_dir) -> Session:
 
 def two_arms(session: Session) -> dict[str, Lora | None]:
     """The seed and an adapter that changes what is said."""
-    lora = Lora.init(session.model, rank=2, alpha=64)
+    lora = new_lora(session.model, rank=2, alpha=64)
     noise = torch.randn(lora.params.shape, generator=torch.Generator().manual_seed(1))
     lora.params.add_(noise)
-    lora.bind(session.model)
+    session.model.bind(lora)
     return {"seed": None, "tuned": lora}
 
 

@@ -7,14 +7,19 @@ import json
 import torch
 from safetensors.torch import load_file
 
-from model.lora import Lora
+from model.lora import Lora, LoraConfig
 
 TOKENS = torch.randint(320, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
+def new_lora(model, **settings):
+    """A fresh adapter bound to `model`; `settings` are fields of LoraConfig."""
+    return Lora.init(LoraConfig(**settings), model.config, model.device, model.dtype)
+
+
 def random_lora(model, modules, rslora=False, rank=8):
     """An adapter that does something: B is not zero."""
-    lora = Lora.init(model, rank=rank, alpha=16.0, modules=modules, seed=3, rslora=rslora)
+    lora = new_lora(model, rank=rank, alpha=16.0, modules=modules, seed=3, rslora=rslora)
     generator = torch.Generator().manual_seed(4)
     for name, view in lora.views(lora.params).items():
         if ".lora_B." in name:

@@ -12,8 +12,6 @@ import signal
 import sys
 from pathlib import Path
 
-from engine.train import step as step_module
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -25,13 +23,14 @@ from engine.runtime.distributed import start
 from engine.runtime.flags import run_main
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
+from engine.train import step as step_module
 from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import Lora
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
+from tests.helpers.adapters import new_lora
 from tests.train.test_train import LORA, SMALL, examples
 
 
@@ -62,7 +61,7 @@ def main() -> None:
 
     # 1. the gradient of one step in fp64, summed over the processes
     model = Llama.from_pretrained(job["model"], dtype=torch.float64, shard=shard)
-    lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
+    lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
     lora.params.add_(0.05)
     found = {}
     for policy in POLICIES:

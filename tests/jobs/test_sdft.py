@@ -64,7 +64,7 @@ def test_the_main_job(tiny, data, tmp_path):
     assert result["training"]["sft"]["steps"] == result["training"]["sdft"]["steps"] == 2
     assert sum(result["distilled"]["counts"].values()) == 8
     for arm in ("sft", "sdft"):
-        Lora.load(out / arm).bind(Llama.from_pretrained(tiny))
+        Llama.from_pretrained(tiny).bind(Lora.load(out / arm))
     _what_the_report_shows(out, printed)
     # the same command again does nothing again
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
@@ -219,7 +219,7 @@ def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
     )
     looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
     lora = Lora.load(tmp_path / "sft")
-    lora.bind(session.model)
+    session.model.bind(lora)
     nll = {system: Validator(looking, session.model, session.chat, system)(lora)[0]
            for system in (told, plain)}  # fmt: skip
     assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3

@@ -18,8 +18,8 @@ from kernels.launch import tile_config, triton_launch
 from kernels.lora_linear.group import LoraGroup
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS, invariant
 from model.llama import Llama
-from model.lora import Lora
 from tests.helpers import interpreter
+from tests.helpers.adapters import new_lora
 
 if triton_launch.INTERPRETED:
     interpreter.install()
@@ -107,10 +107,10 @@ def model(tiny_llama_dir):
 
 
 def adapter(model):
-    lora = Lora.init(model, rank=4, alpha=8, modules="qv", seed=3)
+    lora = new_lora(model, rank=4, alpha=8, modules="qv", seed=3)
     with torch.no_grad():
         lora.params.add_(0.1 * normal(*lora.params.shape))
-    lora.bind(model)
+    model.bind(lora)
     return lora
 
 

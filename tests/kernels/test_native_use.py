@@ -25,8 +25,9 @@ from kernels.packed import Packed
 from kernels.registry import NATIVE, TORCH
 from kernels.spec import Widths
 from model.llama import Llama
-from model.lora import GROUPS, Lora
+from model.lora import GROUPS
 from model.tape import Tape
+from tests.helpers.adapters import new_lora
 from tests.sampling.test_sampler import SAMPLED, requests, text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -496,10 +497,10 @@ def model(request, tiny_llama_dir):
 
 
 def adapter(model, modules="qv"):
-    lora = Lora.init(model, rank=4, alpha=8, modules=modules, seed=3)
+    lora = new_lora(model, rank=4, alpha=8, modules=modules, seed=3)
     with torch.no_grad():
         lora.params.add_(0.1 * torch.randn(lora.params.shape))
-    lora.bind(model)
+    model.bind(lora)
     return lora
 
 

@@ -14,13 +14,14 @@ from kernels.registry import REFERENCE, TORCH
 from model.llama import Llama
 from model.lora import MODULES, Lora
 from model.tape import POLICIES, Tape
+from tests.helpers.adapters import new_lora
 
 LENGTHS = [7, 1, 12, 3]
 
 
 def make(path, modules="all", dropout=0.0, rank=3, ops=TORCH):
     model = Llama.from_pretrained(path, dtype=torch.float64, ops=ops)
-    lora = Lora.init(model, rank=rank, alpha=5.0, modules=modules, dropout=dropout, seed=1)
+    lora = new_lora(model, rank=rank, alpha=5.0, modules=modules, dropout=dropout, seed=1)
     generator = torch.Generator().manual_seed(2)  # B is zero at first: A would have no gradient
     lora.params.copy_(
         torch.randn(lora.params.shape, generator=generator, dtype=torch.float64) * 0.1
@@ -108,7 +109,7 @@ def test_equals_autograd_with_dropout(tiny_llama_dir, policy):
         dataclasses.replace(lora.config, dropout=0.0), {k: v[1] for k, v in lora.slots.items()}
     )
     without.params.copy_(lora.params)
-    without.bind(model)
+    model.bind(without)
     assert abs(ours(model, without)[0] - loss) > 1e-6 * abs(loss), "dropout did nothing"
 
 
@@ -167,7 +168,7 @@ def test_nothing_is_computed_below_the_first_adapter(tiny_llama_dir):
     model.ops = dataclasses.replace(TORCH, swiglu_backward=counted)
     top = Lora(lora.config, shapes)
     with pytest.raises(ValueError, match="made for another model"):
-        top.bind(model)
+        model.bind(top)
     ours(model, lora)
     assert len(calls) == 3
     need = []

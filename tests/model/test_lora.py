@@ -219,7 +219,7 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
             jobs["logits"][name] = {**here, "tokens": TOKENS}
             jobs["gradients"][name] = {**here, "rows": random_rows(), "dtype": "float64"}
             again = Lora.load(tmp_path / name)
-            again.bind(exact)
+            exact.bind(again)
             add_gradient(exact, again, random_rows())
             gradients[name] = again.views(again.grads)
     for name, config in PLAIN.items():
@@ -539,7 +539,7 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
         assert torch.equal(model.logits(TOKENS, lora), want)
         assert f"the model's own {head} as well" in capsys.readouterr().out
         sampling, _ = model.for_sampling(release=True)  # bound while the matrices are packed
-        Lora.load(where).bind(model)
+        model.bind(Lora.load(where))
         model.restore()
         merge(base, adapter(copies), where / "merged")
         assert not any("lora" in n for n in load_file(where / "merged" / "model.safetensors"))

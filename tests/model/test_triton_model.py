@@ -17,8 +17,8 @@ from engine.train.step import micro_step
 from kernels.launch import triton_launch
 from kernels.registry import TORCH, TRITON
 from model.llama import Llama
-from model.lora import Lora
 from tests.helpers import interpreter
+from tests.helpers.adapters import new_lora
 
 if triton_launch.INTERPRETED:
     interpreter.install()
@@ -41,7 +41,7 @@ def on(model, ops):
 
 
 def adapter(model, modules, dropout=0.0):
-    lora = Lora.init(model, rank=4, alpha=8, modules=modules, dropout=dropout, seed=3)
+    lora = new_lora(model, rank=4, alpha=8, modules=modules, dropout=dropout, seed=3)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():  # B starts at zero, which would hide most of the backward
         lora.params.add_(0.1 * torch.randn(lora.params.shape, generator=g).to(DEVICE))

@@ -31,6 +31,7 @@ from model.llama import Llama
 from model.lora import Lora
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
+from tests.helpers.adapters import new_lora
 from tests.helpers.distributed_job import lines
 from tests.train.test_train import LORA, SMALL, examples
 
@@ -66,7 +67,7 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
     sizes = {"tied": False, "intermediate": 16} if shard else {}  # embedding and head in two parts
     path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
-    lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
+    lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
     lora.params.add_(0.05)
     alone = {}
     for count in (9, 1):

@@ -42,8 +42,9 @@ from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.validate import ValidateConfig
 from model.config import read_json
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
 from model.weights import written_beside
+from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +159,7 @@ def test_asked_to_stop_in_every_stage_the_same_command_goes_on(
 def test_each_script_says_how_it_goes_on(tiny, data, tmp_path, script, signals, monkeypatch):
     """What is kept, and the command: --resume is named where it is a flag, and only there."""
     adapter = tmp_path / "adapter"
-    Lora.init(Llama.from_pretrained(tiny)).save(adapter)
+    new_lora(Llama.from_pretrained(tiny)).save(adapter)
 
     def asks(*_, **__):
         signal.raise_signal(signal.SIGTERM)

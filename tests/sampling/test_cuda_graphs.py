@@ -25,8 +25,8 @@ from kernels.launch import triton_launch
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS
 from model.kv_cache import KVCache
 from model.llama import Llama
-from model.lora import Lora
 from tests.helpers import interpreter
+from tests.helpers.adapters import new_lora
 
 if triton_launch.INTERPRETED:
     interpreter.install()
@@ -87,11 +87,11 @@ def model(tiny_llama_dir):
 
 
 def adapter(model):
-    lora = Lora.init(model, rank=4, alpha=8, modules="qv", seed=3)
+    lora = new_lora(model, rank=4, alpha=8, modules="qv", seed=3)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         lora.params.add_(0.1 * torch.randn(lora.params.shape, generator=g).to(DEVICE))
-    lora.bind(model)
+    model.bind(lora)
     return lora
 
 
@@ -319,7 +319,7 @@ def test_a_whole_model_on_triton(model, ops):
         weights = {name: w.to(dtype) for name, w in model.weights.items()}
         whole = Llama(model.config, weights, TRITON)
         if lora is not None:
-            lora.bind(whole)
+            whole.bind(lora)
         for decoding in ({}, SAMPLED) if ON_GPU else (SAMPLED if lora else {},):
             settings = {"rows": 2, "end_ids": (), "invariant": False, **decoding}
             base, _ = write(whole, wanted, lora, graphs=False, **settings)

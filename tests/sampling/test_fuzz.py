@@ -19,6 +19,7 @@ from engine.train.train import train
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import Lora
+from tests.helpers.adapters import new_lora
 from tests.train.test_train import LORA, SMALL, examples
 
 CASES = 40
@@ -132,7 +133,7 @@ def test_fuzz_adapter(tiny_llama_dir, tmp_path):
     def use(folder, out):
         try:
             lora = Lora.load(folder)
-            lora.bind(model)
+            model.bind(lora)
         except ValueError as error:
             if "this model needs" not in str(error):  # it was read: another model's adapter
                 raise
@@ -140,7 +141,7 @@ def test_fuzz_adapter(tiny_llama_dir, tmp_path):
         forward(model, lora)
 
     def make(folder):
-        Lora.init(model, modules="all").save(folder)
+        new_lora(model, modules="all").save(folder)
 
     names = ["adapter_config.json", "adapter_model.safetensors"]
     fuzz("adapter", make, lambda _: names, use, tmp_path)

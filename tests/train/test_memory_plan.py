@@ -12,8 +12,9 @@ from engine.train.memory_plan import choose_policy, predict, saved_per_token
 from engine.train.step import step_gradients
 from model.config import LlamaConfig
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
 from model.tape import POLICIES
+from tests.helpers.adapters import new_lora
 
 
 def llama_2_7b(tiny_llama_dir):
@@ -73,7 +74,7 @@ class Live(TorchDispatchMode):
 def test_the_plan_is_within_a_tenth_of_what_tensors_hold(tiny_llama_dir, modules):
     path = tiny_llama_dir(layers=6, heads=8, kv_heads=4, head_dim=32, intermediate=768, vocab=3000)
     model = Llama.from_pretrained(path)
-    lora = Lora.init(model, modules=modules)
+    lora = new_lora(model, modules=modules)
     rows = [Example(str(i), [(7 * i + k) % 3000 for k in range(256)], 128) for i in range(4)]
     peaks = []
     for policy in POLICIES:

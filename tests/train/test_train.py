@@ -37,6 +37,7 @@ from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.tokenizer import load_tokenizer
+from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = TrainConfig(lr=5e-3, epochs=2, batch_rows=4, micro_tokens=64, save_every=3, seed=5)
@@ -136,7 +137,7 @@ def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
 def test_micro_batches_change_nothing(tiny_llama_dir):
     """fp64: one forward of all rows = rows in any grouping, loss and every gradient."""
     model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
-    lora = Lora.init(model, rank=3, modules="all", dropout=0.2, seed=1)
+    lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
     lora.params.add_(0.05)
     rows, results = examples(9), []
     for groups in ([rows], [[r] for r in rows], [rows[:4], rows[4:]], [rows[::-1]]):
@@ -157,7 +158,7 @@ def test_a_prefix_that_all_prompts_share_is_computed_once_and_changes_nothing(
 ):
     """fp64: loss and every gradient, prompts equal but for their last token among them."""
     model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
-    lora = Lora.init(model, rank=3, modules="all", seed=1)
+    lora = new_lora(model, rank=3, modules="all", seed=1)
     lora.params.add_(0.05)
     begin = [(11 * k) % 300 for k in range(40)]
     rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
@@ -187,7 +188,7 @@ def test_prefixes_are_shared_where_the_table_says_so(
     tiny_llama_dir, monkeypatch, ops, dropout, shared
 ):
     model = Llama.from_pretrained(tiny_llama_dir(), ops=ops)
-    lora = Lora.init(model, dropout=dropout)
+    lora = new_lora(model, dropout=dropout)
     begin = [(11 * k) % 300 for k in range(40)]
     rows = [Example(e.id, begin + e.ids, 40 + e.n_prompt) for e in examples(5)]
     seen, step = [], step_module.micro_step
@@ -232,7 +233,7 @@ def test_a_step_is_adamw_on_the_mean_gradient_clipped(tiny, tmp_path):
     )
     rows, lora_config = examples(), dataclasses.replace(LORA, dropout=0.0)
     trained, _ = go(tiny, tmp_path / "run", config, rows, lora=lora_config)
-    lora = Lora.init(tiny, rank=4, alpha=8, modules="all", seed=5)
+    lora = new_lora(tiny, rank=4, alpha=8, modules="all", seed=5)
     parameter = torch.nn.Parameter(lora.params.clone())
     optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1)
     for step, line in enumerate(lines(tmp_path / "run"), start=1):
@@ -595,7 +596,7 @@ def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
     config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
     validator = Validator(config, model, chat)
     assert validator.names == ["nll", "kl", "agreement"]
-    lora = Lora.init(model, modules="all")
+    lora = new_lora(model, modules="all")
     nll, kl, agreement = validator(lora)
     rows = load_rows(held_out)
     (want,) = reference_nll(model, chat, rows, {"x": None}, tmp_path / "nll", {}).values()
