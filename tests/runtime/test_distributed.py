@@ -82,7 +82,10 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
         job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [str(ROOT / "tests" / "helpers" / "distributed_job.py"), str(tmp_path / "job.json")]
+        script = [
+            str(ROOT / "tests" / "helpers" / "distributed_job.py"),
+            str(tmp_path / "job.json"),
+        ]
         done = subprocess.run(
             [*torchrun, "--nproc-per-node", str(size), *script],
             capture_output=True,
