@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.data.data_file import DataFile
 from engine.data.record_shapes import parse_columns
-from engine.data.records import DataFile
 from engine.data.rows import Row, Rows, load_rows
 from engine.runtime.limits import MOST, check_numbers
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.data.conversation import check_turns
+from engine.data.data_file import DataFile, lines
 from engine.data.fields import kind, message
-from engine.data.records import DataFile, json_lines, lines
+from engine.data.json_records import json_lines
 from engine.data.rows import Rows, listing
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def is_distilled(path: str | Path | DataFile) -> bool:
     if not isinstance(path, DataFile):
         with DataFile(path) as file:
             return is_distilled(file)
-    if not path.beginning().lstrip().startswith("{") or path.suffix == ".csv":
+    if not path.head().lstrip().startswith("{") or path.suffix == ".csv":
         return False
     first = path.first_line()
     return all(name in first for name in ('"response_ids"', '"target"', '"status"'))

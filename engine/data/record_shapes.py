@@ -1,13 +1,16 @@
-"""Which field of a record holds the prompt, the answer, the messages: the shapes people have."""
+"""A record's shape: which of its fields holds the prompt, the answer, the messages
+
+A shape is {role: field name}. It is found by the field names (SHAPES), or named by `--columns`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from engine.data.fields import is_given
-from engine.data.records import wrapped
+from engine.data.records import advice_for_wrapped_rows
 
-# what `--columns` may name; input, history, system, id and tests are optional in every row
+# roles that `--columns` may name; input, history, system, id and tests are optional in every row
 ROLES = ("prompt", "input", "response", "history", "system", "messages", "id", "tests")
 _ALPACA = {
     "prompt": "instruction",
@@ -31,15 +34,15 @@ SHAPES = (
 def parse_columns(text: str) -> dict[str, str]:
     """`prompt=goal,response=target` as {role: field name}; the roles are ROLES.
 
-    `id=` names no field: then ids are made of the rows' texts.
+    `id=` names no field: ids are then made of the rows' texts. ValueError for anything else.
     """
     columns: dict[str, str] = {}
     for part in text.split(","):
         role, equals, name = (piece.strip() for piece in part.partition("="))
-        nameless = role == "id" and equals
-        if not (name or nameless) or role not in ROLES or role in columns:
+        is_named = name or (role == "id" and equals)
+        if not is_named or role not in ROLES or role in columns:
             raise ValueError(
-                f"--columns: cannot read {part.strip()!r} in {text!r}; wanted ROLE=FIELD, each "
+                f"--columns: cannot read {part.strip()!r} in {text!r}; expected ROLE=FIELD, each "
                 f"role once, roles being {', '.join(ROLES)} (id= for ids made of the texts)"
             )
         columns[role] = name
@@ -47,9 +50,11 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def check_columns(columns: dict[str, str], need_reference: bool) -> None:
-    if unknown := columns.keys() - set(ROLES):
-        raise ValueError(f"columns: unknown roles {sorted(unknown)}; wanted {', '.join(ROLES)}")
-    if columns.keys() <= {"id", "tests"}:
+    """ValueError for {role: field} with unknown roles, or from which no row can be made."""
+    unknown = columns.keys() - set(ROLES)
+    if unknown:
+        raise ValueError(f"columns: unknown roles {sorted(unknown)}; expected {', '.join(ROLES)}")
+    if columns.keys() <= {"id", "tests"}:  # beside these each row's shape is still found
         return
     if ("messages" in columns) == ("prompt" in columns):
         raise ValueError(f"columns={columns}: name either 'prompt' or 'messages'")
@@ -57,17 +62,14 @@ def check_columns(columns: dict[str, str], need_reference: bool) -> None:
         raise ValueError(f"columns={columns}: the answer is missing; add response=FIELD")
 
 
-# ---- a record's shape, text and id
-
-
 def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]:
-    """The columns of the one known shape that the record's fields fit.
+    """The one known shape whose fields the record has.
 
-    ValueError where none fits, or several whose texts stand in different fields.
+    ValueError where no shape fits, or several fit that take their texts from different fields.
     """
     needed = ("messages", "prompt", "response") if need_reference else ("messages", "prompt")
     fitting = []  # (shape, names of the fields that it needs)
-    every_shape = {}  # what the message lists, each once and in order
+    every_shape = {}  # as keys, for the message: each once and in order
     for shape in SHAPES:
         names = [shape[role] for role in needed if role in shape]
         every_shape["/".join(names)] = None
@@ -75,9 +77,10 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
             fitting.append((shape, names))
     if not fitting:
         fields = ", ".join(map(repr, record)) or "(none)"
+        advice = advice_for_wrapped_rows(path, record)
         raise ValueError(
             f"fields {fields} fit no known shape; "
-            f"wanted {' or '.join(every_shape)}, or --columns{wrapped(path, record)}"
+            f"expected {' or '.join(every_shape)}, or --columns{advice}"
         )
     shape, names = fitting[0]
     ambiguous = any(others != names for _, others in fitting)
@@ -91,8 +94,10 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
 
 
 def check_fields_are_supported(record: dict, shape: dict[str, str], found: dict[str, str]) -> None:
-    """ValueError for a field that changes what is trained on and is not used; `found` is the shape
-    where it was found, and not named by --columns."""
+    """ValueError for a field that would change what is trained on and is not supported.
+
+    found    the shape as `find_shape` found it; {} where --columns names the text
+    """
     if record.get("loss_mask") is not None:
         raise ValueError(
             "'loss_mask' of a row is not supported: give the messages a \"weight\" of 0 or 1"

@@ -1,12 +1,18 @@
 """Rows: a data file becomes conversations
 
-    file -> records (records.py) -> shape (record_shapes.py) -> messages (conversation.py) -> Row
+    file       data_file.py        bytes -> text
+    records    records.py          text -> JSON values or CSV rows (json_records.py, csv_records.py)
+    shape      record_shapes.py    which field holds the prompt, the answer, the messages
+    messages   conversation.py     the fields' texts as system, user and assistant messages
+    Row        here                with an id, and the tests of a program
 
 A row is one conversation: an optional system message, then user and assistant in turns, the
-assistant last. Nothing is dropped or guessed silently. A row that cannot be used stops the load
-with its line, or is listed in `Rows.bad`. Fields of rows and of messages from which no text and no
-id was made are named in `Rows.unused`. An unsupported field that would change what is trained on
-makes its row unusable.
+assistant last. Nothing is dropped or guessed silently:
+
+* A row that cannot be used ends the load with an error that names its line, or, with skip_bad, is
+  listed in `Rows.bad`.
+* Fields of rows and of messages that contribute no text and no id are named in `Rows.unused`.
+* An unsupported field that would change what is trained on makes its row unusable.
 """
 
 from __future__ import annotations
@@ -19,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.data.conversation import context_only_turns, conversation_of
+from engine.data.data_file import DataFile
 from engine.data.fields import SURROGATE, is_given, kind, message
 from engine.data.record_shapes import check_columns, check_fields_are_supported, find_shape
-from engine.data.records import DataFile, records
+from engine.data.records import records
 
 
 @dataclass(frozen=True)
@@ -33,42 +40,45 @@ class Row:
 
     id: str
     messages: tuple[dict[str, str], ...]
-    tests: str = ""  # a program's, for the verifier `code`
-    context_only: frozenset[int] = frozenset()  # assistant turns, from 0, that carry no loss
+    tests: str = ""  # Python source that tests a program, for the verifier `code`
+    context_only: frozenset[int] = frozenset()  # assistant turns, counted from 0, without a loss
 
     @property
     def reference(self) -> str:
-        """The answer that ends the conversation."""
+        """The answer that ends the conversation; ValueError if only the prompt was loaded."""
         if self.messages[-1]["role"] != "assistant":
             raise ValueError(f"row {self.id} has no reference: it was loaded as a prompt only")
         return self.messages[-1]["content"]
 
     @property
     def turns(self) -> list[int]:
-        """Where in `messages` the assistant speaks."""
-        return [i for i, said in enumerate(self.messages) if said["role"] == "assistant"]
+        """The indices of the assistant's messages in `messages`."""
+        return [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: the line it starts on, why, and its number (from 1)."""
+    """A row that cannot be used."""
 
-    line: int
+    line: int  # of the file, counted from 1, on which the row begins
     reason: str
-    row: int
-    sort: str = ""  # "syntax": it cannot be parsed; "id": its id is taken; "" for all else
+    row: int  # its number among all rows of the file, counted from 1
+    fault: str = ""  # "syntax": it cannot be parsed; "id": an earlier row has its id; "": another
 
 
-class _Taken(ValueError):
-    """An id that an earlier row has."""
+class _DuplicateId(ValueError):
+    """An earlier row has this id."""
 
 
 class Rows(list):
-    """The usable rows of the file `path`, whose bytes hash to `sha256` (with a system message
-    that was added: both together).
+    """The usable rows of a file.
 
-    `bad` lists the unusable ones; `unused` names the fields that no row's text or id was made of
-    (those of messages as "messages[].name"); `inputs` those beside `input` that were read as it.
+    path      the file
+    sha256    hash of its bytes; with a system message that was added, of both together
+    bad       the unusable rows
+    unused    names of fields that contribute to no row's text or id; those of messages are written
+              "messages[].name"
+    inputs    names of fields other than `input` that were read as the prompt's input
     """
 
     def __init__(self, rows: list, path: Path, sha256: str, bad=(), unused=(), inputs=()):
@@ -79,7 +89,7 @@ class Rows(list):
         self.inputs: tuple[str, ...] = tuple(sorted(inputs))
 
     def only(self, rows: list) -> Rows:
-        """Some of these rows, of the same file."""
+        """`rows`, some of these, as Rows of the same file."""
         return Rows(rows, self.path, self.sha256, self.bad, self.unused, self.inputs)
 
 
@@ -95,18 +105,19 @@ def load_rows(
 ) -> Rows:
     """Rows of a JSON array, JSONL or CSV file, gzipped or not.
 
-    columns         {role: field} instead of finding each row's shape (see SHAPES); then only the
-                    named fields make the text. `id` and `tests` can be named alone: each row's
-                    shape is still found. An id of "" takes no field: ids are made of the texts
-    skip_bad        return unusable rows in `.bad` instead of raising ValueError with all of them.
-                    Broken syntax in a JSON array or a CSV always raises: what follows is guesswork;
-                    so do most rows being unparsable, or having an id that is taken: the file is
-                    something else than it was taken for, and good rows would be lost. None: as
-                    False, where there is no flag to offer
-    limit           stop after so many usable rows; what follows is not looked at
-    need_reference  False: prompts only. An answer that is there is left out
-    system          a system message for rows that have none; ids stay as they are, `.sha256` tells
-    check           raises ValueError for a row that cannot be used, and says why
+    columns         {role: field}; without it the shape of each row is found (see SHAPES). Only the
+                    named fields contribute text. `id` and `tests` can be named alone: the shape is
+                    still found. An empty field name for `id` makes ids of the texts
+    skip_bad        True: unusable rows are listed in `.bad`. False: they end the load with
+                    ValueError. None: as False, for callers without a --skip-bad to recommend
+    limit           stop after so many usable rows; the rest of the file is not parsed
+    need_reference  False: load prompts only, without the final answer
+    system          a system message for rows that have none; it changes `.sha256`, and no id
+    check           called with each row; raises ValueError for one that cannot be used
+
+    ValueError whatever skip_bad is: broken syntax in a JSON array or a CSV, since the rows after it
+    are guesswork; a file most of whose rows cannot be parsed, or have an id that an earlier row
+    has, since it is not the kind of file it was taken for; a file without a usable row.
 
     A row's id is its `id` field (text or integer) where it has one, else a hash of its messages;
     the second and third copy of a row get `-2` and `-3`. So an id never depends on other rows,
@@ -115,7 +126,7 @@ def load_rows(
     if columns is not None:
         check_columns(columns, need_reference)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}; wanted at least 1, or None for every row")
+        raise ValueError(f"limit={limit}; expected at least 1, or None for every row")
     with DataFile.of(path) as file:
         reader = _Reader(file.path, columns, need_reference, system, check)
         for line, record in records(file):
@@ -130,7 +141,7 @@ def load_rows(
 
 
 class _Reader:
-    """Makes rows of records, one after the other."""
+    """Makes rows of records, one after the other; collects `rows`, `bad`, `unused`, `inputs`."""
 
     def __init__(
         self,
@@ -146,96 +157,107 @@ class _Reader:
         self.bad: list[BadRow] = []
         self.unused: set[str] = set()
         self.inputs: set[str] = set()
-        self.looked = 0  # records
-        self._lines: dict[str, int] = {}  # id -> the line of the row that has it
-        self._copies: Counter[str] = Counter()
+        self.count = 0  # records so far, usable or not
+        self._line_of_id: dict[str, int] = {}
+        self._copies: Counter[str] = Counter()  # hash of messages -> rows with it so far
 
     def read(self, line: int, record: object) -> None:
-        """A record more: to `rows`, or to `bad` with the reason."""
-        self.looked += 1
+        """Add a record to `rows`, or to `bad` with the reason."""
+        self.count += 1
         try:
             row = self._row(line, record)
         except ValueError as error:
-            sort = ""
+            fault = ""
             if isinstance(record, ValueError):
-                sort = "syntax"
-            elif isinstance(error, _Taken):
-                sort = "id"
-            self.bad.append(BadRow(line, str(error), self.looked, sort))
+                fault = "syntax"
+            elif isinstance(error, _DuplicateId):
+                fault = "id"
+            self.bad.append(BadRow(line, str(error), self.count, fault))
         else:
             self.rows.append(row)
 
     def _row(self, line: int, record: object) -> Row:
+        """The row of a record; ValueError where it has none."""
         if isinstance(record, ValueError):
             raise record
         if not isinstance(record, dict):
-            raise ValueError(f"the row is {kind(record)}, wanted an object")
+            raise ValueError(f"the row is {kind(record)}, expected an object")
         columns = self.columns or {}
         text_is_named = bool({"prompt", "messages"} & columns.keys())
         found = {} if text_is_named else find_shape(self.path, record, self.need_reference)
         shape = {**found, **columns}
         check_fields_are_supported(record, shape, found)
-        spoken, extra = conversation_of(record, shape, self.need_reference)
-        messages = tuple({"role": m["role"], "content": m["content"]} for m in spoken)
-        silent = context_only_turns(spoken) if self.need_reference else frozenset()
-        name = _row_id(record, shape.get("id", "id"), messages, self._copies)
+        turns, unused_keys = conversation_of(record, shape, self.need_reference)
+        messages = tuple({"role": m["role"], "content": m["content"]} for m in turns)
+        context_only = context_only_turns(turns) if self.need_reference else frozenset()
+        row_id = _row_id(record, shape.get("id", "id"), messages, self._copies)
         tests = _tests(record, shape)
-        if name in self._lines:
-            raise _Taken(f"id {name!r} is taken by line {self._lines[name]}")
+        if row_id in self._line_of_id:
+            raise _DuplicateId(f"id {row_id!r} is taken by line {self._line_of_id[row_id]}")
         if self.system and messages[0]["role"] != "system":
             messages = (message("system", self.system, "--system"), *messages)
-        row = Row(name, messages, tests, silent)
+        row = Row(row_id, messages, tests, context_only)
         if self.check is not None:
             self.check(row)
-        self._lines[name] = line
+        self._line_of_id[row_id] = line
+        self._note_fields(record, shape, found, tests)
+        self.unused |= unused_keys
+        return row
+
+    def _note_fields(
+        self, record: dict, shape: dict[str, str], found: dict[str, str], tests: str
+    ) -> None:
+        """Add to `unused` and `inputs` which fields a usable record has."""
         used = {*shape.values(), shape.get("id", "id")}
         if tests:
             used.add("tests")
         if found:
-            used.add("input")  # one that is empty, beside a context
-        self.unused |= {*(record.keys() - used), *extra}
+            used.add("input")  # an empty one, beside a context
+        self.unused |= record.keys() - used
         if found.get("input", "input") != "input" and is_given(record, shape, "input"):
             self.inputs.add(found["input"])
-        return row
 
     def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
-        """ValueError for bad rows that are not to be skipped, or no good ones."""
+        """ValueError for bad rows that are not to be skipped, or if there is no usable row."""
         listed = [f"{self.path}:{b.line} (row {b.row}): {b.reason}" for b in self.bad]
-        what = f"{self.path}: {len(self.bad)} unusable rows"
-        sorts = Counter(bad.sort for bad in self.bad)
-        for sort, why in _HOPELESS.items():
-            if sorts[sort] > 1 and 2 * sorts[sort] > self.looked:
-                what = f"{self.path}: {sorts[sort]} of {self.looked} rows {why[0]}"
-                raise ValueError(listing(what, listed, why[1]))
+        faults = Counter(bad.fault for bad in self.bad)
+        for fault, (fails, advice) in _MOST_ROWS_FAIL.items():
+            if faults[fault] > 1 and 2 * faults[fault] > self.count:
+                what = f"{self.path}: {faults[fault]} of {self.count} rows {fails}"
+                raise ValueError(listing(what, listed, advice))
         if self.bad and not skip_bad:
-            repair = "repair them"
-            if skip_bad is False:  # None: the script has no such flag
-                repair += ", or leave them out with --skip-bad"
-            rename = (
-                "if the ids name sources and not rows, give --columns id= (with the roles that you "
-                "named): ids are then made of the texts"
-            )
-            if not sorts["id"]:
-                ways = [repair]
-            elif sorts["id"] == len(self.bad):
-                ways = [rename]
-            else:
-                ways = [rename, repair]
-            raise ValueError(listing(what, listed, "; ".join(ways)))
+            what = f"{self.path}: {len(self.bad)} unusable rows"
+            raise ValueError(listing(what, listed, self._way_out(faults, skip_bad)))
         if not self.rows:
             first = f"; the first: {listed[0]}" if listed else ""
             raise ValueError(
-                f"{self.path} holds no usable row ({len(self.bad)} unusable); wanted at least one"
-                f"{first}"
+                f"{self.path} holds no usable row ({len(self.bad)} unusable); expected at least "
+                f"one{first}"
             )
 
+    def _way_out(self, faults: Counter[str], skip_bad: bool | None) -> str:
+        """Advice for the bad rows: repair or skip them, make other ids of them, or both."""
+        repair = "repair them"
+        if skip_bad is False:  # None: the script has no such flag
+            repair += ", or leave them out with --skip-bad"
+        rename = (
+            "if the ids name sources and not rows, give --columns id= (with the roles that you "
+            "named): ids are then made of the texts"
+        )
+        if not faults["id"]:
+            return repair
+        if faults["id"] == len(self.bad):
+            return rename
+        return f"{rename}; {repair}"
 
-# what is said where most rows of a file fail alike, and what to do; --skip-bad is no way out there
-_HOPELESS = {
+
+# fault -> (what most rows of the file have in common, advice), where --skip-bad is no way out
+_MOST_ROWS_FAIL = {
     "syntax": (
         "cannot be parsed",
-        "it is not what it was taken for (JSONL is one JSON object a line, a CSV has as many cells "
-        "in every row as in its header); --skip-bad would lose the good rows too: repair it",
+        "the file is not in the expected format (JSONL is one JSON object a line, a CSV has as "
+        "many cells in every row as in its header); --skip-bad would lose the good rows too: "
+        "repair it",
     ),
     "id": (
         "have an id that an earlier row has",
@@ -247,13 +269,17 @@ _HOPELESS = {
 
 def listing(what: str, faults: list[str], way_out: str) -> str:
     """An error's text: what is wrong, what to do, the first ten faults and how many more."""
-    more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
-    return "\n  ".join([f"{what}; {way_out}:", *faults[:10], *more])
+    lines = [f"{what}; {way_out}:", *faults[:10]]
+    if len(faults) > 10:
+        lines.append(f"... and {len(faults) - 10} more")
+    return "\n  ".join(lines)
 
 
 def _tests(record: dict, shape: dict[str, str]) -> str:
-    """Source of the row's tests; a list (MBPP's) is one statement after the other. A `tests` field
-    that holds something else is only a fault where --columns names it."""
+    """Source of the row's tests, "" without; a list of texts (as MBPP has) is joined by newlines.
+
+    ValueError for another value, but only where --columns names the field.
+    """
     name = shape.get("tests", "tests")
     tests = record.get(name) or ""
     if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
@@ -261,15 +287,17 @@ def _tests(record: dict, shape: dict[str, str]) -> str:
     if isinstance(tests, str):
         return tests
     if "tests" in shape:
-        raise ValueError(f"{name!r} is {kind(tests)}, wanted text or a list of texts")
+        raise ValueError(f"{name!r} is {kind(tests)}, expected text or a list of texts")
     return ""
 
 
 def _row_id(record: dict, name: str, messages: tuple[dict, ...], copies: Counter[str]) -> str:
+    """The id in the field `name`, else a hash of the messages and which copy of them this is."""
     given = record.get(name) if name else None
     if given is not None:
-        if not isinstance(given, str | int) or isinstance(given, bool) or not str(given).strip():
-            raise ValueError(f"{name!r} is {kind(given)}, wanted text or an integer")
+        is_id = isinstance(given, str | int) and not isinstance(given, bool)
+        if not is_id or not str(given).strip():
+            raise ValueError(f"{name!r} is {kind(given)}, expected text or an integer")
         if SURROGATE.search(str(given)):
             raise ValueError(f"{name!r} holds half of a surrogate pair, which UTF-8 cannot write")
         return str(given)

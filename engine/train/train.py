@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.config import DataConfig
+from engine.data.data_file import DataFile
 from engine.data.distilled import is_distilled, load_distilled
 from engine.data.encode import (
     Example,
@@ -25,7 +26,6 @@ from engine.data.encode import (
     fingerprint,
     template_takes,
 )
-from engine.data.records import DataFile
 from engine.data.rows import Rows
 from engine.data.show import show
 from engine.measure.likelihood import nll

@@ -83,7 +83,10 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
         job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [str(ROOT / "tests" / "distributed_job.py"), str(tmp_path / "job.json")]
+        script = [
+            str(ROOT / "tests" / "helpers" / "distributed_job.py"),
+            str(tmp_path / "job.json"),
+        ]
         done = subprocess.run(
             [*torchrun, "--nproc-per-node", str(size), *script],
             capture_output=True,
@@ -194,7 +197,7 @@ def test_waiting_for_a_process(deed, said):
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
     here = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "tests" / "waiting_job.py"), deed]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "waiting_job.py"), deed]
     pair = [
         subprocess.Popen(command, env=here | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
         for i in range(2)
