@@ -46,6 +46,11 @@ def jit(fn: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Any:
     return fn if triton is None else triton.jit(fn, do_not_specialize=list(varying))
 
 
+def constant(value: float) -> Any:
+    """`value` as a global that kernels can read; without triton the plain value."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def usable(device: str | torch.device) -> str:
     """Empty when kernels can be launched for tensors of this device, else the reason."""
     kind = torch.device(device).type

@@ -24,7 +24,7 @@ from kernels.cpu.panels import Panels, bytes_needed
 from kernels.registry import FIELDS, NATIVE, REFERENCE, SPECS, TORCH
 from kernels.spec import cast, check
 from tests.helpers import interpreter
-from tests.kernels.test_operations import WRITTEN, named_tensors, random_shapes
+from tests.helpers.operation_cases import WRITTEN, named_tensors, random_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = os.environ.get("TESTED_LIBRARY")
@@ -611,7 +611,9 @@ def test_heads_that_are_no_whole_vectors_are_refused():
     d = lanes() + lanes() // 2
     cached = Cached.build([1], [0], [[0]], 8)
     k = torch.zeros(1, 1, 8, d)
-    with pytest.raises(AssertionError, match=f"heads of {d} are no whole vectors"):
+    with pytest.raises(
+        AssertionError, match=f"heads of {d} are not a multiple of the vector width"
+    ):
         NATIVE.cached_attention(torch.zeros(1, 3 * d), k, k, cached)
 
 
