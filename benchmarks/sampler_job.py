@@ -42,7 +42,9 @@ def open_session(job: dict[str, Any]) -> tuple[Session, float]:
 
 def requests_of(job: dict[str, Any]) -> list[Request]:
     return [
-        Request(row["id"], row["prompt"], job["max_new"], expected=len(ids), draft=ids)
+        Request(
+            row["id"], row["prompt"], job["max_new"], expected_tokens=len(ids), draft_source=ids
+        )
         for row in job["rows"]
         for ids in [row["reference_ids"]]
     ]
