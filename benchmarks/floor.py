@@ -76,12 +76,12 @@ def computed_prompt_tokens(prompts: Sequence[Sequence[int]]) -> int:
 def rows_in_flight(new: Sequence[int], rows: int) -> Iterator[int]:
     """Rows of each decode step when at most `rows` run together, the longest begun first."""
     waiting = sorted(n - 1 for n in new if n > 1)
-    flying: list[int] = []
-    while waiting or flying:
-        while waiting and len(flying) < rows:
-            flying.append(waiting.pop())
-        yield len(flying)
-        flying = [n - 1 for n in flying if n > 1]
+    running: list[int] = []
+    while waiting or running:
+        while waiting and len(running) < rows:
+            running.append(waiting.pop())
+        yield len(running)
+        running = [n - 1 for n in running if n > 1]
 
 
 def generation_floor(

@@ -45,7 +45,7 @@ from benchmarks.processes import why_it_ended
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch
 from engine.runtime.terminal import table
-from engine.sampling.cuda_graphs import refusal
+from engine.sampling.cuda_graphs import why_not_captured
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.train.mfu import stated_rate, step_operations
@@ -231,7 +231,7 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
         except ValueError as error:
             print(f"not decoded: {error}")
     off = {name: {**setting, "graphs": False} for name, setting in settings.items()}
-    reason = refusal(model.ops) if model.device.type == "cuda" else "it is for GPUs"
+    reason = why_not_captured(model.ops) if model.device.type == "cuda" else "it is for GPUs"
     if reason:
         print(f"{model.ops.name}: decoded without graphs only: {reason}")
     on = {} if reason else {f"{name}, graphs": setting for name, setting in settings.items()}
@@ -256,7 +256,7 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
                 "rows_as_without": sum(map(operator.eq, found[name]["answers"], plain)),
                 "replayed": stats.replayed / stats.steps,
                 "capture_s": stats.capture_seconds,
-                "not_captured": stats.not_captured,
+                "not_captured": stats.why_not_captured or "",
             }
     return found
 

@@ -162,7 +162,7 @@ def _write(
             writer.take(completion)
             rate = sampler.stats.new_tokens / (time.perf_counter() - started)
             bar.set_postfix_str(
-                f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
+                f"{rate:.0f} tokens/s, {len(sampler.scheduler.running)} running", refresh=False
             )
             bar.update(writer.written - bar.n)
         return sampler.stats, time.perf_counter() - started, writer.written

@@ -362,7 +362,7 @@ def test_a_reference_of_2048_tokens_is_whole_everywhere(tiny_llama_dir, tmp_path
     assert reference in chat.tokenizer.decode(guided.prompt)
     assert chat.tokenizer.decode(guided.prompt).rstrip().endswith("assistant")
     assert reference not in chat.tokenizer.decode(unguided.prompt)
-    assert guided.max_new == unguided.max_new == 64 + 3 * 2048
+    assert guided.max_new_tokens == unguided.max_new_tokens == 64 + 3 * 2048
     (line,) = report.lines
     assert line.target == line.reference == reference and line.status not in KEPT
     (example,), counts = encode(report.lines, chat, max_length=4096)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.evaluate.lm_eval_harness import _cell, _line
-from engine.measure.likelihood import Asked, Scorer
+from engine.measure.likelihood import Scorer, ScoringRequest
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from tests.conftest import _need
@@ -185,7 +185,7 @@ def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
     best = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
     answers[2] = [best]
     with Scorer(model, [prompt], lora=lora) as scorer:
-        (judged,) = scorer.judged([Asked("x", prompt, answers)])
+        (judged,) = scorer.token_scores([ScoringRequest("x", prompt, answers)])
     for answer, pairs in zip(answers, judged, strict=True):
         logits = model.logits(torch.tensor([*prompt, *answer]), lora)
         logprobs = torch.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]

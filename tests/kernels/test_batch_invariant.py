@@ -10,7 +10,7 @@ import operator
 import pytest
 import torch
 
-from engine.sampling.batch_invariance import differing
+from engine.sampling.batch_invariance import batch_dependences
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from kernels.cpu.prepack import Prepacked
@@ -130,7 +130,9 @@ def requests():
 def texts(model, order, lora=None, drafts=None, **settings):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(page_size=8, temperature=0.8, top_p=0.95, invariant=True, **settings)
-    wanted = [dataclasses.replace(r, draft=(drafts or {}).get((r.id, r.sample), ())) for r in order]
+    wanted = [
+        dataclasses.replace(r, draft_source=(drafts or {}).get((r.id, r.sample), ())) for r in order
+    ]
     with Sampler(model, lambda ids: "", (), config, lora) as sampler:
         done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(wanted)}
     assert all(math.isfinite(p) for _, logprobs in done.values() for p in logprobs)
@@ -147,7 +149,7 @@ def test_sampled_texts_are_batch_invariant(model):
     # references that hold for some tokens and then fail
     drafts = {key: [*ids[:2], 7, 7] for key, (ids, _) in together.items()}
     turned, stats = texts(model, wanted[::-1], lora, drafts, rows=2, draft="always")
-    assert turned == together and stats.held > 0 and stats.held < stats.drafted
+    assert turned == together and 0 < stats.accepted_tokens < stats.draft_tokens
     chunked, _ = texts(model, wanted[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
     assert chunked == {key: together[key] for key in chunked} and len(chunked) == 4
     for request in wanted[2:4]:
@@ -166,10 +168,10 @@ def test_the_check_on_a_card_finds_a_product_that_depends_on_the_batch(model):
     def dependent(x, weight):
         return OPS.linear(x, weight) * (1 + 2.0**-7 * (x.shape[0] > 1))
 
-    differences = ["rows beside one of 1 ", "rows beside one of 11 ", "a prompt is cut"]
+    differences = ["sequences beside one of 1 ", "sequences beside one of 11 ", "a prompt is cut"]
     for linear, expected in ((OPS.linear, []), (dependent, differences)):
         probed = Llama(model.config, model.weights, dataclasses.replace(ops, linear=linear))
-        found = differing(probed, lora, page_size=8, prompts=(1, 11), drafted=6)
+        found = batch_dependences(probed, lora, 8, prompt_lengths=(1, 11), decoded=6)
         assert len(found) == len(expected) and all(map(operator.contains, found, expected)), found
 
 
@@ -191,7 +193,4 @@ def test_fp32_on_a_cpu_is_batch_invariant_without_the_flag(tiny_llama_dir, capsy
     done, _ = texts(model, requests(), rows=5)
     said = capsys.readouterr().out
     assert done == texts(model, requests(), rows=2)[0]
-    assert (
-        said
-        == "invariant: a row's bits are its own on a CPU in float32, with and without the flag\n"
-    )
+    assert said == "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"

@@ -28,7 +28,7 @@ from model.llama import Llama
 from model.lora import GROUPS
 from model.tape import Tape
 from tests.helpers.adapters import new_lora
-from tests.sampling.test_sampler import SAMPLED, requests, text
+from tests.helpers.sampling import SAMPLED, random_requests, text
 
 ROOT = Path(__file__).resolve().parents[2]
 REASON = native.usable()
@@ -487,7 +487,9 @@ def written(model, lora=None, **config):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(**SAMPLED, **config)
     with Sampler(model, text, (7,), config, lora) as sampler:
-        return {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(requests(model, 6))}
+        return {
+            (c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(random_requests(model, 6))
+        }
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -606,7 +608,7 @@ def test_a_text_is_its_own(model, adapted, capsys):
     """Through the sampler: any rows, pages and chunks, and the model as it was afterwards."""
     lora, before = adapter(model) if adapted else None, copied(model)
     base = written(model, lora, rows=1, invariant=True)
-    promise = "invariant: a row's bits are its own on a CPU in float32, with and without the flag\n"
+    promise = "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
     assert capsys.readouterr().out.endswith(promise)
     for settings in ({"rows": 4}, {"rows": 6, "prefill_tokens": 8}, {"rows": 3, "page_size": 64}):
         assert written(model, lora, **settings) == base
