@@ -91,14 +91,14 @@ def score(
         asked_for = [asked for asked in asked_for if any(asked.answers)]
         forwards = list(batches(asked_for))
         if model.sharded:  # all processes gather the weights equally often
-            forwards += [[]] * (file.world.most(len(forwards)) - len(forwards))
+            forwards += [[]] * (file.world.max_over_ranks(len(forwards)) - len(forwards))
         if forwards:
             prompts = [asked.prompt for asked in asked_for]
             with (
-                file.world.together(),
+                file.world.report_lost_rank(),
                 PackedScorer(model) if model.sharded else Scorer(model, prompts) as scorer,
                 progress(
-                    total=len(asked_for), desc="score", unit="row", disable=not file.world.first
+                    total=len(asked_for), desc="score", unit="row", disable=not file.world.is_rank0
                 ) as bar,
             ):
                 for batch in forwards:
