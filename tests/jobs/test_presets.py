@@ -29,7 +29,7 @@ from engine.train.config import EncodeConfig, TrainConfig
 from model.chat import Chat
 from model.lora import LoraConfig
 from model.tokenizer import load_tokenizer
-from tests.data.test_encode import published
+from tests.helpers.published_code import published_lengths
 from tests.helpers.tokenizer_dirs import golden_checkpoint
 from tests.jobs.test_sdft import script
 
@@ -200,7 +200,7 @@ def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
         for r in rows
     ]
     for example, pair in zip(examples, lengths, strict=True):
-        assert (len(example.ids), len(example.ids) - example.n_prompt) == published([pair])
+        assert (len(example.ids), len(example.ids) - example.n_prompt) == published_lengths([pair])
     assert counts.cut == sum(
         sum(pair) > len(e.ids) for e, pair in zip(examples, lengths, strict=True)
     )
