@@ -1,4 +1,4 @@
-"""Which rows of which file."""
+"""Which file is read, and which of its rows (`--data` and the flags beside it)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class DataConfig:
         check: Callable[[Row], None] | None = None,
         opened: DataFile | None = None,
     ) -> Rows:
-        """The rows, with what was left out said.
+        """The rows; prints how many there are, and what was left out or not used.
 
-        check: ValueError for rows that cannot be used, as `template_takes` gives for those that the
-        chat template refuses. opened: the file, if it is open already.
+        check: raises ValueError for a row that cannot be used, as `template_takes` does for one
+        that the chat template refuses. opened: the file, if it is open already.
         """
         rows = load_rows(
             opened or self.data,
@@ -49,15 +49,19 @@ class DataConfig:
             system=self.system,
             check=check,
         )
-        skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
-        unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
-        read = f", {', '.join(map(repr, rows.inputs))} read as input" if rows.inputs else ""
-        print(f"data: {len(rows)} rows from {self.data}{skipped}{read}{unused}")
-        silent = sum(len(row.context_only) for row in rows)
-        if silent:
-            print(f"data: {silent} of the assistant's messages are context only, as they ask")
+        text = f"data: {len(rows)} rows from {self.data}"
+        if rows.bad:
+            text += f", {len(rows.bad)} unusable rows left out"
+        if rows.inputs:
+            text += f", {', '.join(map(repr, rows.inputs))} read as input"
+        if rows.unused:
+            text += f", fields not used: {', '.join(rows.unused)}"
+        print(text)
+        context_only = sum(len(row.context_only) for row in rows)
+        if context_only:
+            print(f"data: {context_only} of the assistant's messages are context only, as they ask")
         return rows
 
     def beside(self, file: str, limit: int | None) -> DataConfig:
-        """The same reading of another file: held-out rows, validation."""
+        """Another file read in the same way: held-out rows, validation."""
         return dataclasses.replace(self, data=file, limit=limit)

@@ -100,10 +100,10 @@ def score(
         if forwards:
             prompts = [asked.prompt for asked in asked_for]
             with (
-                file.world.together(),
+                file.world.report_lost_rank(),
                 scorer_for(model, prompts) as scorer,
                 progress(
-                    total=len(asked_for), desc="score", unit="row", disable=not file.world.first
+                    total=len(asked_for), desc="score", unit="row", disable=not file.world.is_rank0
                 ) as bar,
             ):
                 for batch in forwards:

@@ -80,7 +80,7 @@ def collective_rounds(model: Llama, world: World, rounds: int) -> int:
     Sharded weights are gathered by all processes together: each makes as many forwards as the one
     that has most (with dummy tokens where its own are done).
     """
-    return world.most(rounds) if model.sharded else rounds
+    return world.max_over_ranks(rounds) if model.sharded else rounds
 
 
 def scorer_for(model: Llama, prompts: Sequence[Sequence[int]]) -> Scorer | PackedScorer:

@@ -1,13 +1,11 @@
-"""Settings of a training."""
+"""Settings of a training: `TrainConfig` the steps, `EncodeConfig` the examples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from engine.data.distilled import TARGETS
-from engine.data.encode import (
-    MAX_LENGTH,
-)
+from engine.data.encode import MAX_LENGTH
 from engine.runtime.limits import MOST, check_numbers
 from engine.train.optim import SCHEDULES, highest_rate
 from model.tape import POLICIES
@@ -41,35 +39,36 @@ class TrainConfig:
         return self.max_steps or self.epochs * -(-count // self.batch_rows)
 
     def highest_rate(self, count: int) -> float:
-        """The highest rate that a run over `count` examples comes to, as far as the warm-up lets
-        it; ValueError where that is 0."""
+        """The highest learning rate of a run over `count` examples; ValueError where the warm-up
+        keeps it at 0."""
         return highest_rate(self.schedule, self.steps(count), self.lr, self.warmup)
 
     def check(self) -> None:
         """ValueError for numbers that cannot train."""
-        counts = ("epochs", "batch_rows", "micro_tokens", "save_every", "keep")
-        for name in counts:
+        for name in ("epochs", "batch_rows", "micro_tokens", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is wanted")
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0 or not 0 <= self.warmup < 1:
             raise ValueError(
                 f"lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}, warmup "
-                f"{self.warmup}: lr > 0, clip and decay >= 0, 0 <= warmup < 1 are wanted"
+                f"{self.warmup}: expected lr > 0, clip and decay >= 0, 0 <= warmup < 1"
             )
         if self.max_steps < 0 or self.memory_gb < 0:
             raise ValueError(
-                f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: 0 or more is wanted"
+                f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: expected 0 or more"
             )
         if self.recompute not in ("auto", *POLICIES):
-            raise ValueError(f"recompute {self.recompute!r}: one of auto, {', '.join(POLICIES)}")
+            raise ValueError(
+                f"recompute {self.recompute!r}: expected auto or one of {', '.join(POLICIES)}"
+            )
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         check_numbers(self, lr=(0, 100), epochs=(1, 10**5), max_steps=(0, 10**7))
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What of a row is trained on."""
+    """Which answer of a row is trained on, and how long an example may be."""
 
     target: str = "target"  # which answer of distilled data to learn: target (the accepted rewrite,
     #   else the reference: SDFT), reference (SFT), or response (every rewrite)
@@ -80,9 +79,9 @@ class EncodeConfig:
     #   them, as --paper-exact does
 
     def check(self) -> None:
-        """ValueError for what cannot be trained on."""
+        """ValueError for settings that cannot be."""
         if self.target not in TARGETS:
-            raise ValueError(f"target {self.target!r}: one of {', '.join(TARGETS)} is wanted")
+            raise ValueError(f"target {self.target!r}: expected one of {', '.join(TARGETS)}")
         if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix {self.mix}: a share from 0 to 1 is wanted")
+            raise ValueError(f"mix {self.mix}: expected a share from 0 to 1")
         check_numbers(self, max_length=(1, MOST))

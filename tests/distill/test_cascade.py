@@ -410,7 +410,7 @@ def test_the_published_defects_and_nothing_else(tiny_llama_dir, tmp_path):
     assert all(x.response_tokens == 9 + prefix for x in ours if x.finish == "length")
     assert all(x.response.startswith("Great!") and x.status not in KEPT for x in ours)
     examples, counts = encode(paper, chat, max_length=2048)
-    assert counts.glued == len(cut) and counts.unfinished == 0
+    assert counts.end_added == len(cut) and counts.unfinished == 0
     by_id = {e.id: e for e in examples}
     for line in cut:
         example = by_id[line.id]

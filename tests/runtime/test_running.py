@@ -682,8 +682,8 @@ from engine.train import step
 from engine.runtime.distributed import start
 from engine.runtime.stopping import Stopped
 from engine.train.train import train
-from tests.distill.test_distill import CONFIG, SAMPLING, load, rows
-from tests.train.test_train import LORA, SMALL, examples
+from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
+from tests.helpers.training import LORA, SMALL, examples
 torch.set_num_threads(1)
 world, out = start(), Path({out!r})
 count = []

@@ -21,8 +21,8 @@ from engine.train.memory_plan import available
 from kernels.registry import TORCH
 from model.kv_cache import KVCache
 from model.llama import Llama
+from tests.helpers.configs import llama_2_7b
 from tests.helpers.sampling import text
-from tests.train.test_memory_plan import llama_2_7b
 
 GB = 10**9
 
