@@ -10,6 +10,7 @@ from engine.data.encode import (
 )
 from engine.runtime.limits import MOST, check_numbers
 from engine.train.optim import SCHEDULES, highest_rate
+from kernels.integers import cdiv
 from model.tape import POLICIES
 
 
@@ -38,7 +39,7 @@ class TrainConfig:
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a run over `count` examples."""
-        return self.max_steps or self.epochs * -(-count // self.batch_rows)
+        return self.max_steps or self.epochs * cdiv(count, self.batch_rows)
 
     def highest_rate(self, count: int) -> float:
         """The highest rate that a run over `count` examples comes to, as far as the warm-up lets
