@@ -39,7 +39,9 @@ def ceilings(seconds: float = 1.0) -> dict[str, float]:
     """
     n, size = 2048, 1 << 28  # 1 GiB of floats: more than any cache holds
     a, b = torch.randn(n, n), torch.randn(n, n)
-    forms = [b, prepack(b), *([] if native.usable() else [prepack(b, panels=True)])]
+    forms = [b, prepack(b)]
+    if native.why_unavailable() is None:
+        forms.append(prepack(b, panels=True))
     product, x = min(_fastest(lambda w=w: linear(a, w), seconds) for w in forms), torch.ones(size)
     read = min(_fastest(x.sum, seconds), _fastest(lambda: x.dot(x), seconds))
     return {"flops": 2 * n**3 / product, "bytes": FLOAT * size / read}

@@ -51,7 +51,8 @@ from engine.sampling.sampler import Sampler
 from engine.train.mfu import stated_rate, step_operations
 from engine.train.optim import Optimizer
 from engine.train.step import micro_step
-from kernels.registry import choose, invariant
+from kernels.registry import invariant
+from kernels.select_ops import choose
 from kernels.spec import MODELS, Widths
 from model.config import LlamaConfig
 from model.llama import Llama

@@ -20,7 +20,7 @@ from engine.runtime.limits import check_numbers
 from engine.runtime.process_memory import keep_freed_memory, memory_for, return_freed_memory
 from engine.runtime.published_adapter import refuse_damaged
 from engine.runtime.run_record import model_fingerprint
-from kernels.registry import choose
+from kernels.select_ops import choose
 from model.chat import Chat
 from model.config import LlamaConfig, read_json
 from model.llama import Llama, default_dtype, has_bf16_units

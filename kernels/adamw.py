@@ -225,6 +225,7 @@ SPEC = Spec(
     "adamw",
     _make_inputs,
     _run,
+    fields=("adamw_", "grad_norm"),
     test_shapes=((0,), (1,), (257,), (100_003,)),
     # r 8 on q, v of SmolLM2-135M; r 16 on every matrix of Llama-2-7B and of Llama-3-8B
     bench_shapes=((460_800,), (39_976_960,), (41_943_040,)),

@@ -179,6 +179,7 @@ SPEC = Spec(
     "linear_cross_entropy",
     _make_inputs,
     _run,
+    fields=("linear_cross_entropy",),
     test_shapes=((1, 16, 11), (63, 24, 257), (300, 16, 40_000), (0, 16, 11)),
     bench_shapes=tuple((n, m.D, m.V) for m in MODELS.values() for n in TOKENS[2:]),
     model_shapes=lambda m: ((9, 64, m.V),),  # only V reaches the kernel

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch.triton_launch import cdiv, jit, tl
+from kernels.integers import cdiv
+from kernels.launch.triton_launch import jit, tl
 
 MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -272,6 +272,12 @@ SPEC = Spec(
     "rms_norm",
     _make_inputs,
     _run,
+    fields=(
+        "rms_norm_forward",
+        "rms_norm_backward",
+        "add_rms_norm_forward",
+        "add_rms_norm_backward",
+    ),
     test_shapes=((1, 64), (3, 63), (257, 576), (0, 64)),
     bench_shapes=tuple((t, m.D) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.D),),

@@ -165,6 +165,7 @@ SPEC = Spec(
     "rope",
     _make_inputs,
     _run,
+    fields=("rope_",),
     test_shapes=((1, 1, 1, 64), (5, 9, 3, 64), (63, 4, 4, 80), (0, 2, 1, 64)),
     bench_shapes=tuple((t, m.H, m.G, m.d) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.H, m.G, m.d),),

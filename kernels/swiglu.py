@@ -170,6 +170,7 @@ SPEC = Spec(
     "swiglu",
     _make_inputs,
     _run,
+    fields=("swiglu_forward", "swiglu_backward"),
     test_shapes=((1, 32), (3, 63), (257, 96), (0, 32)),
     bench_shapes=tuple((t, m.F) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.F),),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.integers import cdiv
 from model.config import LlamaConfig
 
 
@@ -48,7 +49,7 @@ class KVCache:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a row of so many tokens needs."""
-        return -(-tokens // self.page_size)
+        return cdiv(tokens, self.page_size)
 
     def take(self, count: int) -> list[int]:
         """`count` zeroed pages; the caller has looked at `free` before."""

@@ -35,11 +35,12 @@ from torch import Tensor
 from kernels import registry
 from kernels.cached import Cached
 from kernels.cpu.prepack import PackedWeight, Prepacked, prepack
-from kernels.dtypes import accumulate_dtype
+from kernels.dtypes import accumulate_dtype, sum_products_in_fp32
 from kernels.lora_linear.group import LoraGroup
 from kernels.packed import Packed
 from kernels.philox import Dropout, mix
-from kernels.registry import TORCH, Ops, choose
+from kernels.registry import TORCH, Ops
+from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.kv_cache import KVCache
 from model.lora import COPIED, GROUPS, Lora
@@ -73,7 +74,7 @@ class Llama:
         self.config, self.weights = config, weights
         self.sharded = hasattr(weights, "whole")
         if self.device.type == "cuda":
-            registry.sum_products_in_fp32()
+            sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self._cos_sin: Tensor | None = None
         # set for packed weights: all layers in one call (kernels/cpu/fused_layers.py)

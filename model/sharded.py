@@ -26,6 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from kernels.integers import cdiv
+
 
 class InPlace:
     """FSDP's gather on gloo, whose own makes two copies more: each share is broadcast to its place.
@@ -85,7 +87,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         self.parts: dict[str, list[tuple[str, int]]] = {}  # of embed and head: (unit, first row)
         for name in sorted({"embed", "head"} & shapes.keys()):
             rows, width = shapes[name]
-            starts = range(0, rows, -(-layer // width))
+            starts = range(0, rows, cdiv(layer, width))
             self.parts[name] = [(f"{name} from {i}", i) for i in starts]
             for unit, i in self.parts[name]:
                 units[unit] = {"rows": (min(rows - i, starts.step), width)}
@@ -110,7 +112,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         found = []
         for unit, start in self.parts.get(name, [(layer, 0)]):
             weight = getattr(self.units[unit], parameter or "rows")
-            each = -(-len(weight) // self.size)  # the last processes may have fewer, or none
+            each = cdiv(len(weight), self.size)  # the last processes may have fewer, or none
             first = min(len(weight), self.rank * each)
             held = weight.to_local()
             assert len(held) == min(len(weight), first + each) - first, f"{name}: cut elsewhere"

@@ -8,6 +8,7 @@ from engine.data.distilled import TARGETS
 from engine.data.encode import MAX_LENGTH
 from engine.runtime.limits import MOST, check_numbers
 from engine.train.optim import SCHEDULES, highest_rate
+from kernels.integers import cdiv
 from model.tape import POLICIES
 
 
@@ -36,7 +37,7 @@ class TrainConfig:
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a run over `count` examples."""
-        return self.max_steps or self.epochs * -(-count // self.batch_rows)
+        return self.max_steps or self.epochs * cdiv(count, self.batch_rows)
 
     def highest_rate(self, count: int) -> float:
         """The highest learning rate of a run over `count` examples; ValueError where the warm-up

@@ -62,6 +62,7 @@ SPEC = Spec(
     "attention",
     _make_inputs,
     _run,
+    fields=("attention_forward", "attention_backward"),
     test_shapes=(
         (1, 1, 16, 1),
         (4, 4, 80, 3, 1, 63),

@@ -58,7 +58,7 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
     ops.kv_write_(i["qkv"], i["k"], i["v"], i["cached"])
     outputs = {"k": i["k"], "v": i["v"]}
     for name, alone in (("prefill", False), ("decode", True)):
-        cached = replace(i["cached"], alone=alone, memo={}, cut={})
+        cached = replace(i["cached"], alone=alone, memo={})
         outputs[name] = ops.cached_attention(i["qkv"], i["k"], i["v"], cached)
     return outputs
 
@@ -74,6 +74,7 @@ SPEC = Spec(
     "cached_attention",
     _make_inputs,
     _run,
+    fields=("kv_write_", "cached_attention"),
     test_shapes=(
         (1, 1, 16, 8, 1, 1, 0),
         (9, 3, 64, 8, 1, 1, 0, 7, 8, 30, 63),

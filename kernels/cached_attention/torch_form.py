@@ -24,7 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cached import Block, Cached, Pass
+from kernels.cached import Cached
+from kernels.cpu.paged_layout import Block, Pass, blocks, passes
 from kernels.cpu.rowwise import alone_width
 from kernels.dtypes import accumulate_dtype
 from kernels.packed import HIDDEN
@@ -68,7 +69,7 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
     o = torch.empty_like(q)
     if cached.alone:
         width = alone_width(H // G, size, d, q.dtype, q.device.type)
-        for one in cached.passes(width):
+        for one in passes(cached, width):
             part = _decode(q, k, v, one)  # (B W, H d)
             tokens = one.tokens
             if tokens is None:  # one query per sequence, in order
@@ -78,7 +79,7 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
                 tokens = tokens.index_select(0, one.live)
             o.index_copy_(0, tokens, part)
         return o
-    for block in cached.blocks:
+    for block in blocks(cached):
         part = _prefill(q, k, v, block)  # (sequences * page size, H d)
         o.index_copy_(0, block.scatter, part.index_select(0, block.source))
     return o

@@ -93,6 +93,7 @@ SPEC = Spec(
     "lora_linear",
     _make_inputs,
     _run,
+    fields=("lora_linear_forward", "lora_linear_backward"),
     test_shapes=(
         (1, 16, 4, 8),
         (3, 63, 1, 9, 5, 7),

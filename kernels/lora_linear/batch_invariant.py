@@ -141,6 +141,7 @@ SPEC = Spec(
     "linear",
     _make_inputs,
     _run,
+    fields=("linear",),
     test_shapes=(
         (1, 16, 8),
         (3, 63, 21),

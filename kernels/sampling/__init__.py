@@ -67,6 +67,7 @@ SPEC = Spec(
     "sample",
     _make_inputs,
     _run,
+    fields=("sample",),
     # rows, vocabulary, temperature, top_k, top_p, repetition penalty, min_p
     test_shapes=(
         (5, 300),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kernels.cached import Cached
-from kernels.launch.triton_launch import INTERPRETED, cdiv, usable
+from kernels.integers import cdiv
+from kernels.launch.triton_launch import INTERPRETED, why_unavailable
 from kernels.registry import REFERENCE, TRITON
 from tests.helpers import interpreter
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 @pytest.fixture(autouse=True)
 def strict():
-    if reason := usable(DEVICE):
+    if reason := why_unavailable(DEVICE):
         pytest.skip(reason)
     if INTERPRETED:
         interpreter.install()
