@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from engine.data.config import DataConfig
+from engine.data.data_file import DataFile
 from engine.data.distilled import Distilled, is_distilled, load_distilled
 from engine.data.encode import Example, check_examples, encode, template_takes
-from engine.data.data_file import DataFile
 from engine.data.rows import Row, Rows
 from engine.session import Session
 from engine.train.config import EncodeConfig
