@@ -28,7 +28,7 @@ from engine.distill.seed_likelihoods import score
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
-from model.lora import GROUPS
+from model.layout import GROUPS
 
 MATRICES = tuple(f".{name}" for name in GROUPS)
 

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.files import check_file
+from model.file_checks import check_file
 
 PIECE = 1 << 20  # bytes read at a time
 LONGEST = 1 << 28  # characters of one line or one value; more is no row but a damaged file
@@ -68,8 +68,8 @@ class DataFile:
     """A text file under way: its text in pieces, then the sha256 of its bytes.
 
     ValueError for what is no file of text: directories, pipes, Git LFS pointers, web pages
-    (model/files.py), and the formats of FOREIGN. A gzipped file is read, and hashed, as what was
-    compressed.
+    (model/file_checks.py), and the formats of FOREIGN. A gzipped file is read, and hashed, as its
+    uncompressed content.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.tokenizer import Tokenizer
+    from model.tokenizer_base import Tokenizer
 from engine.data.encode import Example
 
 

@@ -90,13 +90,13 @@ def score(
                 file.write(_record(asked, asked.answers))
         asked_for = [asked for asked in asked_for if any(asked.answers)]
         forwards = list(batches(asked_for))
-        if model.sharded:  # all processes gather the weights equally often
+        if model.is_sharded:  # all processes gather the weights equally often
             forwards += [[]] * (file.world.most(len(forwards)) - len(forwards))
         if forwards:
             prompts = [asked.prompt for asked in asked_for]
             with (
                 file.world.together(),
-                PackedScorer(model) if model.sharded else Scorer(model, prompts) as scorer,
+                PackedScorer(model) if model.is_sharded else Scorer(model, prompts) as scorer,
                 progress(
                     total=len(asked_for), desc="score", unit="row", disable=not file.world.first
                 ) as bar,

@@ -22,6 +22,7 @@ from kernels.packed import Packed
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
+from model.sampling_weights import for_sampling, restore_weights
 
 TOKENS = 1024  # of prompts and answers in a batch
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
@@ -115,7 +116,7 @@ class Scorer:
         self.prefix = common_prefix(prompts)
 
     def __enter__(self) -> Scorer:
-        self.model, self.lora = self.owner.for_sampling(self.adapter, release=True)
+        self.model, self.lora = for_sampling(self.owner, self.adapter, release=True)
         m = self.model
         self.cache = KVCache(m.config, 1, self.page_size, m.device, m.dtype)
         self.shared: list[int] = []  # pages of the prefix
@@ -126,7 +127,7 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         del self.model, self.cache
-        self.owner.restore()
+        restore_weights(self.owner)
 
     def losses(self, batch: Sequence[Asked]) -> list[list[list[float]]]:
         """Nats of every token of every answer."""
@@ -190,7 +191,7 @@ class Scorer:
         wanted = [range(starts[i] + skip[i], starts[i + 1]) for i in range(len(new))]
         index = torch.tensor([t for span in wanted for t in span], device=m.device)
         tokens = torch.tensor([t for row in new for t in row], device=m.device)
-        hidden = m.forward(tokens, cached, lora=self.lora, cache=self.cache, wanted=index)
+        hidden = m.forward(tokens, cached, lora=self.lora, cache=self.cache, logits_indices=index)
         return list(hidden.split([len(span) for span in wanted]))
 
     def _judge(self, hidden: Tensor, targets: Sequence[int]) -> list[tuple[float, bool]]:

@@ -56,7 +56,7 @@ class Probe:
         cached = Cached.build(new, starts, pages, self.page_size, device, alone=alone)
         wanted = None if alone else cached.last
         hidden = self.model.forward(
-            torch.cat(tokens).to(device), cached, lora=self.lora, cache=cache, wanted=wanted
+            torch.cat(tokens).to(device), cached, lora=self.lora, cache=cache, logits_indices=wanted
         )
         logits = self.model.head(hidden)
         at = cached.positions if alone else cached.positions[wanted]

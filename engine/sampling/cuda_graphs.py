@@ -300,7 +300,7 @@ class Graphs:
         except BaseException:
             self._abandon(graph)
             raise
-        step.graph, step.angles = graph, self.model.angles
+        step.graph, step.angles = graph, self.model.cos_sin
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Tell torch that a capture has ended where its own end of it was not reached.

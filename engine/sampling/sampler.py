@@ -43,6 +43,7 @@ from kernels.cached import Cached
 from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
+from model.sampling_weights import for_sampling, restore_weights
 
 __all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "SamplerStats"]
 
@@ -86,12 +87,14 @@ class Sampler:
         self.graphs.clear()
         self.model = self.graphs = None
         give_back_freed_memory(self.owner.device)  # before the matrices grow again
-        self.owner.restore()
+        restore_weights(self.owner)
         give_back_freed_memory(self.owner.device)
 
     def _prepare(self, release: bool) -> None:
         invariant = self.config.invariant
-        self.model, self.lora = self.owner.for_sampling(self.adapter, release, invariant)
+        self.model, self.lora = for_sampling(
+            self.owner, self.adapter, release=release, invariant=invariant
+        )
         if invariant:
             prove(self.model, self.lora, self.config.page_size)
         self.graphs = Graphs(self.model, self.lora, self.pages, self.config, self.stats)
@@ -275,7 +278,7 @@ class Sampler:
     ) -> Tensor:
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
         return self.model.forward(
-            ids, cached, lora=self.lora, cache=self.pages.cache, wanted=wanted
+            ids, cached, lora=self.lora, cache=self.pages.cache, logits_indices=wanted
         )
 
     def _draw(

@@ -28,10 +28,11 @@ from engine.runtime.published_adapter import WEIGHTS
 from engine.runtime.run_record import differing
 from engine.train.optim import Optimizer
 from model.config import read_json
-from model.durable import file_beside
+from model.durable import directory_beside, file_beside
+from model.hf_checkpoint import open_safetensors
 from model.lora import Lora
+from model.peft_format import load_lora, write_lora
 from model.trained_chat import TrainedChat
-from model.weights import open_safetensors, written_beside
 
 HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
@@ -91,8 +92,8 @@ def save_checkpoint(
     """
     place = place_of(out, optimizer.step)
     if not place.exists():
-        with written_beside(place) as beside:
-            lora.write(beside, base)
+        with directory_beside(place) as beside:
+            write_lora(lora, beside, base)
             if chat is not None:
                 chat.write(beside)
             moments = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
@@ -128,7 +129,7 @@ def note_validation(out: Path, found: dict[str, Any]) -> None:
 
 def load_adapter(place: Path, lora: Lora) -> None:
     """Put the adapter of a checkpoint into one of the same shape."""
-    lora.params.copy_(Lora.load(place).params)
+    lora.params.copy_(load_lora(place).params)
     if lora.compute is not lora.params:
         lora.compute.copy_(lora.params)
 

@@ -155,7 +155,7 @@ class Run:
             longest=max(lengths),
             response=round(tokens * share / sum(lengths)),
             dtype=self.model.dtype,
-            held=held_memory(self.model.device) + getattr(self.model.weights, "gathered", 0),
+            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
         )
 
     def gradients(self, chosen: Sequence[Example], step: int, policy: str) -> Gradients:
@@ -170,7 +170,7 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
-                if self.model.sharded:
+                if self.model.is_sharded:
                     raise ValueError(
                         f"step {step}: out of memory ({failure}); under --shard no process can try "
                         "again alone: --resume with more of them, or begin anew (another --out) "
@@ -198,7 +198,7 @@ class Run:
         """Measure the adapter, note it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
         values = torch.zeros(len(names), dtype=torch.float64)
-        if self.world.first or self.model.sharded:  # all are needed to gather sharded weights
+        if self.world.first or self.model.is_sharded:  # all are needed to gather sharded weights
             values += (
                 torch.tensor(self.validator(self.lora), dtype=torch.float64) * self.world.first
             )

@@ -78,7 +78,7 @@ def step_gradients(
     dealt = [[examples[i] for i in s] for s in shares([len(e.ids) for e in examples], world.size)]
     packs = [pack(each, micro_tokens) for each in dealt]
     mine, places = dealt[world.rank], packs[world.rank]
-    idle = max(map(len, packs)) - len(places) if model.sharded else 0
+    idle = max(map(len, packs)) - len(places) if model.is_sharded else 0
     # a dropout mask belongs to its row
     share = model.device.type in model.ops.shares_prefix and not lora.config.dropout
 

@@ -99,7 +99,7 @@ class Validator:
         prompts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
         asked = {p: chat.prompt_ids([{"role": "user", "content": p}]) for p in prompts}
         self.answers: list[tuple[list[int], int]] = []  # ids, tokens of the prompt
-        if asked and model.sharded:
+        if asked and model.is_sharded:
             self.answers = greedy(model, list(asked.values()), chat)
         elif asked:
             sampling = SamplerConfig(rows=8, max_new_tokens=ANSWER)

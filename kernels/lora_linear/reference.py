@@ -32,16 +32,17 @@ def lora_linear_reference(
 
 def lora_linear_reference_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     s: Tensor | None = None,
     group: LoraGroup | None = None,
     need_dx: bool = True,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
-    """By autograd; adds dA and dB into the group's views."""
+    """By autograd; adds dA and dB into the group's views. Without a group x may be None."""
     if group is None:
-        return autograd(lambda x: x @ weight.T, (x,), dy)[0] if need_dx else None
+        return dy @ weight if need_dx else None
+    assert x is not None, "the gradient of A needs x"
     adapted = [b for b in group.b if b is not None]
 
     def forward(x: Tensor, a: Tensor, *b: Tensor) -> Tensor:

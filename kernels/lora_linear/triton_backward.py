@@ -244,7 +244,7 @@ def lora_linear_backward_kernels_triton(
 
 def lora_linear_backward_triton(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     s: Tensor | None = None,
     group: LoraGroup | None = None,
@@ -254,6 +254,7 @@ def lora_linear_backward_triton(
     """As `lora_linear_backward`, in the form that the table of tiles says: kernels, addmm."""
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
+    assert x is not None, "the gradient of A needs x"
     row = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
     return BACKWARD_FORMS[row["form"]](dy, x, weight, s, group, need_dx, dropout)
 

@@ -18,6 +18,7 @@ from kernels.launch import tile_config, triton_launch
 from kernels.lora_linear.group import LoraGroup
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS, invariant
 from model.llama import Llama
+from model.sampling_weights import for_sampling
 from tests.helpers import interpreter
 from tests.helpers.adapters import new_lora
 
@@ -154,7 +155,7 @@ def test_a_text_is_its_own(model):
 
 def test_the_probe(model):
     """What is looked at on a card before the first row: silent here, and not where a row leans."""
-    ours, lora = model.for_sampling(adapter(model), invariant=True)
+    ours, lora = for_sampling(model, adapter(model), invariant=True)
     ops = dataclasses.replace(ours.ops, sample=TORCH.sample)  # much faster in the interpreter
 
     def leaning(x, weight):
@@ -172,7 +173,7 @@ def test_where_it_does_not_hold_it_is_refused(tiny_llama_dir):
     for dtype, ops in ((torch.bfloat16, TORCH), (torch.float32, REFERENCE)):
         model = Llama.from_pretrained(path, dtype=dtype, ops=ops)
         with pytest.raises(ValueError, match="invariant: rms_norm, rope, .*float32"):
-            model.for_sampling(invariant=True)
+            for_sampling(model, invariant=True)
     one = dataclasses.replace(TRITON, swiglu_forward=TORCH.swiglu_forward)
     with pytest.raises(ValueError, match="invariant: swiglu would run"):
         invariant(one)

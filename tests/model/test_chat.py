@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from model.chat import FORMATS, Chat
+from model.chat import Chat
+from model.chat_formats import FORMATS
 from model.tokenizer import load_tokenizer
 from tests.helpers.tokenizer_dirs import (
     golden,

@@ -18,6 +18,7 @@ from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.rope import cos_sin_table, inverse_frequencies
+from model.sampling_weights import for_sampling
 from model.tokenizer import load_tokenizer
 from tests.helpers.shards import split
 
@@ -166,7 +167,7 @@ def test_context_of_a_linearly_scaled_model(tiny_llama_dir, config, named, longe
     model = Llama.from_pretrained(path)
     assert model.config.max_position == longest
     assert model.logits(torch.zeros(longest, dtype=torch.int64)).shape == (longest, 320)
-    with pytest.raises(ValueError, match=f"up to {longest} is wanted"):
+    with pytest.raises(ValueError, match=f"of at most {longest}"):
         model.logits(torch.zeros(longest + 1, dtype=torch.int64))
 
 
@@ -228,7 +229,7 @@ def test_a_head_stored_under_a_tied_config(tiny_llama_dir, capsys, dtype):
     assert torch.equal(other.weights["embed"], tied.weights["embed"])
     want = -tied.logits(torch.arange(9))
     assert torch.equal(other.logits(torch.arange(9)), want)
-    packed, _ = other.for_sampling()  # where a tied model has one packed matrix for both
+    packed, _ = for_sampling(other)  # where a tied model has one packed matrix for both
     assert (packed.logits(torch.arange(9)) - want).abs().max() < 1e-4
     edit_config(path, {"tie_word_embeddings": False})
     assert Llama.from_pretrained(path).config == other.config and capsys.readouterr().out == ""

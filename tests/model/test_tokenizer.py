@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from model.tokenizer import Tokenizer, load_tokenizer, role_ids
+from model.tokenizer import load_tokenizer
+from model.tokenizer_base import Tokenizer
+from model.tokenizer_files import role_ids
 from tests.helpers.tokenizer_dirs import (
     FLAGS,
     golden,

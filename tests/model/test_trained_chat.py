@@ -26,10 +26,12 @@ from engine.session import ModelConfig, Session, as_trained
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.train import train_job
 from engine.train.validate import ValidateConfig
-from model.chat import FORMATS, Chat
+from model.chat import Chat
+from model.chat_formats import FORMATS
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
 from model.merge import merge
+from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
 from tests.helpers.adapters import random_lora
@@ -113,7 +115,7 @@ def test_training_records_its_chat_beside_every_adapter(adapter, base):
     places = sorted((adapter / "checkpoints").iterdir())
     assert places and all(TrainedChat.read(place) == found for place in places)
     assert TrainedChat.read(base) is None
-    assert Lora.load(adapter).config.rank == 8, "another file does not disturb a reader"
+    assert load_lora(adapter).config.rank == 8, "another file does not disturb a reader"
 
 
 def test_a_run_of_before_goes_on_without_a_record(base, tmp_path):
@@ -268,10 +270,10 @@ def test_a_merged_model_in_transformers(merged, adapter, base, run_peer, tmp_pat
 def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp_path):
     path = tiny_llama_dir(tokenizer=True)
     chat = Chat.from_dir(path, load_tokenizer(path))
-    random_lora(Llama.from_pretrained(path), "qv").save(tmp_path / "own")
+    save_lora(random_lora(Llama.from_pretrained(path), "qv"), tmp_path / "own")
     TrainedChat.of(chat, None).write(tmp_path / "own")
     record = TrainedChat.read(tmp_path / "own")
-    merge(path, Lora.load(tmp_path / "own"), tmp_path / "merged", finish=record.install)
+    merge(path, load_lora(tmp_path / "own"), tmp_path / "merged", finish=record.install)
     names = {file.name for file in path.iterdir()}
     assert {file.name for file in (tmp_path / "merged").iterdir()} == {*names, "merge.json"}
     for name in names - {"model.safetensors"}:
@@ -279,8 +281,8 @@ def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp
 
 
 def test_an_adapter_without_a_record_leaves_the_models_own(base, tmp_path):
-    random_lora(Llama.from_pretrained(base), "qv").save(tmp_path / "plain")
-    merge(base, Lora.load(tmp_path / "plain"), tmp_path / "merged")
+    save_lora(random_lora(Llama.from_pretrained(base), "qv"), tmp_path / "plain")
+    merge(base, load_lora(tmp_path / "plain"), tmp_path / "merged")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "merged" / "chat_template.jinja").exists()
