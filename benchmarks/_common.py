@@ -1,7 +1,7 @@
-"""What the benchmarks of kernels share: which kernels there are, and who launches which, and how.
+"""Shared by the benchmarks of kernels: which kernels there are, and which operation launches them.
 
-Nothing here writes a launch down: an operation is run and `kernels.launch.triton_launch.recorder`
-is told.
+No list of launches is kept by hand: operations run on tensors without memory, inside
+`kernels.launch.triton_launch.recording_launches`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import kernels
 from kernels import registry
 from kernels.dtypes import accumulate_dtype
 from kernels.launch import tile_config, triton_launch
-from kernels.registry import Ops
+from kernels.registry import Ops, functions
 from kernels.spec import Spec, cast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Pointer:
-    """What triton's launcher asks of a tensor; a recorded tensor has no memory."""
+    """Stands for a recorded tensor, which has no memory, before triton's launcher."""
 
     dtype: torch.dtype
     offset: int  # bytes into its storage, which itself begins on 16 bytes
@@ -59,40 +59,39 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as it was asked for, its tensors as `Pointer`s."""
+    """A recorded launch, its tensors as `Pointer`s."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
-    shape_class: str = ""  # the first that the kernel's tile was looked up by
+    shape_class: str = ""  # the first by which the kernel's tile configuration was looked up
 
 
 @contextlib.contextmanager
 def recording(device_class: str | None = None) -> Iterator[list[Launch]]:
-    """Launches inside are collected and none is made; rows of the table are those of the class."""
+    """Launches inside are collected and none is made; tile configurations are for the class."""
     launches: list[Launch] = []
-    looked: dict[str, str] = {}  # kernel -> shape class: a launch follows its look-up
+    looked_up: dict[str, str] = {}  # kernel -> shape class: a launch follows its look-up
 
-    def note(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-        described = tuple(Pointer.of(a) if isinstance(a, Tensor) else a for a in args)
-        shape_class = looked.get(kernel.__name__, "")
-        launches.append(Launch(kernel, grid, described, dict(options), shape_class))
+    def note_lookup(lookup: tile_config.Lookup) -> None:
+        looked_up[lookup.kernel] = lookup.shape_class
 
-    kept = triton_launch.recorder, tile_config.pretended, tile_config.watcher
-    triton_launch.recorder, tile_config.pretended, tile_config.watcher = (
-        note,
-        device_class,
-        looked.__setitem__,
-    )
-    try:
+    def note_launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
+        pointers = tuple(Pointer.of(a) if isinstance(a, Tensor) else a for a in args)
+        shape_class = looked_up.get(kernel.__name__, "")
+        launches.append(Launch(kernel, grid, pointers, dict(options), shape_class))
+
+    with (
+        tile_config.pretending(device_class),
+        tile_config.watching(note_lookup),
+        triton_launch.recording_launches(note_launch),
+    ):
         yield launches
-    finally:
-        triton_launch.recorder, tile_config.pretended, tile_config.watcher = kept
 
 
 class _RealOrder(TorchFunctionMode):
-    """randperm gives values even among fake tensors: inputs are laid out on the host by it."""
+    """randperm gives real values even among fake tensors: inputs are laid out on the host by it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.randperm:
@@ -143,13 +142,10 @@ def typed(
 
 
 def tables(spec: Spec) -> list[Ops]:
-    """TRITON, and those of its variants that do this operation in another way."""
-
-    def functions(ops: Ops) -> list:
-        return [getattr(ops, name) for name in registry.FIELDS[spec.name]]
-
-    variants = registry.VARIANTS.values()
-    return [registry.TRITON, *(o for o in variants if functions(o) != functions(registry.TRITON))]
+    """TRITON, and those of its variants that have this operation in another form."""
+    usual = functions(registry.TRITON, spec)
+    others = [ops for ops in registry.VARIANTS.values() if functions(ops, spec) != usual]
+    return [registry.TRITON, *others]
 
 
 def jitted() -> dict[str, Any]:
@@ -168,10 +164,12 @@ def jitted() -> dict[str, Any]:
 
 def specs_of(wanted: str) -> list[Spec]:
     """The specs that can launch a kernel whose name contains `wanted`; all of them for ""."""
-    modules = tuple({f.fn.__module__ for name, f in jitted().items() if wanted in name})
+    modules = {f.fn.__module__ for name, f in jitted().items() if wanted in name}
 
-    def launches(spec: Spec) -> bool:  # kernels.x_triton has the kernels of kernels.x
-        return any(module.startswith(spec.make_inputs.__module__) for module in modules)
+    def launches(spec: Spec) -> bool:
+        # An operation's kernels are in its own file, or in files of its folder.
+        own = spec.make_inputs.__module__
+        return any(module.startswith(own) for module in modules)
 
     return [s for s in registry.SPECS.values() if wanted in s.name or launches(s)]
 
@@ -194,7 +192,7 @@ def other_triton(wanted: str) -> Path:
 
 
 def settle(module: str, wanted: str | None) -> None:
-    """Restart `python -m module` without the interpreter, with the triton that is wanted."""
+    """Restart `python -m module`, if need be, without the interpreter and with this triton."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     restart = triton_launch.INTERPRETED
     if wanted is not None:

@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--seconds", type=float, default=600, help="after so many nothing is begun")
     add("--set", action="append", help="NAME=VALUE[,NAME=VALUE] in the environment, or default")
     add("--against", help="the root of another clone, which takes turns with this one")
+    add("--record", action="store_true", help="append to benchmarks/results")
     add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -243,7 +244,10 @@ def main() -> None:
         print(f"{job + ', ' + setting:50}", *(f"{rate:8.1f}" for rate in medians.values()))
         found[f"{job}, {setting}"] = {"median": medians, "all": worker.rates}
         texts.setdefault(job, set()).update(worker.results)
-    print(json.dumps({"benchmark": "busy", "ask": vars(args), "found": found}))
+    from benchmarks.clock import machine, record  # imports torch, which a worker does by itself
+
+    document = {"benchmark": "busy", "environment": machine("cpu"), "ask": vars(args)}
+    record(document | {"found": found}, args.record)
     if len(texts.get("sample", ())) > 1:
         sys.exit(f"what was sampled differs: {texts['sample']}")
 

@@ -9,16 +9,20 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.runtime.cores import cores
 from engine.runtime.run_record import environment
 from kernels.launch import triton_launch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Fields that the `environment` of every record must have.
+ORIGIN = ("commit", "date", "cpu_model", "cores", "gpu", "python", "torch", "triton")
 SLOW = 2.0  # seconds of one call from which on it is called only once
 
 # ---- the machine
@@ -30,25 +34,44 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the figures are of: card or processor, versions, commit, date."""
-    about = environment() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    about["triton"] = getattr(triton_launch.triton, "__version__", None)
-    about["driver"] = None
-    about["device"] = platform.processor() or platform.machine()
+def cpu_model() -> str:
+    """The processor's name as Linux tells it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        about["device"] = names[0].split(":")[1].strip() if names else about["device"]
-    if device.startswith("cuda"):
-        about["device"] = torch.cuda.get_device_name(device)
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            said = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            about["driver"] = said.stdout.strip().splitlines()[0]
-        except (OSError, IndexError, subprocess.TimeoutExpired):
-            about["driver"] = "unknown"
-    return about
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def triton_version() -> str | None:
+    """Of the installed triton, which need not be imported; None where there is none."""
+    imported = getattr(triton_launch.triton, "__version__", None)
+    try:
+        return imported or version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return answer.stdout.strip().splitlines()[0]
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Origin of the figures: processor, card, versions, commit, date. `record` demands it."""
+    on_gpu = device.startswith("cuda")
+    processor = cpu_model()
+    return environment() | {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu_model": processor,
+        "cores": cores(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor,
+        "driver": driver_version() if on_gpu else None,
+        "triton": triton_version(),
+    }
 
 
 def header(about: dict[str, Any], rates: dict[str, float], dtype: str) -> str:
@@ -62,7 +85,13 @@ def header(about: dict[str, Any], rates: dict[str, float], dtype: str) -> str:
 
 
 def record(document: dict[str, Any], wanted: bool) -> None:
-    """Append to $OUT, if there is one, and to benchmarks/results if that is wanted; print."""
+    """Append to $OUT, if there is one, and to benchmarks/results if that is wanted; print.
+
+    The tables in pages are made of these records (`python -m benchmarks.tables`), so a record
+    without `machine`'s answer in `environment` is refused.
+    """
+    missing = [name for name in ORIGIN if name not in document.get("environment", {})]
+    assert not missing, f"{document['benchmark']}: environment lacks {', '.join(missing)}"
     folders = [Path(os.environ["OUT"])] if os.environ.get("OUT") else []
     folders += [RESULTS] if wanted else []
     for folder in folders:

@@ -39,7 +39,9 @@ def ceilings(seconds: float = 1.0) -> dict[str, float]:
     """
     n, size = 2048, 1 << 28  # 1 GiB of floats: more than any cache holds
     a, b = torch.randn(n, n), torch.randn(n, n)
-    forms = [b, prepack(b), *([] if native.usable() else [prepack(b, panels=True)])]
+    forms = [b, prepack(b)]
+    if native.why_unavailable() is None:
+        forms.append(prepack(b, panels=True))
     product, x = min(_fastest(lambda w=w: linear(a, w), seconds) for w in forms), torch.ones(size)
     read = min(_fastest(x.sum, seconds), _fastest(lambda: x.dot(x), seconds))
     return {"flops": 2 * n**3 / product, "bytes": FLOAT * size / read}
@@ -76,12 +78,12 @@ def computed_prompt_tokens(prompts: Sequence[Sequence[int]]) -> int:
 def rows_in_flight(new: Sequence[int], rows: int) -> Iterator[int]:
     """Rows of each decode step when at most `rows` run together, the longest begun first."""
     waiting = sorted(n - 1 for n in new if n > 1)
-    flying: list[int] = []
-    while waiting or flying:
-        while waiting and len(flying) < rows:
-            flying.append(waiting.pop())
-        yield len(flying)
-        flying = [n - 1 for n in flying if n > 1]
+    running: list[int] = []
+    while waiting or running:
+        while waiting and len(running) < rows:
+            running.append(waiting.pop())
+        yield len(running)
+        running = [n - 1 for n in running if n > 1]
 
 
 def generation_floor(

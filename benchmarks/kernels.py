@@ -55,7 +55,7 @@ from benchmarks.tuning.ahead import Target, Task, Workers, in_parts
 from engine.runtime.terminal import table
 from kernels import registry
 from kernels.launch import triton_launch
-from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH, Ops
+from kernels.registry import REFERENCE, SPECS, TORCH, Ops, functions
 from kernels.spec import check
 
 PARTS = 3  # that a table's launches at a shape are compiled in
@@ -74,31 +74,30 @@ def compiled(operation: str) -> Ops:
     functorch.donated_buffer = False  # a backward is called again and again on one forward
     if hasattr(dynamo, "fail_on_recompile_limit_hit"):
         dynamo.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
-    names = [f for f in FIELDS[operation] if "backward" not in f]
-    functions = {f: torch.compile(getattr(REFERENCE, f), fullgraph=True) for f in names}
-    return dataclasses.replace(REFERENCE, name="compiled", **functions)
+    names = [f for f in SPECS[operation].fields if "backward" not in f]
+    forwards = {f: torch.compile(getattr(REFERENCE, f), fullgraph=True) for f in names}
+    return dataclasses.replace(REFERENCE, name="compiled", **forwards)
 
 
 def our_tables(operation: str) -> list[Ops]:
     """TRITON and its variants, as far as they have their own form of this operation."""
-
-    def functions(ops: Ops) -> tuple:
-        return tuple(getattr(ops, f) for f in FIELDS[operation])
-
-    found = {functions(TORCH): TORCH, functions(registry.TRITON): registry.TRITON}
+    spec = SPECS[operation]
+    found = {functions(ops, spec): ops for ops in (TORCH, registry.TRITON)}
     for name, ops in registry.VARIANTS.items():
         name = f"triton {name.removeprefix(operation).strip()}"
-        found.setdefault(functions(ops), dataclasses.replace(ops, name=name))
+        found.setdefault(functions(ops, spec), dataclasses.replace(ops, name=name))
     return list(found.values())[1:]
 
 
-def gate(operation: str, ops: Ops, shape: Shape, dtype: torch.dtype, device: str) -> str:
-    """Why no time of this table is to be believed, "" when it passes its check at the shape."""
+def why_failing(
+    operation: str, ops: Ops, shape: Shape, dtype: torch.dtype, device: str
+) -> str | None:
+    """Why this table's form must not be timed; None when it passes its check at the shape."""
     try:
         check(on_device(SPECS[operation], device), ops, REFERENCE, shape, dtype, device)
     except Exception as error:  # whatever compiling, launching or checking may raise
         return first_line(error)
-    return ""
+    return None
 
 
 class Run:
@@ -111,10 +110,10 @@ class Run:
             torch.cuda.set_device(torch.empty(0, device=self.device).device)
         self.compile = args.compile == "yes" or (args.compile == "auto" and self.gpu)
         self.compiled: dict[str, Ops] = {}
-        self.verdicts: dict[tuple[str, str, Shape], str] = {}
+        self.verdicts: dict[tuple[str, str, Shape], str | None] = {}
         self.clock = Clock(self.device, args.slot, 2 if args.dry else 50)
         self.ceilings = ceilings(self.device, self.dtype)
-        self.without_ours = triton_launch.usable(self.device)
+        self.without_ours = triton_launch.why_unavailable(self.device)
         self.workers: Workers | None = None
         if self.gpu and args.jobs and not self.without_ours:
             self.workers = Workers(args.jobs, Target.of(torch.empty(0, device=self.device).device))
@@ -166,8 +165,8 @@ class Run:
         size = self.dtype.itemsize
         return max(fn(*shape, e=size) for (name, _), fn in WORK.items() if name == operation)
 
-    def red(self, operation: str, ops: Ops, shape: Shape) -> str:
-        """Why this table's form must not be timed at this shape, "" if it may."""
+    def why_red(self, operation: str, ops: Ops, shape: Shape) -> str | None:
+        """Why this table's form must not be timed at this shape; None if it may be."""
         spec = SPECS[operation]
         shapes = spec.test_shapes if self.gpu else spec.interpreter_shapes or spec.test_shapes
         cheap = self.work(operation, shape)[0] <= CHEAP_CHECK and operation not in NO_EAGER
@@ -178,10 +177,10 @@ class Run:
         for at in shapes:
             key = (operation, ops.name, at)
             if key not in self.verdicts:
-                self.verdicts[key] = gate(operation, ops, at, self.dtype, self.device)
-            if self.verdicts[key]:
+                self.verdicts[key] = why_failing(operation, ops, at, self.dtype, self.device)
+            if self.verdicts[key] is not None:
                 return self.verdicts[key]
-        return ""
+        return None
 
     def tables(self, operation: str, shape: Shape) -> tuple[list[Ops], dict[str, dict]]:
         """The tables whose forms are timed, and why others are not."""
@@ -195,7 +194,7 @@ class Run:
             found += [self.compiled[operation]] if self.compile else []
         found += [BY_HAND[operation]] if operation in BY_HAND else []
         for ops in [TORCH] if self.without_ours else [TORCH, *our_tables(operation)]:
-            if red := self.red(operation, ops, shape):
+            if red := self.why_red(operation, ops, shape):
                 without[ops.name] = {"skipped": f"RED, not timed: {red}"}
             else:
                 found.append(ops)

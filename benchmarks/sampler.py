@@ -346,6 +346,7 @@ def main() -> None:
         "benchmark": "sampler",
         "load_before": load,
         "busy_allowed": args.busy,
+        "model": Path(args.model).name,
         "data": f"{Path(args.data).name}, {len(prompts)} rows, template {args.template}",
         "prompt_tokens": prompt_tokens,
         "max_new": args.max_new,

@@ -25,11 +25,20 @@ from benchmarks.floor import ceilings
 from benchmarks.sampler_profile import profile
 from engine.data.distilled import Distilled
 from engine.distill.seed_likelihoods import score
-from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.requests import Request, SamplerConfig, SamplerStats
 from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
 from model.layout import GROUPS
 
+# fields of SamplerStats -> their names in the records of benchmarks/results, where they differ
+RECORDED = {
+    "sequence_steps": "row_steps",
+    "draft_tokens": "drafted",
+    "accepted_tokens": "held",
+    "preempted": "put_back",
+    "fitting_sequences": "fitting",
+    "why_not_captured": "not_captured",
+}
 MATRICES = tuple(f".{name}" for name in GROUPS)
 
 
@@ -41,11 +50,26 @@ def open_session(job: dict[str, Any]) -> tuple[Session, float]:
 
 
 def requests_of(job: dict[str, Any]) -> list[Request]:
-    return [
-        Request(row["id"], row["prompt"], job["max_new"], expected=len(ids), draft=ids)
-        for row in job["rows"]
-        for ids in [row["reference_ids"]]
-    ]
+    requests = []
+    for row in job["rows"]:
+        reference = row["reference_ids"]
+        requests.append(
+            Request(
+                row["id"],
+                row["prompt"],
+                job["max_new"],
+                expected_tokens=len(reference),
+                draft_source=reference,
+            )
+        )
+    return requests
+
+
+def recorded(stats: SamplerStats) -> dict[str, Any]:
+    """The statistics under the names that records have had from the beginning."""
+    values = dataclasses.asdict(stats)
+    values["why_not_captured"] = values["why_not_captured"] or ""
+    return {RECORDED.get(name, name): value for name, value in values.items()}
 
 
 def weight_bytes(weights: Mapping[str, Any]) -> int:
@@ -71,7 +95,7 @@ def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
         "seconds": seconds,
         "weight_bytes": size,
         "answers": [done[row["id"]] for row in job["rows"]],
-        "stats": dataclasses.asdict(stats),
+        "stats": recorded(stats),
         "stats_text": stats.text(),
     }
 

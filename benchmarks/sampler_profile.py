@@ -65,7 +65,7 @@ def profile(
     session: Session, requests: list[Request], rows: int, end_ids: list[int]
 ) -> dict[str, dict[str, float]]:
     """Phase -> function -> seconds, "python" for the rest; "share": Python's of decoding."""
-    if reason := native.usable():
+    if reason := native.why_unavailable():
         raise ValueError(f"--profile looks at the C functions, and there are none here: {reason}")
     found: dict[str, dict[str, float]] = {}
     decode, vocab = session.chat.tokenizer.decode, session.model.config.vocab_size

@@ -29,7 +29,7 @@ from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import keep_freed_memory
 from engine.train.config import TrainConfig
 from engine.train.train import train
-from kernels.registry import choose
+from kernels.select_ops import choose
 from model.llama import Llama
 from model.lora import LoraConfig
 

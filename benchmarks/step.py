@@ -45,13 +45,14 @@ from benchmarks.processes import why_it_ended
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch
 from engine.runtime.terminal import table
-from engine.sampling.cuda_graphs import refusal
+from engine.sampling.cuda_graphs import why_not_captured
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.train.mfu import stated_rate, step_operations
 from engine.train.optim import Optimizer
 from engine.train.step import micro_step
-from kernels.registry import choose, invariant
+from kernels.registry import invariant
+from kernels.select_ops import choose
 from kernels.spec import MODELS, Widths
 from model.config import LlamaConfig
 from model.llama import Llama
@@ -233,7 +234,7 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
         except ValueError as error:
             print(f"not decoded: {error}")
     off = {name: {**setting, "graphs": False} for name, setting in settings.items()}
-    reason = refusal(model.ops) if model.device.type == "cuda" else "it is for GPUs"
+    reason = why_not_captured(model.ops) if model.device.type == "cuda" else "it is for GPUs"
     if reason:
         print(f"{model.ops.name}: decoded without graphs only: {reason}")
     on = {} if reason else {f"{name}, graphs": setting for name, setting in settings.items()}
@@ -258,7 +259,7 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
                 "rows_as_without": sum(map(operator.eq, found[name]["answers"], plain)),
                 "replayed": stats.replayed / stats.steps,
                 "capture_s": stats.capture_seconds,
-                "not_captured": stats.not_captured,
+                "not_captured": stats.why_not_captured or "",
             }
     return found
 

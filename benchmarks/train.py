@@ -98,8 +98,9 @@ def worker(job: dict[str, Any]) -> None:
 
 def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
     """Seconds of the frozen products of a step, into memory that is there already."""
-    batches = [[examples[i] for i in place] for place in pack(examples, micro_tokens)]
-    batches = [MicroBatch.build(b, 1, model.device, share=True) for b in batches]
+    packed = pack([len(example.ids) for example in examples], micro_tokens)
+    groups = [[examples[i] for i in indices] for indices in packed]
+    batches = [MicroBatch.build(group, 1, model.device, share=True) for group in groups]
     most = max(len(b.tokens) for b in batches)
     widest = max(max(w.shape) for name, w in model.weights.items() if w.dim() == 2 and "." in name)
     x, y = torch.randn(most, widest), torch.randn(most, widest)

@@ -1,6 +1,6 @@
-"""To import this before `kernels` is to have triton's kernels on a machine without a GPU, too."""
+"""Imported before `kernels`: triton is imported then, on a machine without a GPU too."""
 
 import contextlib
 
-with contextlib.suppress(ImportError):  # there are wheels for Linux; who needs it says so
+with contextlib.suppress(ImportError):  # wheels are for Linux only
     import triton  # noqa: F401

@@ -60,6 +60,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.distill.rewrite_prompts import GSM8K_SYSTEM
+from engine.runtime.flag_parser import FlagParser
 
 _PAPER: dict[str, Any] = {
     "chat_format": "alpaca",
@@ -110,17 +111,37 @@ def get_preset(name: str) -> Mapping[str, Any]:
     return PRESETS[name]
 
 
-def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None) -> Any:
-    """The arguments, under the defaults of `--preset`; says what the preset set."""
+def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
+    """The arguments, under the defaults of `--preset`; says what the preset set.
+
+    With `--help` too: it shows the defaults of the preset that is named beside it.
+    """
     names = ", ".join(PRESETS)
-    parser.add_argument("--preset", default="default", help=f"other defaults: one of {names}")
+    parser.add_argument(
+        "--preset",
+        default="default",
+        help=f"set of defaults for the flags below: {names} (yang2024-* are the SDFT paper's)",
+    )
+    name = _preset_of(given)
+    known = {action.dest for action in parser.arguments}
+    preset = {flag: value for flag, value in get_preset(name).items() if flag in known}
+    # as text, so that a flag that takes a list (a study's rates) reads it as one
+    texts = {flag: v if isinstance(v, bool) else str(v) for flag, v in preset.items()}
+    parser.set_defaults(**texts)
+    if name != "default":
+        parser.epilog = f"The defaults shown are those of --preset {name}."
     args = parser.parse_args(given)
-    preset = {k: v for k, v in get_preset(args.preset).items() if hasattr(args, k)}
     if preset:
-        # as text, so that a flag that takes a list (a study's rates) reads it as one
-        parser.set_defaults(**{k: v if isinstance(v, bool) else str(v) for k, v in preset.items()})
-        args = parser.parse_args(given)
-        said = (f"{k}={getattr(args, k)!r}" + " (typed)" * (str(getattr(args, k)) != str(v))
-                for k, v in preset.items())  # fmt: skip
-        print(f"preset {args.preset}: {', '.join(said)}")
+        said = []
+        for flag, value in preset.items():
+            typed = str(getattr(args, flag)) != str(value)
+            said.append(f"{flag}={getattr(args, flag)!r}" + (" (typed)" if typed else ""))
+        print(f"preset {name}: {', '.join(said)}")
     return args
+
+
+def _preset_of(given: Sequence[str] | None) -> str:
+    """The preset that is typed; a missing or repeated value is left to the script's parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--preset", nargs="?", default="default")
+    return parser.parse_known_args(given)[0].preset or "default"

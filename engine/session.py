@@ -20,7 +20,7 @@ from engine.runtime.limits import check_numbers
 from engine.runtime.process_memory import keep_freed_memory, memory_for, return_freed_memory
 from engine.runtime.published_adapter import refuse_damaged
 from engine.runtime.run_record import model_fingerprint
-from kernels.registry import choose
+from kernels.select_ops import choose
 from model.chat import Chat
 from model.config import LlamaConfig, read_json
 from model.layout import checkpoint_shapes
@@ -40,14 +40,20 @@ LOAD_LESS = "--dtype bfloat16 takes half of float32; else a smaller model, or a 
 class ModelConfig:
     """Which model, and how it runs."""
 
-    model: str  # directory of a Llama checkpoint (Hugging Face layout, safetensors)
-    device: str = "auto"  # auto | cpu | cuda: auto takes a GPU where there is one
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float64; auto: bf16 on a GPU, else float32
-    ops: str = "auto"  # auto | torch | native | triton | reference; auto: what passes its check
-    threads: int = 0  # CPU threads; 0: torch's choice, no more than a container's limit allows
-    chat_format: str | None = None  # chatml | llama2 | llama3 | alpaca | own (default: adapter's)
-    shard: bool = False  # under torchrun: share the weights out; for training and scoring
-    date: str | None = None  # YYYY-MM-DD told to chat templates that ask for it (default today)
+    model: str  # directory of a Llama model (Hugging Face layout, safetensors)
+    device: str = "auto"  # auto, cpu or cuda: where to compute; auto takes a GPU if there is one
+    dtype: str = "auto"  # float32, bfloat16 or float64: number format of weights and activations
+    #   [default: auto (bfloat16 on a GPU that computes in it; else float32)]
+    ops: str = "auto"  # torch, native, triton or reference: which implementation of the operations
+    #   to use [default: auto (the fastest one that passes its self-check here)]
+    threads: int = 0  # CPU threads to compute with
+    #   [default: auto (torch's choice, at most the cores that a container may use)]
+    chat_format: str | None = None  # prompt format: chatml, llama2, llama3, alpaca, or own (the
+    #   model's chat template) [default: what the adapter was trained with; else own]
+    shard: bool = False  # under torchrun, split the weights over the processes (FSDP2), for a model
+    #   too large for one device; training and scoring only
+    date: str | None = None  # YYYY-MM-DD, the day told to chat templates that ask for it
+    #   [default: today]
 
     def check(self) -> None:
         """ValueError for what cannot be run."""

@@ -10,9 +10,9 @@
 shapes     params, grads, m, v, compute (P,)    scalars (4,): lr, 1 - b1^t, 1 - b2^t, scale
 precision  masters, moments and gradients fp32 (fp64 where the model is)
 traffic    reads 4P, writes 3P and the copy, once per optimizer step
-triton     one launch for the step, whose numbers are read from `scalars` on the device
+triton     one launch for the step, which reads `scalars` on the device
            the norm in fp64: a partial sum per program, added in order by a second launch
-tiles      BP elements per program; one row for every P
+tiles      BP elements per program; one configuration for every P
 """
 
 # P = trained parameters
@@ -32,7 +32,7 @@ from kernels.spec import Spec
 
 @dataclass(frozen=True)
 class AdamW:
-    """What does not change from step to step."""
+    """The numbers that do not change from step to step."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -58,7 +58,7 @@ def adamw_reference_(
     config: AdamW,
     compute: Tensor | None = None,
 ) -> None:
-    """In fp64 from beginning to end."""
+    """In fp64 from beginning to end; in place on params, m, v and compute."""
     lr, correction1, correction2, scale = scalars.double()
     g = scale * grads.double()
     m64 = config.beta1 * m.double() + (1 - config.beta1) * g
@@ -118,6 +118,7 @@ def adamw_kernel(
     params_ptr, grads_ptr, m_ptr, v_ptr, compute_ptr, scalars_ptr, P,
     one_minus_beta1, one_minus_beta2, eps, weight_decay, COPY: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
+    """One step of BP parameters; COPY: the compute-dtype copy too."""
     at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     inside = at < P
     lr = tl.load(scalars_ptr).to(tl.float32)
@@ -142,6 +143,7 @@ def adamw_kernel(
 
 @jit
 def sum_of_squares_kernel(x_ptr, sums_ptr, P, BP: tl.constexpr):
+    """The sum of BP squares, in fp64."""
     at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     x = tl.load(x_ptr + at, mask=at < P, other=0.0).to(tl.float64)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
@@ -149,6 +151,7 @@ def sum_of_squares_kernel(x_ptr, sums_ptr, P, BP: tl.constexpr):
 
 @jit
 def root_of_sum_kernel(sums_ptr, norm_ptr, P, BP: tl.constexpr):
+    """The root of the sum of P partial sums, by one program: BP lanes, then one number."""
     total = tl.zeros((BP,), tl.float64)
     for start in range(0, P, BP):
         at = start + tl.arange(0, BP)
@@ -166,29 +169,34 @@ def adamw_triton_(
     compute: Tensor | None = None,
 ) -> None:
     """As `adamw_`, in one launch."""
-    tensors = [params, grads, m, v] + ([] if compute is None else [compute])
+    tensors = [params, grads, m, v]
+    if compute is not None:
+        tensors.append(compute)
     assert all(t.shape == params.shape and t.is_contiguous() for t in tensors), (
-        f"flat buffers of one size are needed, not {[(t.shape, t.stride()) for t in tensors]}"
+        f"expected flat buffers of one size, got {[(t.shape, t.stride()) for t in tensors]}"
     )
     assert scalars.shape == (4,) and scalars.is_contiguous(), f"scalars {tuple(scalars.shape)}"
     P = params.numel()
-    row = tile("adamw_kernel", params.device)
-    rates = (1 - config.beta1, 1 - config.beta2, config.eps, config.weight_decay)
-    args = (params, grads, m, v, compute, scalars, P, *rates)
-    launch(adamw_kernel, (cdiv(P, row["BP"]),), *args, COPY=compute is not None, **row)
+    blocks = tile("adamw_kernel", params.device)
+    launch(
+        adamw_kernel, (cdiv(P, blocks["BP"]),),
+        params, grads, m, v, compute, scalars, P,
+        1 - config.beta1, 1 - config.beta2, config.eps, config.weight_decay,
+        COPY=compute is not None, **blocks,
+    )  # fmt: skip
 
 
 def grad_norm_triton(grads: Tensor) -> Tensor:
     """As `grad_norm`, in two launches."""
     grads = grads.contiguous()
     P = grads.numel()
-    row = tile("sum_of_squares_kernel", grads.device)
-    programs = 16 * cdiv(P, 16 * row["BP"])  # so that the second launch reads whole vectors
+    config = tile("sum_of_squares_kernel", grads.device)
+    programs = 16 * cdiv(P, 16 * config["BP"])  # so that the second launch reads whole vectors
     sums = grads.new_empty(programs, dtype=torch.float64)
     norm = grads.new_empty((), dtype=torch.float64)
-    launch(sum_of_squares_kernel, sums.shape, grads, sums, P, **row)
-    row = tile("root_of_sum_kernel", grads.device)
-    launch(root_of_sum_kernel, (1,), sums, norm, sums.numel(), **row)
+    launch(sum_of_squares_kernel, (programs,), grads, sums, P, **config)
+    config = tile("root_of_sum_kernel", grads.device)
+    launch(root_of_sum_kernel, (1,), sums, norm, programs, **config)
     return norm
 
 
@@ -196,15 +204,16 @@ def grad_norm_triton(grads: Tensor) -> Tensor:
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
+    """Shape: P."""
     params, grads, m, v = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4))
     return {"params": params, "grads": grads, "m": m, "v": v.square()}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     config = AdamW(weight_decay=0.1)
-    masters = i["params"].dtype
-    copy = torch.bfloat16 if masters == torch.float32 else masters  # as a 16-bit model has it
-    compute = torch.empty_like(i["params"], dtype=copy)
+    master_dtype = i["params"].dtype
+    compute_dtype = torch.bfloat16 if master_dtype == torch.float32 else master_dtype
+    compute = torch.empty_like(i["params"], dtype=compute_dtype)
     norm = ops.grad_norm(i["grads"])
     for step in (1, 2, 3):
         scalars = config.scalars(1e-2, step, 0.5, i["params"].device)
@@ -216,6 +225,7 @@ SPEC = Spec(
     "adamw",
     _make_inputs,
     _run,
+    fields=("adamw_", "grad_norm"),
     test_shapes=((0,), (1,), (257,), (100_003,)),
     # r 8 on q, v of SmolLM2-135M; r 16 on every matrix of Llama-2-7B and of Llama-3-8B
     bench_shapes=((460_800,), (39_976_960,), (41_943_040,)),

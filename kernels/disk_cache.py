@@ -1,9 +1,9 @@
-"""Where results and compiled code are kept between runs, and whether what lies there is ours
+"""The cache on disk of check results and compiled code, and whether its files can be trusted.
 
-The folder is $XDG_CACHE_HOME (~/.cache)/sdft-engine. What is loaded from it runs with the user's
-rights, so nothing is taken that another user owns or may write: neither the file, nor its folder,
-nor the folder around that (one with the sticky bit, as /tmp has, lets nobody take what is not
-theirs). root may do anything anyway and is trusted.
+The folder is $XDG_CACHE_HOME (~/.cache)/sdft-engine. Code that is loaded from it runs with the
+user's rights, so nothing is taken that another user owns or may write: neither the file, nor its
+folder, nor the folder around that. (In one with the sticky bit, as /tmp has, users cannot replace
+each other's files.) root may do anything anyway and is trusted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class NotOurs(OSError):
 
 
 def folder() -> Path | None:
-    """Where this user's cache lies, there or not; None where no home directory is known."""
+    """This user's cache folder, which need not exist; None where no home directory is known."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # no HOME, and a user id that is not in /etc/passwd
@@ -30,37 +30,40 @@ def folder() -> Path | None:
     return Path(base, NAME)
 
 
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
+def why_distrusted(path: Path) -> str | None:
+    """Why nothing may be taken from this file of the cache; None if it is this user's alone.
 
-
-def _shared_group(owner: int, group: int) -> bool:
-    """Whether a group may have other members than the owner, whose own one has his name."""
-    try:
-        found, name = grp.getgrgid(group), pwd.getpwuid(owner).pw_name
-    except KeyError:
-        return True
-    return found.gr_name != name or bool(set(found.gr_mem) - {name})
-
-
-def distrusted(path: Path) -> str:
-    """Why nothing is to be taken from this file of the cache, "" if all of it is this user's.
-
-    What is not there yet is nobody's. OSError where a folder may not be looked into.
+    A place that does not exist yet is trusted. OSError where a folder may not be looked into.
     """
     for place in (path.parent.parent, path.parent, path):
         try:
-            about = place.stat()
+            status = place.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        if about.st_uid not in (os.geteuid(), 0):
-            return f"{place} belongs to {_user(about.st_uid)}"
-        if place == path.parent.parent and about.st_mode & stat.S_ISVTX:
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{place} belongs to {_user_name(status.st_uid)}"
+        if place == path.parent.parent and status.st_mode & stat.S_ISVTX:
             continue
-        by_group = about.st_mode & stat.S_IWGRP and _shared_group(about.st_uid, about.st_gid)
-        if by_group or about.st_mode & stat.S_IWOTH:
+        group_may_write = status.st_mode & stat.S_IWGRP
+        if group_may_write and not _is_private_group(status.st_uid, status.st_gid):
             return f"{place} may be written by other users"
-    return ""
+        if status.st_mode & stat.S_IWOTH:
+            return f"{place} may be written by other users"
+    return None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _is_private_group(owner: int, gid: int) -> bool:
+    """Whether the group is the owner's own: it has the owner's name and no other members."""
+    try:
+        group = grp.getgrgid(gid)
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == name and set(group.gr_mem) <= {name}

@@ -13,10 +13,10 @@ traffic    a chunk of logits at most CHUNK_BYTES; 4 N D V operations
 triton     vendor products around one kernel, a program per row of the chunk's logits (rounded to
            the dtype); it reads a row twice and writes the gradient over it
            a target outside 0..V-1 reads nothing and makes its row NaN
-tiles      the power of two that holds V, as "V65536"
+tiles      shape class: the power of two that holds V, as "V65536"
 """
 
-# N = rows with loss, D = model width, V = vocabulary
+# N = rows with loss, D = model width, V = vocabulary, BV = logits of a step
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ from kernels.launch.tile_config import device_class, tile
 from kernels.launch.triton_launch import jit, launch, power_of_two, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
-CHUNK_BYTES = {
-    "cpu": 64 << 20,
-    "cuda": 1 << 30,
-}  # small chunks stay in cache, large ones fill a GPU
+# Bytes of a chunk of logits: small chunks stay in a CPU's cache, large ones fill a GPU.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 INTERPRETER_BYTES = 8 << 10  # so that small shapes take several chunks
 
 # ---- reference: the definition
@@ -40,19 +38,20 @@ INTERPRETER_BYTES = 8 << 10  # so that small shapes take several chunks
 
 def nll_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """nll (N,); differentiable."""
-    logits = (hidden @ head.T).to(accumulate_dtype(hidden.dtype))
+    logits = (hidden @ head.T).to(accumulate_dtype(hidden.dtype))  # (N, V)
     return torch.logsumexp(logits, dim=-1) - logits.gather(1, targets[:, None])[:, 0]
 
 
 def linear_cross_entropy_reference(
     hidden: Tensor, head: Tensor, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """nll and, by autograd, dhidden."""
+    """nll (N,) and, by autograd, dhidden (N, D)."""
     nll = nll_reference(hidden, head, targets)
     if not need_grad:
         return nll, None
     ones = torch.ones_like(nll)
-    return nll, autograd(lambda h: nll_reference(h, head, targets), (hidden,), ones)[0]
+    (dhidden,) = autograd(lambda h: nll_reference(h, head, targets), (hidden,), ones)
+    return nll, dhidden
 
 
 # ---- torch
@@ -62,25 +61,27 @@ def linear_cross_entropy(
     hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """nll (N,) and dhidden (N, D), the gradient of its sum; None without need_grad (scoring)."""
-    n, v = hidden.shape[0], head.shape[0]
-    assert targets.shape == (n,), f"targets {tuple(targets.shape)} for {n} rows"
+    N, V = hidden.shape[0], head.shape[0]
+    assert targets.shape == (N,), f"targets {tuple(targets.shape)} for {N} rows"
     acc = accumulate_dtype(hidden.dtype)
-    nll = hidden.new_empty(n, dtype=acc)
+    nll = hidden.new_empty(N, dtype=acc)
     dhidden = torch.empty_like(hidden) if need_grad else None
-    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (v * acc.itemsize))
-    for i in range(0, n, chunk):
-        rows = slice(i, min(i + chunk, n))
-        target = targets[rows, None]
-        logits = linear(hidden[rows], head).to(acc)
+    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (V * acc.itemsize))
+    for first in range(0, N, chunk):
+        rows = slice(first, min(first + chunk, N))
+        target = targets[rows, None]  # (chunk, 1)
+        logits = linear(hidden[rows], head).to(acc)  # (chunk, V)
         picked = logits.gather(1, target)[:, 0]
         if need_grad:
             highest = logits.amax(-1)
-            # One pass, over the logits; its own log-sum is had from its maximum. It adds one number
-            # after the other: `total`, which torch.sum adds in pairs, is how far it is from 1, and
-            # without it the gradient is twenty times as far from the truth (V = 49,152).
+            # Softmax in place, in one pass. Its largest probability is exp(highest - lse), which
+            # gives lse. torch.softmax adds its sum one number after the other; the sum of its
+            # results, which torch.sum adds in pairs, says how far that sum was off. Without this
+            # correction the gradient is twenty times as far from the truth (V = 49,152).
             p = torch.softmax(logits, dim=-1, out=logits)
-            total = p.sum(-1)
-            nll[rows] = highest - p.amax(-1).log_() + total.log() - picked
+            total = p.sum(-1)  # (chunk,), nearly 1
+            lse = highest - p.amax(-1).log_() + total.log()
+            nll[rows] = lse - picked
             p.scatter_add_(1, target, -total[:, None])
             dhidden[rows] = (p.to(hidden.dtype) @ head).div_(total[:, None])
         else:
@@ -95,21 +96,25 @@ def linear_cross_entropy(
 def cross_entropy_rows_kernel(
     logits_ptr, targets_ptr, nll_ptr, first, GRAD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
+    """nll of one row; GRAD: its logits (V,) are overwritten by softmax - onehot.
+
+    logits_ptr: of a chunk, whose first row is row `first` of targets and nll.
+    """
     logits_ptr += tl.program_id(0).to(tl.int64) * V
-    row = tl.program_id(0).to(tl.int64) + first  # the chunk's first row is row `first` of all
+    row = tl.program_id(0).to(tl.int64) + first
     target = tl.load(targets_ptr + row)
     known = (target >= 0) & (target < V)
     picked = tl.load(logits_ptr + target, mask=known, other=0.0).to(tl.float32)
     block = tl.arange(0, BV)
-    highest = tl.full((), float("-inf"), tl.float32)
-    sums = tl.zeros((BV,), tl.float32)  # a sum per lane: one reduction less per block
+    m_i = tl.full((), float("-inf"), tl.float32)
+    l_i = tl.zeros((BV,), tl.float32)  # a sum per lane: one reduction less per step
     for start in range(0, V, BV):
         cols = start + block
         z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)  # (BV,)
-        higher = tl.maximum(highest, tl.max(z, axis=0))
-        sums = sums * tl.exp(highest - higher) + tl.exp(z - higher)
-        highest = higher
-    lse = tl.where(known, highest + tl.log(tl.sum(sums, axis=0)), float("nan"))
+        m_new = tl.maximum(m_i, tl.max(z, axis=0))
+        l_i = l_i * tl.exp(m_i - m_new) + tl.exp(z - m_new)
+        m_i = m_new
+    lse = tl.where(known, m_i + tl.log(tl.sum(l_i, axis=0)), float("nan"))
     tl.store(nll_ptr + row, lse - picked)
     if GRAD:
         for start in range(0, V, BV):
@@ -132,16 +137,20 @@ def linear_cross_entropy_triton(
     budget = INTERPRETER_BYTES if interpreted else CHUNK_BYTES["cuda"]
     chunk = min(N, max(1, budget // (V * hidden.element_size())))
     buffer = hidden.new_empty(chunk, V)
-    row = tile("cross_entropy_rows_kernel", hidden.device, f"V{power_of_two(V)}")
-    for i in range(0, N, max(1, chunk)):
-        rows = slice(i, min(i + chunk, N))
-        x, logits = hidden[rows], buffer[: rows.stop - i]
+    config = tile("cross_entropy_rows_kernel", hidden.device, f"V{power_of_two(V)}")
+    for first in range(0, N, max(1, chunk)):
+        rows = slice(first, min(first + chunk, N))
+        count = rows.stop - first
+        x = hidden[rows]  # (count, D)
+        logits = buffer[:count]  # (count, V)
         if isinstance(head, Tensor):
             torch.mm(x, head.T, out=logits)
         else:
             logits.copy_(head(x))
-        args = (logits, targets, nll, i)
-        launch(cross_entropy_rows_kernel, logits.shape[:1], *args, GRAD=need_grad, V=V, **row)
+        launch(
+            cross_entropy_rows_kernel, (count,), logits, targets, nll, first,
+            GRAD=need_grad, V=V, **config,
+        )  # fmt: skip
         if need_grad:
             torch.mm(logits, head, out=dhidden[rows])
     return nll, dhidden
@@ -151,11 +160,12 @@ def linear_cross_entropy_triton(
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    n, d, v = shape
+    """Shape: N, D, V."""
+    N, D, V = shape
     return {
-        "hidden": torch.randn(n, d, generator=g, dtype=torch.float64),
-        "head": torch.randn(v, d, generator=g, dtype=torch.float64) / d**0.5,
-        "targets": torch.randint(v, (n,), generator=g),
+        "hidden": torch.randn(N, D, generator=g, dtype=torch.float64),
+        "head": torch.randn(V, D, generator=g, dtype=torch.float64) / D**0.5,
+        "targets": torch.randint(V, (N,), generator=g),
     }
 
 
@@ -169,6 +179,7 @@ SPEC = Spec(
     "linear_cross_entropy",
     _make_inputs,
     _run,
+    fields=("linear_cross_entropy",),
     test_shapes=((1, 16, 11), (63, 24, 257), (300, 16, 40_000), (0, 16, 11)),
     bench_shapes=tuple((n, m.D, m.V) for m in MODELS.values() for n in TOKENS[2:]),
     model_shapes=lambda m: ((9, 64, m.V),),  # only V reaches the kernel

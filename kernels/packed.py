@@ -1,7 +1,11 @@
-"""Who attends to whom in training and scoring: packed rows."""
+"""Who attends to whom in training and scoring: rows laid end to end, without padding.
 
+`Packed` travels beside the tokens of a forward, as `Cached` (kernels/cached.py) does over a cache.
+It holds host lists, which are authoritative, beside device mirrors, so that nothing in a step has
+to read from the device. It is built once per forward and shared by all layers.
+"""
 
-# T = tokens of this forward, B = rows, P = pages of the longest row
+# T = tokens of this forward
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HIDDEN = -1e30  # added to the score of a token that must not be attended to; finite: no row is NaN
+HIDDEN = -1e30  # score of a key that must not be attended to; finite, so that no row becomes NaN
 
 
 def upload(values: Any, dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """Host numbers as a tensor on a device, without waiting for the device.
 
-    A GPU's copy is made from pinned memory behind what is queued already.
+    On a GPU the copy is from pinned memory, queued after the work that is queued already.
     """
     host = torch.tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":
@@ -27,18 +31,23 @@ def upload(values: Any, dtype: torch.dtype, device: str | torch.device) -> Tenso
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end: row i is tokens starts[i] .. starts[i + 1].
+    """Rows laid end to end; each attends to itself, causally.
 
-    With a prefix, row 0 begins with `prefix` tokens that all other rows begin with too: they are
-    computed there, once, and every other row attends to them before itself.
+    With a prefix, row 0 begins with `prefix` tokens that the other rows begin with too. They are
+    computed once, in row 0, and every other row attends to them and then to itself. Rows of 5, 3
+    and 4 tokens whose first 2 tokens are the same:
+
+        tokens     a b c d e   f   g h        rows: abcde, abf, abgh
+        row        0 0 0 0 0   1   2 2        starts (0, 5, 6, 8)
+        positions  0 1 2 3 4   2   2 3
     """
 
-    starts: tuple[int, ...]  # (rows + 1,) host, starts[0] = 0, starts[-1] = T
-    positions: Tensor  # (T,) int64, restarts at 0 (behind the prefix) in every row
+    starts: tuple[int, ...]  # (rows + 1,) host: row i is tokens starts[i] .. starts[i + 1] - 1
+    positions: Tensor  # (T,) int64, within the row; a row after the first begins at `prefix`
     cu_seqlens: Tensor  # (rows + 1,) int32 device mirror of `starts`
     row_keys: Tensor | None = None  # (T,) int64: 32-bit hash of the row id, for dropout
     step: Tensor | None = None  # () int64: the optimizer step, for dropout
-    prefix: int = 0  # first tokens of row 0 that the others continue; 0: every row is alone
+    prefix: int = 0  # first tokens of row 0 that the other rows continue; 0: none are shared
 
     @classmethod
     def from_lengths(
@@ -49,21 +58,27 @@ class Packed:
         step: int = 0,
         prefix: int = 0,
     ) -> Packed:
-        """Describe rows of the given lengths (all positive), without a prefix from row 1 on."""
+        """Describe rows of these lengths, all positive; those after row 0 without the prefix.
+
+        `row_keys`: a hash per row, `step`: the optimizer step; both for dropout.
+        """
         assert all(n > 0 for n in lengths), f"row lengths must be positive, got {lengths}"
         starts = [0]
         for n in lengths:
             starts.append(starts[-1] + n)
         assert 0 <= prefix <= max(lengths[:1], default=0), f"a prefix of {prefix} in {lengths}"
-        places = [i + prefix * (r > 0) for r, n in enumerate(lengths) for i in range(n)]
+        positions = []
+        for row, n in enumerate(lengths):
+            first = prefix if row > 0 else 0
+            positions.extend(range(first, first + n))
         keys = None
         if row_keys is not None:
             assert len(row_keys) == len(lengths), f"{len(row_keys)} keys, {len(lengths)} rows"
-            each = [key for key, n in zip(row_keys, lengths, strict=True) for _ in range(n)]
-            keys = upload(each, torch.int64, device)
+            per_token = [key for key, n in zip(row_keys, lengths, strict=True) for _ in range(n)]
+            keys = upload(per_token, torch.int64, device)
         return cls(
             starts=tuple(starts),
-            positions=upload(places, torch.int64, device),
+            positions=upload(positions, torch.int64, device),
             cu_seqlens=upload(starts, torch.int32, device),
             row_keys=keys,
             step=upload(step, torch.int64, device),
@@ -77,5 +92,6 @@ class Packed:
 
     @property
     def contexts(self) -> list[int]:
-        """Tokens of the prefix that come before every row."""
-        return [self.prefix * (row > 0) for row in range(len(self.starts) - 1)]
+        """For every row: tokens of the shared prefix that come before it."""
+        rows = len(self.starts) - 1
+        return [0 if row == 0 else self.prefix for row in range(rows)]

@@ -1,13 +1,18 @@
 """Philox4x32-10: counter-based random bits (Salmon et al. 2011, "Parallel Random Numbers: As Easy
-as 1, 2, 3"). The same (key, counter) gives the same 128 bits everywhere, so a random number is
-named by what it is for and not by when it is drawn:
+as 1, 2, 3")
+
+The same (key, counter) gives the same 128 bits everywhere, so a random number is named by its
+purpose, not by the time at which it is drawn:
 
     sampling   key = mix("sample", seed)                counter = (position, sample, row lo, row hi)
     dropout    key = mix("dropout", seed, layer, input) counter = (column / 8, position, row, step)
 
 A uniform is (word + 1/2) / 2^32, never 0 or 1. A dropout lane is 16 bits, so p is a multiple of
-2^-16 and one call serves eight columns. Words are held in int64 tensors (torch has no uint32).
+2^-16 and one call serves eight columns. Words are held in int64 tensors, for torch's operations on
+uint32 are few.
 """
+
+# B = rows of logits, T = tokens
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.integers import cdiv
 from kernels.launch.triton_launch import jit, tl
 
 MASK32 = 0xFFFFFFFF
@@ -31,19 +37,27 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def signed64(key: int) -> int:
+    """The same 64 bits as a signed number: the form in which tensors and kernels take a key."""
+    return key - 2**64 if key >= 2**63 else key
+
+
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (int64 tensors) for every element of the broadcast counter."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key & MASK32, key >> 32
+    k0 = key & MASK32
+    k1 = key >> 32
     for _ in range(_ROUNDS):
         # the int64 product wraps, yet bits 32..63 are right once the sign extension is masked off
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        p0 = c0 * _MULTIPLIERS[0]
+        p1 = c2 * _MULTIPLIERS[1]
         hi0, lo0 = (p0 >> 32) & MASK32, p0 & MASK32
         hi1, lo1 = (p1 >> 32) & MASK32, p1 & MASK32
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + _WEYL[0]) & MASK32, (k1 + _WEYL[1]) & MASK32
+        k0 = (k0 + _WEYL[0]) & MASK32
+        k1 = (k1 + _WEYL[1]) & MASK32
     return c0, c1, c2, c3
 
 
@@ -56,8 +70,9 @@ def uniform(positions: Tensor, samples: Tensor, row_keys: Tensor, seed: int) -> 
 
 @jit
 def uniform_triton(key, position, sample, row_key):
-    """`uniform` inside a kernel: int64 in, fp64 out. `key` is mix("sample", seed), signed."""
-    low, high = row_key.to(tl.uint32), (row_key >> 32).to(tl.uint32)
+    """`uniform` inside a kernel: int64 in, fp64 out. `key` is signed64(mix("sample", seed))."""
+    low = row_key.to(tl.uint32)
+    high = (row_key >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(key, position.to(tl.uint32), sample.to(tl.uint32), low, high)
     return (word.to(tl.float64) + 0.5) / 4294967296.0
 
@@ -72,42 +87,52 @@ class Dropout:
     row_keys: Tensor  # (T,) int64, 32 bits
     step: Tensor  # () int64, the optimizer step
 
-    def mask(self, columns: int, dtype: torch.dtype) -> Tensor:
-        """(T, columns): 0 where dropped, 1 / (1 - p) elsewhere."""
+    @property
+    def threshold(self) -> int:
+        """A 16-bit lane below it is dropped: p of the 65536 values."""
         threshold = round(self.p * 65536)
         assert 0 <= threshold < 65536, f"dropout {self.p} is not in [0, 1)"
-        blocks = torch.arange(-(-columns // 8), device=self.positions.device)
-        column = blocks[None, :]
+        return threshold
+
+    def mask(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """(T, columns): 0 where dropped, 1 / (1 - p) elsewhere."""
+        threshold = self.threshold
+        blocks = torch.arange(cdiv(columns, 8), device=self.positions.device)
         words = philox4x32(
-            (column, self.positions[:, None], self.row_keys[:, None], self.step), self.key
-        )
-        lanes = torch.stack([lane for w in words for lane in (w & 0xFFFF, w >> 16)], dim=-1)
-        kept = lanes.flatten(1)[:, :columns] >= threshold
+            (blocks[None, :], self.positions[:, None], self.row_keys[:, None], self.step), self.key
+        )  # four of (T, blocks)
+        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        lanes = torch.stack(halves, dim=-1).flatten(1)  # (T, 8 blocks)
+        kept = lanes[:, :columns] >= threshold
         return kept.to(dtype) * (65536 / (65536 - threshold))
 
 
 def dropout_arguments(dropout: Dropout | None) -> tuple:
-    """What a kernel needs to draw the mask again: positions, row keys, step, key, threshold."""
+    """The arguments of a kernel that draws the mask again, in the order of `dropout_tile`.
+
+    positions, row keys, step, key, threshold.
+    """
     if dropout is None:
         return None, None, None, 0, 0
-    threshold = round(dropout.p * 65536)
-    assert 0 <= threshold < 65536, f"dropout {dropout.p} is not in [0, 1)"
-    key = dropout.key - (1 << 64) if dropout.key >> 63 else dropout.key  # the same bits, signed
-    return dropout.positions, dropout.row_keys, dropout.step, key, threshold
+    key = signed64(dropout.key)
+    return dropout.positions, dropout.row_keys, dropout.step, key, dropout.threshold
 
 
 @jit
 def dropout_tile(
     position, row_key, step, key, first_column, threshold, BM: tl.constexpr, BK: tl.constexpr
 ):
-    """Dropout.mask for a tile whose first column is a multiple of 8: (BM, BK) fp32."""
+    """Dropout.mask for a tile whose first column is a multiple of 8: (BM, BK) fp32.
+
+    position, row_key (BM,); step (); key: signed64(Dropout.key); threshold: Dropout.threshold.
+    """
     block = first_column // 8 + tl.arange(0, BK // 8)
     zero = tl.zeros((BM, BK // 8), tl.uint32)
     w0, w1, w2, w3 = tl.philox(
         key, zero + block[None, :].to(tl.uint32), zero + position[:, None].to(tl.uint32),
         zero + row_key[:, None].to(tl.uint32), zero + step.to(tl.uint32),
     )  # fmt: skip
-    # lane 2 i + half of a block is that half of word i: the last joins vary fastest
+    # Lane 2 i + half of a block is that half of word i: the last joins vary fastest.
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     lanes = tl.reshape(tl.join(low, high), (BM, BK))

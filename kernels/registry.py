@@ -1,9 +1,13 @@
-"""The tables of operations. One is passed to `Llama(config, ops)`; nothing is ever patched in.
+"""The tables of operations: which function does what. One is passed to `Llama(config, ops)`.
 
 REFERENCE  the definitions, differentiable; their backwards by autograd. Slow, and the truth.
-TORCH      hand-written pairs on torch products: CPUs, and the honest baseline on GPUs.
-NATIVE     TORCH with what a sampling run on a CPU consists of in C (native.py), for fp32.
-TRITON     our kernels; what has none yet is TORCH's.
+TORCH      hand-written forward and backward pairs on torch products: for CPUs, and the baseline on
+           GPUs.
+NATIVE     TORCH with the operations of sampling on a CPU in C (kernels/cpu/native.py), for fp32.
+TRITON     the Triton kernels; operations that have none are TORCH's.
+VARIANTS   TRITON with one operation in another form.
+
+Which table runs on a machine is decided in kernels/select_ops.py.
 """
 
 from __future__ import annotations
@@ -11,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from kernels import (
     adamw,
@@ -33,8 +35,7 @@ from kernels.cached_attention import native_form as cached_attention_native
 from kernels.cached_attention import reference as cached_attention_reference
 from kernels.cached_attention import torch_form as cached_attention_torch
 from kernels.cached_attention import triton_forward as cached_attention_triton
-from kernels.cpu import fused_layers, native, prepack
-from kernels.launch import triton_launch
+from kernels.cpu import fused_layers, prepack
 from kernels.lora_linear import batch_invariant as lora_linear_batch_invariant
 from kernels.lora_linear import reference as lora_linear_reference
 from kernels.lora_linear import torch_form as lora_linear_torch
@@ -44,13 +45,12 @@ from kernels.sampling import native_form as sampling_native
 from kernels.sampling import reference as sampling_reference
 from kernels.sampling import torch_form as sampling_torch
 from kernels.sampling import triton_forward as sampling_triton
-from kernels.select_ops import checked, described
-from kernels.spec import Widths
+from kernels.spec import Spec
 
 
 @dataclass(frozen=True)
 class Ops:
-    """Every operation of the training and sampling path, by the name its file documents."""
+    """Every operation of the training and sampling path, by the name that its file documents."""
 
     name: str
     rms_norm_forward: Callable
@@ -71,16 +71,19 @@ class Ops:
     adamw_: Callable
     grad_norm: Callable
     sample: Callable
-    shares_prefix: tuple[str, ...] = ()  # device types where attention takes a Packed.prefix fast
-    packs: str = ""  # "panels": products want weights in panels.py's form
-    layers: Callable | None = None  # (weights, count) -> all layers of a decoding step in one call
-    sampled: Ops | None = None  # the table for a sampling run, where it is another
+    shares_prefix: tuple[str, ...] = ()  # device types whose attention supports Packed.prefix
+    packs: str = ""  # "panels": products take weights as kernels/cpu/panels.py packs them
+    layers: Callable | None = None  # (weights, count) -> all layers over a cache in one call
+    sampled: Ops | None = None  # the table of a sampling run; None: this one
 
     def table(self) -> dict[str, str]:
-        """Operation -> the function that does it, for the log."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        functions = {name: value for name, value in values.items() if callable(value)}
-        return {name: f"{f.__module__}.{f.__name__}" for name, f in functions.items()}
+        """Field -> the function in it, as "module.function", for the run record."""
+        names = {}
+        for field in dataclasses.fields(self):
+            function = getattr(self, field.name)
+            if callable(function):
+                names[field.name] = f"{function.__module__}.{function.__name__}"
+        return names
 
 
 REFERENCE = Ops(
@@ -125,14 +128,14 @@ TORCH = Ops(
     adamw_=adamw.adamw_,
     grad_norm=adamw.grad_norm,
     sample=sampling_torch.sample,
-    shares_prefix=("cpu",),  # flash attention, on a GPU, knows no prefix
+    shares_prefix=("cpu",),  # torch's flash attention, on GPUs, supports no shared prefix
 )
 
 NATIVE = dataclasses.replace(
     TORCH,
     name="native",
     packs="panels",
-    layers=fused_layers.LayersNative,
+    layers=fused_layers.FusedLayers,
     rms_norm_forward=rms_norm.rms_norm_forward_native,
     add_rms_norm_forward=rms_norm.add_rms_norm_forward_native,
     rope_=rope.rope_native_,
@@ -166,52 +169,10 @@ TRITON = dataclasses.replace(
     shares_prefix=(),
 )
 
-# What a sampled row meets beside products. In Triton's form a row's bits are its own; in torch's on
-# a GPU they may depend on the number of rows.
-SAMPLED = ("rms_norm", "rope", "swiglu", "cached_attention", "sample")
-
-
-def invariant(ops: Ops) -> Ops:
-    """`ops` for sampling in which a row's bits are its own: with products of fixed tiles.
-
-    ValueError where another operation that a sampled row meets is not Triton's.
-    """
-    others = [
-        s for s in SAMPLED if any(getattr(ops, f) is not getattr(TRITON, f) for f in FIELDS[s])
-    ]
-    if others:
-        raise ValueError(
-            f"invariant: {', '.join(others)} would run in a form in which a row's bits may depend "
-            f"on the number of rows (ops {ops.name}). On a GPU use --ops auto or triton; on a CPU "
-            "float32 with --ops auto, where a row's bits are its own anyway"
-        )
-    return dataclasses.replace(
-        ops,
-        name=f"{ops.name} (invariant)",
-        lora_linear_forward=lora_linear_batch_invariant.lora_linear_forward_invariant_triton,
-        linear=lora_linear_batch_invariant.linear_invariant_triton,
-    )
-
-
-# TRITON with an operation in another form: the tiles or a flag may ask for it.
-VARIANTS = {
-    name: dataclasses.replace(TRITON, name=f"triton ({name})", **{field: function})
-    for name, field, function in (
-        (
-            "lora_linear fused",
-            "lora_linear_forward",
-            lora_linear_triton.lora_linear_forward_fused_triton,
-        ),
-        (
-            "lora_linear split",
-            "lora_linear_forward",
-            lora_linear_triton.lora_linear_forward_split_triton,
-        ),
-    )
-}
-
 OPS = {"reference": REFERENCE, "torch": TORCH, "native": NATIVE, "triton": TRITON}
-SPECS = {
+
+# Every operation's contract by its name; `fields` of each names its functions in a table.
+SPECS: dict[str, Spec] = {
     module.SPEC.name: module.SPEC
     for module in (
         rms_norm,
@@ -227,88 +188,51 @@ SPECS = {
     )
 }
 
+# The operations of sampling besides matrix products. Their Triton forms are batch-invariant; their
+# torch forms on a GPU may give a row other bits for another number of rows.
+SAMPLING = ("rms_norm", "rope", "swiglu", "cached_attention", "sample")
 
-# Which functions of a table each SPEC holds to account.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "rms_norm": (
-        "rms_norm_forward",
-        "rms_norm_backward",
-        "add_rms_norm_forward",
-        "add_rms_norm_backward",
+
+def functions(ops: Ops, spec: Spec) -> tuple[Callable, ...]:
+    """The functions of a table that belong to one operation."""
+    return tuple(getattr(ops, field) for field in spec.fields)
+
+
+def invariant(ops: Ops) -> Ops:
+    """`ops` for batch-invariant sampling: with matrix products of fixed tiles.
+
+    A row's result then does not depend on the other rows, to the last bit. ValueError where another
+    operation of sampling is not Triton's.
+    """
+    others = [
+        name for name in SAMPLING if functions(ops, SPECS[name]) != functions(TRITON, SPECS[name])
+    ]
+    if others:
+        raise ValueError(
+            f"invariant: {', '.join(others)} would run in a form that is not batch-invariant: a "
+            f"row's result may depend on the number of rows (ops {ops.name}). On a GPU use --ops "
+            "auto or triton; on a CPU float32 with --ops auto, which is batch-invariant anyway"
+        )
+    return dataclasses.replace(
+        ops,
+        name=f"{ops.name} (invariant)",
+        lora_linear_forward=lora_linear_batch_invariant.lora_linear_forward_invariant_triton,
+        linear=lora_linear_batch_invariant.linear_invariant_triton,
+    )
+
+
+# TRITON with one operation in another form, which the table of tile configurations or a flag may
+# ask for.
+VARIANTS: dict[str, Ops] = {
+    "lora_linear fused": dataclasses.replace(
+        TRITON,
+        name="triton (lora_linear fused)",
+        lora_linear_forward=lora_linear_triton.lora_linear_forward_fused_triton,
     ),
-    "rope": ("rope_",),
-    "swiglu": ("swiglu_forward", "swiglu_backward"),
-    "lora_linear": ("lora_linear_forward", "lora_linear_backward"),
-    "linear": ("linear",),
-    "attention": ("attention_forward", "attention_backward"),
-    "cached_attention": ("kv_write_", "cached_attention"),
-    "linear_cross_entropy": ("linear_cross_entropy",),
-    "adamw": ("adamw_", "grad_norm"),
-    "sample": ("sample",),
+    "lora_linear split": dataclasses.replace(
+        TRITON,
+        name="triton (lora_linear split)",
+        lora_linear_forward=lora_linear_triton.lora_linear_forward_split_triton,
+    ),
+    "invariant": invariant(TRITON),
 }
-
-VARIANTS["invariant"] = invariant(TRITON)
-
-
-def sum_products_in_fp32() -> None:
-    """Have cuBLAS add the parts of a 16-bit product in fp32, as every file here promises.
-
-    Unless it is told so, it may add them in 16 bits where it splits a long sum (split-K).
-    """
-    products = torch.backends.cuda.matmul
-    products.allow_bf16_reduced_precision_reduction = False
-    products.allow_fp16_reduced_precision_reduction = False
-
-
-def choose(
-    name: str = "auto",
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    widths: Widths | None = None,
-) -> Ops:
-    """The table of that name for a model on this device; the result's name says what is in it.
-
-    `auto` on a CPU is TORCH, and in fp32 NATIVE for sampling if that compiles and passes its checks
-    here at the model's widths (kernels/select_ops.py); on a GPU it is TRITON as far as it passes,
-    operation by operation. Where `auto` takes a slower form than others may have, it prints why.
-    ValueError for an unknown name, and for `native` and `triton` where they cannot run, with the
-    reason.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        sum_products_in_fp32()
-    if name not in ("auto", *OPS):
-        raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
-    if name == "native" or (name == "auto" and device.type == "cpu"):
-        return _with_native(name, device, dtype, widths)
-    reason = triton_launch.usable(device)
-    if name == "triton" and reason:
-        raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
-    if name == "auto" and dtype == torch.float64:
-        reason = reason or "they compute in fp32, and float64 was asked for"
-    if name == "auto" and reason:
-        print(f"ops: all runs in torch's slower form on {device}, without Triton kernels: {reason}")
-        return TORCH
-    ops, reasons = OPS.get(name), {}
-    if ops is None:
-        ops, reasons = checked(TRITON, TORCH, REFERENCE, SPECS, FIELDS, device, dtype, widths)
-    elif ops is not TRITON:
-        return ops
-    name = described(ops, [TORCH, TRITON], FIELDS, reasons)
-    return dataclasses.replace(ops, name=name)
-
-
-def _with_native(name: str, device: torch.device, dtype: torch.dtype, widths: Widths | None) -> Ops:
-    """NATIVE, or for "auto" TORCH that samples with it; all of it or nothing."""
-    wanted = device.type == "cpu" and dtype == torch.float32
-    reason = native.usable() if wanted else f"they are for fp32 on a CPU, not {dtype} on {device}"
-    if not reason:
-        reasons = checked(NATIVE, TORCH, REFERENCE, SPECS, FIELDS, device, dtype, widths)[1]
-        reason = "; ".join(f"{operation}: {why}" for operation, why in reasons.items())
-    if not reason:
-        sampling = dataclasses.replace(TORCH, name="torch, sampling native", sampled=NATIVE)
-        return NATIVE if name == "native" else sampling
-    if name == "native":
-        raise ValueError(f"--ops native cannot run here: {reason}; use --ops auto or torch")
-    print(f"ops: sampling goes the slower way of torch, without native kernels: {reason}")
-    return TORCH

@@ -8,11 +8,11 @@ backward, with g = dy * w:    dx = r * (g - x * r^2 * mean(g * x))
 shapes     x, y, h, dy, dx (T, D) activation dtype    w (D,)    rstd (T,) accumulation dtype, saved
 precision  statistics in max(fp32, dtype); x * r is rounded to the dtype before * w, as Llama does
 traffic    forward 2TD elements (4TD with the addition), backward 3TD (4TD): bandwidth-bound
-triton     a program holds BT whole tokens in registers: every element is read once
+triton     a program holds BT whole tokens in registers, D padded to BD: each element is read once
 tiles      shape class: the power of two that holds D, as "D1024"
 """
 
-# T = tokens, D = model width
+# T = tokens, D = model width, BT = tokens of a program, BD = D padded to a power of two
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def add_rms_norm_forward(
 
 def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """dx (T, D) of RMSNorm."""
-    g, x32 = dy.to(rstd.dtype) * w, x.to(rstd.dtype)
-    projection = (g * x32).mean(-1).mul_(rstd.pow(3)).neg_()
+    g = dy.to(rstd.dtype) * w  # (T, D)
+    x32 = x.to(rstd.dtype)
+    projection = (g * x32).mean(-1).mul_(rstd.pow(3)).neg_()  # (T,): -r^3 mean(g x)
     return g.mul_(rstd[:, None]).addcmul_(x32, projection[:, None]).to(x.dtype)
 
 
@@ -99,11 +100,13 @@ def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Te
 
 
 def rms_norm_forward_native(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `rms_norm_forward`, in C (native/rowwise.c)."""
+    """As `rms_norm_forward`, in C (cpu/native/rowwise.c)."""
     assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
-    (T, D), y, rstd = x.shape, torch.empty_like(x), torch.empty(x.shape[0])
-    pointers = (at(x), None, at(w), y.data_ptr(), None, rstd.data_ptr())
-    library().rms_norm(*pointers, T, D, eps)
+    T, D = x.shape
+    y = torch.empty_like(x)
+    rstd = torch.empty(T)
+    no_residual = no_h = None
+    library().rms_norm(at(x), no_residual, at(w), y.data_ptr(), no_h, rstd.data_ptr(), T, D, eps)
     return y, rstd
 
 
@@ -114,9 +117,13 @@ def add_rms_norm_forward_native(
     assert x.shape == residual.shape and w.shape == x.shape[1:], (
         f"x {tuple(x.shape)}, residual {tuple(residual.shape)}, w {tuple(w.shape)}"
     )
-    (T, D), y, h, rstd = x.shape, torch.empty_like(x), torch.empty_like(x), torch.empty(x.shape[0])
-    pointers = (at(x), at(residual), at(w), y.data_ptr(), h.data_ptr(), rstd.data_ptr())
-    library().rms_norm(*pointers, T, D, eps)
+    T, D = x.shape
+    y = torch.empty_like(x)
+    h = torch.empty_like(x)
+    rstd = torch.empty(T)
+    library().rms_norm(
+        at(x), at(residual), at(w), y.data_ptr(), h.data_ptr(), rstd.data_ptr(), T, D, eps
+    )
     return y, h, rstd
 
 
@@ -128,6 +135,7 @@ def rms_norm_forward_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, T, eps,
     ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
+    """y and rstd of BT tokens; ADD: of h = x + residual, which is written too."""
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
     inside = (rows < T)[:, None] & (cols < D)[None, :]
@@ -151,41 +159,49 @@ def rms_norm_backward_kernel(
     dy_ptr, dh_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, T,
     ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
+    """dx of BT tokens; ADD: plus dh, the gradient that reaches h past the norm."""
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
     inside = (rows < T)[:, None] & (cols < D)[None, :]
     at = rows.to(tl.int64)[:, None] * D + cols[None, :]
     w = tl.load(w_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)[:, None]
-    x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd  # (BT, BD)
     g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * w[None, :]
-    dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=1) / D)[:, None])
+    projection = tl.sum(g * x_hat, axis=1) / D  # (BT,)
+    dx = rstd * (g - x_hat * projection[:, None])
     if ADD:
         dx += tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_by_rows(kernel, x: Tensor, *args, **constants) -> None:
+def _launch_by_tokens(kernel, x: Tensor, *args, **constants) -> None:
+    """One program per BT tokens of x (T, D)."""
     T, D = x.shape
     BD = power_of_two(D)
-    row = tile(kernel.__name__, x.device, f"D{BD}")
-    launch(kernel, (cdiv(T, row["BT"]),), *args, D=D, BD=BD, **constants, **row)
+    config = tile(kernel.__name__, x.device, f"D{BD}")
+    launch(kernel, (cdiv(T, config["BT"]),), *args, D=D, BD=BD, **constants, **config)
 
 
 def _forward_triton(
     x: Tensor, residual: Tensor | None, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y (T, D), h (T, D) with a residual, rstd (T,)."""
     assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
     assert residual is None or residual.shape == x.shape, (
         f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
     )
-    x, w = x.contiguous(), w.contiguous()
-    y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    T = x.shape[0]
+    x = x.contiguous()
+    w = w.contiguous()
+    y = torch.empty_like(x)
+    rstd = x.new_empty(T, dtype=torch.float32)
     h = None
     if residual is not None:
-        residual, h = residual.contiguous(), torch.empty_like(x)
-    args = (x, residual, w, y, h, rstd, x.shape[0], eps)
-    _launch_by_rows(rms_norm_forward_kernel, x, *args, ADD=h is not None)
+        residual = residual.contiguous()
+        h = torch.empty_like(x)
+    args = (x, residual, w, y, h, rstd, T, eps)
+    _launch_by_tokens(rms_norm_forward_kernel, x, *args, ADD=h is not None)
     return y, h, rstd
 
 
@@ -203,14 +219,18 @@ def add_rms_norm_forward_triton(
 
 
 def _backward_triton(dy: Tensor, dh: Tensor | None, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    """dx (T, D), plus dh where there is one."""
     assert dy.shape == x.shape and rstd.shape == x.shape[:1], (
         f"dy {tuple(dy.shape)}, x {tuple(x.shape)}, rstd {tuple(rstd.shape)}"
     )
-    dy, x, w = dy.contiguous(), x.contiguous(), w.contiguous()
-    dh = None if dh is None else dh.contiguous()
+    dy = dy.contiguous()
+    x = x.contiguous()
+    w = w.contiguous()
+    if dh is not None:
+        dh = dh.contiguous()
     dx = torch.empty_like(x)
     args = (dy, dh, x, w, rstd, dx, x.shape[0])
-    _launch_by_rows(rms_norm_backward_kernel, x, *args, ADD=dh is not None)
+    _launch_by_tokens(rms_norm_backward_kernel, x, *args, ADD=dh is not None)
     return dx
 
 
@@ -230,28 +250,34 @@ def add_rms_norm_backward_triton(
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    t, d = shape
-    x, r, dy, dh = (torch.randn(t, d, generator=g, dtype=torch.float64) for _ in range(4))
-    w = torch.rand(d, generator=g, dtype=torch.float64) + 0.5
-    return {"x": x, "residual": r, "dy": dy, "dh": dh, "w": w, "eps": 1e-5}
+    """Shape: T, D."""
+    T, D = shape
+    inputs = {
+        name: torch.randn(T, D, generator=g, dtype=torch.float64)
+        for name in ("x", "residual", "dy", "dh")
+    }
+    w = torch.rand(D, generator=g, dtype=torch.float64) + 0.5
+    return inputs | {"w": w, "eps": 1e-5}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     y, rstd = ops.rms_norm_forward(i["x"], i["w"], i["eps"])
-    y2, h, rstd2 = ops.add_rms_norm_forward(i["x"], i["residual"], i["w"], i["eps"])
-    return {
-        "y": y,
-        "dx": ops.rms_norm_backward(i["dy"], i["x"], i["w"], rstd),
-        "y_add": y2,
-        "h": h,
-        "dh": ops.add_rms_norm_backward(i["dy"], i["dh"], h, i["w"], rstd2),
-    }
+    dx = ops.rms_norm_backward(i["dy"], i["x"], i["w"], rstd)
+    y_add, h, rstd_add = ops.add_rms_norm_forward(i["x"], i["residual"], i["w"], i["eps"])
+    dh = ops.add_rms_norm_backward(i["dy"], i["dh"], h, i["w"], rstd_add)
+    return {"y": y, "dx": dx, "y_add": y_add, "h": h, "dh": dh}
 
 
 SPEC = Spec(
     "rms_norm",
     _make_inputs,
     _run,
+    fields=(
+        "rms_norm_forward",
+        "rms_norm_backward",
+        "add_rms_norm_forward",
+        "add_rms_norm_backward",
+    ),
     test_shapes=((1, 64), (3, 63), (257, 576), (0, 64)),
     bench_shapes=tuple((t, m.D) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.D),),

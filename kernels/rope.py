@@ -12,6 +12,7 @@ tiles      shape class: the power of two that holds d, as "d128"
 """
 
 # T = tokens, H = query heads, G = key/value heads, d = head size
+# BT = tokens of a program, BH = its heads, BD = half a head padded to a power of two
 
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ def rope_reference(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
 ) -> Tensor:
     """A new (T, (H + 2G) d) with q and k rotated; differentiable."""
-    heads = qkv.unflatten(1, (H + 2 * G, -1)).to(accumulate_dtype(qkv.dtype))
-    cos, sin = cos_sin[positions].to(heads.dtype)[:, None].chunk(2, dim=-1)
+    heads = qkv.unflatten(1, (H + 2 * G, -1)).to(accumulate_dtype(qkv.dtype))  # (T, H + 2G, d)
+    cos, sin = cos_sin[positions].to(heads.dtype)[:, None].chunk(2, dim=-1)  # (T, 1, d / 2)
     if inverse:
         sin = -sin
-    x1, x2 = heads[:, : H + G].chunk(2, dim=-1)
+    x1, x2 = heads[:, : H + G].chunk(2, dim=-1)  # (T, H + G, d / 2)
     rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
     return torch.cat((rotated, heads[:, H + G :]), dim=1).flatten(1).to(qkv.dtype)
 
@@ -46,19 +47,20 @@ def rope_reference(
 def rope_(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
 ) -> Tensor:
-    """Rotate q and k inside `qkv` and return it."""
+    """Rotate q and k inside qkv (T, (H + 2G) d) and return it."""
     assert qkv.is_contiguous() and qkv.shape[1] % (H + 2 * G) == 0, (
         f"qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not hold {H} + 2 x {G} heads"
     )
     heads = qkv.unflatten(1, (H + 2 * G, -1))[:, : H + G]  # a view
     x1, x2 = heads.chunk(2, dim=-1)  # (T, H + G, d / 2), views
-    cos, sin = cos_sin.index_select(0, positions)[:, None].chunk(2, dim=-1)
+    cos, sin = cos_sin.index_select(0, positions)[:, None].chunk(2, dim=-1)  # (T, 1, d / 2)
     if inverse:
         sin = -sin
     if qkv.dtype != cos.dtype:  # 16-bit heads: rotate in the accumulation dtype, round once
-        a, b = x1.to(cos.dtype), x2.to(cos.dtype)
-        x1.copy_(a * cos - b * sin)
-        x2.copy_(b * cos + a * sin)
+        x1_wide = x1.to(cos.dtype)
+        x2_wide = x2.to(cos.dtype)
+        x1.copy_(x1_wide * cos - x2_wide * sin)
+        x2.copy_(x2_wide * cos + x1_wide * sin)
         return qkv
     x1_sin = x1 * sin
     x1.mul_(cos).sub_(x2 * sin)
@@ -72,13 +74,14 @@ def rope_(
 def rope_native_(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
 ) -> Tensor:
-    """As `rope_`, in C (native/rowwise.c)."""
-    T, d = qkv.shape[0], qkv.shape[1] // (H + 2 * G)
+    """As `rope_`, in C (cpu/native/rowwise.c)."""
+    T = qkv.shape[0]
+    d = qkv.shape[1] // (H + 2 * G)
     assert qkv.shape[1] == (H + 2 * G) * d and cos_sin.shape[1] == d and positions.shape == (T,), (
         f"qkv {tuple(qkv.shape)}, {H} + 2 x {G} heads, angles {tuple(cos_sin.shape)}"
     )
-    pointers = (at(qkv), at(positions, torch.int64), at(cos_sin))
-    library().rope(*pointers, T, H, G, d, -1.0 if inverse else 1.0)
+    sign = -1.0 if inverse else 1.0
+    library().rope(at(qkv), at(positions, torch.int64), at(cos_sin), T, H, G, d, sign)
     return qkv
 
 
@@ -91,13 +94,14 @@ def rope_kernel(
     INVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
     BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
+    """Rotates BH heads of BT tokens in place; INVERSE: by the opposite angle."""
     half: tl.constexpr = d // 2
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    cols = tl.arange(0, BD)  # of a half; heads of 80 or 96 leave some idle
+    cols = tl.arange(0, BD)  # of a half; heads of 80 or 96 leave some lanes idle
     position = tl.load(positions_ptr + rows, mask=rows < T, other=0).to(tl.int64)
     known = (rows < T)[:, None] & (cols < half)[None, :]
-    angle = position[:, None] * d + cols[None, :]
+    angle = position[:, None] * d + cols[None, :]  # (BT, BD)
     cos = tl.load(cos_sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
     sin = tl.load(cos_sin_ptr + half + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
     if INVERSE:
@@ -116,17 +120,19 @@ def rope_triton_(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, H: int, G: int, inverse: bool = False
 ) -> Tensor:
     """As `rope_`, in one launch."""
-    T, d = qkv.shape[0], cos_sin.shape[1]
+    T = qkv.shape[0]
+    d = cos_sin.shape[1]
     assert qkv.is_contiguous() and qkv.shape[1] == (H + 2 * G) * d and d % 2 == 0, (
         f"qkv {tuple(qkv.shape)} with strides {qkv.stride()} does not hold {H} + 2 x {G} heads of "
         f"{d}, as many as cos_sin {tuple(cos_sin.shape)} has angles for"
     )
     assert positions.shape == (T,), f"positions {tuple(positions.shape)}, {T} tokens"
-    row = tile("rope_kernel", qkv.device, f"d{power_of_two(d)}")
-    grid = (cdiv(T, row["BT"]), cdiv(H + G, row["BH"]))
-    args = (qkv, positions.contiguous(), cos_sin.contiguous(), T)
-    constants = {"INVERSE": inverse, "H": H, "G": G, "d": d, "BD": power_of_two(d // 2, 1)}
-    launch(rope_kernel, grid, *args, **constants, **row)
+    config = tile("rope_kernel", qkv.device, f"d{power_of_two(d)}")
+    grid = (cdiv(T, config["BT"]), cdiv(H + G, config["BH"]))
+    launch(
+        rope_kernel, grid, qkv, positions.contiguous(), cos_sin.contiguous(), T,
+        INVERSE=inverse, H=H, G=G, d=d, BD=power_of_two(d // 2, 1), **config,
+    )  # fmt: skip
     return qkv
 
 
@@ -134,19 +140,21 @@ def rope_triton_(
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    t, h, kv, d = shape
+    """Shape: T, H, G, d."""
+    T, H, G, d = shape
     angles = torch.rand(512, d // 2, generator=g, dtype=torch.float64) * 6.3
     return {
-        "qkv": torch.randn(t, (h + 2 * kv) * d, generator=g, dtype=torch.float64),
-        "positions": torch.randint(512, (t,), generator=g),
+        "qkv": torch.randn(T, (H + 2 * G) * d, generator=g, dtype=torch.float64),
+        "positions": torch.randint(512, (T,), generator=g),
         "cos_sin": torch.cat((angles.cos(), angles.sin()), dim=1),
-        "H": h,
-        "G": kv,
+        "H": H,
+        "G": G,
     }
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    args = (i["positions"], i["cos_sin"].to(accumulate_dtype(i["qkv"].dtype)), i["H"], i["G"])
+    cos_sin = i["cos_sin"].to(accumulate_dtype(i["qkv"].dtype))
+    args = (i["positions"], cos_sin, i["H"], i["G"])
     return {
         "rotated": ops.rope_(i["qkv"].clone(), *args),
         "inverse": ops.rope_(i["qkv"].clone(), *args, inverse=True),
@@ -157,6 +165,7 @@ SPEC = Spec(
     "rope",
     _make_inputs,
     _run,
+    fields=("rope_",),
     test_shapes=((1, 1, 1, 64), (5, 9, 3, 64), (63, 4, 4, 80), (0, 2, 1, 64)),
     bench_shapes=tuple((t, m.H, m.G, m.d) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.H, m.G, m.d),),

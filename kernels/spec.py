@@ -1,11 +1,11 @@
-"""What an operation promises, and the check that holds it to that.
+"""The contract of an operation (`Spec`), and the check that holds a table of operations to it.
 
 An operation file ends in a `SPEC`. `check` runs one table of operations on the spec's inputs and
 compares every output and every gradient with the definition (the REFERENCE table) in fp64:
 
-    err(ours) <= slack * err(reference in the same dtype) + floor * max|truth|
+    error(ours) <= slack * error(reference in the same dtype) + floor * max|truth|
 
-so the yardstick is what the dtype itself costs, not a tolerance somebody chose.
+So the tolerance is measured: it is the error that the dtype itself costs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu import onemkl_first_calls  # noqa: F401 every operation is right from its first call on
+from kernels.cpu import onemkl_first_calls  # noqa: F401 imported for its effect
 
 
-def autograd(fn: Callable[..., Tensor], wanted: tuple[Tensor, ...], douts: Any) -> list[Tensor]:
-    """Gradients of `fn(*wanted)` against `douts` by torch's autograd: backward of REFERENCE."""
-    leaves = tuple(t.detach().requires_grad_() for t in wanted)
+def autograd(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], douts: Any) -> list[Tensor]:
+    """Gradients of `fn(*inputs)` against `douts` by torch's autograd: the backward of REFERENCE.
+
+    One gradient per input, in its shape and dtype.
+    """
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
     with torch.enable_grad():
         outs = fn(*leaves)
     return list(torch.autograd.grad(outs, leaves, douts, allow_unused=False))
@@ -31,7 +34,7 @@ def autograd(fn: Callable[..., Tensor], wanted: tuple[Tensor, ...], douts: Any) 
 
 @dataclass(frozen=True)
 class Widths:
-    """The sizes of a model that decide which kernels are compiled for it."""
+    """The sizes of a model that its kernels are compiled for."""
 
     D: int  # model width
     F: int  # feed-forward width
@@ -45,22 +48,22 @@ class Widths:
 class Spec:
     """The contract of one operation.
 
-    `make_inputs(shape, generator)` returns fp64 inputs on the CPU; `run(ops, inputs)` calls the
-    operation's forward and backward from a table and returns every output and gradient by name.
+    `make_inputs(shape, generator)` returns fp64 inputs on the CPU. `run(ops, inputs)` calls the
+    operation's functions from a table, forward and backward, and returns every output and gradient
+    by name.
     """
 
     name: str
     make_inputs: Callable[[tuple[int, ...], torch.Generator], dict[str, Any]]
     run: Callable[[Any, dict[str, Any]], dict[str, Tensor]]
-    test_shapes: tuple[tuple[int, ...], ...]  # odd and small: for truth
+    fields: tuple[str, ...]  # the operation's functions: fields of kernels.registry.Ops
+    test_shapes: tuple[tuple[int, ...], ...]  # odd and small: for correctness
     bench_shapes: tuple[tuple[int, ...], ...]  # large: for speed
     slack: float = 2.0  # raising it is a reviewed change with its reason in the file
-    floor: float = 1e-6  # of max|truth|: the error below which nobody looks
+    floor: float = 1e-6  # absolute tolerance, relative to max|truth|
     interpreter_shapes: tuple[tuple[int, ...], ...] = ()  # for kernels, where test_shapes are slow
-    prefix_shapes: tuple[
-        tuple[int, ...], ...
-    ] = ()  # with a shared prefix: TORCH and REFERENCE only
-    # few tokens at a model's own widths: what `--ops auto` checks beside test_shapes
+    prefix_shapes: tuple[tuple[int, ...], ...] = ()  # with a shared prefix: TORCH and REFERENCE
+    # few tokens at a model's own widths: `--ops auto` checks them beside test_shapes
     model_shapes: Callable[[Widths], tuple[tuple[int, ...], ...]] = lambda widths: ()
 
 
@@ -69,11 +72,14 @@ MODELS = {
     "llama-2-7b": Widths(4096, 11008, 32, 32, 128, 32000),
     "llama-3-8b": Widths(4096, 14336, 32, 8, 128, 128256),
 }
-TOKENS = (1, 16, 256, 4096, 8192)  # rows of a benchmark: one row decoding ... a training step
+TOKENS = (1, 16, 256, 4096, 8192)  # of benchmark shapes: from one decoded token to a train step
 
 
 def cast(value: Any, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Any:
-    """`value` with every floating tensor in it copied to `dtype` (None: its own), all walked."""
+    """A copy of `value` on `device`, floating tensors in `dtype` (None: each in its own).
+
+    Dataclasses, dictionaries, lists and tuples are copied with what they contain.
+    """
     if isinstance(value, Tensor):
         return value.to(device, dtype if value.is_floating_point() else None, copy=True)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -96,10 +102,10 @@ def check(
     seed: int = 0,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs,
 ) -> dict[str, tuple[float, float]]:
-    """Error and bound per output name; raises AssertionError naming the first that is over.
+    """Output name -> (largest error, its bound). AssertionError names the first output over it.
 
-    The inputs are first rounded to `dtype`, so that the truth is that of the rounded inputs;
-    `prepare` may lay them out otherwise for the table that is judged (strides, guards).
+    The inputs are rounded to `dtype` first, so the truth is that of the rounded inputs. `prepare`
+    may change the memory layout of the inputs of the table under test (strides, guards).
     """
     inputs = cast(spec.make_inputs(shape, torch.Generator().manual_seed(seed)), dtype, device)
     truth = spec.run(reference, cast(inputs, torch.float64, device))
@@ -107,23 +113,23 @@ def check(
     ours = spec.run(ops, prepare(cast(inputs, dtype, device)))
     assert ours.keys() == truth.keys(), f"{spec.name}: outputs {ours.keys()}, not {truth.keys()}"
     report = {}
-    for name, want in truth.items():
+    for name, exact in truth.items():
         got = ours[name]
-        assert got.shape == want.shape, f"{spec.name} {name}: {got.shape}, not {want.shape}"
-        if want.numel() == 0:
+        assert got.shape == exact.shape, f"{spec.name} {name}: {got.shape}, not {exact.shape}"
+        if exact.numel() == 0:
             continue
-        if not want.is_floating_point():
-            assert torch.equal(got, want), f"{spec.name} {name} {shape}: integers differ"
+        if not exact.is_floating_point():
+            assert torch.equal(got, exact), f"{spec.name} {name} {shape}: integers differ"
             continue
-        error = (got.double() - want).abs().max().item()
-        unit = (yardstick[name].double() - want).abs().max().item()
-        floor = spec.floor * want.abs().max().item()
+        error = (got.double() - exact).abs().max().item()
+        reference_error = (yardstick[name].double() - exact).abs().max().item()
+        floor = spec.floor * exact.abs().max().item()
         if dtype == torch.float64:  # the yardstick is the truth itself; only rounding may remain
-            floor = 1e-12 * max(1.0, want.abs().max().item())
-        bound = spec.slack * unit + floor
+            floor = 1e-12 * max(1.0, exact.abs().max().item())
+        bound = spec.slack * reference_error + floor
         report[name] = (error, bound)
         assert error <= bound, (
             f"{spec.name} {name} {shape} {dtype}: error {error:.3g} over the bound {bound:.3g} "
-            f"(reference in the same dtype: {unit:.3g})"
+            f"(reference in the same dtype: {reference_error:.3g})"
         )
     return report

@@ -9,7 +9,7 @@ triton     a program holds a tile of BT tokens x BF columns of gate and of up: o
 tiles      one shape class
 """
 
-# T = tokens, F = feed-forward width
+# T = tokens, F = feed-forward width, BT x BF = tokens and columns of a program
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     """dgate_up (T, 2F)."""
     acc = accumulate_dtype(dh.dtype)
-    gate, up = (half.to(acc) for half in gate_up.chunk(2, dim=-1))
+    gate, up = gate_up.chunk(2, dim=-1)  # (T, F), views
+    gate = gate.to(acc)
+    up = up.to(acc)
     dh = dh.to(acc)
     dgate_up = torch.empty_like(gate_up)
-    dgate, dup = dgate_up.chunk(2, dim=-1)
+    dgate, dup = dgate_up.chunk(2, dim=-1)  # (T, F), views
     silu_backward = torch.ops.aten.silu_backward  # one pass for the whole slope
     if acc == dgate_up.dtype:
         torch.mul(torch.ops.aten.silu(gate), dh, out=dup)
@@ -69,8 +71,9 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def swiglu_forward_native(gate_up: Tensor) -> Tensor:
-    """As `swiglu_forward`, in C (native/rowwise.c)."""
-    T, F = gate_up.shape[0], gate_up.shape[1] // 2
+    """As `swiglu_forward`, in C (cpu/native/rowwise.c)."""
+    T = gate_up.shape[0]
+    F = gate_up.shape[1] // 2
     h = torch.empty(T, F)
     library().swiglu(at(gate_up), h.data_ptr(), T, F)
     return h
@@ -83,6 +86,7 @@ def swiglu_forward_native(gate_up: Tensor) -> Tensor:
 def swiglu_forward_kernel(
     gate_up_ptr, h_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
+    """A tile of h; gate is in columns 0 .. F - 1 of gate_up, up in the F after them."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
     inside = (rows < T) & (cols < F)
@@ -98,6 +102,7 @@ def swiglu_forward_kernel(
 def swiglu_backward_kernel(
     dh_ptr, gate_up_ptr, dgate_up_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
+    """A tile of dgate and the same tile of dup."""
     rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
     inside = (rows < T) & (cols < F)
@@ -114,10 +119,12 @@ def swiglu_backward_kernel(
 
 
 def _launch_tiles(kernel, gate_up: Tensor, *args: Tensor) -> None:
-    T, width = gate_up.shape
-    row = tile(kernel.__name__, gate_up.device)
-    grid = (cdiv(T, row["BT"]), cdiv(width // 2, row["BF"]))
-    launch(kernel, grid, *args, T, F=width // 2, **row)
+    """One program per tile of h (T, F)."""
+    T = gate_up.shape[0]
+    F = gate_up.shape[1] // 2
+    config = tile(kernel.__name__, gate_up.device)
+    grid = (cdiv(T, config["BT"]), cdiv(F, config["BF"]))
+    launch(kernel, grid, *args, T, F=F, **config)
 
 
 def swiglu_forward_triton(gate_up: Tensor) -> Tensor:
@@ -134,7 +141,8 @@ def swiglu_backward_triton(dh: Tensor, gate_up: Tensor) -> Tensor:
     assert gate_up.shape == (dh.shape[0], 2 * dh.shape[1]), (
         f"dh {tuple(dh.shape)}, gate_up {tuple(gate_up.shape)}"
     )
-    dh, gate_up = dh.contiguous(), gate_up.contiguous()
+    dh = dh.contiguous()
+    gate_up = gate_up.contiguous()
     dgate_up = torch.empty_like(gate_up)
     _launch_tiles(swiglu_backward_kernel, gate_up, dh, gate_up, dgate_up)
     return dgate_up
@@ -144,9 +152,11 @@ def swiglu_backward_triton(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    t, f = shape
-    gate_up = 3 * torch.randn(t, 2 * f, generator=g, dtype=torch.float64)
-    return {"gate_up": gate_up, "dh": torch.randn(t, f, generator=g, dtype=torch.float64)}
+    """Shape: T, F."""
+    T, F = shape
+    gate_up = 3 * torch.randn(T, 2 * F, generator=g, dtype=torch.float64)
+    dh = torch.randn(T, F, generator=g, dtype=torch.float64)
+    return {"gate_up": gate_up, "dh": dh}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
@@ -160,6 +170,7 @@ SPEC = Spec(
     "swiglu",
     _make_inputs,
     _run,
+    fields=("swiglu_forward", "swiglu_backward"),
     test_shapes=((1, 32), (3, 63), (257, 96), (0, 32)),
     bench_shapes=tuple((t, m.F) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.F),),

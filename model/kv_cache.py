@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.integers import cdiv
 from model.config import LlamaConfig
 
 
@@ -49,7 +50,7 @@ class KVCache:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that a sequence of so many tokens needs."""
-        return -(-tokens // self.page_size)
+        return cdiv(tokens, self.page_size)
 
     def take(self, count: int) -> list[int]:
         """`count` zeroed pages; the caller has checked `free` before."""

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import registry
 from kernels.cached import Cached
-from kernels.dtypes import accumulate_dtype
+from kernels.dtypes import accumulate_dtype, sum_products_in_fp32
 from kernels.packed import Packed
 from kernels.philox import Dropout, mix
-from kernels.registry import Ops, choose
+from kernels.registry import Ops
+from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
@@ -61,7 +61,7 @@ class Llama:
     def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops | None = None) -> None:
         self.config, self.weights = config, weights
         if self.device.type == "cuda":
-            registry.sum_products_in_fp32()
+            sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
         # forward must hold the one that it reads

@@ -44,12 +44,13 @@ LARGEST_ALPHA = 10**9
 class LoraConfig:
     """The settings of an adapter."""
 
-    rank: int = 8  # columns of B; the paper's value
-    alpha: float = 16.0  # update is scaled by alpha / rank
-    dropout: float = 0.0  # on the adapter's input, in training only
-    modules: str = "qv"  # qv | attention | all, or names joined by commas
-    rslora: bool = False  # scale alpha / sqrt(rank) instead
-    seed: int = 0  # of A's initial numbers and of dropout
+    rank: int = 8  # rank of the adapter: a larger one can learn more and takes more memory
+    alpha: float = 16.0  # strength of the adapter: its update is scaled by alpha / rank
+    dropout: float = 0.0  # share of the adapter's inputs that is set to 0 in training
+    modules: str = "qv"  # adapted linear layers: qv (queries and values), attention, all, or names
+    #   as in q_proj,up_proj
+    rslora: bool = False  # scale the update by alpha / sqrt(rank) instead (rank-stabilised LoRA)
+    seed: int = 0  # random seed of the adapter's first values and of dropout
 
     @property
     def scale(self) -> float:

@@ -26,6 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from kernels.integers import cdiv
+
 
 class InPlace:
     """FSDP's all-gather on gloo: every share is broadcast straight into its place in the output.
@@ -88,7 +90,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         self.parts: dict[str, list[tuple[str, int]]] = {}  # of embed and head: (unit, first row)
         for name in sorted({"embed", "head"} & shapes.keys()):
             rows, width = shapes[name]
-            starts = range(0, rows, -(-layer // width))
+            starts = range(0, rows, cdiv(layer, width))
             self.parts[name] = [(f"{name} from {i}", i) for i in starts]
             for unit, i in self.parts[name]:
                 units[unit] = {"rows": (min(rows - i, starts.step), width)}
@@ -113,7 +115,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         pieces = []
         for unit, start in self.parts.get(name, [(layer, 0)]):
             weight = getattr(self.units[unit], parameter or "rows")
-            share = -(-len(weight) // self.size)  # rows; the last processes may have fewer, or none
+            share = cdiv(len(weight), self.size)  # rows; the last processes may have fewer, or none
             first = min(len(weight), self.rank * share)
             rows = weight.to_local()
             assert len(rows) == min(len(weight), first + share) - first, f"{name}: cut elsewhere"

@@ -3,8 +3,8 @@
     python scripts/distill.py --model MODEL_DIR --data train.json --out distilled.jsonl
     python scripts/distill.py --model MODEL_DIR --data gsm8k.json --template gsm8k \\
         --verify number --cascade unguided:2,guided:2,cooler:1 --out distilled.jsonl
-    python scripts/distill.py --preset yang2024-alpaca ...      the paper's settings
-    python scripts/distill.py ... --resume          after a kill, with the same settings
+    python scripts/distill.py --preset yang2024-alpaca ...      with the paper's settings
+    python scripts/distill.py ... --resume          continue after an interruption
 """
 
 from __future__ import annotations
@@ -27,14 +27,20 @@ from engine.session import ModelConfig, Session, as_begun
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "distill")
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig, {"drop_long"})
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop"}, **PAPER_SAMPLING)
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument("--no-score", action="store_true", help="leave out the seed likelihoods")
-    parser.add_argument("--resume", action="store_true", help="go on with a killed run")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSONL file to write: the distilled data"
+    )
+    parser.add_argument(
+        "--no-score",
+        action="store_true",
+        help="do not measure how likely the seed model finds references and rewrites",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parse(parser)
 
 

@@ -1,4 +1,4 @@
-"""Score answers of the seed model and of adapters over one base: on a file's rows, or on tasks.
+"""Score the answers of the seed model and of adapters: on rows of a file, or on benchmarks.
 
     python scripts/evaluate.py --model MODEL_DIR --data test.json --verify number --out eval.jsonl
     python scripts/evaluate.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
@@ -20,7 +20,7 @@ from engine.data.config import DataConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig, harness_job
 from engine.evaluate.target_task import evaluate_job, nll_file
 from engine.evaluate.tasks.run import TaskConfig, tasks_job
-from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory, lock_file
 from engine.runtime.resumable_answers import meta_of
 from engine.sampling.requests import SamplerConfig
@@ -29,21 +29,31 @@ from engine.verify.verifiers import get_verifier
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "evaluate")
     add_flags(parser, ModelConfig)
-    add_flags(parser, DataConfig, data=None)
+    add_flags(parser, DataConfig, data=InWords(None, "none (--task or --lm-eval instead)"))
     add_flags(parser, TaskConfig)
     add_flags(parser, HarnessConfig)
     add_flags(parser, SamplerConfig)
-    parser.add_argument("--adapter", action="append", default=[], help="adapter directory (PEFT)")
     parser.add_argument(
-        "--verify", default="number", help="none | number | call | code | ... (README)"
+        "--adapter",
+        action="append",
+        default=[],
+        help="adapter directory (PEFT) to score beside the seed model; may be repeated "
+        "[default: none]",
+    )
+    parser.add_argument(
+        "--verify",
+        default="number",
+        help="what an answer must share with its reference to count as right: number (the last "
+        "one), call (function calls), code (passes the tests), json, exact, contains, "
+        "regex:PATTERN, module:function (your own), or none",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="JSONL file of the answers; with --task, --lm-eval a directory",
+        help="JSONL file of the answers to write; with --task or --lm-eval a directory",
     )
     return parser.parse_args()
 

@@ -15,22 +15,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.jobs.generate import generate_job
-from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_trained
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "generate")
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig)
-    add_flags(parser, DataConfig, {"drop_long"}, data=None)
-    parser.add_argument("--prompt", help="one user message")
-    parser.add_argument("--prefix", default="", help="how every answer begins")
-    parser.add_argument("--adapter", help="adapter directory (PEFT)")
-    parser.add_argument("--samples", type=int, default=1, help="answers per prompt")
-    parser.add_argument("--out", type=Path, help="JSONL file (default: print)")
+    add_flags(parser, DataConfig, {"drop_long"}, data=InWords(None, "none (--prompt is answered)"))
+    parser.add_argument("--prompt", help="one user message to answer, in place of --data")
+    parser.add_argument(
+        "--prefix", default="", help="text that every answer begins with [default: none]"
+    )
+    parser.add_argument(
+        "--adapter", help="adapter directory (PEFT) [default: none (the seed model answers)]"
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
+    parser.add_argument("--out", type=Path, help="JSONL file to write [default: print the answers]")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data is None):
         parser.error("give either --prompt TEXT or --data FILE")

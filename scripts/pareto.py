@@ -1,13 +1,13 @@
-"""Seed, SFT and SDFT over settings and training seeds: target against retention, with intervals.
+"""A study of SFT and SDFT over settings and training seeds: target score against retention.
 
     python scripts/pareto.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
-    python scripts/pareto.py ... --rows-list 200,500,1000     how many rows it takes
-    python scripts/pareto.py --preset yang2024-gsm8k ...      under the paper's settings
-    python scripts/pareto.py --task advbench --task instructions --tasks-dir DIR ...    elsewhere
+    python scripts/pareto.py ... --rows-list 200,500,1000     how many rows are needed
+    python scripts/pareto.py --preset yang2024-gsm8k ...      with the paper's settings
+    python scripts/pareto.py --task advbench --task instructions --tasks-dir DIR ...    other skills
 
-The first value of every list is the middle of the study, the others are tried one list at a time;
---grid takes every combination. The same command again goes on where it was stopped.
+The first value of every list is the base setting; the other values are tried one list at a time,
+or in every combination with --grid. The same command resumes an interrupted study.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "pareto")
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig)
     add_flags(parser, StudyConfig)

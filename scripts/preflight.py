@@ -1,9 +1,9 @@
-"""Is it worth while? A sample of rows tells whether the model follows a shown reference at all.
+"""Before a long run: does the model follow a reference that it is shown? Looks at a few rows.
 
     python scripts/preflight.py --model MODEL_DIR --data train.json --verify number
     python scripts/preflight.py ... --sample 32 --template gsm8k
 
-Takes the flags of scripts/sdft.py; ends with GO or the reasons against it, and one line of JSON.
+Takes the flags of scripts/sdft.py. Ends with GO or NO-GO, the reasons, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "preflight")
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig)
     add_flags(parser, PreflightConfig)

@@ -1,9 +1,9 @@
-"""Measure how far adapters moved the model on general prompts: KL to the seed, agreement.
+"""Measure how much a fine-tuned model differs from its seed on general prompts: KL, agreement.
 
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
-    python scripts/retention.py ... --data prompts.json     on your own prompts, instead of our 64
-    python scripts/retention.py ... --similarity            how alike are the answers themselves
+    python scripts/retention.py ... --data prompts.json     on your prompts, not our 64
+    python scripts/retention.py ... --similarity            also how similar the answers are
 """
 
 from __future__ import annotations
@@ -16,22 +16,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.evaluate.retention import retention_job, retention_metas
-from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
+from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_begun, as_trained
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "retention")
     add_flags(parser, ModelConfig)
     add_flags(parser, SamplerConfig, max_new_tokens=96)
-    parser.add_argument("--adapter", action="append", required=True, help="adapter directory")
-    add_flags(parser, DataConfig, {"drop_long", "system"}, data=None)
     parser.add_argument(
-        "--similarity", action="store_true", help="embed the tuned models' own answers too"
+        "--adapter",
+        action="append",
+        required=True,
+        help="adapter directory (PEFT) to compare with the seed model; may be repeated",
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file, a line per prompt")
+    add_flags(
+        parser, DataConfig, {"drop_long", "system"}, data=InWords(None, "our 64 general prompts")
+    )
+    parser.add_argument(
+        "--similarity",
+        action="store_true",
+        help="also compare the answers themselves, by sentence embeddings",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSONL file to write, one line per prompt"
+    )
     return parser.parse_args()
 
 

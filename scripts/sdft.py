@@ -1,11 +1,11 @@
-"""The whole job: distil, train SFT and SDFT, measure both, print the table.
+"""The whole job: rewrite the data, train SFT and SDFT, measure both, print the table.
 
     python scripts/sdft.py --model MODEL_DIR --data train.json --out runs/mine
     python scripts/sdft.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --out runs/mine
     python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
 
-The same command again goes on where it was stopped.
+The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "sdft")
     add_flags(parser, ModelConfig)
     add_flags(parser, DataConfig)
     add_flags(parser, SdftConfig)

@@ -3,8 +3,8 @@
     python scripts/train.py --model MODEL_DIR --data distilled.jsonl --out runs/sdft
     python scripts/train.py --model MODEL_DIR --data distilled.jsonl --target reference \\
         --out runs/sft
-    python scripts/train.py ... --show 2            print encoded rows with their loss and stop
-    python scripts/train.py ... --resume            after a kill, with the same settings
+    python scripts/train.py ... --show 2            print encoded rows with their loss and exit
+    python scripts/train.py ... --resume            continue after an interruption
     python scripts/train.py ... --val-every 20 --val-data test.json --best nll
     torchrun --nproc-per-node 2 scripts/train.py ...        data parallel
 """
@@ -29,13 +29,20 @@ from model.lora import LoraConfig
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "train")
     for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig, ValidateConfig):
         add_flags(parser, config)
     add_flags(parser, LoraConfig, {"seed"})
-    parser.add_argument("--out", type=Path, help="run directory to make")
-    parser.add_argument("--show", type=int, metavar="N", help="print N encoded rows and stop")
-    parser.add_argument("--resume", action="store_true", help="go on with a killed run")
+    parser.add_argument(
+        "--out", type=Path, help="run directory to write: adapter, checkpoints, metrics"
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        metavar="N",
+        help="print N encoded rows with the loss of each token, and exit",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     args = parse(parser)
     if (args.out is None) == (args.show is None):
         parser.error("give either --out RUN or --show N")

@@ -31,15 +31,15 @@ from kernels.launch import tile_config, triton_launch
 from kernels.registry import SPECS
 
 PATIENCE = 60.0  # seconds for a task; ptxas takes minutes over a kernel that spills thousands
-VETOES = ("spills", "shared memory", "serialised wgmma")  # it would run, but no row may be so
-Row = tuple[tuple[str, Any], ...]  # the items of a row of the table
+VETOES = ("spills", "shared memory", "serialised wgmma")  # it would run; no configuration may
+Items = tuple[tuple[str, Any], ...]  # the items of a tile configuration
 
 
 @dataclass(frozen=True)
 class Target:
     """The card that is compiled for."""
 
-    device_class: str  # whose rows of the table
+    device_class: str  # of the tile configurations
     gpu: tuple[str, int | str, int]  # triton's: backend, architecture, threads of a warp
     shared: int  # bytes of shared memory that a program may have
 
@@ -58,15 +58,15 @@ class Target:
 class Task:
     """Launches of an operation at a shape. With `names` only those kernels'; of `parts` the n-th.
 
-    `rows` are (kernel, shape class, row) instead of the table's; class "": for every one. With
-    `names` the launches of that kernel for another class are left out too.
+    `configs` are (kernel, shape class, configuration) instead of those in the files; class "": for
+    every one. With `names` the launches of that kernel for another class are left out too.
     """
 
     operation: str
     table: str
     shape: tuple[int, ...]
     dtype: str
-    rows: tuple[tuple[str, str, Row], ...] = ()
+    configs: tuple[tuple[str, str, Items], ...] = ()
     names: tuple[str, ...] = ()
     masters: bool = True  # inputs as benchmarks._common.typed has them, not all in one dtype
     part: int = 0
@@ -82,24 +82,25 @@ def in_parts(parts: int, *about: Any, **how: Any) -> list[Task]:
 
 
 def launches(task: Task, target: Target) -> list[Launch]:
-    """What the task has to compile."""
-    tile_config.overrides.update({(kernel, at): dict(row) for kernel, at, row in task.rows})
-    try:
-        spec = SPECS[task.operation]
-        ops = next(o for o in tables(spec) if o.name == task.table)
-        dtype = getattr(torch, task.dtype)
+    """The launches that the task has to compile."""
+    spec = SPECS[task.operation]
+    ops = next(o for o in tables(spec) if o.name == task.table)
+    dtype = getattr(torch, task.dtype)
+    overrides = {(kernel, at): dict(items) for kernel, at, items in task.configs}
+    with tile_config.overriding(overrides):
         made = record(spec, ops, task.shape, dtype, target.device_class, task.masters)
-    finally:
-        tile_config.overrides.clear()
     made = [x for x in made if 0 not in x.grid]
     if task.names:
-        at = {kernel: shape_class for kernel, shape_class, _ in task.rows if shape_class}
-        names = [(x, x.kernel.__name__) for x in made]
-        made = [
-            x for x, n in names if n in task.names and at.get(n, x.shape_class) == x.shape_class
-        ]
-    apart = {f"{x.kernel.__name__} {x.args} {x.options}": x for x in made}
-    return list(apart.values())[task.part :: task.parts]
+        classes = {kernel: at for kernel, at, _ in task.configs if at}
+
+        def is_named(launch: Launch) -> bool:
+            name = launch.kernel.__name__
+            shape_class = classes.get(name, launch.shape_class)
+            return name in task.names and shape_class == launch.shape_class
+
+        made = [x for x in made if is_named(x)]
+    distinct = {f"{x.kernel.__name__} {x.args} {x.options}": x for x in made}
+    return list(distinct.values())[task.part :: task.parts]
 
 
 def compiled(launch: Launch, target: Target) -> tuple[Any, str]:
@@ -129,7 +130,7 @@ def make_launcher(kernel: Any) -> None:
 
 
 def outcome(task: Task, target: Target) -> str:
-    """Compile all of a task: "" or why its row must not be taken."""
+    """Compile all of a task: "" or why its configuration must not be taken."""
     found = []
     try:
         for launch in launches(task, target):
@@ -243,7 +244,7 @@ class Workers:
         return any(task not in self.outcomes for task in tasks)
 
     def reason(self, tasks: Iterable[Task], vetoes: bool = True) -> str:
-        """Why the row that the tasks are of is refused, "" if it is not."""
+        """Why the configuration that the tasks are for is refused, "" if it is not."""
         found = (self.outcomes[task] for task in tasks)
         return next((r for r in found if r and (vetoes or r not in VETOES)), "")
 

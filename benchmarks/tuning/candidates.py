@@ -1,5 +1,4 @@
-"""What benchmarks/tuning/tune.py tries for each kernel, what it times together, and what is worth
-most.
+"""The tile configurations that benchmarks/tuning/tune.py tries for each kernel, likeliest first.
 
 Few and chosen: what a program on Hopper can hold without spilling, with wgmma not serialised and
 within 227 KiB, at Llama-2-7B's shapes and rank 16 (compiled ahead for sm_90 with triton 3.6; a few
@@ -12,14 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def rows(names: str, *values: tuple[int, ...]) -> list[dict[str, int]]:
-    """A row for each of the values; w, s: warps, stages. Sizes not named stay as they are."""
+def configs(names: str, *values: tuple[int, ...]) -> list[dict[str, int]]:
+    """A configuration for each of the values; w, s: warps, stages. Sizes not named stay."""
     full = [{"w": "num_warps", "s": "num_stages"}.get(name, name) for name in names.split()]
-    return [dict(zip(full, row, strict=True)) for row in values]
+    return [dict(zip(full, numbers, strict=True)) for numbers in values]
 
 
 def forms(*names: str) -> list[dict[str, str]]:
-    """For an operation that the table gives a form instead of a tile."""
+    """For an operation whose configuration names a form."""
     return [{"form": name} for name in names]
 
 
@@ -80,41 +79,43 @@ _DKV = (
 # By kernel and, after a space, the beginning of a shape class.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     # elementwise and by rows: bandwidth
-    "rms_norm_forward_kernel": rows(
+    "rms_norm_forward_kernel": configs(
         "BT w",
         *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (4, 4), (1, 2), (8, 8)),
     ),
-    "rms_norm_backward_kernel": rows(
+    "rms_norm_backward_kernel": configs(
         "BT w",
         *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (1, 2)),
     ),
-    "rope_kernel": rows(
+    "rope_kernel": configs(
         "BT BH w",
         *((2, 8, 2), (2, 8, 4), (1, 8, 2), (4, 8, 4), (4, 8, 2), (4, 4, 2), (8, 4, 4), (8, 8, 4)),
         *((2, 16, 4), (4, 16, 4), (1, 16, 2), (8, 8, 8), (16, 4, 4)),
     ),
-    "swiglu_forward_kernel": rows(
+    "swiglu_forward_kernel": configs(
         "BT BF w",
         *((1, 2048, 4), (1, 1024, 4), (1, 1024, 2), (1, 2048, 8), (2, 1024, 4), (1, 4096, 8)),
         *((1, 512, 2), (4, 512, 4), (2, 1024, 8), (1, 512, 4)),
     ),
-    "swiglu_backward_kernel": rows(
+    "swiglu_backward_kernel": configs(
         "BT BF w",
         *((1, 2048, 4), (1, 1024, 4), (1, 1024, 2), (1, 2048, 8), (2, 1024, 4), (1, 4096, 8)),
         *((1, 512, 2), (4, 512, 4), (2, 1024, 8), (1, 512, 4)),
     ),
-    "adamw_kernel": rows(
+    "adamw_kernel": configs(
         "BP w", *((1024, 4), (2048, 8), (512, 4), (1024, 8), (2048, 4), (4096, 8), (512, 2))
     ),
-    "sum_of_squares_kernel": rows(
+    "sum_of_squares_kernel": configs(
         "BP w", *((4096, 8), (8192, 8), (2048, 4), (2048, 8), (16384, 8), (4096, 4))
     ),
-    "root_of_sum_kernel": rows("BP w", (1024, 8), (2048, 8), (1024, 4), (4096, 8)),
-    "kv_write_kernel": rows("BW w", (512, 4), (1024, 4), (256, 2), (2048, 4), (512, 2), (2048, 8)),
-    "lora_reduce_kernel": rows("BN w", (512, 4), (1024, 4), (256, 2), (2048, 8), (256, 4)),
-    "cross_entropy_rows_kernel": rows("BV w", (4096, 8), (8192, 16), (2048, 8), (8192, 8)),
-    "penalise_kernel": rows("BL w", (256, 4), (512, 4), (128, 2), (1024, 8)),
-    "sample_largest_kernel": rows(
+    "root_of_sum_kernel": configs("BP w", (1024, 8), (2048, 8), (1024, 4), (4096, 8)),
+    "kv_write_kernel": configs(
+        "BW w", (512, 4), (1024, 4), (256, 2), (2048, 4), (512, 2), (2048, 8)
+    ),
+    "lora_reduce_kernel": configs("BN w", (512, 4), (1024, 4), (256, 2), (2048, 8), (256, 4)),
+    "cross_entropy_rows_kernel": configs("BV w", (4096, 8), (8192, 16), (2048, 8), (8192, 8)),
+    "penalise_kernel": configs("BL w", (256, 4), (512, 4), (128, 2), (1024, 8)),
+    "sample_largest_kernel": configs(
         "BV w s",
         (2048, 8, 1),
         (4096, 8, 1),
@@ -123,70 +124,70 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         (2048, 4, 2),
         (4096, 8, 2),
     ),
-    "sample_weights_kernel": rows(
+    "sample_weights_kernel": configs(
         "BV w s", (1024, 4, 1), (2048, 8, 1), (2048, 4, 1), (4096, 8, 1), (512, 4, 1), (1024, 4, 2)
     ),
-    "sample_draw_kernel": rows(
+    "sample_draw_kernel": configs(
         "BM BV w s",
         *((4, 1024, 8, 1), (4, 512, 4, 1), (2, 1024, 4, 1), (2, 2048, 8, 1), (8, 512, 8, 1)),
         *((4, 1024, 4, 1), (2, 1024, 4, 2)),
     ),
     # attention
-    "cached_decode_kernel": rows(
+    "cached_decode_kernel": configs(
         "SPLIT BN w s",
         *((128, 32, 4, 3), (256, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3), (256, 32, 4, 4)),
         *((256, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1), (512, 64, 4, 3), (128, 32, 2, 3)),
         *((128, 16, 4, 4), (256, 64, 8, 2), (256, 16, 4, 3)),
     ),
-    "cached_join_kernel": rows("BS w", (8, 2), (4, 1), (4, 2), (16, 4), (8, 4)),
-    "cached_extend_kernel": rows(
+    "cached_join_kernel": configs("BS w", (8, 2), (4, 1), (4, 2), (16, 4), (8, 4)),
+    "cached_extend_kernel": configs(
         "BM BN w s",
         *((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
         *((64, 32, 4, 3), (128, 32, 8, 3), (32, 64, 4, 2), (32, 32, 8, 1), (32, 32, 4, 2)),
     ),
-    "attention_forward_kernel": rows(_BLOCKS, *_FORWARD),
-    "attention_forward_kernel d64": rows(_BLOCKS, (128, 64, 4, 3), (128, 64, 4, 2), *_FORWARD),
-    "attention_dq_kernel": rows(
+    "attention_forward_kernel": configs(_BLOCKS, *_FORWARD),
+    "attention_forward_kernel d64": configs(_BLOCKS, (128, 64, 4, 3), (128, 64, 4, 2), *_FORWARD),
+    "attention_dq_kernel": configs(
         "BM BN w s",
         *((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
         *((64, 128, 4, 2), (128, 32, 8, 3), (64, 128, 8, 2), (64, 32, 4, 3), (128, 64, 8, 1)),
     ),
-    "attention_dkv_kernel": rows(_BLOCKS, *_DKV),
-    "attention_dkv_kernel d64": rows(_BLOCKS, *_DKV, (128, 64, 8, 2)),
+    "attention_dkv_kernel": configs(_BLOCKS, *_DKV),
+    "attention_dkv_kernel d64": configs(_BLOCKS, *_DKV, (128, 64, 8, 2)),
     # products
     "lora_linear_forward": forms("addmm", "split", "fused"),
     "lora_linear_backward": forms("addmm", "kernels"),
-    "lora_linear_kernel": rows(_PRODUCT, *_MANY),
-    "lora_linear_kernel few": rows(_PRODUCT, *_FEW),
-    "lora_linear_kernel fixed": rows(
+    "lora_linear_kernel": configs(_PRODUCT, *_MANY),
+    "lora_linear_kernel few": configs(_PRODUCT, *_FEW),
+    "lora_linear_kernel fixed": configs(
         _PRODUCT,
         *((64, 64, 128, 8, 4, 3), (64, 64, 64, 8, 4, 4), (64, 128, 64, 8, 4, 4)),
         *((64, 32, 128, 8, 4, 4), (64, 64, 64, 8, 4, 6), (64, 128, 64, 8, 4, 3)),
     ),
-    "lora_dx_kernel": rows(_PRODUCT, *_MANY),
-    "lora_dx_kernel few": rows(_PRODUCT, *_FEW),
-    "lora_dx_kernel drop": rows(
+    "lora_dx_kernel": configs(_PRODUCT, *_MANY),
+    "lora_dx_kernel few": configs(_PRODUCT, *_FEW),
+    "lora_dx_kernel drop": configs(
         _PRODUCT,
         *((128, 128, 64, 8, 8, 4), (128, 128, 64, 8, 8, 3), (64, 128, 64, 8, 4, 4)),
         *((64, 256, 64, 8, 8, 3), (64, 128, 64, 8, 4, 3), (128, 128, 64, 16, 8, 4)),
         *((128, 64, 64, 8, 4, 4), (256, 64, 64, 8, 8, 3)),
     ),
-    "lora_down_kernel": rows(
+    "lora_down_kernel": configs(
         "BM BK w s",
         *((64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)),
         *((128, 64, 8, 4), (32, 256, 4, 3), (16, 256, 4, 3), (64, 64, 4, 6)),
     ),
-    "lora_down_kernel few": rows(
+    "lora_down_kernel few": configs(
         "BM BK w s",
         *((16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (16, 256, 4, 4)),
         *((16, 512, 8, 3), (16, 64, 2, 4)),
     ),
-    "lora_up_backward_kernel": rows(
+    "lora_up_backward_kernel": configs(
         "BM BN w s",
         *((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (256, 64, 8, 2), (128, 128, 8, 2)),
         *((128, 64, 8, 2), (64, 128, 4, 2), (256, 32, 8, 3), (128, 32, 4, 3), (64, 64, 4, 2)),
     ),
-    "lora_da_kernel": rows(
+    "lora_da_kernel": configs(
         "BM BK CHUNK w s",
         *((64, 128, 512, 4, 3), (64, 128, 1024, 4, 3), (64, 64, 1024, 4, 4), (64, 64, 512, 4, 4)),
         *((64, 128, 2048, 4, 3), (128, 64, 1024, 4, 3), (64, 128, 1024, 4, 4)),
@@ -201,7 +202,7 @@ TIMED_WITH = {
     "lora_da_kernel": "lora_reduce_kernel",
 }
 
-# The rows that are named for a form: the public function that they decide, as CALLS names it.
+# Configurations that name a form: the public function that they decide, as CALLS names it.
 FORM_CALLS = {"lora_linear_forward": "forward", "lora_linear_backward": "backward"}
 
 # Beginnings of kernels' names, those that cost a step of training or sampling most first.

@@ -68,7 +68,7 @@ EXCEPTIONS: dict[tuple[str, str, str, str], str] = {
 
 WIDTHS = (30, 6, 4, 52, 4, 5, 6, 12, 9, 3, 0)  # of the printed columns
 
-# ---- what to compile
+# ---- the plan
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Job:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What the launch gave for `tl.constexpr` arguments."""
+        """The launch's values of `tl.constexpr` arguments."""
         declared = {p.name for p in self.kernel.params if p.is_constexpr}
         names = list(self.signature)
         return {names[i]: v for (i,), v in self.constexprs.items() if names[i] in declared}
@@ -104,16 +104,17 @@ class Job:
 
     @property
     def form(self) -> tuple:
-        """What is left of the constants without those that come from the sizes of the model."""
-        rows = tile_config.table().get(self.kernel.__name__, {}).get(self.target, {}).values()
-        chosen = {name for row in rows for name in row}
+        """The constants without those that come from the sizes of the model."""
+        by_device = tile_config.configurations().get(self.kernel.__name__, {})
+        configs = by_device.get(self.target, {}).values()
+        chosen = {name for config in configs for name in config}
         given = self.constants.items()
         kept = [(k, v) for k, v in given if k in chosen or type(v) is not int]
         return (self.kernel, self.target, self.options.num_warps, self.options.num_stages, *kept)
 
 
 def job(launch: Launch, target: str, dtype: str) -> Job:
-    """What triton's launcher would compile for this launch."""
+    """The job that triton's launcher would compile for this launch."""
     return Job(launch.kernel, target, dtype, *specialised(launch, TARGETS[target]))
 
 
@@ -139,7 +140,7 @@ def binder(kernel: Any, target: tuple[str, int | str, int]) -> tuple[Any, Any]:
 
 @dataclass
 class Plan:
-    """What there is to compile."""
+    """The configurations to compile."""
 
     jobs: dict[str, Job] = field(default_factory=dict)  # by key: each configuration once
     ran: set[str] = field(default_factory=set)  # kernels that were launched
@@ -195,7 +196,7 @@ def uncovered(wanted: str, ran: set[str]) -> list[str]:
     return [name for name in functions if wanted in name and name not in reached]
 
 
-# ---- what came out
+# ---- the compiled kernel
 
 
 @dataclass(frozen=True)
@@ -244,34 +245,34 @@ def gcn_widths(assembly: str, which: str) -> list[int]:
 
 
 def facts(job: Job, compiled: Any, log: str) -> dict[str, Any]:
-    """What is known of a compiled kernel, as plain values: `complaints` judges it."""
+    """The facts about a compiled kernel, as plain values that `complaints` checks."""
     asm = compiled.asm
-    row = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
-    row |= {"tile": job.tile, "shared": compiled.metadata.shared}
-    row["dots"] = dots(asm["ttgir"])
+    result = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
+    result |= {"tile": job.tile, "shared": compiled.metadata.shared}
+    result["dots"] = dots(asm["ttgir"])
     if job.target == "gfx942":
         text = asm["amdgcn"]
         fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         read = (int(re.search(rf"\.{field}:\s*(\d+)", text)[1]) for field in fields)
-        row["registers"], spilled, row["stack"] = read
-        row |= {"spilled": 4 * spilled, "serial": False}
+        result["registers"], spilled, result["stack"] = read
+        result |= {"spilled": 4 * spilled, "serial": False}
         instructions = {"mfma": len(re.findall(r"\bv_mfma", text))}
         loads, stores = gcn_widths(text, "load"), gcn_widths(text, "store")
     else:
         usage = resources(asm["cubin"])
-        row["registers"], row["stack"] = (
+        result["registers"], result["stack"] = (
             int(re.search(rf"{f}:(\d+)", usage)[1]) for f in ("REG", "STACK")
         )
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        row["spilled"] = max(map(int, spills.groups()))
-        row["serial"] = SERIAL in log
+        result["spilled"] = max(map(int, spills.groups()))
+        result["serial"] = SERIAL in log
         names = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync"}
         instructions = {n: len(re.findall(p, asm["ptx"])) for n, p in names.items()}
         loads, stores = ptx_widths(asm["ptx"], "ld"), ptx_widths(asm["ptx"], "st")
-    row["mma"] = {name: count for name, count in instructions.items() if count}
-    row["load"], row["store"] = max(loads, default=0), max(stores, default=0)
-    row["wide"] = sum(w for w in loads if w >= 16) / max(1, sum(loads))
-    return row
+    result["mma"] = {name: count for name, count in instructions.items() if count}
+    result["load"], result["store"] = max(loads, default=0), max(stores, default=0)
+    result["wide"] = sum(w for w in loads if w >= 16) / max(1, sum(loads))
+    return result
 
 
 def resources(cubin: bytes) -> str:
@@ -283,36 +284,40 @@ def resources(cubin: bytes) -> str:
         return subprocess.check_output([tool, "-res-usage", file.name], text=True)
 
 
-def complaints(row: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with a row of `facts`: kind -> what was found."""
-    if "error" in row:
-        return {"compiler": row["error"]}
+def complaints(result: dict[str, Any]) -> dict[str, str]:
+    """Complaints about a result of `facts`: kind -> the finding."""
+    if "error" in result:
+        return {"compiler": result["error"]}
     found = {}
-    if row["spilled"] or row["stack"]:
-        gave_up = " (ptxas gave up)" if row["registers"] == 32 else ""
-        found["spill"] = f"{row['spilled']} bytes spilled, stack {row['stack']}{gave_up}"
-    if row["shared"] > SHARED[row["target"]]:
-        found["shared"] = f"{row['shared']} bytes of shared memory, {SHARED[row['target']]} allowed"
-    for dot in row["dots"]:
+    if result["spilled"] or result["stack"]:
+        gave_up = " (ptxas gave up)" if result["registers"] == 32 else ""
+        found["spill"] = f"{result['spilled']} bytes spilled, stack {result['stack']}{gave_up}"
+    if result["shared"] > SHARED[result["target"]]:
+        found["shared"] = (
+            f"{result['shared']} bytes of shared memory, {SHARED[result['target']]} allowed"
+        )
+    for dot in result["dots"]:
         if dot.tf32:
             found["tf32"] = f"a product of {dot.rows} rows of fp32 in TF32"
         if dot.dtype not in ("bf16", "f16"):
             continue
-        wgmma = row["target"] == "sm_90" and dot.rows >= 64
-        if dot.unit == "fma" or (wgmma and dot.unit != "wgmma") or not row["mma"]:
+        wgmma = result["target"] == "sm_90" and dot.rows >= 64
+        if dot.unit == "fma" or (wgmma and dot.unit != "wgmma") or not result["mma"]:
             found["mma"] = (
-                f"a product of {dot.rows} rows of {dot.dtype} by {dot.unit}, {row['mma']}"
+                f"a product of {dot.rows} rows of {dot.dtype} by {dot.unit}, {result['mma']}"
             )
-    if row["serial"]:
+    if result["serial"]:
         found["serial"] = "ptxas serialises wgmma"
-    if row["wide"] < 0.5:
-        found["loads"] = f"{row['wide']:.0%} of load bytes are wide; the widest is {row['load']}"
+    if result["wide"] < 0.5:
+        found["loads"] = (
+            f"{result['wide']:.0%} of load bytes are wide; the widest is {result['load']}"
+        )
     return found
 
 
-def excused(kind: str, row: dict[str, Any]) -> str | None:
-    """The reason why this complaint about this row is accepted."""
-    is_now = (kind, row["kernel"], row["target"], row["dtype"])
+def excused(kind: str, result: dict[str, Any]) -> str | None:
+    """The reason why this complaint about this result is accepted."""
+    is_now = (kind, result["kernel"], result["target"], result["dtype"])
     for patterns, reason in EXCEPTIONS.items():
         if all(fnmatch(a, b) for a, b in zip(is_now, patterns, strict=True)):
             return reason
@@ -325,7 +330,7 @@ _jobs: list[Job] = []  # forked processes take a job by its number: kernels do n
 
 
 def compiled(index: int) -> dict[str, Any]:
-    """Compile job `index` in this process and look at the outcome."""
+    """Compile job `index` in this process."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -336,16 +341,16 @@ def compiled(index: int) -> dict[str, Any]:
             source = ASTSource(job.kernel, job.signature, job.constexprs, job.attrs)
             target = GPUTarget(*TARGETS[job.target])
             done = compile_kernel(source, target=target, options=job.options.__dict__)
-        row = facts(job, done, log.getvalue())
+        result = facts(job, done, log.getvalue())
     except Exception as error:  # whatever the compiler raises is the finding
         first = next((line for line in said if "error:" in line), "")
-        row = failed(job, f"{type(error).__name__}: {error} {first}")
-    return row | {"seconds": time.perf_counter() - started}
+        result = failed(job, f"{type(error).__name__}: {error} {first}")
+    return result | {"seconds": time.perf_counter() - started}
 
 
 @contextlib.contextmanager
 def stderr_kept() -> Iterator[list[str]]:
-    """What the compiler's C++ writes (whole modules, on failure) is kept off the screen."""
+    """Inside, the compiler's C++ output (whole modules, on failure) is kept off the screen."""
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -361,49 +366,49 @@ def stderr_kept() -> Iterator[list[str]]:
 
 
 def failed(job: Job, why: str) -> dict[str, Any]:
-    """The row of a job without a result; of a long message its two ends."""
+    """The result of a job that failed; of a long message its two ends."""
     why = " ".join(why.split())
-    row = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
-    row |= {"tile": job.tile, "seconds": 0.0}
-    return row | {"error": why if len(why) < 400 else f"{why[:100]} ... {why[-300:]}"}
+    result = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
+    result |= {"tile": job.tile, "seconds": 0.0}
+    return result | {"error": why if len(why) < 400 else f"{why[:100]} ... {why[-300:]}"}
 
 
 def compile_all(work: list[Job], processes: int) -> Iterator[dict[str, Any]]:
-    """A row for every job, in order; a compiler that dies takes only its own job with it."""
+    """A result for every job, in order; a compiler that dies ends its own job only."""
     _jobs[:] = work
     fork = get_context("fork")
     after = 0
     while after < len(work):
         with ProcessPoolExecutor(processes, fork) as pool:
             try:
-                for row in pool.map(compiled, range(after, len(work))):
-                    yield row
+                for result in pool.map(compiled, range(after, len(work))):
+                    yield result
                     after += 1
                 return
             except BrokenProcessPool:
                 pass
-        with ProcessPoolExecutor(1, fork) as alone:  # whichever died, the next row is settled
+        with ProcessPoolExecutor(1, fork) as alone:  # whichever died: the next job by itself
             try:
-                row = alone.submit(compiled, after).result()
+                result = alone.submit(compiled, after).result()
             except BrokenProcessPool:
-                row = failed(work[after], "the compiler took its process down")
-        yield row
+                result = failed(work[after], "the compiler took its process down")
+        yield result
         after += 1
 
 
 # ---- the command
 
 
-def cells(row: dict[str, Any], verdict: str) -> list[str]:
+def cells(result: dict[str, Any], verdict: str) -> list[str]:
     """A line of the printed table."""
-    short = row["kernel"].removesuffix("_kernel")
-    if "error" in row:
-        return [short, row["target"], row["dtype"], row["tile"], *["-"] * 6, verdict]
-    mma = " ".join(f"{name} {count}" for name, count in row["mma"].items()) or "-"
-    spill = str(row["spilled"] or row["stack"])
-    numbers = [str(row["registers"]), spill, str(row["shared"]), mma]
-    moved = [f"{row['load']} ({row['wide']:.0%})", str(row["store"])]
-    return [short, row["target"], row["dtype"], row["tile"], *numbers, *moved, verdict]
+    short = result["kernel"].removesuffix("_kernel")
+    if "error" in result:
+        return [short, result["target"], result["dtype"], result["tile"], *["-"] * 6, verdict]
+    mma = " ".join(f"{name} {count}" for name, count in result["mma"].items()) or "-"
+    spill = str(result["spilled"] or result["stack"])
+    numbers = [str(result["registers"]), spill, str(result["shared"]), mma]
+    moved = [f"{result['load']} ({result['wide']:.0%})", str(result["store"])]
+    return [short, result["target"], result["dtype"], result["tile"], *numbers, *moved, verdict]
 
 
 def ptxas_versions() -> list[str]:
@@ -434,30 +439,32 @@ def main() -> int:
         work = extremes(work)
     failures = planned.failures
     failures += [f"{name} coverage: no launch" for name in uncovered(args.kernel, planned.ran)]
-    rows = []
+    lines = []
     with tempfile.TemporaryDirectory() as cache:
         wanted = {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
         os.environ.update(wanted | {"TRITON_DUMP_PTXAS_LOG": "1"})
-        for row in compile_all(work, args.jobs):
-            found = complaints(row)
-            reasons = {kind: excused(kind, row) for kind in found}
+        for result in compile_all(work, args.jobs):
+            found = complaints(result)
+            reasons = {kind: excused(kind, result) for kind in found}
             bad = [f"{kind}: {found[kind]}" for kind, reason in reasons.items() if not reason]
             verdict = "; ".join(bad) or ", ".join(f"{k} excused" for k in found) or "ok"
-            rows.append(cells(row, verdict))
-            print("  ".join(f"{c:<{w}}" for c, w in zip(rows[-1], WIDTHS, strict=True)), flush=True)
-            failures += [" ".join((*rows[-1][:4], b)) for b in bad]
+            lines.append(cells(result, verdict))
+            print(
+                "  ".join(f"{c:<{w}}" for c, w in zip(lines[-1], WIDTHS, strict=True)), flush=True
+            )
+            failures += [" ".join((*lines[-1][:4], b)) for b in bad]
     for line in failures:
         print("FAILED", line)
     record = {
         "benchmark": "compile",
         "triton": triton_launch.triton.__version__,
         "ptxas": ptxas_versions(),
-        "configurations": len(rows),
+        "configurations": len(lines),
         "kernels": len(planned.ran),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(sum(os.times()[:4]), 1),
         "failures": failures,
-        "rows": rows,
+        "rows": lines,
     }
     print(json.dumps(record))
     return 1 if failures else 0

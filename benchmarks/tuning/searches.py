@@ -1,14 +1,12 @@
-"""What benchmarks/tuning/tune.py searches: rows of the table, their cases, their order.
+"""The searches of benchmarks/tuning/tune.py: tile configurations, their cases, their order.
 
-A row is a kernel, or a public function of a form, at a shape class. Which shapes look it up, and
-which kernels they compile, is recorded; nothing is run.
+A search is for the configuration of a kernel, or of a public function that has several forms, at a
+shape class. Which shapes look it up, and which kernels they compile, is recorded; nothing is run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +18,7 @@ from benchmarks.operations import WORK, make_inputs, rows_of
 from benchmarks.tuning.ahead import Target
 from benchmarks.tuning.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidates_of
 from kernels.launch import tile_config
+from kernels.launch.tile_config import Config, Lookup
 from kernels.registry import REFERENCE, SPECS, Ops
 from kernels.spec import Spec, cast
 
@@ -52,25 +51,19 @@ class Case:
     shape: tuple[int, ...]
 
     @functools.cache  # noqa: B019 (cases are few, and live as long as the process)
-    def looks_up(self, place: Place, masters: bool = True) -> tuple[list, list[Launch]]:
-        """[(kernel, its first shape class, row)] of the looks into the table; the launches.
+    def looks_up(self, place: Place, masters: bool = True) -> tuple[list[Lookup], list[Launch]]:
+        """The look-ups of tile configurations, and the launches. Nothing is run.
 
-        Nothing is run. Empty where there is nothing to do: an empty grid teaches nothing.
+        Both are empty where a grid is: nothing can be measured there.
         """
-        seen, find = [], tile_config._row
-
-        def noted(kernel: str, device: str, shapes: tuple[str, ...]) -> dict:
-            row = find(kernel, device, shapes)
-            seen.append((kernel, (*shapes, "any")[0], dict(row)))
-            return row
-
-        tile_config._row = noted
-        try:
-            args = (self.spec, self.ops, self.shape, place.dtype, place.device_class, masters)
-            launches = record(*args)
-        finally:
-            tile_config._row = find
-        return ([], []) if any(0 in launch.grid for launch in launches) else (seen, launches)
+        lookups: list[Lookup] = []
+        with tile_config.watching(lookups.append):
+            launches = record(
+                self.spec, self.ops, self.shape, place.dtype, place.device_class, masters
+            )
+        if any(0 in launch.grid for launch in launches):
+            return [], []
+        return lookups, launches
 
     def tokens(self) -> int:
         return rows_of(self.spec.name, self.shape)
@@ -95,11 +88,11 @@ def _inputs(operation: str, shape: tuple, dtype: torch.dtype, device: torch.devi
 
 @dataclass
 class Search:
-    """One row of the table, the cases that look it up, and those that prove a candidate."""
+    """One tile configuration, the cases that look it up, and those that prove a candidate."""
 
     kernel: str
     shape_class: str
-    present: dict[str, Any]
+    present: Config
     cases: list[Case] = field(default_factory=list)  # the largest first
     proofs: list[Case] = field(default_factory=list)
     launches: int = 1  # of the largest case that are compiled apart
@@ -115,20 +108,18 @@ class Search:
         second = TIMED_WITH.get(self.kernel)
         return (self.kernel, second) if second else (self.kernel,)
 
-    def candidates(self) -> list[dict[str, Any]]:
-        """Rows to try, the likeliest first."""
-        tried = [self.present | row for row in candidates_of(self.kernel, self.shape_class)]
-        return [row for n, row in enumerate(tried) if row != self.present and row not in tried[:n]]
+    def candidates(self) -> list[Config]:
+        """Configurations to try, the likeliest first."""
+        found: list[Config] = []
+        for changes in candidates_of(self.kernel, self.shape_class):
+            config = self.present | changes
+            if config != self.present and config not in found:
+                found.append(config)
+        return found
 
-
-@contextlib.contextmanager
-def instead(kernel: str, shape_class: str, row: dict[str, Any]) -> Iterator[None]:
-    """Inside, look-ups for the kernel find this row: of the class, of every one for ""."""
-    tile_config.overrides[kernel, shape_class] = dict(row)
-    try:
-        yield
-    finally:
-        del tile_config.overrides[kernel, shape_class]
+    def with_config(self, config: Config) -> dict[tuple[str, str], Config]:
+        """For `tile_config.overriding`: look-ups of this search find `config`."""
+        return {(self.kernel, self.shape_class): config}
 
 
 def largest(cases: list[Case], most: int) -> list[Case]:
@@ -143,17 +134,20 @@ def largest(cases: list[Case], most: int) -> list[Case]:
     return [by_work[round(i * last / (most - 1))] for i in range(most)]
 
 
-def searches(wanted: list[str], place: Place, most: int = 3, rows: frozenset = frozenset()) -> list:
-    """Every row that a case looks up for a kernel, or an operation, whose name has one of `wanted`.
+def searches(
+    wanted: list[str], place: Place, most: int = 3, only_tokens: frozenset[int] = frozenset()
+) -> list[Search]:
+    """A search for every configuration that a case looks up, the most valuable first.
 
-    `rows`: only shapes of so many tokens. Those worth most come first.
+    Only for kernels and operations whose name contains one of `wanted`, and with `only_tokens` for
+    shapes of so many tokens.
     """
     found: dict[tuple[str, str], Search] = {}
     proofs: dict[tuple[str, Spec, str], Case] = {}  # kernel, operation, table -> a small shape
     for spec in specs_for(wanted):
         small = sorted(spec.interpreter_shapes or spec.test_shapes, key=sum)
         bench = [Case(spec, REFERENCE, s) for s in dict.fromkeys(spec.bench_shapes)]
-        bench = [case.shape for case in bench if not rows or case.tokens() in rows]
+        bench = [case.shape for case in bench if not only_tokens or case.tokens() in only_tokens]
         for n, ops in enumerate(tables(spec)):
             for shape in reversed(small) if place.dry else small:
                 case = Case(spec, ops, shape)
@@ -166,12 +160,12 @@ def searches(wanted: list[str], place: Place, most: int = 3, rows: frozenset = f
             for shape in shapes:
                 case = Case(spec, ops, shape)
                 rehearsed = {kernel for kernel, _ in found} if place.dry else set()
-                for kernel, shape_class, row in case.looks_up(place)[0]:
+                for kernel, shape_class, config in case.looks_up(place)[0]:
                     named = any(w in kernel or w in spec.name for w in wanted)
                     proved = (kernel, spec, ops.name) in proofs
                     if not named or not proved or kernel in rehearsed:
                         continue  # what no small shape reaches cannot be proved
-                    new = Search(kernel, shape_class, row)
+                    new = Search(kernel, shape_class, config)
                     search = found.setdefault((kernel, shape_class), new)
                     if all(case.shape != other.shape for other in search.cases):
                         search.cases.append(case)  # in the first of the tables that reach it

@@ -1,22 +1,21 @@
-"""Measures candidate tiles on this GPU and writes the fastest into kernels/tiles. Needs a GPU.
+"""Measure candidate tile configurations on this GPU; write the fastest to kernels/launch/tiles.
 
     python -m benchmarks.tuning.tune
     python -m benchmarks.tuning.tune --kernel lora_linear,attention --rows 8192,4096 --seconds 75
     python -m benchmarks.tuning.tune --dry --kernel rms_norm --out /tmp/tiles
 
-A search is a row of the table that a benchmark shape looks up (a kernel at a shape class), with a
+A search is a tile configuration that a benchmark shape looks up (a kernel at a shape class), with a
 few shapes as its cases, the largest first. Worker processes compile every candidate ahead
 (benchmarks.tuning.ahead), searches worth most first (benchmarks.tuning.candidates), and drop those
-that fail,
-spill registers, serialise wgmma or need more shared memory than there is; meanwhile the searches
-that are compiled are measured. At the largest case a candidate's launches and the present row's
-take turns, the L2 cache flushed before each; its time is the median. What is more than 15 % slower
-is out; the best few are measured at the other cases too, and ranked by the geometric mean of their
-ratio to the present row. The best replaces the present row if it wins by more than 2 %, does so
-again when measured anew, gives nearly the present row's outputs at every case, and passes the
+that fail, spill registers, serialise wgmma or need more shared memory than there is; meanwhile the
+searches that are compiled are measured. At the largest case the launches of a candidate and of the
+present configuration take turns, the L2 cache flushed before each; a time is the median. Candidates
+more than 15 % slower are out; the best few are measured at the other cases too, and ranked by the
+geometric mean of their ratio to the present one. The best replaces it if it wins by more than 2 %,
+does so again in a second measurement, gives nearly the same outputs at every case, and passes the
 operation's check against its definition in fp64 at a small shape; else the next is taken.
-A kernel whose tile decides another's work is timed with it. Where the table names a form instead
-of a tile, the public function is timed, after its kernels' tiles are known.
+A kernel whose tile decides another's work is timed with it. Where a configuration names a form
+instead of a tile, the public function is timed, after its kernels' tiles are known.
 
 A budget too short for all candidates cuts every list by the same share, at least two are left.
 `--dry` rehearses all but the compiling in triton's interpreter, which takes tiny shapes and two
@@ -27,7 +26,6 @@ too, with what is known by then.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -49,14 +47,15 @@ from benchmarks.clock import DTYPES, Clock
 from benchmarks.operations import CALLS
 from benchmarks.tuning.ahead import Target, Task, Workers, in_parts, prepare
 from benchmarks.tuning.candidates import FORM_CALLS
-from benchmarks.tuning.searches import Case, Place, Search, instead, searches
+from benchmarks.tuning.searches import Case, Place, Search, searches
 from engine.runtime.terminal import progress, table
 from kernels.launch import tile_config, triton_launch
+from kernels.launch.tile_config import Config, Lookup
 from kernels.registry import REFERENCE
 from kernels.spec import check
 
-GAIN = 0.98  # of the present row's time: slower than that, and the present row stays
-LOSING = 1.15  # times the present row's at the largest case: not looked at again
+GAIN = 0.98  # of the present configuration's time: slower, and it stays
+LOSING = 1.15  # times the present one's at the largest case: not looked at again
 FINALISTS = 3  # candidates that are measured at the other cases too
 PAIRS = 5  # of measurements at least; more as long as they fit into
 SLOT = 20.0  # milliseconds of each of the two
@@ -73,49 +72,56 @@ RESERVE = 0.15  # of the budget at its end: forms are measured with the tiles kn
 
 @dataclass(frozen=True)
 class Run:
-    """A case that has been run with a row: how to repeat what is timed, and the outputs."""
+    """A case after a run with a configuration: how to repeat the timed part, and the outputs."""
 
     again: Callable[[], Any]
     outputs: dict[str, Tensor]
 
 
-def run(search: Search, case: Case, place: Place, row: dict[str, Any]) -> Run:
-    """Run the case with `row`. What is timed are the kernel's launches; for a form its call."""
-    launches, looked, inputs = [], {}, case.inputs(place)
-    mine = functools.partial(instead, search.kernel, search.shape_class, row)
+def run(search: Search, case: Case, place: Place, config: Config) -> Run:
+    """Run the case with `config`; the kernel's launches are timed, or the call of a form."""
+    if search.form:
+        return run_form(search, case, place, config)
+    launches: list[tuple] = []
+    looked_up: dict[str, str] = {}  # kernel -> shape class: a launch follows its look-up
 
-    def note(which: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-        name = which.__name__
-        other = name == search.kernel and looked[name] != search.shape_class
-        if name in search.names and not other:
-            launches.append((which, grid, args, options))
-        triton_launch.recorder = None
-        try:
-            triton_launch.launch(which, grid, *args, **options)
-        finally:
-            triton_launch.recorder = note
+    def note_lookup(lookup: Lookup) -> None:
+        looked_up[lookup.kernel] = lookup.shape_class
 
-    def called() -> None:
-        with mine():
+    def note_launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
+        name = kernel.__name__
+        of_another_class = name == search.kernel and looked_up[name] != search.shape_class
+        if name in search.names and not of_another_class:
+            launches.append((kernel, grid, args, options))
+        triton_launch.launch_now(kernel, grid, *args, **options)
+
+    def launch_again() -> None:
+        for kernel, grid, args, options in launches:
+            triton_launch.launch(kernel, grid, *args, **options)
+
+    with (
+        triton_launch.recording_launches(note_launch),
+        tile_config.watching(note_lookup),
+        tile_config.overriding(search.with_config(config)),
+    ):
+        outputs = case.spec.run(case.ops, case.inputs(place))
+    return Run(launch_again, kept(outputs))
+
+
+def run_form(search: Search, case: Case, place: Place, config: Config) -> Run:
+    """As `run`, for a configuration that names a form: the public function's call is timed."""
+    call = CALLS[case.spec.name, FORM_CALLS[search.kernel]]
+    inputs = case.inputs(place)
+    override = search.with_config(config)
+
+    def call_again() -> None:
+        with tile_config.overriding(override):
             call.run(case.ops, inputs, saved)
 
-    def launched() -> None:
-        for which, grid, args, options in launches:
-            triton_launch.launch(which, grid, *args, **options)
-
-    if search.form:
-        call = CALLS[case.spec.name, FORM_CALLS[search.kernel]]
-        with mine():
-            outputs = case.spec.run(case.ops, case.inputs(place))
-            saved = call.saved(case.ops, inputs)
-        return Run(called, kept(outputs))
-    triton_launch.recorder, tile_config.watcher = note, looked.__setitem__
-    try:
-        with mine():
-            outputs = case.spec.run(case.ops, inputs)
-    finally:
-        triton_launch.recorder = tile_config.watcher = None
-    return Run(launched, kept(outputs))
+    with tile_config.overriding(override):
+        outputs = case.spec.run(case.ops, case.inputs(place))
+        saved = call.saved(case.ops, inputs)
+    return Run(call_again, kept(outputs))
 
 
 def kept(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,7 +130,7 @@ def kept(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def alike(ours: dict[str, Tensor], present: dict[str, Tensor]) -> bool:
-    """Whether two rows give nearly the same: garbage at a large shape is found, rounding is not."""
+    """Whether the outputs are nearly the same: finds garbage at a large shape, ignores rounding."""
     for name, want in present.items():
         if want.is_floating_point() and want.numel():
             difference = (ours[name].float() - want.float()).abs().max()
@@ -153,10 +159,10 @@ def compare(ours: Run, present: Run, place: Place) -> tuple[float, float]:
     return tuple(statistics.median(column) for column in zip(*took, strict=True))
 
 
-def prove(search: Search, row: dict[str, Any], place: Place) -> None:
-    """Hold the operation with this row to its definition; raises where it does not."""
+def prove(search: Search, config: Config, place: Place) -> None:
+    """Check the operation with this configuration against its definition; raises if it fails."""
     for case in search.proofs:
-        with instead(search.kernel, "", row):
+        with tile_config.overriding({(search.kernel, ""): config}):
             check(case.spec, case.ops, REFERENCE, case.shape, place.dtype, str(place.device))
 
 
@@ -165,7 +171,7 @@ def prove(search: Search, row: dict[str, Any], place: Place) -> None:
 
 @dataclass
 class Outcome:
-    """What came of a search."""
+    """The outcome of a search."""
 
     search: Search
     best: dict[str, Any]
@@ -175,41 +181,42 @@ class Outcome:
     left: int = 0  # not tried: no time
     undecided: bool = False  # the finalists were not compared: no time
     refused: Counter = field(default_factory=Counter)  # reason -> candidates
-    ms: tuple[float, float] | None = None  # the present row's at the largest case, the best's
+    ms: tuple[float, float] | None = None  # the present one's at the largest case, the best one's
 
 
 class Explorer:
     """One search in two steps: `screen` at the largest case, `decide` among the finalists."""
 
-    def __init__(self, search: Search, place: Place, rows: list[dict[str, Any]]) -> None:
-        self.search, self.place, self.rows = search, place, rows
+    def __init__(self, search: Search, place: Place, configs: list[Config]) -> None:
+        self.search, self.place, self.configs = search, place, configs
         self.outcome = Outcome(search, search.present)
-        self.outcome.left = len(search.candidates()) - len(rows)
+        self.outcome.left = len(search.candidates()) - len(configs)
         self.presents: dict[Case, Run] = {}
-        self.finalists: list[dict[str, Any]] = []
-        self.screened: dict[int, float] = {}  # by id of a row: its ratio at the largest case
-        self.at_largest: dict[int, tuple[float, float]] = {}  # by id of a row: (ours, present's) ms
+        self.finalists: list[Config] = []
+        # by id of a configuration, at the largest case: its ratio; (its, the present one's) ms
+        self.screened: dict[int, float] = {}
+        self.at_largest: dict[int, tuple[float, float]] = {}
         self.done = False
 
-    def ratio(self, row: dict[str, Any], cases: list[Case]) -> float:
-        """Time of `row` over the present row's, geometric mean over the cases."""
+    def ratio(self, config: Config, cases: list[Case]) -> float:
+        """Time of `config` over the present configuration's, geometric mean over the cases."""
         logs = []
         for case in cases:
             if case not in self.presents:
                 self.presents[case] = run(self.search, case, self.place, self.search.present)
-            ours = run(self.search, case, self.place, row)
+            ours = run(self.search, case, self.place, config)
             assert alike(ours.outputs, self.presents[case].outputs), (
                 f"other outputs at {case.shape}"
             )
             mine, theirs = compare(ours, self.presents[case], self.place)
             if case is self.search.cases[0]:
                 self.outcome.ms = self.outcome.ms or (theirs, theirs)
-                self.at_largest[id(row)] = (mine, theirs)
+                self.at_largest[id(config)] = (mine, theirs)
             logs.append(math.log(mine / theirs))
         return math.exp(statistics.mean(logs))
 
     def attempt(self, step: Callable[[], Any]) -> Any:
-        """What the step gives; None, counted as refused, where it raises."""
+        """The result of the step; None, counted as refused, where it raises."""
         try:
             return step()
         except Exception as error:  # the compiler's, the check's, the launcher's
@@ -220,23 +227,23 @@ class Explorer:
     def screen(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
         """Every candidate at the largest case; `refused` says which did not compile, and why."""
         found = []
-        for n, row in enumerate(self.rows):
+        for n, config in enumerate(self.configs):
             if time.monotonic() > until:
-                self.outcome.left += len(self.rows) - n
+                self.outcome.left += len(self.configs) - n
                 break
-            if reason := refused(row):
+            if reason := refused(config):
                 self.outcome.refused[reason] += 1
                 continue
             self.outcome.tried += 1
-            ratio = self.attempt(lambda row=row: self.ratio(row, self.search.cases[:1]))
+            ratio = self.attempt(lambda config=config: self.ratio(config, self.search.cases[:1]))
             if ratio is not None and (ratio <= LOSING or self.place.dry):
-                found.append((ratio, row))
-                self.screened[id(row)] = ratio
+                found.append((ratio, config))
+                self.screened[id(config)] = ratio
             elif ratio is not None:
                 self.outcome.slower += 1
             pause()
         found.sort(key=lambda pair: pair[0])
-        self.finalists = [row for _, row in found[:FINALISTS]]
+        self.finalists = [config for _, config in found[:FINALISTS]]
         self.done = not self.finalists
         self.presents.clear()
 
@@ -245,32 +252,32 @@ class Explorer:
         limit = math.inf if self.place.dry else GAIN  # a rehearsal always has something to write
         ranked, others = [], self.search.cases[1:]
 
-        def everywhere(row: dict[str, Any]) -> float:
-            first, n = self.screened[id(row)], len(others)
-            return (first * self.ratio(row, others) ** n) ** (1 / (n + 1)) if n else first
+        def everywhere(config: Config) -> float:
+            first, n = self.screened[id(config)], len(others)
+            return (first * self.ratio(config, others) ** n) ** (1 / (n + 1)) if n else first
 
-        for row in self.finalists:
+        for config in self.finalists:
             if time.monotonic() > until:
                 self.outcome.undecided = not ranked
                 break
-            if reason := refused(row):
+            if reason := refused(config):
                 self.outcome.refused[reason] += 1
                 continue
-            ratio = self.attempt(lambda row=row: everywhere(row))
+            ratio = self.attempt(lambda config=config: everywhere(config))
             if ratio is not None and ratio < limit:
-                ranked.append((ratio, row))
+                ranked.append((ratio, config))
             pause()
-        for ratio, row in sorted(ranked, key=lambda pair: pair[0]):
+        for ratio, config in sorted(ranked, key=lambda pair: pair[0]):
 
-            def again(row: dict = row, ratio: float = ratio) -> float:
-                prove(self.search, row, self.place)
-                return max(ratio, self.ratio(row, self.search.cases))  # luck does not come twice
+            def again(config: Config = config, ratio: float = ratio) -> float:
+                prove(self.search, config, self.place)
+                return max(ratio, self.ratio(config, self.search.cases))  # luck does not come twice
 
             found = self.attempt(again)
             pause()
             if found is not None and found < limit:
-                self.outcome.best, self.outcome.ratio = row, found
-                self.outcome.ms = self.at_largest[id(row)][::-1]
+                self.outcome.best, self.outcome.ratio = config, found
+                self.outcome.ms = self.at_largest[id(config)][::-1]
                 break
         self.done = True
         self.presents.clear()
@@ -284,8 +291,8 @@ def tasks(case: Case, place: Place, **how: Any) -> list[Task]:
     return in_parts(PARTS, *about, **how)
 
 
-def frozen(row: dict[str, Any]) -> tuple:
-    return tuple(row.items())
+def frozen(config: Config) -> tuple:
+    return tuple(config.items())
 
 
 class Turn:
@@ -296,39 +303,41 @@ class Turn:
         self.urgency, self.workers = urgency, workers
         self.asked = self.screened = False
         self.presents: list[Task] = []
-        self.by_row: dict[tuple, list[Task]] = {}
-        self.won: tuple = ()  # the rows that a form is measured with
+        self.by_config: dict[tuple, list[Task]] = {}
+        self.won: tuple = ()  # the configurations that a form is measured with
 
     def ask(self, won: tuple = ()) -> None:
         """Have the next step compiled."""
         self.asked, self.won = True, won
         search, place, at = self.search, self.place, self.search.cases
         cases = at[1:] if self.screened else at[:1]
-        rows = self.explorer.finalists if self.screened else self.explorer.rows
-        self.presents = [t for case in cases for t in tasks(case, place, rows=won)]
-        self.by_row = {frozen(row): [] for row in rows}
+        configs = self.explorer.finalists if self.screened else self.explorer.configs
+        self.presents = [t for case in cases for t in tasks(case, place, configs=won)]
+        self.by_config = {frozen(config): [] for config in configs}
         proofs: list[Task] = []
-        for row, wanted in self.by_row.items():
-            how = {"rows": (*won, (search.kernel, search.shape_class, row))}
+        for config, wanted in self.by_config.items():
+            how = {"configs": (*won, (search.kernel, search.shape_class, config))}
             how |= {} if search.form else {"names": search.names}
             for case in (*cases, *(() if self.screened else search.also)):
                 wanted += tasks(case, place, **how)
-            how = {"rows": ((search.kernel, "", row),), "masters": False}
+            how = {"configs": ((search.kernel, "", config),), "masters": False}
             for case in search.proofs if self.screened and not proofs else ():
                 proofs += tasks(case, place, **how)
         if self.workers:
             self.workers.want(self.presents, (self.urgency, 0))
-            for wanted in self.by_row.values():
+            for wanted in self.by_config.values():
                 self.workers.want(wanted, (self.urgency, 0))
             self.workers.want(proofs, (self.urgency, 1))  # of the best so far only
 
     def ready(self) -> bool:
         """Whether all that was asked for has come back; proofs need not, they compile here too."""
-        lists = (self.presents, *self.by_row.values())
+        lists = (self.presents, *self.by_config.values())
         return self.asked and not (self.workers and any(map(self.workers.missing, lists)))
 
-    def refused(self, row: dict[str, Any]) -> str:
-        found = self.workers and self.workers.reason(self.by_row[frozen(row)], not self.search.form)
+    def refused(self, config: Config) -> str:
+        found = self.workers and self.workers.reason(
+            self.by_config[frozen(config)], not self.search.form
+        )
         return found or ""
 
     def take(self, until: float) -> None:
@@ -336,23 +345,21 @@ class Turn:
         pause = self.workers.poll if self.workers else lambda: None
         explorer = self.explorer
         if self.workers and (why := self.workers.reason(self.presents, vetoes=False)):
-            explorer.outcome.refused[f"present row: {why}"] += 1
-            explorer.outcome.left += 0 if self.screened else len(explorer.rows)
+            explorer.outcome.refused[f"present configuration: {why}"] += 1
+            explorer.outcome.left += 0 if self.screened else len(explorer.configs)
             explorer.done = True
             return
         step = explorer.decide if self.screened else explorer.screen
-        tile_config.overrides.update({(kernel, at): dict(row) for kernel, at, row in self.won})
-        try:
+        won = {(kernel, at): dict(items) for kernel, at, items in self.won}
+        with tile_config.overriding(won):
             step(self.refused, until, pause)
-        finally:
-            tile_config.overrides.clear()
         self.screened = True
 
 
 def explore(explorers: list[Explorer], workers: Workers | None, seconds: float) -> None:
     """Take the searches' steps as they are compiled, worth most first, until the time is up."""
     until = time.monotonic() + seconds
-    turns = [Turn(explorer, n, workers) for n, explorer in enumerate(explorers) if explorer.rows]
+    turns = [Turn(explorer, n, workers) for n, explorer in enumerate(explorers) if explorer.configs]
     for turn in turns:
         if not turn.search.form:
             turn.ask()
@@ -382,7 +389,7 @@ def explore(explorers: list[Explorer], workers: Workers | None, seconds: float) 
     finally:  # also where a signal ends it: what was not tried is counted
         bar.close()
         for turn in turns:
-            turn.explorer.outcome.left += 0 if turn.screened else len(turn.explorer.rows)
+            turn.explorer.outcome.left += 0 if turn.screened else len(turn.explorer.configs)
             turn.explorer.outcome.undecided = turn.screened
 
 
@@ -393,7 +400,7 @@ def related(search: Search, form: Search) -> bool:
 
 
 def known(explorers: list[Explorer]) -> tuple:
-    """The rows that have won: (kernel, shape class, items)."""
+    """The configurations that have won: (kernel, shape class, items)."""
     won = [e.outcome for e in explorers if e.outcome.best is not e.search.present]
     return tuple((o.search.kernel, o.search.shape_class, frozen(o.best)) for o in won)
 
@@ -417,7 +424,7 @@ def shares(work: list[Search], seconds: float, jobs: int) -> list[int]:
 
 
 def keep(outcomes: list[Outcome], device_class: str, origin: str, folder: Path) -> list[Path]:
-    """Write the rows that won into `folder`, each operation's file whole; the files written."""
+    """Write the configurations that won into `folder`; returns the files, each of them whole."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for path in sorted(tile_config.FOLDER.glob("*.json")):
@@ -442,19 +449,31 @@ def origin(place: Place) -> str:
     return f"measured on {card}, {versions}, {datetime.now(timezone.utc):%Y-%m-%d}"
 
 
-COLUMNS = ["kernel", "class", "tried", "slower", "refused", "no time", "ms", "best", "speed", "row"]
+COLUMNS = [
+    "kernel",
+    "class",
+    "tried",
+    "slower",
+    "refused",
+    "no time",
+    "ms",
+    "best",
+    "speed",
+    "config",
+]
 
 
 def line(outcome: Outcome) -> list[str]:
-    """A row of the report; ms and best are of the largest case, the present row's and the new."""
+    """A line of the printed table; ms and best: of the present configuration and of the new one, at
+    the largest case."""
     search = outcome.search
     refused = " ".join(f"{n} {reason}" for reason, n in outcome.refused.items()) or "-"
     ms = [f"{t:.4f}" for t in outcome.ms] if outcome.ms else ["-", "-"]
-    row = "kept" if outcome.best is search.present else json.dumps(outcome.best)
+    verdict = "kept" if outcome.best is search.present else json.dumps(outcome.best)
     if outcome.undecided:
-        row = "kept: finalists not decided, no time"
+        verdict = "kept: finalists not decided, no time"
     counts = [str(outcome.tried), str(outcome.slower), refused, str(outcome.left)]
-    return [search.kernel, search.shape_class, *counts, *ms, f"{1 / outcome.ratio:.2f}x", row]
+    return [search.kernel, search.shape_class, *counts, *ms, f"{1 / outcome.ratio:.2f}x", verdict]
 
 
 # ---- the command
@@ -468,13 +487,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1800, help="in all")
     parser.add_argument("--cases", type=int, default=3, help="shapes a finalist is measured at")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
-    parser.add_argument("--out", type=Path, help="folder to write to; kernels/tiles if not given")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to; kernels/launch/tiles if not given"
+    )
     parser.add_argument("--dry", action="store_true", help="rehearse without a GPU")
     args = parser.parse_args()
     if not all(n.isdecimal() for n in args.rows.split(",") if n):
-        parser.error(f"--rows {args.rows}: numbers of tokens are wanted, as 8192,4096")
+        parser.error(f"--rows {args.rows}: expected numbers of tokens, as 8192,4096")
     if args.cases < 1 or args.jobs < 0:
-        parser.error(f"--cases {args.cases} --jobs {args.jobs}: at least 1 and 0 are wanted")
+        parser.error(f"--cases {args.cases} --jobs {args.jobs}: expected at least 1 and 0")
     return args
 
 
@@ -487,10 +508,10 @@ def place_for(args: argparse.Namespace) -> Place:
             command = [sys.executable, "-m", "benchmarks.tuning.tune", *sys.argv[1:]]
             os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
         return Place(torch.device("cpu"), torch.float32, Clock("cpu", 0.0), None, PAIRS)
-    reason = triton_launch.usable("cuda") or (
-        "" if torch.cuda.is_available() else "there is no GPU here"
-    )
-    if reason:
+    reason = triton_launch.why_unavailable("cuda")
+    if reason is None and not torch.cuda.is_available():
+        reason = "there is no GPU here"
+    if reason is not None:
         print(f"nothing can be measured: {reason}; --dry rehearses without one", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -510,11 +531,12 @@ def main() -> int:
     outcomes: list[Outcome] = []
     ended = None
     try:
-        rows = frozenset(int(n) for n in args.rows.split(",") if n)
-        work = searches(args.kernel.split(","), place, args.cases, rows)
+        tokens = frozenset(int(n) for n in args.rows.split(",") if n)
+        work = searches(args.kernel.split(","), place, args.cases, tokens)
         if not work:
             raise ValueError(
-                f"no row has --kernel {args.kernel!r} in its name and --rows {args.rows!r}"
+                f"no tile configuration has --kernel {args.kernel!r} in its name and --rows "
+                f"{args.rows!r}"
             )
         left = args.seconds - (time.monotonic() - started)
         counts = [2] * len(work) if place.dry else shares(work, left, args.jobs)

@@ -1,4 +1,4 @@
-"""Which rows of which file."""
+"""Which file is read, and which of its rows (`--data` and the flags beside it)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.data.records import DataFile
-from engine.data.rows import Row, Rows, load_rows, parse_columns
+from engine.data.data_file import DataFile
+from engine.data.record_shapes import parse_columns
+from engine.data.rows import Row, Rows, load_rows
 from engine.runtime.limits import MOST, check_numbers
 
 
@@ -15,12 +16,13 @@ from engine.runtime.limits import MOST, check_numbers
 class DataConfig:
     """Which rows of which file."""
 
-    data: str  # JSON, JSONL or CSV file of rows, or distilled data
-    columns: str | None = None  # field names, as prompt=goal,response=target; id= takes no ids
-    skip_bad: bool = False  # leave unusable rows out and count them, instead of stopping
-    drop_long: bool = False  # leave turns out that are too long and count them, instead of stopping
-    limit: int | None = None  # use only the first so many usable rows
-    system: str | None = None  # a system message for every row that has none
+    data: str  # file of rows (JSON, JSONL or CSV; may be gzipped) or of distilled data
+    columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target;
+    #   id= ignores the file's own ids [default: recognised by their usual names]
+    skip_bad: bool = False  # leave out, and count, rows that cannot be used instead of stopping
+    drop_long: bool = False  # leave out, and count, turns that are too long instead of stopping
+    limit: int | None = None  # use only the first N usable rows [default: all]
+    system: str | None = None  # system message for rows that have none [default: none]
 
     def check(self) -> None:
         """ValueError for a limit that leaves no row."""
@@ -33,10 +35,10 @@ class DataConfig:
         check: Callable[[Row], None] | None = None,
         opened: DataFile | None = None,
     ) -> Rows:
-        """The rows, with what was left out said.
+        """The rows; prints how many there are, and what was left out or not used.
 
-        check: ValueError for rows that cannot be used, as `template_takes` gives for those that the
-        chat template refuses. opened: the file, if it is open already.
+        check: raises ValueError for a row that cannot be used, as `template_takes` does for one
+        that the chat template refuses. opened: the file, if it is open already.
         """
         rows = load_rows(
             opened or self.data,
@@ -47,15 +49,19 @@ class DataConfig:
             system=self.system,
             check=check,
         )
-        skipped = f", {len(rows.bad)} unusable rows left out" if rows.bad else ""
-        unused = f", fields not used: {', '.join(rows.unused)}" if rows.unused else ""
-        read = f", {', '.join(map(repr, rows.inputs))} read as input" if rows.inputs else ""
-        print(f"data: {len(rows)} rows from {self.data}{skipped}{read}{unused}")
-        silent = sum(len(row.context_only) for row in rows)
-        if silent:
-            print(f"data: {silent} of the assistant's messages are context only, as they ask")
+        text = f"data: {len(rows)} rows from {self.data}"
+        if rows.bad:
+            text += f", {len(rows.bad)} unusable rows left out"
+        if rows.inputs:
+            text += f", {', '.join(map(repr, rows.inputs))} read as input"
+        if rows.unused:
+            text += f", fields not used: {', '.join(rows.unused)}"
+        print(text)
+        context_only = sum(len(row.context_only) for row in rows)
+        if context_only:
+            print(f"data: {context_only} of the assistant's messages are context only, as they ask")
         return rows
 
     def beside(self, file: str, limit: int | None) -> DataConfig:
-        """The same reading of another file: held-out rows, validation."""
+        """Another file read in the same way: held-out rows, validation."""
         return dataclasses.replace(self, data=file, limit=limit)

@@ -1,35 +1,30 @@
-"""Data: rows become token ids, ids become micro-batches.
+"""Encoding: rows, or lines of distilled data, become examples of token ids
 
     rows = load_rows("train.jsonl")                     # or load_distilled("distilled.jsonl")
     examples, counts = encode(rows, chat, max_length=1024)
-    for batch in pack(examples[:8], micro_tokens=4096): ...
 
-How a file becomes rows stands in rows.py; its names are offered here too. Nothing is cut or left
-out in silence: a turn that does not fit is named, or cut or left out and counted.
+Nothing is cut or left out silently: a turn that does not fit raises an error that names it, or is
+cut or left out where a flag says so, and counted. turns.py says which answer is trained on, fit.py
+applies the length.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.data.rows import (
-    Row,
-    listing,
-)
-from kernels.philox import mix as hashed
+from engine.data.distilled import CONTEXT, Distilled
+from engine.data.fit import EncodedTurn, Fit
+from engine.data.rows import Row, listing
+from engine.data.turns import TrainedTurn, check_target, turns_to_train_on
 
 if TYPE_CHECKING:
     from model.chat import Chat
-from engine.data.distilled import CONTEXT, KEPT, TARGETS, Distilled
 
-MAX_LENGTH = 1024  # tokens of an example, where nothing else is said
-
-
-# ---- encoding
+MAX_LENGTH = 1024  # default tokens of an example
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Example:
 
 @dataclass
 class EncodeCounts:
-    """What `encode` made and did; every number in it belongs in front of the user."""
+    """Counts of an encoding; all that are not zero are printed for the user."""
 
     examples: int = 0
     tokens: int = 0
@@ -55,21 +50,28 @@ class EncodeCounts:
     refused: int = 0  # left out: the chat template refuses the conversation (--skip-bad)
     context: int = 0  # not trained on, as their messages say (weight 0): context of later turns
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
-    glued: int = 0  # the same, kept under --paper-exact: trained with an end token
+    end_added: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
     unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
     special: int = 0  # their text spells a special token, encoded as plain text
 
-
-@dataclass(frozen=True)
-class _Turn:
-    id: str
-    messages: Sequence[dict[str, str]]
-    text: str
-    ids: list[int] | None = None  # sampled; None: encode the text
-    ends: bool = True
-    glued: bool = False  # it ends where the sampler's limit cut it, and is trained to end there
-    mixed: bool = False  # a rewrite that gave way to its reference
+    def add(self, example: Example, turn: TrainedTurn, encoded: EncodedTurn, fit: Fit) -> None:
+        """Count an example and how it was made."""
+        self.examples += 1
+        self.tokens += len(example.ids)
+        self.response_tokens += len(example.ids) - example.n_prompt
+        if len(example.ids) < len(encoded.prompt) + len(encoded.answer):
+            if fit.in_proportion:
+                self.cut += 1
+            else:
+                self.truncated += 1
+        answer = {"role": "assistant", "content": turn.text}
+        self.from_response += turn.sampled_ids is not None
+        self.unfinished += not turn.ends
+        self.end_added += turn.end_added
+        self.mixed += turn.mixed
+        self.unrendered += not encoded.as_rendered
+        self.special += fit.chat.spells_special([*turn.messages, answer])
 
 
 def encode(
@@ -95,247 +97,139 @@ def encode(
     max_length     tokens of a whole example. Longer ones raise ValueError naming them, or with
                    `truncate` lose the end of their answer. A prompt is not cut: one that leaves no
                    room for an answer raises in any case
-    model_limit    what the model was made for: where it binds, no message asks for --max-length
+    model_limit    tokens of the model's context: at this length no message proposes --max-length
     drop_long      turns that would raise for their length are left out, of distilled data also
                    those that would as another target: all targets train on the same turns. Other
                    turns of a conversation stay
     in_proportion  longer turns lose the ends of prompt and answer instead, as in the published code
-                   (`cut_in_proportion`); what nothing is left of is left out
+                   (`cut_in_proportion`); a turn is left out where nothing of its answer remains
     skip_refused   turns that the chat template refuses are left out instead of raising ValueError
-    mix            share of the kept rewrites of "target" that give way to their reference, drawn by
-                   row id and `seed`; the contexts stay as they are
+    mix            share of the kept rewrites of "target" that are replaced by their reference,
+                   drawn by row id and `seed`; the contexts stay as they are
 
     A response that hit the sampler's token limit gets no end token: a model must not learn to stop
-    there. (Selection keeps none such, but under --paper-exact, which wants them with an end token,
-    as published: counted.) An answer without a token raises ValueError. Everything that is cut or
-    left out is counted.
+    there. (Selection keeps such a response under --paper-exact only, which trains it with an end
+    token, as published: counted.) An answer without a token raises ValueError. Everything that is
+    cut or left out is counted.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r}; wanted one of {', '.join(TARGETS)}")
-    if not 0 <= mix <= 1 or (mix and (target != "target" or isinstance(rows[0], Row))):
-        raise ValueError(
-            f"mix={mix} with target={target!r}: a share from 0 to 1 of the rewrites in distilled "
-            "data is wanted, with target='target'"
-        )
-    fit = _Fit(chat, max_length, truncate, in_proportion)
-    drops = drop_long or in_proportion
-    left_out = _too_long_for_an_arm(rows, fit, seed) if drops else frozenset()
-    counts = EncodeCounts()
-    counts.context = sum(
-        len(row.context_only) if isinstance(row, Row) else row.status == CONTEXT for row in rows
-    )
-    examples, refused, empty, no_room, too_long = [], [], [], [], []
-    for turn in _turns(rows, target, mix, seed):
+    check_target(rows, target, mix)
+    fit = Fit(chat, max_length, truncate, in_proportion)
+    may_drop = drop_long or in_proportion
+    too_long_elsewhere = _too_long_as_some_target(rows, fit, seed) if may_drop else frozenset()
+    counts = EncodeCounts(context=_count_context_only(rows))
+    faults = _Faults()
+    examples = []
+    for turn in turns_to_train_on(rows, target, mix, seed):
         try:
-            prompt, answer, as_rendered = fit.encoded(turn)
+            encoded = fit.encode(turn)
         except ValueError as error:  # the chat template refuses this conversation
-            refused.append(f"{turn.id}: {error}")
+            faults.refused.append(f"{turn.id}: {error}")
             continue
-        where = f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"  # an id alone is a mere hash
-        if not answer:
-            empty.append(f"{where}: no token to train on")
+        if not encoded.answer:
+            faults.empty.append(f"{_named(turn)}: no token to train on")
             continue
-        fitted = fit(turn, prompt, answer)
-        if turn.id in left_out or (fitted is None and drops):
+        cut = fit.cut(turn, encoded)
+        if may_drop and (cut is None or turn.id in too_long_elsewhere):
             counts.dropped += 1
             continue
-        if fitted is None:
-            if len(prompt) >= max_length:
-                no_room.append(f"{where}: {len(prompt)} prompt tokens leave no room")
-            else:
-                too_long.append(f"{where}: {len(prompt)} + {len(answer)} tokens")
+        if cut is None:
+            faults.add_too_long(turn, encoded, max_length)
             continue
-        ids, n_prompt = fitted
-        if len(ids) < len(prompt) + len(answer):
-            counts.cut += in_proportion
-            counts.truncated += not in_proportion
-        examples.append(Example(turn.id, ids, n_prompt))
-        counts.examples += 1
-        counts.tokens += len(ids)
-        counts.response_tokens += len(ids) - n_prompt
-        counts.from_response += turn.ids is not None
-        counts.unfinished += not turn.ends
-        counts.glued += turn.glued
-        counts.mixed += turn.mixed
-        counts.unrendered += not as_rendered
-        said = {"role": "assistant", "content": turn.text}
-        counts.special += chat.spells_special([*turn.messages, said])
-    counts.refused = len(refused)
-    if refused and not skip_refused:
-        what = f"{len(refused)} turns are refused by the chat template"
-        raise ValueError(listing(what, refused, "change them, or leave them out with --skip-bad"))
-    if empty:
-        what = f"{len(empty)} turns have no answer to train on"
-        raise ValueError(listing(what, empty, "remove them"))
-    if no_room:
-        what = f"{len(no_room)} turns cannot be trained on with max_length={max_length}"
-        ways = _what_helps("leave them out with --drop-long", max_length, model_limit)
-        raise ValueError(listing(what, no_room, ways))
-    if too_long:
-        what = f"{len(too_long)} turns are longer than max_length={max_length}"
-        otherwise = "--truncate answers, or leave them out with --drop-long"
-        ways = _what_helps(otherwise, max_length, model_limit)
-        raise ValueError(listing(what, too_long, ways))
+        example = Example(turn.id, *cut)
+        examples.append(example)
+        counts.add(example, turn, encoded, fit)
+    counts.refused = len(faults.refused)
+    faults.raise_first(max_length, model_limit, skip_refused)
     return examples, counts
 
 
-def _what_helps(otherwise: str, max_length: int, model_limit: int | None) -> str:
-    """What to do about turns that are too long: a larger limit only where the model takes one."""
+def _count_context_only(rows: Sequence[Row] | Sequence[Distilled]) -> int:
+    """Assistant turns that are context only."""
+    count = 0
+    for row in rows:
+        if isinstance(row, Row):
+            count += len(row.context_only)
+        elif row.status == CONTEXT:
+            count += 1
+    return count
+
+
+def _too_long_as_some_target(
+    rows: Sequence[Row] | Sequence[Distilled], fit: Fit, seed: int
+) -> frozenset[str]:
+    """Turns of distilled data that are too long as a reference or as a rewrite, mixed or not.
+
+    They are left out for every target, so that all arms train on the same turns.
+    """
+    if not rows or isinstance(rows[0], Row):
+        return frozenset()
+    too_long = set()
+    for target, mix in (("reference", 0.0), ("target", 0.0), ("target", 1.0)):
+        for turn in turns_to_train_on(rows, target, mix, seed):
+            try:
+                encoded = fit.encode(turn)
+            except ValueError:  # refused by the template: `encode` reports it
+                continue
+            if encoded.answer and fit.cut(turn, encoded) is None:
+                too_long.add(turn.id)
+    return frozenset(too_long)
+
+
+def _named(turn: TrainedTurn) -> str:
+    """The turn's id, which may be a hash, with the beginning of what the user says."""
+    return f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"
+
+
+@dataclass
+class _Faults:
+    """Turns that cannot be trained on, by reason; each as one line of an error."""
+
+    refused: list[str] = field(default_factory=list)  # by the chat template
+    empty: list[str] = field(default_factory=list)
+    no_room: list[str] = field(default_factory=list)  # the prompt alone fills max_length
+    too_long: list[str] = field(default_factory=list)
+
+    def add_too_long(self, turn: TrainedTurn, encoded: EncodedTurn, max_length: int) -> None:
+        """Note a turn that does not fit."""
+        n_prompt, n_answer = len(encoded.prompt), len(encoded.answer)
+        if n_prompt >= max_length:
+            self.no_room.append(f"{_named(turn)}: {n_prompt} prompt tokens leave no room")
+        else:
+            self.too_long.append(f"{_named(turn)}: {n_prompt} + {n_answer} tokens")
+
+    def raise_first(self, max_length: int, model_limit: int | None, skip_refused: bool) -> None:
+        """ValueError with the turns of the first reason there is, and what to do about them."""
+        if self.refused and not skip_refused:
+            fault = f"{len(self.refused)} turns are refused by the chat template"
+            way_out = "change them, or leave them out with --skip-bad"
+            raise ValueError(listing(fault, self.refused, way_out))
+        if self.empty:
+            fault = f"{len(self.empty)} turns have no answer to train on"
+            raise ValueError(listing(fault, self.empty, "remove them"))
+        if self.no_room:
+            fault = f"{len(self.no_room)} turns cannot be trained on with max_length={max_length}"
+            way_out = _way_out("leave them out with --drop-long", max_length, model_limit)
+            raise ValueError(listing(fault, self.no_room, way_out))
+        if self.too_long:
+            fault = f"{len(self.too_long)} turns are longer than max_length={max_length}"
+            otherwise = "--truncate answers, or leave them out with --drop-long"
+            way_out = _way_out(otherwise, max_length, model_limit)
+            raise ValueError(listing(fault, self.too_long, way_out))
+
+
+def _way_out(otherwise: str, max_length: int, model_limit: int | None) -> str:
+    """What to do about long turns: a larger --max-length only where the model's context has it."""
     if model_limit is None or max_length < model_limit:
         return f"raise --max-length, or {otherwise}"
     return f"the model itself was made for {model_limit} tokens: {otherwise}"
 
 
-def _encoded(turn: _Turn, chat: Chat) -> tuple[list[int], list[int], bool]:
-    """Ids of the prompt and of the answer, no end token; whether the template writes it so.
-
-    A text is what the template makes of it; sampled ids stand behind the prompt they came from.
-    ValueError where the template refuses the conversation, or an id has no embedding.
-    """
-    if turn.ids is None:
-        target = chat.target(turn.messages, turn.text)
-        return target.prompt, target.answer, target.as_rendered
-    chat.check_ids(turn.ids)
-    return chat.prompt_ids(turn.messages), list(turn.ids), True
-
-
-class _Fit:
-    """What of a turn's tokens is trained on; None where it is too long."""
-
-    def __init__(self, chat: Chat, max_length: int, truncate: bool, in_proportion: bool) -> None:
-        self.chat, self.max_length = chat, max_length
-        self.truncate, self.in_proportion = truncate, in_proportion
-
-    def encoded(self, turn: _Turn) -> tuple[list[int], list[int], bool]:
-        """Ids of the prompt, and of the answer with its end token; whether the template writes it
-        so (`_encoded`)."""
-        prompt, answer, as_rendered = _encoded(turn, self.chat)
-        if answer and turn.ends:
-            answer.append(self.chat.end_id)
-        return prompt, answer, as_rendered
-
-    def __call__(
-        self, turn: _Turn, prompt: list[int], answer: list[int]
-    ) -> tuple[list[int], int] | None:
-        """Ids, and how many of them are the prompt's."""
-        if self.in_proportion:
-            parts = [*self._turns_of(turn.messages, prompt), (prompt, answer)]
-            done = sum(len(source) + len(target) for source, target in parts[:-1])
-            parts[-1] = prompt[done:], answer
-            return cut_in_proportion(parts, self.max_length)
-        room = self.max_length - len(prompt)
-        if room < 1 or (len(answer) > room and not self.truncate):
-            return None
-        return prompt + answer[:room], len(prompt)
-
-    def _turns_of(
-        self, messages: Sequence[dict[str, str]], prompt: list[int]
-    ) -> list[tuple[list[int], list[int]]]:
-        """The earlier turns in a prompt: what is said before each answer, and the answer with its
-        end token, as parts of the prompt's ids. (By their lengths: a token that the next turn's
-        text merges with can be off by one.)"""
-        parts, done = [], 0
-        for at, said in enumerate(messages):
-            if said["role"] == "assistant":
-                start = len(self.chat.prompt_ids(messages[:at]))
-                end = start + len(self.chat.response_ids(said["content"])) + 1
-                parts.append((prompt[done:start], prompt[start:end]))
-                done = end
-        return parts
-
-
-def cut_in_proportion(
-    turns: Sequence[tuple[list[int], list[int]]], limit: int
-) -> tuple[list[int], int] | None:
-    """A conversation within `limit` tokens as the published code cuts it (LLaMA-Factory of 2023).
-
-    turns: the ids before each answer, and those of the answer with its end token. Every turn keeps
-    of `limit` tokens the share that its prompt and its answer have in it, the answer at least one
-    token; the whole then loses its end. Returns the ids and how many precede the last answer; None
-    where nothing of that is left.
-    """
-    ids: list[int] = []
-    before = 0
-    for source, target in turns:
-        # the order of these operations is theirs: at exactly `limit` tokens rounding can cut one
-        of_target = max(int(limit * (len(target) / (len(source) + len(target)))), 1)
-        ids += source[: limit - of_target]
-        before = len(ids)
-        ids += target[:of_target]
-    ids = ids[:limit]
-    return (ids, before) if before < len(ids) else None
-
-
-def _too_long_for_an_arm(
-    rows: Sequence[Row] | Sequence[Distilled], fit: _Fit, seed: int
-) -> frozenset[str]:
-    """Turns of distilled data that are too long as a reference or as a rewrite, mixed or not: they
-    are left out of every arm, so that all train on the same turns."""
-    if not rows or isinstance(rows[0], Row):
-        return frozenset()
-    found = set()
-    for target, mix in (("reference", 0.0), ("target", 0.0), ("target", 1.0)):
-        for turn in _turns(rows, target, mix, seed):
-            try:
-                prompt, answer, _ = fit.encoded(turn)
-            except ValueError:  # refused by the template, which is told elsewhere
-                continue
-            if answer and fit(turn, prompt, answer) is None:
-                found.add(turn.id)
-    return frozenset(found)
-
-
-def _turns(
-    rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float, seed: int
-) -> Iterator[_Turn]:
-    references = {row.id: row.reference for row in rows}
-    for row in rows:
-        if isinstance(row, Row):
-            if target == "response":
-                raise ValueError(
-                    f"row {row.id} has no response, only its reference: target='response' needs "
-                    "distilled data (scripts/distill.py makes it)"
-                )
-            for k, at in enumerate(row.turns):
-                if k not in row.context_only:
-                    yield _Turn(f"{row.id}/{k}", row.messages[:at], row.messages[at]["content"])
-        elif row.status == CONTEXT:
-            continue
-        elif target == "target" and row.status in KEPT and _drawn(row.id, seed) < mix:
-            yield _Turn(row.id, row.messages, row.reference, mixed=True)
-        elif target == "response" or (target == "target" and row.status in KEPT):
-            cut = row.finish == "length" and row.status != "identical"
-            glued = cut and row.status in KEPT
-            ends = glued or not cut
-            yield _Turn(row.id, row.messages, row.response, row.response_ids, ends, glued)
-        elif target == "target":
-            yield _Turn(row.id, row.messages, row.reference)
-        else:
-            yield _Turn(row.id, _as_given(row, references), row.reference)
-
-
-def _drawn(row_id: str, seed: int) -> float:
-    """A number in [0, 1) that belongs to the row."""
-    return hashed("mix", seed, row_id) / 2**64
-
-
-def _as_given(line: Distilled, references: dict[str, str]) -> list[dict[str, str]]:
-    """The line's context as the data file had it: earlier answers are references again."""
-    row = line.id.rpartition("/")[0]
-    messages, turn = [], 0
-    for said in line.messages:
-        if said["role"] == "assistant":
-            if f"{row}/{turn}" not in references:
-                raise ValueError(f"{line.id}: the line of its earlier turn {row}/{turn} is absent")
-            said = {"role": "assistant", "content": references[f"{row}/{turn}"]}
-            turn += 1
-        messages.append(said)
-    return messages
+# ---- checks of rows and examples
 
 
 def prompts_of(row: Row) -> list[tuple[dict[str, str], ...]]:
-    """The conversations that a model is asked to go on with: before every answer that is trained
-    on, or the whole of a row without one."""
+    """The conversations that a model is asked to continue: the messages before every answer that
+    is trained on, or all messages of a row without an answer."""
     if row.messages[-1]["role"] != "assistant":
         return [row.messages]
     return [row.messages[:at] for k, at in enumerate(row.turns) if k not in row.context_only]
@@ -352,7 +246,7 @@ def template_takes(chat: Chat) -> Callable[[Row], None]:
 
 
 def check_examples(examples: Sequence[Example]) -> None:
-    """ValueError naming rows that cannot be trained on."""
+    """ValueError where there is no example, or naming those that cannot be trained on."""
     if not examples:
         raise ValueError("there is nothing to train on: no example (all turns were left out)")
     empty = [e.id for e in examples if not 0 < e.n_prompt < len(e.ids)]
@@ -361,7 +255,7 @@ def check_examples(examples: Sequence[Example]) -> None:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Hash of what is trained on: ids, tokens, where the loss begins."""
+    """Hash of the examples: ids, tokens, and where the loss begins."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.id, example.ids, example.n_prompt]).encode())

@@ -1,13 +1,18 @@
-"""Examples are packed into micro-batches: tokens end to end, no padding."""
+"""Packing: examples become micro-batches, their tokens laid end to end without padding
+
+    batches = pack([len(e.ids) for e in examples], micro_tokens)        # lists of indices
+    batch = MicroBatch.build([examples[i] for i in batches[0]], step, device)
+
+A forward and backward takes one micro-batch; `batch.packed` says which token belongs to which row.
+"""
+
+# T = tokens of a micro-batch, N = response tokens of a micro-batch
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 import torch
 from torch import Tensor
 
@@ -15,81 +20,111 @@ from engine.data.encode import Example
 from kernels.packed import Packed, upload
 from kernels.philox import MASK32, mix
 
+MIN_SHARED = 8  # a shorter common beginning of the prompts is computed in every row
 
-def pack(examples: Sequence[Example] | Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Micro-batches of at most micro_tokens tokens, as indices into `examples` (or lengths).
 
-    First fit, longest first, equals in their order: the same input gives the same batches. No
-    example is split; one longer than micro_tokens goes alone. The first batch holds the longest
-    example, so what does not fit the memory shows at once. Indices inside a batch ascend.
+def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Micro-batches of at most micro_tokens tokens, as indices into `lengths`.
+
+    First fit, longest first, equal lengths in their order: the same input gives the same batches.
+    No example is split; one longer than micro_tokens is a batch of its own. The first batch holds
+    the longest example, so a shortage of memory shows at once. Indices inside a batch ascend.
     """
     if micro_tokens < 1:
-        raise ValueError(f"micro_tokens={micro_tokens}; wanted at least 1")
-    lengths = [x if isinstance(x, int) else len(x.ids) for x in examples]
+        raise ValueError(f"micro_tokens={micro_tokens}; expected at least 1")
     batches: list[list[int]] = []
-    rooms: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (b for b, room in enumerate(rooms) if lengths[index] <= room)
-        batch = next(fits, len(batches))
-        if batch == len(batches):
+    free: list[int] = []  # tokens that each batch can still take
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for index in longest_first:
+        number = _first_with_room(free, lengths[index])
+        if number is None:
+            number = len(batches)
             batches.append([])
-            rooms.append(micro_tokens)
-        batches[batch].append(index)
-        rooms[batch] -= lengths[index]
+            free.append(micro_tokens)
+        batches[number].append(index)
+        free[number] -= lengths[index]
     return [sorted(batch) for batch in batches]
 
 
-SHARED = 8  # tokens from which on a common prefix is computed once
+def _first_with_room(free: Sequence[int], length: int) -> int | None:
+    """The first batch that can still take `length` tokens."""
+    for number, room in enumerate(free):
+        if length <= room:
+            return number
+    return None
+
+
+def shared_prompt_prefix(examples: Sequence[Example]) -> int:
+    """Number of leading tokens that all prompts share, 0 if fewer than MIN_SHARED.
+
+    The last prompt token is never shared: it predicts the first token of the response.
+    """
+    if len(examples) < 2:
+        return 0
+    prompts = [example.ids[: example.n_prompt - 1] for example in examples]
+    length = 0
+    for tokens_at_length in zip(*prompts, strict=False):  # ends with the shortest prompt
+        if len(set(tokens_at_length)) > 1:
+            break
+        length += 1
+    return length if length >= MIN_SHARED else 0
 
 
 @dataclass
 class MicroBatch:
-    """Packed examples and where their loss is."""
+    """Packed examples, and the positions that carry loss."""
 
     tokens: Tensor  # (T,)
     packed: Packed
     select: Tensor  # (N,) positions whose next token is a response token
-    targets: Tensor  # (N,) that token
+    targets: Tensor  # (N,) that next token
     owners: list[str]  # (N,) example id of each, to name a row that went wrong
 
     @classmethod
     def build(
         cls, examples: Sequence[Example], step: int, device: torch.device, share: bool = False
     ) -> MicroBatch:
-        """Lay the examples end to end; their last tokens are targets only.
+        """Lay the examples end to end; the last token of each is only ever a target.
 
-        With `share` the tokens that all prompts begin with (a system message, a template) stand
-        there once, in the first example.
+        With `share` the tokens that all prompts begin with (a system message, a template) are
+        stored once, in the first row (`shared_prompt_prefix`). `step` numbers the dropout masks.
         """
-        prefix = common_prefix(examples) if share else 0
-        tokens, select, targets, owners = [], [], [], []
-        for i, example in enumerate(examples):
-            known = prefix * (i > 0)
-            start = len(tokens) - known
-            tokens += example.ids[known:-1]
-            for at in range(example.n_prompt, len(example.ids)):
-                select.append(start + at - 1)
-                targets.append(example.ids[at])
+        prefix = shared_prompt_prefix(examples) if share else 0
+        tokens: list[int] = []
+        select: list[int] = []
+        targets: list[int] = []
+        owners: list[str] = []
+        row_lengths: list[int] = []
+        for number, example in enumerate(examples):
+            skipped = prefix if number else 0  # tokens that the first row already holds
+            row_start = len(tokens) - skipped  # index that this example's token 0 has, or would
+            tokens += example.ids[skipped:-1]
+            row_lengths.append(len(example.ids) - 1 - skipped)
+            for position in range(example.n_prompt, len(example.ids)):
+                select.append(row_start + position - 1)
+                targets.append(example.ids[position])
                 owners.append(example.id)
-        lengths = [len(e.ids) - 1 - prefix * (i > 0) for i, e in enumerate(examples)]
-        keys = [mix("row", e.id) & MASK32 for e in examples]
-        packed = Packed.from_lengths(lengths, device, keys, step, prefix)
-        ids, places, wanted = (upload(v, torch.int64, device) for v in (tokens, select, targets))
-        return cls(ids, packed, places, wanted, owners)
+        row_keys = [mix("row", example.id) & MASK32 for example in examples]
+        return cls(
+            tokens=upload(tokens, torch.int64, device),
+            packed=Packed.from_lengths(row_lengths, device, row_keys, step, prefix),
+            select=upload(select, torch.int64, device),
+            targets=upload(targets, torch.int64, device),
+            owners=owners,
+        )
 
     @classmethod
     def idle(cls, step: int, device: torch.device) -> MicroBatch:
-        """A token without loss: a process takes part in what the others gather, and weighs zero."""
-        tokens, nothing = (torch.zeros(n, dtype=torch.int64, device=device) for n in (1, 0))
-        return cls(tokens, Packed.from_lengths([1], device, [0], step), nothing, nothing, [])
+        """One token without loss, for a rank that has no rows left.
 
-
-def common_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all prompts begin with, 0 where they are too few to matter.
-
-    Every prompt keeps a token of its own: the last one predicts the first of the response.
-    """
-    first, last = (f(e.ids[: e.n_prompt - 1] for e in examples) for f in (min, max))
-    pairs = zip(first, last, strict=False)
-    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
-    return common if common >= SHARED and len(examples) > 1 else 0
+        Under sharded weights every rank must take part in every gathering of a layer.
+        """
+        token = torch.zeros(1, dtype=torch.int64, device=device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(
+            tokens=token,
+            packed=Packed.from_lengths([1], device, [0], step),
+            select=nothing,
+            targets=nothing,
+            owners=[],
+        )

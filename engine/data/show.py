@@ -1,4 +1,4 @@
-"""Encoded examples for a terminal: every token, and where the loss is."""
+"""Encoded examples for a terminal: every token, and which of them carry loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from engine.data.encode import Example
+
 if TYPE_CHECKING:
     from model.tokenizer_base import Tokenizer
-from engine.data.encode import Example
+
+WIDTH = 96  # columns
 
 
 def show(
@@ -17,28 +20,37 @@ def show(
     n: int,
     losses: Sequence[Sequence[float]] | None = None,
 ) -> str:
-    """The first n examples for a terminal: every token as id and piece; `*` marks loss.
+    """The first n examples as text: every token as id and piece; lines with `*` carry loss.
 
-    With `losses`, per example those of its response tokens (nats), each stands behind its token.
+    losses: for each example the nats of its response tokens, written after each token.
     """
     lines = []
     for number, example in enumerate(examples[:n]):
-        loss = len(example.ids) - example.n_prompt
-        mean = "" if losses is None else f", {sum(losses[number]) / loss:.3f} nats each"
-        lines.append(f"{example.id}: {len(example.ids)} tokens, {loss} with loss (*){mean}")
-        halves = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
-        for margin, ids in zip(("    ", "  * "), halves, strict=True):
-            # A piece's own spaces become ␣, so that lines break between tokens only.
-            tokens = [f"{i}{tokenizer.piece(i)!r}".replace(" ", "␣") for i in ids]
-            if losses is not None and margin.strip():
-                pairs = zip(tokens, losses[number], strict=True)
-                tokens = [f"{token}:{nats:.2f}" for token, nats in pairs]
-            lines += textwrap.wrap(
-                " ".join(tokens),
-                width=96,
-                initial_indent=margin,
-                subsequent_indent=margin,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+        prompt, response = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
+        nats = None if losses is None else losses[number]
+        mean = "" if nats is None else f", {sum(nats) / len(response):.3f} nats each"
+        lines.append(
+            f"{example.id}: {len(example.ids)} tokens, {len(response)} with loss (*){mean}"
+        )
+        lines += _wrapped("    ", _pieces(prompt, tokenizer))
+        pieces = _pieces(response, tokenizer)
+        if nats is not None:
+            pieces = [f"{piece}:{value:.2f}" for piece, value in zip(pieces, nats, strict=True)]
+        lines += _wrapped("  * ", pieces)
     return "\n".join(lines)
+
+
+def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Each token as id and piece; a piece's own spaces become ␣, so lines break between tokens."""
+    return [f"{token}{tokenizer.piece(token)!r}".replace(" ", "␣") for token in ids]
+
+
+def _wrapped(margin: str, pieces: list[str]) -> list[str]:
+    return textwrap.wrap(
+        " ".join(pieces),
+        width=WIDTH,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

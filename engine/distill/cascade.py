@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.data.rows import Row
-from engine.measure.likelihood import Asked, Scorer
+from engine.measure.likelihood import Scorer, ScoringRequest
 from model.chat import Chat
 
 COOLER = 0.5  # of the temperature
@@ -169,6 +169,6 @@ class Asking:
         room = scorer.owner.config.max_position - len(prompt)
         answers = [[*c.ids, chat.end_id] for c in kept]
         answers = [answer if len(answer) <= room else [] for answer in answers]
-        (losses,) = scorer.losses([Asked(self.turn.id, prompt, answers)])
+        (losses,) = scorer.losses([ScoringRequest(self.turn.id, prompt, answers)])
         nats = [math.fsum(values) / len(values) if values else math.inf for values in losses]
         return kept[nats.index(min(nats))]  # the first of equals

@@ -20,12 +20,19 @@ PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Facto
 class DistillConfig:
     """What is asked of the seed model and what is accepted."""
 
-    template: str = "using"  # using | refer | gsm8k: how the reference is shown
-    verify: str = "none"  # what a rewrite must keep: none | number | call | code | ... (README)
-    cascade: str = "guided:1"  # tries, as unguided:2,guided:2,cooler:1; the reference comes last
-    choose: str = "likelihood"  # likelihood | first: which of several fit tries is taken
-    max_new_tokens: str = "auto"  # new tokens per answer; auto: 64 + 3 x the reference's, from 128
-    paper_exact: bool = False  # also the published code's defects that change results
+    template: str = "using"  # wording that shows the model the reference answer and asks for a
+    #   rewrite: using, refer or gsm8k
+    verify: str = "none"  # what an answer must share with its reference to count as right: number
+    #   (the last one), call (function calls), code (passes the tests), json, exact, contains,
+    #   regex:PATTERN, module:function (your own), or none
+    cascade: str = "guided:1"  # tries per row, by kind: unguided (plain prompt), guided (shown the
+    #   reference), cooler (guided, half the temperature), as in unguided:2,guided:1; a kind is
+    #   tried if those before it failed; if all fail, the reference itself is used
+    choose: str = "likelihood"  # which of several accepted tries is used: likelihood (the one that
+    #   the seed model finds most likely) or first
+    max_new_tokens: str = "auto"  # most new tokens in a rewrite
+    #   [default: auto (64 + 3 x the tokens of the reference; at least 128)]
+    paper_exact: bool = False  # also reproduce defects of the published code that change results
 
     @property
     def stages(self) -> tuple[Stage, ...]:

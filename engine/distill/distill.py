@@ -84,7 +84,7 @@ def distill(
         if turns:
             stats, seconds, written = _write(model, chat, turns, config, sampling, file, stop)
         world.barrier()  # another process may have hours of rows left
-        if world.any(stop.asked):
+        if world.any_rank(stop.asked):
             left = sum(name not in file.done for name in order)
             there = f"{len(order) - left} of {len(order)} turns are in {out}"
             if world.size > 1:
@@ -146,7 +146,7 @@ def _write(
     with (
         Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
         Scorer(model, []) if scored else nullcontext() as scorer,
-        progress(total=asked, desc="distill", unit="row", disable=not file.world.first) as bar,
+        progress(total=asked, desc="distill", unit="row", disable=not file.world.is_rank0) as bar,
     ):
         stop.finish = sampler.drain
         writer = Writer(chat, config, sampler, scorer, file)
@@ -162,7 +162,7 @@ def _write(
             writer.take(completion)
             rate = sampler.stats.new_tokens / (time.perf_counter() - started)
             bar.set_postfix_str(
-                f"{rate:.0f} tokens/s, {len(sampler.flying)} in flight", refresh=False
+                f"{rate:.0f} tokens/s, {len(sampler.scheduler.running)} running", refresh=False
             )
             bar.update(writer.written - bar.n)
         return sampler.stats, time.perf_counter() - started, writer.written

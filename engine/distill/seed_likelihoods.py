@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import CONTEXT, Distilled
-from engine.measure.likelihood import Asked, PackedScorer, Scorer, batches
+from engine.measure.likelihood import (
+    ScoringRequest,
+    collective_rounds,
+    scorer_for,
+    scoring_batches,
+)
 from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
@@ -89,16 +94,16 @@ def score(
             if not any(asked.answers):  # its prompt may be longer than the model's context
                 file.write(_record(asked, asked.answers))
         asked_for = [asked for asked in asked_for if any(asked.answers)]
-        forwards = list(batches(asked_for))
-        if model.is_sharded:  # all processes gather the weights equally often
-            forwards += [[]] * (file.world.most(len(forwards)) - len(forwards))
+        forwards = list(scoring_batches(asked_for))
+        rounds = collective_rounds(model, file.world, len(forwards))
+        forwards += [[]] * (rounds - len(forwards))
         if forwards:
             prompts = [asked.prompt for asked in asked_for]
             with (
-                file.world.together(),
-                PackedScorer(model) if model.is_sharded else Scorer(model, prompts) as scorer,
+                file.world.report_lost_rank(),
+                scorer_for(model, prompts) as scorer,
                 progress(
-                    total=len(asked_for), desc="score", unit="row", disable=not file.world.first
+                    total=len(asked_for), desc="score", unit="row", disable=not file.world.is_rank0
                 ) as bar,
             ):
                 for batch in forwards:
@@ -113,7 +118,7 @@ def score(
     return means
 
 
-def _asked(model: Llama, chat: Chat, line: Distilled) -> Asked:
+def _asked(model: Llama, chat: Chat, line: Distilled) -> ScoringRequest:
     """The reference and the response of a line, each with its end token if it has one.
 
     Each stands behind the prompt it is trained on. Those differ where the template begins a
@@ -136,10 +141,10 @@ def _asked(model: Llama, chat: Chat, line: Distilled) -> Asked:
         fits = answer and len(own) + len(answer) <= model.config.max_position
         answers.append([*rest, *answer] if fits else [])
         skip.append(len(rest))
-    return Asked(line.id, prompt, answers, tuple(skip))
+    return ScoringRequest(line.id, prompt, answers, tuple(skip))
 
 
-def _record(asked: Asked, losses: list[list[float]]) -> dict[str, Any]:
+def _record(asked: ScoringRequest, losses: list[list[float]]) -> dict[str, Any]:
     """One line of the scores file; an answer that is empty or too long has none."""
     result: dict[str, Any] = {"id": asked.id}
     for name, values in zip(("reference", "response"), losses, strict=True):

@@ -91,7 +91,13 @@ class Writer:
         for sample in range(stage.tries):
             self.sampler.submit(
                 Request(
-                    name, ids, limit, sample, temperature=heat, expected=expected, draft=reference
+                    name,
+                    ids,
+                    limit,
+                    sample,
+                    temperature=heat,
+                    expected_tokens=expected,
+                    draft_source=reference,
                 )
             )
 

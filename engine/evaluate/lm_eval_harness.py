@@ -2,8 +2,8 @@
 
 The harness (extra `eval`: lm-eval) brings tasks, prompts and metrics; here is the model class that
 it asks for log-likelihoods and texts. Several continuations of one context (the choices of a
-question) are scored behind one copy of it (score.Scorer). No chat template is applied, as in the
-paper (paper.md 1.6).
+question) are scored behind one copy of it (engine/measure/likelihood.py). No chat template is
+applied, as in the paper (paper.md 1.6).
 
     OUT/lm_eval.jsonl    a line per arm and task: {arm, task, n, metrics, right}
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from engine.evaluate.target_task import Arms, adapter_hashes
 from engine.measure.intervals import lost_won, mcnemar, wilson
-from engine.measure.likelihood import Asked, Scorer, batches
+from engine.measure.likelihood import Scorer, ScoringRequest, scoring_batches
 from engine.runtime.files import AppendedLines
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
@@ -39,10 +39,13 @@ MAX_NEW = 256  # new tokens where a task names no limit, as in the harness's own
 class HarnessConfig:
     """Which tasks of lm-evaluation-harness."""
 
-    lm_eval: str | None = None  # names joined by commas: mmlu,arc_easy (extra: pip install lm-eval)
-    lm_eval_path: str | None = None  # directory with further tasks in the harness's YAML
-    lm_eval_shots: int | None = None  # examples shown before a question (default: the task's own)
-    lm_eval_limit: int | None = None  # use only the first so many questions of each task
+    lm_eval: str | None = None  # tasks of lm-evaluation-harness, as in mmlu,arc_easy (pip install
+    #   -e '.[eval]') [default: none]
+    lm_eval_path: str | None = None  # directory with more tasks in the harness's YAML
+    #   [default: none]
+    lm_eval_shots: int | None = None  # solved examples shown before a question
+    #   [default: the task's own number]
+    lm_eval_limit: int | None = None  # use only the first N questions of each task [default: all]
 
     def check(self) -> None:
         """ValueError for numbers that cannot be."""
@@ -104,7 +107,7 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
                 self.cut += len(context) > room
                 by_context.setdefault(tuple(context[-room:]), []).append(i)
             asked = [
-                Asked(str(n), list(context), [requests[i][2] for i in members])
+                ScoringRequest(str(n), list(context), [requests[i][2] for i in members])
                 for n, (context, members) in enumerate(by_context.items())
             ]
             places, found = list(by_context.values()), {}
@@ -112,8 +115,8 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
                 Scorer(model, [one.prompt for one in asked], lora=lora) as scorer,
                 progress(total=len(requests), desc="log-likelihoods", unit="text") as bar,
             ):
-                for batch in batches(asked):
-                    for one, answers in zip(batch, scorer.judged(batch), strict=True):
+                for batch in scoring_batches(asked):
+                    for one, answers in zip(batch, scorer.token_scores(batch), strict=True):
                         for i, answer in zip(places[int(one.id)], answers, strict=True):
                             total = -math.fsum(nats for nats, _ in answer)
                             found[i] = total, all(top for _, top in answer)

@@ -22,7 +22,7 @@ from typing import Any
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
 from engine.evaluate.target_task import Arms, adapter_hashes
-from engine.measure.divergence import compare, hidden_states, means
+from engine.measure.divergence import compare, hidden_states, mean_drift
 from engine.measure.general_prompts import PROMPTS
 from engine.measure.intervals import bootstrap
 from engine.measure.seed_answers import Prompts, SeedAnswer, seed_answers, seed_file
@@ -46,7 +46,7 @@ def retention(
     out: Path,
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Drift of every arm but the seed (`means` says what is in it); a line per prompt and arm."""
+    """Drift of every arm but the seed (fields: `mean_drift`); a line per prompt and arm."""
     every = resume_lines(out, settings, {"arm": str, "prompt": str})
     lines = [r for r in every if "reverse_kl" in r]  # older runs lack it
     done = {(r["arm"], r["prompt"]): r for r in lines}
@@ -64,7 +64,7 @@ def retention(
                 file.write(line)
                 done[arm, said.prompt] = line
     put_in_order(out, done, [(arm, said.prompt) for said in answers for arm in tuned])
-    return {arm: means([done[arm, said.prompt] for said in answers]) for arm in tuned}
+    return {arm: mean_drift([done[arm, said.prompt] for said in answers]) for arm in tuned}
 
 
 def retention_job(

@@ -56,7 +56,7 @@ HEDGES = re.compile(
 class PreflightConfig:
     """The sample."""
 
-    sample: int = 16  # rows, spread over the file; the first answer of each
+    sample: int = 16  # rows to look at, spread over the file; the first answer of each
 
     def check(self) -> None:
         """ValueError for a sample that tells nothing."""

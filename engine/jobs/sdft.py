@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
-from engine.data.encode import Example, check_examples, encode
+from engine.data.encode import Example
 from engine.data.rows import Row
 from engine.distill.config import DistillConfig
 from engine.distill.distill import can_be_asked, distill, distill_settings
@@ -49,6 +49,7 @@ from engine.runtime.terminal import table
 from engine.sampling.requests import SamplerConfig
 from engine.session import Session, resolved
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.examples import encode_examples
 from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
 from engine.verify.verifiers import get_verifier
@@ -62,14 +63,16 @@ NO_TASKS, NO_VALIDATION = TaskConfig(), ValidateConfig()
 class SdftConfig:
     """The job around the stages' own settings."""
 
-    out: str  # directory of the run
-    eval_data: str | None = None  # held-out rows; without them the target task is not scored
-    eval_limit: int | None = None  # use only the first so many held-out rows
-    eval_max_new: int = 256  # new tokens per held-out answer
-    retention_max_new: int = 96  # new tokens per answer to a general prompt
-    no_score: bool = False  # leave out the seed likelihoods of references and rewrites
-    report_rows: int = 48  # rows of which the report shows every token with its likelihood
-    report_answers: int = 16  # general prompts, and held-out rows, that it shows all arms on
+    out: str  # directory of the run; the same command resumes there
+    eval_data: str | None = None  # held-out rows that the seed model and both adapters answer,
+    #   checked with --verify [default: none (the target task is not scored)]
+    eval_limit: int | None = None  # use only the first N held-out rows [default: all]
+    eval_max_new: int = 256  # most new tokens in an answer to a held-out row
+    retention_max_new: int = 96  # most new tokens in an answer to a general prompt
+    no_score: bool = False  # do not measure how likely the seed model finds references and rewrites
+    report_rows: int = 48  # rows of which the report shows the likelihood of every token
+    report_answers: int = 16  # general prompts, and held-out rows, of which the report shows all
+    #   answers
 
     def check(self) -> None:
         """ValueError for numbers that cannot be."""
@@ -108,7 +111,7 @@ def run(
     held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
     trained = encode_rows(rows, session, data, encoding, "reference")
     training.highest_rate(len(trained))
-    validator = Validator(validating, model, chat, data) if validating.val_every else None
+    validator = Validator(validating, data, session) if validating.val_every else None
     seconds: dict[str, float] = {}
 
     # 1. distillation
@@ -129,7 +132,6 @@ def run(
         print(means.text())
 
     # 3. the two trainings: the same examples in the same order, only the targets differ
-    note = {"validate": dataclasses.asdict(validating)} if validator else None
     arms: Arms = {"seed": None}
     trainings = {}
     shown: dict[str, list[Example]] = {}
@@ -148,7 +150,6 @@ def run(
             resume=(out / arm).exists(),
             world=session.world,
             validator=validator,
-            note=note,
             date=session.settings.get("date"),
             chat=TrainedChat.of(chat, common_system([line.messages for line in report.lines])),
         )
@@ -248,22 +249,9 @@ def encode_rows(
 
     ValueError where turns are too long, or nothing is left.
     """
-    examples, counts = encode(
-        rows,
-        session.chat,
-        target=target,
-        max_length=min(encoding.max_length, session.model.config.max_position),
-        model_limit=session.model.config.max_position,
-        truncate=encoding.truncate,
-        drop_long=data.drop_long,
-        in_proportion=encoding.cut_in_proportion,
-        mix=encoding.mix if target == "target" else 0.0,
-        seed=seed,
-    )
-    numbers = ", ".join(f"{name} {n}" for name, n in dataclasses.asdict(counts).items() if n)
-    print(f"training on the {target}: {numbers}")
-    check_examples(examples)
-    return examples
+    mix = encoding.mix if target == "target" else 0.0
+    encoding = dataclasses.replace(encoding, target=target, mix=mix)
+    return encode_examples(rows, session, data, encoding, seed=seed)
 
 
 def _text(

@@ -56,18 +56,20 @@ N = TypeVar("N", int, float)
 class StudyConfig:
     """What is varied, and how it is measured. A list is numbers joined by commas."""
 
-    out: str  # directory of the study
-    eval_data: str  # held-out rows
-    eval_limit: int | None = None  # use only the first so many held-out rows
-    eval_max_new: int = 256  # new tokens per held-out answer
-    retention_max_new: int = 96  # new tokens per answer to a general prompt
-    seeds: int = 1  # training seeds: --seed and those that follow it
-    lr: str = "1e-4"  # list of peak learning rates
-    rank: str = "8"  # list of LoRA ranks
-    alpha: float = 0.0  # LoRA's alpha at every rank; 0: twice the rank, as the paper has it
-    mix: str = "0"  # list of shares of the kept rewrites whose reference is trained on instead
-    rows_list: str | None = None  # list of row counts, from the first row on; default: all rows
-    grid: bool = False  # every combination, instead of one list at a time
+    out: str  # directory of the study; the same command resumes there
+    eval_data: str  # held-out rows that every adapter answers, checked with --verify
+    eval_limit: int | None = None  # use only the first N held-out rows [default: all]
+    eval_max_new: int = 256  # most new tokens in an answer to a held-out row
+    retention_max_new: int = 96  # most new tokens in an answer to a general prompt
+    seeds: int = 1  # training seeds per setting: --seed and those that follow it
+    lr: str = "1e-4"  # peak learning rates to compare, as in 1e-4,1e-3
+    rank: str = "8"  # LoRA ranks to compare, as in 8,64
+    alpha: float = 0.0  # strength of the adapter, the same at every rank
+    #   [default: auto (twice the rank)]
+    mix: str = "0"  # shares (0 to 1) of accepted rewrites replaced by their references, as in 0,0.3
+    rows_list: str | None = None  # numbers of training rows to compare, as in 200,500,1000
+    #   [default: all rows]
+    grid: bool = False  # train every combination, instead of varying one list at a time
 
     def numbers(self, name: str, kind: Callable[[str], N]) -> list[N]:
         """A list's values; ValueError where one is no number or stands there twice."""

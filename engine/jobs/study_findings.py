@@ -3,8 +3,9 @@
 Everything is paired: both arms answered the same held-out rows and were compared with the seed over
 the same answers to the same general prompts. A difference is SDFT - SFT.
 
-    interval     `crossed` (intervals.py): held-out rows, or general prompts, are drawn again, the
-                 same for both arms and all seeds; with several training seeds these too
+    interval     `crossed_bootstrap` (engine/measure/intervals.py): held-out rows, or general
+                 prompts, are drawn again, the same for both arms and all seeds; with several
+                 training seeds these too
     p            right or wrong on the same rows: McNemar's exact test for each training seed;
                  combined, the exact test that flips the signs of the rows' differences, each summed
                  over the seeds. It asks about rows; what seeds do is in the interval
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.measure.intervals import crossed, lost_won, mcnemar, sign_flip, wilson
+from engine.measure.intervals import crossed_bootstrap, lost_won, mcnemar, sign_flip_test, wilson
 from engine.runtime.terminal import table
 from model.durable import file_beside
 
@@ -85,7 +86,7 @@ class Point:
             return share, *wilson(share, right.shape[1])
         if self.arm == "seed" and name != "nll":
             return (1.0 if name == "agree" else 0.0,) * 3  # it is its own measure
-        return crossed(*self.sums(name))
+        return crossed_bootstrap(*self.sums(name))
 
     def figures(self) -> dict[str, Any]:
         """Everything of this point for study.json."""
@@ -114,7 +115,7 @@ def difference(sft: Point, sdft: Point) -> dict[str, Any]:
     found: dict[str, Any] = {"setting": sdft.name}
     for name in ("nll", "kl", "reverse_kl", "agree"):
         (a, weights), (b, _) = sft.sums(name), sdft.sums(name)
-        found[name] = crossed(b - a, weights)
+        found[name] = crossed_bootstrap(b - a, weights)
     if sdft.judged:
         found |= verdicts(sft, sdft)
     found["words"] = words(found)
@@ -126,10 +127,10 @@ def verdicts(sft: Point, sdft: Point) -> dict[str, Any]:
     apart = sdft.right() - sft.right()
     counts = [list(lost_won(*runs)) for runs in zip(sft.right(), sdft.right(), strict=True)]
     return {
-        "right": crossed(apart, [1.0] * apart.shape[1]),
+        "right": crossed_bootstrap(apart, [1.0] * apart.shape[1]),
         "lost_won": counts,
         "p_by_seed": [mcnemar(*pair) for pair in counts],
-        "p": sign_flip(apart.sum(0).tolist()),
+        "p": sign_flip_test(apart.sum(0).tolist()),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.distill.distill_report import LOW_SHARE
 from engine.evaluate.target_task import Score
-from engine.measure.intervals import bootstrap, mcnemar, student
+from engine.measure.intervals import bootstrap, mcnemar, t_interval
 from engine.report.load import ARMS, TUNED, Run
 
 Table = list[list[str]]  # the first row is the header
@@ -189,7 +189,7 @@ def _over_seeds(runs: list[Run]) -> Table:
     def cell(values: list[Any], form: str) -> str:
         if any(v is None or math.isnan(v) for v in values):
             return "–"
-        mean, low, high = student(values)
+        mean, low, high = t_interval(values)
         return f"{mean:{form}} ({low:{form}} – {high:{form}})"
 
     def value(run: Run, part: str, arm: str, name: str) -> Any:

@@ -111,15 +111,15 @@ class World:
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
 
     @property
-    def first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+    def is_rank0(self) -> bool:
+        """Whether this process prints and writes files for all."""
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place and the same bits in each.
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place and the same bits in each; returns `tensor`.
 
-        ValueError when a process of the job is gone; on a GPU nothing is waited for here, so
-        `settle` comes before the host looks at the sum.
+        ValueError when a process of the job is gone. On a GPU this does not synchronise: call
+        `wait_for_device` before the host reads the sum.
         """
         if self.size > 1:
             try:
@@ -128,19 +128,19 @@ class World:
                 raise ValueError(_gone(self, error)) from None
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        return bool(self.sum_(torch.tensor(float(flag))))
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.all_reduce_sum_(torch.tensor(float(flag))))
 
-    def most(self, count: int) -> int:
-        """The largest count of any process."""
+    def max_over_ranks(self, count: int) -> int:
+        """The largest count of any rank."""
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = count
-        return int(self.sum_(counts).max())
+        return int(self.all_reduce_sum_(counts).max())
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Inside `with`, ValueError when gathering sharded weights finds a process gone."""
+    def report_lost_rank(self) -> Iterator[None]:
+        """Inside `with`, ValueError where gathering sharded weights finds a process gone."""
         try:
             yield
         except RuntimeError as error:
@@ -157,7 +157,7 @@ class World:
             except RuntimeError as error:
                 raise ValueError(_gone(self, error)) from None
 
-    def settle(self, device: torch.device) -> None:
+    def wait_for_device(self, device: torch.device) -> None:
         """Wait until a GPU has done what it was given; ValueError where a process is gone.
 
         Without that process a sum on NCCL never ends, nor does whoever asks for its numbers.

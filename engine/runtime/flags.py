@@ -1,6 +1,12 @@
 """Command-line flags derived from the fields of a frozen dataclass: a default exists once.
 
-A field's trailing comment is its help text: `--help` says what a reader of the code sees.
+A field's trailing comment is its help text, so `--help` says what a reader of the code sees. It may
+continue in comment lines below the field, and it may end in `[default: ...]`, the default in words:
+
+    rows: int = 0  # sequences decoded together
+    #   [default: auto (64; 32 on a CPU)]
+
+flag_parser.py shows the texts; flag_groups.py says under which headings.
 """
 
 from __future__ import annotations
@@ -13,48 +19,75 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Collection
-from typing import Any, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from engine.runtime.failures import explain
+from engine.runtime.flag_groups import COMMON, RENAMED
+from engine.runtime.flag_parser import FlagParser, split_default
 from engine.runtime.stopping import NAMES, Stopped, catch_signals
 from model.terminal import visible
 
 T = TypeVar("T")
+METAVARS = {int: "N", float: "X"}  # what a help text shows for a value; else the flag's last word
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with the script's docstring as it is written."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class InWords(NamedTuple):
+    """A default of a script whose value does not say what holds."""
+
+    value: Any
+    words: str  # for the help
+
+
+def make_parser(doc: str, script: str | None = None) -> FlagParser:
+    """A parser whose help begins with the script's docstring as it is written.
+
+    script: the one whose flags in COMMON `--help` shows; None: it shows all flags.
+    """
+    return FlagParser(doc, COMMON[script].split() if script else None)
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
+    parser: FlagParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
 ) -> None:
-    """One flag per field of `cls`; `defaults` replaces a field's own default."""
-    group = parser.add_argument_group(cls.__name__)
+    """One flag per field of `cls`.
+
+    defaults: replace a field's own, each by a value or by one InWords.
+    """
     types = typing.get_type_hints(cls)
+    source = inspect.getsource(cls)
     for field in dataclasses.fields(cls):
         if field.name in leave_out:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        default = defaults.get(field.name, field.default)
-        required = default is dataclasses.MISSING
-        help_text = _comment(cls, field.name).replace("%", "%%")
-        help_text += "" if required else " (default: %(default)s)"
         kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
         kind = kinds[0] if kinds else types[field.name]
+        given: dict[str, Any] = {"dest": field.name}
+        default = defaults.get(field.name, field.default)
+        text = _comment(source, field.name)
+        if field.name in defaults:
+            text, _ = split_default(text)  # its words are of the field's own default
+        if isinstance(default, InWords):
+            text += f" [default: {default.words}]"
+            default = default.value
+        if default is dataclasses.MISSING:
+            given["required"] = True
+        else:
+            given["default"] = default
         if kind is bool:
             # --truncate can be undone by --no-truncate, for a preset that sets it
             either = argparse.BooleanOptionalAction
-            action = "store_true" if field.name.startswith("no_") else either
-            group.add_argument(flag, action=action, default=default, help=help_text)
-        elif typing.get_origin(types[field.name]) is tuple:
-            group.add_argument(flag, action="append", type=kind, metavar="TEXT", help=help_text)
+            given["action"] = "store_true" if field.name.startswith("no_") else either
         else:
-            given = {"required": True} if required else {"default": default}
-            group.add_argument(flag, type=kind, help=help_text, **given)
+            word = field.name.rpartition("_")[2].upper()
+            given |= {"type": kind, "metavar": METAVARS.get(kind, word)}
+        if typing.get_origin(types[field.name]) is tuple:  # repeatable; None where not given
+            given |= {"action": "append", "default": None}
+        flags = ["--" + name.replace("_", "-") for name in _names(field.name)]
+        parser.add_argument(*flags, **given).help = text  # set last: argparse 3.10 appends to it
+
+
+def _names(field: str) -> list[str]:
+    """The names of a field's flag, the one that the help shows first."""
+    return [RENAMED[field], field] if field in RENAMED else [field]
 
 
 def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
@@ -74,11 +107,11 @@ def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
     return config
 
 
-def _comment(cls: type, name: str) -> str:
-    """The trailing comment of a field's line."""
-    match = re.search(rf"^    {name}:[^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE)
-    assert match, f"{cls.__name__}.{name} has no trailing comment: it is the flag's help text"
-    return match[1]
+def _comment(source: str, name: str) -> str:
+    """The trailing comment of a field's line in its class, with the comment lines below it."""
+    comment = re.search(rf"^    {name}:[^#\n]*#(.+(?:\n    #.+)*)$", source, re.MULTILINE)
+    assert comment, f"field {name} has no trailing comment: it is the flag's help text"
+    return " ".join(line.strip(" #") for line in comment[1].split("\n"))
 
 
 def run_main(

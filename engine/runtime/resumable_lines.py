@@ -37,7 +37,7 @@ class ResumedLines:
     ) -> None:
         self.out, self.world, self.wanted = out, world or World(), {"id": str} | (wanted or {})
         self.meta = out.with_name(out.name + ".meta.json")
-        if self.world.first:
+        if self.world.is_rank0:
             self._check(settings, resume)
         self.world.barrier()
         self.done: dict[str, dict[str, Any]] = {}
@@ -92,10 +92,10 @@ class ResumedLines:
                 for record in read_jsonl(file, self.wanted):
                     self.done.setdefault(record["id"], record)
         ordered = [self.done[name] for name in order]
-        if self.world.first and (self.parts() or list(self.done.values()) != ordered):
+        if self.world.is_rank0 and (self.parts() or list(self.done.values()) != ordered):
             write_jsonl(self.out, ordered)
         self.world.barrier()
-        if self.world.first:
+        if self.world.is_rank0:
             for file in self.parts():
                 file.unlink()
         return ordered

@@ -1,13 +1,12 @@
-"""`--invariant` looks before the first row whether a row's bits are its own on this device
+"""The check behind `--batch-invariant`: do the bits of a text depend on the batch on this device?
 
-The kernels are made so that they are (kernels/lora_linear/batch_invariant.py,
-kernels/cached_attention/__init__.py);
-what they cannot see to is how the hardware adds up. So: a few rows of random tokens, computed
-together and apart, prompts whole and in pieces, drafts at once and one after the other. Logits,
-tokens and log-probabilities must be equal to the last bit.
+The kernels are made so that they do not (kernels/lora_linear/batch_invariant.py,
+kernels/cached_attention/); how the hardware adds up is beyond them. So before the first sequence a
+few of random tokens are computed together and apart, prompts whole and in pieces, draft tokens at
+once and one after the other. Logits, tokens and log-probabilities must be equal to the last bit.
 """
 
-# n = tokens whose logits are looked at, V = vocabulary
+# n = tokens whose logits are computed, V = vocabulary
 
 from __future__ import annotations
 
@@ -16,117 +15,162 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.sampling.speculation import LONGEST
+from engine.sampling.speculation import MAX_DRAFT
 from kernels.cached import Cached
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
 
-PROMPTS = (1, 21, 83, 150)  # tokens: less than a tile, some, a page and more
-DRAFTED = 1 + LONGEST  # tokens of the widest step
+PROMPT_LENGTHS = (1, 21, 83, 150)  # less than a tile, several tiles, a page and more
+DECODED = 1 + MAX_DRAFT  # tokens of the widest step
+
+Results = tuple[Tensor, ...]  # logits (n, V), tokens (n,), log-probabilities (n,)
 
 
 class Probe:
-    """Rows of a prompt and drafted tokens, computed by any division into forwards."""
+    """Sequences of a random prompt and random decoded tokens, computed in any division."""
 
     def __init__(
         self,
         model: Llama,
         lora: Lora | None,
         page_size: int,
-        prompts: Sequence[int],
-        drafted: int,
+        prompt_lengths: Sequence[int],
+        decoded: int,
     ) -> None:
-        g, vocab = torch.Generator().manual_seed(0), model.config.vocab_size
-        room = model.config.max_position - drafted
-        self.model, self.lora, self.page_size, self.drafted = model, lora, page_size, drafted
-        self.lengths = [min(n, room) for n in prompts]
-        self.rows = [torch.randint(vocab, (n + drafted,), generator=g) for n in self.lengths]
-
-    def forward(
-        self, cache: KVCache, tables: dict[int, list[int]], spans: dict[int, range], alone: bool
-    ) -> dict[int, tuple[Tensor, ...]]:
-        """Row -> logits, tokens, log-probabilities of a span of each row (a prompt's: its end)."""
-        new, tokens = [len(span) for span in spans.values()], []
-        for i, span in spans.items():
-            tokens.append(self.rows[i][span.start : span.stop])
-        starts, pages = [span.start for span in spans.values()], [tables[i] for i in spans]
-        device = self.model.device
-        cached = Cached.build(new, starts, pages, self.page_size, device, alone=alone)
-        wanted = None if alone else cached.last
-        hidden = self.model.forward(
-            torch.cat(tokens).to(device), cached, lora=self.lora, cache=cache, logits_indices=wanted
-        )
-        logits = self.model.head(hidden)
-        at = cached.positions if alone else cached.positions[wanted]
-        keys = SampleRows(at, torch.zeros_like(at), at, seed=0, temperature=1.0, top_p=0.9)
-        drawn = self.model.ops.sample(logits, keys)
-        counts = new if alone else [1] * len(new)
-        parts = zip(*(values.split(counts) for values in (logits, *drawn)), strict=True)
-        return dict(zip(spans, parts, strict=True))
+        self.model, self.lora, self.page_size, self.decoded = model, lora, page_size, decoded
+        generator = torch.Generator().manual_seed(0)
+        vocab = model.config.vocab_size
+        room = model.config.max_position - decoded
+        self.prompt_lengths = [min(length, room) for length in prompt_lengths]
+        self.token_ids = [
+            torch.randint(vocab, (length + decoded,), generator=generator)
+            for length in self.prompt_lengths
+        ]
 
     def run(
-        self, rows: Sequence[int], pieces: int | None, drafts: int
-    ) -> dict[int, tuple[Tensor, ...]]:
-        """Row -> what came of the prompt's end and of every drafted token, for `rows` together.
+        self, seqs: Sequence[int], pages_per_forward: int | None, decoded_per_forward: int
+    ) -> dict[int, Results]:
+        """Sequence -> results at the end of its prompt and at every decoded token.
 
-        Prompts go in pieces of so many pages, drafted tokens so many at once.
+        seqs: the numbers of the sequences computed together. pages_per_forward: into how long
+        pieces prompts are cut, None: not at all.
         """
-        longest = max(self.lengths) + self.drafted
-        each = -(-longest // self.page_size)
-        c = self.model
-        cache = KVCache(c.config, each * len(rows), self.page_size, c.device, c.dtype)
-        tables = {i: cache.take(each) for i in rows}
-        found: dict[int, list[tuple[Tensor, ...]]] = {i: [] for i in rows}
-        step = max(self.lengths) if pieces is None else pieces * self.page_size
-        for start in range(0, max(self.lengths[i] for i in rows), step):
-            here = [i for i in rows if self.lengths[i] > start]
-            spans = {i: range(start, min(start + step, self.lengths[i])) for i in here}
-            for i, values in self.forward(cache, tables, spans, alone=False).items():
-                if spans[i].stop == self.lengths[i]:
-                    found[i].append(values)
-        for start in range(0, self.drafted, drafts):
-            stop = min(start + drafts, self.drafted)
-            spans = {i: range(self.lengths[i] + start, self.lengths[i] + stop) for i in rows}
-            for i, values in self.forward(cache, tables, spans, alone=True).items():
-                found[i].append(values)
-        return {i: tuple(map(torch.cat, zip(*parts, strict=True))) for i, parts in found.items()}
+        model = self.model
+        longest = max(self.prompt_lengths) + self.decoded
+        pages = -(-longest // self.page_size)
+        cache = KVCache(model.config, pages * len(seqs), self.page_size, model.device, model.dtype)
+        block_tables = {i: cache.take(pages) for i in seqs}
+        parts: dict[int, list[Results]] = {i: [] for i in seqs}
+        piece = max(self.prompt_lengths)
+        if pages_per_forward is not None:
+            piece = pages_per_forward * self.page_size
+        for start in range(0, max(self.prompt_lengths[i] for i in seqs), piece):
+            here = [i for i in seqs if self.prompt_lengths[i] > start]
+            spans = {i: range(start, min(start + piece, self.prompt_lengths[i])) for i in here}
+            results = self._forward(cache, block_tables, spans, decode=False)
+            for i in here:
+                if spans[i].stop == self.prompt_lengths[i]:
+                    parts[i].append(results[i])
+        for start in range(0, self.decoded, decoded_per_forward):
+            stop = min(start + decoded_per_forward, self.decoded)
+            spans = {
+                i: range(self.prompt_lengths[i] + start, self.prompt_lengths[i] + stop)
+                for i in seqs
+            }
+            results = self._forward(cache, block_tables, spans, decode=True)
+            for i in seqs:
+                parts[i].append(results[i])
+        return {
+            i: tuple(torch.cat(tensors) for tensors in zip(*results, strict=True))
+            for i, results in parts.items()
+        }
+
+    def _forward(
+        self,
+        cache: KVCache,
+        block_tables: dict[int, list[int]],
+        spans: dict[int, range],  # sequence -> positions of its new tokens
+        decode: bool,
+    ) -> dict[int, Results]:
+        """Sequence -> results of its new tokens; of a prompt's piece only of the last one."""
+        device = self.model.device
+        new_lens = [len(span) for span in spans.values()]
+        cached = Cached.build(
+            new_lens,
+            [span.start for span in spans.values()],
+            [block_tables[i] for i in spans],
+            self.page_size,
+            device,
+            alone=decode,
+        )
+        tokens = [self.token_ids[i][span.start : span.stop] for i, span in spans.items()]
+        logits_indices = None if decode else cached.last
+        hidden = self.model.forward(
+            torch.cat(tokens).to(device),
+            cached,
+            lora=self.lora,
+            cache=cache,
+            logits_indices=logits_indices,
+        )
+        logits = self.model.head(hidden)  # (n, V)
+        positions = cached.positions if decode else cached.positions[logits_indices]
+        rows = SampleRows(
+            positions=positions,
+            samples=torch.zeros_like(positions),
+            row_keys=positions,
+            seed=0,
+            temperature=1.0,
+            top_p=0.9,
+        )
+        sampled, logprobs = self.model.ops.sample(logits, rows)
+        counts = new_lens if decode else [1] * len(new_lens)
+        by_seq = zip(
+            logits.split(counts), sampled.split(counts), logprobs.split(counts), strict=True
+        )
+        return dict(zip(spans, by_seq, strict=True))
 
 
-def differing(
+def batch_dependences(
     model: Llama,
     lora: Lora | None,
     page_size: int,
-    prompts: Sequence[int] = PROMPTS,
-    drafted: int = DRAFTED,
+    prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+    decoded: int = DECODED,
 ) -> list[str]:
-    """What changes a row's bits here: empty where nothing that is tried does."""
-    probe = Probe(model, lora, page_size, prompts, drafted)
-    everyone, found = list(range(len(prompts))), []
-    together = probe.run(everyone, None, drafted)
+    """The things that change the bits of a text here; [] if nothing that is tried does."""
+    probe = Probe(model, lora, page_size, prompt_lengths, decoded)
+    everything = list(range(len(prompt_lengths)))
+    together = probe.run(everything, None, decoded)
+    found = []
 
-    def look(what: str, others: dict[int, tuple[Tensor, ...]]) -> None:
-        pairs = [zip(values, together[i], strict=True) for i, values in others.items()]
-        if not all(torch.equal(a, b) for pair in pairs for a, b in pair):
-            found.append(what)
+    def compare(name: str, results: dict[int, Results]) -> None:
+        for i, tensors in results.items():
+            pairs = zip(tensors, together[i], strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                found.append(name)
+                return
 
-    look("their order", probe.run(everyone[::-1], None, drafted))
-    look("the number of drafts", probe.run(everyone, None, drafted // 2))
-    for i in (0, len(prompts) - 1):
-        look(f"the rows beside one of {probe.lengths[i]} tokens", probe.run([i], None, 1))
-    look("where a prompt is cut", probe.run(everyone[-1:], 1, drafted))
+    compare("their order", probe.run(everything[::-1], None, decoded))
+    compare("the number of draft tokens", probe.run(everything, None, decoded // 2))
+    for i in (0, len(prompt_lengths) - 1):
+        name = f"the sequences beside one of {probe.prompt_lengths[i]} tokens"
+        compare(name, probe.run([i], None, 1))
+    compare("where a prompt is cut", probe.run(everything[-1:], 1, decoded))
     return found
 
 
-def prove(model: Llama, lora: Lora | None, page_size: int) -> None:
-    """Say that a row's bits are its own; RuntimeError where that is not so on this GPU."""
+def check_batch_invariance(model: Llama, lora: Lora | None, page_size: int) -> None:
+    """Print that texts do not depend on the batch; RuntimeError if they do on this GPU."""
     if not isinstance(model.weights["head"], Tensor):  # packed: kernels/cpu/prepack.py
-        print("invariant: a row's bits are its own on a CPU in float32, with and without the flag")
+        print("batch-invariant: on a CPU in float32 texts are so, with and without the flag")
         return
-    if model.device.type == "cuda" and (found := differing(model, lora, page_size)):
+    found = batch_dependences(model, lora, page_size) if model.device.type == "cuda" else []
+    if found:
         raise RuntimeError(
-            f"invariant: on {torch.cuda.get_device_name(model.device)} a row's bits depend on "
-            f"{', on '.join(found)}; leave --invariant out, and texts may depend on --rows"
+            f"batch-invariant: on {torch.cuda.get_device_name(model.device)} the bits of a text "
+            f"depend on {', on '.join(found)}; leave --batch-invariant out, and texts may depend "
+            "on --rows"
         )
-    print(f"invariant: a row's bits are its own; ops {model.ops.name}")
+    print(f"batch-invariant: texts do not depend on the batch; ops {model.ops.name}")

@@ -1,29 +1,32 @@
 """Decode steps captured as CUDA graphs: launched once, replayed for every further step
 
 A step of a 7B model is some 350 launches, which take the host longer than the card takes to read
-the weights (H100, 32 rows: 15.7 ms a step, of which 7.5 are the reading). `Step` is one step over
-buffers that stay where they are: forward, head, drawing a token, moving on by one place. On a GPU
-it is captured at first use and replayed; elsewhere it can be called as it is, which tests do.
+the weights (H100, 32 sequences: 15.7 ms a step, of which 7.5 are the reading). So on a GPU a
+`DecodeStep` (decode_step.py) is captured at first use and replayed; elsewhere it can be called as
+it is, which tests do.
 
-What a captured step may not do, and how it does without
-    look at the host    the numbers of rows and pages are a bucket's: rows 1, 2, 4, 8, 16, 24, 32,
-                        48, 64, 96, ..., pages a power of two. The host lists of its `Cached` say
-                        the most that the bucket holds, and the grid of attention follows from them;
-                        programs behind a row's end leave at once (cached_attention.py). A bucket's
-                        idle rows write into a page of nobody, and their tokens are dropped
-    be copied to        what changes lies in one buffer, filled by one copy before a visit's first
-                        step: last tokens, places, pages, the names of the random numbers, history
-    compile, allocate   the first step of a bucket runs as it is, over idle rows. What a step needs
-                        for a while (tensor descriptors too) is taken from a pool that all graphs
-                        share, and freed in the order of the stream: nothing outlives a step there
-An address that changes (a grown cache, another adapter's buffer) ends the graphs; new ones follow.
+What a captured step may not do, and what it does instead
+    read on the host    the numbers of sequences and pages are a bucket's: 1, 2, 4, 8, 16, 24, 32,
+                        48, 64, 96, ... sequences, a power of two of pages. The host lists of its
+                        `Cached` state the most that the bucket holds, and attention's grid follows
+                        from them; programs behind the end of a sequence return at once
+                        (kernels/cached_attention/). Empty slots of a bucket write into padding
+                        pages, and their tokens are dropped
+    take new inputs     they lie in one buffer, filled by one copy before the first of several
+                        steps: last tokens, positions, block tables, names of random numbers,
+                        histories
+    compile, allocate   the first step of a bucket runs uncaptured, over empty slots. Memory that a
+                        step needs for a while (tensor descriptors too) comes from a pool that all
+                        graphs share, freed in the order of the stream: nothing outlives a step
+An address that changes (a pool that grew, another adapter's buffer) ends the graphs; new ones
+follow.
 
-Guesses are checked, and rows of several temperatures drawn, in steps that are not captured. Padding
-changes the number of rows of a product: as with --rows, a text may depend on it on a GPU, and does
-not with --invariant.
+Steps that verify draft tokens, and steps whose sequences have several temperatures, are not
+captured. Padding changes the number of rows of a product: as with --rows, a text may depend on it
+on a GPU, and does not with --batch-invariant.
 """
 
-# B = rows of a bucket, P = pages of each
+# B = sequences of a bucket, P = pages of each
 
 from __future__ import annotations
 
@@ -33,22 +36,20 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from engine.sampling.page_pool import Pages
+from engine.sampling.decode_step import DecodeStep
+from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
-from engine.sampling.sequence import FlyingRow
-from engine.sampling.speculation import Controller
-from kernels.cached import Cached
+from engine.sampling.sequence import RunningSequence
+from engine.sampling.speculation import DraftController
 from kernels.registry import TORCH, TRITON, VARIANTS, Ops
 from model.llama import Llama
 from model.lora import Lora
 
-STEPS = 8  # between two visits of the host where nothing else is asked: a row that ends at any of
-#   them has run on 3.5 in the mean, 3 % of an answer of 140 tokens
-DEVICES = ("cuda",)  # tests add the CPU
-ALIGNED = 16  # 8-byte numbers: each buffer begins on 128 bytes, as an allocation does
-USED = (
+STEPS_PER_SYNC = 8  # decode steps per host synchronisation by default: a sequence that ends at any
+#   of them has run on 3.5 in the mean, 3 % of an answer of 140 tokens
+DEVICE_TYPES = ("cuda",)  # tests add the CPU
+STEP_OPERATIONS = (
     "rms_norm_forward",
     "add_rms_norm_forward",
     "rope_",
@@ -58,272 +59,226 @@ USED = (
     "kv_write_",
     "cached_attention",
     "sample",
-)  # operations of a step
+)
 
 
-def refusal(ops: Ops) -> str:
-    """Why a step with these operations cannot be captured, "" where it can.
+def why_not_captured(ops: Ops) -> str | None:
+    """Why a step with these operations cannot be captured, None if it can.
 
-    torch's attention builds its masks from the host's lists and the definitions go row by row;
-    torch's other forms look at nothing but tensors of the device.
+    torch's attention builds its masks from the host's lists, and the definitions go row by row;
+    torch's other forms read nothing but tensors of the device.
     """
-    tables = [TRITON, *VARIANTS.values()]
-    known = {name: {getattr(t, name) for t in tables} for name in USED}
-    for name in set(USED) - {"cached_attention"}:
-        known[name].add(getattr(TORCH, name))
-    others = [name for name in USED if getattr(ops, name) not in known[name]]
-    return f"{', '.join(others)} would look at the host" if others else ""
+    on_host = []
+    for name in STEP_OPERATIONS:
+        capturable = [getattr(table, name) for table in (TRITON, *VARIANTS.values())]
+        if name != "cached_attention":
+            capturable.append(getattr(TORCH, name))
+        if getattr(ops, name) not in capturable:
+            on_host.append(name)
+    return f"{', '.join(on_host)} would read values on the host" if on_host else None
 
 
-def row_bucket(rows: int, most: int) -> int:
-    """Rows of the step that so many run in: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..., `most`."""
-    if rows <= 8:
-        return min(most, 1 << (rows - 1).bit_length())
-    part = max(8, 1 << (rows - 1).bit_length() - 2)
-    return min(most, -(-rows // part) * part)
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
 
 
-class Step:
-    """One token for each of up to B rows of up to P pages, over buffers that stay where they are.
+def bucket_size(sequences: int, limit: int) -> int:
+    """Slots of the step that so many sequences run in, at most `limit`.
 
-    `load` fills them; every call appends a line to `results` (tokens, then log-probabilities).
+    1, 2, 4, 8, then multiples of 8, and of a quarter of the next power of two: 16, 24, 32, 48, 64,
+    96, 128, ...
+    """
+    power = next_power_of_two(sequences)
+    if sequences <= 8:
+        return min(limit, power)
+    unit = max(8, power // 4)
+    return min(limit, -(-sequences // unit) * unit)
+
+
+class FailedCaptures:
+    """Graphs whose capture failed in this process.
+
+    They are kept alive: torch still queries a graph whose capture failed. And nothing is captured
+    after a failure, since a stream may be left that was capturing.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        lora: Lora | None,
-        pages: Pages,
-        config: SamplerConfig,
-        B: int,
-        P: int,
-        temperature: float,
-        steps: int,  # calls between two `load`s, at most
-    ) -> None:
-        self.model, self.lora, self.pages, self.config = model, lora, pages, config
-        self.B, self.P, self.temperature, device = B, P, temperature, model.device
-        seen = P * config.page_size if config.repetition_penalty != 1 else 0
-        single = ("tokens", "positions", "samples", "row_keys", "write_page", "write_offset")
-        self.sizes = dict.fromkeys(single, B) | {"table": B * P, "seen": B * seen, "turn": 1}
-        self.sizes["contexts"] = -(-B // 2)  # int32 in the place of int64
-        whole = sum(-(-n // ALIGNED) * ALIGNED for n in self.sizes.values())
-        self.host = torch.zeros(whole, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.state = torch.zeros(whole, dtype=torch.int64, device=device)
-        self.there, here = self._views(self.host), self._views(self.state)
-        self.tokens, self.turn = here["tokens"], here["turn"]
-        self.samples, self.row_keys = here["samples"], here["row_keys"]
-        self.history = here["seen"].view(B, seen) if seen else None
-        self.results = torch.zeros(steps, 2, B, dtype=torch.float64, device=device)
-        most = min(P * config.page_size, model.config.max_position)
-        self.behind = Cached(  # one token behind: a step begins by moving on
-            query_lens=(1,) * B,
-            context_lens=(most - 2,) * B,
-            tables=((),) * B,
-            page_size=config.page_size,
-            alone=True,
-            positions=here["positions"],
-            write_page=here["write_page"],
-            write_offset=here["write_offset"],
-            last=torch.arange(B, device=device),
-            block_table=here["table"].view(B, P),
-            cu_queries=torch.arange(B + 1, dtype=torch.int32, device=device),
-            contexts=here["contexts"],
-        )
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.angles: Tensor | None = None  # what the graph reads and the model may let go
+    def __init__(self) -> None:
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        views, start = {}, 0
-        for name, size in self.sizes.items():
-            views[name] = flat[start : start + size]
-            start += -(-size // ALIGNED) * ALIGNED
-        views["contexts"] = views["contexts"].view(torch.int32)[: self.B]
-        return views
+    def why_not_captured(self) -> str | None:
+        """Why nothing is captured any more, None if nothing failed."""
+        return "a capture failed before in this process" if self.graphs else None
 
-    def load(self, rows: Sequence[FlyingRow]) -> None:
-        """Put these rows in, in one copy that is not waited for; the other rows are idle.
+    def add(self, graph: torch.cuda.CUDAGraph, device: torch.device, pool: object) -> None:
+        """Keep a failed graph, and end its capture where torch's own end of it was not reached.
 
-        Their pages must hold every token up to the next `load`. The last copy must have arrived.
+        The allocator would otherwise refuse to empty its cache, and keep the memory of the pool.
         """
-        idle, nobody = self.B - len(rows), self.pages.idle[0]
-        lengths = [*(row.length - 1 for row in rows), *[-1] * idle]
-        columns = {
-            "tokens": [*(row.ids[-1] for row in rows), *[0] * idle],
-            "positions": lengths,
-            "contexts": lengths,
-            "samples": [*(row.request.sample for row in rows), *[0] * idle],
-            "row_keys": [*(row.key for row in rows), *[0] * idle],
-        }  # and "turn" is 0 again, as it is in the host's copy
-        tables = [*(row.pages[: self.P] for row in rows), *[[]] * idle]
-        columns["table"] = [n for t in tables for n in (*t, *[nobody] * (self.P - len(t)))]
-        if self.history is not None:
-            wide = self.history.shape[1]
-            seen = [*((*row.prompt, *row.ids) for row in rows), *[()] * idle]
-            columns["seen"] = [n for ids in seen for n in (*ids, *[-1] * (wide - len(ids)))]
-        for name, values in columns.items():
-            self.there[name].copy_(torch.tensor(values, dtype=self.there[name].dtype))
-        self.state.copy_(self.host, non_blocking=True)
-
-    def replay(self) -> None:
-        """The step, as it was captured; where it was not, as it is."""
-        return self() if self.graph is None else self.graph.replay()
-
-    def __call__(self) -> None:
-        """The step: nothing in here comes from the host or goes to it."""
-        cached = self.behind.advance()
-        if self.history is not None:
-            self.history.scatter_(1, cached.positions[:, None], self.tokens[:, None])
-        hidden = self.model.forward(self.tokens, cached, lora=self.lora, cache=self.pages.cache)
-        places = (cached.positions + 1, self.samples, self.row_keys)
-        keys = self.config.keys(*places, self.temperature, self.history)
-        tokens, logprobs = self.model.ops.sample(self.model.head(hidden), keys)
-        drawn = torch.stack((tokens.double(), logprobs.double()))  # exact, both
-        self.results.index_copy_(0, self.turn, drawn[None])
-        self.tokens.copy_(tokens)
-        self.turn.add_(1)
+        self.graphs.append(graph)
+        with contextlib.suppress(RuntimeError):  # the capture had not begun, or was ended
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+            torch._C._cuda_releasePool(device.index, pool)
 
 
-_ABANDONED: list[torch.cuda.CUDAGraph] = []  # torch may ask them yet what they were capturing
+FAILED_CAPTURES = FailedCaptures()  # of this process: it outlives every sampler
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where steps are captured: one per device, since a library keeps a workspace per stream."""
+    """The stream that captures: one per device, since a library keeps a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
-class Graphs:
+class DecodeGraphs:
     """The captured steps of one prepared model and adapter, by bucket and temperature."""
 
     def __init__(
         self,
         model: Llama,
         lora: Lora | None,
-        pages: Pages,
+        pool: PagePool,
         config: SamplerConfig,
         stats: SamplerStats,
+        failed: FailedCaptures = FAILED_CAPTURES,
     ) -> None:
-        self.model, self.lora, self.pages = model, lora, pages
-        self.config, self.stats = config, stats
-        self.usable = config.graphs and model.device.type in DEVICES
-        if self.usable:
-            failed = "a capture failed before in this process" if _ABANDONED else ""
-            self._refuse(failed or refusal(model.ops))
-        self.most_steps = config.steps or (STEPS if self.usable else 1)
-        pages.spare = int(self.usable)
-        self.made: dict[tuple[int, int, float], Step] = {}
-        self.addresses: tuple[object, ...] = ()
-        self.pool: object | None = None
+        self.model, self.lora, self.pool = model, lora, pool
+        self.config, self.stats, self.failed = config, stats, failed
+        self.enabled = config.graphs and model.device.type in DEVICE_TYPES
+        if self.enabled:
+            reason = failed.why_not_captured() or why_not_captured(model.ops)
+            if reason is not None:
+                self._disable(reason)
+        self.max_steps = config.steps or (STEPS_PER_SYNC if self.enabled else 1)
+        pool.num_padding_pages = int(self.enabled)
+        self.captured: dict[tuple[int, int, float], DecodeStep] = {}  # by B, P, temperature
+        self.addresses: tuple[object, ...] = ()  # that the captured steps read and write
+        self.memory_pool: object | None = None  # shared by all graphs
 
-    def _refuse(self, reason: str) -> None:
-        self.stats.not_captured, self.usable = reason, not reason
+    def _disable(self, reason: str) -> None:
+        """Capture nothing, and say why in the summary."""
+        self.enabled = False
+        self.stats.why_not_captured = reason
 
-    def steps(self, rows: int, controller: Controller) -> int:
-        """Steps until the host looks again, if nothing is guessed now.
+    def steps_per_sync(self, sequences: int, controller: DraftController) -> int:
+        """Decode steps until the next host synchronisation, if nothing is drafted now.
 
-        One where guesses would pay: a token later the reference may be met again.
+        One if draft tokens would pay off: a token later the reference may be met again.
         """
-        c = self.config
-        if c.steps or not self.usable:
-            return c.steps or 1
-        guessing = c.draft == "always" or (c.draft == "auto" and controller.pays(rows))
-        return 1 if guessing else self.most_steps
+        config = self.config
+        if config.steps or not self.enabled:
+            return config.steps or 1
+        if config.draft == "always":
+            return 1
+        if config.draft == "auto" and controller.pays_off(sequences):
+            return 1
+        return self.max_steps
 
     def run(
-        self, rows: Sequence[FlyingRow], steps: int
+        self, seqs: Sequence[RunningSequence], steps: int
     ) -> tuple[list[list[int]], list[list[float]]] | None:
-        """Tokens and log-probabilities of each step, None where it has to be done uncaptured.
+        """Tokens and log-probabilities of each step, (steps, sequences); None: run them uncaptured.
 
-        The rows have pages for `steps` more tokens.
+        The sequences have pages for `steps` more tokens.
         """
-        if not self.usable:
+        if not self.enabled:
             return None
-        if len(heats := {row.heat(self.config.temperature) for row in rows}) > 1:
+        temperatures = {seq.temperature(self.config.temperature) for seq in seqs}
+        if len(temperatures) > 1:
             return None
-        need = self.pages.count(max(row.length for row in rows) + steps)
-        B, P = row_bucket(len(rows), self.config.rows), 1 << (need - 1).bit_length()
-        step = self._step(B, P, heats.pop())
+        longest = max(seq.context_len for seq in seqs)
+        B = bucket_size(len(seqs), self.config.rows)
+        P = next_power_of_two(self.pool.pages_for(longest + steps))
+        step = self._captured_step(B, P, temperatures.pop())
         if step is None:
             return None
-        step.load(rows)
+        step.load(seqs)
         for _ in range(steps):
             step.replay()
-        drawn = step.results[:steps].tolist()  # the one copy back, and the wait for it
+        results = step.results[:steps].tolist()  # the only copy back, and the only wait
         self.stats.replayed += steps
-        n = len(rows)
-        return [[int(t) for t in x[:n]] for x, _ in drawn], [x[:n] for _, x in drawn]
+        count = len(seqs)
+        tokens = [[int(token) for token in line[0][:count]] for line in results]
+        logprobs = [line[1][:count] for line in results]
+        return tokens, logprobs
 
-    def _step(self, B: int, P: int, temperature: float) -> Step | None:
-        cache = self.pages.cache
+    def _captured_step(self, B: int, P: int, temperature: float) -> DecodeStep | None:
+        """The step of a bucket, captured if need be; None (and disabled) if that fails."""
+        cache = self.pool.cache
         adapter = None if self.lora is None else self.lora.compute.data_ptr()
         addresses = (cache.k.data_ptr(), cache.v.data_ptr(), cache.shape, adapter)
         if addresses != self.addresses:
             self.clear()
             self.addresses = addresses
-        if (found := self.made.get((B, P, temperature))) is not None:
-            return found
-        started, lora, c = time.perf_counter(), self.lora, self.config
+        key = (B, P, temperature)
+        if key in self.captured:
+            return self.captured[key]
+        started = time.perf_counter()
         try:
-            step = Step(self.model, lora, self.pages, c, B, P, temperature, self.most_steps)
+            step = DecodeStep(
+                self.model, self.lora, self.pool, self.config, B, P, temperature, self.max_steps
+            )
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
-            self._refuse(f"capturing failed: {_said(error)}")
+            self._disable(f"capturing failed: {_first_and_last(error)}")
             return None
         finally:
             self.stats.capture_seconds += time.perf_counter() - started
         self.stats.captured += 1
-        return self.made.setdefault((B, P, temperature), step)
+        self.captured[key] = step
+        return step
 
-    def _capture(self, step: Step) -> None:
-        """Give the step its graph, where there are such."""
+    def _capture(self, step: DecodeStep) -> None:
+        """Record the step's graph, on a device that has graphs."""
         device = self.model.device
         if device.type != "cuda":
             return
-        here, side = torch.cuda.current_stream(device), _side_stream(device)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        side.wait_stream(here)
+        current, side = torch.cuda.current_stream(device), _side_stream(device)
+        self.memory_pool = self.memory_pool or torch.cuda.graph_pool_handle()
+        side.wait_stream(current)
         try:
             with torch.cuda.device(device), torch.cuda.stream(side):
                 step.load(())
-                step()  # compiles what it launches and makes what stays: tables, workspaces
+                step()  # compiles its kernels and makes what stays: tables, workspaces
                 self._record(step, side)
         finally:
-            here.wait_stream(side)
+            current.wait_stream(side)
 
-    def _record(self, step: Step, stream: torch.cuda.Stream) -> None:
+    def _record(self, step: DecodeStep, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
-        how = {"pool": self.pool, "stream": stream}
-        try:  # "thread_local": what other threads ask of the card (NCCL's) must not end it
-            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+        try:
+            with torch.cuda.graph(
+                graph,
+                pool=self.memory_pool,
+                stream=stream,
+                # other threads' use of the card (NCCL's) must not end the capture
+                capture_error_mode="thread_local",
+            ):
                 step()
         except BaseException:
-            self._abandon(graph)
+            self.failed.add(graph, self.model.device, self.memory_pool)
             raise
         step.graph, step.angles = graph, self.model.cos_sin
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell torch that a capture has ended where its own end of it was not reached.
-
-        Its allocator would refuse to empty its cache, and keep the memory of the pool.
-        """
-        _ABANDONED.append(graph)
-        with contextlib.suppress(RuntimeError):  # it had not begun, or was ended
-            torch._C._cuda_endAllocateToPool(self.model.device.index, self.pool)
-            torch._C._cuda_releasePool(self.model.device.index, self.pool)
-
     def clear(self) -> None:
-        """Let all graphs go, and their memory."""
-        self.made.clear()
-        if self.pool is not None:
-            self.pool = None  # one that was given up cannot be taken again
+        """Free all graphs and their memory."""
+        self.captured.clear()
+        if self.memory_pool is not None:
+            self.memory_pool = None  # one that was released cannot be used again
             torch.cuda.empty_cache()
 
 
-def _said(error: BaseException) -> str:
-    """What was raised first and, if it is another, last: a capture that ends so raises anew."""
+def _first_and_last(error: BaseException) -> str:
+    """The error that was raised first and, if it is another, the last: ending a failed capture
+    raises anew."""
     first = error
-    while (inner := first.__cause__ or first.__context__) is not None:
-        first = inner
-    lines = [f"{type(e).__name__}: {e}".strip().splitlines()[0][:200] for e in (first, error)]
-    return lines[0] if first is error else "; then ".join(lines)
+    while (earlier := first.__cause__ or first.__context__) is not None:
+        first = earlier
+    if first is error:
+        return _one_line(error)
+    return f"{_one_line(first)}; then {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]

@@ -1,128 +1,137 @@
-"""The pages of the rows in flight: how many there are, who has them, what is copied into them
+"""The pages of the KV cache: how many there are, who holds them, what is copied into them
 
-What prompts have in common is computed once and copied: the beginning that many share (the
-template), and the whole prompt for further samples of a row, whose pages are kept while such
-samples wait.
+A page is what vLLM calls a block: the keys and values of `page_size` tokens in all layers. A
+sequence's pages, in order, are its block table.
+
+What prompts have in common is computed once and copied: the prefix that many share (the template),
+and whole prompts. A duplicate prompt (a further sample) copies the pages of a running sequence, or
+those that an ended one left while duplicates wait. Pages are copied, not shared, since the last one
+of a prompt goes on to hold the sequence's own tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from engine.runtime.process_memory import free_memory, is_out_of_memory
-from engine.sampling.sequence import FlyingRow
 from model.kv_cache import KVCache
 from model.llama import Llama
 
-SHARE = 0.9  # of a GPU's free memory is for keys and values, the rest for a step's own tensors
-WORTH = 64  # prompt tokens saved from which on a forward for a common beginning pays
+GPU_SHARE = 0.9  # of a GPU's free memory for the pool; the rest is for a step's own tensors
+MIN_SAVED = 64  # prompt tokens that a shared prefix must save: its own forward costs something
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The beginning that saves the most computation: its length times the prompts that have it."""
-    group, n, saved, best = list(prompts), 0, WORTH, []
+    """The prefix that saves the most computation: its length times the other prompts that have it.
+
+    [] if none saves more than MIN_SAVED tokens. The last token of a prompt is never shared: its
+    hidden state is needed.
+    """
+    group = list(prompts)
+    length = 0
+    saved, best = MIN_SAVED, []
     while group:
-        counts = Counter(p[n] for p in group if len(p) > n + 1)  # the last token is never shared
-        if not counts:
+        next_tokens = Counter(p[length] for p in group if len(p) > length + 1)
+        if not next_tokens:
             break
-        token = counts.most_common(1)[0][0]
-        group = [p for p in group if len(p) > n + 1 and p[n] == token]
-        n += 1
-        if n * (len(group) - 1) > saved:
-            saved, best = n * (len(group) - 1), list(group[0][:n])
+        token = next_tokens.most_common(1)[0][0]
+        group = [p for p in group if len(p) > length + 1 and p[length] == token]
+        length += 1
+        if length * (len(group) - 1) > saved:
+            saved = length * (len(group) - 1)
+            best = list(group[0][:length])
     return best
 
 
 def shared_tokens(prefix: Sequence[int], prompt: Sequence[int]) -> int:
-    """Tokens of the prefix that a prompt begins with; its last token is always computed."""
-    most = min(len(prefix), len(prompt) - 1)
-    return next((n for n in range(most) if prefix[n] != prompt[n]), most)
+    """How many tokens of the prefix a prompt begins with; its last token does not count."""
+    limit = min(len(prefix), len(prompt) - 1)
+    for n in range(limit):
+        if prefix[n] != prompt[n]:
+            return n
+    return limit
 
 
-def prefill_chunks(
-    rows: Sequence[FlyingRow], size: int, chunk: int
-) -> Iterator[list[tuple[FlyingRow, int, int]]]:
-    """(row, start, end) of what is prefilled together, up to `chunk` tokens; prompts are cut at
-    pages of `size` tokens only."""
-    room, together = chunk, []
-    for row in rows:
-        start, end = row.filled, len(row.prompt)
-        while start < end:
-            stop = end if end - start <= room else (start + room) // size * size
-            if stop > start:
-                together.append((row, start, stop))
-                room, start = room - (stop - start), stop
-            if start < end or room < size:
-                yield together
-                room, together = chunk, []
-    if together:
-        yield together
-
-
-class Pages:
-    """A pool of pages for one run of a sampler."""
+class PagePool:
+    """The KV cache of one sampler and the block tables that are not a running sequence's."""
 
     def __init__(self, model: Llama, page_size: int, kv_memory: float) -> None:
-        self.model, self.size, self.budget = model, page_size, kv_memory * 1e9
+        self.model = model
+        self.page_size = page_size
+        self.budget = kv_memory * 1e9  # bytes; 0: not limited by the user
         self.cache: KVCache | None = None
-        self.prefix: tuple[list[int], list[int]] = [], []  # tokens, pages
-        self.kept: dict[tuple[int, ...], list[int]] = {}  # of ended rows, by prompt
-        # torch's attention on a CPU does, up to the highest page in use
+        self.prefix_tokens: list[int] = []
+        self.prefix_pages: list[int] = []
+        self.prompt_pages: dict[tuple[int, ...], list[int]] = {}  # of ended sequences' prompts
+        # Empty slots of a captured step write into these (cuda_graphs.py).
+        self.num_padding_pages = 0
+        self.padding_pages: list[int] = []
+        # torch's attention on a CPU reads the pool up to the highest page in use.
         packs = (model.ops.sampled or model.ops).packs
-        self.read_as_it_lies = model.device.type == "cpu" and packs != "panels"
-        self.spare = 0  # pages set aside for the idle rows of a captured step
-        self.idle: list[int] = []  # these
+        self.reads_whole_pool = model.device.type == "cpu" and packs != "panels"
 
     @property
-    def free(self) -> int:
-        """Pages that can be had at once."""
+    def num_free(self) -> int:
+        """Pages that nothing holds."""
         return len(self.cache.free)
 
-    def count(self, tokens: int) -> int:
+    def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
-        return -(-tokens // self.size)
+        return -(-tokens // self.page_size)
 
-    def make_room(self, wanted: int, least: int) -> bool:
-        """A pool of the wanted pages as far as memory allows, at least of `least`.
+    # ---- the size of the pool
 
-        False where a pool of `least` pages can be had only in the place of the one in use: a pool
-        that grows lies beside the old one for a moment. The rows in it have to end first, and then
-        `discard` makes room. ValueError where a GPU, or kv_memory, is too small for `least`.
+    def ensure_pages(self, wanted: int, least: int) -> bool:
+        """Make the pool `wanted` pages large as far as memory allows, at least `least`.
+
+        False if `least` pages fit only in the place of the pool in use, since a pool that grows
+        lies beside the old one for a moment. The sequences in it have to end first; then `discard`
+        makes room. ValueError if a GPU, or kv_memory, is too small for `least`.
         """
-        wanted, least = wanted + self.spare, least + self.spare
-        if self.cache is not None and len(self.cache.free) == self.cache.pages < wanted:
-            self.discard()
+        wanted += self.num_padding_pages
+        least += self.num_padding_pages
+        if self.cache is not None and self.num_free == self.cache.pages < wanted:
+            self.discard()  # nothing to copy
         if self.cache is None:
-            self._begin_pool(wanted, least)
+            self._create(wanted, least)
         elif not self._grow(wanted, least):
             return False
-        if not self.idle:
-            self.idle = self.cache.take(self.spare)
+        if not self.padding_pages:
+            self.padding_pages = self.cache.take(self.num_padding_pages)
         return True
 
-    def _begin_pool(self, wanted: int, least: int) -> None:
-        m, pages = self.model, self._allowed(wanted, least)
+    def discard(self) -> None:
+        """Free the pool with all that is in it; no sequence may be running."""
+        self.prompt_pages.clear()
+        self.prefix_tokens, self.prefix_pages = [], []
+        self.padding_pages = []
+        self.cache = None
+
+    def _create(self, wanted: int, least: int) -> None:
+        m = self.model
+        pages = self._allowed_pages(wanted, least)
         while self.cache is None:
             try:
-                self.cache = KVCache(m.config, pages, self.size, m.device, m.dtype)
-            except RuntimeError as error:  # what is free may lie in pieces
+                self.cache = KVCache(m.config, pages, self.page_size, m.device, m.dtype)
+            except RuntimeError as error:  # free memory may be fragmented
                 if not is_out_of_memory(error):
                     raise
                 if pages == least:
                     raise ValueError(
-                        f"{self._need(least)}, and {m.device} could not give them in one piece: "
+                        f"{self._needed(least)}, and {m.device} could not give them in one piece: "
                         "end other programs on it, or allow fewer new tokens"
                     ) from None
                 pages = max(least, pages // 2)
 
     def _grow(self, wanted: int, least: int) -> bool:
-        have = self.cache.pages
-        if wanted <= have:
+        """Whether the pool now has at least `least` pages."""
+        if wanted <= self.cache.pages:
             return True
-        pages = self._allowed(wanted, least)
-        if self._by_the_card():  # the new pool must fit beside the old one
-            pages = min(pages, int(SHARE * free_memory(self.model.device) // self._page_bytes()))
+        pages = self._allowed_pages(wanted, least)
+        if self._limited_by_gpu():  # the new pool must fit beside the old one
+            free = free_memory(self.model.device)
+            pages = min(pages, int(GPU_SHARE * free // self._page_bytes()))
         try:
             if pages >= least:
                 self.cache.grow(pages)
@@ -131,92 +140,104 @@ class Pages:
                 raise
         return self.cache.pages >= least
 
-    def _by_the_card(self) -> bool:
-        """Whether what the GPU has free is what a pool may take."""
+    def _limited_by_gpu(self) -> bool:
+        """Whether the free memory of a GPU limits the pool, and not the user's kv_memory."""
         return not self.budget and self.model.device.type == "cuda"
 
     def _page_bytes(self) -> int:
-        return KVCache.page_bytes(self.model.config, self.size, self.model.dtype)
+        return KVCache.page_bytes(self.model.config, self.page_size, self.model.dtype)
 
-    def _allowed(self, wanted: int, least: int) -> int:
+    def _allowed_pages(self, wanted: int, least: int) -> int:
         """Pages that a pool in the place of this one may have; ValueError for fewer than least."""
-        page, budget = self._page_bytes(), self.budget
-        if self._by_the_card():
-            have = 0 if self.cache is None else self.cache.pages * page
-            budget = SHARE * (free_memory(self.model.device) + have)
-        elif not budget:
+        page_bytes = self._page_bytes()
+        if self._limited_by_gpu():
+            in_use = 0 if self.cache is None else self.cache.pages * page_bytes
+            budget = GPU_SHARE * (free_memory(self.model.device) + in_use)
+        elif self.budget:
+            budget = self.budget
+        else:
             return max(1, wanted)
-        if least * page > budget:
+        if least * page_bytes > budget:
             raise self._too_small(budget, least)
-        return max(1, min(wanted, int(budget // page)))
+        return max(1, min(wanted, int(budget // page_bytes)))
 
     def _too_small(self, budget: float, least: int) -> ValueError:
-        """What to say where not even one row fits."""
-        need = self._need(least)
+        """The error if not even one sequence fits."""
+        needed = self._needed(least)
         if self.budget:
             return ValueError(
-                f"kv_memory {budget / 1e9:.3g} GB: {need}; allow more, or fewer new tokens"
+                f"kv_memory {budget / 1e9:.3g} GB: {needed}; allow more, or fewer new tokens"
             )
         return ValueError(
-            f"{need}, and {self.model.device} has {budget / 1e9:.3g} GB free for them beside the "
+            f"{needed}, and {self.model.device} has {budget / 1e9:.3g} GB free for them beside the "
             "weights and what other programs hold; fewer new tokens, or a shorter prompt"
         )
 
-    def _need(self, least: int) -> str:
-        return f"the longest row needs {least * self._page_bytes() / 1e9:.3g} GB of keys and values"
+    def _needed(self, least: int) -> str:
+        gigabytes = least * self._page_bytes() / 1e9
+        return f"the longest sequence needs {gigabytes:.3g} GB of keys and values"
 
-    def discard(self) -> None:
-        """Give the pool up, with all that is in it: no row may be in flight."""
-        self.kept.clear()
-        self.prefix, self.idle, self.cache = ([], []), [], None
+    # ---- the pages of sequences
 
-    def begin(
-        self, prompt: tuple[int, ...], twin: list[int] | None, more_wait: bool
+    def allocate(
+        self, prompt: tuple[int, ...], duplicate: list[int] | None, duplicates_wait: bool
     ) -> tuple[list[int], int]:
-        """Pages for a prompt, and how many of its tokens are in them already.
+        """A block table for a prompt, and how many of its tokens are in those pages already.
 
-        twin: the pages of a row in flight with the same prompt. more_wait: keep what is kept.
+        duplicate: the block table of a running sequence with the same prompt.
+        duplicates_wait: further requests with this prompt wait, so pages kept for them stay.
         """
-        twin = self.kept.get(prompt, twin)
-        if twin is not None:
-            source, known = twin, len(prompt) - 1
+        source = self.prompt_pages.get(prompt, duplicate)
+        if source is not None:
+            known = len(prompt) - 1
         else:
-            source, known = self.prefix[1], shared_tokens(self.prefix[0], prompt)
-        pages = self.cache.take(self.count(len(prompt)))
-        whole = self.count(known)
-        self.cache.copy(source[:whole], pages[:whole])
-        if prompt in self.kept and not more_wait:
-            self.cache.give_back(self.kept.pop(prompt))
-        return pages, known
+            source = self.prefix_pages
+            known = shared_tokens(self.prefix_tokens, prompt)
+        block_table = self.cache.take(self.pages_for(len(prompt)))
+        copied = self.pages_for(known)
+        self.cache.copy(source[:copied], block_table[:copied])
+        if prompt in self.prompt_pages and not duplicates_wait:
+            self.cache.give_back(self.prompt_pages.pop(prompt))
+        return block_table, known
 
-    def end(self, prompt: tuple[int, ...], pages: list[int], more_wait: bool) -> None:
-        """Give a row's pages back, but for its prompt's where more of it wait."""
-        if more_wait and prompt not in self.kept:
-            whole = self.count(len(prompt))
-            self.kept[prompt], pages = pages[:whole], pages[whole:]
-        self.cache.give_back(pages)
+    def release(
+        self, prompt: tuple[int, ...], block_table: list[int], duplicates_wait: bool
+    ) -> None:
+        """Free an ended sequence's pages, except for its prompt's while duplicates of it wait."""
+        if duplicates_wait and prompt not in self.prompt_pages:
+            of_prompt = self.pages_for(len(prompt))
+            self.prompt_pages[prompt] = block_table[:of_prompt]
+            block_table = block_table[of_prompt:]
+        self.cache.give_back(block_table)
 
-    def drop_kept(self) -> None:
-        """Give back what is kept for samples that have not begun."""
-        for pages in self.kept.values():
+    def drop_prompt_pages(self) -> None:
+        """Free the pages kept for duplicate prompts; those will be computed again."""
+        for pages in self.prompt_pages.values():
             self.cache.give_back(pages)
-        self.kept.clear()
+        self.prompt_pages.clear()
 
     def close(self) -> None:
-        """Give back what no row has."""
-        self.drop_kept()
+        """Free everything that is not a running sequence's."""
+        self.drop_prompt_pages()
         if self.cache is not None:
-            self.cache.give_back([*self.prefix[1], *self.idle])
-        self.prefix, self.idle = ([], []), []
+            self.cache.give_back(self.prefix_pages)
+            self.cache.give_back(self.padding_pages)
+        self.prefix_tokens, self.prefix_pages = [], []
+        self.padding_pages = []
 
-    def compact(self, tables: Sequence[list[int]]) -> None:
-        """Bring the pages in use together where attention reads the pool as it lies.
+    def compact(self, block_tables: Sequence[list[int]]) -> None:
+        """Move the pages in use to the lowest numbers where attention reads the whole pool.
 
-        `tables`: those of the rows in flight; they are changed in place.
+        block_tables: those of the running sequences; they are changed in place.
         """
-        if not self.read_as_it_lies:
+        if not self.reads_whole_pool:
             return
-        every = [t for t in (self.idle, self.prefix[1], *self.kept.values(), *tables) if t]
-        used = sum(map(len, every))
-        if used and max(map(max, every)) >= used + max(4, used // 8):
-            self.cache.compact(every)
+        tables = [self.padding_pages, self.prefix_pages, *self.prompt_pages.values()]
+        tables += block_tables
+        tables = [table for table in tables if table]
+        used = sum(len(table) for table in tables)
+        if not used:
+            return
+        highest = max(max(table) for table in tables)
+        if highest >= used + max(4, used // 8):
+            self.cache.compact(tables)

@@ -1,4 +1,4 @@
-"""What is asked of the sampler, how, and what comes back."""
+"""Settings, requests, completions and statistics of the sampler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.runtime.limits import check_numbers
 from kernels.sampling.sample_rows import SampleRows
 
-# what changes no text
+# settings that change speed and memory, never a text
 SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 
 
@@ -20,46 +20,57 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 class SamplerConfig:
     """How tokens are chosen and how many rows run together."""
 
-    rows: int = 0  # in flight: never text (fp32 on a CPU, or --invariant); 0: 64, on a CPU 32
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest tokens up to this probability
-    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest; 0 drops none
-    repetition_penalty: float = 1.0  # above 1 weakens tokens of the prompt and the answer so far
-    max_new_tokens: int = 512  # where a request names no limit of its own
-    seed: int = 0  # with row id, sample and position it names every random number
-    stop: tuple[str, ...] = ()  # text that ends a row; it is cut off
-    ignore_eos: bool = False  # go on behind end tokens, to the limit: for benchmarks
-    prefill_tokens: int = 0  # of prompts in a forward; longer ones are cut; 0: 1024, on a CPU 512
-    page_size: int = 64  # tokens per page of the cache, and the split of a decoded context
-    kv_memory: float = 0.0  # GB for keys and values; 0: what `rows` need, on a GPU what is free
-    draft: str = "auto"  # auto | off | always: guess from the reference (auto: where it is faster)
-    invariant: bool = False  # on a GPU too, no text depends on --rows, order or drafts; slower
-    steps: int = 0  # decode steps between two visits of the host; 0: 1, or 8 if captured
-    graphs: bool = True  # on a GPU, capture decode steps as CUDA graphs: less waiting for the host
+    rows: int = 0  # sequences decoded together: more is faster and takes more memory; does not
+    #   change texts in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]
+    temperature: float = 0.0  # 0 takes the most likely token (greedy); higher is more random
+    top_k: int = 0  # sample from the k most likely tokens only; 0 keeps all
+    top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1 keeps all
+    min_p: float = 0.0  # drop tokens below this share of the largest probability; 0 keeps all
+    repetition_penalty: float = 1.0  # above 1 makes tokens that occurred before less likely
+    max_new_tokens: int = 512  # most new tokens in an answer
+    seed: int = 0  # random seed; with row id, sample and position it names each random number
+    stop: tuple[str, ...] = ()  # text that ends an answer and is cut off; may be repeated
+    #   [default: none]
+    ignore_eos: bool = False  # continue past end tokens up to --max-new-tokens (for benchmarks)
+    prefill_tokens: int = 0  # most prompt tokens in one forward pass; longer prompts are split
+    #   [default: auto (1024; 512 on a CPU)]
+    page_size: int = 64  # tokens per block of the key/value cache; attention splits a context there
+    kv_memory: float = 0.0  # GB for keys and values; sequences that find no room wait
+    #   [default: auto (as much as --rows needs; on a GPU at most what is free)]
+    draft: str = "auto"  # auto, off or always: guess tokens from the reference and check several in
+    #   one forward pass (speculative decoding); auto does so where it is faster
+    invariant: bool = False  # make texts independent of --rows, order and drafts on a GPU too
+    #   (batch-invariant); slower
+    steps: int = 0  # decode steps per synchronisation with the host
+    #   [default: auto (8 with CUDA graphs; else 1)]
+    graphs: bool = True  # on a GPU, run decode steps as CUDA graphs, and wait less for the host
 
     def settings(self) -> dict[str, Any]:
-        """What names a run of it: not what changes its speed only."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in SPEED_ONLY}
+        """The settings that a text depends on: they identify a run. Those of speed are left out."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in SPEED_ONLY}
 
-    def on(self, kind: str) -> SamplerConfig:
-        """This for a kind of device, "cpu" or "cuda": nothing that is left to it is 0.
+    def for_device(self, device_type: str) -> SamplerConfig:
+        """These settings with the automatic ones (0) resolved for a "cpu" or a "cuda" device.
 
         On two cores 32 rows are within a few percent of 64, and take a tenth of a gigabyte less.
         """
-        rows, tokens = (32, 512) if kind == "cpu" else (64, 1024)
-        settled = {"rows": self.rows or rows, "prefill_tokens": self.prefill_tokens or tokens}
-        return dataclasses.replace(self, **settled)
+        rows, prefill_tokens = (32, 512) if device_type == "cpu" else (64, 1024)
+        return dataclasses.replace(
+            self,
+            rows=self.rows or rows,
+            prefill_tokens=self.prefill_tokens or prefill_tokens,
+        )
 
-    def keys(
+    def sample_rows(
         self,
-        positions: Tensor,  # (n,) int64 of the tokens that are drawn
-        samples: Tensor,  # (n,) int64
-        row_keys: Tensor,  # (n,) int64
-        temperature: float,  # of all of these rows
-        history: Tensor | None,  # (n, L) int64, where repetition is penalised
+        positions: Tensor,  # (B,) int64 of the tokens to be sampled
+        samples: Tensor,  # (B,) int64
+        row_keys: Tensor,  # (B,) int64
+        temperature: float,  # of all B rows
+        history: Tensor | None,  # (B, L) int64, needed for a repetition penalty
     ) -> SampleRows:
-        """How these rows are drawn, and the names of their random numbers."""
+        """The settings and the names of the random numbers with which B tokens are sampled."""
         return SampleRows(
             positions=positions,
             samples=samples,
@@ -74,45 +85,46 @@ class SamplerConfig:
         )
 
     def greedy(self, max_new_tokens: int) -> SamplerConfig:
-        """For measuring: as many rows and the same promise, nothing left to chance."""
-        kept = {"invariant": self.invariant, "graphs": self.graphs}
-        return SamplerConfig(self.rows, max_new_tokens=max_new_tokens, **kept)
+        """Greedy settings for measuring, with this one's rows, batch invariance and CUDA graphs."""
+        return SamplerConfig(
+            rows=self.rows,
+            max_new_tokens=max_new_tokens,
+            invariant=self.invariant,
+            graphs=self.graphs,
+        )
 
     def check(self) -> None:
         """ValueError for settings that cannot sample."""
-        problems = [
-            (self.rows < 0, f"rows {self.rows}: at least 1 is wanted, or 0 for the default"),
-            (self.temperature < 0, f"temperature {self.temperature}: 0 (greedy) or more is wanted"),
-            (self.top_k < 0, f"top_k {self.top_k}: 0 (all) or more is wanted"),
-            (not 0 < self.top_p <= 1, f"top_p {self.top_p}: 0 < top_p <= 1 is wanted"),
-            (not 0 <= self.min_p <= 1, f"min_p {self.min_p}: 0 to 1 is wanted"),
-            (
-                not 0 < self.repetition_penalty < float("inf"),
-                f"repetition_penalty {self.repetition_penalty}: above 0 is wanted, 1 for none",
-            ),
-            (
-                self.max_new_tokens < 1,
-                f"max_new_tokens {self.max_new_tokens}: at least 1 is wanted",
-            ),
-            ("" in self.stop, "an empty stop string would end every row at once"),
-            (
-                self.prefill_tokens < 0,
-                f"prefill_tokens {self.prefill_tokens}: at least 1 is wanted, or 0 for the default",
-            ),
-            (self.page_size < 1, f"page_size {self.page_size}: at least 1 is wanted"),
-            (
-                self.kv_memory < 0,
-                f"kv_memory {self.kv_memory}: GB are wanted, 0 for what is needed",
-            ),
-            (
-                self.draft not in ("auto", "off", "always"),
-                f"draft {self.draft!r}: auto, off or always is wanted",
-            ),
-            (self.steps < 0, f"steps {self.steps}: 0 (as pays) or more is wanted"),
-        ]
-        for wrong, message in problems:
-            if wrong:
-                raise ValueError(message)
+        if self.rows < 0:
+            raise ValueError(f"rows {self.rows}: expected at least 1, or 0 for the default")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature}: expected 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: expected 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: expected 0 < top_p <= 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p}: expected 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty {self.repetition_penalty}: expected above 0, 1 for none"
+            )
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+        if "" in self.stop:
+            raise ValueError("an empty stop string would end every row at once")
+        if self.prefill_tokens < 0:
+            raise ValueError(
+                f"prefill_tokens {self.prefill_tokens}: expected at least 1, or 0 for the default"
+            )
+        if self.page_size < 1:
+            raise ValueError(f"page_size {self.page_size}: expected at least 1")
+        if self.kv_memory < 0:
+            raise ValueError(f"kv_memory {self.kv_memory}: expected GB, or 0 for the default")
+        if self.draft not in ("auto", "off", "always"):
+            raise ValueError(f"draft {self.draft!r}: expected auto, off or always")
+        if self.steps < 0:
+            raise ValueError(f"steps {self.steps}: expected at least 1, or 0 for the default")
         check_numbers(
             self,
             rows=(0, 10**6),
@@ -124,72 +136,79 @@ class SamplerConfig:
         )
         if 0 < self.temperature < 1e-6:
             raise ValueError(
-                f"temperature {self.temperature}: 0 (greedy) or at least 1e-6 is wanted"
+                f"temperature {self.temperature}: expected 0 (greedy) or at least 1e-6"
             )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text to write."""
+    """One text to be sampled."""
 
-    id: str  # stable: the row's random numbers are named by it
+    id: str  # stable: with seed, sample and position it names the random numbers
     prompt: Sequence[int]  # token ids
-    max_new: int | None = None  # new tokens at most; None: the sampler's default
-    sample: int = 0  # which of several samples of this row
-    seed: int | None = None  # of this row alone, instead of the sampler's
-    expected: int | None = None  # new tokens it will likely have: the longest begin first
-    draft: Sequence[int] = ()  # token ids it may copy from: its reference
-    temperature: float | None = None  # of this row alone, instead of the sampler's
+    max_new_tokens: int | None = None  # None: the sampler's setting
+    sample: int = 0  # which of several samples of this prompt
+    seed: int | None = None  # of this request alone, instead of the sampler's
+    expected_tokens: int | None = None  # likely new tokens: sets the order and what is reserved
+    draft_source: Sequence[int] = ()  # token ids that draft tokens are copied from: the reference
+    temperature: float | None = None  # of this request alone, instead of the sampler's
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written for a request."""
+    """The text that was sampled for a request."""
 
     id: str
     sample: int
     ids: list[int]  # the sampled tokens, without the end token
-    text: str  # decoded; with a stop string, what stands before it
+    text: str  # decoded; only the part before a stop string
     finish: str  # stop | stop_string | length | prompt_too_long
-    logprobs: list[float]  # of each of `ids` under the model's plain distribution
+    logprobs: list[float]  # nats, of each of `ids`, by the model's logits before any setting
     prompt_tokens: int
 
 
 @dataclass
 class SamplerStats:
-    """What a run did, for the summary."""
+    """Counts and times of one sampler, for the summary."""
 
-    prompt_tokens: int = 0  # of prompts
-    shared_tokens: int = 0  # of these, copied and not computed
+    prompt_tokens: int = 0
+    shared_tokens: int = 0  # prompt tokens that were copied from other pages, not computed
     new_tokens: int = 0
-    steps: int = 0  # forwards that decoded
-    row_steps: int = 0  # rows in them
-    drafted: int = 0  # tokens guessed
-    held: int = 0  # guesses that were right
-    put_back: int = 0  # rows that began again for want of memory
+    steps: int = 0  # forwards of decode
+    sequence_steps: int = 0  # sequences in those forwards, added up
+    draft_tokens: int = 0  # proposed
+    accepted_tokens: int = 0  # draft tokens that the model sampled too
+    preempted: int = 0  # sequences that lost their pages and began again
     cache_bytes: int = 0  # of the pages for keys and values
-    fitting: int = 0  # rows for which these suffice even at their longest
+    fitting_sequences: int = 0  # sequences for which the pages suffice even at their longest
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0  # without capturing
-    captured: int = 0  # steps captured as CUDA graphs, one per number of rows and pages
+    captured: int = 0  # CUDA graphs, one per bucket of sequences and pages
     capture_seconds: float = 0.0
-    replayed: int = 0  # of `steps`
-    not_captured: str = ""  # why, where that was asked for and cannot be
+    replayed: int = 0  # those of `steps` that were replays of a CUDA graph
+    why_not_captured: str | None = None  # where capturing was asked for and cannot be done
 
     def text(self) -> str:
-        """Tokens per step and acceptance, what was shared, what was put back."""
-        text = f"{1 + self.held / max(1, self.row_steps):.2f} tokens per row and step"
-        if self.drafted:
-            share = self.held / self.drafted
-            text += f", {self.drafted} guessed from references, {share:.0%} right"
-        text += f"; {self.shared_tokens} of {self.prompt_tokens} prompt tokens shared"
-        if self.fitting:
-            text += f"; {self.cache_bytes / 1e9:.2f} GB for keys and values fit {self.fitting} rows"
-        if self.put_back:
-            text += f"; memory was short: {self.put_back} rows were put back and begun again"
+        """Tokens per step, acceptance, sharing, memory, preemption and CUDA graphs in one line."""
+        tokens_per_step = 1 + self.accepted_tokens / max(1, self.sequence_steps)
+        parts = [f"{tokens_per_step:.2f} tokens per sequence and step"]
+        if self.draft_tokens:
+            share = self.accepted_tokens / self.draft_tokens
+            parts[0] += f", {self.draft_tokens} draft tokens, {share:.0%} accepted"
+        parts.append(f"{self.shared_tokens} of {self.prompt_tokens} prompt tokens shared")
+        if self.fitting_sequences:
+            gigabytes = f"{self.cache_bytes / 1e9:.2f} GB"
+            parts.append(f"{gigabytes} for keys and values fit {self.fitting_sequences} sequences")
+        if self.preempted:
+            parts.append(
+                f"memory was short: {self.preempted} sequences were preempted and begun again"
+            )
         if self.captured:
-            text += f"; {self.replayed} of {self.steps} decode steps replayed, of {self.captured} "
-            text += f"graphs captured in {self.capture_seconds:.1f} s"
-        if self.not_captured:
-            text += f"; decode steps were not captured as CUDA graphs: {self.not_captured}"
-        return text
+            parts.append(
+                f"{self.replayed} of {self.steps} decode steps replayed, of {self.captured} "
+                f"graphs captured in {self.capture_seconds:.1f} s"
+            )
+        if self.why_not_captured:
+            reason = self.why_not_captured
+            parts.append(f"decode steps were not captured as CUDA graphs: {reason}")
+        return "; ".join(parts)

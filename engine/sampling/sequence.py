@@ -1,4 +1,4 @@
-"""A row in flight, and what ends it: an end token, a stop string, its limit"""
+"""A sequence that is being decoded, and its stopping conditions."""
 
 from __future__ import annotations
 
@@ -8,70 +8,89 @@ from dataclasses import dataclass, field
 from engine.sampling.requests import Completion, Request
 from engine.sampling.speculation import Drafter
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int]], str]  # token ids -> text
 
 
-@dataclass
-class FlyingRow:
-    """A row in flight."""
+@dataclass(eq=False)
+class RunningSequence:
+    """A prompt and the tokens sampled so far; its keys and values lie in pages of the cache."""
 
     request: Request
     prompt: tuple[int, ...]
-    limit: int  # new tokens at most
-    expected: int  # new tokens that memory is set aside for
-    key: int  # signed 64-bit hash of the id
-    pages: list[int]
-    filled: int  # prompt tokens that the cache holds
-    drafter: Drafter | None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    done: Completion | None = None
+    max_new_tokens: int  # the request's limit within the model's context
+    expected_tokens: int  # new tokens that pages are set aside for
+    key: int  # signed 64-bit hash of the request's id (and own seed): names its random numbers
+    block_table: list[int]  # pages of the cache in the order of the tokens
+    prefilled: int  # prompt tokens whose keys and values are in the cache
+    drafter: Drafter | None  # None: no speculation
+    token_ids: list[int] = field(default_factory=list)  # sampled
+    logprobs: list[float] = field(default_factory=list)  # nats, one per sampled token
+    completion: Completion | None = None  # set by the token that ends it
 
     @property
-    def length(self) -> int:
-        """Tokens in the cache: all but the one drawn last."""
-        return self.filled + max(0, len(self.ids) - 1)
+    def context_len(self) -> int:
+        """Tokens in the cache: all but the one sampled last, whose forward comes next."""
+        return self.prefilled + max(0, len(self.token_ids) - 1)
 
-    def heat(self, default: float) -> float:
-        """Its temperature."""
+    @property
+    def remaining_tokens(self) -> int:
+        """New tokens until the limit."""
+        return self.max_new_tokens - len(self.token_ids)
+
+    def temperature(self, default: float) -> float:
+        """The request's own temperature, else the sampler's."""
         own = self.request.temperature
         return default if own is None else own
 
 
-def ending(
-    row: FlyingRow, end_ids: Collection[int], stop: Sequence[str], decode: Decode
+def check_stop(
+    seq: RunningSequence, end_ids: Collection[int], stop: Sequence[str], decode: Decode
 ) -> Completion | None:
-    """The completion of a row whose last token ended it, else None."""
-    ids, request = row.ids, row.request
+    """The completion if the last token ended the sequence, else None.
+
+    In this order: an end token (cut off), a stop string (cut off), the limit of new tokens.
+    """
+    ids = seq.token_ids
     if ids[-1] in end_ids:
-        finish, keep, text = "stop", len(ids) - 1, None
-    elif (cut := stop_string(ids, stop, decode)) is not None:
-        finish, (keep, text) = "stop_string", cut
-    elif len(ids) >= row.limit:
-        finish, keep, text = "length", len(ids), None
-    else:
-        return None
-    kept = ids[:keep]
-    text = decode(kept) if text is None else text
-    logprobs = row.logprobs[:keep]
-    return Completion(request.id, request.sample, kept, text, finish, logprobs, len(row.prompt))
+        kept = ids[:-1]
+        return _completion(seq, kept, decode(kept), "stop")
+    found = find_stop_string(ids, stop, decode)
+    if found is not None:
+        kept_tokens, text = found
+        return _completion(seq, ids[:kept_tokens], text, "stop_string")
+    if len(ids) >= seq.max_new_tokens:
+        return _completion(seq, ids[:], decode(ids), "length")
+    return None
 
 
-def stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> tuple[int, str] | None:
-    """(tokens that lie wholly before the stop string, the text before it), if one is there."""
+def _completion(seq: RunningSequence, ids: list[int], text: str, finish: str) -> Completion:
+    return Completion(
+        id=seq.request.id,
+        sample=seq.request.sample,
+        ids=ids,
+        text=text,
+        finish=finish,
+        logprobs=seq.logprobs[: len(ids)],
+        prompt_tokens=len(seq.prompt),
+    )
+
+
+def find_stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> tuple[int, str] | None:
+    """(tokens that lie wholly before the first stop string, the text before it), None for none."""
     if not stop:
         return None
-    # a token is at least one byte of text, so a stop string that the last token completed
-    # lies within its own length in bytes, plus the tokens of a character cut in two
+    # A token is at least one byte of text, so a stop string that the last token completed lies
+    # within its own length in bytes, plus the tokens of a character cut in two.
     window = 4 + max(len(s.encode()) for s in stop)
-    if not any(s in decode(ids[-window:]) for s in stop):
+    tail = decode(ids[-window:])
+    if not any(s in tail for s in stop):
         return None
     text = decode(ids)
-    ends = [text.find(s) for s in stop if s in text]
-    if not ends:
+    starts = [text.find(s) for s in stop if s in text]
+    if not starts:
         return None
-    text = text[: min(ends)]
-    keep = len(ids)
-    while keep and not text.startswith(decode(ids[:keep])):
-        keep -= 1
-    return keep, text
+    text = text[: min(starts)]
+    kept_tokens = len(ids)
+    while kept_tokens and not text.startswith(decode(ids[:kept_tokens])):
+        kept_tokens -= 1
+    return kept_tokens, text

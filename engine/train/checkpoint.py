@@ -1,15 +1,23 @@
-"""Run directories: what lies in one, and how a killed run goes on
+"""Run directories: what lies in one, and how a killed run is resumed from it
 
     RUN/meta.json                 settings, hashes of model and data; at the end the summary
     RUN/metrics.jsonl             one line per optimizer step
+    RUN/validation.jsonl          one line per validation
     RUN/checkpoints/step-000050/  adapter_model.safetensors, adapter_config.json (PEFT's layout),
-                                  optimizer.safetensors, state.json (step, data position, best
-                                  so far), metrics.jsonl (the lines up to here)
-    RUN/adapter_model.safetensors, adapter_config.json     the finished adapter
-    chat.json                     beside each adapter: chat format, end token, system message of the
-                                  training (model/trained_chat.py)
+                                  chat.json
+                                  optimizer.safetensors (m, v and the masters, all fp32 or fp64)
+                                  metrics.jsonl (the lines up to this step)
+                                  state.json (step, micro-batch size, best step so far, time spent,
+                                  hashes of the files above)
+    RUN/adapter_model.safetensors, adapter_config.json, chat.json     the finished adapter
+                                  (chat.json: chat format, end token, system message of the
+                                  training, model/trained_chat.py)
 
-A checkpoint directory appears only when all of it is on disk. Nothing is ever unpickled.
+Files and checkpoint directories are written beside their place and renamed, so one that is there is
+whole. Nothing is ever unpickled.
+
+In the order of a run:  open_run -> [load_checkpoint, restore_metrics] -> save_checkpoint,
+record_validation -> publish; of a finished one: check_published.
 """
 
 from __future__ import annotations
@@ -34,11 +42,14 @@ from model.lora import Lora
 from model.peft_format import load_lora, write_lora
 from model.trained_chat import TrainedChat
 
-HASHED = ("optimizer.safetensors", "metrics.jsonl")  # in state.json, as are those of ADAPTER
+ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
+STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
-# what training took, of which checkpoints keep account (those of before do not)
+# time and work of a run up to a checkpoint; checkpoints of older versions do not have it
 NOTHING_SPENT = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
-ADAPTER = (WEIGHTS, "adapter_config.json")
+
+
+# ---- begin or resume
 
 
 def open_run(
@@ -46,10 +57,12 @@ def open_run(
 ) -> dict[str, Any]:
     """Create a run directory, or check that the one there is the same run; returns its meta.
 
-    `date`, where prompts tell one, is kept for when the run goes on (session.as_begun).
+    date: the one that prompts tell, kept for when the run is resumed (session.as_begun); None where
+    they tell none.
     """
     meta_file = out / "meta.json"
-    if not out.exists() or all(p.name.startswith(".") for p in out.iterdir()):  # killed at once
+    is_new = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
+    if is_new:  # hidden files alone: a run that was killed before its first file was renamed
         meta = {"settings": settings, "finished": False} | ({"date": date} if date else {})
         write_json(meta_file, meta)
         return meta
@@ -59,14 +72,9 @@ def open_run(
         raise ValueError(
             f"{out} exists but has no meta.json: it is not a run; choose another --out"
         )
-    meta = read_json(meta_file)
-    summary = dict if meta.get("finished") else type(None)
-    if type(meta.get("finished")) is not bool or type(meta.get("summary")) is not summary:
-        raise ValueError(f"{meta_file}: finished or summary is not what was written")
-    if not isinstance(meta.get("settings"), dict):
-        raise ValueError(f"{meta_file}: settings is {meta.get('settings')!r}")
+    meta = _read_meta(meta_file)
     changes = differing(meta["settings"], settings)
-    if changes and date and "date" not in meta:  # runs of before
+    if changes and date and "date" not in meta:  # a run of an older version
         changes.append("(prompts tell a date: --date YYYY-MM-DD, the day on which it was begun)")
     if changes:
         raise ValueError(
@@ -76,90 +84,50 @@ def open_run(
     return meta
 
 
-def save_checkpoint(
-    out: Path,
-    lora: Lora,
-    optimizer: Optimizer,
-    base: str,
-    keep: int,
-    state: dict[str, Any],
-    spare: int = 0,
-    chat: TrainedChat | None = None,
-) -> Path:
-    """Write checkpoints/step-N with the metrics so far, delete all but the newest `keep`.
-
-    `state` is what else a resumed run needs to know; the checkpoint of step `spare` stays.
-    """
-    place = place_of(out, optimizer.step)
-    if not place.exists():
-        with directory_beside(place) as beside:
-            write_lora(lora, beside, base)
-            if chat is not None:
-                chat.write(beside)
-            moments = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
-            save_file(moments, beside / "optimizer.safetensors")
-            shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
-            names = (*HASHED, *ADAPTER)
-            hashes = {name: sha256((beside / name).read_bytes()) for name in names}
-            text = json.dumps({**state, "step": optimizer.step, "sha256": hashes})
-            (beside / "state.json").write_text(text + "\n", encoding="utf-8")
-    for old in checkpoints(out)[:-keep]:
-        if old.name != f"step-{spare:06d}":
-            shutil.rmtree(old)
-    return place
+def _read_meta(meta_file: Path) -> dict[str, Any]:
+    """The content of meta.json; ValueError where it is not what was written."""
+    meta = read_json(meta_file)
+    expected_summary = dict if meta.get("finished") else type(None)
+    if type(meta.get("finished")) is not bool or type(meta.get("summary")) is not expected_summary:
+        raise ValueError(f"{meta_file}: finished or summary is not what was written")
+    if not isinstance(meta.get("settings"), dict):
+        raise ValueError(f"{meta_file}: settings is {meta.get('settings')!r}")
+    return meta
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"))
-
-
-def place_of(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return out / "checkpoints" / f"step-{step:06d}"
-
-
-def note_validation(out: Path, found: dict[str, Any]) -> None:
-    """Append to validation.jsonl; a step that is there already (before a kill) is replaced."""
-    file = out / "validation.jsonl"
-    cut_torn_line(file)
-    lines = read_jsonl(file, {"step": int})
-    write_jsonl(file, [*(x for x in lines if x["step"] < found["step"]), found])
-
-
-def load_adapter(place: Path, lora: Lora) -> None:
-    """Put the adapter of a checkpoint into one of the same shape."""
-    lora.params.copy_(load_lora(place).params)
-    if lora.compute is not lora.params:
-        lora.compute.copy_(lora.params)
-
-
-def load_checkpoint(place: Path, lora: Lora, optimizer: Optimizer) -> dict[str, Any]:
+def load_checkpoint(saved: Path, lora: Lora, optimizer: Optimizer) -> dict[str, Any]:
     """Put a checkpoint into an adapter and an optimizer of the same shape; returns its state.
 
     ValueError names the file that is missing or broken.
     """
-    state, file = read_json(place / "state.json"), place / "optimizer.safetensors"
-    kinds = {"step": int, "micro_tokens": int, "best": dict, "sha256": dict}
-    for name, kind in kinds.items():
-        if type(state.get(name)) is not kind:
-            raise ValueError(f"{place / 'state.json'}: {name} is {state.get(name)!r}")
-    spent, since = state.get("spent", NOTHING_SPENT), state.get("since_step", 0)
-    known = isinstance(spent, dict) and set(spent) == set(NOTHING_SPENT)
-    if type(since) is not int or not known or not all(map(_is_amount, spent.values())):
-        raise ValueError(f"{place / 'state.json'}: spent or since_step is not what was written")
-    if place != place_of(place.parent.parent, state["step"]) or state["micro_tokens"] < 1:
-        raise ValueError(f"{place / 'state.json'}: step or micro_tokens is not what was written")
-    _check_hashes(place, state, HASHED)
-    with open_safetensors(file) as opened:
+    state = _read_state(saved)
+    _check_hashes(saved, state, STATE_FILES)
+    file = saved / "optimizer.safetensors"
+    with open_safetensors(file) as tensors:
         for name, target in (("m", optimizer.m), ("v", optimizer.v), ("params", lora.params)):
-            tensor = opened.get_tensor(name)
+            tensor = tensors.get_tensor(name)
             if tensor.shape != target.shape:
                 raise ValueError(f"{file}: {name} has {tensor.numel()}, not {target.numel()}")
             target.copy_(tensor)
-    if lora.compute is not lora.params:
-        lora.compute.copy_(lora.params)
+    _refresh_compute_copy(lora)
     optimizer.step = state["step"]
+    return state
+
+
+def _read_state(saved: Path) -> dict[str, Any]:
+    """The content of state.json; ValueError where it is not what was written."""
+    file = saved / "state.json"
+    state = read_json(file)
+    expected = {"step": int, "micro_tokens": int, "best": dict, "sha256": dict}
+    for name, kind in expected.items():
+        if type(state.get(name)) is not kind:
+            raise ValueError(f"{file}: {name} is {state.get(name)!r}")
+    spent, since_step = state.get("spent", NOTHING_SPENT), state.get("since_step", 0)
+    right_names = isinstance(spent, dict) and set(spent) == set(NOTHING_SPENT)
+    if not right_names or not all(map(_is_amount, spent.values())) or type(since_step) is not int:
+        raise ValueError(f"{file}: spent or since_step is not what was written")
+    if saved != checkpoint_dir(saved.parent.parent, state["step"]) or state["micro_tokens"] < 1:
+        raise ValueError(f"{file}: step or micro_tokens is not what was written")
     return state
 
 
@@ -167,56 +135,131 @@ def _is_amount(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _check_hashes(place: Path, state: dict[str, Any], names: Sequence[str]) -> None:
+def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> None:
     """ValueError where a file of a checkpoint is not what its state.json says."""
     hashes = state.get("sha256")
     for name in names:
-        if name in ADAPTER and isinstance(hashes, dict) and name not in hashes:
-            continue  # a checkpoint of before
-        if (
-            not isinstance(hashes, dict)
-            or not (place / name).exists()
-            or hashes.get(name) != sha256((place / name).read_bytes())
-        ):
+        if name in ADAPTER_FILES and isinstance(hashes, dict) and name not in hashes:
+            continue  # a checkpoint of an older version
+        is_right = (
+            isinstance(hashes, dict)
+            and (saved / name).exists()
+            and hashes.get(name) == sha256((saved / name).read_bytes())
+        )
+        if not is_right:
             raise ValueError(
-                f"{place / name} is missing or not what was written (its hash in state.json "
-                f"differs); delete {place} to go on from the checkpoint before it"
+                f"{saved / name} is missing or not what was written (its hash in state.json "
+                f"differs); delete {saved} to go on from the checkpoint before it"
             )
 
 
 def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
-    """Make metrics.jsonl what it was at a checkpoint (None: the start); returns its lines."""
-    metrics = out / "metrics.jsonl"
+    """Set metrics.jsonl back to a checkpoint (None: to the start); returns its lines."""
     lines = read_jsonl(saved / "metrics.jsonl", METRICS) if saved else []
-    write_jsonl(metrics, lines)
+    write_jsonl(out / "metrics.jsonl", lines)
     return lines
 
 
-def publish(out: Path, place: Path) -> None:
-    """Copy a checkpoint's adapter to the top of the run, each file written beside and renamed."""
-    _check_hashes(place, read_json(place / "state.json"), ADAPTER)
-    for name in ADAPTER:
-        with file_beside(out / name) as beside:
-            shutil.copyfile(place / name, beside)
+# ---- checkpoints
 
 
-def check_published(out: Path, recorded: Any, place: Path) -> None:
-    """Hold the adapter of a finished run against what was recorded, or against its checkpoint.
+def checkpoint_dir(out: Path, step: int) -> Path:
+    """The directory of the checkpoint of a step, whether it exists or not."""
+    return out / "checkpoints" / f"step-{step:06d}"
 
-    One that is damaged or gone is published anew, which is said; ValueError where it cannot be.
-    Runs of before have no record: without their checkpoint nothing can be compared.
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints that exist, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(
+    out: Path,
+    lora: Lora,
+    optimizer: Optimizer,
+    base: str,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    best_step: int = 0,
+    chat: TrainedChat | None = None,
+) -> Path:
+    """Write checkpoints/step-N, then delete all but the newest `keep` and that of `best_step`.
+
+    base: the model's directory, for the adapter's config. state: what a resumed run needs beside
+    the tensors.
     """
-    now, kept = (
-        sha256(file.read_bytes()) if file.is_file() else None
-        for file in (out / WEIGHTS, place / WEIGHTS)
-    )
-    right = recorded.get(WEIGHTS, kept) if isinstance(recorded, dict) else kept
-    if now is not None and right in (None, now) and (out / ADAPTER[1]).is_file():
+    saved = checkpoint_dir(out, optimizer.step)
+    if not saved.exists():
+        with directory_beside(saved) as beside:
+            write_lora(lora, beside, base)
+            if chat is not None:
+                chat.write(beside)
+            tensors = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
+            save_file(tensors, beside / "optimizer.safetensors")
+            shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
+            names = (*STATE_FILES, *ADAPTER_FILES)
+            hashes = {name: sha256((beside / name).read_bytes()) for name in names}
+            text = json.dumps({**state, "step": optimizer.step, "sha256": hashes})
+            (beside / "state.json").write_text(text + "\n", encoding="utf-8")
+    for old in checkpoints(out)[:-keep]:
+        if old != checkpoint_dir(out, best_step):
+            shutil.rmtree(old)
+    return saved
+
+
+def record_validation(out: Path, line: dict[str, Any]) -> None:
+    """Append to validation.jsonl; lines of this step or a later one (of a killed run) go."""
+    file = out / "validation.jsonl"
+    cut_torn_line(file)
+    earlier = [x for x in read_jsonl(file, {"step": int}) if x["step"] < line["step"]]
+    write_jsonl(file, [*earlier, line])
+
+
+def load_adapter(saved: Path, lora: Lora) -> None:
+    """Put an adapter on disk into one of the same shape."""
+    lora.params.copy_(load_lora(saved).params)
+    _refresh_compute_copy(lora)
+
+
+def _refresh_compute_copy(lora: Lora) -> None:
+    if lora.compute is not lora.params:
+        lora.compute.copy_(lora.params)
+
+
+# ---- the finished adapter
+
+
+def publish(out: Path, saved: Path) -> None:
+    """Copy a checkpoint's adapter to the top of the run, each file written beside and renamed."""
+    _check_hashes(saved, read_json(saved / "state.json"), ADAPTER_FILES)
+    for name in ADAPTER_FILES:
+        with file_beside(out / name) as beside:
+            shutil.copyfile(saved / name, beside)
+
+
+def check_published(out: Path, recorded: Any, saved: Path) -> None:
+    """Compare the adapter of a finished run with its recorded hash, or with its checkpoint.
+
+    One that is damaged or missing is published again from the checkpoint `saved`, with a message;
+    ValueError where that is impossible. Runs of older versions have no record: without their
+    checkpoint nothing can be compared.
+    """
+    now = _hash_of(out / WEIGHTS)
+    in_checkpoint = _hash_of(saved / WEIGHTS)
+    right = in_checkpoint
+    if isinstance(recorded, dict):
+        right = recorded.get(WEIGHTS, in_checkpoint)
+    if now is not None and right in (None, now) and (out / "adapter_config.json").is_file():
         return
-    if kept is None or kept != right:
+    if in_checkpoint is None or in_checkpoint != right:
         raise ValueError(
-            f"{out / WEIGHTS} is not what the run wrote, and {place} cannot replace it; take it "
+            f"{out / WEIGHTS} is not what the run wrote, and {saved} cannot replace it; take it "
             f"from a copy, or delete {out} and train again"
         )
-    publish(out, place)
-    print(f"{out}: the adapter was damaged or gone; it is written again from {place.name}")
+    publish(out, saved)
+    print(f"{out}: the adapter was damaged or gone; it is written again from {saved.name}")
+
+
+def _hash_of(file: Path) -> str | None:
+    return sha256(file.read_bytes()) if file.is_file() else None

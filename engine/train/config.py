@@ -1,15 +1,14 @@
-"""Settings of a training."""
+"""Settings of a training: `TrainConfig` the steps, `EncodeConfig` the examples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from engine.data.distilled import TARGETS
-from engine.data.encode import (
-    MAX_LENGTH,
-)
+from engine.data.encode import MAX_LENGTH
 from engine.runtime.limits import MOST, check_numbers
 from engine.train.optim import SCHEDULES, highest_rate
+from kernels.integers import cdiv
 from model.tape import POLICIES
 
 
@@ -18,65 +17,72 @@ class TrainConfig:
     """How an adapter is trained. Defaults are the paper's where it has one."""
 
     lr: float = 1e-4  # peak learning rate
-    epochs: int = 2  # passes over the examples
-    max_steps: int = 0  # optimizer steps instead of epochs; 0: by epochs
-    batch_rows: int = 8  # examples per optimizer step
-    micro_tokens: int = 1024  # tokens per forward and backward: memory and speed, not the result
-    schedule: str = "cosine"  # cosine | linear | constant, behind the warm-up
-    warmup: float = 0.0  # share of the steps with rising rate
-    weight_decay: float = 0.0  # decoupled
-    clip: float = 1.0  # largest gradient norm; 0 does not clip
-    seed: int = 0  # of the adapter's start, the order of the rows and dropout
-    recompute: str = "auto"  # none | selective | full: what the backward computes again; auto: plan
-    memory_gb: float = 0.0  # that --recompute auto plans for; 0: what is held, and what is free
+    epochs: int = 2  # passes over the training rows
+    max_steps: int = 0  # optimizer steps, instead of --epochs [default: as many as the epochs take]
+    batch_rows: int = 8  # rows per optimizer step (the batch size)
+    micro_tokens: int = 1024  # tokens per micro-batch: affects memory and speed; results by
+    #   rounding only
+    schedule: str = "cosine"  # cosine, linear or constant: the learning rate after the warm-up
+    warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
+    weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0 is off
+    seed: int = 0  # random seed of the adapter's first values, the order of the rows, dropout, and
+    #   of sampling where a script samples
+    recompute: str = "auto"  # none, selective or full: what the backward pass computes again to
+    #   save memory [default: auto (the least that fits in --memory-gb)]
+    memory_gb: float = 0.0  # GB that --recompute auto may plan for
+    #   [default: auto (what the process holds and what is free)]
     save_every: int = 50  # optimizer steps between checkpoints
-    keep: int = 2  # checkpoints kept, beside the best
+    keep: int = 2  # checkpoints to keep, besides the best one
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a run over `count` examples."""
-        return self.max_steps or self.epochs * -(-count // self.batch_rows)
+        return self.max_steps or self.epochs * cdiv(count, self.batch_rows)
 
     def highest_rate(self, count: int) -> float:
-        """The highest rate that a run over `count` examples comes to, as far as the warm-up lets
-        it; ValueError where that is 0."""
+        """The highest learning rate of a run over `count` examples; ValueError where the warm-up
+        keeps it at 0."""
         return highest_rate(self.schedule, self.steps(count), self.lr, self.warmup)
 
     def check(self) -> None:
         """ValueError for numbers that cannot train."""
-        counts = ("epochs", "batch_rows", "micro_tokens", "save_every", "keep")
-        for name in counts:
+        for name in ("epochs", "batch_rows", "micro_tokens", "save_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is wanted")
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0 or not 0 <= self.warmup < 1:
             raise ValueError(
                 f"lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}, warmup "
-                f"{self.warmup}: lr > 0, clip and decay >= 0, 0 <= warmup < 1 are wanted"
+                f"{self.warmup}: expected lr > 0, clip and decay >= 0, 0 <= warmup < 1"
             )
         if self.max_steps < 0 or self.memory_gb < 0:
             raise ValueError(
-                f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: 0 or more is wanted"
+                f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: expected 0 or more"
             )
         if self.recompute not in ("auto", *POLICIES):
-            raise ValueError(f"recompute {self.recompute!r}: one of auto, {', '.join(POLICIES)}")
+            raise ValueError(
+                f"recompute {self.recompute!r}: expected auto or one of {', '.join(POLICIES)}"
+            )
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         check_numbers(self, lr=(0, 100), epochs=(1, 10**5), max_steps=(0, 10**7))
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What of a row is trained on."""
+    """Which answer of a row is trained on, and how long an example may be."""
 
-    target: str = "target"  # target | response | reference: which answer of distilled data
-    mix: float = 0.0  # share of the kept rewrites whose reference is trained on instead
-    max_length: int = MAX_LENGTH  # tokens of prompt and answer
-    truncate: bool = False  # cut the end of longer answers (counted) instead of stopping
-    cut_in_proportion: bool = False  # cut prompt and answer alike, as --paper-exact (counted)
+    target: str = "target"  # which answer of distilled data to learn: target (the accepted rewrite,
+    #   else the reference: SDFT), reference (SFT), or response (every rewrite)
+    mix: float = 0.0  # share of the accepted rewrites, from 0 to 1, replaced by their references
+    max_length: int = MAX_LENGTH  # most tokens of prompt and answer together
+    truncate: bool = False  # cut the end of longer answers, and count them, instead of stopping
+    cut_in_proportion: bool = False  # cut prompt and answer of longer rows in proportion, and count
+    #   them, as --paper-exact does
 
     def check(self) -> None:
-        """ValueError for what cannot be trained on."""
+        """ValueError for settings that cannot be."""
         if self.target not in TARGETS:
-            raise ValueError(f"target {self.target!r}: one of {', '.join(TARGETS)} is wanted")
+            raise ValueError(f"target {self.target!r}: expected one of {', '.join(TARGETS)}")
         if not 0 <= self.mix <= 1:
-            raise ValueError(f"mix {self.mix}: a share from 0 to 1 is wanted")
+            raise ValueError(f"mix {self.mix}: expected a share from 0 to 1")
         check_numbers(self, max_length=(1, MOST))

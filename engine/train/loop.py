@@ -1,4 +1,9 @@
-"""The training loop over the steps of a run."""
+"""The training loop: `Run.loop` is the loop itself, its other methods what the loop calls
+
+batches        the order of the examples, fixed by the seed
+Run.loop       per step: gradients, update, metrics; at times validation and a checkpoint
+Run.finish     publish the last or the best adapter, and the summary
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.data.encode import (
-    Example,
-)
+from engine.data.encode import Example
 from engine.runtime.distributed import World
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import (
@@ -26,7 +29,7 @@ from engine.runtime.process_memory import (
 from engine.runtime.stopping import Stopping
 from engine.train import checkpoint
 from engine.train.config import TrainConfig
-from engine.train.memory_plan import Plan, choose_policy
+from engine.train.memory_plan import MemoryPlan, choose_policy
 from engine.train.metrics import Metrics
 from engine.train.mfu import step_operations
 from engine.train.optim import Optimizer, learning_rate
@@ -39,21 +42,21 @@ from model.trained_chat import TrainedChat
 
 
 def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, example indices) of every optimizer step, a fresh order in every epoch."""
-    left = config.steps(count)
+    """(epoch, example indices) of every optimizer step; each epoch has an order of its own."""
+    steps_left = config.steps(count)
     epoch = 0
-    while left:
+    while steps_left:
         generator = torch.Generator().manual_seed(mix("order", config.seed, epoch) >> 1)
         order = torch.randperm(count, generator=generator).tolist()
-        for i in range(0, min(count, left * config.batch_rows), config.batch_rows):
-            yield epoch, order[i : i + config.batch_rows]
-            left -= 1
+        for start in range(0, min(count, steps_left * config.batch_rows), config.batch_rows):
+            yield epoch, order[start : start + config.batch_rows]
+            steps_left -= 1
         epoch += 1
 
 
 @dataclass
 class Run:
-    """A training run under way."""
+    """A training run: what it trains, and what it keeps account of."""
 
     model: Llama
     lora: Lora
@@ -61,112 +64,68 @@ class Run:
     examples: Sequence[Example]
     config: TrainConfig
     out: Path
-    base: str
+    base: str  # the model's directory, as the adapter's config names it
     validator: Validator | None
     world: World
     chat: TrainedChat | None = None  # written beside the adapter
-    state: dict[str, Any] = dataclasses.field(default_factory=dict)  # kept in checkpoints
-    # of the whole run, as far as it is in checkpoints: seconds, tokens, operations
-    # (engine/train/step.py
-    # says how they are counted), all processes together, and the largest peak of memory
+    # of the last checkpoint: micro_tokens, best, and what `save` adds
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # of all starts of the run, as far as checkpoints have it: seconds, tokens, operations (mfu.py)
+    # of all ranks together, and the largest peak of memory
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
-    since: float = 0.0  # when the time that is not yet in it began
-    since_step: int = 0  # that begins here: above 0 for runs of before, which did not keep it
+    counted_until: float = 0.0  # time.perf_counter() up to which `spent` has the seconds
+    spent_since_step: int = 0  # above 0 in a run whose first checkpoints did not have `spent`
 
-    def load_finished(self, meta: dict[str, Any]) -> None:
-        """Put the adapter of a finished run into this one's, once it is what was written."""
-        steps, best = meta["summary"].get("steps"), meta["summary"].get("best")
-        best = best.get("step", steps) if isinstance(best, dict) else None
-        if type(steps) is not int or type(best) is not int:
-            raise ValueError(f"{self.out / 'meta.json'}: summary is not what was written")
-        place = checkpoint.place_of(self.out, best)
-        if self.world.first:
-            checkpoint.check_published(self.out, meta.get("published"), place)
-        self.world.barrier()
-        if best == steps and place.exists() and self.lora.params.dtype == torch.float64:
-            checkpoint.load_checkpoint(place, self.lora, self.optimizer)  # not rounded to fp32
-        else:
-            checkpoint.load_adapter(self.out, self.lora)
-
-    def loop(self, lines: list[dict[str, Any]], stop: Stopping) -> None:
-        """The steps that are left; `lines` are the metrics of those that are done."""
+    def loop(self, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
+        """Do the steps that are left; `metrics_so_far` are the metrics of the finished ones."""
         config, optimizer, world = self.config, self.optimizer, self.world
-        plan = list(batches(len(self.examples), config))
-        self.state = {"micro_tokens": config.micro_tokens, "best": {}} | self.state
-        self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
-        self.since_step = self.state.get("since_step", 0)
-        if optimizer.step and "spent" not in self.state:
-            self.since_step = optimizer.step
-        memory = self.plan_memory()
-        print(memory.text())
-        self.since = time.perf_counter()
+        schedule = list(batches(len(self.examples), config))
+        self._restore_state()
+        plan = self.plan_memory()
+        print(plan.text())
+        self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
-        with Metrics(metrics_file, self.out.name, lines, len(plan), world) as metrics:
-            for epoch, rows in plan[optimizer.step :]:
+        with Metrics(metrics_file, self.out.name, metrics_so_far, len(schedule), world) as metrics:
+            for epoch, indices in schedule[optimizer.step :]:
                 step = optimizer.step + 1
-                chosen = [self.examples[i] for i in rows]
-                lr = learning_rate(config.schedule, step, len(plan), config.lr, config.warmup)
+                examples = [self.examples[i] for i in indices]
+                lr = learning_rate(config.schedule, step, len(schedule), config.lr, config.warmup)
 
                 # 1. forward and backward, one AdamW
-                found = self.gradients(chosen, step, memory.policy)
+                gradients = self.gradients(examples, step, plan.policy)
                 result = step_update(
-                    self.model, self.lora, optimizer, found, lr, config.clip, world
+                    self.model, self.lora, optimizer, gradients, lr, config.clip, world
                 )
-                lengths = [len(e.ids) for e in chosen]
-                tokens = sum(lengths)
-                self.spent["operations"] += step_operations(self.model.config, lengths)
-                self.spent["tokens"] += tokens
-                line = {"step": step, "epoch": epoch, "lr": lr, "tokens": tokens}
-                metrics.add(line | {"response_tokens": found.response}, result, chosen)
+                tokens = self.count_work(examples)
+                record = {"step": step, "epoch": epoch, "lr": lr, "tokens": tokens}
+                record["response_tokens"] = gradients.n_response
+                metrics.add(record, result, examples)
 
-                # 2. now and then: validation, a checkpoint; a request to stop
-                last = step == len(plan)
-                looked = self.validator and (last or step % self.validator.config.val_every == 0)
-                stopping = world.any(stop.asked)
-                if looked or last or stopping or step % config.save_every == 0:
-                    metrics.flush()
-                    better = looked and self.validate(step, epoch)
-                    if better or last or stopping or step % config.save_every == 0:
+                # 2. validation and a checkpoint, where they are due
+                last = step == len(schedule)
+                stopping = world.any_rank(stop.asked)
+                validation_due = self.validation_due(step, last)
+                checkpoint_due = last or stopping or step % config.save_every == 0
+                if validation_due or checkpoint_due:
+                    metrics.flush()  # so that a checkpoint holds checked steps only
+                    is_best = validation_due and self.validate(step, epoch)
+                    if is_best or checkpoint_due:
                         self.save(step, epoch)
                 if stopping and not last:
-                    stop.end(f"step {step} of {len(plan)} is in {self.out}")
+                    stop.end(f"step {step} of {len(schedule)} is in {self.out}")
             metrics.flush()
         self.count_time()
 
-    def count_time(self) -> None:
-        """Add the time since the last call to what was spent."""
-        now = time.perf_counter()
-        self.spent["seconds"] += now - self.since
-        self.since = now
-        self.spent["peak_bytes"] = max(self.spent["peak_bytes"], peak_memory(self.model.device))
-
-    def plan_memory(self) -> Plan:
-        """The policy, and the peak it is predicted to have."""
-        lengths = [len(e.ids) for e in self.examples]
-        tokens = min(max(self.state["micro_tokens"], max(lengths)), sum(lengths))
-        share = sum(n - e.n_prompt for n, e in zip(lengths, self.examples, strict=True))
-        return choose_policy(
-            self.config.recompute,
-            self.config.memory_gb,
-            self.model.config,
-            self.lora.config,
-            self.model.device,
-            tokens=tokens,
-            longest=max(lengths),
-            response=round(tokens * share / sum(lengths)),
-            dtype=self.model.dtype,
-            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
-        )
-
-    def gradients(self, chosen: Sequence[Example], step: int, policy: str) -> Gradients:
-        """Forward and backward; out of memory halves the micro-batches of every process."""
+    def gradients(self, examples: Sequence[Example], step: int, policy: str) -> Gradients:
+        """Forward and backward; out of memory halves the micro-batches on every rank."""
         while True:
-            micro_tokens, found, failure = self.state["micro_tokens"], None, None
+            micro_tokens = self.state["micro_tokens"]
+            gradients, failure = None, None
             try:
-                found = step_gradients(
-                    self.model, self.lora, chosen, step, micro_tokens, policy, self.world
+                gradients = step_gradients(
+                    self.model, self.lora, examples, step, micro_tokens, policy, self.world
                 )
-            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the first
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
@@ -176,9 +135,9 @@ class Run:
                         "again alone: --resume with more of them, or begin anew (another --out) "
                         "with a lower --micro-tokens"
                     ) from None
-            if not self.world.any(failure is not None):
-                return found
-            longest = max(chosen, key=lambda e: len(e.ids))
+            if not self.world.any_rank(failure is not None):
+                return gradients
+            longest = max(examples, key=lambda example: len(example.ids))
             if micro_tokens <= len(longest.ids):
                 more = "" if policy == "full" else "--recompute full, or "
                 raise ValueError(
@@ -194,77 +153,154 @@ class Run:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def plan_memory(self) -> MemoryPlan:
+        """The recomputation policy, and the peak of memory it is predicted to have."""
+        lengths = [len(example.ids) for example in self.examples]
+        all_tokens, longest = sum(lengths), max(lengths)
+        all_response = all_tokens - sum(example.n_prompt for example in self.examples)
+        tokens = min(max(self.state["micro_tokens"], longest), all_tokens)
+        return choose_policy(
+            self.config.recompute,
+            self.config.memory_gb,
+            self.model.config,
+            self.lora.config,
+            self.model.device,
+            tokens=tokens,
+            longest=longest,
+            response=round(tokens * all_response / all_tokens),
+            dtype=self.model.dtype,
+            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
+        )
+
+    # ---- validation and checkpoints
+
+    def validation_due(self, step: int, last: bool) -> bool:
+        """Whether this step is followed by a validation; the last one is."""
+        if self.validator is None:
+            return False
+        return last or step % self.validator.config.val_every == 0
+
     def validate(self, step: int, epoch: int) -> bool:
-        """Measure the adapter, note it; whether it is the best so far. Rank 0's values count."""
+        """Measure the adapter, record it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
         values = torch.zeros(len(names), dtype=torch.float64)
-        if self.world.first or self.model.is_sharded:  # all are needed to gather sharded weights
-            values += (
-                torch.tensor(self.validator(self.lora), dtype=torch.float64) * self.world.first
-            )
-        self.world.barrier()  # rank 0 may be long about it
-        found = dict(zip(names, self.world.sum_(values).tolist(), strict=True))
-        if self.world.first:
-            checkpoint.note_validation(self.out, {"step": step, "epoch": epoch, **found})
-        print(f"\nstep {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-        name, best = self.validator.config.best, self.state["best"]
-        if name == "last" or found[name] >= best.get("value", math.inf):
+        # every rank helps to gather sharded weights
+        if self.world.is_rank0 or self.model.is_sharded:
+            measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
+            if self.world.is_rank0:
+                values += measured
+        self.world.barrier()  # rank 0 may take long
+        values = self.world.all_reduce_sum_(values).tolist()
+        measures = dict(zip(names, values, strict=True))
+        if self.world.is_rank0:
+            line = {"step": step, "epoch": epoch, **measures}
+            checkpoint.record_validation(self.out, line)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+        print(f"\nstep {step}: {text}")
+        metric, best = self.validator.config.best, self.state["best"]
+        if metric == "last" or measures[metric] >= best.get("value", math.inf):
             return False
-        self.state["best"] = {"metric": name, "value": found[name], "step": step}
+        self.state["best"] = {"metric": metric, "value": measures[metric], "step": step}
         return True
 
     def save(self, step: int, epoch: int) -> None:
-        """A checkpoint, written by rank 0."""
-        if self.world.first:
+        """Rank 0 writes a checkpoint; all wait for it."""
+        if self.world.is_rank0:
             self.count_time()
             state = {**self.state, "epoch": epoch, "seed": self.config.seed}
-            state |= {"spent": self.spent, "since_step": self.since_step}
-            spare = self.state["best"].get("step", 0)
+            state |= {"spent": self.spent, "since_step": self.spent_since_step}
             checkpoint.save_checkpoint(
                 self.out,
                 self.lora,
                 self.optimizer,
                 self.base,
-                self.config.keep,
                 state,
-                spare,
-                self.chat,
+                keep=self.config.keep,
+                best_step=self.state["best"].get("step", 0),
+                chat=self.chat,
             )
         self.world.barrier()
 
+    def _restore_state(self) -> None:
+        """The state of the last checkpoint, or that of a new run."""
+        self.state = {"micro_tokens": self.config.micro_tokens, "best": {}} | self.state
+        self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
+        self.spent_since_step = self.state.get("since_step", 0)
+        if self.optimizer.step and "spent" not in self.state:  # of an older version
+            self.spent_since_step = self.optimizer.step
+
+    # ---- account of time and work
+
+    def count_work(self, examples: Sequence[Example]) -> int:
+        """Add a step's operations and tokens to what was spent; returns the tokens."""
+        lengths = [len(example.ids) for example in examples]
+        self.spent["operations"] += step_operations(self.model.config, lengths)
+        self.spent["tokens"] += sum(lengths)
+        return sum(lengths)
+
+    def count_time(self) -> None:
+        """Add the time since the last call to what was spent."""
+        now = time.perf_counter()
+        self.spent["seconds"] += now - self.counted_until
+        self.counted_until = now
+        self.spent["peak_bytes"] = max(self.spent["peak_bytes"], peak_memory(self.model.device))
+
+    # ---- the end of a run
+
     def finish(self) -> dict[str, Any]:
-        """Publish the last or the best adapter; the summary."""
-        best = self.state["best"].get("step", self.optimizer.step)
-        place = checkpoint.place_of(self.out, best)
-        if best != self.optimizer.step:
-            checkpoint.load_adapter(place, self.lora)
-        if not any(v.any() for k, v in self.lora.views(self.lora.params).items() if "lora_B" in k):
+        """Publish the last or the best adapter; returns the summary (rank 0)."""
+        best_step = self.state["best"].get("step", self.optimizer.step)
+        best = checkpoint.checkpoint_dir(self.out, best_step)
+        if best_step != self.optimizer.step:
+            checkpoint.load_adapter(best, self.lora)
+        parameters = self.lora.views(self.lora.params)
+        if not any(view.any() for name, view in parameters.items() if "lora_B" in name):
             raise ValueError(f"{self.out}: B is zero everywhere at the end: nothing was learned")
-        if not self.world.first:
+        if not self.world.is_rank0:
             return {}
-        checkpoint.publish(self.out, place)
+        checkpoint.publish(self.out, best)
         if self.chat is not None:
             self.chat.write(self.out)
+        return self._summary()
+
+    def _summary(self) -> dict[str, Any]:
         lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
-        spent, seconds = self.spent, self.spent["seconds"]
+        losses = [line["loss"] for line in lines]
         tenth = max(1, len(lines) // 10)
+        spent, seconds = self.spent, self.spent["seconds"]
         adapted = sum(".lora_A." in name for name in self.lora.slots)
+        on_gpu = self.model.device.type == "cuda"
         return {
             "examples": len(self.examples),
             "steps": len(lines),
-            "tokens": sum(m["tokens"] for m in lines),
-            "response_tokens": sum(m["response_tokens"] for m in lines),
-            "first_loss": sum(m["loss"] for m in lines[:tenth]) / tenth,
-            "last_loss": sum(m["loss"] for m in lines[-tenth:]) / tenth,
+            "tokens": sum(line["tokens"] for line in lines),
+            "response_tokens": sum(line["response_tokens"] for line in lines),
+            "first_loss": sum(losses[:tenth]) / tenth,
+            "last_loss": sum(losses[-tenth:]) / tenth,
             "best": self.state["best"],
             "tokens_s": spent["tokens"] / seconds if seconds else 0.0,
             "seconds": seconds,
             "operations_s": spent["operations"] / seconds if seconds else 0.0,
-            "since_step": self.since_step,  # speeds are of the steps behind this one
+            "since_step": self.spent_since_step,  # speeds are those of the steps after this one
             "peak_bytes": spent["peak_bytes"],
             "processes": self.world.size,
-            "device": torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "parameters": self.lora.params.numel(),
             "linears": f"{adapted}/{7 * self.model.config.num_layers}",
             "ops": self.model.ops.name,
         }
+
+    def load_finished(self, meta: dict[str, Any]) -> None:
+        """Put the adapter of a finished run into `self.lora`, once its hash is checked."""
+        steps, best = meta["summary"].get("steps"), meta["summary"].get("best")
+        best_step = best.get("step", steps) if isinstance(best, dict) else None
+        if type(steps) is not int or type(best_step) is not int:
+            raise ValueError(f"{self.out / 'meta.json'}: summary is not what was written")
+        saved = checkpoint.checkpoint_dir(self.out, best_step)
+        if self.world.is_rank0:
+            checkpoint.check_published(self.out, meta.get("published"), saved)
+        self.world.barrier()
+        if best_step == steps and saved.exists() and self.lora.params.dtype == torch.float64:
+            checkpoint.load_checkpoint(saved, self.lora, self.optimizer)  # not rounded to fp32
+        else:
+            checkpoint.load_adapter(self.out, self.lora)

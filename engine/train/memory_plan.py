@@ -1,22 +1,25 @@
-"""The memory plan: what a training step will hold at its peak, before it runs
+"""The memory plan: the bytes that a training step will hold at its peak, before it runs
 
-    peak = held already + adapter + saved + work
-    held      what the process or the device holds now: weights, interpreter
-    adapter   params, gradients, two moments; the compute copy where the model is 16-bit
-    saved     per layer and token, from the forward to the backward (policies: model/llama.py)
+    peak = held + adapter + SLACK (saved + work)
+    held      held by the process or the device now: weights, interpreter
+    adapter   parameters, gradients, two moments; the compute copy where the model is 16-bit
+    saved     per layer and token, from the forward to the backward (policies: model/tape.py)
                 none       D + qkv + H d + D + 2F    and S, lse, the norms' rstd
-                selective  the same without 2F       full       D
+                selective  the same without 2F
+                full       D
     work      the larger of   the head     a chunk of logits and of its gradient
-                              a layer      of the backward, with what is computed again
+                              a layer      of the backward, with the recomputed tensors
 
 Llama-2-7B at 8,192 tokens in bf16 saves 763 MB a layer, or 24.4 GB: the plan prints such numbers
 for any model by arithmetic alone (`python -m benchmarks.memory`).
 """
 
-# D = model width, F = feed-forward width, H = query heads, d = head size
+# T = tokens of the micro-batch, N = response tokens of it, D = model width, F = feed-forward width
+# H = query heads, d = head size, qkv = width of queries, keys and values together
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +32,15 @@ from model.layout import GROUPS
 from model.lora import LoraConfig, adapter_shapes
 from model.tape import POLICIES
 
-# what the libraries of a CPU take when they first compute (pages of code, packed operands);
-# measured beside the plan by benchmarks/memory.py
+# bytes that a CPU's libraries take when they first compute (pages of code, packed operands),
+# measured by benchmarks/memory.py
 LIBRARIES = {"cpu": 250 << 20, "cuda": 0}
-SLACK = 1.05  # what an allocator loses to the gaps between tensors of changing sizes
+SLACK = 1.05  # an allocator's loss to the gaps between tensors of changing sizes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The predicted peak of one policy, in bytes."""
+class MemoryPlan:
+    """The predicted peak of one recomputation policy, in bytes."""
 
     policy: str
     held: int
@@ -50,25 +53,25 @@ class Plan:
         return self.held + self.adapter + round(SLACK * (self.saved + self.work))
 
     def text(self) -> str:
-        """One line for people."""
-        parts = (f"{name} {getattr(self, name) / 1e9:.2f}" for name in ("held", "adapter", "saved"))
+        """One line for the terminal."""
         return (
             f"recompute {self.policy}: predicted peak {self.total / 1e9:.2f} GB "
-            f"({', '.join(parts)}, work {self.work / 1e9:.2f})"
+            f"(held {self.held / 1e9:.2f}, adapter {self.adapter / 1e9:.2f}, "
+            f"saved {self.saved / 1e9:.2f}, work {self.work / 1e9:.2f})"
         )
 
 
 def saved_per_token(config: LlamaConfig, policy: str, dtype: torch.dtype, ranks: int) -> int:
-    """Bytes that a layer keeps of a token; `ranks` is the width of all S of a layer."""
-    c, wide = config, max(4, dtype.itemsize)
-    width = c.hidden_size
-    numbers = 1
+    """Bytes that a layer saves per token; `ranks` is the width of all S of a layer."""
+    heads_width, qkv_width = config.qkv_sizes[0], sum(config.qkv_sizes)
+    width = config.hidden_size  # the residual stream at the layer's entry, in dtype
+    statistics = 1  # numbers in the accumulation type: rstd, lse
     if policy != "full":
-        width += sum(c.qkv_sizes) + c.qkv_sizes[0] + c.hidden_size + ranks
-        numbers += 1 + c.num_heads
+        width += qkv_width + heads_width + config.hidden_size + ranks
+        statistics += 1 + config.num_heads
     if policy == "none":
-        width += 2 * c.intermediate_size
-    return width * dtype.itemsize + numbers * wide
+        width += 2 * config.intermediate_size
+    return width * dtype.itemsize + statistics * max(4, dtype.itemsize)
 
 
 def predict(
@@ -82,73 +85,113 @@ def predict(
     dtype: torch.dtype,
     device: str = "cpu",
     held: int = 0,  # bytes
-) -> Plan:
+) -> MemoryPlan:
     """The peak of a step whose largest micro-batch is of that size."""
-    c, wide = config, max(4, dtype.itemsize)
-    parameters = sum(a * b for a, b in adapter_shapes(lora, c).values())
-    copy = dtype.itemsize if dtype.itemsize < 4 else 0
+    parameters = sum(rows * columns for rows, columns in adapter_shapes(lora, config).values())
+    compute_copy = dtype.itemsize if dtype.itemsize < 4 else 0
     adapted = lora.module_names()
-    ranks = lora.rank * sum(m in adapted for members in GROUPS.values() for m in members)
-    saved = c.num_layers * tokens * saved_per_token(c, policy, dtype, ranks)
+    adapted_groups = [m for members in GROUPS.values() for m in members if m in adapted]
+    ranks = lora.rank * len(adapted_groups)
+    per_token = saved_per_token(config, policy, dtype, ranks)
+    head = _head_work(config, tokens, response, dtype, device)
+    layer = _layer_work(config, adapted, policy, tokens, longest, response, dtype, device)
+    return MemoryPlan(
+        policy=policy,
+        held=held + LIBRARIES[device],
+        adapter=parameters * (16 + compute_copy),  # four fp32 buffers, the copy
+        saved=config.num_layers * tokens * per_token,
+        work=max(head, layer),
+    )
 
-    # the head: hidden states and their gradient, the chunk of logits (in 16 bits: its copy too)
-    chunk = min(CHUNK_BYTES[device], response * c.vocab_size * wide)
-    chunk += chunk // 2 * (dtype.itemsize < 4)
-    head = tokens * 2 * c.hidden_size * dtype.itemsize + chunk
-    head += 2 * response * c.hidden_size * dtype.itemsize
 
-    # a layer: hidden states, their gradient and the residual's, two norms' outputs; then the
-    # SwiGLU pass with its temporaries, or do, dqkv and what the qkv product gives back
-    qkv = sum(c.qkv_sizes)
-    feed = (4 + ("mlp.gate_proj" in adapted or "mlp.up_proj" in adapted)) * c.hidden_size
-    feed += (4 + ("mlp.down_proj" in adapted)) * c.intermediate_size
-    attend = 6 * c.hidden_size + c.qkv_sizes[0] + qkv
-    scores = 3 * c.num_heads * min(longest, PACKED_BLOCK[device]) * longest * wide
-    again = {"none": 0, "selective": 2 * c.intermediate_size}.get(policy)
-    if again is None:
-        again = qkv + c.qkv_sizes[0] + c.hidden_size + 2 * c.intermediate_size
-    busy = max(tokens * dtype.itemsize * feed, tokens * dtype.itemsize * attend + scores)
-    layer = busy + tokens * dtype.itemsize * again
-    layer += response * c.hidden_size * dtype.itemsize
-    held += LIBRARIES[device]
-    return Plan(policy, held, parameters * (16 + copy), saved, max(head, layer))
+def _head_work(
+    config: LlamaConfig, tokens: int, response: int, dtype: torch.dtype, device: str
+) -> int:
+    """Bytes of the loss: hidden states and their gradient, a chunk of logits."""
+    all_logits = response * config.vocab_size * max(4, dtype.itemsize)
+    chunk = min(CHUNK_BYTES[device], all_logits)
+    if dtype.itemsize < 4:
+        chunk += chunk // 2  # its 16-bit copy
+    hidden = tokens * 2 * config.hidden_size * dtype.itemsize  # 2 (T, D)
+    selected = 2 * response * config.hidden_size * dtype.itemsize  # 2 (N, D)
+    return hidden + chunk + selected
+
+
+def _layer_work(
+    config: LlamaConfig,
+    adapted: Sequence[str],
+    policy: str,
+    tokens: int,
+    longest: int,
+    response: int,
+    dtype: torch.dtype,
+    device: str,
+) -> int:
+    """Bytes of a layer's backward: the larger of its two halves, with the recomputed tensors.
+
+    Both halves hold the hidden states, their gradient and the residual's, and two norms' outputs.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    heads_width, qkv_width = config.qkv_sizes[0], sum(config.qkv_sizes)
+
+    # the feed-forward half: SwiGLU with its temporaries, inputs of adapted products once more
+    model_widths = 5 if "mlp.gate_proj" in adapted or "mlp.up_proj" in adapted else 4
+    feed_widths = 5 if "mlp.down_proj" in adapted else 4
+    feed_forward = tokens * dtype.itemsize * (model_widths * D + feed_widths * F)
+
+    # the attention half: do, dqkv, the gradient of the qkv product; a block of scores
+    block = min(longest, PACKED_BLOCK[device])
+    scores = 3 * config.num_heads * block * longest * max(4, dtype.itemsize)
+    attention = tokens * dtype.itemsize * (6 * D + heads_width + qkv_width) + scores
+
+    recomputed = {
+        "none": 0,
+        "selective": 2 * F,
+        "full": qkv_width + heads_width + D + 2 * F,
+    }[policy]
+    selected = response * D * dtype.itemsize  # (N, D), the loss's gradient
+    return max(feed_forward, attention) + tokens * dtype.itemsize * recomputed + selected
 
 
 def available(device: str | torch.device) -> int:
-    """Bytes this process may reach: what it holds, and what it can still take."""
+    """Bytes this process may reach: those it holds, and those it can still take."""
     return held_memory(device) + free_memory(device)
 
 
 def choose_policy(
-    asked: str,
+    requested: str,
     memory_gb: float,
     config: LlamaConfig,
     lora: LoraConfig,
     device: str | torch.device,
     **sizes: int | torch.dtype,
-) -> Plan:
-    """The policy asked for; for `auto` the least recomputation that fits into memory_gb.
+) -> MemoryPlan:
+    """The plan of the requested policy; for `auto` the least recomputation that fits memory_gb.
 
-    memory_gb 0 is what `available` says. ValueError where nothing fits, with what would.
+    memory_gb: 0 stands for `available`. sizes: as `predict` takes them. ValueError where no policy
+    fits, with the setting that would help.
     """
     kind = torch.device(device).type
     plans = [predict(config, lora, policy, device=kind, **sizes) for policy in POLICIES]
-    if asked != "auto":
-        return plans[POLICIES.index(asked)]
+    if requested != "auto":
+        return plans[POLICIES.index(requested)]
     limit = memory_gb * 1e9 or available(device)
-    fitting = [plan for plan in plans if plan.total <= limit]
-    if not fitting:
-        least = plans[-1]
-        if least.held + least.adapter > limit:
-            helps = "the model and the adapter alone need more: take a smaller model"
-            if least.adapter > limit / 10:
-                helps += ", or lower --rank"
-        elif sizes["tokens"] > sizes["longest"]:
-            helps = "lower --micro-tokens"
-        else:  # one row by itself
-            helps = f"lower --max-length: one row has {sizes['longest']} tokens"
-        raise ValueError(
-            f"even with --recompute full a step of {sizes['tokens']} tokens needs "
-            f"{least.total / 1e9:.2f} GB, {limit / 1e9:.2f} GB may be used; {helps}"
-        )
-    return fitting[0]
+    for plan in plans:
+        if plan.total <= limit:
+            return plan
+    smallest = plans[-1]
+    raise ValueError(
+        f"even with --recompute full a step of {sizes['tokens']} tokens needs "
+        f"{smallest.total / 1e9:.2f} GB, {limit / 1e9:.2f} GB may be used; "
+        f"{_advice(smallest, limit, sizes)}"
+    )
+
+
+def _advice(smallest: MemoryPlan, limit: float, sizes: dict[str, int | torch.dtype]) -> str:
+    """The setting to lower where no policy fits."""
+    if smallest.held + smallest.adapter > limit:
+        advice = "the model and the adapter alone need more: take a smaller model"
+        return advice + (", or lower --rank" if smallest.adapter > limit / 10 else "")
+    if sizes["tokens"] > sizes["longest"]:
+        return "lower --micro-tokens"
+    return f"lower --max-length: one row has {sizes['longest']} tokens"

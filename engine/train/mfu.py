@@ -1,7 +1,4 @@
-"""Model FLOPs utilisation: the operations of a step, and the rates that vendors state."""
-
-
-# T = tokens of a micro-batch, N = response tokens of it
+"""Model FLOPs utilisation: the operations of a step, and the peak rates that vendors state."""
 
 from __future__ import annotations
 
@@ -9,24 +6,34 @@ from collections.abc import Sequence
 
 from model.config import LlamaConfig
 
-# dense bf16 rates that vendors state, operations/s; by a part of the card's name
+# dense bf16 operations/s by a part of the card's name, as vendors state them
 STATED = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "MI300X": 1307e12}
 
 
 def stated_rate(device: str) -> float | None:
-    """The rate of a card by its name, None where none is stated here."""
-    return next((rate for name, rate in STATED.items() if name in device), None)
+    """The stated peak of a card in operations/s, by its name; None where it is not listed here."""
+    for part, rate in STATED.items():
+        if part in device:
+            return rate
+    return None
 
 
 def step_operations(config: LlamaConfig, lengths: Sequence[int]) -> float:
-    """What a step must do: 4 P per token, and 7 L^2 H d per row of L tokens and layer.
+    """Operations that a step on rows of these lengths must do: 4 P T + 7 H d sum(L^2) layers.
 
-    A LoRA step has no weight gradients: forward and gradient of the activations are two products
-    each way, P the weights without the embedding. Attention: 2 products forward and 5 backward over
-    half a square.
+    P    weights that are multiplied: those of the layers and the head, not the embedding
+    T    all tokens; L: tokens of one row; H: query heads; d: head size
+
+    A LoRA step has no weight gradients: each weight is used in two products of 2 operations, one in
+    the forward and one in the backward. Causal attention: 2 products forward and 5 backward, each
+    over half a square, 2 operations.
     """
-    c = config
-    layer = c.hidden_size * (sum(c.qkv_sizes) + c.qkv_sizes[0] + 3 * c.intermediate_size)
-    weights = c.num_layers * layer + c.vocab_size * c.hidden_size
-    squares = sum(n * n for n in lengths)
-    return 4 * weights * sum(lengths) + 7 * squares * c.qkv_sizes[0] * c.num_layers
+    heads_width = config.qkv_sizes[0]  # H d
+    weights_per_layer = config.hidden_size * (
+        sum(config.qkv_sizes) + heads_width + 3 * config.intermediate_size
+    )
+    weights = config.num_layers * weights_per_layer + config.vocab_size * config.hidden_size
+    sum_of_squares = sum(n * n for n in lengths)
+    products = 4 * weights * sum(lengths)
+    attention = 7 * sum_of_squares * heads_width * config.num_layers
+    return products + attention

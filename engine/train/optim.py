@@ -1,5 +1,7 @@
 """The optimizer's state and the learning rate: one AdamW over one flat buffer."""
 
+# P = trained parameters
+
 from __future__ import annotations
 
 import math
@@ -13,28 +15,30 @@ from kernels.registry import Ops
 from model.lora import Lora
 
 SCHEDULES = ("cosine", "linear", "constant")
+GRADIENT_SCALE = 3  # index in `AdamW.scalars`, which are lr, two bias corrections, scale
 
 
 def learning_rate(schedule: str, step: int, steps: int, peak: float, warmup: float) -> float:
-    """Rate of step 1..steps: linear up over `warmup` (a share of the steps), then by `schedule`.
+    """Learning rate of step 1..steps: rising linearly over `warmup` (a share of the steps), then
+    by `schedule`.
 
     As transformers' schedules of those names, whose first step has index 0: without warm-up the
     first step runs at the peak, and cosine and linear would reach 0 one step after the last.
     """
-    warm = math.ceil(warmup * steps)
-    done = step - 1
-    if done < warm:
-        return peak * done / max(1, warm)
-    progress = (done - warm) / max(1, steps - warm)
+    warmup_steps = math.ceil(warmup * steps)
+    index = step - 1
+    if index < warmup_steps:
+        return peak * index / max(1, warmup_steps)
+    progress = (index - warmup_steps) / max(1, steps - warmup_steps)
     if schedule == "constant":
         return peak
-    return peak * (
-        1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * (0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def highest_rate(schedule: str, steps: int, peak: float, warmup: float) -> float:
-    """The highest rate of steps 1..steps; ValueError where the warm-up leaves all of them at 0."""
+    """The highest rate of steps 1..steps; ValueError where the warm-up keeps all of them at 0."""
     rates = [learning_rate(schedule, step, steps, peak, warmup) for step in range(1, steps + 1)]
     if max(rates) == 0:
         raise ValueError(
@@ -46,7 +50,7 @@ def highest_rate(schedule: str, steps: int, peak: float, warmup: float) -> float
 
 @dataclass
 class Optimizer:
-    """Moments of one adapter and the step that uses them."""
+    """AdamW's two moments of one adapter, and the number of finished steps."""
 
     config: AdamW
     m: Tensor  # (P,)
@@ -60,16 +64,18 @@ class Optimizer:
         return cls(AdamW(weight_decay=weight_decay), zeros, zeros.clone())
 
     def update(self, ops: Ops, lora: Lora, lr: float, scale: float, clip: float) -> Tensor:
-        """One step on `scale * lora.grads`, clipped to norm `clip` (0: not).
+        """One AdamW step on `scale * lora.grads`, clipped to norm `clip` (0: not clipped).
 
-        Returns the norm before clipping, () fp64 on the device: nobody waits for it here. One that
-        is not finite makes the adapter so too; the caller goes back to a checkpoint.
+        Returns the norm before clipping, () fp64 on the device, without synchronising. A norm that
+        is not finite makes the adapter so too; the caller returns to a checkpoint.
         """
         self.step += 1
-        norm = ops.grad_norm(lora.grads) * scale
-        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)
+        norm = ops.grad_norm(lora.grads) * scale  # () fp64
+        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)  # (4,) fp64
         if clip:
-            scalars[3] *= (clip / norm).clamp(max=1.0)
-        compute = None if lora.compute is lora.params else lora.compute
-        ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute)
+            # The factor joins the scale in fp64, before the kernel rounds it to fp32.
+            clip_factor = (clip / norm).clamp(max=1.0)  # () fp64
+            scalars[GRADIENT_SCALE] *= clip_factor
+        compute_copy = None if lora.compute is lora.params else lora.compute
+        ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute_copy)
         return norm

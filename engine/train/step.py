@@ -1,20 +1,19 @@
 """One optimizer step, from examples to new weights; every gradient is written down (model/llama.py)
 
-    1. pack      this process's examples -> micro-batches of at most micro_tokens tokens, in which
-                 what all prompts begin with stands once
-    2. each      hidden = forward(tokens, tape)
-                 nll, d = linear_cross_entropy(hidden where a response token comes next)
-                 backward(d)                  adds the gradient of the summed nll into lora.grads
-    3. update    grads summed over processes, divided by the response tokens of the whole step,
-                 clipped by their norm; AdamW
+    step_gradients   1. share the examples out over the ranks by tokens, pack this rank's share
+                     2. micro_step for each micro-batch
+    micro_step          hidden = forward(tokens, tape)
+                        nll, dselected = nll of the positions whose next token is a response token
+                        backward(dhidden)       adds the gradient of the summed nll to lora.grads
+    step_update      3. sum the gradients over the ranks, divide by the response tokens of the
+                        whole step, clip by their norm, AdamW
 
-The loss is the mean over the response tokens of the whole step, whatever the micro-batches and the
-processes are.
-Nothing here waits for the device: loss and norm stay on it until somebody looks.
+The loss is the mean over the response tokens of the whole step, however they are divided into
+micro-batches and ranks. Nothing here synchronises with the device: loss and norm stay on it until
+`Metrics.flush` reads them.
 """
 
-
-# T = tokens of a micro-batch, N = response tokens of it
+# T = tokens of a micro-batch, N = response tokens of a micro-batch, D = model width
 
 from __future__ import annotations
 
@@ -32,33 +31,23 @@ from model.llama import Llama
 from model.lora import Lora
 from model.tape import Tape
 
-ALONE = World()
-
-
-def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tensor:
-    """Forward, loss, backward of one micro-batch: nll (N,); adds sum-of-nll gradients to lora."""
-    tape = Tape(policy)
-    hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)
-    nll, dselected = model.nll(hidden[batch.select], batch.targets)
-    dhidden = torch.zeros_like(hidden).index_copy_(0, batch.select, dselected)
-    model.backward(dhidden, tape)
-    return nll
+SINGLE_PROCESS = World()
 
 
 @dataclass
 class Gradients:
-    """What forward and backward of a step leave behind, beside `lora.grads`."""
+    """Result of the forward and backward of a step, beside `lora.grads`."""
 
-    nll: Tensor  # (N of all micro-batches of this process,) nats
+    nll: Tensor  # (N of all micro-batches of this rank,) nats
     owners: list[str]  # example id of each
-    response: int  # response tokens of the step, all processes together
+    n_response: int  # response tokens of the step, all ranks together
 
 
 @dataclass
 class StepResult:
-    """What a step leaves behind, on the device."""
+    """Result of a step; the tensors are on the device."""
 
-    loss: Tensor  # () fp64, nats per response token, all processes together
+    loss: Tensor  # () fp64, nats per response token, all ranks together
     norm: Tensor  # () fp64, of the gradient before clipping
     gradients: Gradients
 
@@ -70,28 +59,52 @@ def step_gradients(
     step: int,
     micro_tokens: int,
     policy: str,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Gradients:
-    """Phases 1 and 2: this process's share of the examples, forward and backward."""
+    """Phases 1 and 2: forward and backward of this rank's share of the examples.
+
+    step: number of this optimizer step, which dropout masks depend on. micro_tokens: tokens of a
+    micro-batch. policy: recomputation in the backward (model/tape.py).
+    """
     # 1. share by tokens, pack
-    response = sum(len(e.ids) - e.n_prompt for e in examples)
-    dealt = [[examples[i] for i in s] for s in shares([len(e.ids) for e in examples], world.size)]
-    packs = [pack(each, micro_tokens) for each in dealt]
-    mine, places = dealt[world.rank], packs[world.rank]
-    idle = max(map(len, packs)) - len(places) if model.is_sharded else 0
-    # a dropout mask belongs to its row
-    share = model.device.type in model.ops.shares_prefix and not lora.config.dropout
+    n_response = sum(len(e.ids) - e.n_prompt for e in examples)
+    rank_examples = [
+        [examples[i] for i in indices]
+        for indices in shares([len(e.ids) for e in examples], world.size)
+    ]
+    rank_batches = [pack([len(e.ids) for e in each], micro_tokens) for each in rank_examples]
+    own_examples = rank_examples[world.rank]
+    own_batches = rank_batches[world.rank]
+    # a dropout mask belongs to one row, so a prefix can be shared only without dropout
+    share_prefix = model.device.type in model.ops.shares_prefix and not lora.config.dropout
 
     # 2. forward and backward of every micro-batch
     lora.grads.zero_()
-    nlls, owners = [lora.grads.new_empty(0)], []
-    for place in places:
-        batch = MicroBatch.build([mine[i] for i in place], step, model.device, share)
+    nlls = [lora.grads.new_empty(0)]
+    owners: list[str] = []
+    for indices in own_batches:
+        chosen = [own_examples[i] for i in indices]
+        batch = MicroBatch.build(chosen, step, model.device, share_prefix)
         nlls.append(micro_step(model, lora, batch, policy))
         owners += batch.owners
-    for _ in range(idle):  # all processes gather the same layers equally often
-        micro_step(model, lora, MicroBatch.idle(step, model.device), policy)
-    return Gradients(torch.cat(nlls), owners, response)
+    if model.is_sharded:  # every rank must gather the layers equally often
+        most_batches = max(len(batches) for batches in rank_batches)
+        for _ in range(most_batches - len(own_batches)):
+            micro_step(model, lora, MicroBatch.idle(step, model.device), policy)
+    return Gradients(torch.cat(nlls), owners, n_response)
+
+
+def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tensor:
+    """Forward, loss and backward of one micro-batch.
+
+    Returns nll (N,) in nats; adds the gradient of its sum to `lora.grads`.
+    """
+    tape = Tape(policy)
+    hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)  # (T, D)
+    nll, dselected = model.nll(hidden[batch.select], batch.targets)  # (N,), (N, D)
+    dhidden = torch.zeros_like(hidden).index_copy_(0, batch.select, dselected)  # (T, D)
+    model.backward(dhidden, tape)
+    return nll
 
 
 def step_update(
@@ -101,11 +114,14 @@ def step_update(
     gradients: Gradients,
     lr: float,
     clip: float,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> StepResult:
-    """Phase 3: one all-reduce, one norm and one AdamW over the flat buffer."""
-    world.sum_(lora.grads)
-    loss = world.sum_(gradients.nll.sum(dtype=torch.float64))
-    scale = 1 / gradients.response
+    """Phase 3: one all-reduce, one norm and one AdamW over the flat buffer.
+
+    lr: learning rate of this step. clip: largest gradient norm, 0 to not clip.
+    """
+    world.all_reduce_sum_(lora.grads)
+    loss_sum = world.all_reduce_sum_(gradients.nll.sum(dtype=torch.float64))
+    scale = 1 / gradients.n_response
     norm = optimizer.update(model.ops, lora, lr, scale, clip)
-    return StepResult(loss * scale, norm, gradients)
+    return StepResult(loss_sum * scale, norm, gradients)

@@ -83,10 +83,7 @@ def run_program(source: str, *, seconds: float = 5.0, memory_mb: int = 256) -> O
         )
     if seconds <= 0 or memory_mb < 64:
         raise ValueError(f"seconds {seconds} and memory_mb {memory_mb}: wanted > 0 and >= 64")
-    with (
-        _working_directory() as directory,
-        tempfile.TemporaryFile() as program,
-    ):
+    with _working_directory() as directory, tempfile.TemporaryFile() as program:
         program.write(source.encode("utf-8", "replace"))
         program.seek(0)
         token = secrets.token_hex(16).encode()
@@ -95,17 +92,10 @@ def run_program(source: str, *, seconds: float = 5.0, memory_mb: int = 256) -> O
         os.write(token_in, token)
         os.close(token_in)
         limits = (seconds, memory_mb << 20, FILE_BYTES)
+        launcher = str(Path(__file__).with_name("sandbox_child.py"))
+        interpreter = [sys.executable, "-s", "-S", "-B", launcher]
         child = subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-s",
-                    "-S",
-                    "-B",
-                    str(Path(__file__).with_name("sandbox_child.py")),
-                ),
-                *map(str, (token_fd, report_out, *limits)),
-            ],
+            [*interpreter, *map(str, (token_fd, report_out, *limits))],
             stdin=program,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -5,19 +5,18 @@
 backward   delta = sum(do * o)      dV = P^T do      dS = P * (do V^T - delta) / sqrt(d)
            dq = dS K                dK = dS^T q      with P = exp(q K^T / sqrt(d) - lse) recomputed
 shapes     qkv, dqkv (T, (H + 2G) d)    o, do (T, H d)    lse (T, H) accumulation dtype, saved
-precision  a row's q, k, v are widened to max(fp32, dtype) and everything is computed there; flash
-           attention and triton keep the operands of products in the dtype: P and dS are rounded
-traffic    the torch form holds a block of scores; a row is cut into blocks of about PACKED_BLOCK
-           queries, and a block looks at no key behind its last query, so long rows do about half
-           the square. exp of an infinity, or to a denormal, takes a CPU seven times as long as
-           another: scores are clamped to LOWEST, whose exp is lost in a sum >= 1
-torch      on an NVIDIA GPU in 16 bits: torch's own variable-length flash attention, where a try on
-           two short rows gives what the blocked form gives
-A row's result depends on that row (and a prefix that all share, `Packed.prefix`) alone: rows are
-handled one after the other.
-The Triton kernels are in attention_triton.py.
-"""
+precision  scores, softmax and sums in max(fp32, dtype). The torch form widens q, k and v too; flash
+           attention and Triton keep the operands of products in the dtype and round P and dS to it
+traffic    at least 2 T (H + G) d elements forward and twice that backward; no form keeps the scores
+           of a whole row (torch: a block of them; Triton and flash attention: none)
+contract   a row's result depends on that row alone, and on the prefix that all rows share if there
+           is one (`Packed.prefix`; only REFERENCE and TORCH accept a prefix)
 
+reference.py        the definition
+torch_form.py       blocks of queries on torch products; torch's own flash attention on NVIDIA GPUs
+triton_forward.py   the forward kernel, and the helpers that the backward kernels share with it
+triton_backward.py  dq, then dk and dv
+"""
 
 # T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size, n = H / G
 
@@ -33,17 +32,23 @@ from kernels.spec import MODELS, Spec
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    h, kv, d, *lengths = shape
-    # a negative length in front: so many tokens of the first row are a prefix that all share
-    prefix = max(0, -lengths[0]) if lengths else 0
-    lengths = lengths[prefix > 0 :]
-    t = sum(lengths)
+    """Shape: H, G, d and the length of every row.
+
+    A negative number before the lengths: that many tokens of the first row are a prefix that all
+    rows share.
+    """
+    H, G, d, *lengths = shape
+    prefix = 0
+    if lengths and lengths[0] < 0:
+        prefix = -lengths[0]
+        lengths = lengths[1:]
+    T = sum(lengths)
     return {
-        "qkv": torch.randn(t, (h + 2 * kv) * d, generator=g, dtype=torch.float64),
-        "do": torch.randn(t, h * d, generator=g, dtype=torch.float64),
+        "qkv": torch.randn(T, (H + 2 * G) * d, generator=g, dtype=torch.float64),
+        "do": torch.randn(T, H * d, generator=g, dtype=torch.float64),
         "packed": Packed.from_lengths(lengths, prefix=prefix),
-        "H": h,
-        "G": kv,
+        "H": H,
+        "G": G,
     }
 
 
@@ -57,6 +62,7 @@ SPEC = Spec(
     "attention",
     _make_inputs,
     _run,
+    fields=("attention_forward", "attention_backward"),
     test_shapes=(
         (1, 1, 16, 1),
         (4, 4, 80, 3, 1, 63),
@@ -72,9 +78,9 @@ SPEC = Spec(
         (9, 3, 64, 40, 2),
         (8, 2, 128, 1, 37),
         (8, 1, 96, 34),
-        (2, 1, 20, 17, 30),  # heads begin on no 16 bytes
+        (2, 1, 20, 17, 30),  # heads are not aligned to 16 bytes
         (1, 1, 32, 257),
-        (2, 1, 16, 130, 5),  # a row that begins behind the first PAD tokens
+        (2, 1, 16, 130, 5),  # the second row begins after the first PAD tokens
         (2, 1, 64),
     ),
     prefix_shapes=(
@@ -88,5 +94,5 @@ SPEC = Spec(
         for lengths in ((256,), (512,) * 8, (4096,), (2048,) * 4)
     ),
     model_shapes=lambda m: ((m.H, m.G, m.d, 200, 1, 70),),
-    floor=1e-5,  # the order of the sums over keys is another than the reference's
+    floor=1e-5,  # sums over keys run in another order than the reference's
 )

@@ -1,7 +1,22 @@
-"""The Triton kernels of the backward of attention."""
+"""The Triton kernels of attention's backward: first dq, then dk and dv
 
+attention_dq_kernel    one program per (query head, block of BM queries, row), which walks along the
+                       keys as the forward does. It also leaves two things for the second kernel:
+                       delta, and lse in base 2.
+attention_dkv_kernel   one program per (key/value head, block of BN keys, row), which walks along
+                       the queries of all heads of its group. So no sum is made in memory: no
+                       atomics, and the same bits in every run.
+delta and lse travel between the two in padded tensors (H, BLOCKS * PAD), see `padded_at`: reads
+need no mask, and places after a row's end hold lse = infinity, which makes P zero there.
+precision, order of programs, addresses and tiles are those of triton_forward.py; P and dS are
+rounded to the dtype before their products
+traffic    dq reads q, do and o once, and k and v once per block of queries; dk and dv read k and v
+           once, and q and do once per block of keys
+"""
 
 # T = tokens, H = query heads, G = key/value heads, D = head size, DP = D padded to a power of two
+# BM = queries of a block, BN = keys of a block, HEADS = heads in the tensor that is read
+# i = first query of a block, j = first key of a block, n = tokens of the row: all within the row
 
 from __future__ import annotations
 
@@ -10,11 +25,12 @@ from torch import Tensor
 
 from kernels.attention.torch_form import head_size
 from kernels.attention.triton_forward import (
+    KERNEL_LOG2_E,
     PAD,
-    heads_of,
     launch_by_blocks,
     padded_at,
     read_block,
+    row_source,
     write_block,
 )
 from kernels.launch.triton_launch import jit, tl
@@ -23,20 +39,21 @@ from kernels.packed import Packed
 
 @jit
 def add_dq(
-    q, do, lse, delta, dq, heads, k_head, v_head, i, j, n,
+    q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DESCRIBED: tl.constexpr, DIAGONAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """dq (BM, DP), but for the scale, with what keys j .. j + BN - 1 give. lse in base 2."""
-    LOG2: tl.constexpr = 1.4426950408889634 / D**0.5
-    k = read_block(heads, k_head, j, n, HEADS, D, DP, BN, DESCRIBED)
+    """dq (BM, DP), not yet scaled, plus what keys j .. j + BN - 1 give. lse2 (BM,) is in base 2."""
+    SCALE: tl.constexpr = KERNEL_LOG2_E / D**0.5  # exp(x / sqrt(D)) = exp2(x * SCALE)
+    k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
     if DIAGONAL:
         seen = (i + tl.arange(0, BM))[:, None] >= (j + tl.arange(0, BN))[None, :]
         scores = tl.where(seen, scores, float("-inf"))
-    p = tl.exp2(scores * LOG2 - lse[:, None])
-    v = read_block(heads, v_head, j, n, HEADS, D, DP, BN, DESCRIBED)
-    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    p = tl.exp2(scores * SCALE - lse2[:, None])
+    v = read_block(source, v_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BM, BN)
+    ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
@@ -44,49 +61,56 @@ def add_dq(
 def attention_dq_kernel(
     do_ptr, qkv_ptr, o_ptr, lse_ptr, cu_seqlens_ptr, dqkv_ptr, lse2_ptr, delta_ptr, T, BLOCKS,
     PAD: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIBED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """dq of one block of queries of one head of one row; delta and lse2 of the same queries."""
     HEADS: tl.constexpr = H + 2 * G
-    h, row = tl.program_id(0), tl.program_id(2)
+    h = tl.program_id(0)
+    row = tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
-    i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM
+    i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM  # the last block first: it has most keys
     if i < 0:
         return
-    do_heads = heads_of(do_ptr, start, n, H, D, DP, BM, DESCRIBED)
-    do = read_block(do_heads, h, i, n, H, D, DP, BM, DESCRIBED)
-    o_heads = heads_of(o_ptr, start, n, H, D, DP, BM, False)
-    o = read_block(o_heads, h, i, n, H, D, DP, BM, False)
+
+    # delta = sum(do * o), and lse in base 2
+    do_source = row_source(do_ptr, start, n, H, D, DP, BM, DESCRIPTORS)
+    do = read_block(do_source, h, i, n, H, D, DP, BM, DESCRIPTORS)
+    o_source = row_source(o_ptr, start, n, H, D, DP, BM, False)
+    o = read_block(o_source, h, i, n, H, D, DP, BM, False)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)  # (BM,)
-    rows = i + tl.arange(0, BM)
-    at = h.to(tl.int64) * T + start + rows
-    # infinity makes P zero for the queries behind the row
-    lse = tl.load(lse_ptr + at, mask=rows < n, other=float("inf")) * 1.4426950408889634
-    at = padded_at(start, row, h, rows, BLOCKS, PAD)
-    tl.store(lse2_ptr + at, lse)
+    tokens = i + tl.arange(0, BM)
+    at = h.to(tl.int64) * T + start + tokens
+    # Infinity after the row's end makes P zero for the queries there.
+    lse2 = tl.load(lse_ptr + at, mask=tokens < n, other=float("inf")) * KERNEL_LOG2_E
+    at = padded_at(start, row, h, tokens, BLOCKS, PAD)
+    tl.store(lse2_ptr + at, lse2)
     tl.store(delta_ptr + at, delta)
-    if tl.program_id(1) == 0:  # has the last queries: fills up the row's last PAD behind them
-        behind = i + BM + tl.arange(0, PAD)
-        inside = behind < tl.cdiv(n, PAD) * PAD
-        there = padded_at(start, row, h, behind, BLOCKS, PAD)
-        tl.store(lse2_ptr + there, tl.full((PAD,), float("inf"), tl.float32), mask=inside)
-        tl.store(delta_ptr + there, tl.zeros((PAD,), tl.float32), mask=inside)
+    if tl.program_id(1) == 0:  # has the row's last queries: fills the rest of the row's last PAD
+        after = i + BM + tl.arange(0, PAD)
+        inside = after < tl.cdiv(n, PAD) * PAD
+        after_at = padded_at(start, row, h, after, BLOCKS, PAD)
+        tl.store(lse2_ptr + after_at, tl.full((PAD,), float("inf"), tl.float32), mask=inside)
+        tl.store(delta_ptr + after_at, tl.zeros((PAD,), tl.float32), mask=inside)
+
+    # dq, along the keys
     k_head = H + h // (H // G)
-    heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
-    q = read_block(heads, h, i, n, HEADS, D, DP, BM, DESCRIBED)
-    if BN != BM:  # a descriptor takes a microsecond to make
-        heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
+    v_head = k_head + G
+    source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
+    q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)
+    if BN != BM:  # else the same descriptor serves the keys: making one takes a microsecond
+        source = row_source(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIPTORS)
     dq = tl.zeros((BM, DP), tl.float32)
-    diagonal = i // BN * BN
+    diagonal = i // BN * BN  # all queries of the block see every key before this one
     for j in range(0, diagonal, BN):
         dq = add_dq(
-            q, do, lse, delta, dq, heads, k_head, k_head + G, i, j, n,
-            HEADS, D, DP, BM, BN, DESCRIBED, False,
+            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            HEADS, D, DP, BM, BN, DESCRIPTORS, False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         dq = add_dq(
-            q, do, lse, delta, dq, heads, k_head, k_head + G, i, j, n,
-            HEADS, D, DP, BM, BN, DESCRIBED, True,
+            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            HEADS, D, DP, BM, BN, DESCRIPTORS, True,
         )  # fmt: skip
     write_block(dqkv_ptr, start, h, i, n, dq * D**-0.5, HEADS, D, DP, BM)
 
@@ -95,40 +119,43 @@ def attention_dq_kernel(
 def attention_dkv_kernel(
     do_ptr, qkv_ptr, lse2_ptr, delta_ptr, cu_seqlens_ptr, dqkv_ptr, BLOCKS,
     PAD: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIBED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of one block of keys of one key/value head of one row."""
     HEADS: tl.constexpr = H + 2 * G
-    LOG2: tl.constexpr = 1.4426950408889634 / D**0.5
-    g, row = tl.program_id(0), tl.program_id(2)
+    SCALE: tl.constexpr = KERNEL_LOG2_E / D**0.5  # exp(x / sqrt(D)) = exp2(x * SCALE)
+    g = tl.program_id(0)
+    row = tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
     j = tl.program_id(1) * BN
     if j >= n:
         return
-    heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIBED)
-    k = read_block(heads, H + g, j, n, HEADS, D, DP, BN, DESCRIBED)
-    v = read_block(heads, H + G + g, j, n, HEADS, D, DP, BN, DESCRIBED)
+    source = row_source(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIPTORS)
+    k = read_block(source, H + g, j, n, HEADS, D, DP, BN, DESCRIPTORS)
+    v = read_block(source, H + G + g, j, n, HEADS, D, DP, BN, DESCRIPTORS)
     if BN != BM:
-        heads = heads_of(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIBED)
-    do_heads = heads_of(do_ptr, start, n, H, D, DP, BM, DESCRIBED)
+        source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
+    do_source = row_source(do_ptr, start, n, H, D, DP, BM, DESCRIPTORS)
     dk = tl.zeros((BN, DP), tl.float32)
     dv = tl.zeros((BN, DP), tl.float32)
     first = j // BM * BM  # no query of an earlier block sees these keys
     blocks = tl.cdiv(n - first, BM)
-    for step in range(0, H // G * blocks):  # the group's heads, one after the other
+    for step in range(0, H // G * blocks):  # the heads of the group, one after the other
         h = g * (H // G) + step // blocks
         i = first + step % blocks * BM
-        rows = i + tl.arange(0, BM)
-        at = padded_at(start, row, h, rows, BLOCKS, PAD)
-        q = read_block(heads, h, i, n, HEADS, D, DP, BM, DESCRIBED)
-        lse = tl.load(lse2_ptr + at)
+        tokens = i + tl.arange(0, BM)
+        at = padded_at(start, row, h, tokens, BLOCKS, PAD)
+        q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)
+        lse2 = tl.load(lse2_ptr + at)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM)
-        seen = rows[None, :] >= (j + tl.arange(0, BN))[:, None]
-        p = tl.exp2(tl.where(seen, scores * LOG2 - lse[None, :], float("-inf")))
-        do = read_block(do_heads, h, i, n, H, D, DP, BM, DESCRIBED)
+        seen = tokens[None, :] >= (j + tl.arange(0, BN))[:, None]
+        p = tl.exp2(tl.where(seen, scores * SCALE - lse2[None, :], float("-inf")))
+        do = read_block(do_source, h, i, n, H, D, DP, BM, DESCRIPTORS)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + at)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BN, BM)
+        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     write_block(dqkv_ptr, start, H + g, j, n, dk * D**-0.5, HEADS, D, DP, BN)
     write_block(dqkv_ptr, start, H + G + g, j, n, dv, HEADS, D, DP, BN)
@@ -137,18 +164,20 @@ def attention_dkv_kernel(
 def attention_backward_triton(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
-    """As `attention_backward`, in two launches: dq, then dk and dv.
-
-    The first leaves the second delta, and lse in base 2, padded as `padded_at` says.
-    """
+    """As `attention_backward`, in two launches: dq, then dk and dv."""
+    T = len(qkv)
     d = head_size(qkv, packed, H, G)
-    assert do.shape == o.shape == (len(qkv), H * d) and lse.shape == (len(qkv), H), (
+    assert do.shape == o.shape == (T, H * d) and lse.shape == (T, H), (
         f"do {tuple(do.shape)}, o {tuple(o.shape)}, lse {tuple(lse.shape)}, qkv {tuple(qkv.shape)}"
     )
-    do, qkv, o, lse = do.contiguous(), qkv.contiguous(), o.contiguous(), lse.T.contiguous()
-    dqkv, blocks = torch.empty_like(qkv), len(qkv) // PAD + len(packed.rows)
+    do = do.contiguous()
+    qkv = qkv.contiguous()
+    o = o.contiguous()
+    lse = lse.T.contiguous()  # (H, T), as the kernels store it
+    dqkv = torch.empty_like(qkv)
+    blocks = T // PAD + len(packed.rows)
     lse2, delta = lse.new_empty(2, H, blocks * PAD)
-    args = (do, qkv, o, lse, packed.cu_seqlens, dqkv, lse2, delta, len(qkv), blocks)
+    args = (do, qkv, o, lse, packed.cu_seqlens, dqkv, lse2, delta, T, blocks)
     launch_by_blocks(attention_dq_kernel, "BM", H, (qkv, do), packed, H, d, *args, PAD=PAD)
     args = (do, qkv, lse2, delta, packed.cu_seqlens, dqkv, blocks)
     launch_by_blocks(attention_dkv_kernel, "BN", G, (qkv, do), packed, H, d, *args, PAD=PAD)

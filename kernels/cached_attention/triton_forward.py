@@ -1,23 +1,45 @@
-"""The Triton kernels of attention over a paged cache."""
+"""The Triton kernels of attention over a paged cache
 
+queries    The n heads of a group and a sequence's m new tokens are one list of n m queries, where
+           query f is head f % n of token f / n. So a tile of BM queries reads the group's keys once
+           for all of them.
+decode     sampled and draft tokens. A tile takes the queries of up to DECODE_QUERIES / n tokens of
+           a sequence. The context is cut every SPLIT tokens, one program per part (as
+           flash-decoding does), and `cached_join_kernel` adds the parts in order.
+extend     prompts: one program per BM queries, which walks along their whole context
+softmax    online, in base 2: m_i is the largest score of a query so far, l_i the sum of its
+           weights, and alpha rescales the sum and the output when m_i grows
+invariance Parts and steps begin at fixed tokens of the sequence, and a step in which a query sees
+           no key changes no bit of it (its weights are exact zeros and alpha is exactly 1). So a
+           query's result does not depend on the tokens that share its tile. Every step is the same
+           code: a step without the mask would be faster, but the compiler might contract it to
+           other roundings.
+pages      The page of a key is looked up for every key, so any page size is right.
+tiles      shape classes: padded head size x bytes of an element, as "D128x2"; else the bytes, as
+           "x2". SPLIT is in the configuration of cached_decode_kernel. kv_write_kernel and
+           cached_join_kernel have one configuration for all shapes.
+"""
 
-# T = new tokens, B = rows, H = query heads, G = key/value heads, d = head size, n = H / G
-# P = pages of the longest row, S = parts of the longest decode row, W = queries of the widest
+# T = new tokens, B = sequences, H = query heads, G = key/value heads, d = D = head size
+# N = n = H / G query heads of a group, BD = D padded to a power of two
+# P = pages of the longest sequence, S = parts of the longest context
+# W = queries of a group of the sequence that has most
+# BM = queries of a tile, BN = keys of a step, PAGE = tokens of a page
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from kernels.attention.triton_forward import LOG2_E
 from kernels.cached import Cached
-from kernels.cached_attention.native_form import head_counts
+from kernels.cached_attention.torch_form import head_counts
 from kernels.launch.tile_config import tile
 from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
 
-DECODED = 16  # queries (heads of a group x new tokens) of a decoding tile: the least of a product
+DECODE_QUERIES = 16  # of a decoding tile: a product on tensor cores needs at least so many rows
 
-
-# ---- triton
+# ---- writing the cache
 
 
 @jit
@@ -25,187 +47,235 @@ def kv_write_kernel(
     qkv_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
+    """BW of the G * D keys, and of the values, of one token; the heads lie end to end in qkv."""
     token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BW + tl.arange(0, BW)  # of the token's G heads end to end
+    cols = tl.program_id(1) * BW + tl.arange(0, BW)
     inside = cols < G * D
-    first = tl.load(page_ptr + token) * G * PAGE + tl.load(offset_ptr + token)
-    to = (first + cols // D * PAGE) * D + cols % D
+    # The cache is (pages, G, PAGE, D): where the token's line of head 0 is, then that of each head.
+    line = tl.load(page_ptr + token) * G * PAGE + tl.load(offset_ptr + token)
+    at = (line + cols // D * PAGE) * D + cols % D
     source = qkv_ptr + token * stride + H * D + cols
-    tl.store(k_ptr + to, tl.load(source, mask=inside, other=0.0), mask=inside)
-    tl.store(v_ptr + to, tl.load(source + G * D, mask=inside, other=0.0), mask=inside)
+    tl.store(k_ptr + at, tl.load(source, mask=inside, other=0.0), mask=inside)
+    tl.store(v_ptr + at, tl.load(source + G * D, mask=inside, other=0.0), mask=inside)
+
+
+# ---- helpers compiled into the attention kernels
 
 
 @jit
-def _queries(
-    qkv_ptr, start, new, stride, flat, g,
+def load_queries(
+    qkv_ptr, start, new, stride, queries, g,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Queries `flat` of key/value head g: (BM, BD)."""
+    """q (BM, BD) of the numbered `queries` of key/value head g; zero where there is none.
+
+    start: the sequence's first new token; new: how many it has; stride: elements of a token in qkv.
+    """
     cols = tl.arange(0, BD)
-    at = (start + flat // N).to(tl.int64) * stride + (g * N + flat % N) * D
-    live = (flat < new * N)[:, None] & (cols < D)[None, :]
-    return tl.load(qkv_ptr + at[:, None] + cols[None, :], mask=live, other=0.0)
+    at = (start + queries // N).to(tl.int64) * stride + (g * N + queries % N) * D
+    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
+    return tl.load(qkv_ptr + at[:, None] + cols[None, :], mask=inside, other=0.0)
 
 
 @jit
-def _step(
-    q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+def add_cached_keys(
+    q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys begin .. begin + BN - 1 of a row of `end` tokens, base 2."""
-    keys, cols = begin + tl.arange(0, BN), tl.arange(0, BD)
-    page = tl.load(table_ptr + keys // PAGE, mask=keys < end, other=0)  # (BN,) int64
+    """One step of the online softmax: keys begin .. begin + BN - 1 of a sequence of `end` tokens.
+
+    positions (BM,): a query sees the keys up to its own position. m_i, l_i (BM,) and acc (BM, BD)
+    are the largest score, the sum of weights and the output so far; returned after the step.
+    """
+    keys = begin + tl.arange(0, BN)
+    cols = tl.arange(0, BD)
+    page = tl.load(block_table_ptr + keys // PAGE, mask=keys < end, other=0)  # (BN,) int64
     at = ((page * G + g) * PAGE + keys % PAGE)[:, None] * D + cols[None, :]
-    live = (keys < end)[:, None] & (cols < D)[None, :]
-    k = tl.load(k_ptr + at, mask=live, other=0.0)  # (BN, BD)
+    inside = (keys < end)[:, None] & (cols < D)[None, :]
+    k = tl.load(k_ptr + at, mask=inside, other=0.0)  # (BN, BD)
     scores = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN)
     scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    e = tl.exp2(scores - new_top[:, None])
-    fade = tl.exp2(top - new_top)
-    v = tl.load(v_ptr + at, mask=live, other=0.0)
-    acc = tl.dot(e.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    return new_top, total * fade + tl.sum(e, axis=1), acc
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)  # (BN, BD)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l_i * alpha + tl.sum(p, axis=1), acc
+
+
+# ---- decode: the parts of every context, then their join
 
 
 @jit(varying=("P", "S", "W"))
 def cached_decode_kernel(
-    qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, top_ptr, total_ptr, acc_ptr,
+    qkv_ptr, k_ptr, v_ptr, block_table_ptr, cu_ptr, contexts_ptr, m_ptr, l_ptr, acc_ptr,
     stride, P, S, W, scale,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    row, g, part = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
-    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
-    new = tl.load(cu_ptr + row + 1) - start
+    """m_i, l_i (B, G, W, S) and the unnormalised output acc (B, G, W, S, D) of one part."""
+    sequence = tl.program_id(0) // G
+    g = tl.program_id(0) % G
+    part = tl.program_id(1)
+    start = tl.load(cu_ptr + sequence)
+    context = tl.load(contexts_ptr + sequence)
+    new = tl.load(cu_ptr + sequence + 1) - start
     end = context + new
     if part * SPLIT >= end:
         return
-    flat = tl.arange(0, BM)
-    q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
-    positions = context + flat // N
-    top = tl.full((BM,), -1e30, tl.float32)  # finite: a query may see no key of its last part
-    total = tl.zeros((BM,), tl.float32)
+    queries = tl.arange(0, BM)
+    q = load_queries(qkv_ptr, start, new, stride, queries, g, N, D, BD)
+    positions = context + queries // N
+    m_i = tl.full((BM,), -1e30, tl.float32)  # finite: a query may see no key of its last part
+    l_i = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
-    table_ptr += row.to(tl.int64) * P
+    block_table_ptr += sequence.to(tl.int64) * P
     for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, end), BN):
-        top, total, acc = _step(
-            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+        m_i, l_i, acc = add_cached_keys(
+            q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
             G, D, BD, PAGE, BN,
         )  # fmt: skip
-    at = (tl.program_id(0).to(tl.int64) * W + flat) * S + part
+    at = (tl.program_id(0).to(tl.int64) * W + queries) * S + part
     cols = tl.arange(0, BD)
-    live = flat < new * N
-    tl.store(top_ptr + at, top, mask=live)
-    tl.store(total_ptr + at, total, mask=live)
+    inside = queries < new * N
+    tl.store(m_ptr + at, m_i, mask=inside)
+    tl.store(l_ptr + at, l_i, mask=inside)
     acc_at = at[:, None] * D + cols[None, :]
-    tl.store(acc_ptr + acc_at, acc, mask=live[:, None] & (cols < D)[None, :])
+    tl.store(acc_ptr + acc_at, acc, mask=inside[:, None] & (cols < D)[None, :])
 
 
 @jit(varying=("S", "W"))
 def cached_join_kernel(
-    top_ptr, total_ptr, acc_ptr, cu_ptr, contexts_ptr, o_ptr, S, W,
+    m_ptr, l_ptr, acc_ptr, cu_ptr, contexts_ptr, o_ptr, S, W,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     SPLIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    row, g, flat = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
-    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
-    new = tl.load(cu_ptr + row + 1) - start
-    if flat >= new * N:
+    """o of one query: its parts, BS at a time, rescaled to a common maximum and added in order."""
+    sequence = tl.program_id(0) // G
+    g = tl.program_id(0) % G
+    query = tl.program_id(1)
+    start = tl.load(cu_ptr + sequence)
+    context = tl.load(contexts_ptr + sequence)
+    new = tl.load(cu_ptr + sequence + 1) - start
+    if query >= new * N:
         return
-    first = (tl.program_id(0).to(tl.int64) * W + flat) * S
-    parts, cols = (context + new + SPLIT - 1) // SPLIT, tl.arange(0, BD)
-    top, total, out = -1e30, 0.0, tl.zeros((BD,), tl.float32)
+    first = (tl.program_id(0).to(tl.int64) * W + query) * S  # the query's part 0
+    parts = (context + new + SPLIT - 1) // SPLIT
+    cols = tl.arange(0, BD)
+    m_i = -1e30
+    l_i = 0.0
+    out = tl.zeros((BD,), tl.float32)
     for begin in range(0, parts, BS):
         part = begin + tl.arange(0, BS)
-        part_top = tl.load(top_ptr + first + part, mask=part < parts, other=-1e30)  # (BS,)
-        part_total = tl.load(total_ptr + first + part, mask=part < parts, other=0.0)
-        live = (part < parts)[:, None] & (cols < D)[None, :]
+        part_m = tl.load(m_ptr + first + part, mask=part < parts, other=-1e30)  # (BS,)
+        part_l = tl.load(l_ptr + first + part, mask=part < parts, other=0.0)
+        inside = (part < parts)[:, None] & (cols < D)[None, :]
         at = (first + part)[:, None] * D + cols[None, :]
-        acc = tl.load(acc_ptr + at, mask=live, other=0.0)  # (BS, BD)
-        new_top = tl.maximum(top, tl.max(part_top, axis=0))
-        fade, weight = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-        total = total * fade + tl.sum(part_total * weight, axis=0)
-        out = out * fade + tl.sum(acc * weight[:, None], axis=0)
-        top = new_top
-    at = ((start + flat // N).to(tl.int64) * G * N + g * N + flat % N) * D + cols
-    tl.store(o_ptr + at, (out / total).to(o_ptr.dtype.element_ty), mask=cols < D)
+        acc = tl.load(acc_ptr + at, mask=inside, other=0.0)  # (BS, BD)
+        m_new = tl.maximum(m_i, tl.max(part_m, axis=0))
+        alpha = tl.exp2(m_i - m_new)
+        part_alpha = tl.exp2(part_m - m_new)
+        l_i = l_i * alpha + tl.sum(part_l * part_alpha, axis=0)
+        out = out * alpha + tl.sum(acc * part_alpha[:, None], axis=0)
+        m_i = m_new
+    at = ((start + query // N).to(tl.int64) * G * N + g * N + query % N) * D + cols
+    tl.store(o_ptr + at, (out / l_i).to(o_ptr.dtype.element_ty), mask=cols < D)
+
+
+# ---- extend
 
 
 @jit(varying=("P",))
 def cached_extend_kernel(
-    qkv_ptr, k_ptr, v_ptr, table_ptr, cu_ptr, contexts_ptr, o_ptr, stride, P, scale,
+    qkv_ptr, k_ptr, v_ptr, block_table_ptr, cu_ptr, contexts_ptr, o_ptr, stride, P, scale,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    row, g = tl.program_id(0) // G, tl.program_id(0) % G
-    start, context = tl.load(cu_ptr + row), tl.load(contexts_ptr + row)
-    new = tl.load(cu_ptr + row + 1) - start
+    """o of BM queries of one key/value head of one sequence."""
+    sequence = tl.program_id(0) // G
+    g = tl.program_id(0) % G
+    start = tl.load(cu_ptr + sequence)
+    context = tl.load(contexts_ptr + sequence)
+    new = tl.load(cu_ptr + sequence + 1) - start
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest walks begin first
     if first >= new * N:
         return
-    flat = first + tl.arange(0, BM)
-    q = _queries(qkv_ptr, start, new, stride, flat, g, N, D, BD)
-    positions = context + flat // N
-    top = tl.full((BM,), -1e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
+    queries = first + tl.arange(0, BM)
+    q = load_queries(qkv_ptr, start, new, stride, queries, g, N, D, BD)
+    positions = context + queries // N
+    m_i = tl.full((BM,), -1e30, tl.float32)
+    l_i = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
-    table_ptr += row.to(tl.int64) * P
+    block_table_ptr += sequence.to(tl.int64) * P
     end = context + new
+    # No query of the tile sees further than its last one.
     for begin in range(0, tl.minimum(context + (first + BM - 1) // N + 1, end), BN):
-        top, total, acc = _step(
-            q, top, total, acc, k_ptr, v_ptr, table_ptr, begin, end, positions, g, scale,
+        m_i, l_i, acc = add_cached_keys(
+            q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
             G, D, BD, PAGE, BN,
         )  # fmt: skip
     cols = tl.arange(0, BD)
-    at = (start + flat // N).to(tl.int64) * (G * N * D) + (g * N + flat % N) * D
-    live = (flat < new * N)[:, None] & (cols < D)[None, :]
-    out = (acc / total[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + at[:, None] + cols[None, :], out, mask=live)
+    at = (start + queries // N).to(tl.int64) * (G * N * D) + (g * N + queries % N) * D
+    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
+    out = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + at[:, None] + cols[None, :], out, mask=inside)
+
+
+# ---- launches
 
 
 def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
     """As `kv_write_`, in one launch."""
     H, G, d = head_counts(qkv, k, v, cached)
-    row = tile("kv_write_kernel", qkv.device)
-    args = (qkv, k, v, cached.write_page, cached.write_offset, qkv.stride(0))
-    grid = (qkv.shape[0], cdiv(G * d, row["BW"]))
-    launch(kv_write_kernel, grid, *args, H=H, G=G, D=d, PAGE=cached.page_size, **row)
+    config = tile("kv_write_kernel", qkv.device)
+    grid = (qkv.shape[0], cdiv(G * d, config["BW"]))
+    launch(
+        kv_write_kernel, grid,
+        qkv, k, v, cached.write_page, cached.write_offset, qkv.stride(0),
+        H=H, G=G, D=d, PAGE=cached.page_size, **config,
+    )  # fmt: skip
 
 
 def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
-    """As `cached_attention`: decode and join for tokens that are alone, extend for prompts."""
+    """As `cached_attention`: decode and join for sampled and draft tokens, extend for prompts."""
     H, G, d = head_counts(qkv, k, v, cached)
-    n, BD = H // G, power_of_two(d)
-    if cached.alone:
-        cached = cached.pieces(max(1, DECODED // n))
-    B, W = len(cached.query_lens), n * max(cached.query_lens, default=0)
+    n = H // G
+    BD = power_of_two(d)
+    if cached.alone:  # a sequence with more new tokens becomes several with the same pages
+        cached = cached.pieces(max(1, DECODE_QUERIES // n))
+    B = len(cached.query_lens)
+    P = cached.block_table.shape[1]
+    W = n * max(cached.query_lens, default=0)
     o = qkv.new_empty(qkv.shape[0], H * d)
-    shapes = (f"D{BD}x{qkv.element_size()}", f"x{qkv.element_size()}")
+    inputs = (qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts)
+    scale = d**-0.5 * LOG2_E  # exp(x / sqrt(d)) = exp2(x scale)
     sizes = {"N": n, "G": G, "D": d, "BD": BD}
-    cache = (qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts)
-    stride, P, scale = qkv.stride(0), cached.block_table.shape[1], d**-0.5 * 1.4426950408889634
-    if cached.alone:
-        row = tile("cached_decode_kernel", qkv.device, *shapes)
-        SPLIT = row["SPLIT"]
-        assert SPLIT % row["BN"] == 0, f"parts of {SPLIT} tokens in steps of {row['BN']}"
-        rows = zip(cached.query_lens, cached.context_lens, strict=True)
-        S = cdiv(max((new + context for new, context in rows), default=0), SPLIT)
-        top, total = (qkv.new_empty(B, G, W, S, dtype=torch.float32) for _ in range(2))
-        acc = qkv.new_empty(B, G, W, S, d, dtype=torch.float32)
+    bytes_each = qkv.element_size()
+    classes = (f"D{BD}x{bytes_each}", f"x{bytes_each}")
+    if not cached.alone:
+        config = tile("cached_extend_kernel", qkv.device, *classes)
+        grid = (B * G, cdiv(W, config["BM"]))
         launch(
-            cached_decode_kernel, (B * G, S), *cache, top, total, acc, stride, P, S, W, scale,
-            BM=power_of_two(n), PAGE=cached.page_size, **sizes, **row,
+            cached_extend_kernel, grid, *inputs, o, qkv.stride(0), P, scale,
+            PAGE=cached.page_size, **sizes, **config,
         )  # fmt: skip
-        launch(
-            cached_join_kernel, (B * G, W), top, total, acc, *cache[4:], o, S, W,
-            SPLIT=SPLIT, **sizes, **tile("cached_join_kernel", qkv.device),
-        )  # fmt: skip
-    else:
-        row = tile("cached_extend_kernel", qkv.device, *shapes)
-        grid = (B * G, cdiv(W, row["BM"]))
-        launch(
-            cached_extend_kernel, grid, *cache, o, stride, P, scale,
-            PAGE=cached.page_size, **sizes, **row,
-        )  # fmt: skip
+        return o
+
+    config = tile("cached_decode_kernel", qkv.device, *classes)
+    SPLIT = config["SPLIT"]
+    assert SPLIT % config["BN"] == 0, f"parts of {SPLIT} tokens in steps of {config['BN']}"
+    lengths = zip(cached.query_lens, cached.context_lens, strict=True)
+    longest = max((new + context for new, context in lengths), default=0)
+    S = cdiv(longest, SPLIT)
+    m_i = qkv.new_empty(B, G, W, S, dtype=torch.float32)
+    l_i = qkv.new_empty(B, G, W, S, dtype=torch.float32)
+    acc = qkv.new_empty(B, G, W, S, d, dtype=torch.float32)
+    launch(
+        cached_decode_kernel, (B * G, S), *inputs, m_i, l_i, acc, qkv.stride(0), P, S, W, scale,
+        BM=power_of_two(n), PAGE=cached.page_size, **sizes, **config,
+    )  # fmt: skip
+    launch(
+        cached_join_kernel, (B * G, W), m_i, l_i, acc, cached.cu_queries, cached.contexts, o, S, W,
+        SPLIT=SPLIT, **sizes, **tile("cached_join_kernel", qkv.device),
+    )  # fmt: skip
     return o

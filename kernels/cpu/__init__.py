@@ -1,1 +1,1 @@
-"""What only a CPU needs: native C, packed weights, the paged layout."""
+"""Only for CPUs: C kernels, packed weights, batch-invariant torch calls, attention over pages."""

@@ -1,19 +1,19 @@
 """All layers for new tokens over a cache in one C call (native/layers.c), for a CPU
 
-The same functions in the same order as model/llama.py calls them one by one, and so the same bits:
-one call for a few hundred, and one room for what all of them compute, which is kept.
+The C function calls the C operations in the order of model/llama.py, so the results are the same
+bits. It replaces a few hundred calls by one, and keeps one workspace for all intermediate results.
 
-shapes     h, x (T, D)    k, v (layers, pages, G, page size, d)    wanted (n,)
+shapes     h, x (T, D)    k, v (layers, pages, G, page size, d)    logits_indices (n,)
 """
 
-# T = new tokens, n = those of them that are wanted, D = model width, F = feed-forward width
-# H = query heads, G = key/value heads
+# T = new tokens, n = those whose results are needed, D = model width, F = feed-forward width
+# H = query heads, G = key/value heads, d = head size, N = H d + 2 G d, L = layers
+# B = rows, P = pages of the longest row
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import c_long
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,23 +22,17 @@ from kernels.cached import Cached
 from kernels.cpu.native import at, library
 from kernels.cpu.panels import Panels
 
-MATRICES = ("qkv", "o", "gate_up", "down")
 
-
-class LayersNative:
-    """The packed weights of a model, by address."""
+class FusedLayers:
+    """The packed weights of a model, as a table of addresses for the C function."""
 
     def __init__(self, weights: Mapping[str, Tensor | Panels], layers: int) -> None:
-        self.weights = weights  # whose memory is pointed at
-        rows = []
-        for i in range(layers):
-            packed = [weights[f"{i}.{name}"] for name in MATRICES]
-            norms = [at(weights[f"{i}.{name}"]) for name in ("attn_norm", "mlp_norm")]
-            a, b, c, d = (w.pointer for w in packed)
-            rows.append([norms[0], a, b, norms[1], c, d, *(w.bytes for w in packed)])
-        self.table = torch.tensor(rows, dtype=torch.int64)
+        self.weights = weights  # kept, for the table points into their memory
+        self.addresses = torch.tensor(  # (L, 10) int64
+            [_layer_addresses(weights, i) for i in range(layers)], dtype=torch.int64
+        )
         self.F = weights["0.down"].shape[1]
-        self.room = torch.empty(0)
+        self.workspace = torch.empty(0)  # fp32; kept between calls, grown when too small
 
     def __call__(
         self,
@@ -48,34 +42,54 @@ class LayersNative:
         k: Tensor,
         v: Tensor,
         eps: float,
-        wanted: Tensor | None = None,
+        logits_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The last layer's x (n, D), and h (n, D), changed in place, to which it is to be added.
+        """The last layer's x (n, D), and h (n, D), changed in place, which x is to be added to.
 
-        `wanted` (n,) int64 rises; None: every token is, n = T.
+        `logits_indices` (n,) int64, increasing: the tokens whose results are needed; None: all.
         """
-        (T, D), (L, pages, G, page, d) = h.shape, k.shape
+        T, D = h.shape
+        L, pages, G, page_size, d = k.shape
         N = self.weights["0.qkv"].shape[0]
-        H, (B, P) = N // d - 2 * G, cached.block_table.shape
-        assert len(cached.positions) == T and page == cached.page_size and len(self.table) == L, (
+        H = N // d - 2 * G
+        B, P = cached.block_table.shape
+        fits = len(cached.positions) == T and page_size == cached.page_size
+        assert fits and len(self.addresses) == L, (
             f"h {tuple(h.shape)}, {len(cached.positions)} tokens, k {tuple(k.shape)}, "
-            f"pages of {cached.page_size}, {len(self.table)} layers"
+            f"pages of {cached.page_size}, {len(self.addresses)} layers"
         )
-        n, rows = T, None
-        if wanted is not None:
-            n, rows = len(wanted), at(wanted, torch.int64)
-            ends = [-1, *wanted.tolist(), T]
-            assert all(a < b for a, b in pairwise(ends)), f"wanted {ends[1:-1]} of {T} tokens"
-        room = T * (2 * D + N + H * d + 3 * self.F + 1)
-        if room > len(self.room):
-            self.room = torch.empty(room)
+        n, indices = T, None
+        if logits_indices is not None:
+            _check_indices(logits_indices, T)
+            n, indices = len(logits_indices), at(logits_indices, torch.int64)
+        needed = T * (2 * D + N + H * d + 3 * self.F + 1)
+        if needed > len(self.workspace):
+            self.workspace = torch.empty(needed)
         x = torch.empty_like(h)
-        places = (cached.write_page, cached.write_offset, cached.block_table)
-        lengths = (cached.cu_queries, cached.contexts)
         library().layers(
-            self.table.data_ptr(), at(h), x.data_ptr(), self.room.data_ptr(),
+            self.addresses.data_ptr(), at(h), x.data_ptr(), self.workspace.data_ptr(),
             at(cached.positions, torch.int64), at(cos_sin), at(k), at(v),
-            *(at(t, torch.int64) for t in places), *(at(t, torch.int32) for t in lengths), rows,
-            (c_long * 12)(T, B, P, H, G, d, page, pages, D, self.F, L, n), eps,
+            at(cached.write_page, torch.int64), at(cached.write_offset, torch.int64),
+            at(cached.block_table, torch.int64),
+            at(cached.cu_queries, torch.int32), at(cached.contexts, torch.int32), indices,
+            (c_long * 12)(T, B, P, H, G, d, page_size, pages, D, self.F, L, n), eps,
         )  # fmt: skip
         return x[:n], h[:n]
+
+
+def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list[int]:
+    """A layer's weights by address, in the order that they are used; then each matrix's bytes per
+    number, by which its packed form is read."""
+    attn_norm, mlp_norm = (at(weights[f"{layer}.{name}"]) for name in ("attn_norm", "mlp_norm"))
+    qkv, o, gate_up, down = (weights[f"{layer}.{name}"] for name in ("qkv", "o", "gate_up", "down"))
+    return [
+        attn_norm, qkv.pointer, o.pointer, mlp_norm, gate_up.pointer, down.pointer,
+        qkv.bytes, o.bytes, gate_up.bytes, down.bytes,
+    ]  # fmt: skip
+
+
+def _check_indices(logits_indices: Tensor, T: int) -> None:
+    indices = logits_indices.tolist()
+    ends = [-1, *indices, T]
+    increasing = all(a < b for a, b in zip(ends[:-1], ends[1:], strict=True))
+    assert increasing, f"logits_indices {indices} of {T} tokens: expected increasing indices"

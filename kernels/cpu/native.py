@@ -1,21 +1,24 @@
-"""The C forms for CPUs: compiled on this machine when first used, kept, and called through ctypes
+"""The C kernels for CPUs: compiled on this machine when first used, cached, and called by ctypes.
 
-native/*.c hold what a sampling run on a CPU consists of; python files bind them, each call one C
-function over torch's memory. They are compiled by the C compiler that is there ($CC, split into
-words as a shell does, else cc, gcc or clang) for the processor that is there, against the OpenMP
-that torch has loaded already, so that both share one set of threads. The library lies in
-$XDG_CACHE_HOME (~/.cache)/sdft-engine/native-<key>.so; the key is made of the sources, the command,
-the compiler's version and the processor's flags. A hash stands at its end: a file that was cut off
-or changed is compiled anew. Where that cannot be written, or another user could write it too
-(kernels/disk_cache.py), or there is no home directory, it is compiled for this process alone.
+native/*.c hold the operations of a sampling run on a CPU. Python files bind them: each call is one
+C function over torch's memory. They are compiled by the C compiler that is installed ($CC, split
+into words as a shell does, else cc, gcc or clang) for the processor of this machine, and linked to
+the OpenMP library that torch has loaded already, so that both share one set of threads.
 
-`usable` says why there is none: not Linux on x86-64, no AVX2, no compiler, a compiler that fails.
+The library is cached as $XDG_CACHE_HOME (~/.cache)/sdft-engine/native-<key>.so; the key is made of
+the sources, the command, the compiler's version and the processor's flags. The file ends in a hash
+of itself: one that was cut off or changed is compiled again. Where the file cannot be written, or
+another user could write it too (kernels/disk_cache.py), or there is no home directory, it is
+compiled for this process alone.
+
+`why_unavailable` says why there is none: not Linux on x86-64, no AVX2, no compiler, a compiler that
+fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -24,6 +27,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,14 +38,15 @@ from kernels import disk_cache
 
 FOLDER = Path(__file__).resolve().parent / "native"
 SOURCES = ("share.c", "linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
-# -O3 unrolls and puts in line; nothing may reorder a sum, so none of -ffast-math is in it, and no
-# compiler makes one rounding of two (gcc would, of intrinsics too)
+# -O3 unrolls and inlines. Nothing may reorder a sum, so none of -ffast-math is in it, and no
+# compiler fuses a product and a sum into one rounding (gcc would, of intrinsics too).
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 SECONDS = 120  # a compilation takes three
+STALE = 3600  # seconds after which a half-made build of a killed process is removed
 
 Long, Pointer = ctypes.c_long, ctypes.c_void_p
 Float, Double = ctypes.c_float, ctypes.c_double
-SIGNATURES = {
+SIGNATURES = {  # function -> result, arguments; an int result that is not 0 means: no memory
     "panel_columns": (Long,),
     "pack": (None, Pointer, Pointer, Long, Long, Long),
     "look_up": (None, Pointer, Long, Pointer, Pointer, Long, Long),
@@ -54,179 +60,255 @@ SIGNATURES = {
     "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
 }
 
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+# ---- for the operations
 
 
-def _processor() -> str:
-    """The flags of the processor, which -march=native asks too."""
-    return next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
-
-
-def _openmp() -> str:
-    """torch's OpenMP library. Another (scikit-learn brings one) would have threads of its own."""
-    paths = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
-    names = ("libgomp", "libiomp5", "libomp")
-    found = [p for p in dict.fromkeys(paths) if os.path.basename(p).startswith(names)]
-    own = str(Path(torch.__file__).resolve().parent)  # maps has no links, a .venv may be one
-    return min(found, key=lambda p: (not p.startswith(own), "site-packages" in p), default="")
-
-
-def _compiler() -> list[str]:
-    """The compiler's path and the words of $CC behind it; [] where there is none."""
-    try:
-        wanted = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # a quotation that does not end
-        return []
-    commands = [wanted] if wanted else [["cc"], ["gcc"], ["clang"]]
-    found = ([path, *rest] for name, *rest in commands if (path := shutil.which(name)))
-    return next(found, [])
-
-
-def _run(command: list[str], folder: str | None = None) -> str:
-    """Standard output; RuntimeError with the last lines of what a failing command said."""
-    how = {"capture_output": True, "text": True, "errors": "replace", "cwd": folder}
-    try:
-        done = subprocess.run(command, timeout=SECONDS, **how)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
-    if done.returncode:
-        said = " / ".join(done.stderr.strip().splitlines()[-3:])[-300:]
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {said}")
-    return done.stdout
-
-
-def _reason() -> str:
-    """Why there can be no C forms here, "" where nothing speaks against them."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"they are for Linux on x86-64, and this is {platform.system()} {platform.machine()}"
-    flags = _processor().split()
-    if "avx512f" not in flags and not ("avx2" in flags and "fma" in flags):
-        return "the processor has neither AVX-512 nor AVX2 with FMA"
-    if not _openmp():
-        return "torch has loaded no OpenMP that is known (libgomp, libiomp5, libomp)"
-    if not _compiler():
-        return f"no C compiler is there ({os.environ.get('CC') or 'cc, gcc or clang'}); install gcc"
-    return ""
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
-def _whole(library: Path) -> bool:
-    """Whether a library is there as it was written: to load one that was cut off is a crash."""
-    content = library.read_bytes() if library.exists() else b""
-    size = len(content) - len(_digest(b""))
-    return size > 0 and _digest(content[:size]) == content[size:]
-
-
-def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
-    """The library for this machine in `folder`, compiled if it is not there.
-
-    RuntimeError where the compiler fails, OSError where the folder cannot be written, the NotOurs
-    among them where another user may write it too.
-    """
-    compiler, openmp = _compiler(), _openmp()
-    version, command = _run([*compiler, "--version"]), shlex.join(compiler)
-    digest = hashlib.sha256(f"{command} {version} {flags} {openmp} {_processor()}".encode())
-    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
-        name = path.relative_to(FOLDER).as_posix()
-        digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
-    library = folder / f"native-{digest.hexdigest()[:16]}.so"
-    if reason := disk_cache.distrusted(library):
-        raise disk_cache.NotOurs(reason)
-    if _whole(library):
-        return library
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for left in folder.glob(".native-*"):  # by a process that was killed while it compiled
-        if time.time() - left.stat().st_mtime > 3600:
-            shutil.rmtree(left, ignore_errors=True)
-    print(f"ops: {command} compiles the C kernels for this processor (once: {library})")
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
-        _run([*compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
-        objects = [Path(name).with_suffix(".o").name for name in SOURCES]
-        # without -fopenmp, which would bring the system's library in beside torch's
-        _run([*compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
-        made = Path(beside, library.name)
-        with made.open("r+b") as file:
-            file.write(_digest(file.read()))  # the loader looks at nothing behind its tables
-        made.chmod(0o700)  # whatever the umask lets others write
-        os.replace(made, library)
-    return library
-
-
-def bind(library: Path) -> ctypes.CDLL:
-    """The library's functions with their signatures; OSError or AttributeError if it has not.
-
-    Those that return an int raise MemoryError where that is not 0.
-    """
-    loaded = ctypes.CDLL(str(library))
-    for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-        if result is ctypes.c_int:
-            function.errcheck = _done
-    return loaded
-
-
-def _done(result: int, function: ctypes._CFuncPtr, arguments: tuple) -> None:
-    if result:
-        raise MemoryError(f"no memory for what a thread of the native {function.__name__} needs")
-
-
-@functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none."""
-    if reason := _reason():
-        return None, reason
-    try:
-        kept = disk_cache.folder()
-        try:
-            if kept is not None:
-                return bind(build(kept)), ""
-        except disk_cache.NotOurs as error:
-            print(
-                f"ops: {error}, so nothing is taken from there and the C kernels are compiled for "
-                "this process alone; set XDG_CACHE_HOME to a folder that only you can write"
-            )
-        except OSError:  # not writable, or nothing there may be run
-            pass
-        with tempfile.TemporaryDirectory() as folder:
-            return bind(
-                build(Path(folder, disk_cache.NAME))
-            ), ""  # loaded, it needs its file no more
-    except (OSError, AttributeError, RuntimeError) as error:
-        return None, str(error)
-
-
-def usable() -> str:
-    """Empty when there are C forms here, else the reason. The first call may compile them."""
-    return _loaded()[1]
+def why_unavailable() -> str | None:
+    """Why there are no C kernels here; None when there are. The first call may compile them."""
+    return _loader.loaded().reason
 
 
 def library() -> ctypes.CDLL:
     """The C functions; RuntimeError with the reason where there are none."""
-    loaded, reason = _loaded()
-    if loaded is None:
-        raise RuntimeError(f"no native kernels: {reason}")
-    return loaded
+    loaded = _loader.loaded()
+    if loaded.library is None:
+        raise RuntimeError(f"no native kernels: {loaded.reason}")
+    return loaded.library
 
 
 def name() -> str:
-    """What was compiled for this processor, or "cpu" where nothing was."""
-    loaded, _ = _loaded()
-    return "cpu" if loaded is None else f"cpu, {Path(loaded._name).stem}"
+    """The compiled library as "cpu, native-<key>"; "cpu" where there is none."""
+    loaded = _loader.loaded()
+    return "cpu" if loaded.library is None else f"cpu, {Path(loaded.library._name).stem}"
 
 
 def at(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
     """The address of a contiguous tensor of that dtype on the CPU."""
     if x.dtype is not dtype or not x.is_contiguous() or not x.is_cpu:
         raise AssertionError(
-            f"{x.dtype} on {x.device} with strides {x.stride()}: contiguous {dtype} is wanted"
+            f"expected contiguous {dtype} on the CPU, got {x.dtype} on {x.device} with strides "
+            f"{x.stride()}"
         )
     return x.data_ptr()
+
+
+# ---- the library of this process
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The compiled library, or the reason why there is none."""
+
+    library: ctypes.CDLL | None = None
+    reason: str | None = None
+
+
+class Loader:
+    """Finds or compiles the library when it is first asked for, and keeps it."""
+
+    def __init__(self, flags: tuple[str, ...] = FLAGS, loaded: Loaded | None = None) -> None:
+        self.flags = flags
+        self._loaded = loaded
+
+    def loaded(self) -> Loaded:
+        if self._loaded is None:
+            self._loaded = self._find()
+        return self._loaded
+
+    def _find(self) -> Loaded:
+        if reason := why_no_build():
+            return Loaded(reason=reason)
+        try:
+            return Loaded(self._cached() or self._for_this_process())
+        except (OSError, AttributeError, RuntimeError) as error:
+            return Loaded(reason=str(error))
+
+    def _cached(self) -> ctypes.CDLL | None:
+        """The library in the cache, compiled if need be; None where the cache cannot be used."""
+        folder = disk_cache.folder()
+        if folder is None:
+            return None
+        try:
+            return bind(build(folder, self.flags))
+        except disk_cache.NotOurs as error:
+            print(
+                f"ops: {error}, so nothing is taken from there and the C kernels are compiled for "
+                "this process alone; set XDG_CACHE_HOME to a folder that only you can write"
+            )
+        except OSError:  # the folder is not writable, or libraries in it may not be loaded
+            pass
+        return None
+
+    def _for_this_process(self) -> ctypes.CDLL:
+        """A library without a file: once loaded, it needs its file no more."""
+        with tempfile.TemporaryDirectory() as folder:
+            return bind(build(Path(folder, disk_cache.NAME), self.flags))
+
+
+_loader = Loader()
+
+
+@contextlib.contextmanager
+def loading_by(loader: Loader) -> Iterator[None]:
+    """Inside, the library is the one that this loader gives.
+
+    `Loader()` looks for it as a new process would; `Loader(loaded=Loaded(reason=...))` is a machine
+    without C kernels. For tests and for measuring other builds.
+    """
+    global _loader
+    previous, _loader = _loader, loader
+    try:
+        yield
+    finally:
+        _loader = previous
+
+
+def bind(library: Path) -> ctypes.CDLL:
+    """The library's functions with their signatures.
+
+    OSError where it cannot be loaded, AttributeError where a function is missing. Functions that
+    return an int raise MemoryError where that is not 0.
+    """
+    loaded = ctypes.CDLL(str(library))
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+        if result is ctypes.c_int:
+            function.errcheck = _check_memory
+    return loaded
+
+
+def _check_memory(result: int, function: ctypes._CFuncPtr, arguments: tuple) -> None:
+    if result:
+        raise MemoryError(f"no memory for a thread's buffers in the native {function.__name__}")
+
+
+# ---- compilation
+
+
+def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+    """The library for this machine in `folder`, compiled if it is not there.
+
+    RuntimeError where the compiler fails; OSError where the folder cannot be written, or, as
+    NotOurs, where another user may write it too.
+    """
+    compiler, openmp = _compiler(), _openmp()
+    library = folder / f"native-{_key(compiler, openmp, flags)}.so"
+    if reason := disk_cache.why_distrusted(library):
+        raise disk_cache.NotOurs(reason)
+    if _is_whole(library):
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _remove_stale_builds(folder)
+    print(
+        f"ops: {shlex.join(compiler)} compiles the C kernels for this processor (once: {library})"
+    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
+        _run([*compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
+        objects = [Path(name).with_suffix(".o").name for name in SOURCES]
+        # without -fopenmp, which would link the system's OpenMP beside torch's
+        _run([*compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
+        made = Path(beside, library.name)
+        with made.open("r+b") as file:
+            file.write(_digest(file.read()))  # the loader ignores bytes after its tables
+        made.chmod(0o700)  # other users must not write it, whatever the umask allows
+        os.replace(made, library)
+    return library
+
+
+def _key(compiler: list[str], openmp: str, flags: tuple[str, ...]) -> str:
+    """Hash of all that decides the library's code."""
+    version, command = _run([*compiler, "--version"]), shlex.join(compiler)
+    digest = hashlib.sha256(f"{command} {version} {flags} {openmp} {_processor()}".encode())
+    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+        name = path.relative_to(FOLDER).as_posix()
+        digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _remove_stale_builds(folder: Path) -> None:
+    """Remove what processes left there that were killed while they compiled."""
+    for left in folder.glob(".native-*"):
+        if time.time() - left.stat().st_mtime > STALE:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there as it was written: loading one that was cut off would crash."""
+    content = library.read_bytes() if library.exists() else b""
+    size = len(content) - len(_digest(b""))
+    return size > 0 and _digest(content[:size]) == content[size:]
+
+
+def _run(command: list[str], folder: str | None = None) -> str:
+    """Standard output; RuntimeError with the last lines of a failing command's error output."""
+    options = {"capture_output": True, "text": True, "errors": "replace", "cwd": folder}
+    try:
+        done = subprocess.run(command, timeout=SECONDS, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
+    if done.returncode:
+        last_lines = " / ".join(done.stderr.strip().splitlines()[-3:])[-300:]
+        raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {last_lines}")
+    return done.stdout
+
+
+# ---- this machine
+
+
+def why_no_build() -> str | None:
+    """Why the C kernels cannot be compiled for this machine; None when they can be tried."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are for Linux on x86-64, and this is {platform.system()} {platform.machine()}"
+    flags = _processor().split()
+    has_avx2 = "avx2" in flags and "fma" in flags
+    if "avx512f" not in flags and not has_avx2:
+        return "the processor has neither AVX-512 nor AVX2 with FMA"
+    if not _openmp():
+        return "torch has loaded no OpenMP that is known (libgomp, libiomp5, libomp)"
+    if not _compiler():
+        return f"no C compiler is there ({os.environ.get('CC') or 'cc, gcc or clang'}); install gcc"
+    return None
+
+
+def _compiler() -> list[str]:
+    """The compiler's path and the words of $CC after it; [] where there is none."""
+    try:
+        words = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation that does not end
+        return []
+    for command, *rest in [words] if words else [["cc"], ["gcc"], ["clang"]]:
+        if path := shutil.which(command):
+            return [path, *rest]
+    return []
+
+
+def _processor() -> str:
+    """The line of flags of the processor, which -march=native follows too."""
+    return next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+
+
+def _openmp() -> str:
+    """The path of torch's OpenMP library; "" where there is none.
+
+    Another one (scikit-learn brings one) would have threads of its own.
+    """
+    paths = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
+    names = ("libgomp", "libiomp5", "libomp")
+    candidates = [p for p in dict.fromkeys(paths) if os.path.basename(p).startswith(names)]
+    # torch's own first, then the system's. maps has no links, and a .venv may be one.
+    torch_folder = str(Path(torch.__file__).resolve().parent)
+    return min(
+        candidates, key=lambda p: (not p.startswith(torch_folder), "site-packages" in p), default=""
+    )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,10 +1,12 @@
-"""torch's vector mathematics on a CPU, called once on one thread before threads share a call out
+"""The first call of each of torch's vector functions on a CPU, made on one thread
 
 oneMKL 2024.2, which torch's wheels for x86 bring, chooses how it computes a function (sqrt, exp,
-cos, ...) when it is first called. Where that first call is shared out over threads, one of them may
-take a form that errs by a thousand ulp for its share (pytorch issue 188792). Here the rotary angles
-of half of the positions were that wrong in one process of ten, and a resumed distillation no longer
-the one that was killed. To import this module is to have made every first call.
+cos, ...) at its first call. If that call is shared among threads, one of them may compute its share
+in a form that errs by a thousand ulp (pytorch issue 188792). Without this module half of the rotary
+angles were that wrong in one process of ten, and a distillation that was killed and resumed
+differed from one that was not.
+
+Importing this module makes every first call, for all functions that we use.
 """
 
 import torch
@@ -13,4 +15,4 @@ FUNCTIONS = ("cos", "sin", "exp", "log", "sqrt", "rsqrt")  # all that we use
 
 for dtype in (torch.float32, torch.float64):
     for name in FUNCTIONS:
-        getattr(torch, name)(torch.ones(16, dtype=dtype))
+        getattr(torch, name)(torch.ones(16, dtype=dtype))  # few numbers: computed on one thread

@@ -1,8 +1,9 @@
-"""The one product form that the sampler uses for a whole run on a CPU
+"""The form of a matrix product that the sampler uses for a whole run on a CPU
 
-Row i of a product must not depend on the number of rows. Our own form is in panels.py; this is the
-one where that cannot be compiled: oneDNN with prepacked weights. Elsewhere `prepack` leaves a
-weight as it is; a GPU's form is in linear_invariant.py.
+Row i of a product must not depend on the number of rows (batch-invariant). The C form that holds
+this is in panels.py; where it cannot be compiled, `Prepacked` is used: oneDNN with prepacked
+weights. Elsewhere `prepack` returns the weight as it is; the form of a GPU is in
+kernels/lora_linear/batch_invariant.py.
 
 shapes     x (T, K)    weight (N, K)    product (T, N), fp32
 """
@@ -17,30 +18,33 @@ from torch import Tensor
 
 from kernels.cpu.panels import Panels
 
+PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)  # rows that `Prepacked` compares
+MOST_PROBED = 8_000_000  # numbers of a probed product: 257 rows of a head take too long
+HINT = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
+
+# (N, K, threads) -> min_rows: measured once per matrix shape and process
+_min_rows: dict[tuple[int, int, int], int] = {}
+
 
 class Prepacked:
     """A weight in oneDNN's own layout, for fp32 inference on a CPU.
 
-    The product of a row is the same bits for any number of rows from `min_rows` on (fewer are
-    padded to it). `min_rows` is measured per matrix shape, since it differs between CPUs: on one
-    with AVX-512 a single row of the down projection takes another path than two.
+    A row's product is the same bits for any number of rows from `min_rows` on; fewer rows are
+    padded to it. `min_rows` is measured per matrix shape, for CPUs differ: on one with AVX-512 a
+    single row of the down projection takes another path than two rows.
     """
-
-    _measured: dict[tuple[int, int, int], int] = {}  # (N, K, threads) -> min_rows
-    PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)
 
     def __init__(self, weight: Tensor) -> None:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        hint = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), hint)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), HINT)
         key = (*weight.shape, torch.get_num_threads())
-        if key not in self._measured:
-            self._measured[key] = self._measure()
-        self.min_rows = self._measured[key]
+        if key not in _min_rows:
+            _min_rows[key] = self._measure()
+        self.min_rows = _min_rows[key]
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """Bytes of memory that it takes."""
         return self.packed.numel() * self.packed.element_size()
 
     @staticmethod
@@ -53,24 +57,26 @@ class Prepacked:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
     def _measure(self) -> int:
+        """The number of rows from which on their number changes no bit of a row's product."""
         n, k = self.shape
-        probes = [m for m in self.PROBES if m * n < 8_000_000]  # 257 rows of a head take too long
+        probes = [m for m in PROBES if m * n < MOST_PROBED]
         x = torch.randn(max(probes), k, generator=torch.Generator().manual_seed(0))
         whole = self._product(x)
-        same = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
+        equal = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
         for least in (1, 2, 8, 17):
-            if all(ok for m, ok in same.items() if m >= least):
+            if all(ok for m, ok in equal.items() if m >= least):
                 return least
         raise RuntimeError(
             f"oneDNN's product of a {n} x {k} matrix depends on the number of rows on this CPU "
-            f"(equal for: {[m for m, ok in same.items() if ok]}), so text would depend on --rows"
+            f"(equal for: {[m for m, ok in equal.items() if ok]}), so text would depend on --rows"
         )
 
     def unpack(self) -> Tensor:
-        """The weight (N, K) as it was, bit for bit: packing only moves numbers."""
+        """The weight (N, K), bit for bit: packing only moves numbers."""
         return self.packed.to_dense()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x (T, K) times the weight transposed: (T, N), fp32."""
         rows = x.shape[0]
         if rows >= self.min_rows:
             return self._product(x.contiguous())
@@ -85,7 +91,7 @@ PackedWeight = Prepacked | Panels
 
 
 def prepack(weight: Tensor, panels: bool = False) -> Tensor | PackedWeight:
-    """The form of `weight` for the products of a sampling run, as it is where there is none."""
+    """`weight` packed for the products of a sampling run; as it is where it cannot be packed."""
     if panels:
         return Panels(weight)
     return Prepacked(weight) if Prepacked.available(weight) else weight
@@ -97,5 +103,5 @@ def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 
 def linear_native(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """As `linear`, in panels; a weight that is not packed yet is, for this one product."""
+    """As `linear`, in panels; a weight that is not packed is packed for this one product."""
     return linear(x, Panels(weight) if isinstance(weight, Tensor) else weight)

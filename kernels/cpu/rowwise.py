@@ -1,12 +1,13 @@
-"""What a CPU's library must be asked for, so that a row's bits do not depend on the other rows
+"""How torch on a CPU is called so that its results are batch-invariant
 
-`rowwise`      a function of single numbers
-`alone_width`  how many queries may meet a page of keys together
+`rowwise`       an elementwise function of a matrix
+`decode_width`  how many queries per row attention must compute together
 
-torch takes a vector form of exp for most numbers of a tensor and a scalar form, which may differ in
-the last bit, for the few behind the last whole vector: at a row's end, but also in the middle of a
-row where the work is split among threads. Here threads are given whole rows, and rows that lie end
-to end are padded to whole vectors. (Sums and products are the same in both forms.)
+torch computes exp of most numbers of a tensor in a vector form, and of the few after the last whole
+vector in a scalar form that may differ in the last bit. Such a tail is at the end of a row, but
+also in the middle of one where the work is split among threads. Here threads are given whole rows,
+and rows that lie end to end are padded to whole vectors. (Sums and products are the same in both
+forms.)
 
 On a GPU the function is called as it is.
 """
@@ -22,58 +23,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.integers import cdiv
+
 GRAIN = 32768  # numbers from which on torch splits a loop (at::internal::GRAIN_SIZE)
 LANES = 32  # two 512-bit vectors of fp32: torch's loops take two at a time
 
 
-def _slices(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of rows which torch splits among its threads between two rows."""
-    threads, start = torch.get_num_threads(), 0
-    if threads == 1 or rows * columns < GRAIN:
-        yield slice(0, rows)
-        return
-    while start < rows:
-        take = rows - start
-        while take > 1 and take % min(threads, -(-take * columns // GRAIN)):
-            take -= 1
-        yield slice(start, start + take)
-        start += take
-
-
 def rowwise(function: Callable, x: Tensor) -> Tensor:
     """function(x) for x (T, F); `function` takes `out=`, as torch.exp does."""
-    rows, columns = x.shape
+    T, columns = x.shape
     if x.device.type != "cpu":
         return function(x)
-    if columns % LANES and x.stride(0) == columns:  # of one row too, however many there are
+    if columns % LANES and x.stride(0) == columns:  # for T = 1 too, or it would depend on T
         x = F.pad(x, (0, -columns % LANES))
     out = torch.empty(x.shape, dtype=x.dtype)
-    for part in _slices(*x.shape):
-        function(x[part], out=out[part])
+    for rows in _slices(*x.shape):
+        function(x[rows], out=out[rows])
     return out[:, :columns]
 
 
-@functools.cache
-def alone_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> int | None:
-    """Queries per row from which on their number changes no bit of a query's result.
+def _slices(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that torch splits among its threads at the ends of rows."""
+    threads = torch.get_num_threads()
+    if threads == 1 or rows * columns < GRAIN:
+        yield slice(0, rows)
+        return
+    start = 0
+    while start < rows:
+        count = rows - start
+        while count > 1 and count % min(threads, cdiv(count * columns, GRAIN)):
+            count -= 1
+        yield slice(start, start + count)
+        start += count
 
-    n heads share a page's keys, so w queries are a product of w n rows. Measured (a CPU's library
-    takes other paths for one or two rows than for more); None where every number gave other bits.
-    On a GPU nothing is promised and 1 is given.
+
+@functools.cache
+def decode_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> int | None:
+    """The least number of queries per row that a page of keys must meet together.
+
+    n query heads share a key head, so w queries of a row are a product of w n rows with the `size`
+    keys of a page, of d numbers each. A CPU's library takes other paths for one or two rows than
+    for more. Measured: from the width returned on, the number of queries changes no bit of a
+    query's result. None where every number gave other bits. On a GPU nothing is promised and 1 is
+    returned.
     """
     if device != "cpu":
         return 1
     g = torch.Generator().manual_seed(0)
-    most = max(48, 16 * n)
+    most = max(48, 16 * n)  # rows of the product that smaller ones are compared with
     q, k, v = (torch.randn(4, m, d, generator=g).to(dtype) for m in (most, size, size))
     p = torch.rand(4, most, size, generator=g).to(dtype)
-    whole = torch.bmm(q, k.transpose(1, 2)), torch.bmm(p, v)
-    same = {}
+    scores, values = torch.bmm(q, k.transpose(1, 2)), torch.bmm(p, v)
+    equal = {}  # rows of a product -> whether it has the bits of the largest
     for m in range(n, most, n):
-        few = (
-            torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2)),
-            torch.bmm(p[:, :m].contiguous(), v),
-        )
-        same[m] = all(torch.equal(a, b[:, :m]) for a, b in zip(few, whole, strict=True))
-    least = next((m for m in same if all(ok for w, ok in same.items() if w >= m)), None)
-    return None if least is None or least > 8 * n else least // n
+        few_scores = torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2))
+        few_values = torch.bmm(p[:, :m].contiguous(), v)
+        same_scores = torch.equal(few_scores, scores[:, :m])
+        equal[m] = same_scores and torch.equal(few_values, values[:, :m])
+    for m in equal:
+        if m <= 8 * n and all(ok for rows, ok in equal.items() if rows >= m):
+            return m // n
+    return None
+
+
+alone_width = decode_width

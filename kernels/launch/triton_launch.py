@@ -2,9 +2,9 @@
 
 Kernels are `@jit` functions whose name ends in `_kernel`; other `@jit` functions are helpers that
 are compiled into them. Without triton (not Linux) the files still import: `jit` returns the plain
-function, and `usable` says why nothing can be launched. It is not imported either, for it takes
-70 MB, where torch was built for CPUs and it is not to interpret: whoever compiles ahead of time
-imports triton before anything of kernels.
+function, and `why_unavailable` says why nothing can be launched. Where torch was built for CPUs and
+kernels are not interpreted, triton is not imported either, for it takes 70 MB: a program that
+compiles ahead of time imports triton before anything of kernels.
 
 On a CPU kernels run only in triton's interpreter, which is decided when triton is first imported:
 TRITON_INTERPRET=1 has to be in the environment by then. It is for tests; it is very slow.
@@ -12,17 +12,21 @@ TRITON_INTERPRET=1 has to be in the environment by then. It is for tests; it is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud: the default is to change
+from kernels.integers import cdiv, power_of_two  # noqa: F401
 
-OLDEST = (3, 6)  # compiled with 3.6 and 3.9; before, tensor descriptors are not there or differ
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # explicit: triton plans another default
+
+OLDEST = (3, 6)  # compiled with 3.6 and 3.9; older ones lack tensor descriptors or have others
 HOW = "on Linux torch 2.10 and newer bring it: pip install -U 'torch>=2.10'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -35,8 +39,9 @@ except ImportError:  # or there is no wheel for this system
     triton = tl = None
 OPTIONS = {"num_warps", "num_stages"}
 
-# benchmarks/tuning/compile.py sets this to collect what would be launched, and nothing is launched.
-recorder: Callable[[Any, tuple[int, ...], tuple, dict], None] | None = None
+# (kernel, grid, args, options) of a launch
+Recorder = Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def jit(fn: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Any:
@@ -46,40 +51,47 @@ def jit(fn: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Any:
     return fn if triton is None else triton.jit(fn, do_not_specialize=list(varying))
 
 
-def usable(device: str | torch.device) -> str:
-    """Empty when kernels can be launched for tensors of this device, else the reason."""
+def constant(value: float) -> Any:
+    """`value` as a global that kernels can read; without triton the plain value."""
+    return value if triton is None else tl.constexpr(value)
+
+
+def why_unavailable(device: str | torch.device) -> str | None:
+    """Why kernels cannot be launched for tensors of this device; None when they can."""
     kind = torch.device(device).type
-    if kind == ("cpu" if INTERPRETED else "cuda"):
-        if triton is None:
-            if not (torch.version.cuda or torch.version.hip):
-                return "this torch was built for CPUs and knows no GPU"
-            return f"triton is not installed; {HOW}"
-        if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-            return f"triton is {triton.__version__}, and the kernels need 3.6 or newer; {HOW}"
-        return ""
-    where = "unset it" if kind == "cuda" else "kernels run on a GPU, or on a CPU with it (slow)"
-    return (
-        f"TRITON_INTERPRET is {'' if INTERPRETED else 'not '}set and the device is {kind}; {where}"
-    )
-
-
-def _scratch(size: int, align: int, stream: int | None) -> Tensor:
-    # torch aligns to 512 bytes; while a step is captured, from the graph's own pool, which gives it
-    # out again to what comes later on the stream
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+    if kind != ("cpu" if INTERPRETED else "cuda"):
+        is_set = "set" if INTERPRETED else "not set"
+        where = "kernels run on a GPU, or on a CPU with it (slow)"
+        if kind == "cuda":
+            where = "unset it"
+        return f"TRITON_INTERPRET is {is_set} and the device is {kind}; {where}"
+    if triton is None:
+        if not (torch.version.cuda or torch.version.hip):
+            return "this torch was built for CPUs and knows no GPU"
+        return f"triton is not installed; {HOW}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"triton is {triton.__version__}, and the kernels need 3.6 or newer; {HOW}"
+    return None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel` over `grid`; no program for an empty grid.
 
-    `options` are the kernel's constexpr arguments and num_warps, num_stages: a row of the table of
-    tiles. The interpreter would drop a misspelt one without a word, so they are looked at here.
+    `options` are the kernel's constexpr arguments, num_warps and num_stages (a tile configuration).
+    Inside `recording_launches` the recorder is called instead.
     """
+    # The interpreter would ignore a misspelt option.
     unknown = options.keys() - set(kernel.arg_names) - OPTIONS
     assert not unknown, f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}"
+    recorder = _recorder.get()
     if recorder is not None:
         recorder(kernel, grid, args, options)
-        return
+    else:
+        launch_now(kernel, grid, *args, **options)
+
+
+def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """As `launch`, recorder or not: a recorder calls it to run what it has noted."""
     if 0 in grid:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
@@ -87,26 +99,40 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device):
-        triton.set_allocator(_scratch)  # tensor descriptors made on the device live there
+        triton.set_allocator(_scratch)  # tensor descriptors made on the device are stored there
         kernel[grid](*args, **options)
 
 
-def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return -(-a // b)
+def _scratch(size: int, align: int, stream: int | None) -> Tensor:
+    # torch aligns to 512 bytes. While a step is captured the memory is from the graph's own pool,
+    # which reuses it for later work on the same stream.
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least `n` and `least`: the edge of a tile."""
-    return max(least, 1 << (n - 1).bit_length())
+@contextlib.contextmanager
+def recording_launches(recorder: Recorder) -> Iterator[None]:
+    """Inside, launches are passed to `recorder` and not made.
+
+    For ahead-of-time compilation and tuning (benchmarks/tuning), which learn this way which kernels
+    an operation launches and how. The tensors may be fake ones, without memory.
+    """
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
 
 
-def described(*tensors: Tensor) -> bool:
+def tma_readable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors (TMA on sm_90) can read all of these: rows begin on 16 bytes."""
+    recorded = _recorder.get() is not None  # recorded tensors may have no memory
     return all(
         t.stride(-1) == 1
         and t.stride(0) * t.element_size() % 16 == 0
         and t.storage_offset() * t.element_size() % 16 == 0
-        and (recorder is not None or t.data_ptr() % 16 == 0)  # recorded tensors have no memory
+        and (recorded or t.data_ptr() % 16 == 0)
         for t in tensors
     )
+
+
+described = tma_readable

@@ -9,10 +9,16 @@ backward   dS_i = s dy_i B_i          dB_i += s dy_i^T S_i         dA += dS^T x^
 shapes     x, dx (T, K)    weight (N, K): the members' weights, one below the other    y, dy (T, N)
            S, dS (T, R), R = rank * adapted members    B_i (N_i, rank)
 precision  products accumulate in at least fp32; dA and dB are added to fp32 buffers
+traffic    T K + N K + T N elements and T R for S, forward; the backward reads dy, x, W and S again
 saved      x and S (R / K of x); S is never recomputed, dS is made once for dB, dA and dx
-The Triton kernels are in lora_linear_triton.py and lora_linear_backward_triton.py.
-"""
 
+group.py            LoraGroup, the adapters of a group as views into the flat buffers
+reference.py        the definition
+torch_form.py       a product and rank-R updates of it
+triton_forward.py   S and y: fused in one launch, split in two, or the torch form (a tile chooses)
+triton_backward.py  dS and dB, dA, dx
+batch_invariant.py  the operation `linear` and a form of the forward whose rows do not depend on T
+"""
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
 
@@ -29,43 +35,51 @@ from kernels.spec import MODELS, TOKENS, Spec, Widths
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    t, k, rank, *sizes = shape
-    n = sum(sizes)
+    """Shape: T, K, rank and the outputs of every member."""
+    T, K, rank, *sizes = shape
+    N = sum(sizes)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
 
-    adapted = [i != 1 or len(sizes) == 2 for i in range(len(sizes))]  # q and v; gate and up
-    b = tuple(normal(m, rank) if on else None for m, on in zip(sizes, adapted, strict=True))
-    a = normal(rank * sum(adapted), k) / k**0.5
+    # of three members the first and the last (q and v), of two both (gate and up)
+    adapted = [i != 1 or len(sizes) == 2 for i in range(len(sizes))]
+    b = tuple(normal(size, rank) if on else None for size, on in zip(sizes, adapted, strict=True))
+    a = normal(rank * sum(adapted), K) / K**0.5
     group = LoraGroup(
-        a,
-        b,
-        torch.zeros_like(a),
-        tuple(None if v is None else torch.zeros_like(v) for v in b),
-        tuple(sizes),
-        rank,
-        0.75,
+        a=a,
+        b=b,
+        da=torch.zeros_like(a),
+        db=tuple(None if b_i is None else torch.zeros_like(b_i) for b_i in b),
+        sizes=tuple(sizes),
+        rank=rank,
+        scale=0.75,
     )
-    keys = torch.randint(2**32, (t,), generator=g)
-    dropout = Dropout(0.25, mix("dropout", 0, 0, 0), torch.arange(t), keys, torch.tensor(3))
-    weight = normal(n, k) / k**0.5
-    return {"x": normal(t, k), "w": weight, "dy": normal(t, n), "group": group, "drop": dropout}
+    row_keys = torch.randint(2**32, (T,), generator=g)
+    dropout = Dropout(0.25, mix("dropout", 0, 0, 0), torch.arange(T), row_keys, torch.tensor(3))
+    weight = normal(N, K) / K**0.5
+    return {"x": normal(T, K), "w": weight, "dy": normal(T, N), "group": group, "drop": dropout}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    out = {"y_plain": ops.lora_linear_forward(i["x"], i["w"])[0]}
-    out["dx_plain"] = ops.lora_linear_backward(i["dy"], i["x"], i["w"])
-    for name, drop in (("", None), ("_drop", i["drop"])):
-        y, s = ops.lora_linear_forward(i["x"], i["w"], i["group"], drop)
-        group = i["group"]
+    """Without adapters, with them, and with dropout; gradients on top of ones."""
+    x, weight, dy, group = i["x"], i["w"], i["dy"], i["group"]
+    outputs = {
+        "y_plain": ops.lora_linear_forward(x, weight)[0],
+        "dx_plain": ops.lora_linear_backward(dy, x, weight),
+    }
+    for suffix, dropout in (("", None), ("_drop", i["drop"])):
+        y, s = ops.lora_linear_forward(x, weight, group, dropout)
         for grad in (group.da, *group.db):
             if grad is not None:
-                grad.fill_(1.0)  # gradients are added to what is there
-        dx = ops.lora_linear_backward(i["dy"], i["x"], i["w"], s, group, True, drop)
-        out |= {f"y{name}": y, f"s{name}": s, f"dx{name}": dx, f"da{name}": group.da.clone()}
-        out |= {f"db{j}{name}": v.clone() for j, v in enumerate(group.db) if v is not None}
-    return out
+                grad.fill_(1.0)  # gradients are added to what the buffer holds
+        dx = ops.lora_linear_backward(dy, x, weight, s, group, True, dropout)
+        outputs |= {f"y{suffix}": y, f"s{suffix}": s, f"dx{suffix}": dx}
+        outputs[f"da{suffix}"] = group.da.clone()
+        for member, db in enumerate(group.db):
+            if db is not None:
+                outputs[f"db{member}{suffix}"] = db.clone()
+    return outputs
 
 
 def _shapes(m: Widths, tokens: tuple[int, ...], ranks: tuple[int, ...]) -> tuple:
@@ -79,6 +93,7 @@ SPEC = Spec(
     "lora_linear",
     _make_inputs,
     _run,
+    fields=("lora_linear_forward", "lora_linear_backward"),
     test_shapes=(
         (1, 16, 4, 8),
         (3, 63, 1, 9, 5, 7),

@@ -1,28 +1,29 @@
-"""Products in which a row's bits are its own on a GPU: `linear`, and a form of lora_linear
+"""Products that are batch-invariant on a GPU: the operation `linear`, and a form of lora_linear
 
-    y = x W^T                          the model's head; W is frozen
+    y   = x W^T                        the model's head; W is frozen
     y_i = x W_i^T + s (x A^T)_i B_i^T  a group of matrices with or without adapters, as lora_linear
 
 A library picks its kernel by the number of rows: other tiles, another instruction, the sum over K
 cut into parts. Here a row's result is one fixed chain of roundings, because
     tile    BM, BN, BK, warps and stages follow from dtype and rank alone. A tile that T does not
-            fill is computed whole; what stands in its idle rows is thrown away
+            fill is computed whole; the results of its idle rows are thrown away
     order   a program owns its outputs and walks over all of K in steps of BK: no split, no atomics.
             S = x A^T is made in the same loop, by every program for itself
-    code    one compiled kernel for every T: T is no constant of it and is not specialised; x lies
-            contiguous from 16 bytes on (else it is copied), so neither alignment nor strides are
-What is left is the hardware's: an element of a tile product is computed in one way wherever in the
-tile it stands. `--invariant` looks at that on the card (engine/sampling/batch_invariance.py).
+    code    one compiled kernel for every T: T is no constant of it and is not specialised; x is
+            contiguous and begins on 16 bytes (else it is copied), so neither alignment nor strides
+            are specialised differently
+The rest is up to the hardware: an element of a tile product has to be computed in one way wherever
+in the tile it stands. `--invariant` checks that on the card (engine/sampling/batch_invariance.py).
 
 shapes     x (T, K)    weight (N, K)    y (T, N)
 precision  products accumulate in at least fp32 (fp32 operands: no TF32); one rounding to the dtype
 traffic    T K + N K + T N elements must be moved. W is read anew by every BM rows (from L2, if it
            holds GROUP tiles of x and one of W), x by every BN columns
-cost       one row is computed as BM rows: hidden behind the reading of W, which is what a step of
-           decoding waits for. Prompts lose: a tile is small beside those of "many" in lora_linear
+cost       one row is computed as BM rows: hidden behind the reading of W, which is the time that a
+           decoding step takes. Prompts lose: a tile is small beside those of "many" in lora_linear
 triton     the kernel is lora_linear_kernel, with RANK 0 for a plain product
-tiles      rows "fixed r16" (padded rank, 128 for more), "fixed" of lora_linear_kernel, in fp32
-           "fixed fp32 r16", "fixed fp32"; the interpreter's "any" serves all
+tiles      shape classes of lora_linear_kernel: "fixed r16" (padded rank, 128 for more), "fixed"; in
+           fp32 "fixed fp32 r16", "fixed fp32"; the interpreter's "any" serves all
 """
 
 # T = tokens, K = inputs, N = outputs, R = ranks of all adapted members
@@ -54,45 +55,57 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 # ---- triton
 
+# The constants of `linear_tile` for one matrix of N rows without an adapter, but for N0 = N.
+_ONE_MATRIX = {"N1": 0, "N2": 0, "S0": -1, "S1": -1, "S2": -1, "R": 0, "RANK": 0}
+
 
 def _fixed_tiles(
     x: Tensor, weight: Tensor, group: LoraGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    (T, K), (N, _) = x.shape, weight.shape
+    """y (T, N), and S (T, R) with a group."""
+    T, K = x.shape
+    N = weight.shape[0]
     assert weight.shape == (N, K), f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
-    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(T, N)
+    x = x.contiguous()
     if x.storage_offset() * x.element_size() % 16:
         x = x.clone()
-    sizes, rank, scale, a, b, s = (N,), 0, 1.0, None, [None] * 3, None
-    members = {"N0": N, "N1": 0, "N2": 0, "S0": -1, "S1": -1, "S2": -1, "R": 0, "RANK": 0}
-    if group is not None:
+    weight = weight.contiguous()
+    y = x.new_empty(T, N)
+    if group is None:
+        sizes, rank, scale = (N,), 0, 1.0
+        a, b, s = None, [None, None, None], None
+        members = {"N0": N, **_ONE_MATRIX}
+    else:
         assert group.a.shape[1] == K and sum(group.sizes) == N, (
             f"x {tuple(x.shape)}, W {(N, K)}, A {tuple(group.a.shape)}, {group.sizes}"
         )
-        sizes, rank, scale, a = group.sizes, group.rank, group.scale, group.a.contiguous()
-        (b, members), s = members_of(group), x.new_empty(T, a.shape[0])
+        sizes, rank, scale = group.sizes, group.rank, group.scale
+        a = group.a.contiguous()
+        b, members = members_of(group)
+        s = x.new_empty(T, a.shape[0])
     kind = "fixed fp32" if x.dtype == torch.float32 else "fixed"
-    padded = power_of_two(max(1, rank))
-    classes = (f"{kind} r{min(128, padded)}", kind) if rank else (kind,)
-    row = tile("lora_linear_kernel", x.device, *classes)
+    padded_rank = power_of_two(max(1, rank))
+    classes = (f"{kind} r{min(128, padded_rank)}", kind) if rank else (kind,)
+    config = tile("lora_linear_kernel", x.device, *classes)
+    tiles = cdiv(T, config["BM"]) * sum(cdiv(size, config["BN"]) for size in sizes)
     launch_tiles(
-        lora_linear_kernel, cdiv(T, row["BM"]) * sum(cdiv(n, row["BN"]) for n in sizes), x, False,
-        x, weight, a, *b, s, y, T, K, scale, K=K, **members, FUSED=True, BR=padded, **row,
+        lora_linear_kernel, tiles, x, False,  # by pointers: only aligned tensors have descriptors
+        x, weight, a, *b, s, y, T, K, scale, K=K, **members, FUSED=True, BR=padded_rank, **config,
     )  # fmt: skip
     return y, s
 
 
 def linear_invariant_triton(x: Tensor, weight: Tensor) -> Tensor:
-    """x (T, K) times weight (N, K) transposed: (T, N); a row's bits do not depend on the others."""
+    """x (T, K) times weight (N, K) transposed: (T, N), batch-invariant."""
     return _fixed_tiles(x, weight, None)[0]
 
 
 def lora_linear_forward_invariant_triton(
     x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `lora_linear_forward`; a row's bits do not depend on the others.
+    """As `lora_linear_forward`, batch-invariant.
 
-    Nothing is sampled with dropout, and with one the form is the split one, with its own tiles.
+    Sampling uses no dropout; with dropout this is the split form, which is not batch-invariant.
     """
     if group is not None and dropout is not None:
         return lora_linear_forward_split_triton(x, weight, group, dropout)
@@ -103,13 +116,16 @@ def lora_linear_forward_invariant_triton(
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    """T, K, N; a fourth number: the weight's are of so many bits, as a checkpoint's in bf16 (8) or
-    fp16 (11). A CPU has a form for each (panels.py)."""
-    t, k, n, *bits = shape
-    x = torch.randn(t, k, generator=g, dtype=torch.float64)
-    w = torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5
+    """Shape: T, K, N, and maybe the bits of the weight's significands.
+
+    8 bits are a checkpoint's in bf16, 11 in fp16; a CPU has a form for each (cpu/panels.py).
+    """
+    T, K, N, *bits = shape
+    x = torch.randn(T, K, generator=g, dtype=torch.float64)
+    w = torch.randn(N, K, generator=g, dtype=torch.float64) / K**0.5
     if bits:
-        w = w.to({8: torch.bfloat16, 11: torch.float16}[bits[0]]).double()
+        dtype = {8: torch.bfloat16, 11: torch.float16}[bits[0]]
+        w = w.to(dtype).double()
     return {"x": x, "w": w}
 
 
@@ -125,6 +141,7 @@ SPEC = Spec(
     "linear",
     _make_inputs,
     _run,
+    fields=("linear",),
     test_shapes=(
         (1, 16, 8),
         (3, 63, 21),

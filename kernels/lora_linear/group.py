@@ -1,7 +1,6 @@
 """The adapters of a group of matrices that read the same input."""
 
-
-# T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
+# K = inputs, N_i = outputs of member i, R = ranks of all adapted members
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor
 class LoraGroup:
     """The adapters of one group: views into the flat buffers of a `Lora`."""
 
-    a: Tensor  # (R, K) compute dtype
+    a: Tensor  # (R, K) compute dtype: the A of the adapted members, one below the other
     b: tuple[Tensor | None, ...]  # per member (N_i, rank) compute dtype, None where not adapted
     da: Tensor  # (R, K) accumulates
     db: tuple[Tensor | None, ...]  # per member (N_i, rank), accumulate
@@ -24,11 +23,13 @@ class LoraGroup:
 
     def members(self) -> list[tuple[int, slice, slice]]:
         """(i, columns of y, columns of S) of every adapted member."""
-        found, column, s_column = [], 0, 0
+        adapted = []
+        y_begin, s_begin = 0, 0
         for i, size in enumerate(self.sizes):
             if self.b[i] is not None:
-                columns = slice(column, column + size)
-                found.append((i, columns, slice(s_column, s_column + self.rank)))
-                s_column += self.rank
-            column += size
-        return found
+                y_columns = slice(y_begin, y_begin + size)
+                s_columns = slice(s_begin, s_begin + self.rank)
+                adapted.append((i, y_columns, s_columns))
+                s_begin += self.rank
+            y_begin += size
+        return adapted

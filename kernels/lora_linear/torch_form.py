@@ -1,5 +1,4 @@
-"""A linear layer with low-rank adapters on torch products."""
-
+"""A linear layer with low-rank adapters on torch products, forward and backward written out."""
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
 
@@ -12,8 +11,6 @@ from torch import Tensor
 from kernels.cpu.prepack import PackedWeight, linear
 from kernels.lora_linear.group import LoraGroup
 from kernels.philox import Dropout
-
-# ---- torch
 
 
 def lora_linear_forward(
@@ -30,8 +27,8 @@ def lora_linear_forward(
     if group is None:
         return y, None
     assert sum(group.sizes) == weight.shape[0], f"{group.sizes} do not add to {weight.shape[0]}"
-    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)
-    s = F.linear(dropped, group.a)
+    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)
+    s = F.linear(dropped, group.a)  # (T, R)
     for i, columns, s_columns in group.members():
         y[:, columns].addmm_(s[:, s_columns], group.b[i].T, alpha=group.scale)
     return y, s
@@ -54,16 +51,16 @@ def lora_linear_backward(
     dx = dy @ weight if need_dx else None
     if group is None:
         return dx
-    ds = torch.empty_like(s)
+    ds = torch.empty_like(s)  # (T, R)
     for i, columns, s_columns in group.members():
-        dy_i, b = dy[:, columns], group.b[i]
-        ds[:, s_columns] = dy_i @ b
+        dy_i = dy[:, columns]  # (T, N_i)
+        ds[:, s_columns] = dy_i @ group.b[i]
         _add_product(group.db[i], dy_i.T, s[:, s_columns], group.scale)
     ds.mul_(group.scale)
     if dropout is None:
         _add_product(group.da, ds.T, x, 1.0)
         return dx.addmm_(ds, group.a) if need_dx else None
-    mask = dropout.mask(x.shape[1], x.dtype)
+    mask = dropout.mask(x.shape[1], x.dtype)  # (T, K)
     _add_product(group.da, ds.T, x * mask, 1.0)
     return dx.add_((ds @ group.a).mul_(mask)) if need_dx else None
 

@@ -1,17 +1,19 @@
-"""The Triton kernels of lora_linear.py's backward; mathematics, shapes and contract stand there
+"""The Triton kernels of lora_linear's backward
 
-1. a tile of dy is read once for dS (a sum over columns, whole within its program) and for dB (a sum
-   over rows: parts by block of rows)
-2. dA in parts by chunk of rows
-3. parts are added in their order by a kernel of its own: no atomics
-4. dx = dy W + mask * (dS A) in one pass
-Rank is padded and dropout drawn again as in lora_linear_triton.py.
-tiles      shape classes as there; before them "drop" for dx with dropout on many tokens. The row
-           lora_linear_backward names the public function's form: kernels, addmm
+1. lora_up_backward_kernel  a tile of dy is read once, for dS (a sum over columns, complete within
+                            its program) and for dB (a sum over tokens: parts by block of tokens)
+2. lora_da_kernel           dA, in parts by chunk of tokens
+3. lora_reduce_kernel       adds the parts in their order: no atomics, the same bits in every run
+4. lora_dx_kernel           dx = dy W + mask * (dS A) in one pass
+Rank is padded and dropout drawn again as in triton_forward.py.
+tiles      shape classes as there; before them "drop" for dx with dropout on many tokens. The
+           configuration `lora_linear_backward` names the form that the public function takes:
+           kernels, or addmm, the torch form on the vendor's library
 traffic    T (2K + 2N + 3R) + N K elements and the parts
 """
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
+# BM = tokens of a tile, BN = its columns, BK = elements of a step, BR = ranks of a tile
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from kernels.lora_linear.triton_forward import (
     pick,
     pick_pointer,
     shape_classes,
-    tile_of,
+    tile_position,
 )
 from kernels.philox import Dropout, dropout_arguments, dropout_tile
 
@@ -43,31 +45,37 @@ def lora_up_backward_kernel(
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Each tile of dy is read once: dS_i = s dy_i B_i, and this block of rows' share of dB_i."""
-    chunk, member = tl.program_id(0), tl.program_id(1)
+    """dS_i = s dy_i B_i of one block of BM tokens and one member i, and the block's part of dB_i.
+
+    part_ptr: (blocks, N0 + N1 + N2, RANK) fp32. Arguments otherwise as in `linear_tile`.
+    """
+    block = tl.program_id(0)
+    member = tl.program_id(1)
     s_begin = pick(member, S0, S1, S2)
-    if s_begin < 0:
+    if s_begin < 0:  # the member has no adapter
         return
-    begin, size = pick(member, 0, N0, N0 + N1), pick(member, N0, N1, N2)
+    begin = pick(member, 0, N0, N0 + N1)  # the member's first column of dy
+    size = pick(member, N0, N1, N2)
     tl.assume(size > 0)
-    rows, ranks = chunk * BM + tl.arange(0, BM), tl.arange(0, BR)
+    rows = block * BM + tl.arange(0, BM)
+    ranks = tl.arange(0, BR)
     s_at = rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
     s_mask = (rows < T)[:, None] & (ranks < RANK)[None, :]
     s = tl.load(s_ptr + s_at, mask=s_mask, other=0.0)
     b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
-    part_ptr += chunk.to(tl.int64) * (N0 + N1 + N2) * RANK + begin.to(tl.int64) * RANK
+    part_ptr += block.to(tl.int64) * (N0 + N1 + N2) * RANK + begin.to(tl.int64) * RANK
     ds = tl.zeros((BM, BR), tl.float32)
     for n in range(0, size, BN):
         cols = n + tl.arange(0, BN)
-        dy = tl.load(
-            dy_ptr + rows.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :],
-            mask=(rows < T)[:, None] & (cols < size)[None, :], other=0.0,
-        )  # fmt: skip
+        dy_at = rows.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
+        dy_inside = (rows < T)[:, None] & (cols < size)[None, :]
+        dy = tl.load(dy_ptr + dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
         at = cols.to(tl.int64)[:, None] * RANK + ranks[None, :]
         inside = (cols < size)[:, None] & (ranks < RANK)[None, :]
-        b = tl.load(b_ptr + at, mask=inside, other=0.0)
+        b = tl.load(b_ptr + at, mask=inside, other=0.0)  # (BN, BR)
         ds = tl.dot(dy, b, ds, input_precision="ieee")
-        tl.store(part_ptr + at, tl.dot(dy.T, s, input_precision="ieee"), mask=inside)
+        db = tl.dot(dy.T, s, input_precision="ieee")  # (BN, BR), this block's part
+        tl.store(part_ptr + at, db, mask=inside)
     tl.store(ds_ptr + s_at, (ds * scale).to(ds_ptr.dtype.element_ty), mask=s_mask)
 
 
@@ -77,8 +85,12 @@ def lora_da_kernel(
     K: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr, CHUNK: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """This chunk of rows' share of dA = dS^T x^."""
-    ranks, cols = tl.program_id(1) * BR + tl.arange(0, BR), tl.program_id(0) * BK + tl.arange(0, BK)
+    """This chunk of tokens' part of dA = dS^T x^: a tile of BR ranks and BK inputs.
+
+    CHUNK tokens are added up in one program, BM at a time. part_ptr: (chunks, R, K) fp32.
+    """
+    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
     chunk = tl.program_id(2)
     acc = tl.zeros((BR, BK), tl.float32)
     for m in range(0, CHUNK, BM):
@@ -87,7 +99,7 @@ def lora_da_kernel(
         at = rows.to(tl.int64)[:, None]
         ds = tl.load(ds_ptr + at * R + ranks[None, :], mask=here & (ranks < R)[None, :], other=0.0)
         inside = here & (cols < K)[None, :]
-        x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0)  # (BM, BK)
         if DROP:
             position = tl.load(position_ptr + rows, mask=rows < T, other=0)
             row_key = tl.load(row_key_ptr + rows, mask=rows < T, other=0)
@@ -101,7 +113,10 @@ def lora_da_kernel(
 
 @jit(varying=("parts",))
 def lora_reduce_kernel(part_ptr, out_ptr, parts, stride, first, count, scale, BN: tl.constexpr):
-    """out += scale * the sum of the parts, in their order."""
+    """out += scale * the sum of the parts, in their order: BN of `count` elements.
+
+    A part begins `stride` elements after the one before; of each, elements from `first` on count.
+    """
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = tl.zeros((BN,), tl.float32)
     part_ptr += first
@@ -114,20 +129,33 @@ def lora_reduce_kernel(part_ptr, out_ptr, parts, stride, first, count, scale, BN
 
 @jit
 def dx_tile(
-    pid, dy, w, ds, a, dx_ptr, position_ptr, row_key_ptr, step_ptr, key, threshold,
+    # which tile of dx, numbered by `tile_position`
+    pid,
+    # operands as descriptors or pointers: dy (T, N), w (N, K), dS (T, R), A (R, K); the result dx
+    dy, w, ds, a, dx_ptr,
+    # dropout: what `dropout_tile` takes
+    position_ptr, row_key_ptr, step_ptr, key, threshold,
+    # sizes
     T, dy_stride, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    DROP: tl.constexpr, DESCRIBED: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    # the form: with dropout; operands read through descriptors
+    DROP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    # the tile configuration
+    GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx; the inner loop is over W's rows. dy, w, ds, a: descriptors, or pointers."""
-    pid_m, pid_n = tile_of(pid, tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
-    rows, cols = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    """One tile of dx (BM, BN): tokens by inputs; the inner loop runs over the rows of W."""
+    pid_m, pid_n = tile_position(pid, tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
+    rows = pid_m * BM + tl.arange(0, BM)
+    cols = pid_n * BN + tl.arange(0, BN)
+    # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
     safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
     safe_cols = tl.where(cols < K, cols, 0)
+
+    # dy W
     acc = tl.zeros((BM, BN), tl.float32)
     for n in range(0, N, BK):
-        if DESCRIBED:
-            dy_tile, w_tile = dy.load([pid_m * BM, n]), w.load([n, pid_n * BN])
+        if DESCRIPTORS:
+            dy_tile = dy.load([pid_m * BM, n])
+            w_tile = w.load([n, pid_n * BN])
         else:
             inner = n + tl.arange(0, BK)
             at = safe_rows[:, None] * dy_stride + inner[None, :]
@@ -135,23 +163,29 @@ def dx_tile(
             at = inner.to(tl.int64)[:, None] * K + safe_cols[None, :]
             w_tile = tl.load(w + at, mask=(inner < N)[:, None], other=0.0)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+
+    # dS A: with dropout in an accumulator of its own, which the mask multiplies
     low = acc if not DROP else tl.zeros((BM, BN), tl.float32)
     for r in tl.static_range(0, R, BR):
-        if DESCRIBED:
-            ds_tile, a_tile = ds.load([pid_m * BM, r]), a.load([r, pid_n * BN])
+        if DESCRIPTORS:
+            ds_tile = ds.load([pid_m * BM, r])
+            a_tile = a.load([r, pid_n * BN])
         else:
             ranks = r + tl.arange(0, BR)
-            live = ranks < R
+            inside = ranks < R
             at = safe_rows[:, None] * R + ranks[None, :]
-            ds_tile = tl.load(ds + at, mask=live[None, :], other=0.0)
+            ds_tile = tl.load(ds + at, mask=inside[None, :], other=0.0)
             at = ranks[:, None] * K + safe_cols[None, :]
-            a_tile = tl.load(a + at, mask=live[:, None], other=0.0)
+            a_tile = tl.load(a + at, mask=inside[:, None], other=0.0)
         low = tl.dot(ds_tile, a_tile, low, input_precision="ieee")
     if DROP:
-        position, row_key = tl.load(position_ptr + safe_rows), tl.load(row_key_ptr + safe_rows)
-        low = acc + low * dropout_tile(
-            position, row_key, tl.load(step_ptr), key, pid_n * BN, threshold, BM, BN
-        )
+        position = tl.load(position_ptr + safe_rows)
+        row_key = tl.load(row_key_ptr + safe_rows)
+        first = pid_n * BN
+        mask = dropout_tile(
+            position, row_key, tl.load(step_ptr), key, first, threshold, BM, BN
+        )  # (BM, BN)
+        low = acc + low * mask
     inside = (rows < T)[:, None] & (cols < K)[None, :]
     at = rows.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(dx_ptr + at, low.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -161,12 +195,15 @@ def dx_tile(
 def lora_dx_kernel(
     dy_ptr, w_ptr, ds_ptr, a_ptr, dx_ptr, position_ptr, row_key_ptr, step_ptr, key, threshold,
     T, dy_stride, tiles, programs, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    DROP: tl.constexpr, DESCRIBED: tl.constexpr, PERSISTENT: tl.constexpr, GROUP: tl.constexpr,
+    DROP: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy W + mask * (dS A); PERSISTENT as in lora_linear_kernel."""
-    dy, w, ds, a = dy_ptr, w_ptr, ds_ptr, a_ptr
-    if DESCRIBED:
+    """dx = dy W + mask * (dS A). Arguments as in `dx_tile`; PERSISTENT as in lora_linear_kernel."""
+    dy = dy_ptr
+    w = w_ptr
+    ds = ds_ptr
+    a = a_ptr
+    if DESCRIPTORS:
         dy = tl.make_tensor_descriptor(dy_ptr, [T, N], [dy_stride, 1], [BM, BK])
         w = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BK, BN])
         ds = tl.make_tensor_descriptor(ds_ptr, [T, R], [R, 1], [BM, BR])
@@ -175,16 +212,76 @@ def lora_dx_kernel(
         for pid in tl.range(tl.program_id(0), tiles, programs, num_stages=1):
             dx_tile(
                 pid, dy, w, ds, a, dx_ptr, position_ptr, row_key_ptr, step_ptr, key, threshold,
-                T, dy_stride, K, N, R, DROP, DESCRIBED, GROUP, BM, BN, BK, BR,
+                T, dy_stride, K, N, R, DROP, DESCRIPTORS, GROUP, BM, BN, BK, BR,
             )  # fmt: skip
     else:
         dx_tile(
             tl.program_id(0), dy, w, ds, a, dx_ptr, position_ptr, row_key_ptr, step_ptr, key,
-            threshold, T, dy_stride, K, N, R, DROP, DESCRIBED, GROUP, BM, BN, BK, BR,
+            threshold, T, dy_stride, K, N, R, DROP, DESCRIPTORS, GROUP, BM, BN, BK, BR,
         )  # fmt: skip
 
 
 # ---- launches
+
+
+def _launch_up_backward(
+    dy: Tensor, s: Tensor, group: LoraGroup, classes: tuple[str, ...]
+) -> Tensor:
+    """dS (T, R); adds dB into the group's views."""
+    T, N = dy.shape
+    b, members = members_of(group)
+    config = tile("lora_up_backward_kernel", dy.device, *classes)
+    blocks = cdiv(T, config["BM"])
+    ds = torch.empty_like(s)
+    part = dy.new_empty(blocks, N, group.rank, dtype=torch.float32)
+    launch(
+        lora_up_backward_kernel, (blocks, len(group.sizes)),
+        dy, s, *b, ds, part, T, dy.stride(0), group.scale,
+        **members, BR=power_of_two(group.rank), **config,
+    )  # fmt: skip
+    for i, columns, _ in group.members():
+        _add_parts(part, columns.start * group.rank, group.db[i], group.scale)
+    return ds
+
+
+def _launch_da(
+    ds: Tensor, x: Tensor, group: LoraGroup, dropout: Dropout | None, classes: tuple[str, ...]
+) -> None:
+    """Adds dA into the group's view."""
+    T, K = x.shape
+    R = ds.shape[1]
+    config = tile("lora_da_kernel", x.device, *classes)
+    if R <= 16:
+        config["BR"] = 16
+    chunks = cdiv(T, config["CHUNK"])
+    part = x.new_empty(chunks, R, K, dtype=torch.float32)
+    launch(
+        lora_da_kernel, (cdiv(K, config["BK"]), cdiv(R, config["BR"]), chunks),
+        ds, x, part, *dropout_arguments(dropout), T, x.stride(0),
+        K=K, R=R, DROP=dropout is not None, **config,
+    )  # fmt: skip
+    _add_parts(part, 0, group.da, 1.0)
+
+
+def _launch_dx(
+    dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, dropout: Dropout | None,
+    classes: tuple[str, ...],
+) -> Tensor:  # fmt: skip
+    """dx (T, K)."""
+    T, N = dy.shape
+    R, K = a.shape
+    dx = dy.new_empty(T, K)
+    many_dropped = dropout is not None and classes[0].startswith("many")
+    first = ("drop",) if many_dropped else ()  # a second accumulator: tiles of its own
+    config = tile("lora_dx_kernel", dy.device, *first, *classes)
+    config["BR"] = min(config["BR"], power_of_two(R))
+    tiles = cdiv(T, config["BM"]) * cdiv(K, config["BN"])
+    launch_tiles(
+        lora_dx_kernel, tiles, dy, described(dy, weight, ds, a),
+        dy, weight, ds, a, dx, *dropout_arguments(dropout), T, dy.stride(0),
+        K=K, N=N, R=R, DROP=dropout is not None, **config,
+    )  # fmt: skip
+    return dx
 
 
 def lora_linear_backward_kernels_triton(
@@ -199,47 +296,33 @@ def lora_linear_backward_kernels_triton(
     """As `lora_linear_backward`: dS with dB's parts, dA's parts, their ordered sums, dx."""
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
-    T, K = x.shape
-    R, N = group.a.shape[0], weight.shape[0]
+    T = x.shape[0]
+    N, R = weight.shape[0], group.a.shape[0]
     assert dy.shape == (T, N) and s.shape == (T, R), (
         f"dy {tuple(dy.shape)}, s {tuple(s.shape)} for x {tuple(x.shape)}, W {tuple(weight.shape)}"
     )
-    dy, x, s = inner_contiguous(dy), inner_contiguous(x), s.contiguous()
-    weight, a = weight.contiguous(), group.a.contiguous()
-    (b, members), classes = members_of(group), shape_classes(x, group.rank)
-    drop, DROP, BR = dropout_arguments(dropout), dropout is not None, power_of_two(group.rank)
-
-    row = tile("lora_up_backward_kernel", x.device, *classes)
-    parts, ds = cdiv(T, row["BM"]), torch.empty_like(s)
-    part = x.new_empty(parts, N, group.rank, dtype=torch.float32)
-    launch(
-        lora_up_backward_kernel, (parts, len(group.sizes)),
-        dy, s, *b, ds, part, T, dy.stride(0), group.scale, **members, BR=BR, **row,
-    )  # fmt: skip
-    for i, columns, _ in group.members():
-        _reduce(part, columns.start * group.rank, group.db[i], group.scale)
-
-    row = tile("lora_da_kernel", x.device, *classes)
-    row["BR"] = 16 if R <= 16 else row["BR"]
-    parts = cdiv(T, row["CHUNK"])
-    part = x.new_empty(parts, R, K, dtype=torch.float32)
-    launch(
-        lora_da_kernel, (cdiv(K, row["BK"]), cdiv(R, row["BR"]), parts),
-        ds, x, part, *drop, T, x.stride(0), K=K, R=R, DROP=DROP, **row,
-    )  # fmt: skip
-    _reduce(part, 0, group.da, 1.0)
+    dy = inner_contiguous(dy)
+    x = inner_contiguous(x)
+    s = s.contiguous()
+    classes = shape_classes(x, group.rank)
+    ds = _launch_up_backward(dy, s, group, classes)
+    _launch_da(ds, x, group, dropout, classes)
     if not need_dx:
         return None
+    return _launch_dx(dy, weight.contiguous(), ds, group.a.contiguous(), dropout, classes)
 
-    form = ("drop",) if DROP and classes[0].startswith("many") else ()  # a second accumulator
-    row = tile("lora_dx_kernel", x.device, *form, *classes)
-    dx = x.new_empty(T, K)
-    launch_tiles(
-        lora_dx_kernel, cdiv(T, row["BM"]) * cdiv(K, row["BN"]), x, described(dy, weight, ds, a),
-        dy, weight, ds, a, dx, *drop, T, dy.stride(0), K=K, N=N, R=R, DROP=DROP,
-        **row | {"BR": min(row["BR"], power_of_two(R))},
-    )  # fmt: skip
-    return dx
+
+def _add_parts(part: Tensor, first: int, out: Tensor, scale: float) -> None:
+    """out += scale times the sum over part's first dimension of elements first, first + 1, ..."""
+    assert out.is_contiguous(), f"gradient {tuple(out.shape)} with strides {out.stride()}"
+    count = out.numel()
+    config = tile("lora_reduce_kernel", out.device)
+    grid = (cdiv(count, config["BN"]),)
+    args = (part, out, part.shape[0], part.stride(0), first, count, scale)
+    launch(lora_reduce_kernel, grid, *args, **config)
+
+
+BACKWARD_FORMS = {"kernels": lora_linear_backward_kernels_triton, "addmm": lora_linear_backward}
 
 
 def lora_linear_backward_triton(
@@ -251,20 +334,9 @@ def lora_linear_backward_triton(
     need_dx: bool = True,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
-    """As `lora_linear_backward`, in the form that the table of tiles says: kernels, addmm."""
+    """As `lora_linear_backward`, in the form that the tile configuration names."""
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
     assert x is not None, "the gradient of A needs x"
-    row = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
-    return BACKWARD_FORMS[row["form"]](dy, x, weight, s, group, need_dx, dropout)
-
-
-BACKWARD_FORMS = {"kernels": lora_linear_backward_kernels_triton, "addmm": lora_linear_backward}
-
-
-def _reduce(part: Tensor, first: int, out: Tensor, scale: float) -> None:
-    """out += scale times the sum over part's first dimension of elements first, first + 1, ..."""
-    assert out.is_contiguous(), f"gradient {tuple(out.shape)} with strides {out.stride()}"
-    row, n = tile("lora_reduce_kernel", out.device), out.numel()
-    args = (part, out, part.shape[0], part.stride(0), first, n, scale)
-    launch(lora_reduce_kernel, (cdiv(n, row["BN"]),), *args, **row)
+    config = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
+    return BACKWARD_FORMS[config["form"]](dy, x, weight, s, group, need_dx, dropout)

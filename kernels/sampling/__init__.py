@@ -1,31 +1,33 @@
 """From logits to the next token
 
-    l = logits; l[i] = l[i] / r if l[i] > 0 else l[i] r, once for each i in the history (r is the
-    repetition penalty); z = l / temperature; keep the top_k largest; keep the smallest set of
-    largest whose probability reaches top_p; drop what is less probable than min_p times the most
-    probable; u = philox(seed, row, sample, position) in (0, 1); the token is the first, in order of
-    falling probability (ties: lower id first), at which the cumulative probability of what was kept
-    exceeds u.        temperature 0: the largest l.
+    1. l = logits; once for each id i in the history, l[i] = l[i] / r if l[i] > 0 else l[i] r, with
+       the repetition penalty r
+    2. z = l / temperature
+    3. top_k: keep the k largest
+    4. top_p: keep the smallest set of largest whose probability reaches top_p
+    5. min_p: drop those less probable than min_p times the most probable
+    6. u = philox(seed, row, sample, position) in (0, 1). The token is the first, in order of
+       falling probability (ties: lower id first), at which the cumulative probability of those kept
+       exceeds u (inverse CDF).
+    temperature 0: the id of the largest l.
 
-The order is Hugging Face's, whose top-k differs in ties: it keeps all that equal the k-th.
-The log-probability returned is that of the chosen token under the plain softmax of the logits.
-A row's token depends on its logits, its history, its keys and the settings alone.
--inf is never drawn. A row with NaN or +inf gives some token of the vocabulary.
+The order of the steps is Hugging Face's, whose top-k differs in ties: it keeps all that equal the
+k-th. The log-probability returned is that of the chosen token under the plain softmax of the
+logits. -inf is never drawn. A row with NaN or +inf gives some token of the vocabulary.
 
 shapes     logits (B, V)    tokens (B,) int64    logprobs (B,) accumulation dtype
 precision  softmax in max(fp32, dtype); l rounded to that; probabilities and their sums in fp64
-triton     nothing is sorted. A logit and its id make an integer key, larger where the order above
-           is earlier, so that "the k largest", "the set that reaches top_p" and "the token at u"
-           each ask for the largest key k for which the count or mass of the keys >= k is enough.
-           `_search` finds it: a pass over the row weighs BM keys spread over the interval left.
-           A program is alone with its row: stages are what hides the latency of its loads.
-           Launches: penalise; largest key and log-sum-exp (greedy ends here); weights; draw.
-           The settings are constants of the kernels: a new setting compiles anew.
-tiles      one shape class
+traffic    B V logits are read at least twice (softmax, draw)
+contract   a row's token depends on its logits, its history, its keys and the settings alone
+
+sample_rows.py     SampleRows: the keys of every row's random number, and the settings
+reference.py       the definition, row by row and token by token
+torch_form.py      sorts, or takes the top k
+native_form.py     C, for fp32 on a CPU
+triton_forward.py  sorts nothing: a search over integer keys
 """
 
-
-# B = rows, V = vocabulary, L = length of the longest history
+# B = rows of logits, V = vocabulary
 
 from __future__ import annotations
 
@@ -39,16 +41,17 @@ from kernels.spec import MODELS, Spec
 
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
-    b, v, *settings = shape
+    """Shape: B, V and the settings of SampleRows from temperature on."""
+    B, V, *settings = shape
     rows = SampleRows(
-        torch.arange(b),
-        torch.randint(4, (b,), generator=g),
-        torch.randint(-(2**62), 2**62, (b,), generator=g),
+        torch.arange(B),
+        torch.randint(4, (B,), generator=g),
+        torch.randint(-(2**62), 2**62, (B,), generator=g),
         7,
         *settings,
-        history=torch.randint(-1, v, (b, v // 3 + 1), generator=g),  # repeats and padding
+        history=torch.randint(-1, V, (B, V // 3 + 1), generator=g),  # repeats and padding
     )
-    logits = (4 * torch.randn(b, v, generator=g, dtype=torch.float64)).round(decimals=1)  # ties
+    logits = (4 * torch.randn(B, V, generator=g, dtype=torch.float64)).round(decimals=1)  # ties
     return {"logits": logits, "rows": rows}
 
 
@@ -64,6 +67,7 @@ SPEC = Spec(
     "sample",
     _make_inputs,
     _run,
+    fields=("sample",),
     # rows, vocabulary, temperature, top_k, top_p, repetition penalty, min_p
     test_shapes=(
         (5, 300),

@@ -1,7 +1,6 @@
-"""Sampling in C (cpu/native/sample.c)."""
+"""Sampling in C (kernels/cpu/native/sample.c), for fp32 on a CPU."""
 
-
-# B = rows, V = vocabulary, L = length of the longest history
+# B = rows of logits, V = vocabulary
 
 from __future__ import annotations
 
@@ -13,17 +12,19 @@ from kernels.philox import uniform
 from kernels.sampling.sample_rows import SampleRows
 from kernels.sampling.torch_form import penalised
 
-# ---- native: fp32 on a CPU
-
 
 def sample_native(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
-    """As `sample`, in C (native/sample.c): no whole sort where top_k leaves few tokens."""
+    """As `sample`, in C: no whole sort where top_k leaves few tokens."""
     B, V = logits.shape
-    z = penalised(logits, rows)
-    tokens, logprobs = torch.empty(B, dtype=torch.int64), torch.empty(B)
-    places = (rows.positions, rows.samples, rows.row_keys, rows.seed)
-    u = uniform(*places) if rows.temperature else torch.zeros(B, dtype=torch.float64)
-    outputs = (tokens.data_ptr(), logprobs.data_ptr())
-    settings = (rows.temperature, rows.top_k, rows.top_p, rows.min_p)
-    library().sample(at(logits), at(z), at(u, torch.float64), *outputs, B, V, *settings)
+    z = penalised(logits, rows)  # (B, V)
+    if rows.temperature:
+        u = uniform(rows.positions, rows.samples, rows.row_keys, rows.seed)  # (B,) fp64
+    else:
+        u = torch.zeros(B, dtype=torch.float64)
+    tokens = torch.empty(B, dtype=torch.int64)
+    logprobs = torch.empty(B)
+    library().sample(
+        at(logits), at(z), at(u, torch.float64), tokens.data_ptr(), logprobs.data_ptr(),
+        B, V, rows.temperature, rows.top_k, rows.top_p, rows.min_p,
+    )  # fmt: skip
     return tokens, logprobs

@@ -1,7 +1,6 @@
-"""Sampling settings of every sequence of a step."""
+"""What sampling needs beside the logits: each row's random key, and the settings."""
 
-
-# B = rows, V = vocabulary, L = length of the longest history
+# B = rows of logits, L = length of the longest history
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SampleRows:
-    """What names the random number of each row, and the settings all rows share."""
+    """The key of each row's random number, and the settings that all rows share."""
 
     positions: Tensor  # (B,) int64: position of the token to be drawn
     samples: Tensor  # (B,) int64: which of several samples of the row

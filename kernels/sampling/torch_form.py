@@ -1,7 +1,6 @@
 """Sampling on torch operations."""
 
-
-# B = rows, V = vocabulary, L = length of the longest history
+# B = rows of logits, V = vocabulary, k = candidates of a row: top_k, or all V
 
 from __future__ import annotations
 
@@ -12,8 +11,6 @@ from kernels.cpu.rowwise import rowwise
 from kernels.dtypes import accumulate_dtype
 from kernels.philox import uniform
 from kernels.sampling.sample_rows import SampleRows
-
-# ---- torch
 
 
 def penalised(z: Tensor, rows: SampleRows) -> Tensor:
@@ -29,38 +26,52 @@ def penalised(z: Tensor, rows: SampleRows) -> Tensor:
 
 
 def _top_k(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of z (B, V) and their ids (B, k), lower ids first in a tie."""
-    top, ids = z.topk(k, dim=-1)
-    # which of its equals topk takes for the last places is not stated: take the lowest
-    every = torch.arange(z.shape[1], device=z.device)
-    equal = torch.where(z == top[:, -1:], every, z.shape[1]).topk(k, dim=-1, largest=False).values
-    above = top > top[:, -1:]
-    place = every[:k] - above.sum(-1, keepdim=True)
-    ids = torch.where(above, ids, equal.gather(1, place.clamp(min=0)))
+    """The k largest of each row of z (B, V), falling, and their ids (B, k); ties: lower id first.
+
+    torch does not say which of several equal numbers topk takes for the last places. Numbers above
+    the k-th are certain; the places left go to the lowest ids that equal it.
+    """
+    V = z.shape[1]
+    top, ids = z.topk(k, dim=-1)  # (B, k)
+    kth = top[:, -1:]
+    every_id = torch.arange(V, device=z.device)
+    # the ids that equal the k-th number, rising; V stands for "no more"
+    tied = torch.where(z == kth, every_id, V).topk(k, dim=-1, largest=False).values  # (B, k)
+    above = top > kth
+    place = every_id[:k] - above.sum(-1, keepdim=True)  # among the ties; negative above them
+    ids = torch.where(above, ids, tied.gather(1, place.clamp(min=0)))
+    # by id first, so that the stable sort by value leaves lower ids first in a tie
     ids, by_id = ids.sort(dim=-1)
-    top, order = top.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-    return top, ids.gather(1, order)
+    top, by_value = top.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    return top, ids.gather(1, by_value)
+
+
+def _draw(z: Tensor, rows: SampleRows) -> Tensor:
+    """The tokens (B,) drawn from z (B, V) at a temperature above 0."""
+    if rows.top_k and rows.top_k < z.shape[1]:
+        top, ids = _top_k(z, rows.top_k)  # (B, k)
+    else:
+        top, ids = z.sort(dim=-1, descending=True, stable=True)
+    p = rowwise(torch.exp, (top.double() - top[:, :1]) / rows.temperature)  # (B, k), first is 1
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1:]
+    # top_p keeps a token if those before it have not reached top_p yet: never none
+    kept = (cumulative - p < rows.top_p * total) & (p >= rows.min_p)
+    kept_mass = torch.where(kept, cumulative, 0).amax(-1, keepdim=True)
+    u = uniform(rows.positions, rows.samples, rows.row_keys, rows.seed)[:, None]
+    last = kept.sum(-1, keepdim=True) - 1
+    index = torch.minimum((cumulative <= u * kept_mass).sum(-1, keepdim=True), last)
+    return ids.gather(1, index)[:, 0]
 
 
 def sample(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
-    """The next token (B,) of every row and its log-probability (B,)."""
+    """The next token (B,) of every row and its log-probability (B,), from logits (B, V)."""
     plain = logits.to(accumulate_dtype(logits.dtype))
     z = penalised(plain, rows)
     if rows.temperature == 0:
         tokens = z.max(-1).indices  # the first of equals; twice as fast as argmax on a CPU
     else:
-        if rows.top_k and rows.top_k < z.shape[1]:
-            top, ids = _top_k(z, rows.top_k)
-        else:
-            top, ids = z.sort(dim=-1, descending=True, stable=True)
-        p = rowwise(torch.exp, (top.double() - top[:, :1]) / rows.temperature)
-        cumulative = p.cumsum(-1)
-        # the one that reaches top_p is in; never none
-        kept = (cumulative - p < rows.top_p * cumulative[:, -1:]) & (p >= rows.min_p)
-        reached = torch.where(kept, cumulative, 0).amax(-1, keepdim=True)
-        u = uniform(rows.positions, rows.samples, rows.row_keys, rows.seed)[:, None]
-        last = kept.sum(-1, keepdim=True) - 1
-        index = torch.minimum((cumulative <= u * reached).sum(-1, keepdim=True), last)
-        tokens = ids.gather(1, index)[:, 0]
+        tokens = _draw(z, rows)
     # log_softmax treats each row alone; logsumexp splits its sum over threads for a single row
-    return tokens, torch.log_softmax(plain, dim=-1).gather(1, tokens[:, None])[:, 0]
+    logprobs = torch.log_softmax(plain, dim=-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

@@ -19,7 +19,7 @@ from benchmarks.tuning import candidates, tune  # noqa: E402
 from benchmarks.tuning import compile as aot  # noqa: E402
 from benchmarks.tuning.ahead import Target, Workers  # noqa: E402
 from kernels.launch import tile_config, triton_launch  # noqa: E402
-from kernels.registry import SPECS, TRITON  # noqa: E402
+from kernels.registry import SPECS, TORCH, TRITON  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
 
@@ -54,9 +54,41 @@ def test_recording_launches_nothing_and_ends():
         y = torch.full_like(x, 3.0)
         tables(SPECS["swiglu"])[0].rms_norm_forward(x, x[0], 1e-5)
     assert [x.kernel.__name__ for x in launches] == ["rms_norm_forward_kernel"]
-    row = tile_config._row("rms_norm_forward_kernel", "sm_90", ("D64",))
-    assert row.items() <= launches[0].options.items()
-    assert y.eq(3).all() and triton_launch.recorder is None and tile_config.pretended is None
+    with tile_config.pretending("sm_90"):
+        config = tile_config.tile_config("rms_norm_forward_kernel", x.device, "D64")
+    assert config.items() <= launches[0].options.items() and y.eq(3).all()
+    with recording("sm_80") as later:
+        pass
+    assert later == [] and len(launches) == 1
+    assert tile_config.device_class(x.device) == "interpreter"
+
+
+def test_contexts_end_with_their_block():
+    """Also where it raises: launches are made, and look-ups are those of the files, again."""
+    cpu, kernel = torch.device("cpu"), "rms_norm_forward_kernel"
+    before, seen, recorded = tile_config.tile_config(kernel, cpu), [], []
+    with pytest.raises(KeyError, match="inside"):
+        with (
+            tile_config.pretending("sm_90"),
+            tile_config.watching(seen.append),
+            tile_config.overriding({(kernel, "D8"): {"BT": 3}}),
+            triton_launch.recording_launches(lambda *launch: recorded.append(launch)),
+        ):
+            assert tile_config.device_class(cpu) == "sm_90"
+            assert tile_config.tile_config(kernel, cpu, "D8") == {"BT": 3}
+            with tile_config.overriding({(kernel, ""): {"BT": 5}}):
+                assert tile_config.tile_config(kernel, cpu, "D16") == {"BT": 5}
+                assert tile_config.tile_config(kernel, cpu, "D8") == {"BT": 3}
+            assert tile_config.tile_config(kernel, cpu, "D16") != {"BT": 5}
+            raise KeyError("inside")
+    assert [look[:2] for look in seen] == [(kernel, c) for c in ("D8", "D16", "D8", "D16")]
+    assert tile_config.tile_config(kernel, cpu) == before and len(seen) == 4
+    assert tile_config.device_class(cpu) == "interpreter"
+    x = torch.randn(4, 64)
+    if triton_launch.why_unavailable("cpu") is None:
+        y, _ = TRITON.rms_norm_forward(x, x[0], 1e-5)
+        torch.testing.assert_close(y, TORCH.rms_norm_forward(x, x[0], 1e-5)[0])
+    assert recorded == []
 
 
 # ---- what triton would specialise
@@ -81,7 +113,7 @@ def derived():
     return derive
 
 
-def test_types_and_constants(derived):
+def test_types_and_constants_are_specialised(derived):
     job = derived("sm_90")
     assert job.signature == {
         "x_ptr": "*bf16",
@@ -100,7 +132,7 @@ def test_types_and_constants(derived):
     assert (job.options.num_warps, job.options.num_stages) == (8, 3)
 
 
-def test_divisibility(derived):
+def test_divisibility_is_specialised(derived):
     """Aligned pointers and multiples of 16; not 17, nor what varies from step to step."""
     sixteen = [["tt.divisibility", 16]]
     found = {k: v for k, v in derived("sm_90").attrs.items() if v}
@@ -113,7 +145,7 @@ def test_pointer_range_of_amd(derived):
     assert ["tt.pointer_range", 32] not in derived("gfx942", bytes=2**31).attrs[(0,)]
 
 
-def test_same_configuration_once(derived):
+def test_equal_configurations_are_compiled_once(derived):
     assert derived("sm_90").key == derived("sm_90").key != derived("sm_90", offset=8).key
 
 
@@ -149,11 +181,11 @@ def row(**changes):
         ({"error": "PassManager::run failed"}, ["compiler"]),
     ],
 )
-def test_verdict(changes, kinds):
+def test_complaints_of_a_compiled_kernel(changes, kinds):
     assert list(aot.complaints(row(**changes))) == kinds
 
 
-def test_exceptions_fit_one_complaint(monkeypatch):
+def test_an_exception_excuses_one_complaint(monkeypatch):
     monkeypatch.setitem(aot.EXCEPTIONS, ("loads", "toy_*", "sm_90", "*"), "reads four bytes")
     assert aot.excused("loads", row()) == "reads four bytes"
     assert aot.excused("spill", row()) is None
@@ -198,10 +230,10 @@ def test_widths_of_loads_and_stores():
     assert aot.gcn_widths(gcn, "load") == [16, 2, 2] and aot.gcn_widths(gcn, "store") == [8]
 
 
-def test_command():
+def test_compile_as_a_command():
     """From the interpreter's environment too: it starts itself anew."""
     asked = ("--kernel", "rms_norm_forward", "--target", "sm_90", "--dtype", "bf16", "--jobs", "1")
-    code, last, stderr = run("compile", *asked, TRITON_INTERPRET="1")
+    code, last, stderr = run("tuning.compile", *asked, TRITON_INTERPRET="1")
     assert code == 0 and last["failures"] == [] and last["configurations"] >= 2, stderr
     assert re.fullmatch(r"[\d.]+", last["triton"]) and last["kernels"] >= 1
     assert all(cells[-1] == "ok" and int(cells[4]) > 0 for cells in last["rows"])
@@ -212,29 +244,25 @@ def test_command():
 
 @pytest.fixture
 def reread(monkeypatch):
-    """`reread(folder)`: tiles reads that folder, and its own again after the test."""
-
-    def forget():
-        tile_config.table.cache_clear()
-        tile_config._row.cache_clear()
+    """`reread(folder)`: configurations are of that folder, and of their own after the test."""
 
     def read(folder):
         monkeypatch.setattr(tile_config, "FOLDER", folder)
-        forget()
+        tile_config.forget()
 
     yield read
     monkeypatch.undo()
-    forget()
+    tile_config.forget()
 
 
-def test_every_row_of_the_table_has_candidates():
-    """Named as in the table, so that none is a size the kernel does not have."""
-    for kernel, by_device in tile_config.table().items():
-        names = {name for row in by_device["sm_90"].values() for name in row} - {"from"}
+def test_every_tile_configuration_has_candidates():
+    """With the same names, so that none is a size the kernel does not have."""
+    for kernel, by_device in tile_config.configurations().items():
+        names = {name for config in by_device["sm_90"].values() for name in config} - {"from"}
         for shape_class in by_device["sm_90"]:
             for candidate in candidates.candidates_of(kernel, shape_class):
                 assert candidate.keys() <= names, (kernel, candidate)
-    assert {key.split()[0] for key in candidates.CANDIDATES} == tile_config.table().keys()
+    assert {key.split()[0] for key in candidates.CANDIDATES} == tile_config.configurations().keys()
     assert {*candidates.TIMED_WITH, *candidates.TIMED_WITH.values()} <= jitted().keys()
     few = candidates.candidates_of("lora_linear_kernel", "few r16")
     assert few == candidates.CANDIDATES["lora_linear_kernel few"]
@@ -243,39 +271,41 @@ def test_every_row_of_the_table_has_candidates():
 def test_tuning_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    code, last, stderr = run("tune")
+    code, last, stderr = run("tuning.tune")
     assert code == 2 and last is None and "--dry" in stderr
 
 
-def test_rehearsal_writes_rows_that_tiles_reads(tmp_path, reread):
-    code, last, stderr = run("tune", "--dry", "--kernel", "rms_norm", "--out", tmp_path)
+def test_rehearsal_writes_configurations_that_launches_read(tmp_path, reread):
+    code, last, stderr = run("tuning.tune", "--dry", "--kernel", "rms_norm", "--out", tmp_path)
     assert code == 0, stderr
     assert {r[0] for r in last["rows"]} == {"rms_norm_forward_kernel", "rms_norm_backward_kernel"}
     assert all(r[2:5] == ["2", "0", "-"] and float(r[6]) > 0 for r in last["rows"])
     assert last["written"] == [str(tmp_path / "rms_norm.json")]
     reread(tmp_path)
-    for kernel, shape_class, *_, row in last["rows"]:
-        assert tile_config.tile(kernel, torch.device("cpu"), shape_class) == json.loads(row)
+    for kernel, shape_class, *_, config in last["rows"]:
+        found = tile_config.tile_config(kernel, torch.device("cpu"), shape_class)
+        assert found == json.loads(config)
 
 
-def test_winners_are_kept_where_tiles_reads_them(tmp_path, monkeypatch, reread):
+def test_winners_are_written_where_launches_read_them(tmp_path, reread):
     present = {"BT": 1, "num_warps": 8, "num_stages": 1}
     search = tune.Search("rms_norm_forward_kernel", "D4096", present)
     best = present | {"BT": 2}
     written = tune.keep([tune.Outcome(search, best, 0.9)], "sm_90", "measured", tmp_path)
     assert [path.name for path in written] == ["rms_norm.json"]
-    before = tile_config.table()
+    before = tile_config.configurations()
     reread(tmp_path)
-    monkeypatch.setattr(tile_config, "pretended", "sm_90")
-    assert tile_config.tile("rms_norm_forward_kernel", torch.device("cpu"), "D4096") == best
-    rows = tile_config.table()["rms_norm_forward_kernel"]
-    assert rows["sm_90"]["D4096"]["from"] == "measured"
-    assert rows["sm_80"] == before["rms_norm_forward_kernel"]["sm_80"]
+    cpu, kernel = torch.device("cpu"), "rms_norm_forward_kernel"
+    with tile_config.pretending("sm_90"):
+        assert tile_config.tile_config(kernel, cpu, "D4096") == best
+    by_device = tile_config.configurations()[kernel]
+    assert by_device["sm_90"]["D4096"]["from"] == "measured"
+    assert by_device["sm_80"] == before[kernel]["sm_80"]
 
 
 @pytest.fixture
 def explorer(monkeypatch):
-    """`explorer(times)`: a search among rows of these BT, each with its time."""
+    """`explorer(times)`: a search among configurations of these BT, each with its time."""
 
     def make(times, ops=None):
         clock = Clock("cpu", 0.0)
@@ -286,11 +316,11 @@ def explorer(monkeypatch):
             tune.Case(SPECS["rms_norm"], ops or TRITON, shape) for shape in ((65, 64), (9, 64))
         ]
         search = dataclasses.replace(search, cases=cases, proofs=cases[:1], also=[])
-        rows, real = [search.present | {"BT": n} for n in times], tune.run
+        configs, real = [search.present | {"BT": n} for n in times], tune.run
         measured = []
 
-        def run(search, case, place, row):
-            return tune.Run(row, real(search, case, place, row).outputs)
+        def run(search, case, place, config):
+            return tune.Run(config, real(search, case, place, config).outputs)
 
         def compare(ours, present, place):
             measured.append(ours.again["BT"])
@@ -298,7 +328,7 @@ def explorer(monkeypatch):
 
         monkeypatch.setattr(tune, "run", run)
         monkeypatch.setattr(tune, "compare", compare)
-        return tune.Explorer(search, place, rows), measured
+        return tune.Explorer(search, place, configs), measured
 
     return make
 
@@ -314,14 +344,13 @@ def test_wrong_and_slow_candidates_lose(explorer):
     assert measured.count(8) == 2 and measured.count(4) == 2 + 2  # at both; the winner again
 
 
-def test_winner_is_proved(explorer):
+def test_a_wrong_winner_is_rejected(explorer):
     """Within five per cent of the present outputs, so alike, and yet wrong: the next is taken."""
 
     def broken(x, w, eps):
         y, rstd = TRITON.rms_norm_forward(x, w, eps)
-        return y * (
-            1.01 if tile_config.tile("rms_norm_forward_kernel", x.device)["BT"] == 4 else 1
-        ), rstd
+        blocks = tile_config.tile_config("rms_norm_forward_kernel", x.device)
+        return y * (1.01 if blocks["BT"] == 4 else 1), rstd
 
     ops = dataclasses.replace(TRITON, rms_norm_forward=broken)
     one, _ = explorer({4: 0.5, 16: 0.8}, ops)
@@ -338,7 +367,7 @@ def test_refusals_of_workers_are_counted(explorer):
 
         def want(self, tasks, urgency):
             self.outcomes |= dict.fromkeys(tasks, "")
-            spilling = [t for t in tasks if any(("BT", 4) in row for *_, row in t.rows)]
+            spilling = [t for t in tasks if any(("BT", 4) in items for *_, items in t.configs)]
             self.outcomes |= dict.fromkeys(spilling, "spills")
 
         def poll(self, seconds=0.0):
@@ -350,7 +379,7 @@ def test_refusals_of_workers_are_counted(explorer):
     assert 4 not in measured and one.outcome.tried == 1
 
 
-def test_time_that_is_up_is_told(explorer):
+def test_candidates_without_time_are_counted(explorer):
     one, measured = explorer({4: 0.5, 16: 0.8})
     before = one.outcome.left
     tune.explore([one], None, -1.0)
@@ -368,8 +397,8 @@ COMPILED_AHEAD = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from benchmarks._common import tables, typed
-from benchmarks.ahead import Target, Task, Workers
-from kernels import _triton, tiles
+from benchmarks.tuning.ahead import Target, Task, Workers
+from kernels.launch import tile_config, triton_launch
 from kernels.registry import SPECS
 
 class Driver:
@@ -378,13 +407,13 @@ class Driver:
     get_current_stream = staticmethod(lambda device: 0)
 
 spec, shape, kernel = SPECS["swiglu"], (16, 96), "swiglu_forward_kernel"
-row = {"BT": 2, "BF": 64, "num_warps": 2, "num_stages": 1}
-def task(row, **sizes):
-    rows = ((kernel, "", tuple((row | sizes).items())),)
-    return Task("swiglu", "triton", shape, "bfloat16", rows)
+config = {"BT": 2, "BF": 64, "num_warps": 2, "num_stages": 1}
+def task(config, **sizes):
+    configs = ((kernel, "", tuple((config | sizes).items())),)
+    return Task("swiglu", "triton", shape, "bfloat16", configs)
 dkv = (("BM", 64), ("BN", 128), ("num_warps", 4), ("num_stages", 2))
 held = ("attention", "triton", (2, 1, 64, 256), "bfloat16", (("attention_dkv_kernel", "", dkv),))
-tasks = [task(row), task(row, BF=96), Task(*held, names=("attention_dkv_kernel",))]
+tasks = [task(config), task(config, BF=96), Task(*held, names=("attention_dkv_kernel",))]
 workers = Workers(2, Target("sm_90", ("cuda", 90, 32), 232448))
 workers.want(tasks, 0)
 while workers.missing(tasks):
@@ -393,12 +422,15 @@ workers.close()
 hits = []
 triton.knobs.compilation.listener = lambda **known: hits.append(known["cache_hit"])
 triton.runtime.driver.set_active(Driver())
-tiles.pretended, tiles.overrides[kernel, ""] = "sm_90", row
 def note(kernel, grid, args, options):
     kernel.run(*args, grid=grid, warmup=True, **options)
-_triton.recorder = note
 inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
-spec.run(tables(spec)[0], typed(spec, inputs, torch.bfloat16))
+with (
+    tile_config.pretending("sm_90"),
+    tile_config.overriding({(kernel, ""): config}),
+    triton_launch.recording_launches(note),
+):
+    spec.run(tables(spec)[0], typed(spec, inputs, torch.bfloat16))
 print(json.dumps([[workers.outcomes[t] for t in tasks], hits]))
 """
 

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import clock, operations, step
 from benchmarks import kernels as bench
 from kernels import registry
-from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
+from kernels.launch import triton_launch
+from kernels.registry import REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS
 
 
@@ -28,7 +29,7 @@ def document(capsys):
 
 def test_a_run_ends_in_json_and_is_recorded(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no card here")
     bench.main(["--kernel", "swiglu", "--slot", "0.01", "--device", "cpu", "--dtype", "fp32"])
     out, last = document(capsys)
     assert "our kernels are not timed: no card here" in out
@@ -45,7 +46,7 @@ def test_a_run_ends_in_json_and_is_recorded(capsys, tmp_path, monkeypatch):
 def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypatch):
     """Appended, unless $OUT is set (above) or it is a rehearsal."""
     monkeypatch.setattr(clock, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no card here")
     asked = ["--kernel", "swiglu", "--device", "cpu", "--dtype", "fp32", "--rows", "1"]
     for n in (1, 2):
         bench.main([*asked, "--slot", "0.01"])
@@ -59,7 +60,7 @@ def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypat
 def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
     """M, K, N, r: forward and backward of one matrix with its adapter, peft's form beside it."""
     monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "no card here")
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no card here")
     where = ["--device", "cpu", "--dtype", "fp32", "--slot", "0.01"]
     bench.main(["--backward", "--shape", "5,24,16,4", *where])
     _, last = document(capsys)
@@ -82,7 +83,7 @@ def test_a_red_form_has_no_time(capsys, monkeypatch):
     planted = dataclasses.replace(TORCH, name="triton", swiglu_forward=wrong)
     monkeypatch.setattr(registry, "TRITON", planted)
     monkeypatch.setattr(registry, "VARIANTS", {})
-    monkeypatch.setattr(bench._triton, "usable", lambda device: "")
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: None)
     dry = ["--dry", "--kernel", "swiglu", "--device", "cpu", "--dtype", "fp32"]
     with pytest.raises(SystemExit) as stopped:
         bench.main(dry)
@@ -108,6 +109,7 @@ def test_every_call_runs_on_drawn_inputs(operation):
     shape = SPECS[operation].test_shapes[1]
     calls = {key: call for key, call in operations.CALLS.items() if key[0] == operation}
     assert calls and all(key in operations.WORK for key in calls)
+    assert SPECS[operation].fields, "no function of the operation is known"
     for call in calls.values():
         outs = []
         for ops in (REFERENCE, TORCH):
@@ -117,7 +119,6 @@ def test_every_call_runs_on_drawn_inputs(operation):
         for want, got in zip(*outs, strict=True):
             if isinstance(want, torch.Tensor):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, check_dtype=False)
-    assert {f for f in FIELDS[operation]}, "no function of the operation is known"
 
 
 @pytest.mark.parametrize("operation", ["rms_norm", "swiglu", "lora_linear", "attention"])

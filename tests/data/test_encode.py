@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from engine.data.distilled import CONTEXT, KEPT, Distilled, is_distilled, load_distilled
-from engine.data.encode import Example, cut_in_proportion, encode
+from engine.data.encode import Example, encode
+from engine.data.fit import cut_in_proportion
 from engine.data.pack import pack
 from engine.data.rows import Row
 from engine.data.show import show
 from engine.measure.general_prompts import PROMPTS
 from model.chat import Target
+from tests.helpers.published_code import published_lengths
 
 END = 1
 
@@ -106,33 +108,33 @@ def test_distilled_lines_are_loaded_as_written(tmp_path):
 
 
 WRONG = [
-    ({"tries": ["accepted"]}, "'tries' is a list, wanted dict"),
-    ({"tries": {"guided": "accepted"}}, "'tries' of 'guided': wanted a list of statuses"),
-    ({"tries": {"guided": [1]}}, "'tries' of 'guided': wanted a list of statuses"),
-    ({"id": 5}, "'id' is a number, wanted str"),
-    ({"id": "r"}, "wanted 'row/0'"),
-    ({"id": "/0"}, "wanted 'row/0'"),
-    ({"id": "r/1"}, "wanted 'row/0', as many turns come before it"),
-    ({"messages": "q"}, "'messages' is text, wanted list"),
+    ({"tries": ["accepted"]}, "'tries' is a list, expected dict"),
+    ({"tries": {"guided": "accepted"}}, "'tries' of 'guided': expected a list of statuses"),
+    ({"tries": {"guided": [1]}}, "'tries' of 'guided': expected a list of statuses"),
+    ({"id": 5}, "'id' is a number, expected str"),
+    ({"id": "r"}, "expected 'row/0'"),
+    ({"id": "/0"}, "expected 'row/0'"),
+    ({"id": "r/1"}, "expected 'row/0', as many turns come before it"),
+    ({"messages": "q"}, "'messages' is text, expected list"),
     ({"messages": []}, "does not end with the user"),
     ({"messages": [user("q"), bot("a")]}, "does not end with the user"),
-    ({"messages": [{"role": "user"}]}, "message 1: wanted an object of role and content"),
+    ({"messages": [{"role": "user"}]}, "message 1: expected an object of role and content"),
     ({"messages": [{"role": "human", "content": "q"}]}, "message 1: unknown role 'human'"),
     ({"messages": [user("")]}, "'message 1' is empty"),
     ({"reference": " ", "status": "banned", "target": " "}, "'reference' is empty"),
-    ({"response": None}, "'response' is null, wanted str"),
+    ({"response": None}, "'response' is null, expected str"),
     ({"response_ids": [1, 2.0]}, "something else than token ids"),
     ({"response_ids": [1, True]}, "something else than token ids"),
     ({"response_ids": [1, -1]}, "something else than token ids"),
     ({"response_ids": [], "response_tokens": 0}, "'response_ids' is empty"),
     ({"response_tokens": 3}, "do not fit 2 response_ids"),
-    ({"prompt_tokens": True}, "'prompt_tokens' is a boolean, wanted int"),
+    ({"prompt_tokens": True}, "'prompt_tokens' is a boolean, expected int"),
     ({"prompt_tokens": -1}, "do not fit"),
     ({"target": "ref"}, "status 'accepted', but 'target' is not the response"),
     ({"status": "mismatch"}, "status 'mismatch', but 'target' is not the reference"),
-    ({"status": ""}, "wanted a status"),
+    ({"status": ""}, "expected a status"),
     ({"finish": "eos"}, "finish='eos'"),
-    ({"extra": 1}, "wanted the fields"),
+    ({"extra": 1}, "expected the fields"),
 ]
 
 
@@ -151,7 +153,7 @@ def test_absent_fields_torn_lines_and_repeated_ids_of_distilled_data(tmp_path):
         if name == "tries":  # lines of before the cascade have none
             assert load_distilled(jsonl(tmp_path / "old.jsonl", record))[0].tries == {}
             continue
-        with pytest.raises(ValueError, match="d.jsonl:1: wanted the fields"):
+        with pytest.raises(ValueError, match="d.jsonl:1: expected the fields"):
             load_distilled(jsonl(tmp_path / "d.jsonl", record))
     whole = json.dumps(line()) + "\n" + json.dumps(line(id="s/0"))
     load_distilled(write(tmp_path / "d.jsonl", whole))
@@ -192,7 +194,7 @@ def test_every_assistant_turn_of_a_row_is_an_example():
         assert counts.response_tokens == 2 + 4 + 2
     with pytest.raises(ValueError, match="row r has no response.*distill.py"):
         encode(rows, StubChat(), target="response", max_length=99)
-    with pytest.raises(ValueError, match="target='best'; wanted one of"):
+    with pytest.raises(ValueError, match="target='best'; expected one of"):
         encode(rows, StubChat(), target="best", max_length=99)
     with pytest.raises(ValueError, match="row p has no reference"):
         encode([Row("p", (user("q"),))], StubChat(), max_length=99)
@@ -233,7 +235,7 @@ def test_every_response_can_be_trained_on_but_a_cut_one_gets_no_end():
         encode(empty, StubChat(), target="response", max_length=99, truncate=True)
 
 
-def test_the_control_sees_references_only():
+def test_the_reference_target_has_references_in_its_context():
     examples, counts = encode(LINES, StubChat(), target="reference", max_length=99)
     assert made(examples) == [
         ("r/0", ids("user>q|"), [*ids("ref"), END]),
@@ -247,7 +249,7 @@ def test_the_control_sees_references_only():
         encode([LINES[0], LINES[2]], StubChat(), target="reference", max_length=99)
 
 
-def test_a_long_turn_is_named_or_loses_the_end_of_its_answer():
+def test_a_turn_that_is_too_long_is_named_or_truncated():
     rows = [Row(name, (user("q" * n), bot("abcdef"))) for name, n in [("short", 1), ("long", 3)]]
     encode(rows, StubChat(), max_length=9 + 7)
     for room in range(1, 7):
@@ -265,7 +267,7 @@ def test_a_long_turn_is_named_or_loses_the_end_of_its_answer():
             encode(rows, StubChat(), max_length=9, truncate=truncate)
 
 
-def test_a_turn_that_is_too_long_is_left_out_alone():
+def test_drop_long_leaves_out_the_long_turn_only():
     talk = Row("talk", (user("a"), bot("b"), user("c" * 30), bot("d"), user("e"), bot("f")))
     short = Row("short", (user("q"), bot("x")))
     with pytest.raises(ValueError, match="--drop-long") as error:
@@ -285,7 +287,7 @@ def test_a_turn_that_is_too_long_is_left_out_alone():
     assert (counts.dropped, counts.truncated, len(examples[-1].ids)) == (2, 1, 20)
 
 
-def test_all_arms_leave_the_same_turns_out():
+def test_every_target_drops_the_same_turns():
     """A rewrite that is too long takes its reference along, and the other way round."""
     long = {"response": "r" * 20, "response_ids": [900] * 20, "target": "r" * 20}
     lines = distilled(
@@ -299,24 +301,14 @@ def test_all_arms_leave_the_same_turns_out():
         assert [e.id for e in examples] == ["a/0", "d/0"] and counts.dropped == 2
 
 
-def published(turns: list[tuple[int, int]], limit: int = 1024) -> tuple[int, int]:
-    """(tokens, tokens with loss) that LLaMA-Factory of 2023 trains on, of lengths before and of
-    every answer (its cutoff_len 1024 and reserved_label_len 1)."""
-    labels: list[bool] = []
-    for source, target in turns:
-        longest = max(int(limit * (target / (source + target))), 1)
-        labels += [False] * min(source, limit - longest) + [True] * min(target, longest)
-    return len(labels[:limit]), sum(labels[:limit])
-
-
-def test_cutting_in_proportion_is_the_published_codes():
+def test_cutting_in_proportion_matches_the_published_code():
     rng = random.Random(0)
     lengths = [(1000, 24), (1000, 25), (5000, 1), (1, 5000), (1023, 1), (1024, 1), (3, 1021)]
     lengths += [(rng.randint(1, 3000), rng.randint(1, 1500)) for _ in range(400)]
     for source, target in lengths:
         prompt, answer = list(range(source)), list(range(10_000, 10_000 + target))
         ids, before = cut_in_proportion([(prompt, answer)], 1024)
-        assert (len(ids), len(ids) - before) == published([(source, target)]), "one turn"
+        assert (len(ids), len(ids) - before) == published_lengths([(source, target)]), "one turn"
         assert ids == prompt[:before] + answer[: len(ids) - before]
     # by hand: 3,000 before 1,000 keep 768 and 256; of a prompt without end one token is trained on
     assert cut_in_proportion([([1] * 3000, [2] * 1000)], 1024) == ([1] * 768 + [2] * 256, 768)
@@ -344,7 +336,7 @@ def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():
         examples, counts = encode([row], Closing(), max_length=limit, in_proportion=True)
         tokens = [(asked, answered + 1) for asked, answered in sizes]
         with_loss = sum(len(e.ids) - e.n_prompt for e in examples)
-        want = published(tokens, limit)
+        want = published_lengths(tokens, limit)
         assert with_loss == want[1] and max(len(e.ids) for e in examples) <= want[0]
         assert counts.dropped == len(sizes) - len(examples)
         whole = [sum(map(sum, tokens[: k + 1])) for k in range(len(sizes))]
@@ -361,7 +353,7 @@ class Refusing(StubChat):
         return super().prompt_ids(messages, prefix)
 
 
-def test_what_the_template_refuses_is_said_as_that():
+def test_turns_that_the_template_refuses_are_named_as_such():
     """Not as a matter of length: raising --max-length helps nobody."""
     told = {"id": "s/0", "messages": [system("s"), user("q")]}
     lines = distilled(line(), line(**told))
@@ -373,7 +365,7 @@ def test_what_the_template_refuses_is_said_as_that():
     assert [e.id for e in examples] == ["r/0"] and counts.refused == 1
 
 
-def test_context_only_turns_are_context_only():
+def test_context_only_turns_carry_no_loss():
     row = Row("r", (user("a"), bot("b"), user("c"), bot("d")), context_only=frozenset({0}))
     examples, counts = encode([row], StubChat(), max_length=99)
     assert made(examples) == [("r/1", ids("user>a|assistant>b|user>c|"), [*ids("d"), END])]
@@ -389,7 +381,7 @@ def test_context_only_turns_are_context_only():
         assert examples[0].ids[: examples[0].n_prompt] == ids("user>q|assistant>b|user>c|")
 
 
-def test_answers_that_the_template_does_not_write_whole_are_counted():
+def test_answers_that_the_template_does_not_render_whole_are_counted():
     rows = [Row("r", (user("a"), bot("<t>b"))), Row("s", (user("a"), bot("b")))]
     _, counts = encode(rows, StubChat(), max_length=99)
     assert (counts.examples, counts.unrendered) == (2, 1)
@@ -402,7 +394,7 @@ def test_sampled_ids_beyond_the_embeddings_are_refused_before_training():
     encode(far, StubChat(), target="reference", max_length=99)
 
 
-def test_no_flag_is_proposed_that_cannot_help():
+def test_errors_propose_only_flags_that_can_help():
     """--max-length helps below the model's own limit alone."""
     rows = [Row("long", (user("qqq"), bot("abcdef")))]
 
@@ -426,13 +418,12 @@ def test_packing_is_first_fit_longest_first():
     assert pack([3, 5, 2, 5, 1, 9, 4], 8) == [[5], [0, 1], [2, 3, 4], [6]]
     assert pack([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
     assert pack([], 8) == []
-    examples = [Example(str(n), [0] * n, 1) for n in (3, 5, 2)]
-    assert pack(examples, 5) == [[1], [0, 2]]
+    assert pack([3, 5, 2], 5) == [[1], [0, 2]]
     with pytest.raises(ValueError, match="micro_tokens=0"):
         pack([1], 0)
 
 
-def test_packing_keeps_its_promises_on_random_lengths():
+def test_packing_on_random_lengths():
     rng = random.Random(1)
     for _ in range(200):
         lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
@@ -476,14 +467,14 @@ def test_retention_prompts_are_64_distinct_ones_in_8_categories():
     assert set(KEPT) == {"accepted", "identical"}
 
 
-def test_show_sets_losses_behind_their_tokens():
+def test_show_writes_each_loss_after_its_token():
     examples = [Example("r/0", [1, 2, 3, 4], 2)]
     text = show(examples, StubTokenizer(), 1, [[0.5, 1.25]])
     assert "2 with loss (*), 0.875 nats each" in text
     assert text.count(":0.50") == 1 and text.endswith(":1.25") and ":0.50" in text.split("*")[-1]
 
 
-def test_mix_trains_on_that_share_of_references():
+def test_mix_replaces_that_share_of_rewrites_by_references():
     many = distilled(*(line(id=f"r{i}/0") for i in range(300)), line(id="x/0", **REJECTED))
     settings = {"max_length": 99, "mix": 0.3, "seed": 1}
     examples, counts = encode(many, StubChat(), **settings)

@@ -19,10 +19,11 @@ from pathlib import Path
 import pytest
 
 from engine.data.config import DataConfig
+from engine.data.data_file import DataFile
 from engine.data.distilled import is_distilled, load_distilled
 from engine.data.encode import prompts_of
-from engine.data.records import DataFile
-from engine.data.rows import load_rows, parse_columns
+from engine.data.record_shapes import parse_columns
+from engine.data.rows import load_rows
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -121,7 +122,7 @@ def test_columns_name_fields_and_unused_ones_are_told(tmp_path):
     "text", ["", "prompt", "prompt=", "=a", "prompt=a,prompt=b", "goal=prompt", "prompt=a,,"]
 )
 def test_columns_that_cannot_be_read(text):
-    with pytest.raises(ValueError, match="wanted ROLE=FIELD"):
+    with pytest.raises(ValueError, match="expected ROLE=FIELD"):
         parse_columns(text)
 
 
@@ -138,21 +139,21 @@ def test_columns_that_make_no_row(tmp_path, columns):
 BAD = [  # (line of a JSONL file, part of the reason)
     ('{"question": "q", "answer": "  "}', "'answer' is empty"),
     ('{"question": "", "answer": "a"}', "'question' is empty"),
-    ('{"question": "q", "answer": NaN}', "'answer' is a number, wanted text"),
-    ('{"question": "q", "answer": null}', "'answer' is null, wanted text"),
-    ('{"question": "q", "answer": true}', "'answer' is a boolean, wanted text"),
-    ('{"question": ["q"], "answer": "a"}', "'question' is a list, wanted text"),
+    ('{"question": "q", "answer": NaN}', "'answer' is a number, expected text"),
+    ('{"question": "q", "answer": null}', "'answer' is null, expected text"),
+    ('{"question": "q", "answer": true}', "'answer' is a boolean, expected text"),
+    ('{"question": ["q"], "answer": "a"}', "'question' is a list, expected text"),
     ('{"question": "q"}', "fields 'question' fit no known shape"),
     ("{}", "fields (none) fit no known shape"),
     ('{"question": "q", "answer": "a", "prompt": "p", "response": "r"}', "fits question/answer"),
     ('{"prompt": "p", "response": "r", "completion": "c"}', "fits prompt/response and"),
-    ('["q", "a"]', "the row is a list, wanted an object"),
+    ('["q", "a"]', "the row is a list, expected an object"),
     ('{"question": "q", "answer": "a"', "bad JSON: Expecting ',' delimiter (column 33)"),
     ("nonsense", "bad JSON: Expecting value (column 1)"),
     ('{"question": "q", "answer": ' + "[" * 100_000 + "}", "bad JSON"),
     ('{"question": "q", "answer": ' + "9" * 9_999 + "}", "bad JSON"),
     ('{"question": "\\ud83d", "answer": "a"}', "half of a surrogate pair"),
-    ('{"question": "q", "answer": "a", "id": 1.5}', "'id' is a number, wanted text or an integer"),
+    ('{"question": "q", "answer": "a", "id": 1.5}', "'id' is a number, expected text or an integ"),
     ('{"question": "q", "answer": "a", "id": ""}', "'id' is empty"),
     ('{"question": "q", "answer": "a", "id": false}', "'id' is a boolean"),
     ('{"instruction": "i", "input": [7], "output": "o"}', "'input' is a list"),
@@ -160,9 +161,9 @@ BAD = [  # (line of a JSONL file, part of the reason)
     ('{"instruction": "i", "output": "o", "history": [["a"]]}', "not a list of [user, assistant]"),
     ('{"instruction": "i", "output": "o", "history": [["a", " "]]}', "'history 1, assistant' is"),
     ('{"instruction": "i", "output": "o", "system": 5}', "'system' is a number"),
-    ('{"messages": []}', "'messages' is empty, wanted a list of messages"),
-    ('{"messages": "hi"}', "'messages' is text, wanted a list of messages"),
-    ('{"messages": ["hi"]}', "message 1 is text, wanted an object"),
+    ('{"messages": []}', "'messages' is empty, expected a list of messages"),
+    ('{"messages": "hi"}', "'messages' is text, expected a list of messages"),
+    ('{"messages": ["hi"]}', "message 1 is text, expected an object"),
     ('{"messages": [{"role": "critic", "content": "x"}]}', "message 1: unknown role 'critic'"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 1: unknown role ['user']"),
     ('{"messages": [{"content": "x"}]}', "message 1: unknown role None"),
@@ -171,15 +172,15 @@ BAD = [  # (line of a JSONL file, part of the reason)
     ('{"messages": [{"role": "system", "content": "x"}]}', "does not end with the assistant"),
     (
         '{"messages": [{"role": "assistant", "content": "x"}]}',
-        "message 1 is the assistant's, wanted the user's",
+        "message 1 is the assistant's, expected the user's",
     ),
     (
         '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
-        "message 2 is the user's, wanted the assistant's",
+        "message 2 is the user's, expected the assistant's",
     ),
     (
         '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}',
-        "message 2 is the system's, wanted the assistant's",
+        "message 2 is the system's, expected the assistant's",
     ),
     (
         '{"system": "s", "messages": [{"role": "system", "content": "x"},'
@@ -204,8 +205,8 @@ BAD += [  # what would be lost, or trained on against what the row says
     (said(thinking="Hm."), "message 2 has 'thinking': thoughts beside the text are not supported"),
     (said(role="tool"), "message 2 has the role 'tool': tool calls are not supported"),
     (said(weight=0), "no message of the assistant is to be trained on"),
-    (said(weight=0.5), "message 2: 'weight' is 0.5; 0 or 1 (false or true) is supported"),
-    (said(train="no"), "message 2: 'train' is 'no'; 0 or 1"),
+    (said(weight=0.5), "message 2: 'weight' is 0.5; expected 0 or 1 (false or true)"),
+    (said(train="no"), "message 2: 'train' is 'no'; expected 0 or 1"),
     (said(weight=1, trainable=False), "message 2: weight, trainable contradict each other"),
     (said(content=[{"type": "image_url"}]), "a part that is no text (image_url)"),
     (
@@ -277,8 +278,8 @@ def test_array_elements_are_named_by_the_line_they_start_on(tmp_path):
     "text, line, reason",
     [
         ("[", 1, "Expecting value"),
-        ("[\n" + GOOD, 2, "wanted ',' or ']'"),
-        ("[\n" + GOOD + "\n" + GOOD + "]", 3, "wanted ',' or ']'"),
+        ("[\n" + GOOD, 2, "expected ',' or ']'"),
+        ("[\n" + GOOD + "\n" + GOOD + "]", 3, "expected ',' or ']'"),
         ("[\n" + GOOD + ",\n]", 3, "Expecting value"),
         ("[" + GOOD + ",\n{'question': 'q'}]", 2, "double quotes"),
         ("[" + GOOD + "]\n\nmore", 3, "text after the closing"),
@@ -295,9 +296,9 @@ def test_csv_rows_are_named_by_the_line_they_start_on(tmp_path):
     text = 'question,answer\n"a\nb",c\nonly one\n\nq,"\n"\n1,2,3\nq,a\n'
     rows = load_rows(write(tmp_path / "a.CSV", text), skip_bad=True)
     assert [(bad.line, bad.reason) for bad in rows.bad] == [
-        (4, "1 cells, wanted 2 as in the header"),
+        (4, "1 cells, expected 2 as in the header"),
         (6, "'answer' is empty"),
-        (8, "3 cells, wanted 2 as in the header"),
+        (8, "3 cells, expected 2 as in the header"),
     ]
     assert [row.messages[0]["content"] for row in rows] == ["a\nb", "q"]
     broken = write(tmp_path / "b.csv", 'question,answer\nq,a\nq,"never closed\nq,a\n')
@@ -315,7 +316,7 @@ def test_a_file_without_rows_is_refused(tmp_path, name, text):
 
 
 def test_other_refusals(tmp_path):
-    with pytest.raises(ValueError, match="begins with 'q'; wanted"):
+    with pytest.raises(ValueError, match="begins with 'q'; expected"):
         load_rows(write(tmp_path / "a.txt", "question"))
     with pytest.raises(ValueError, match="no usable row"):
         load_rows(write(tmp_path / "a.json", "[ ]"))
@@ -525,7 +526,7 @@ def test_a_row_that_the_check_refuses_is_bad_like_any_other(tmp_path):
         (b"ARROW1\0\0", "an Arrow .Feather. file"),
         (b"\xff\xff\xff\xff\x10", "an Arrow stream"),
         (b"PK\x03\x04", "a zip archive .an .xlsx workbook is one."),
-        (b"\x28\xb5\x2f\xfd", "compressed with zstd; wanted JSON.*: zstd -d"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd; expected JSON.*: zstd -d"),
         (b"BZh91AY", "compressed with bzip2"),
         (b"\xfd7zXZ\0", "compressed with xz"),
         (b"SQLite format 3\0", "an SQLite database"),
@@ -581,14 +582,14 @@ def test_objects_over_several_lines_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:5 \(row 2\): 'answer' is empty"):
         load_rows(path)
     assert len(load_rows(path, skip_bad=True)) == 3
-    with pytest.raises(ValueError, match=r"b.jsonl:4: bad JSON: wanted the '\{' of the next row"):
+    with pytest.raises(ValueError, match=r"b.jsonl:4: bad JSON: expected the '\{' of the next row"):
         load_rows(write(tmp_path / "b.jsonl", text.replace("}\n{", "},\n{")), skip_bad=True)
 
 
-def test_commas_behind_every_line_are_named(tmp_path):
+def test_commas_after_every_line_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", f"{GOOD},\n{GOOD},\n{GOOD}\n")
     for skip_bad in (False, True):
-        with pytest.raises(ValueError, match="a comma behind every line") as error:
+        with pytest.raises(ValueError, match="a comma after every line") as error:
             load_rows(path, skip_bad=skip_bad)
     command = str(error.value).split("and nothing else: ")[1]
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
@@ -602,7 +603,7 @@ def test_skip_bad_is_no_way_out_where_most_rows_cannot_be_parsed(tmp_path):
     assert len(load_rows(write(path, f"oops\n{GOOD}\n{GOOD}\nno\n"), skip_bad=True)) == 2
     with pytest.raises(ValueError, match="2 of 3 rows cannot be parsed"):
         load_rows(write(tmp_path / "a.csv", "question,answer\n1\n2\nq,a\n"), skip_bad=True)
-    with pytest.raises(ValueError, match="the columns are parted by ';'"):
+    with pytest.raises(ValueError, match="the columns are separated by ';'"):
         load_rows(write(tmp_path / "b.csv", "question;answer\nq;a\n"))
 
 
@@ -649,9 +650,9 @@ def test_a_large_file_takes_the_memory_of_the_rows_asked_for(tmp_path, form):
 )
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text):
     """A damaged file, or a gzip bomb: it is named."""
-    monkeypatch.setattr("engine.data.records.LONGEST", 12)
-    monkeypatch.setattr("engine.data.records.LOOKED_AT", 4)
-    monkeypatch.setattr("engine.data.records.PIECE", 4)
+    monkeypatch.setattr("engine.data.data_file.MAX_CHARACTERS", 12)
+    monkeypatch.setattr("engine.data.data_file.HEAD_CHARACTERS", 4)
+    monkeypatch.setattr("engine.data.data_file.CHUNK_BYTES", 4)
     path = write(tmp_path / ("a.csv" if text[0] == "q" else "a.json"), text)
     with pytest.raises(ValueError, match=f"{path}: a line or a row has over 12 characters"):
         load_rows(path)
@@ -678,9 +679,9 @@ def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
     faulty = texts["a.jsonl"].encode()
     at = faulty.index(b"\n", len(faulty) // 2) + 1
     faulty = faulty[:at] + b"\xe2\x82\xff" + faulty[at:]  # a character that is not whole
-    monkeypatch.setattr("engine.data.records.LOOKED_AT", 16)
+    monkeypatch.setattr("engine.data.data_file.HEAD_CHARACTERS", 16)
     for piece in (1, 2, 3, 7, 61, 1000):
-        monkeypatch.setattr("engine.data.records.PIECE", piece)
+        monkeypatch.setattr("engine.data.data_file.CHUNK_BYTES", piece)
         for name, rows in whole.items():
             again = load_rows(tmp_path / name, **skip)
             assert list(again) == list(rows) and again.sha256 == rows.sha256

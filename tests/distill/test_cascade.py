@@ -249,9 +249,9 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine import distill
-from engine.distributed import start
-from tests.test_cascade import chance, go
+from engine.distill import writer as distill
+from engine.runtime.distributed import start
+from tests.distill.test_cascade import chance, go
 torch.set_num_threads(1)
 world = start()
 distill.judge = chance
@@ -362,7 +362,7 @@ def test_a_reference_of_2048_tokens_is_whole_everywhere(tiny_llama_dir, tmp_path
     assert reference in chat.tokenizer.decode(guided.prompt)
     assert chat.tokenizer.decode(guided.prompt).rstrip().endswith("assistant")
     assert reference not in chat.tokenizer.decode(unguided.prompt)
-    assert guided.max_new == unguided.max_new == 64 + 3 * 2048
+    assert guided.max_new_tokens == unguided.max_new_tokens == 64 + 3 * 2048
     (line,) = report.lines
     assert line.target == line.reference == reference and line.status not in KEPT
     (example,), counts = encode(report.lines, chat, max_length=4096)
@@ -410,7 +410,7 @@ def test_the_published_defects_and_nothing_else(tiny_llama_dir, tmp_path):
     assert all(x.response_tokens == 9 + prefix for x in ours if x.finish == "length")
     assert all(x.response.startswith("Great!") and x.status not in KEPT for x in ours)
     examples, counts = encode(paper, chat, max_length=2048)
-    assert counts.glued == len(cut) and counts.unfinished == 0
+    assert counts.end_added == len(cut) and counts.unfinished == 0
     by_id = {e.id: e for e in examples}
     for line in cut:
         example = by_id[line.id]

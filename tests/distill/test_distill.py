@@ -138,8 +138,8 @@ def test_auto_length_follows_the_reference():
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from engine import distill
-from tests.test_distill import go
+from engine.distill import writer as distill
+from tests.distill.test_distill import go
 made = distill._line
 count = []
 def line(*args):
@@ -172,10 +172,10 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine import distill
-from engine.distributed import start
-from engine.score import score
-from tests.test_distill import CONFIG, SAMPLING, load, rows
+from engine.distill import writer as distill
+from engine.runtime.distributed import start
+from engine.distill.seed_likelihoods import score
+from tests.distill.test_distill import CONFIG, SAMPLING, load, rows
 torch.set_num_threads(1)
 world = start()
 made, count = distill._line, []

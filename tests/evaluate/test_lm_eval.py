@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.evaluate.lm_eval_harness import _cell, _line
-from engine.measure.likelihood import Asked, Scorer
+from engine.measure.likelihood import Scorer, ScoringRequest
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from model.peft_format import save_lora
@@ -25,8 +25,8 @@ OURS = """
 import json, sys
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from engine.harness import harness_model
-from engine.sampler import SamplerConfig
+from engine.evaluate.lm_eval_harness import harness_model
+from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 model, tasks, names = sys.argv[1:]
 session = Session.open(ModelConfig(model, dtype="float32"))
@@ -186,7 +186,7 @@ def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
     best = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
     answers[2] = [best]
     with Scorer(model, [prompt], lora=lora) as scorer:
-        (judged,) = scorer.judged([Asked("x", prompt, answers)])
+        (judged,) = scorer.token_scores([ScoringRequest("x", prompt, answers)])
     for answer, pairs in zip(answers, judged, strict=True):
         logits = model.logits(torch.tensor([*prompt, *answer]), lora)
         logprobs = torch.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]

@@ -13,7 +13,7 @@ from engine.data.encode import encode
 from engine.data.rows import load_rows
 from engine.evaluate.retention import retention, retention_job, similarity
 from engine.evaluate.target_task import reference_nll
-from engine.measure.divergence import compare, means
+from engine.measure.divergence import compare, mean_drift
 from engine.measure.intervals import bootstrap
 from engine.measure.seed_answers import seed_answers
 from engine.measure.similarity import PACKAGE, Embedder
@@ -62,7 +62,7 @@ def test_means_are_per_token_and_by_category():
          "seed_nll": n / 2}
         for c, n, kl in (("a", 10, 1.0), ("a", 30, 7.0), ("b", 10, 12.0))
     ]  # fmt: skip
-    found = means(lines)
+    found = mean_drift(lines)
     assert found["kl"] == 20 / 50 and found["reverse_kl"] == 40 / 50 and found["agreement"] == 0.5
     assert (found["nll"], found["seed_nll"], found["tokens"], found["prompts"]) == (1, 0.5, 50, 3)
     assert found["categories"]["a"]["kl"] == 8 / 40 and found["categories"]["b"]["kl"] == 1.2

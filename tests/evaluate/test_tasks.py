@@ -170,7 +170,7 @@ PROBLEM = {
     ],
 )  # fmt: skip
 def test_humaneval(sandboxed, monkeypatch, answer, passes, reason):
-    monkeypatch.setattr("engine.evaluate.target_task.tasks.humaneval.SECONDS", 1.0)
+    monkeypatch.setattr("engine.evaluate.tasks.humaneval.SECONDS", 1.0)
     scores, why = TASKS["humaneval"].judge(Item("x", (), "", PROBLEM), answer)
     assert scores == {"pass": passes} and why.startswith(reason)
 
@@ -476,9 +476,9 @@ def test_figures_of_several_samples_draw_items_again(monkeypatch, session, tmp_p
 CODE = """
 import sys
 from pathlib import Path
-from engine.sampler import SamplerConfig
+from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
-from engine.tasks import run_tasks
+from engine.evaluate.tasks import run_tasks
 session = Session.open(ModelConfig(sys.argv[1], date="2026-01-01"))
 run_tasks(session, {"seed": None}, ["instructions"], Path(sys.argv[2]),
           SamplerConfig(max_new_tokens=60, rows=2))

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save_file
 
+from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
 from engine.distill.seed_likelihoods import score
 from engine.runtime.distributed import start
@@ -31,7 +32,8 @@ from model.llama import Llama
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
-from tests.train.test_train import LORA, SMALL, examples
+from tests.helpers.sessions import session_of
+from tests.helpers.training import LORA, SMALL, examples
 
 
 def lines(count: int) -> list[Distilled]:
@@ -69,8 +71,8 @@ def main() -> None:
             gradients = step_module.step_gradients(
                 model, lora, examples(count), 3, 64, policy, world
             )
-            found[f"loss {policy} {count}"] = world.sum_(gradients.nll.sum())
-            found[f"grads {policy} {count}"] = world.sum_(lora.grads).clone()
+            found[f"loss {policy} {count}"] = world.all_reduce_sum_(gradients.nll.sum())
+            found[f"grads {policy} {count}"] = world.all_reduce_sum_(lora.grads).clone()
 
     # 2. what is looked at, and what sharded weights refuse
     chat = Chat.from_dir(job["model"], load_tokenizer(job["model"]))
@@ -79,7 +81,8 @@ def main() -> None:
         held = sum(piece.numel() for piece in pieces)
         found["held"] = torch.tensor(held)
         looking = ValidateConfig(val_every=1, val_data=job["held_out"], val_prompts=2)
-        found["validation"] = torch.tensor(Validator(looking, model, chat)(lora))
+        validator = Validator(looking, DataConfig(job["held_out"]), session_of(model, chat))
+        found["validation"] = torch.tensor(validator(lora))
         score(model, chat, lines(7), Path(job["scores"]), {}, world)
         try:
             Sampler(model, chat.tokenizer.decode, chat.end_ids, SamplerConfig()).__enter__()
@@ -87,7 +90,7 @@ def main() -> None:
             assert "without --shard" in str(error)
         else:
             raise AssertionError("a sampler was opened on sharded weights")
-    if world.first:
+    if world.is_rank0:
         save_file(found, job["found"])
 
     # 3. a run, in which rank 1 may be killed

@@ -1,12 +1,11 @@
 """Flips one sign or bound of a kernel at a time, in a copy, and shows that the suite goes red.
 
-    python -m tests.helpers.mutate_kernels                  # all kernels, a table, exit 1 for a
-    survivor python -m tests.helpers.mutate_kernels --kernel 'lora_*' --per-kernel 12
+    python -m tests.helpers.mutate_kernels           # all kernels, a table, exit 1 for a survivor
+    python -m tests.helpers.mutate_kernels --kernel 'lora_*' --per-kernel 12
 
-A mutant is judged as tests/kernels/test_operations.py judges a kernel (ratio rule, guards, poison,
-addresses),
-over its operation's shapes in fp32 and bf16, stopping at the first complaint. A survivor is a hole
-in the suite unless EQUIVALENT says why the mutant computes the same.
+A mutant is tested as tests/kernels/test_operations.py tests a kernel (ratio rule, guards, poison,
+addresses), over its operation's shapes in fp32 and bf16, up to the first failure. A survivor is a
+hole in the suite unless EQUIVALENT says why the mutant computes the same.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = {
@@ -40,44 +40,44 @@ OPERATORS = {
 # Seconds of processor time; a mutant that takes more does not end: red. A sound suite takes 95 at
 # most. Time by the clock would call every mutant red on a machine that is busy.
 SECONDS = 150
-# What else of the suite judges a file: tests beside test_kernels.py's over the registry.
-MORE = {
-    "cached_attention": ["tests/kernels/test_cached_attention_triton.py"],
-    "lora_linear_triton": ["tests/kernels/test_batch_invariant.py", "-k", "product"],
+# Files are named by their place under kernels/, without the suffix.
+# The tests that are run beside those over the registry's operations.
+MORE_TESTS = {
+    "cached_attention/triton_forward": ["tests/kernels/test_cached_attention_triton.py"],
+    "lora_linear/triton_forward": ["tests/kernels/test_batch_invariant.py", "-k", "product"],
     "philox": ["tests/kernels/test_operations.py", "-k", "draw_the_same"],
-    "sampling": ["tests/sampling/test_sampling_options.py"],
+    "sampling/triton_forward": ["tests/sampling/test_sampling_options.py"],
 }
-# operations, where the file is not one
-JUDGED_BY = {
+# The operations that test a file outside their own folder.
+USED_BY = {
     "philox": ("lora_linear", "sample"),
-    "lora_linear_backward_triton": ("lora_linear",),
 }
 
 # (kernel, line of code, the line from the operator on) -> why the mutant computes the same; this
 # is Mutant.key. Reviewed.
-BEHIND = "at equality the program has nothing in its tile: it computes and stores nothing"
+EMPTY_TILE = "at equality the program has nothing in its tile: it computes and stores nothing"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
-    ("attention_dkv_kernel", "if j >= n:", ">= n:"): BEHIND,
-    ("cached_decode_kernel", "if part * SPLIT >= end:", ">= end:"): BEHIND,
-    ("cached_extend_kernel", "if first >= new * N:", ">= new * N:"): BEHIND,
+    ("attention_dkv_kernel", "if j >= n:", ">= n:"): EMPTY_TILE,
+    ("cached_decode_kernel", "if part * SPLIT >= end:", ">= end:"): EMPTY_TILE,
+    ("cached_extend_kernel", "if first >= new * N:", ">= new * N:"): EMPTY_TILE,
     (
-        "_queries",
-        "live = (flat < new * N)[:, None] & (cols < D)[None, :]",
+        "load_queries",
+        "inside = (queries < new * N)[:, None] & (cols < D)[None, :]",
         "< D)[None, :]",
     ): "q's extra column meets a column of k that is zero",
     (
-        "_key_id",
+        "id_of_key",
         "return tl.minimum((1 << IB) - 1 - (key & ((1 << IB) - 1)), V - 1)",
         "- 1)",
-    ): "the clamp guards memory against a key that is nobody's; no input tried, NaN included, is",
+    ): "the clamp guards memory against a key of no row; no input tried, NaN included, has one",
     ("lora_up_backward_kernel", "tl.assume(size > 0)", "> 0)"): "a hint to the compiler",
     (
         "sample_largest_kernel",
-        "largest = tl.maximum(largest, tl.where(ids < V, _keys(z, ids, IB), 0))",
-        "< V, _keys(z, ids, IB), 0))",
-    ): "the lane behind the row holds -inf and the highest id: id 0 comes before it",
+        "largest = tl.maximum(largest, tl.where(ids < V, order_keys(z, ids, IB), 0))",
+        "< V, order_keys(z, ids, IB), 0))",
+    ): "the lane after the row holds -inf and the highest id: id 0 comes before it",
     (
-        "_search",
+        "search_keys",
         "between = (key >= low) & (key < end)",
         "< end)",
     ): "the interval shrinks by its marks alone where `end` is a key: only slower",
@@ -101,8 +101,13 @@ class Mutant:
     new: str
 
     @property
+    def file(self) -> str:
+        """Its place under kernels/, without the suffix, as in "attention/triton_forward"."""
+        return self.path.relative_to("kernels").with_suffix("").as_posix()
+
+    @property
     def key(self) -> tuple[str, str, str]:
-        """What EQUIVALENT knows it by."""
+        """Its key in EQUIVALENT: kernel, line of code, the line from the operator on."""
         line = (ROOT / self.path).read_text().split("\n")[self.line - 1]
         return self.kernel, line.strip(), line[self.column :]
 
@@ -169,7 +174,7 @@ def judge(mutant: Mutant) -> tuple[str, float]:
         env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.mutate_kernels", "--judge", mutant.path.stem],
+            [sys.executable, "-m", "tests.helpers.mutate_kernels", "--judge", mutant.file],
             cwd=copy, env=env, capture_output=True, text=True,
         )  # fmt: skip
         seconds = time.monotonic() - start
@@ -181,27 +186,32 @@ def judge(mutant: Mutant) -> tuple[str, float]:
     return f"red: {complaint}", seconds
 
 
-def run_suite(module: str) -> None:
-    """What test_kernels.py does with the operation of `module`; raises at the first complaint."""
+def specs_testing(file: str) -> list[Any]:
+    """The SPECs that test a file of kernels/: its folder's (or its own), and those in USED_BY."""
+    from kernels.registry import SPECS
+
+    owner = f"kernels.{file.split('/')[0]}"
+    names = USED_BY.get(file, ())
+    return [s for s in SPECS.values() if s.name in names or s.make_inputs.__module__ == owner]
+
+
+def run_suite(file: str) -> None:
+    """Test the operations of `file` as test_operations.py does; raises at the first failure."""
     import pytest
     import torch
 
-    from kernels.registry import REFERENCE, SPECS
+    from kernels.registry import REFERENCE
     from kernels.spec import cast, check
     from tests.helpers import interpreter
-    from tests.kernels.test_operations import random_shapes, shapes_here, variants
+    from tests.helpers.operation_cases import kernel_shapes, random_shapes, triton_tables
 
     interpreter.install()
-    specs = [
-        spec
-        for spec in SPECS.values()
-        if spec.name in JUDGED_BY.get(module, ())
-        or spec.make_inputs.__module__.split(".")[-1] == module.removesuffix("_triton")
-    ]
-    assert specs, f"no operation belongs to kernels/{module}.py"
+    specs = specs_testing(file)
+    assert specs, f"no operation tests kernels/{file}.py"
     for spec in specs:
-        tables = list(variants(spec.name))
-        shapes = sorted({*shapes_here(spec), *random_shapes(spec)}, key=lambda s: sum(map(int, s)))
+        tables = list(triton_tables(spec.name))
+        shapes = {*kernel_shapes(spec), *random_shapes(spec)}
+        shapes = sorted(shapes, key=lambda s: sum(map(int, s)))  # quick ones first
         for shape in shapes:
             for _, ops in tables:
                 for dtype in (torch.float32, torch.bfloat16):
@@ -219,9 +229,9 @@ def run_suite(module: str) -> None:
                 with interpreter.last_programs_first():
                     second = spec.run(ops, cast(inputs, torch.float32))
                 assert all(torch.equal(first[k], second[k]) for k in first), "programs collide"
-    if module in MORE:
+    if file in MORE_TESTS:
         quiet = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        assert pytest.main([*quiet, *MORE[module]]) == 0, f"{MORE[module]}"
+        assert pytest.main([*quiet, *MORE_TESTS[file]]) == 0, f"{MORE_TESTS[file]}"
 
 
 def main() -> int:

@@ -29,9 +29,13 @@ def main() -> None:
     world = distributed.start()
     for _ in range(5):
         world.barrier()
-    assert world.any(world.first) and not world.any(False) and world.most(7 - world.rank) == 7
+    assert (
+        world.any_rank(world.is_rank0)
+        and not world.any_rank(False)
+        and world.max_over_ranks(7 - world.rank) == 7
+    )
     print("joined", file=sys.stderr)
-    if not world.first:
+    if not world.is_rank0:
         if deed == "busy":  # longer than anybody waits in a sum, or for a heartbeat
             until = time.monotonic() + 9
             while time.monotonic() < until:
@@ -41,9 +45,9 @@ def main() -> None:
         else:
             os.kill(os.getpid(), signal.SIGKILL if deed == "killed" else signal.SIGSTOP)
     if deed == "stopped in a sum":
-        world.sum_(torch.ones(3))
+        world.all_reduce_sum_(torch.ones(3))
     world.barrier()
-    assert world.sum_(torch.ones(3)).tolist() == [2, 2, 2]
+    assert world.all_reduce_sum_(torch.ones(3)).tolist() == [2, 2, 2]
     print("through", file=sys.stderr)
 
 

@@ -220,7 +220,7 @@ def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
     looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
     lora = load_lora(tmp_path / "sft")
     session.model.bind(lora)
-    nll = {system: Validator(looking, session.model, session.chat, system)(lora)[0]
+    nll = {system: Validator(looking, system, session)(lora)[0]
            for system in (told, plain)}  # fmt: skip
     assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3
 

@@ -1,4 +1,4 @@
-"""A row's bits are its own where Triton's kernels run, from its products to its sampled text.
+"""Triton's kernels are batch-invariant, from their products to a sampled text.
 
 In the interpreter without a GPU, on the GPU with one.
 """
@@ -10,7 +10,7 @@ import operator
 import pytest
 import torch
 
-from engine.sampling.batch_invariance import differing
+from engine.sampling.batch_invariance import batch_dependences
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from kernels.cpu.prepack import Prepacked
@@ -54,42 +54,44 @@ def product_of(form, k, sizes, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["head", "plain", "adapted"])
-def test_a_row_of_a_product_is_its_own(form, dtype):
-    """Alone, and at the first, the last and any place between, among large and small rows."""
+def test_products_are_batch_invariant(form, dtype):
+    """One row alone, and at the first, the last and any place among large and small rows."""
     k, sizes = (4096, (4096, 1024, 1000)) if ON_GPU else (40, (24, 8, 9))
     product = product_of(form, k, sizes, dtype)
-    row, others = normal(1, k, seed=2, dtype=dtype), normal(300, k, seed=3, dtype=dtype)
+    row = normal(1, k, seed=2, dtype=dtype)
+    others = normal(300, k, seed=3, dtype=dtype)
     others[::3] *= 300
     want = product(row)[0]
     assert want.isfinite().all() and want.abs().max() > 0
     for count in COUNTS:
-        x, places = others[:count].clone(), sorted({0, count // 5, count // 2, count - 1})
+        x = others[:count].clone()
+        places = sorted({0, count // 5, count // 2, count - 1})
         x[places] = row
         got = product(x)[places]
         assert torch.equal(got, want.expand_as(got)), f"one of {places} of {count}"
 
 
-def test_a_row_that_begins_anywhere_is_its_own():
-    """Not on 16 bytes, and with a gap behind each row."""
-    product, x = product_of("plain", 40, (41,), torch.float32), normal(5, 40)
-    home = normal(300)
-    for strided in (home.as_strided((5, 40), (40, 1), 3), home.as_strided((5, 40), (48, 1))):
+def test_a_product_does_not_depend_on_alignment_or_strides():
+    """Rows not on 16 bytes, and with a gap after each row."""
+    product = product_of("plain", 40, (41,), torch.float32)
+    x = normal(5, 40)
+    buffer = normal(300)
+    misaligned = buffer.as_strided((5, 40), (40, 1), 3)
+    with_gaps = buffer.as_strided((5, 40), (48, 1))
+    for strided in (misaligned, with_gaps):
         assert torch.equal(product(strided.copy_(x)), product(x))
 
 
 @pytest.mark.skipif(ON_GPU, reason="an H100 adds up along K one by one, whatever BK")
-def test_another_tile_gives_other_bits(monkeypatch):
-    """Or else that the tile is fixed would be worth nothing."""
-    x, first = (
-        normal(64, 96),
-        tile_config.tile("lora_linear_kernel", torch.device(DEVICE), "fixed fp32"),
-    )
+def test_another_tile_gives_other_bits():
+    """Or else fixing the tile would be worth nothing."""
+    x = normal(64, 96)
+    fixed = tile_config.tile_config("lora_linear_kernel", torch.device(DEVICE), "fixed fp32")
     product = product_of("head", 96, (64,), torch.float32)
     want = product(x)
-    monkeypatch.setitem(
-        tile_config.overrides, ("lora_linear_kernel", ""), first | {"BK": first["BK"] // 2}
-    )
-    other = product(x)
+    narrower = fixed | {"BK": fixed["BK"] // 2}
+    with tile_config.overriding({("lora_linear_kernel", ""): narrower}):
+        other = product(x)
     assert not torch.equal(other, want)
     torch.testing.assert_close(other, want)
 
@@ -99,7 +101,7 @@ def test_another_tile_gives_other_bits(monkeypatch):
 
 @pytest.fixture
 def model(tiny_llama_dir):
-    """Three query heads to a key head, so that a tile decodes 5 of 13 drafted tokens."""
+    """Three query heads to a key head, so that a tile decodes 5 of 13 draft tokens."""
     sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
     special = {"bos_token_id": 68, "eos_token_id": 69}
     path = tiny_llama_dir(layers=2, tied=False, **sizes, **special)
@@ -128,47 +130,52 @@ def requests():
 def texts(model, order, lora=None, drafts=None, **settings):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(page_size=8, temperature=0.8, top_p=0.95, invariant=True, **settings)
-    wanted = [dataclasses.replace(r, draft=(drafts or {}).get((r.id, r.sample), ())) for r in order]
+    wanted = [
+        dataclasses.replace(r, draft_source=(drafts or {}).get((r.id, r.sample), ())) for r in order
+    ]
     with Sampler(model, lambda ids: "", (), config, lora) as sampler:
         done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(wanted)}
     assert all(math.isfinite(p) for _, logprobs in done.values() for p in logprobs)
     return done, sampler.stats
 
 
-def test_a_text_is_its_own(model):
-    """Tokens and log-probabilities, bitwise: rows together, order, drafts, chunks, an adapter."""
-    lora, wanted, before = adapter(model), requests(), dict(model.weights)
+def test_sampled_texts_are_batch_invariant(model):
+    """Tokens and log-probabilities, bitwise: batch size, order, drafts, chunks, an adapter."""
+    lora = adapter(model)
+    wanted = requests()
+    before = dict(model.weights)
     together, _ = texts(model, wanted, lora, rows=5, draft="off")
     assert len({tuple(ids) for ids, _ in together.values()}) == 5
     # references that hold for some tokens and then fail
     drafts = {key: [*ids[:2], 7, 7] for key, (ids, _) in together.items()}
     turned, stats = texts(model, wanted[::-1], lora, drafts, rows=2, draft="always")
-    assert turned == together and stats.held > 0 and stats.held < stats.drafted
+    assert turned == together and 0 < stats.accepted_tokens < stats.draft_tokens
     chunked, _ = texts(model, wanted[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
     assert chunked == {key: together[key] for key in chunked} and len(chunked) == 4
     for request in wanted[2:4]:
-        alone, _ = texts(model, [request], lora, rows=1, draft="off")
-        assert alone == {key: together[key] for key in alone}
+        single, _ = texts(model, [request], lora, rows=1, draft="off")
+        assert single == {key: together[key] for key in single}
     assert texts(model, wanted[:1], None, rows=1)[0] != {("q0", 0): together["q0", 0]}
     assert all(model.weights[name] is weight for name, weight in before.items())
 
 
-def test_the_probe(model):
-    """What is looked at on a card before the first row: silent here, and not where a row leans."""
+def test_the_check_on_a_card_finds_a_product_that_depends_on_the_batch(model):
+    """`differing` runs before the first row is sampled: it finds nothing here, and must not miss a
+    product that depends on the number of rows."""
     ours, lora = for_sampling(model, adapter(model), invariant=True)
     ops = dataclasses.replace(ours.ops, sample=TORCH.sample)  # much faster in the interpreter
 
-    def leaning(x, weight):
+    def dependent(x, weight):
         return OPS.linear(x, weight) * (1 + 2.0**-7 * (x.shape[0] > 1))
 
-    leans = ["rows beside one of 1 ", "rows beside one of 11 ", "a prompt is cut"]
-    for linear, what in ((OPS.linear, []), (leaning, leans)):
+    differences = ["sequences beside one of 1 ", "sequences beside one of 11 ", "a prompt is cut"]
+    for linear, expected in ((OPS.linear, []), (dependent, differences)):
         probed = Llama(model.config, model.weights, dataclasses.replace(ops, linear=linear))
-        found = differing(probed, lora, page_size=8, prompts=(1, 11), drafted=6)
-        assert len(found) == len(what) and all(map(operator.contains, found, what)), found
+        found = batch_dependences(probed, lora, 8, prompt_lengths=(1, 11), decoded=6)
+        assert len(found) == len(expected) and all(map(operator.contains, found, expected)), found
 
 
-def test_where_it_does_not_hold_it_is_refused(tiny_llama_dir):
+def test_invariant_is_refused_where_it_does_not_hold(tiny_llama_dir):
     path = tiny_llama_dir()
     for dtype, ops in ((torch.bfloat16, TORCH), (torch.float32, REFERENCE)):
         model = Llama.from_pretrained(path, dtype=dtype, ops=ops)
@@ -179,14 +186,11 @@ def test_where_it_does_not_hold_it_is_refused(tiny_llama_dir):
         invariant(one)
 
 
-def test_on_a_cpu_it_holds_anyway(tiny_llama_dir, capsys):
+def test_fp32_on_a_cpu_is_batch_invariant_without_the_flag(tiny_llama_dir, capsys):
     model = Llama.from_pretrained(tiny_llama_dir(tied=False), device="cpu", ops=TORCH)
     if not Prepacked.available(model.weights["embed"]):
         pytest.skip("this CPU's torch has no oneDNN")
     done, _ = texts(model, requests(), rows=5)
     said = capsys.readouterr().out
     assert done == texts(model, requests(), rows=2)[0]
-    assert (
-        said
-        == "invariant: a row's bits are its own on a CPU in float32, with and without the flag\n"
-    )
+    assert said == "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"

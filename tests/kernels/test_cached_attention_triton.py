@@ -1,4 +1,4 @@
-"""Paged attention in Triton: a row's result is its own, whatever lies beside it and wherever."""
+"""Paged attention in Triton is batch-invariant, wherever a sequence's pages lie."""
 
 import random
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from kernels.cached import Cached
-from kernels.launch.triton_launch import INTERPRETED, usable
+from kernels.integers import cdiv
+from kernels.launch.triton_launch import INTERPRETED, why_unavailable
 from kernels.registry import REFERENCE, TRITON
 from tests.helpers import interpreter
 
 H, G, D, SIZE = 3, 1, 16, 8
-# (cached, new tokens); parts of 32 tokens and pages of 8 end at, before and behind the last token;
-# a tile decodes 5 tokens, and one row has a query that misses a part
-ROWS = [(0, 1), (63, 1), (64, 1), (30, 4), (0, 9), (24, 13)]
+# (cached, new tokens) of each sequence; parts of 32 tokens and pages of 8 end at, before and after
+# the last token; a tile decodes 5 tokens, and one sequence has a query that sees nothing of a part
+SEQUENCES = [(0, 1), (63, 1), (64, 1), (30, 4), (0, 9), (24, 13)]
 
 
 ON_GPU = torch.cuda.is_available()
@@ -23,20 +24,20 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 @pytest.fixture(autouse=True)
 def strict():
-    if reason := usable(DEVICE):
+    if reason := why_unavailable(DEVICE):
         pytest.skip(reason)
     if INTERPRETED:
         interpreter.install()
 
 
 def attend(batch, seed, dtype, alone, cuts=None):
-    """o of the rows in `batch` (numbers into ROWS); `seed` decides which pages they get.
+    """o of the sequences in `batch` (numbers into SEQUENCES); `seed` decides which pages they get.
 
-    `cuts`: new tokens of one row by forward, instead of all at once. Whatever is not theirs is
-    NaN: free pages and, in the last page, what is behind the last token.
+    `cuts`: new tokens of one sequence by forward, instead of all at once. Memory that is not theirs
+    is NaN: free pages and, in the last page, the places after the last token.
     """
     rng = random.Random(seed)
-    need = [-(-sum(ROWS[i]) // SIZE) for i in batch]
+    need = [cdiv(sum(SEQUENCES[i]), SIZE) for i in batch]
     free = list(range(sum(need) + 5))
     rng.shuffle(free)
     k, v = (
@@ -45,12 +46,12 @@ def attend(batch, seed, dtype, alone, cuts=None):
     tables, new = [], []
     for i, count in zip(batch, need, strict=True):
         tables.append([free.pop() for _ in range(count)])
-        own = torch.Generator().manual_seed(i)  # a row's numbers are the same in every batch
+        own = torch.Generator().manual_seed(i)  # the same numbers in every batch
         for cache in (k, v):
-            for t, token in enumerate(torch.randn(ROWS[i][0], G, D, generator=own)):
+            for t, token in enumerate(torch.randn(SEQUENCES[i][0], G, D, generator=own)):
                 cache[tables[-1][t // SIZE], :, t % SIZE] = token.to(DEVICE, dtype)
-        new.append(torch.randn(ROWS[i][1], (H + 2 * G) * D, generator=own).to(DEVICE, dtype))
-    counts, contexts = [len(q) for q in new], [ROWS[i][0] for i in batch]
+        new.append(torch.randn(SEQUENCES[i][1], (H + 2 * G) * D, generator=own).to(DEVICE, dtype))
+    counts, contexts = [len(q) for q in new], [SEQUENCES[i][0] for i in batch]
     if cuts is None:
         forwards = [(torch.cat(new), counts, contexts)]
     else:
@@ -68,30 +69,31 @@ def attend(batch, seed, dtype, alone, cuts=None):
     return dict(zip(batch, o.split(counts), strict=True))
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "prompts"])
+@pytest.mark.parametrize("alone", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_its_own(dtype, alone):
+def test_a_sequence_does_not_depend_on_the_batch(dtype, alone):
     """Bitwise equal by itself, among others, in another order and in other pages."""
-    everyone = list(range(len(ROWS)))
+    everyone = list(range(len(SEQUENCES)))
     among = attend(everyone, 1, dtype, alone)
     turned = attend(everyone[::-1], 2, dtype, alone)
     for i in everyone:
         single = attend([i], 3 + i, dtype, alone)[i]
-        assert torch.equal(among[i], single), f"row {i} among others"
-        assert torch.equal(turned[i], single), f"row {i} in another order and other pages"
+        assert torch.equal(among[i], single), f"sequence {i} among others"
+        assert torch.equal(turned[i], single), f"sequence {i} in another order and other pages"
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "prompts"])
+@pytest.mark.parametrize("alone", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_token_is_its_own(dtype, alone):
+def test_a_token_does_not_depend_on_how_the_forward_was_cut(dtype, alone):
     """Drafts as one token after the other, a prompt in other pieces: the same bits."""
-    for row, cuts in ((5, [1] * 13), (5, [1, 7, 5]), (4, [1] * 9), (4, [8, 1]), (3, [3, 1])):
-        together, cut = (attend([row], row, dtype, alone, c)[row] for c in (None, cuts))
-        assert torch.equal(together, cut), f"row {row} cut into {cuts}"
+    for i, cuts in ((5, [1] * 13), (5, [1, 7, 5]), (4, [1] * 9), (4, [8, 1]), (3, [3, 1])):
+        together = attend([i], i, dtype, alone)[i]
+        cut = attend([i], i, dtype, alone, cuts)[i]
+        assert torch.equal(together, cut), f"sequence {i} cut into {cuts}"
 
 
 def test_scores_far_below_zero():
-    """Every score near -230 (base 2): what is masked must not count as a score of 0."""
+    """Every score near -230 (base 2): a masked key must not count as a score of 0."""
     k, v = torch.ones(11, G, SIZE, D, device=DEVICE), torch.randn(11, G, SIZE, D, device=DEVICE)
     qkv = torch.randn(7, (H + 2 * G) * D, device=DEVICE)
     qkv[:, : H * D], qkv[:, H * D : (H + G) * D] = -40, 1

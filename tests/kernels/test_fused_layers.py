@@ -1,5 +1,5 @@
-"""All layers for new tokens in one C call: the bits of the calls one by one, and the sampler's use
-of it; where a benchmark says the time goes."""
+"""All layers for new tokens in one C call: bitwise equal to the calls one by one; used by the
+sampler; profiled by a benchmark."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from kernels.cached import Cached
 from kernels.cpu import native
+from kernels.integers import cdiv
 from kernels.registry import NATIVE, TORCH
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.sampling_weights import for_sampling
 
-pytestmark = pytest.mark.skipif(bool(native.usable()), reason=native.usable())
+REASON = native.why_unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
 
 def sampling_model(path) -> Llama:
@@ -30,7 +32,7 @@ def forward(
 ) -> tuple:
     """Hidden states and the cache after rows with these contexts brought so many new tokens."""
     size, g = 8, torch.Generator().manual_seed(0)
-    need = [-(-(c + n) // size) for c, n in zip(contexts, new, strict=True)]
+    need = [cdiv(c + n, size) for c, n in zip(contexts, new, strict=True)]
     order = list(range(sum(need) + 2))
     random.Random(1).shuffle(order)
     tables = [[order.pop() for _ in range(count)] for count in need]
@@ -60,7 +62,7 @@ def forward(
         ([5, 2], [0, 8], [0, 1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_one_call_is_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, wanted):
+def test_one_call_equals_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, wanted):
     path = tiny_llama_dir(layers=3, heads=4, kv_heads=2, hidden=48, tied=tied)
     model = sampling_model(path)
     assert model.fused_layers is not None
@@ -70,18 +72,18 @@ def test_one_call_is_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, w
         assert torch.equal(a, b)
 
 
-def test_a_short_forward_after_a_long_one_meets_nothing_of_it(tiny_llama_dir):
-    """The room is kept: what a forward of more tokens left there changes nothing."""
+def test_the_workspace_leaks_nothing_into_the_next_forward(tiny_llama_dir):
+    """It is kept: numbers that a forward of more tokens left there change nothing."""
     model = sampling_model(tiny_llama_dir(layers=2))
     before = forward(model, [3, 1], [4, 9], True, None)[0]
-    room = len(model.fused_layers.room)
+    size = len(model.fused_layers.workspace)
     forward(model, [50, 60], [0, 3], True, [109])
-    assert len(model.fused_layers.room) > room
-    model.fused_layers.room.fill_(float("nan"))
+    assert len(model.fused_layers.workspace) > size
+    model.fused_layers.workspace.fill_(float("nan"))
     assert torch.equal(forward(model, [3, 1], [4, 9], True, None)[0], before)
 
 
-def test_what_does_not_fit_is_refused(tiny_llama_dir):
+def test_arguments_that_do_not_fit_are_refused(tiny_llama_dir):
     model = sampling_model(tiny_llama_dir(layers=2))
     c = model.config
     cache = KVCache(c, 4, 8, "cpu", torch.float32)
@@ -90,12 +92,12 @@ def test_what_does_not_fit_is_refused(tiny_llama_dir):
     for k, tokens in ((cache.k[:1], h), (cache.k, h[:1])):
         with pytest.raises(AssertionError, match="2 layers"):
             model.fused_layers(tokens, cached, cos_sin, k, k, 1e-5)
-    for wanted in ([1, 0], [0, 0], [2], [-1]):  # has to rise, and to be there
+    for wanted in ([1, 0], [0, 0], [2], [-1]):  # must increase, and be there
         with pytest.raises(AssertionError, match="of 2 tokens"):
             model.fused_layers(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
 
 
-def test_it_is_what_the_sampler_runs(tiny_llama_dir):
+def test_the_sampler_runs_it(tiny_llama_dir):
     """Prompts and decoding go through it; texts are those without it."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
     requests = [Request(f"r{i}", [5, 6, 7 + i], 6) for i in range(5)]
@@ -118,12 +120,11 @@ def test_it_is_what_the_sampler_runs(tiny_llama_dir):
     assert calls.count(9) == 1 and len(calls) > steps, "three prompts of three tokens, then steps"
 
 
-def test_plain_weights_go_layer_by_layer(tiny_llama_dir):
+def test_plain_weights_run_layer_by_layer(tiny_llama_dir):
     path = tiny_llama_dir(layers=2)
-    assert Llama.from_pretrained(path, device="cpu", ops=NATIVE).fused_layers is None
-    assert (
-        for_sampling(Llama.from_pretrained(path, device="cpu", ops=TORCH))[0].fused_layers is None
-    )
+    native, plain = (Llama.from_pretrained(path, device="cpu", ops=ops) for ops in (NATIVE, TORCH))
+    assert native.fused_layers is None
+    assert for_sampling(plain)[0].fused_layers is None
 
 
 def test_the_profile_adds_up(tiny_llama_dir):

@@ -176,13 +176,13 @@ def test_a_misspelt_option_is_refused():
 
 
 def test_every_equivalent_mutant_is_one():
-    """A reason outlives the line that it was given for, and would excuse nothing or the wrong."""
+    """A reason must not outlive its line: it would excuse nothing, or another mutant."""
     keys = {mutant.key for mutant in mutate_kernels.mutants("*", per_kernel=1000)}
     assert mutate_kernels.EQUIVALENT.keys() <= keys
 
 
 def test_kernels_are_mutated_at_any_depth(tmp_path, monkeypatch):
-    """A file that is moved into a folder is not left out without a word."""
+    """A file that is moved into a folder is not left out."""
     source = "@jit\ndef {}(n):\n    return n + 1 < 3\n"
     for path, name in (("kernels/a.py", "a_kernel"), ("kernels/deep/er/b.py", "b_kernel")):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -192,3 +192,12 @@ def test_kernels_are_mutated_at_any_depth(tmp_path, monkeypatch):
     assert [(m.kernel, m.old) for m in found] == [
         (name, old) for name in ("a_kernel", "b_kernel") for old in ("+", "<")
     ]
+
+
+def test_every_mutant_has_an_operation_that_tests_it():
+    """Without one every mutant of the file would count as found, for the wrong reason."""
+    files = {mutant.file for mutant in mutate_kernels.mutants("*", per_kernel=1)}
+    assert "philox" in files and "lora_linear/triton_backward" in files
+    for file in files:
+        assert mutate_kernels.specs_testing(file), f"no operation tests kernels/{file}.py"
+    assert files >= mutate_kernels.MORE_TESTS.keys() | mutate_kernels.USED_BY.keys()

@@ -1,13 +1,12 @@
-"""The C forms: against their definitions, between guards, and a row's bits its own.
+"""The C kernels: against their definitions, between guards, and batch-invariant.
 
 Everything here runs on the library that this machine compiled, and once more, in processes of
-their own, on the forms for other processors and on one with the compiler's sanitizers. Such a
-process is told by TESTED_LIBRARY which library to take.
+their own, on builds for other processors and on one with the compiler's sanitizers. Such a process
+runs with the plugin tests/helpers/tested_library.py, which takes the library to test.
 """
 
 import copy
 import dataclasses
-import functools
 import os
 import random
 import shutil
@@ -20,27 +19,23 @@ import torch
 
 from kernels.cached import Cached
 from kernels.cpu import native, panels
+from kernels.cpu.native import Loaded, Loader
 from kernels.cpu.panels import Panels, bytes_needed
-from kernels.registry import FIELDS, NATIVE, REFERENCE, SPECS, TORCH
+from kernels.integers import cdiv
+from kernels.registry import NATIVE, REFERENCE, SPECS, TORCH, functions
 from kernels.spec import cast, check
-from tests.helpers import interpreter
-from tests.kernels.test_operations import WRITTEN, named_tensors, random_shapes
+from tests.helpers import interpreter, tested_library
+from tests.helpers.operation_cases import WRITTEN, named_tensors, random_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER = os.environ.get("TESTED_LIBRARY")
-if OTHER:
-    native._loaded = functools.cache(lambda: (native.bind(Path(OTHER)), ""))
+OTHER = os.environ.get(tested_library.VARIABLE)  # the library under test, in such a process
 
-NAMES = [
-    name
-    for name in SPECS
-    if any(getattr(NATIVE, field) is not getattr(TORCH, field) for field in FIELDS[name])
-]
+NAMES = [name for name, spec in SPECS.items() if functions(NATIVE, spec) != functions(TORCH, spec)]
 
 
 @pytest.fixture(autouse=True)
-def needed():
-    if reason := native.usable():
+def skipped_without_native():
+    if reason := native.why_unavailable():
         pytest.skip(f"no native kernels: {reason}")
 
 
@@ -74,7 +69,7 @@ def any_shapes(spec):
     """Shapes of no pattern; heads in whole vectors."""
     for shape in random_shapes(spec):
         if spec.name == "cached_attention":
-            shape = (*shape[:2], -(-shape[2] // 16) * 16, *shape[3:])
+            shape = (*shape[:2], cdiv(shape[2], 16) * 16, *shape[3:])
         yield shape
 
 
@@ -100,8 +95,8 @@ def test_against_reference(name, shape):
     assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
 
 
-def test_at_every_width():
-    """Ends of every length behind the last whole vector or panel, and short sums."""
+def test_against_reference_at_every_width():
+    """Remainders of every length after the last whole vector or panel, and short sums."""
     for width in range(1, 72):
         check(SPECS["rms_norm"], NATIVE, REFERENCE, (2, width))
         check(SPECS["swiglu"], NATIVE, REFERENCE, (2, width))
@@ -110,7 +105,7 @@ def test_at_every_width():
         check(SPECS["linear"], NATIVE, REFERENCE, (width, width % 7 + 1, 3))
 
 
-def test_heads_of_every_size():
+def test_against_reference_with_heads_of_every_size():
     """One to nine vectors: those that the compiler knows, and any other."""
     for vectors in range(1, 10):
         for page in (1, 5, 8, 16, 40):
@@ -118,8 +113,8 @@ def test_heads_of_every_size():
             check(SPECS["cached_attention"], NATIVE, REFERENCE, shape)
 
 
-def test_nothing_behind_a_cache_is_needed():
-    """The last place of the last page is taken: a read behind it shows in the sanitized form."""
+def test_nothing_after_the_cache_is_read():
+    """The last place of the last page is used: a read after it shows in the sanitized build."""
     d = lanes()
     for page in range(2, 35):
         cached = Cached.build([1, 2], [2 * page - 1, page - 2], [[0, 1], [2]], page)
@@ -129,7 +124,7 @@ def test_nothing_behind_a_cache_is_needed():
         torch.testing.assert_close(NATIVE.cached_attention(qkv, k, v, cached), want)
 
 
-def test_values_are_two_chains():
+def test_values_are_summed_in_two_chains():
     """Of the even and of the odd keys of a page, over the pages; added in the end. Bit for bit.
 
     Queries of 0 weigh every key alike, by exactly 1.
@@ -146,7 +141,7 @@ def test_values_are_two_chains():
             assert bitwise(got[t], chains.sum(0) / (t + 1)), f"token {t}, pages of {page}"
 
 
-def test_scores_far_apart():
+def test_attention_of_scores_far_apart():
     """Most weights vanish; the largest score may be any one's, and far from 0."""
     spec = SPECS["cached_attention"]
 
@@ -162,7 +157,7 @@ def test_scores_far_apart():
 
 
 @pytest.mark.parametrize(("name", "shape"), cases(lambda spec: spec.test_shapes))
-def test_repeatable(name, shape):
+def test_results_are_repeatable(name, shape):
     inputs = SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1))
     first, second = (SPECS[name].run(NATIVE, cast(inputs, torch.float32)) for _ in range(2))
     for key in first:
@@ -170,7 +165,7 @@ def test_repeatable(name, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inputs_are_left_alone(name):
+def test_inputs_are_not_written(name):
     made = SPECS[name].make_inputs(SPECS[name].test_shapes[1], torch.Generator().manual_seed(1))
     inputs = cast(made, torch.float32)
     before, compared = copy.deepcopy(inputs), 0
@@ -185,7 +180,7 @@ def test_inputs_are_left_alone(name):
 UNIT = 2.0**-24  # half a unit in the last place of 1: what one rounding may cost
 
 
-def test_swiglu_holds_to_the_last_bits():
+def test_swiglu_is_accurate_to_three_roundings():
     """e^x over its whole range: 3 roundings' worth; what lies beyond is taken to be at its end."""
     gate = torch.cat((torch.linspace(-86.9, 87.9, 100_001), torch.logspace(-36, 0, 999)))
     gate = torch.cat((gate, -gate[-999:]))
@@ -200,7 +195,7 @@ def test_swiglu_holds_to_the_last_bits():
     assert bitwise(h[4:], far[4:])
 
 
-def test_weights_hold_to_the_last_bits():
+def test_attention_weights_are_accurate_to_three_roundings():
     """Of two keys, one with score 0 and value 0, the other with score x and value 1."""
     d, x = 16, torch.linspace(-100, 0, 20_001)  # a root that is exact
     k, v, qkv = torch.zeros(1, 1, 8, d), torch.zeros(1, 1, 8, d), torch.zeros(len(x), 3 * d)
@@ -214,8 +209,8 @@ def test_weights_hold_to_the_last_bits():
     assert alone < 1.4 * UNIT, f"relative error of e^x {alone / UNIT:.3g} units"
 
 
-def test_scores_far_below_0():
-    """Places behind a row's last key are nobody's: their 0 is not the largest score."""
+def test_attention_of_scores_far_below_0():
+    """Places after a row's last key do not count: their 0 is not the largest score."""
     d = lanes()
     for n in range(1, 3 * lanes()):
         qkv = torch.cat((torch.ones(n, d), normal(n, 2 * d)), dim=1)
@@ -229,7 +224,7 @@ def test_scores_far_below_0():
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_nan_is_not_hidden():
+def test_a_nan_reaches_the_queries_that_see_it():
     """One key's NaN reaches the queries that see it, and nobody else."""
     G, d, page = 1, lanes(), 8
     k, v = normal(4, G, page, d), normal(4, G, page, d, seed=1)
@@ -283,7 +278,7 @@ def packed(weight):
     """Of the same bytes as Panels holds, with nothing behind them."""
     made = Panels(weight)
     columns = native.library().panel_columns()
-    size = -(-weight.shape[0] // columns) * columns * weight.shape[1] * made.bytes
+    size = cdiv(weight.shape[0], columns) * columns * weight.shape[1] * made.bytes
     return made.packed[:size].clone(), made.bytes
 
 
@@ -314,7 +309,7 @@ def test_guards_of_products(count, threads):
             assert bitwise(y, Panels(weight)(x))
 
 
-def test_guards_of_what_a_token_meets_alone(threads):
+def test_guards_of_norms_swiglu_and_rotation(threads):
     for T, D in ((1, 1), (3, 15), (2, 16), (5, 33), (300, 63)):
         x, residual, w = normal(T, D), normal(T, D, seed=1), normal(D, seed=2)
         y, h, rstd = NATIVE.add_rms_norm_forward(x, residual, w, 1e-5)
@@ -350,7 +345,7 @@ DRAWN = (  # temperature, top_k, top_p, min_p
 
 
 @pytest.mark.parametrize("settings", DRAWN, ids=str)
-def test_guards_and_rows_of_what_is_drawn(settings, threads):
+def test_guards_and_batch_invariance_of_sampling(settings, threads):
     """Nothing beside the rows is looked at, and a row's token is its own; ties and -0 in them."""
     temperature, top_k, top_p, min_p = settings
     for B, V in ((1, 1), (5, 37), (7, 600), (3, 16 * 64 + 9)):
@@ -387,7 +382,7 @@ def test_the_order_of_all_is_that_of_torch():
 
 
 def test_guards_of_attention(threads):
-    """Pages that are nobody's, and places behind a row's end, hold NaN."""
+    """Unused pages, and places after a row's end, hold NaN."""
     for H, G, vectors, page, new, contexts in (
         (1, 1, 1, 8, (1,), (0,)),
         (4, 2, 1, 16, (1, 1, 1), (15, 16, 40)),
@@ -395,7 +390,7 @@ def test_guards_of_attention(threads):
         (2, 2, 5, 24, (30, 70), (30, 0)),
     ):
         d, B, T = vectors * lanes(), len(new), sum(new)
-        need = [-(-(c + m) // page) for c, m in zip(contexts, new, strict=True)]
+        need = [cdiv(c + m, page) for c, m in zip(contexts, new, strict=True)]
         P = max(need)
         places = random.Random(P).sample(range(1, sum(need) + 1), sum(need))
         tables = [[places.pop() for _ in range(n)] for n in need]
@@ -418,13 +413,13 @@ def test_guards_of_attention(threads):
         assert o.isfinite().all() and bitwise(o, NATIVE.cached_attention(qkv, *wrote, cached))
 
 
-# ---- a row's bits are its own
+# ---- batch invariance
 
 SOME = [*range(1, 71), 191, 192, 193, 194, 400]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_rows_of_a_product(count, threads):
+def test_a_product_is_batch_invariant(count, threads):
     """For any number of rows and any place among them."""
     n, k = 7 * lanes() + 3, 37
     product = Panels(of_bytes(normal(n, k), count))
@@ -461,7 +456,7 @@ def test_a_product_is_chains_of_128(count):
         assert bitwise(Panels(weight)(x[:T]), want[:T]), f"{T} rows"
 
 
-def test_rows_that_meet_nobody(threads):
+def test_norms_swiglu_and_rotation_are_batch_invariant(threads):
     """Norms, SwiGLU and rotation, where threads share the work and where they do not."""
     T, D, H, G, d = 500, 65, 2, 1, 22
     x, residual, w = normal(T, D), normal(T, D, seed=1), normal(D, seed=2)
@@ -495,7 +490,7 @@ class Attended:
     def outputs(self, rows, cuts, alone, seed=0):
         """Output (n, H d) of each of the rows; cuts[i]: the tokens that each forward brings."""
         rng, size = random.Random(seed), self.page
-        need = [-(-len(self.rows[i]) // size) for i in rows]
+        need = [cdiv(len(self.rows[i]), size) for i in rows]
         places = rng.sample(range(sum(need) + 2), sum(need) + 2)
         tables = {i: [places.pop() for _ in range(n)] for i, n in zip(rows, need, strict=True)}
         k = torch.full((sum(need) + 2, self.G, size, self.d), torch.nan)
@@ -520,7 +515,7 @@ class Attended:
     ("H", "G", "vectors", "page"),
     [(4, 2, 1, 16), (3, 1, 4, 64), (6, 2, 2, 8), (2, 2, 3, 20), (1, 1, 5, 24)],
 )
-def test_attention_of_a_row_is_its_own(H, G, vectors, page, threads):
+def test_attention_is_batch_invariant(H, G, vectors, page, threads):
     """Alone, with neighbours, cut anywhere, drafted with others, in other pages, either `alone`."""
     lengths = (1, page, page + 1, 2 * page + 3, 70, 33)
     attended, rng = Attended(H, G, vectors * lanes(), page, lengths), random.Random(1)
@@ -569,7 +564,7 @@ def test_panels_hold_a_weight_bit_for_bit(count):
         assert bitwise(Panels(across).unpack(), weight), "a transposed weight"
 
 
-def test_bytes_are_those_of_the_last_number(monkeypatch):
+def test_bytes_needed_are_found_wherever_the_number_stands(monkeypatch):
     """Also where it stands in a part of its own, and after parts that need fewer."""
     for chunk in (1 << 22, 64):
         monkeypatch.setattr(panels, "CHUNK", chunk)
@@ -582,36 +577,38 @@ def test_bytes_are_those_of_the_last_number(monkeypatch):
     assert bytes_needed(torch.zeros(3, 3)) == 2
 
 
-def test_what_is_not_the_weights_is_refused():
+def test_indices_and_inputs_that_do_not_fit_are_refused():
     made = Panels(normal(10, 4))
     for rows in ([10], [-1], [3, 10, 2]):
         with pytest.raises(AssertionError, match="of 10"):
             made[torch.tensor(rows)]
     with pytest.raises(AssertionError):
         made[torch.zeros(2, 2, dtype=torch.int64)]
-    with pytest.raises(AssertionError, match="int64 is wanted"):
+    with pytest.raises(AssertionError, match="expected contiguous torch.int64"):
         made[torch.zeros(2, dtype=torch.int32)]
     with pytest.raises(AssertionError, match="does not fit 10 x 4"):
         made(torch.zeros(2, 5))
-    with pytest.raises(AssertionError, match="float32 is wanted"):
+    with pytest.raises(AssertionError, match="expected contiguous torch.float32"):
         made(torch.zeros(2, 4, dtype=torch.float64))
     assert made(torch.zeros(0, 4)).shape == (0, 10)
 
 
-def test_which_weights_can_be_packed(monkeypatch):
+def test_which_weights_can_be_packed():
     assert Panels.available(torch.zeros(2, 2))
     for weight in (torch.zeros(2, 2).double(), torch.zeros(2, 2).bfloat16()):
         assert not Panels.available(weight)
     assert not Panels.available(torch.zeros(2, 2, device="meta"))
-    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler"))
-    assert not Panels.available(torch.zeros(2, 2))
+    with native.loading_by(Loader(loaded=Loaded(reason="no compiler"))):
+        assert not Panels.available(torch.zeros(2, 2))
 
 
 def test_heads_that_are_no_whole_vectors_are_refused():
     d = lanes() + lanes() // 2
     cached = Cached.build([1], [0], [[0]], 8)
     k = torch.zeros(1, 1, 8, d)
-    with pytest.raises(AssertionError, match=f"heads of {d} are no whole vectors"):
+    with pytest.raises(
+        AssertionError, match=f"heads of {d} are not a multiple of the vector width"
+    ):
         NATIVE.cached_attention(torch.zeros(1, 3 * d), k, k, cached)
 
 
@@ -620,7 +617,7 @@ def test_no_memory_is_an_error(threads):
     x, y = torch.ones(1, 8), fresh(1, 8)
     bits, count = packed(torch.ones(8, 8))
     places = x.data_ptr(), bits.data_ptr(), y.data_ptr()
-    with pytest.raises(MemoryError, match="what a thread of the native linear needs"):
+    with pytest.raises(MemoryError, match="no memory for a thread's buffers in the native linear"):
         native.library().linear(*places, count, 1, 2**50, 8)  # of so many inputs
     assert y.isnan().all()
     native.library().linear(*places, count, 1, 8, 8)
@@ -645,9 +642,9 @@ def test_many_threads_give_the_bits_of_one():
         assert all(map(bitwise, made, seen[0]))
 
 
-# ---- the same tests on other forms
+# ---- the same tests on other builds
 
-FORMS = {  # flags instead of -march=native, and the processor flags that it takes to run them
+BUILDS = {  # flags instead of -march=native, and the processor flags that it takes to run them
     "avx2": (["-O3", "-march=haswell"], {"avx2", "fma", "bmi2", "movbe", "f16c", "abm"}),
     "avx512": (
         ["-O3", "-march=skylake-avx512"],
@@ -674,30 +671,31 @@ def runtimes(compiler):
     return " ".join(paths)
 
 
-@pytest.mark.skipif(bool(OTHER), reason="this is such a form")
-@pytest.mark.parametrize("form", FORMS)
-def test_other_forms(form, tmp_path):
-    flags, needs = FORMS[form]
+@pytest.mark.skipif(bool(OTHER), reason="this is such a build")
+@pytest.mark.parametrize("build", BUILDS)
+def test_builds_for_other_processors(build, tmp_path):
+    flags, needs = BUILDS[build]
     if missing := needs - set(native._processor().split()):
         pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
     env = os.environ | {"OMP_NUM_THREADS": "2"}
-    if form == "sanitized":
+    if build == "sanitized":
         env |= {
             "LD_PRELOAD": runtimes(native._compiler()[0]),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
     common = tuple(f for f in native.FLAGS if not f.startswith(("-O", "-march")))
-    env["TESTED_LIBRARY"] = str(native.build(tmp_path, (*common, *flags)))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+    env[tested_library.VARIABLE] = str(native.build(tmp_path, (*common, *flags)))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-p", tested_library.__name__, __file__]
     command += [str(Path(__file__).with_name("test_fused_layers.py")), "-k", "not profile"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout
 
 
-def test_the_form_is_the_one_that_was_asked_for():
-    """Or else the tests of other forms would be tests of this one."""
+def test_the_build_is_the_one_under_test():
+    """Or else the tests of other builds would be tests of this one."""
     if OTHER:
         assert native.library()._name == OTHER
     objdump = shutil.which("objdump")

@@ -1,10 +1,9 @@
-"""How the C forms come to be used: compiled, kept, chosen, and a model's weights packed for them.
+"""The C kernels: compiled, cached, chosen, and a model's weights packed for them.
 
-What they compute is in test_native.py.
+Their results are tested in test_native.py.
 """
 
 import dataclasses
-import functools
 import os
 import shutil
 import stat
@@ -17,8 +16,9 @@ import torch
 
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
-from kernels import registry
+from kernels import registry, select_ops
 from kernels.cpu import native
+from kernels.cpu.native import Loader
 from kernels.cpu.panels import Panels
 from kernels.cpu.prepack import Prepacked
 from kernels.packed import Packed
@@ -30,31 +30,31 @@ from model.sampling_weights import for_sampling, restore_weights
 from model.tape import Tape
 from model.weights import PlainWeights
 from tests.helpers.adapters import new_lora
-from tests.sampling.test_sampler import SAMPLED, requests, text
+from tests.helpers.sampling import SAMPLED, random_requests, text
 
 ROOT = Path(__file__).resolve().parents[2]
-REASON = native.usable()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no native kernels: {REASON}")
+REASON = native.why_unavailable()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 CPU = torch.device("cpu")
 
 
-HURRIED = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)
+# compiled in a third of the time
+FAST_BUILD = tuple("-O0" if flag == "-O3" else flag for flag in native.FLAGS)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A library as the next process would name it."""
-    return native.build(tmp_path_factory.mktemp("built"), HURRIED)
+    return native.build(tmp_path_factory.mktemp("built"), FAST_BUILD)
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, a process that has compiled nothing, and a compiler in a hurry."""
+    """An empty cache, and a process that has compiled nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
-    monkeypatch.setattr(native.build, "__defaults__", (HURRIED,))
-    return tmp_path / "cache" / "sdft-engine"
+    with new_process():
+        yield tmp_path / "cache" / "sdft-engine"
 
 
 def put(library, cache):
@@ -63,9 +63,9 @@ def put(library, cache):
     return Path(shutil.copy(library, cache))
 
 
-def again(monkeypatch):
-    """As the next process would look."""
-    monkeypatch.setattr(native, "_loaded", functools.cache(native._loaded.__wrapped__))
+def new_process():
+    """Inside, the library is looked for as a new process would."""
+    return native.loading_by(Loader(FAST_BUILD))
 
 
 def works():
@@ -83,14 +83,14 @@ def script(path, lines):
 # ---- compiled once
 
 
-def test_compiled_once_and_kept(cache, monkeypatch, capsys):
+def test_compiled_once_and_cached(cache, monkeypatch, capsys):
     """And what a process left that was killed while it compiled is taken away when it is old."""
     left, busy = cache / ".native-left", cache / ".native-busy"
     for folder in (left, busy):
         folder.mkdir(parents=True)
         (folder / "linear.o").write_text("half")
     os.utime(left, (1, 1))
-    assert native.usable() == "" and works()
+    assert native.why_unavailable() is None and works()
     assert capsys.readouterr().out.count("compiles the C kernels for this processor") == 1
     assert not left.exists() and busy.exists()
     shutil.rmtree(busy)
@@ -98,11 +98,10 @@ def test_compiled_once_and_kept(cache, monkeypatch, capsys):
     assert library.name.startswith("native-") and library.suffix == ".so"
     assert native.name() == f"cpu, {library.stem}"
     written = library.stat().st_mtime_ns
-    again(monkeypatch)
-    ran = []
+    ran, run = [], subprocess_output
     monkeypatch.setattr(native, "_run", lambda command, *rest: ran.append(command) or run(command))
-    run = subprocess_output
-    assert native.usable() == "" and works()
+    with new_process():
+        assert native.why_unavailable() is None and works()
     assert [command[1:] for command in ran] == [["--version"]], (
         "the second process compiles nothing"
     )
@@ -147,7 +146,7 @@ def test_another_compiler_flag_or_source_has_its_own_file(cache, monkeypatch, tm
 
 
 @pytest.mark.parametrize("broken", ["empty", "half", "end", "changed", "text"])
-def test_a_broken_library_is_compiled_anew(cache, built, broken):
+def test_a_broken_library_is_compiled_again(cache, built, broken):
     """Not loaded: one that was cut off would end the process. And not left there for the next."""
     library = put(built, cache)
     whole = library.read_bytes()
@@ -160,8 +159,8 @@ def test_a_broken_library_is_compiled_anew(cache, built, broken):
         "text": b"not a library, but longer than the hash at its end\n",
     }[broken]
     library.write_bytes(content)
-    assert native.usable() == "" and works()
-    assert native._whole(library) and list(cache.iterdir()) == [library]
+    assert native.why_unavailable() is None and works()
+    assert native._is_whole(library) and list(cache.iterdir()) == [library]
     assert native.library()._name == str(library)
 
 
@@ -175,12 +174,12 @@ def test_a_library_in_use_is_not_written_into(cache, built):
     os.link(library, beside)
     library.unlink()
     library.write_bytes(b"")
-    native.build(cache)
-    assert os.stat(library).st_ino != before and works() and native._whole(beside)
+    native.build(cache, FAST_BUILD)
+    assert os.stat(library).st_ino != before and works() and native._is_whole(beside)
 
 
 @pytest.mark.parametrize("where", ["a file", "a folder of that name"])
-def test_a_cache_that_cannot_be_written_stops_nobody(cache, built, monkeypatch, where):
+def test_without_a_cache_it_is_compiled_for_this_process(cache, built, monkeypatch, where):
     """(For root every folder can be written; a file in the way cannot be got round.)"""
     if where == "a file":
         cache.parent.write_text("")
@@ -190,13 +189,13 @@ def test_a_cache_that_cannot_be_written_stops_nobody(cache, built, monkeypatch, 
     temporary = cache.parent.parent / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(native.tempfile, "tempdir", str(temporary))
-    assert native.usable() == "" and works()
+    assert native.why_unavailable() is None and works()
     assert list(temporary.iterdir()) == [], "compiled for this process, and nothing left of it"
     assert not Path(native.library()._name).exists()
     assert where == "a file" or [p.name for p in cache.iterdir()] == [library.name]
 
 
-def test_without_a_home_it_is_compiled_for_this_process_alone(cache, monkeypatch, capsys):
+def test_without_a_home_directory_it_is_compiled_for_this_process(cache, monkeypatch, capsys):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
@@ -205,7 +204,7 @@ def test_without_a_home_it_is_compiled_for_this_process_alone(cache, monkeypatch
     monkeypatch.setattr(native.tempfile, "tempdir", str(temporary))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", staticmethod(nobody))
-    assert registry.choose().sampled is NATIVE and works()
+    assert select_ops.choose().sampled is NATIVE and works()
     assert "not remembered, there is no home directory" in capsys.readouterr().out
     assert list(temporary.iterdir()) == [] and not cache.exists()
 
@@ -222,7 +221,7 @@ def open_to_all(place):
 
 @pytest.mark.parametrize("change", [given_away, open_to_all])
 @pytest.mark.parametrize("which", ["the library", "its folder", "the folder around it"])
-def test_what_another_user_could_have_written_is_not_loaded(
+def test_a_library_that_another_user_could_write_is_not_loaded(
     cache, built, monkeypatch, capsys, which, change
 ):
     """Said so, and the C forms are used all the same; what lies there stays as it is."""
@@ -231,7 +230,7 @@ def test_what_another_user_could_have_written_is_not_loaded(
     change(place)
     loaded, bind, before = [], native.bind, library.read_bytes()
     monkeypatch.setattr(native, "bind", lambda path: loaded.append(path) or bind(path))
-    assert native.usable() == "" and works()
+    assert native.why_unavailable() is None and works()
     assert len(loaded) == 1 and cache not in loaded[0].parents and not loaded[0].exists()
     said = capsys.readouterr().out
     why = "belongs to user 12345" if change is given_away else "may be written by other users"
@@ -240,18 +239,18 @@ def test_what_another_user_could_have_written_is_not_loaded(
     assert list(cache.iterdir()) == [library] and library.read_bytes() == before
 
 
-def test_what_is_written_is_this_users_alone(cache, monkeypatch):
+def test_cached_files_are_private_to_this_user(cache):
     """Or else a generous umask would have the next process refuse it."""
     before = os.umask(0)
     try:
-        assert native.usable() == "" and registry.choose().sampled is NATIVE
+        assert native.why_unavailable() is None and select_ops.choose().sampled is NATIVE
     finally:
         os.umask(before)
     cache.parent.chmod(0o1777)  # a shared folder as /tmp is one: nobody takes what is not theirs
     for place in (cache, *cache.iterdir()):
         assert place.stat().st_mode & 0o077 == 0, place
-    again(monkeypatch)
-    assert native.usable() == "" and Path(native.library()._name).parent == cache
+    with new_process():
+        assert native.why_unavailable() is None and Path(native.library()._name).parent == cache
 
 
 def test_a_command_in_CC_is_split_as_a_shell_does(cache, monkeypatch, tmp_path):
@@ -266,14 +265,14 @@ def test_a_command_in_CC_is_split_as_a_shell_does(cache, monkeypatch, tmp_path):
         (f"'{wrapper}' {compiler}", [wrapper, compiler]),
     ):
         ran.clear()
-        again(monkeypatch)
         monkeypatch.setenv("CC", given)
-        assert native.usable() == "" and works()
+        with new_process():
+            assert native.why_unavailable() is None and works()
         assert len(ran) == 3 and all(command[: len(words)] == words for command in ran)
     assert len(list(cache.iterdir())) == 2, "each command has a library of its own"
-    again(monkeypatch)
     monkeypatch.setenv("CC", "gcc 'not closed")
-    assert native.usable() == "no C compiler is there (gcc 'not closed); install gcc"
+    with new_process():
+        assert native.why_unavailable() == "no C compiler is there (gcc 'not closed); install gcc"
 
 
 def test_two_processes_compile_at_once(cache):
@@ -285,7 +284,7 @@ def test_two_processes_compile_at_once(cache):
         "print(native.bind(library).panel_columns(), library.name)"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", code, str(cache), *HURRIED]
+    command = [sys.executable, "-c", code, str(cache), *FAST_BUILD]
     both = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
     for process in both:
         assert process.stdout.readline() == "ready\n"
@@ -296,7 +295,7 @@ def test_two_processes_compile_at_once(cache):
     assert [process.returncode for process in both] == [0, 0]
     (library,) = cache.iterdir()
     assert said == {f"{native.library().panel_columns()} {library.name}"}
-    assert native._whole(library)
+    assert native._is_whole(library)
 
 
 def test_torchs_own_openmp_is_taken(monkeypatch):
@@ -362,22 +361,23 @@ def refusals(cache):
 @pytest.mark.parametrize(
     "case", ["absent", "path", "false", "fails", "links", "nothing", "text", "undefined", "odd"]
 )
-def test_no_compiler_that_works(cache, monkeypatch, capsys, case):
+def test_without_a_working_compiler(cache, monkeypatch, capsys, case):
     """A reason, torch's table for `auto`, a refusal for `native`, and nothing left behind but what
     a compiler said was a library. ("undefined": as clang's beside a torch with gcc's OpenMP.)"""
     environment, said = refusals(cache)[case]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert said in native.usable() and native.name() == "cpu"
+    assert said in native.why_unavailable() and native.name() == "cpu"
     with pytest.raises(RuntimeError, match="no native kernels: "):
         native.library()
-    assert registry.choose() is TORCH
-    line = f"ops: sampling goes the slower way of torch, without native kernels: {native.usable()}"
+    assert select_ops.choose() is TORCH
+    reason = native.why_unavailable()
+    line = f"ops: sampling goes the slower way of torch, without native kernels: {reason}"
     assert capsys.readouterr().out.splitlines()[-1] == line
     with pytest.raises(ValueError) as refused:
-        registry.choose("native")
+        select_ops.choose("native")
     assert str(refused.value) == (
-        f"--ops native cannot run here: {native.usable()}; use --ops auto or torch"
+        f"--ops native cannot run here: {reason}; use --ops auto or torch"
     )
     left = list(cache.iterdir()) if cache.exists() else []
     assert all(path.suffix == ".so" for path in left) and bool(left) == (
@@ -394,7 +394,7 @@ def test_no_compiler_that_works(cache, monkeypatch, capsys, case):
         ("openmp", "torch has loaded no OpenMP that is known"),
     ],
 )
-def test_no_place_for_it(cache, monkeypatch, what, said):
+def test_machines_that_it_is_not_for(cache, monkeypatch, what, said):
     if what in ("system", "machine"):
         monkeypatch.setattr(
             native.platform, what, lambda: "Darwin" if what == "system" else "aarch64"
@@ -403,13 +403,13 @@ def test_no_place_for_it(cache, monkeypatch, what, said):
         monkeypatch.setattr(native, "_processor", lambda: "flags : sse2 avx avx2")
     else:
         monkeypatch.setattr(native, "_openmp", lambda: "")
-    assert said in native.usable() and not cache.exists()
+    assert said in native.why_unavailable() and not cache.exists()
 
 
 def test_a_processor_with_avx2_is_enough(monkeypatch):
     for flags, fine in (("avx2 fma", True), ("avx512f", True), ("avx2", False), ("fma", False)):
         monkeypatch.setattr(native, "_processor", lambda flags=flags: f"flags : sse2 {flags}")
-        assert (native._reason() == "") == fine, flags
+        assert (native.why_no_build() is None) == fine, flags
 
 
 # ---- chosen
@@ -420,22 +420,22 @@ def test_native_is_for_fp32_on_a_cpu(cache, built):
     for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("cuda", torch.float32)):
         wanted = f"for fp32 on a CPU, not {dtype} on {device}; use --ops auto or torch"
         with pytest.raises(ValueError, match=wanted):
-            registry.choose("native", device, dtype)
-    assert registry.choose("native") is NATIVE
+            select_ops.choose("native", device, dtype)
+    assert select_ops.choose("native") is NATIVE
 
 
 def test_auto_on_a_cpu_samples_with_it(cache, built, capsys):
     put(built, cache)
-    ops = registry.choose()
+    ops = select_ops.choose()
     assert ops.sampled is NATIVE and ops.name == "torch, sampling native"
     assert dataclasses.replace(ops, name="torch", sampled=None) == TORCH, "training is torch's"
     said = capsys.readouterr().out
     assert said.count("\n") == 2 and f"checking the kernels on {native.name()}" in said
-    assert registry.choose() == ops and capsys.readouterr().out == "", "checked once"
+    assert select_ops.choose() == ops and capsys.readouterr().out == "", "checked once"
 
 
 @pytest.mark.parametrize("field", ["swiglu_forward", "linear"])
-def test_one_that_is_wrong_falls_back_as_a_whole(cache, built, monkeypatch, capsys, field):
+def test_one_wrong_operation_makes_all_fall_back(cache, built, monkeypatch, capsys, field):
     """Forms that a row meets one after the other: none of them is mixed with torch's."""
     put(built, cache)
 
@@ -443,7 +443,7 @@ def test_one_that_is_wrong_falls_back_as_a_whole(cache, built, monkeypatch, caps
         return getattr(TORCH, field)(*args) * 1.01
 
     monkeypatch.setattr(registry, "NATIVE", dataclasses.replace(NATIVE, **{field: wrong}))
-    assert registry.choose() is TORCH
+    assert select_ops.choose() is TORCH
     said = capsys.readouterr().out.splitlines()
     operation = field.removesuffix("_forward")
     assert said[-1].startswith(
@@ -452,11 +452,11 @@ def test_one_that_is_wrong_falls_back_as_a_whole(cache, built, monkeypatch, caps
     )
     assert "over the bound" in said[-1]
     with pytest.raises(ValueError, match=f"native cannot run here: {operation}: .*over the bound"):
-        registry.choose("native")
+        select_ops.choose("native")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_each_form_of_a_weight_is_checked(cache, built, monkeypatch, count):
+def test_packed_weights_of_every_size_are_checked(cache, built, monkeypatch, count):
     """Also the two bytes of a checkpoint in bf16, though a check's weights are drawn in fp32."""
     put(built, cache)
 
@@ -465,7 +465,7 @@ def test_each_form_of_a_weight_is_checked(cache, built, monkeypatch, count):
         return packed(x) * (1.01 if packed.bytes == count else 1)
 
     monkeypatch.setattr(registry, "NATIVE", dataclasses.replace(NATIVE, linear=wrong))
-    assert registry.choose(widths=Widths(64, 96, 4, 2, 16, 320)) is TORCH
+    assert select_ops.choose(widths=Widths(64, 96, 4, 2, 16, 320)) is TORCH
 
 
 def test_heads_that_are_no_whole_vectors_fall_back(cache, built, capsys, tiny_llama_dir):
@@ -475,7 +475,7 @@ def test_heads_that_are_no_whole_vectors_fall_back(cache, built, capsys, tiny_ll
     for head in (d // 2, 12):
         model = Llama.from_pretrained(tiny_llama_dir(head_dim=head))
         assert model.ops is TORCH
-        assert f"cached_attention: heads of {head} are no whole vectors" in capsys.readouterr().out
+        assert f"cached_attention: heads of {head} are not a multiple" in capsys.readouterr().out
         sampling, _ = for_sampling(model)
         assert sampling.ops is TORCH and not isinstance(sampling.weights["head"], Panels)
         assert written(model) == written(Llama(model.config, model.weights, TORCH))
@@ -489,7 +489,9 @@ def written(model, lora=None, **config):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(**SAMPLED, **config)
     with Sampler(model, text, (7,), config, lora) as sampler:
-        return {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(requests(model, 6))}
+        return {
+            (c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(random_requests(model, 6))
+        }
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -589,7 +591,7 @@ def test_an_adapter_is_merged_into_the_copy(model):
     assert not torch.equal(hidden(seed), hidden(sampling))
 
 
-def test_torchs_table_packs_as_it_did(model):
+def test_torchs_table_packs_by_onednn(model):
     """`--ops torch` is oneDNN's layout, and the embeddings a plain tensor."""
     plain = Llama(model.config, PlainWeights(model.weights), TORCH)
     if not Prepacked.available(plain.weights["embed"]):
@@ -604,11 +606,11 @@ def test_torchs_table_packs_as_it_did(model):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_text_is_its_own(model, adapted, capsys):
+def test_sampling_is_batch_invariant(model, adapted, capsys):
     """Through the sampler: any rows, pages and chunks, and the model as it was afterwards."""
     lora, before = adapter(model) if adapted else None, copied(model)
     base = written(model, lora, rows=1, invariant=True)
-    promise = "invariant: a row's bits are its own on a CPU in float32, with and without the flag\n"
+    promise = "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
     assert capsys.readouterr().out.endswith(promise)
     for settings in ({"rows": 4}, {"rows": 6, "prefill_tokens": 8}, {"rows": 3, "page_size": 64}):
         assert written(model, lora, **settings) == base
@@ -637,12 +639,12 @@ def test_native_trains_too(model):
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
-def test_widths_are_asked_for_by_a_model(cache, built, capsys, tiny_llama_dir):
+def test_a_model_is_checked_at_its_own_widths(cache, built, capsys, tiny_llama_dir):
     """The check is at the model's own; another model is checked again."""
     put(built, cache)
     Llama.from_pretrained(tiny_llama_dir())
     assert "checked in" in capsys.readouterr().out
-    registry.choose("auto", CPU, torch.float32, Widths(64, 96, 4, 2, 16, 320))
+    select_ops.choose("auto", CPU, torch.float32, Widths(64, 96, 4, 2, 16, 320))
     assert capsys.readouterr().out == ""
     Llama.from_pretrained(tiny_llama_dir(vocab=321))
     assert "checked in" in capsys.readouterr().out

@@ -1,14 +1,13 @@
 """Every operation of every table against its definition, by the ratio rule of kernels/spec.py.
 
 Without a GPU the Triton kernels run in the interpreter, made strict by
-tests/helpers/interpreter.py: exact
-bf16, every address checked, undefined lanes and fresh outputs poisoned, inputs between guards. With
-one, the same tests run on it: `pytest -m gpu tests/kernels/test_operations.py`.
+tests/helpers/interpreter.py: exact bf16, every address checked, undefined lanes and fresh outputs
+poisoned, inputs between guards. With a GPU the same tests run on it: `pytest -m gpu
+tests/kernels/test_operations.py`.
 """
 
 import copy
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -23,78 +22,31 @@ from kernels.philox import (
     dropout_tile,
     mix,
     philox4x32,
+    signed64,
     uniform,
     uniform_triton,
 )
-from kernels.registry import FIELDS, OPS, REFERENCE, SPECS, TORCH, TRITON, VARIANTS
+from kernels.registry import OPS, REFERENCE, SPECS, TORCH
 from kernels.spec import cast, check
 from tests.helpers import interpreter
+from tests.helpers.operation_cases import (
+    DEVICE,
+    ON_GPU,
+    WRITTEN,
+    kernel_shapes,
+    named_tensors,
+    random_shapes,
+    triton_cases,
+)
 
 if triton_launch.INTERPRETED:
     interpreter.install()
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def variants(name):
-    """The tables that launch kernels of their own for this spec."""
-    yield "triton", TRITON
-    for label, ops in VARIANTS.items():
-        if any(getattr(ops, field) is not getattr(TRITON, field) for field in FIELDS[name]):
-            yield label, ops
-
-
-def triton_cases(shapes_of):
-    return [
-        pytest.param(
-            name, ops, shape, marks=pytest.mark.gpu if ON_GPU else (),
-            id=f"{label}-{name}-{'x'.join(map(str, shape))[:50]}",
-        )
-        for name, spec in SPECS.items()
-        for label, ops in variants(name)
-        for shape in shapes_of(spec)
-    ]  # fmt: skip
-
-
-def shapes_here(spec):
-    return spec.test_shapes if ON_GPU else spec.interpreter_shapes or spec.test_shapes
-
-
-def random_shapes(spec):
-    """Eight shapes of no pattern, the same ones every time."""
-    rng = random.Random(spec.name)
-    pick = rng.randint
-
-    def rows(count, longest):
-        return [pick(1, longest) for _ in range(count)]
-
-    makers = {
-        "rms_norm": lambda: (pick(1, 9), pick(1, 200)),
-        "rope": lambda: (pick(1, 20), pick(1, 5), pick(1, 3), 2 * pick(8, 40)),
-        "swiglu": lambda: (pick(1, 20), pick(1, 200)),
-        "lora_linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 70), *rows(pick(1, 3), 50)),
-        "linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 120)),
-        "attention": lambda: (
-            (g := pick(1, 2)) * pick(1, 8), g, 8 * pick(2, 12), *rows(pick(1, 3), 50)
-        ),
-        "cached_attention": lambda: (
-            (g := pick(1, 2)) * pick(1, 8), g, 8 * pick(2, 12), 8 * pick(1, 3), pick(1, 6),
-            pick(1, 40), *[pick(0, 60) for _ in range(pick(1, 3))],
-        ),
-        "linear_cross_entropy": lambda: (pick(1, 40), pick(1, 80), pick(2, 400)),
-        "adamw": lambda: (pick(1, 5000),),
-        "sample": lambda: (
-            pick(1, 4), pick(2, 300), pick(0, 1) * rng.uniform(0.3, 2), pick(0, 60),
-            rng.uniform(0.3, 1),
-        ),
-    }  # fmt: skip
-    return [makers[spec.name]() for _ in range(8)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(shapes_here))
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(kernel_shapes))
 def test_triton_against_reference(name, ops, shape, dtype):
     """Outputs and gradients, with the inputs between guards and every fresh tensor poisoned."""
     buffers = []
@@ -117,7 +69,7 @@ def test_triton_on_random_shapes(name, ops, shape):
     assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
 
 
-@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: shapes_here(s)[:3]))
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: kernel_shapes(s)[:3]))
 def test_triton_is_repeatable(name, ops, shape):
     """Two runs on copies of the same inputs give the same bits.
 
@@ -132,12 +84,6 @@ def test_triton_is_repeatable(name, ops, shape):
         assert torch.equal(first[key], second[key]), key
 
 
-# What an operation's contract lets it write into: in-place outputs and gradient accumulators.
-WRITTEN = {
-    "lora_linear": {"da", "db"},
-    "cached_attention": {"k", "v"},
-    "adamw": {"params", "m", "v"},
-}
 # Inputs that may come with any strides, per operation.
 STRIDED = {
     "rms_norm": ("x", "residual", "dy", "dh"),
@@ -149,22 +95,7 @@ STRIDED = {
 }
 
 
-def named_tensors(value, name=""):
-    """(name of the field or key that holds it, tensor) of every tensor in a structure."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from named_tensors(getattr(value, field.name), field.name)
-    elif isinstance(value, dict):
-        for key, v in value.items():
-            yield from named_tensors(v, key)
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from named_tensors(v, name)
-
-
-@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: shapes_here(s)[1:2]))
+@pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: kernel_shapes(s)[1:2]))
 def test_triton_leaves_inputs_alone(name, ops, shape):
     inputs = cast(
         SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1)), torch.float32, DEVICE
@@ -183,17 +114,19 @@ def test_triton_leaves_inputs_alone(name, ops, shape):
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 @pytest.mark.parametrize(
     ("name", "ops", "shape"),
-    [c for c in triton_cases(lambda s: shapes_here(s)[1:3]) if c.values[0] in STRIDED],
+    [c for c in triton_cases(lambda s: kernel_shapes(s)[1:3]) if c.values[0] in STRIDED],
 )
 def test_triton_takes_any_strides(name, ops, shape, layout):
     def strided(inputs):
         for key in STRIDED[name]:
             rows, columns = inputs[key].shape
             if layout == "transposed":
-                home = inputs[key].new_full((columns + 1, rows), torch.nan)[:columns].T
+                buffer = inputs[key].new_full((columns + 1, rows), torch.nan)
+                place = buffer[:columns].T
             else:
-                home = inputs[key].new_full((rows, columns + 24), torch.nan)[:, 16 : columns + 16]
-            inputs[key] = home.copy_(inputs[key])
+                buffer = inputs[key].new_full((rows, columns + 24), torch.nan)
+                place = buffer[:, 16 : columns + 16]
+            inputs[key] = place.copy_(inputs[key])
             assert rows < 2 or not inputs[key].is_contiguous()
         return inputs
 
@@ -234,17 +167,6 @@ def test_repeatable(name, shape):
         assert torch.equal(first[key], second[key]), key
 
 
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-
-
 @pytest.mark.parametrize(
     "name", ["rms_norm", "swiglu", "attention", "linear_cross_entropy", "rope"]
 )
@@ -254,8 +176,9 @@ def test_inputs_are_left_alone(name):
     inputs = spec.make_inputs(spec.test_shapes[1], torch.Generator().manual_seed(1))
     before = copy.deepcopy(inputs)
     spec.run(TORCH, inputs)
-    for was, now in zip(_tensors(before), _tensors(inputs), strict=True):
-        assert torch.equal(was, now)
+    pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
+    for (field, was), (_, now) in pairs:
+        assert torch.equal(was, now), f"{name} wrote into {field}"
 
 
 def test_check_can_fail():
@@ -280,7 +203,7 @@ def test_non_contiguous_gradient():
 
 
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (8, 2)])
-def test_torchs_flash_attention_takes_what_we_give_it(H, G):
+def test_torchs_flash_attention_accepts_our_arguments(H, G):
     """The shapes that the operators of the installed torch promise; without memory, so no GPU."""
     qkv = torch.empty(15, (H + 2 * G) * 64, dtype=torch.bfloat16, device="meta")
     packed = Packed.from_lengths([5, 1, 9], device="meta")
@@ -296,8 +219,8 @@ def test_torchs_flash_attention_takes_what_we_give_it(H, G):
 
 
 def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
-    """As if this were a GPU whose flash attention gives that of what it should."""
-    monkeypatch.setattr(attention_torch, "_flash_takes", lambda qkv, packed, d: True)
+    """As if this were a GPU whose flash attention returns `change` of the right o and lse."""
+    monkeypatch.setattr(attention_torch, "_flash_accepts", lambda qkv, packed, d: True)
     calls = []
 
     def forward(qkv, packed, H, G):
@@ -310,62 +233,67 @@ def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
 
     monkeypatch.setattr(attention_torch, "_flash_forward", forward)
     monkeypatch.setattr(attention_torch, "_flash_backward", backward)
-    attention_torch._flash_failure.cache_clear()
+    attention_torch._why_flash_fails.cache_clear()
     return calls
 
 
-def unknown(o, lse):
+def unknown_arguments(o, lse):
     raise TypeError("_flash_attention_forward() takes 12 arguments")
 
 
-def short(o, lse):
+def out_of_memory(o, lse):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "printed"),
     [
         (None, ""),
         (lambda o, lse: (o, lse.T.contiguous().view_as(lse)), "its lse differs"),
         (lambda o, lse: (o, lse[:-1]), "cannot be used with 7 + 2 x 7 heads of 16"),
         (lambda o, lse: (o * float("nan"), lse), "its o differs"),
-        (unknown, "takes 12 arguments"),
+        (unknown_arguments, "takes 12 arguments"),
     ],
     ids=["right", "another layout", "another shape", "nan", "another signature"],
 )
-def test_flash_attention_is_tried_once_and_left_where_it_is_another(
-    monkeypatch, capsys, change, said
+def test_flash_attention_is_tried_once_and_not_used_where_it_fails(
+    monkeypatch, capsys, change, printed
 ):
     """With as many heads as the tried rows have tokens: the shape of the log-sums tells nothing."""
-    calls = flash_as_blocks(monkeypatch, *[change] * (change is not None))
+    works = change is None
+    calls = flash_as_blocks(monkeypatch) if works else flash_as_blocks(monkeypatch, change)
     spec = SPECS["attention"]
     inputs = cast(
         spec.make_inputs((7, 7, 16, 3, 4), torch.Generator().manual_seed(0)), torch.float32
     )
     found = spec.run(TORCH, inputs)
-    assert calls == ["forward", "backward"] * 2 if change is None else calls[:1] == ["forward"]
-    tried, heard = len(calls), capsys.readouterr().out
-    assert (said in heard and "in blocks of queries" in heard) if said else heard == ""
+    tried = len(calls)
+    output = capsys.readouterr().out
+    if works:
+        assert calls == ["forward", "backward"] * 2 and output == ""
+    else:
+        assert calls[:1] == ["forward"]
+        assert printed in output and "in blocks of queries" in output
     again = spec.run(TORCH, inputs)
-    assert len(calls) == tried + 2 * (change is None) and capsys.readouterr().out == ""
+    assert len(calls) == (tried + 2 if works else tried) and capsys.readouterr().out == ""
     monkeypatch.undo()
-    attention_torch._flash_failure.cache_clear()
+    attention_torch._why_flash_fails.cache_clear()
     for name, want in spec.run(TORCH, inputs).items():
         torch.testing.assert_close(found[name], want)
         torch.testing.assert_close(again[name], want)
 
 
-def test_want_of_memory_does_not_tell_against_flash_attention(monkeypatch):
-    calls = flash_as_blocks(monkeypatch, short)
+def test_running_out_of_memory_does_not_rule_out_flash_attention(monkeypatch):
+    calls = flash_as_blocks(monkeypatch, out_of_memory)
     qkv = torch.zeros(7, 3 * 16)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             attention_torch.attention_forward(qkv, Packed.from_lengths([7]), 1, 1)
     assert calls == ["forward"] * 2
-    attention_torch._flash_failure.cache_clear()
+    attention_torch._why_flash_fails.cache_clear()
 
 
-@pytest.mark.parametrize("name", [n for n in OPS])
+@pytest.mark.parametrize("name", list(OPS))
 def test_every_operation_is_in_the_tables(name):
     assert all(callable(getattr(OPS[name], op)) for op in OPS[name].table())
 
@@ -415,8 +343,8 @@ def test_kernels_draw_the_same_numbers(device):
     g = torch.Generator().manual_seed(0)
     positions, samples = (torch.randint(2**20, (64,), generator=g).to(device) for _ in range(2))
     row_keys = torch.randint(-(2**62), 2**62, (64,), generator=g).to(device)
-    key = torch.tensor([mix("sample", 3) - 2**64], device=device)
     assert mix("sample", 3) >= 2**63, "take a seed whose key uses the sign bit"
+    key = torch.tensor([signed64(mix("sample", 3))], device=device)
     u = torch.empty(64, dtype=torch.float64, device=device)
     launch(draw_kernel, (2,), key, positions, samples, row_keys, u, BN=32)
     assert torch.equal(u, uniform(positions, samples, row_keys, 3))

@@ -14,11 +14,11 @@ import torch
 
 from engine import session as session_module
 from engine.session import ModelConfig, Session
-from kernels import disk_cache as cache_module
-from kernels import registry, select_ops
+from kernels import disk_cache, registry, select_ops
 from kernels.cpu import native
+from kernels.cpu.native import Loaded, Loader
 from kernels.launch import triton_launch
-from kernels.registry import FIELDS, REFERENCE, SPECS, TORCH
+from kernels.registry import REFERENCE, SPECS, TORCH
 from kernels.spec import MODELS, Widths, check
 from model.llama import Llama, default_dtype
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    native.usable()  # what it compiles is not for this cache
+    native.why_unavailable()  # compiles, if need be, into the cache of this machine
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "sdft-engine"
 
@@ -58,13 +58,13 @@ def candidate(**functions):
 def run(ops, said=None, widths=None):
     say = (said if said is not None else []).append
     dtype = torch.bfloat16
-    return select_ops.checked(ops, TORCH, REFERENCE, SPECS, FIELDS, CPU, dtype, widths, say)
+    return select_ops.with_fallback(ops, TORCH, CPU, dtype, widths, say)
 
 
 def test_every_function_belongs_to_one_spec():
-    functions = [f for names in FIELDS.values() for f in names]
-    assert FIELDS.keys() == SPECS.keys()
-    assert sorted(functions) == sorted(TORCH.table())
+    fields = [field for spec in SPECS.values() for field in spec.fields]
+    assert all(spec.fields for spec in SPECS.values())
+    assert sorted(fields) == sorted(TORCH.table())
 
 
 def test_only_the_operation_that_fails_falls_back():
@@ -74,7 +74,7 @@ def test_only_the_operation_that_fails_falls_back():
     assert list(reasons) == ["swiglu"] and "over the bound" in reasons["swiglu"]
     assert ops.swiglu_forward is TORCH.swiglu_forward and ops.rope_ is plain_rope
     assert any(line.startswith("ops: swiglu runs in its torch form") for line in said)
-    text = select_ops.described(ops, [TORCH, table], FIELDS, reasons)
+    text = select_ops.parts_of(ops, [TORCH, table], reasons)
     assert text.startswith("torch (rms_norm, swiglu: check failed: swiglu h")
     assert text.endswith("triton (rope)")
 
@@ -134,7 +134,7 @@ def test_the_second_run_checks_nothing(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"results": {"swiglu": 3}}', '{"results": null}'])
-def test_a_cache_file_that_is_not_understood_is_written_anew(cache, content):
+def test_a_cache_file_that_is_not_understood_is_replaced(cache, content):
     table = candidate(swiglu_forward=wrong_swiglu)
     run(table)
     (file,) = cache.iterdir()
@@ -144,7 +144,7 @@ def test_a_cache_file_that_is_not_understood_is_written_anew(cache, content):
     assert file.read_text() == good and list(cache.iterdir()) == [file], "nothing left beside it"
 
 
-def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     said = []
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path, monkeypatch):
     assert any("not remembered, " in x and "the next run checks again" in x for x in said)
 
 
-def test_without_a_home_each_run_checks_anew(monkeypatch):
+def test_without_a_home_directory_each_run_checks_again(monkeypatch):
     """As for a user id that is not in /etc/passwd, with no HOME: no traceback."""
 
     def nobody():
@@ -179,62 +179,82 @@ def test_results_that_others_could_have_written_are_not_believed(cache, capsys):
     assert file.read_text() == forged
 
 
-def test_who_else_could_write(tmp_path, monkeypatch):
+def test_which_places_are_trusted(tmp_path, monkeypatch):
     """A group of the user's own, as many systems give one, is nobody else."""
     place = tmp_path / "cache" / "file"
     place.parent.mkdir()
-    assert cache_module.distrusted(place) == ""
+    assert disk_cache.why_distrusted(place) is None
     place.write_text("")
     place.chmod(0o664)
     owner = Group("me", [])
-    monkeypatch.setattr(cache_module.pwd, "getpwuid", lambda uid: Account("me"))
+    monkeypatch.setattr(disk_cache.pwd, "getpwuid", lambda uid: Account("me"))
     for group, fine in (
         (owner, True),
         (Group("me", ["me"]), True),
         (Group("me", ["me", "you"]), False),
         (Group("staff", []), False),
     ):
-        monkeypatch.setattr(cache_module.grp, "getgrgid", lambda gid, group=group: group)
-        assert (cache_module.distrusted(place) == "") == fine, group
+        monkeypatch.setattr(disk_cache.grp, "getgrgid", lambda gid, group=group: group)
+        assert (disk_cache.why_distrusted(place) is None) == fine, group
     place.chmod(0o646)
-    assert cache_module.distrusted(place) == f"{place} may be written by other users"
+    assert disk_cache.why_distrusted(place) == f"{place} may be written by other users"
     place.chmod(0o644)
     tmp_path.chmod(0o777)
-    assert cache_module.distrusted(place) == f"{tmp_path} may be written by other users"
+    assert disk_cache.why_distrusted(place) == f"{tmp_path} may be written by other users"
     tmp_path.chmod(0o1777)
-    assert cache_module.distrusted(place) == ""
+    assert disk_cache.why_distrusted(place) is None
     tmp_path.chmod(0o700)
 
 
-def test_the_key_names_sources_card_versions_and_dtype(tmp_path):
+def test_the_hash_sees_every_source_at_any_depth(tmp_path):
+    """A change of name, place or content of any file below the folder is another hash."""
     folder = tmp_path / "kernels"
-    (folder / "tiles").mkdir(parents=True)
-    (folder / "a.py").write_text("1")
-    (folder / "tiles" / "a.json").write_text("{}")
-    hashes = {select_ops.sources_hash(folder)}
-    (folder / "tiles" / "a.json").write_text("{ }")
-    hashes.add(select_ops.sources_hash(folder))
-    (folder / "a.py").rename(folder / "b.py")
-    hashes.add(select_ops.sources_hash(folder))
+    (folder / "launch" / "tiles").mkdir(parents=True)
     (folder / "cpu" / "native").mkdir(parents=True)
+    hashes = []
+
+    def changed(path, content):
+        path.write_text(content)
+        hashes.append(select_ops.sources_hash(folder))
+
+    changed(folder / "a.py", "1")
+    changed(folder / "launch" / "tiles" / "a.json", "{}")
+    changed(folder / "launch" / "tiles" / "a.json", "{ }")
+    changed(folder / "cpu" / "native" / "vec.h", "1")
+    changed(folder / "cpu" / "native" / "vec.h", "2")
+    (folder / "a.py").rename(folder / "b.py")
+    hashes.append(select_ops.sources_hash(folder))
     (folder / "b.py").rename(folder / "cpu" / "b.py")
-    hashes.add(select_ops.sources_hash(folder))
-    (folder / "cpu" / "native" / "vec.h").write_text("1")
-    hashes.add(select_ops.sources_hash(folder))
-    (folder / "cpu" / "native" / "vec.h").write_text("2")
-    hashes.add(select_ops.sources_hash(folder))
-    assert len(hashes) == 6
-    for left in ("__pycache__/a.pyc", "cpu/__pycache__/b.pyc", "cpu/.b.py.swp"):
+    hashes.append(select_ops.sources_hash(folder))
+    assert len(set(hashes)) == len(hashes) == 7
+    for left in ("__pycache__/a.pyc", "cpu/__pycache__/b.pyc", "cpu/.b.py.swp", "cpu/README.md"):
         (folder / left).parent.mkdir(exist_ok=True)
         (folder / left).write_text("1")
-        assert select_ops.sources_hash(folder) in hashes, f"{left} is no kernel"
+        assert select_ops.sources_hash(folder) == hashes[-1], f"{left} is no source"
+
+
+def test_the_hash_reads_every_tracked_file_of_kernels(monkeypatch):
+    """As git lists them, so that no folder is left out."""
+    command = ["git", "ls-files", "kernels"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = {ROOT / name for name in listed if not name.endswith(".md")}
+    if not tracked:
+        pytest.skip("no git here to say which files are ours")
+    read, read_bytes = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or read_bytes(path))
+    select_ops.sources_hash()
+    assert {path for path in tracked if path.exists()} <= read
+    assert {path.suffix for path in read} >= {".py", ".c", ".h", ".json"}
+
+
+def test_the_key_names_sources_card_versions_dtype_and_widths():
     here = select_ops.identity(CPU, torch.bfloat16, OWN)
     assert here.keys() == {"card", "torch", "triton", "dtype", "widths", "kernels"}
     files = {select_ops.cache_file(here | {name: "other"}) for name in here}
     assert len(files | {select_ops.cache_file(here)}) == len(here) + 1
 
 
-def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
+def test_a_kernel_that_breaks_the_device_is_remembered(cache, monkeypatch):
     def dead(*_, **__):
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -250,39 +270,39 @@ def test_a_device_that_a_kernel_took_with_it_is_remembered(cache, monkeypatch):
 def test_auto_on_a_cpu_is_torch(monkeypatch, capsys):
     """But for sampling in fp32, where a compiler is there: tests/kernels/test_native_use.py."""
     for dtype in (torch.bfloat16, torch.float64):
-        assert registry.choose("auto", "cpu", dtype) is TORCH
+        assert select_ops.choose("auto", "cpu", dtype) is TORCH
         said = capsys.readouterr().out
         assert "sampling goes the slower way" in said and f"fp32 on a CPU, not {dtype}" in said
-    assert dataclasses.replace(registry.choose(), name="torch", sampled=None) == TORCH
-    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler"))
-    assert registry.choose() is TORCH
+    assert dataclasses.replace(select_ops.choose(), name="torch", sampled=None) == TORCH
+    with native.loading_by(Loader(loaded=Loaded(reason="no compiler"))):
+        assert select_ops.choose() is TORCH
 
 
-def test_auto_on_a_gpu_asks_the_check(monkeypatch, capsys):
+def test_auto_on_a_gpu_checks_the_kernels(monkeypatch, capsys):
     """With a card that only the checking knows: the table is named by what is in it."""
     table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
     monkeypatch.setattr(registry, "TRITON", table)
-    monkeypatch.setattr(triton_launch, "usable", lambda device: "")
-    seen = []
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: None)
+    seen, with_fallback = [], select_ops.with_fallback
 
-    def checked(*args):
-        seen.append(args[5:])
-        return select_ops.checked(*args[:5], CPU, *args[6:])
+    def checked_on_cpu(candidate, fallback, device, *rest):
+        seen.append((device, *rest))
+        return with_fallback(candidate, fallback, CPU, *rest)
 
-    monkeypatch.setattr(registry, "checked", checked)
-    ops = registry.choose("auto", "cuda", torch.bfloat16, OWN)
+    monkeypatch.setattr(select_ops, "with_fallback", checked_on_cpu)
+    ops = select_ops.choose("auto", "cuda", torch.bfloat16, OWN)
     assert seen == [(torch.device("cuda"), torch.bfloat16, OWN)]
     assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
     assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
     capsys.readouterr()
-    assert registry.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
+    assert select_ops.choose("auto", "cuda", torch.float64) is TORCH, "kernels compute in fp32"
     assert "they compute in fp32, and float64 was asked for" in capsys.readouterr().out
-    monkeypatch.setattr(triton_launch, "usable", lambda device: "no triton")
-    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no triton")
+    assert select_ops.choose("auto", "cuda", torch.bfloat16) is TORCH
     assert (
         "torch's slower form on cuda, without Triton kernels: no triton" in capsys.readouterr().out
     )
-    assert registry.choose("torch", "cuda", torch.bfloat16) is TORCH
+    assert select_ops.choose("torch", "cuda", torch.bfloat16) is TORCH
     assert capsys.readouterr().out == "", "that was asked for"
 
 
@@ -292,7 +312,7 @@ def test_auto_says_how_to_have_the_kernels(monkeypatch, capsys, triton):
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(triton_launch, "triton", triton)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert registry.choose("auto", "cuda", torch.bfloat16) is TORCH
+    assert select_ops.choose("auto", "cuda", torch.bfloat16) is TORCH
     said = capsys.readouterr().out
     assert ("triton is 3.5.1, and the kernels need 3.6" in said) == (triton is not None)
     assert ("triton is not installed" in said) == (triton is None)
@@ -312,9 +332,9 @@ def test_products_on_a_gpu_are_summed_in_fp32(monkeypatch, tiny_llama_dir):
 
     try:
         assert allowed(True) == [True, True]
-        registry.choose("torch", "cpu")
+        select_ops.choose("torch", "cpu")
         assert allowed() == [True, True]
-        registry.choose("torch", "cuda", torch.bfloat16)
+        select_ops.choose("torch", "cuda", torch.bfloat16)
         assert allowed() == [False, False]
         allowed(True)
         model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
@@ -341,7 +361,7 @@ def test_bf16_is_the_default_only_where_a_gpu_computes_in_it(monkeypatch, units)
 def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="--ops triton cannot run here: TRITON_INTERPRET is not"):
-        registry.choose("triton")
+        select_ops.choose("triton")
     with pytest.raises(ValueError, match="--ops triton cannot run here"):
         Session.open(ModelConfig(str(tiny_llama_dir()), device="cpu", ops="triton"))
     monkeypatch.setattr(triton_launch, "triton", None)
@@ -349,15 +369,15 @@ def test_refusals_say_why(monkeypatch, tiny_llama_dir):
     with pytest.raises(
         ValueError, match="was built for CPUs and knows no GPU; use --ops auto or torch"
     ):
-        registry.choose("triton", "cuda")
+        select_ops.choose("triton", "cuda")
     with pytest.raises(ValueError, match="--ops 'fast' is not known; choose one of auto"):
-        registry.choose("fast")
+        select_ops.choose("fast")
 
 
-def test_the_interpreter_counts_as_usable():
-    if triton_launch.usable("cpu"):
+def test_the_interpreter_can_run_kernels():
+    if triton_launch.why_unavailable("cpu") is not None:
         pytest.skip("there is a GPU, so kernels are not interpreted here")
-    ops = registry.choose("triton")
+    ops = select_ops.choose("triton")
     assert ops.name.startswith("triton (") or ", triton (" in ops.name
     assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward
 
@@ -369,7 +389,7 @@ def test_a_cpu_does_not_import_triton():
     script = (
         "import sys, engine.sampling.sampler, engine.train.train, benchmarks.sampler_job\n"
         "from kernels.launch import triton_launch\n"
-        "reasons = triton_launch.usable('cpu'), triton_launch.usable('cuda')\n"
+        "reasons = triton_launch.why_unavailable('cpu'), triton_launch.why_unavailable('cuda')\n"
         "print('triton' in sys.modules, *reasons, sep='|')"
     )
     for first, imported in (("", "False"), ("import benchmarks._common\n", "True")):
@@ -381,8 +401,9 @@ def test_a_cpu_does_not_import_triton():
         assert ("knows no GPU" in on_gpu) == (imported == "False")
 
 
-@pytest.mark.parametrize(("version", "said"), [("3.2.0", "need 3.6"), ("3.10.1", "")])
+@pytest.mark.parametrize(("version", "said"), [("3.2.0", "need 3.6"), ("3.10.1", None)])
 def test_a_triton_that_is_too_old_is_not_used(monkeypatch, version, said):
     monkeypatch.setattr(triton_launch.triton, "__version__", version)
     monkeypatch.setattr(triton_launch, "INTERPRETED", True)
-    assert said in triton_launch.usable("cpu") if said else triton_launch.usable("cpu") == ""
+    reason = triton_launch.why_unavailable("cpu")
+    assert (reason is None) if said is None else said in reason

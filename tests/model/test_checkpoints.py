@@ -335,7 +335,7 @@ IN_TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import torch
-from engine.distributed import start
+from engine.runtime.distributed import start
 from model.llama import Llama
 
 world = start()

@@ -325,7 +325,7 @@ def test_rows_of_packed_products_stand_alone(smollm2_dir, threads, form):
     """Bitwise, for every number of rows and in any order, on the real matrices of three layers."""
     model = Llama.from_pretrained(smollm2_dir)
     if not form.available(model.weights["embed"]):
-        pytest.skip(f"no {form.__name__} here: {native.usable() or 'torch has no oneDNN'}")
+        pytest.skip(f"no {form.__name__} here: {native.why_unavailable() or 'torch has no oneDNN'}")
     names = ["head"] + [f"{i}.{g}" for i in (0, 14, 29) for g in ("qkv", "o", "gate_up", "down")]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.data.config import DataConfig
 from engine.distill.seed_likelihoods import score
 from engine.runtime import distributed
 from engine.runtime.distributed import Heartbeat, World, shares, start
@@ -23,7 +24,7 @@ from engine.runtime.files import read_jsonl
 from engine.session import ModelConfig, Session
 from engine.train.loop import Run
 from engine.train.metrics import Metrics
-from engine.train.step import ALONE, step_gradients
+from engine.train.step import SINGLE_PROCESS, step_gradients
 from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
@@ -33,7 +34,8 @@ from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
 from tests.helpers.distributed_job import lines
-from tests.train.test_train import LORA, SMALL, examples
+from tests.helpers.sessions import session_of
+from tests.helpers.training import LORA, SMALL, examples
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,9 +54,11 @@ def test_shares_are_balanced_by_tokens_and_complete():
 def test_alone_nothing_is_joined(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = start()
-    assert world == World() and world.first and world.any(True) and not world.any(False)
+    assert (
+        world == World() and world.is_rank0 and world.any_rank(True) and not world.any_rank(False)
+    )
     tensor = torch.ones(3)
-    assert world.sum_(tensor) is tensor and tensor.tolist() == [1, 1, 1]
+    assert world.all_reduce_sum_(tensor) is tensor and tensor.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
@@ -71,7 +75,7 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
     lora.params.add_(0.05)
     alone = {}
     for count in (9, 1):
-        loss = step_gradients(model, lora, examples(count), 3, 64, "none", ALONE).nll.sum()
+        loss = step_gradients(model, lora, examples(count), 3, 64, "none", SINGLE_PROCESS).nll.sum()
         alone[count] = loss, lora.grads.clone()
     one = Llama.from_pretrained(path)
     single, _ = train(one, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
@@ -83,7 +87,10 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
         job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = [str(ROOT / "tests" / "distributed_job.py"), str(tmp_path / "job.json")]
+        script = [
+            str(ROOT / "tests" / "helpers" / "distributed_job.py"),
+            str(tmp_path / "job.json"),
+        ]
         done = subprocess.run(
             [*torchrun, "--nproc-per-node", str(size), *script],
             capture_output=True,
@@ -131,7 +138,8 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
     assert count / size - 1 < found["held"] < count / size + 5 * norm + 40 * size
     chat = Chat.from_dir(path, load_tokenizer(path))
     config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
-    want = Validator(config, model, chat)(lora)
+    data = DataConfig(str(held_out))
+    want = Validator(config, data, session_of(model, chat))(lora)
     assert found["validation"].tolist() == pytest.approx(want, rel=1e-6)
     beside = scores.with_name("whole.jsonl")
     score(model, chat, lines(7), beside, {})
@@ -194,7 +202,7 @@ def test_waiting_for_a_process(deed, said):
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
     here = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "tests" / "waiting_job.py"), deed]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "waiting_job.py"), deed]
     pair = [
         subprocess.Popen(command, env=here | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
         for i in range(2)
@@ -232,15 +240,15 @@ def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
     heartbeat = SimpleNamespace(gone="", look=lambda: Heartbeat.look(heartbeat))
     world, card = World(0, 2, heartbeat), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
-    world.settle(card)
+    world.wait_for_device(card)
     heartbeat.gone = "Timed out waiting for rank 1"
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
-    world.settle(card)
+    world.wait_for_device(card)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
     with pytest.raises(ValueError, match="rank 0 of 2: another process.*Timed out.*--resume"):
-        world.settle(card)
-    world.settle(torch.device("cpu"))
-    World().settle(card)
+        world.wait_for_device(card)
+    world.wait_for_device(torch.device("cpu"))
+    World().wait_for_device(card)
 
 
 def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
@@ -263,12 +271,12 @@ def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
     assert made["beat"]["timeout"] < timedelta(minutes=30)
     summed = []
     monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
-    world.any(True), world.most(3)
+    world.any_rank(True), world.max_over_ranks(3)
     assert [t.device.type for t in summed] == ["cpu", "cpu"]
 
 
-def test_no_number_of_a_sum_is_asked_for_unguarded(tmp_path):
-    """Metrics settle before they read a loss; a long validation is waited for at a barrier."""
+def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
+    """Metrics wait for the device before they read a loss; ranks wait for a long validation."""
     asked = []
 
     class Number:
@@ -279,13 +287,13 @@ def test_no_number_of_a_sum_is_asked_for_unguarded(tmp_path):
             return 1.0
 
     class Recorded(World):
-        def settle(self, device):
-            asked.append(f"settle {device}")
+        def wait_for_device(self, device):
+            asked.append(f"wait {device}")
 
         def barrier(self):
             asked.append("barrier")
 
-        def sum_(self, tensor):
+        def all_reduce_sum_(self, tensor):
             asked.append(f"sum on {tensor.device}")
             return tensor
 
@@ -294,7 +302,7 @@ def test_no_number_of_a_sum_is_asked_for_unguarded(tmp_path):
         line = {"step": 2, "tokens": 3}
         metrics.pending.append((line, SimpleNamespace(loss=Number(), norm=Number()), []))
         metrics.flush()
-    assert asked == ["settle cuda", "item", "item"]
+    assert asked == ["wait cuda", "item", "item"]
     asked.clear()
     looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
     model = SimpleNamespace(sharded=False)

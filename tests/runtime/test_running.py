@@ -195,8 +195,8 @@ def test_a_second_signal_ends_at_once(tmp_path):
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from engine.flags import run_main
-from engine.stopping import Stopping
+from engine.runtime.flags import run_main
+from engine.runtime.stopping import Stopping
 def main():
     with Stopping("the unit is finished") as stop:
         print("ready", flush=True)
@@ -262,7 +262,7 @@ HOLDING = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from engine.locking import lock_directory, lock_file
+from engine.runtime.locking import lock_directory, lock_file
 with (lock_directory if sys.argv[1] == "d" else lock_file)(Path(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
@@ -682,12 +682,13 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine import distill, step
-from engine.distributed import start
-from engine.stopping import Stopped
-from engine.train import train
-from tests.test_distill import CONFIG, SAMPLING, load, rows
-from tests.test_train import LORA, SMALL, examples
+from engine.distill import distill, writer
+from engine.train import step
+from engine.runtime.distributed import start
+from engine.runtime.stopping import Stopped
+from engine.train.train import train
+from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
+from tests.helpers.training import LORA, SMALL, examples
 torch.set_num_threads(1)
 world, out = start(), Path({out!r})
 count = []
@@ -705,7 +706,7 @@ model, chat = load({model!r})
 for stage in ("distill", "train"):
     try:
         if stage == "distill":
-            distill._line = second_call(distill._line, 1)
+            writer._line = second_call(writer._line, 1)
             distill.distill(model, chat, rows(), out / "d.jsonl", CONFIG, SAMPLING, settings={{}},
                             world=world)
         else:

@@ -16,10 +16,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.sampling import cuda_graphs
-from engine.sampling.page_pool import Pages
+from engine.sampling.decode_step import DecodeStep
+from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Request, SamplerConfig, SamplerStats
 from engine.sampling.sampler import Sampler
-from engine.sampling.speculation import Controller
+from engine.sampling.speculation import DraftController
 from kernels.cpu.prepack import Prepacked
 from kernels.launch import triton_launch
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS
@@ -28,6 +29,7 @@ from model.llama import Llama
 from model.weights import PlainWeights
 from tests.helpers import interpreter
 from tests.helpers.adapters import new_lora
+from tests.helpers.sampling import SAMPLED, text
 
 if triton_launch.INTERPRETED:
     interpreter.install()
@@ -58,7 +60,6 @@ MIRRORED = dataclasses.replace(TORCH, name="mirrored", cached_attention=by_the_d
 MIXED = dataclasses.replace(
     TORCH, name="mixed", kv_write_=TRITON.kv_write_, cached_attention=TRITON.cached_attention
 )
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
 PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.1, "repetition_penalty": 1.3}
 END = 7
 
@@ -66,10 +67,10 @@ END = 7
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     if not ON_GPU:
-        refusal = cuda_graphs.refusal
-        monkeypatch.setattr(cuda_graphs, "DEVICES", ("cuda", "cpu"))
+        why_not = cuda_graphs.why_not_captured
+        monkeypatch.setattr(cuda_graphs, "DEVICE_TYPES", ("cuda", "cpu"))
         monkeypatch.setattr(
-            cuda_graphs, "refusal", lambda ops: "" if ops is MIRRORED else refusal(ops)
+            cuda_graphs, "why_not_captured", lambda ops: None if ops is MIRRORED else why_not(ops)
         )
 
 
@@ -96,10 +97,6 @@ def adapter(model):
     return lora
 
 
-def text(ids):
-    return "".join(chr(0x100 + i) for i in ids)
-
-
 def requests(count=9, longest=20, most=22, seed=0):
     rng = random.Random(seed)
     made = []
@@ -112,7 +109,7 @@ def requests(count=9, longest=20, most=22, seed=0):
 def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, **settings):
     """(id, sample, seed) -> completion, and the stats; `late` comes when the first row has ended.
 
-    Whatever is in a page that is nobody's, and not set aside for idle rows, becomes NaN.
+    Pages that nothing holds (padding pages are held) are filled with NaN.
     """
     config = SamplerConfig(page_size=8, invariant=invariant, **{"draft": "off", **settings})
     seeds, late = {r.id: r.seed for r in (*wanted, *late)}, list(late)
@@ -122,7 +119,7 @@ def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, *
             done[c.id, c.sample, seeds[c.id]] = c
             while late:
                 sampler.submit(late.pop())
-            cache = sampler.pages.cache
+            cache = sampler.pool.cache
             for page in cache.free:
                 cache.k[:, page] = cache.v[:, page] = torch.nan
         assert sorted(cache.free) == list(range(cache.pages)), "pages were lost"
@@ -134,20 +131,20 @@ def unique(wanted):
 
 
 @pytest.mark.parametrize("decoding", [{}, SAMPLED, PENALISED], ids=["greedy", "top-p", "penalised"])
-def test_texts_are_those_of_steps_that_are_not_captured(model, decoding):
-    """Rows that end and are followed by others, over page borders and those of buckets."""
+def test_captured_steps_write_the_same_texts(model, decoding):
+    """Sequences end and others follow, over the borders of pages and of buckets."""
     wanted = unique(requests(16))
     base, stats = write(model, wanted, rows=10, graphs=False, **decoding)
-    assert stats.replayed == stats.captured == 0 and not stats.not_captured
+    assert stats.replayed == stats.captured == 0 and stats.why_not_captured is None
     got, stats = write(model, wanted, rows=10, **decoding)
-    assert got == base and not stats.not_captured, stats.not_captured
+    assert got == base and stats.why_not_captured is None, stats.why_not_captured
     assert stats.replayed == stats.steps > 8 and stats.captured > 2
     assert f"of {stats.captured} graphs captured" in stats.text()
     again, stats = write(model, wanted[::-1], rows=18, steps=3, **decoding)
     assert again == base and stats.replayed == stats.steps and stats.captured > 3
 
 
-def test_a_stop_string_ends_a_row_inside_a_visit(model):
+def test_a_stop_string_may_end_a_sequence_at_any_of_several_steps(model):
     wanted = unique(requests(4))
     free, _ = write(model, wanted, end_ids=(), graphs=False, rows=3)
     ids = max((c.ids for c in free.values()), key=len)
@@ -158,11 +155,11 @@ def test_a_stop_string_ends_a_row_inside_a_visit(model):
     assert "stop_string" in {c.finish for c in got.values()}
 
 
-def test_a_pool_that_grows_is_captured_anew(model):
+def test_a_pool_that_grows_is_captured_again(model):
     wanted, late = unique(requests(4, longest=9, most=9)), [Request("late", [5] * 60, 20)]
     base, _ = write(model, wanted, late=late, graphs=False, rows=2, **SAMPLED)
     pools, gone = [], []
-    before, clear = KVCache.grow, cuda_graphs.Graphs.clear
+    before, clear = KVCache.grow, cuda_graphs.DecodeGraphs.clear
 
     def grow(self, pages):
         pools.append(pages)
@@ -171,7 +168,9 @@ def test_a_pool_that_grows_is_captured_anew(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KVCache, "grow", grow)
         patch.setattr(
-            cuda_graphs.Graphs, "clear", lambda self: gone.append(len(self.made)) or clear(self)
+            cuda_graphs.DecodeGraphs,
+            "clear",
+            lambda self: gone.append(len(self.captured)) or clear(self),
         )
         got, stats = write(model, wanted, late=late, rows=2, **SAMPLED)
     assert pools and got == base and stats.replayed == stats.steps
@@ -180,7 +179,7 @@ def test_a_pool_that_grows_is_captured_anew(model):
     )  # the last: at the end
 
 
-def test_the_last_visit_ends_at_the_last_position(model):
+def test_the_last_steps_end_at_the_last_position(model):
     most = model.config.max_position
     wanted = [Request("long", [5] * (most - 9), 99), Request("short", [6] * 3, 4)]
     base, _ = write(model, wanted, end_ids=(), graphs=False)
@@ -189,26 +188,28 @@ def test_the_last_visit_ends_at_the_last_position(model):
     assert len(got["long", 0, None].ids) == 9
 
 
-def test_short_memory_puts_rows_back_and_drops_none(model):
-    wanted = [dataclasses.replace(r, expected=1) for r in unique(requests(8))]
+def test_short_memory_preempts_sequences_and_loses_none(model):
+    wanted = [dataclasses.replace(r, expected_tokens=1) for r in unique(requests(8))]
     base, _ = write(model, wanted, rows=8, graphs=False, **SAMPLED)
     page = KVCache.page_bytes(model.config, 8, model.dtype)
     got, stats = write(model, wanted, rows=8, kv_memory=8 * page / 1e9, **SAMPLED)
-    assert got == base and stats.put_back > 0 and stats.replayed == stats.steps
+    assert got == base and stats.preempted > 0 and stats.replayed == stats.steps
 
 
-def test_guesses_are_checked_in_steps_that_are_not_captured(model):
+def test_draft_tokens_are_verified_in_steps_that_are_not_captured(model):
     wanted = unique(requests(5))
     base, _ = write(model, wanted, rows=3, graphs=False)
     ids = {c.id: c.ids for c in base.values()}
-    guessed = [dataclasses.replace(r, draft=[*ids[r.id][:3], 9, *ids[r.id][4:]]) for r in wanted]
+    guessed = [
+        dataclasses.replace(r, draft_source=[*ids[r.id][:3], 9, *ids[r.id][4:]]) for r in wanted
+    ]
     got, stats = write(model, guessed, rows=3, draft="always")
-    assert got == base and stats.held > 0 and 0 < stats.replayed < stats.steps
+    assert got == base and stats.accepted_tokens > 0 and 0 < stats.replayed < stats.steps
 
 
-def test_rows_of_several_temperatures_go_uncaptured(model):
+def test_steps_of_several_temperatures_are_not_captured(model):
     wanted = [
-        dataclasses.replace(r, temperature=0.7 + 0.5 * (i < 3), max_new=4 + 30 * (i < 3))
+        dataclasses.replace(r, temperature=0.7 + 0.5 * (i < 3), max_new_tokens=4 + 30 * (i < 3))
         for i, r in enumerate(unique(requests(4)))
     ]
     base, _ = write(model, wanted, end_ids=(), graphs=False, rows=6, **SAMPLED)
@@ -216,7 +217,7 @@ def test_rows_of_several_temperatures_go_uncaptured(model):
     assert got == base and 0 < stats.replayed < stats.steps  # the three hot ones are left
 
 
-def test_what_cannot_be_captured_says_so_once(model):
+def test_the_summary_says_why_steps_are_not_captured(model):
     model.ops = dataclasses.replace(model.ops, cached_attention=TORCH.cached_attention)
     if ON_GPU:
         model.ops = dataclasses.replace(model.ops, kv_write_=TORCH.kv_write_)
@@ -224,11 +225,10 @@ def test_what_cannot_be_captured_says_so_once(model):
     base, off = write(model, wanted, graphs=False, invariant=False)
     got, stats = write(model, wanted, invariant=False)
     assert got == base and stats.replayed == 0 and off.text().count("captured") == 0
-    assert "not captured as CUDA graphs: cached_attention would look" in stats.text()
-    assert cuda_graphs.refusal(REFERENCE) and not cuda_graphs.refusal(VARIANTS["invariant"])
-    assert cuda_graphs.refusal(TORCH).startswith("cached_attention ") and not cuda_graphs.refusal(
-        TRITON
-    )
+    assert "not captured as CUDA graphs: cached_attention would read" in stats.text()
+    why_not = cuda_graphs.why_not_captured
+    assert why_not(REFERENCE) and why_not(VARIANTS["invariant"]) is None
+    assert why_not(TORCH).startswith("cached_attention ") and why_not(TRITON) is None
 
 
 class Watch(TorchDispatchMode):
@@ -248,13 +248,13 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("ops", [MIXED, TRITON, VARIANTS["invariant"]], ids=lambda ops: ops.name)
 @pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
-def test_a_step_asks_nothing_of_the_host(model, ops, decoding, monkeypatch):
+def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypatch):
     """What would end a capture on a GPU, looked for without one. The adapter is not merged here."""
     config = SamplerConfig(page_size=8, rows=2, **decoding)
     plain = Llama(model.config, model.weights, ops)
-    lora, pages, stats = adapter(plain), Pages(plain, 8, 0.0), SamplerStats()
-    cuda_graphs.Graphs(plain, lora, pages, config, stats)
-    pages.make_room(4, 2)
+    lora, pool, stats = adapter(plain), PagePool(plain, 8, 0.0), SamplerStats()
+    cuda_graphs.DecodeGraphs(plain, lora, pool, config, stats)
+    pool.ensure_pages(4, 2)
     launch, watch = triton_launch.launch, Watch()
 
     def unwatched(*args, **options):  # the interpreter reads what the GPU would
@@ -262,11 +262,11 @@ def test_a_step_asks_nothing_of_the_host(model, ops, decoding, monkeypatch):
             launch(*args, **options)
 
     for module in {
-        fn.__globals__["__name__"] for fn in map(ops.__getattribute__, cuda_graphs.USED)
+        fn.__globals__["__name__"] for fn in map(ops.__getattribute__, cuda_graphs.STEP_OPERATIONS)
     }:
         if hasattr(sys.modules[module], "launch"):
             monkeypatch.setattr(sys.modules[module], "launch", unwatched)
-    step = cuda_graphs.Step(plain, lora, pages, config, 2, 2, config.temperature, 2)
+    step = DecodeStep(plain, lora, pool, config, 2, 2, config.temperature, 2)
     step.load(())
     step()  # as before a capture
     with watch:
@@ -278,34 +278,35 @@ def test_a_step_asks_nothing_of_the_host(model, ops, decoding, monkeypatch):
     assert step.turn.tolist() == [2] and step.results[:, 0].long().max() < 70
 
 
-def test_buckets():
+def test_bucket_sizes():
     rows = [1, 2, 3, 5, 9, 17, 25, 33, 49, 65, 97, 129]
     want = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192]
-    assert [cuda_graphs.row_bucket(n, 999) for n in rows] == want
+    assert [cuda_graphs.bucket_size(n, 999) for n in rows] == want
     assert (
-        all(cuda_graphs.row_bucket(n, 999) == n for n in want)
-        and cuda_graphs.row_bucket(33, 40) == 40
+        all(cuda_graphs.bucket_size(n, 999) == n for n in want)
+        and cuda_graphs.bucket_size(33, 40) == 40
     )
 
 
-def test_steps_between_visits_follow_what_guesses_promise(model):
+def test_steps_per_synchronisation_depend_on_what_drafting_would_gain(model):
     def steps(rows, controller, **settings):
         config = SamplerConfig(**settings)
-        pages = Pages(model, 64, 0.0)
-        made = cuda_graphs.Graphs(model, None, pages, config, SamplerStats())
-        assert made.usable == config.graphs == pages.spare
-        return made.steps(rows, controller)
+        pool = PagePool(model, 64, 0.0)
+        made = cuda_graphs.DecodeGraphs(model, None, pool, config, SamplerStats())
+        assert made.enabled == config.graphs == pool.num_padding_pages
+        return made.steps_per_sync(rows, controller)
 
-    cheap, dear = Controller(), Controller()
+    cheap, dear = DraftController(), DraftController()
     for _ in range(100):
         for tokens in (1, 8, 30):  # replayed or not, and whatever is guessed
-            cheap.measured(tokens, tokens, 0.01, replayed=True)
-            cheap.measured(tokens, tokens, 0.01)
-            dear.measured(tokens, tokens, 0.001, replayed=True)  # ten steps for one with guesses
-            dear.measured(tokens, 2 * tokens, 0.01)
-    assert cheap.pays(1) and not dear.pays(1) and not cheap.pays(200)
+            cheap.record_step(tokens, tokens, 0.01, replayed=True)
+            cheap.record_step(tokens, tokens, 0.01)
+            dear.record_step(tokens, tokens, 0.001, replayed=True)  # ten steps for one with guesses
+            dear.record_step(tokens, 2 * tokens, 0.01)
+    assert cheap.pays_off(1) and not dear.pays_off(1) and not cheap.pays_off(200)
     assert (
-        steps(1, cheap) == 1 and steps(1, dear) == steps(1, cheap, draft="off") == cuda_graphs.STEPS
+        steps(1, cheap) == 1
+        and steps(1, dear) == steps(1, cheap, draft="off") == cuda_graphs.STEPS_PER_SYNC
     )
     assert steps(1, dear, draft="always") == 1 and steps(1, dear, graphs=False) == 1
     assert steps(1, cheap, steps=5) == steps(1, dear, steps=5, graphs=False) == 5
@@ -325,7 +326,7 @@ def test_a_whole_model_on_triton(model, ops):
             settings = {"rows": 2, "end_ids": (), "invariant": False, **decoding}
             base, _ = write(whole, wanted, lora, graphs=False, **settings)
             got, stats = write(whole, wanted, lora, **settings)
-            assert stats.replayed == stats.steps == 5, stats.not_captured
+            assert stats.replayed == stats.steps == 5, stats.why_not_captured
             assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
 
 
@@ -342,25 +343,23 @@ def test_memory_is_given_back(model):
     before = held()
     for _ in range(3):
         _, stats = write(model, wanted, rows=6, **SAMPLED)
-        assert stats.replayed == stats.steps, stats.not_captured
+        assert stats.replayed == stats.steps, stats.why_not_captured
     assert held() <= before
     config = SamplerConfig(rows=6, page_size=8, draft="off", invariant=True)
     with Sampler(model, text, (END,), config) as sampler:
         list(sampler.run(wanted))
-        assert held() > before and len(sampler.graphs.made) == sampler.stats.captured > 1
-        assert all(step.graph is not None for step in sampler.graphs.made.values())
+        assert held() > before and len(sampler.graphs.captured) == sampler.stats.captured > 1
+        assert all(step.graph is not None for step in sampler.graphs.captured.values())
     assert held() <= before
 
 
-def test_a_capture_that_fails_costs_no_row(model, monkeypatch):
+def test_a_failed_capture_loses_no_sequence(model, monkeypatch):
     """The last of this file: on a GPU a stream is left that was capturing."""
     wanted = unique(requests(4))
     base, _ = write(model, wanted, rows=3, graphs=False, **SAMPLED)
     if ON_GPU:
-        step = cuda_graphs.Step.__call__
-        monkeypatch.setattr(
-            cuda_graphs.Step, "__call__", lambda self: (step(self), self.turn.item())
-        )
+        step = DecodeStep.__call__
+        monkeypatch.setattr(DecodeStep, "__call__", lambda self: (step(self), self.turn.item()))
     else:
 
         def failing(self, step):
@@ -369,10 +368,10 @@ def test_a_capture_that_fails_costs_no_row(model, monkeypatch):
             finally:
                 raise ValueError("ended")
 
-        monkeypatch.setattr(cuda_graphs.Graphs, "_capture", failing)
+        monkeypatch.setattr(cuda_graphs.DecodeGraphs, "_capture", failing)
     got, stats = write(model, wanted, rows=3, **SAMPLED)
     assert got == base and stats.replayed == stats.captured == 0
-    assert stats.not_captured.startswith("capturing failed: ") and "\n" not in stats.text()
+    assert stats.why_not_captured.startswith("capturing failed: ") and "\n" not in stats.text()
     if not ON_GPU:
         said = "capturing failed: RuntimeError: the host was asked; then ValueError: ended"
-        assert stats.not_captured == said
+        assert stats.why_not_captured == said

@@ -20,7 +20,7 @@ from model.config import LlamaConfig
 from model.llama import Llama
 from model.peft_format import load_lora, save_lora
 from tests.helpers.adapters import new_lora
-from tests.train.test_train import LORA, SMALL, examples
+from tests.helpers.training import LORA, SMALL, examples
 
 CASES = 40
 SLOW = 20  # seconds; a case takes a fraction of one

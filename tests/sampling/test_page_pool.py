@@ -13,15 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.runtime.process_memory import free_memory, give_back_freed_memory
-from engine.sampling import page_pool as module
-from engine.sampling.page_pool import Pages
+from engine.sampling import page_pool
+from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.train.memory_plan import available
 from kernels.registry import TORCH
 from model.kv_cache import KVCache
 from model.llama import Llama
-from tests.train.test_memory_plan import llama_2_7b
+from tests.helpers.configs import llama_2_7b
+from tests.helpers.sampling import text
 
 GB = 10**9
 
@@ -81,7 +82,7 @@ def card(monkeypatch):
     }
     for name, function in cuda.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(module, "KVCache", MetaCache)
+    monkeypatch.setattr(page_pool, "KVCache", MetaCache)
     card.take(GB // 2)
     with card:
         yield card
@@ -89,12 +90,12 @@ def card(monkeypatch):
 
 @pytest.fixture
 def llama_7b(tiny_llama_dir):
-    """What Pages looks at of Llama-2-7B in bf16 on a GPU: a page of 64 tokens has 33.6 MB."""
+    """What PagePool reads of Llama-2-7B in bf16 on a GPU: a page of 64 tokens has 33.6 MB."""
     config, device = llama_2_7b(tiny_llama_dir), torch.device("cuda")
     return types.SimpleNamespace(config=config, device=device, dtype=torch.bfloat16, ops=TORCH)
 
 
-def test_what_torch_caches_counts_as_free(card):
+def test_memory_cached_by_torch_counts_as_free(card):
     card.take(13 * GB)
     card.take(7 * GB)
     card.give(7 * GB)
@@ -105,69 +106,65 @@ def test_what_torch_caches_counts_as_free(card):
     assert card.emptied == 1 and torch.cuda.mem_get_info()[0] == free_memory("cuda") == 10.5 * GB
 
 
-def test_other_peoples_memory_is_not_available(card):
+def test_memory_of_other_programs_is_not_available(card):
     """The memory plan's number and the sampler's are one."""
     card.take(5 * GB)
     card.others = 8 * GB
     assert available("cuda") == 16 * GB and free_memory("cuda") == 10.5 * GB
 
 
-def test_every_sampler_of_a_job_has_the_memory_of_the_first(card, llama_7b):
+def test_every_sampler_of_a_job_gets_as_much_memory_as_the_first(card, llama_7b):
     """Distillation, training with a peak of 20.6 GB, evaluation: Llama-2-7B on a card of 24 GB."""
     card.take(int(13.5 * GB))
     got = []
     for peak in (0.0, 6.6, 6.6):
         card.take(int(peak * GB))  # a training step's tensors, freed
         card.give(int(peak * GB))
-        pages = Pages(llama_7b, 64, 0.0)
-        assert pages.make_room(64 * 11, 11)
-        got.append(pages.cache.pages)
-        del pages
+        pool = PagePool(llama_7b, 64, 0.0)
+        assert pool.ensure_pages(64 * 11, 11)
+        got.append(pool.cache.pages)
+        del pool
         gc.collect()
     assert got == [268] * 3, "0.9 of 10 GB in pages of 33.6 MB"
 
 
-def test_a_pool_that_cannot_grow_beside_itself_is_made_anew(card, llama_7b):
+def test_a_pool_that_cannot_grow_beside_the_old_one_is_made_anew(card, llama_7b):
     card.take(int(13.5 * GB))
-    pages = Pages(llama_7b, 64, 0.0)
-    pages.spare = 1
-    assert pages.make_room(199, 11) and pages.cache.pages == 200  # 6.7 of 10 GB
-    pages.prefix = [1] * 64, pages.cache.take(1)
-    assert pages.make_room(150, 150) and pages.cache.pages == 200
-    before = pages.cache
-    assert not pages.make_room(230, 230), "7.8 GB fit, but not beside 6.7"
-    assert pages.cache is before and before.pages == 200 and len(before.free) == 198
+    pool = PagePool(llama_7b, 64, 0.0)
+    pool.num_padding_pages = 1
+    assert pool.ensure_pages(199, 11) and pool.cache.pages == 200  # 6.7 of 10 GB
+    pool.prefix_tokens, pool.prefix_pages = [1] * 64, pool.cache.take(1)
+    assert pool.ensure_pages(150, 150) and pool.cache.pages == 200
+    before = pool.cache
+    assert not pool.ensure_pages(230, 230), "7.8 GB fit, but not beside 6.7"
+    assert pool.cache is before and before.pages == 200 and len(before.free) == 198
     del before
-    pages.discard()
+    pool.discard()
     gc.collect()
-    assert pages.make_room(230, 230) and pages.cache.pages == 231 and len(pages.idle) == 1
+    assert pool.ensure_pages(230, 230) and pool.cache.pages == 231 and len(pool.padding_pages) == 1
     with pytest.raises(ValueError, match=r"needs 10.* GB .*cuda has 9 GB free.*fewer new tokens"):
-        pages.make_room(300, 300)
-    assert pages.make_room(200, 200), "and the pool is as it was"
-    pages.close()
-    assert pages.make_room(260, 260), "of which nobody uses a page is not copied"
+        pool.ensure_pages(300, 300)
+    assert pool.ensure_pages(200, 200), "and the pool is as it was"
+    pool.close()
+    assert pool.ensure_pages(260, 260), "of which nobody uses a page is not copied"
 
 
 def test_a_pool_that_does_not_fit_in_one_piece(card, llama_7b):
     """10 GB are free, but in pieces of at most 2."""
     card.take(int(13.5 * GB))
     card.largest = 2 * GB
-    pages = Pages(llama_7b, 64, 0.0)
-    assert pages.make_room(400, 11) and 2 * GB < pages.cache.pages * 33.6e6 < 4 * GB
-    have = pages.cache.pages
-    pages.prefix = [1] * 64, pages.cache.take(1)
-    assert not pages.make_room(have + 60, have + 60) and pages.cache.pages == have
-    assert pages.cache.k.shape == pages.cache.v.shape == pages.cache.shape
+    pool = PagePool(llama_7b, 64, 0.0)
+    assert pool.ensure_pages(400, 11) and 2 * GB < pool.cache.pages * 33.6e6 < 4 * GB
+    have = pool.cache.pages
+    pool.prefix_tokens, pool.prefix_pages = [1] * 64, pool.cache.take(1)
+    assert not pool.ensure_pages(have + 60, have + 60) and pool.cache.pages == have
+    assert pool.cache.k.shape == pool.cache.v.shape == pool.cache.shape
     card.largest = 10**6
-    with pytest.raises(ValueError, match="longest row needs 0.369 GB.*in one piece"):
-        Pages(llama_7b, 64, 0.0).make_room(20, 11)
+    with pytest.raises(ValueError, match="longest sequence needs 0.369 GB.*in one piece"):
+        PagePool(llama_7b, 64, 0.0).ensure_pages(20, 11)
 
 
-def text(ids):
-    return "".join(chr(0x100 + i) for i in ids)
-
-
-def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
+def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
     """What a cascade does: it asks for more than the first rows needed, near the card's limit."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=1, max_position_embeddings=1024))
     page = KVCache.page_bytes(model.config, 8, torch.float32)
@@ -181,7 +178,7 @@ def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
                 if not done:
                     sampler.submit(late)
                 done[completion.id] = completion
-                pools.append(sampler.pages.cache.pages)
+                pools.append(sampler.pool.cache.pages)
         return {name: (c.ids, c.logprobs, c.finish) for name, c in done.items()}
 
     pools = []
@@ -197,19 +194,19 @@ def test_a_late_long_row_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
         lambda self, *args: (begin(self, *args), made.append(weakref.ref(self)))[0],
     )
     monkeypatch.setattr(KVCache, "grow", lambda self, pages: grown.append(pages))
-    monkeypatch.setattr(Pages, "_by_the_card", lambda self: True)
-    monkeypatch.setattr(module, "free_memory", free)
+    monkeypatch.setattr(PagePool, "_limited_by_gpu", lambda self: True)
+    monkeypatch.setattr(page_pool, "free_memory", free)
     pools.clear()
     assert write() == want and len(want) == 5
     assert pools[:4] == [57] * 4, "four rows of 12 pages, and what they begin with"
     assert pools[4] == 77 and len(made) == 2 and not grown, "its own pages, in a pool made anew"
 
 
-def test_keys_and_values_go_before_torchs_cache_is_emptied(tiny_llama_dir, monkeypatch):
+def test_keys_and_values_are_freed_before_torchs_cache_is_emptied(tiny_llama_dir, monkeypatch):
     model, emptied = Llama.from_pretrained(tiny_llama_dir()), []
     with Sampler(model, text, (), SamplerConfig(max_new_tokens=2)) as sampler:
         list(sampler.run([Request("a", [5, 6])]))
-        keys = weakref.ref(sampler.pages.cache.k)
+        keys = weakref.ref(sampler.pool.cache.k)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(keys() is None))
-        sampler.graphs.pool = object()  # as behind a capture
+        sampler.graphs.memory_pool = object()  # as behind a capture
     assert emptied == [True], "what is emptied is what nobody holds"

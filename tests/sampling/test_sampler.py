@@ -1,4 +1,4 @@
-"""The sampler: a row's text is its own whatever runs beside it, and equals a loop without cache."""
+"""The sampler: a text depends on nothing that runs beside it, and equals a loop without a cache."""
 
 import dataclasses
 import random
@@ -9,7 +9,7 @@ import torch
 from engine.sampling.page_pool import common_prefix
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
-from engine.sampling.speculation import Controller, Drafter
+from engine.sampling.speculation import DraftController, Drafter
 from kernels.cached_attention import torch_form as cached_attention_torch
 from kernels.cpu.rowwise import rowwise
 from kernels.philox import mix
@@ -17,37 +17,18 @@ from kernels.registry import TORCH
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
 from model.llama import Llama
+from tests.helpers.sampling import PENALISED, SAMPLED, random_requests, text
 
-SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
-PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.2, "repetition_penalty": 1.3}
 DECODINGS = pytest.mark.parametrize(
     "decoding", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"]
 )
 
 
-def text(ids):
-    """Token ids as text, one character each: enough to test stop strings."""
-    return "".join(chr(0x100 + i) for i in ids)
-
-
-def requests(model, count=12, seed=0, longest=90):
-    rng = random.Random(seed)
-    vocab = model.config.vocab_size
-    return [
-        Request(
-            f"row-{i}",
-            [rng.randrange(vocab) for _ in range(rng.randint(1, longest))],
-            rng.randint(1, 70),
-        )
-        for i in range(count)
-    ]
-
-
 def run(model, wanted, lora=None, end_ids=(7,), stats=None, **config):
     sampler = Sampler(model, text, end_ids, SamplerConfig(**config), lora)
     done = list(sampler.run(wanted))
-    assert not sampler.flying and not sampler.waiting
-    assert sorted(sampler.pages.cache.free) == list(range(sampler.pages.cache.pages)), (
+    assert not sampler.scheduler.running and not sampler.scheduler.waiting
+    assert sorted(sampler.pool.cache.free) == list(range(sampler.pool.cache.pages)), (
         "pages were lost"
     )
     assert len(done) == len(wanted)
@@ -65,14 +46,15 @@ def with_references(model, wanted, **config):
         for id, ids in texts.items()
     }
     return [
-        dataclasses.replace(r, draft=changed[r.id], expected=len(changed[r.id])) for r in wanted
+        dataclasses.replace(r, draft_source=changed[r.id], expected_tokens=len(changed[r.id]))
+        for r in wanted
     ]
 
 
 def without_a_cache(model, request, config, end_ids=(7,)):
-    """One row, the whole sequence recomputed for every token by the plain forward."""
+    """One sequence, recomputed as a whole for every token by the plain forward."""
     ids, key = list(request.prompt), mix("row", request.id)
-    for _ in range(request.max_new):
+    for _ in range(request.max_new_tokens):
         rows = SampleRows(
             torch.tensor([len(ids)]),
             torch.tensor([request.sample]),
@@ -100,7 +82,7 @@ def tiny(tiny_llama_dir):
 @DECODINGS
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_a_loop_without_a_cache(tiny, decoding, seed):
-    wanted = requests(tiny, seed=seed, longest=40)
+    wanted = random_requests(tiny, seed=seed, longest=40)
     config = SamplerConfig(seed=seed, page_size=8, **decoding)
     got = run(tiny, wanted, rows=5, seed=seed, page_size=8, **decoding)
     for request in wanted:
@@ -111,9 +93,9 @@ def test_equals_a_loop_without_a_cache(tiny, decoding, seed):
 
 
 @DECODINGS
-def test_rows_order_and_pages_change_nothing(tiny, decoding):
+def test_batch_order_and_prefill_size_change_no_text(tiny, decoding):
     """Bitwise: tokens and log-probabilities."""
-    wanted = requests(tiny, 20)
+    wanted = random_requests(tiny, 20)
     base = run(tiny, wanted, rows=1, **decoding)
     shuffled = random.Random(1).sample(wanted, len(wanted))
     for rows, order, prefill in ((3, wanted, 512), (16, shuffled, 512), (7, shuffled, 1)):
@@ -121,7 +103,7 @@ def test_rows_order_and_pages_change_nothing(tiny, decoding):
 
 
 @pytest.mark.parametrize("decoding", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_same_text_for_any_rows_on_the_real_model(smollm2_dir, decoding):
+def test_the_batch_size_changes_no_text_of_the_real_model(smollm2_dir, decoding):
     model = Llama.from_pretrained(smollm2_dir)
     rng = random.Random(3)
     wanted = [
@@ -133,7 +115,7 @@ def test_same_text_for_any_rows_on_the_real_model(smollm2_dir, decoding):
         assert run(model, wanted, rows=rows, end_ids=(2,), **decoding) == base
 
 
-def test_a_penalty_makes_texts_repeat_less(tiny):
+def test_a_repetition_penalty_makes_texts_repeat_less(tiny):
     """Greedy text of a random model falls into a loop; a strong penalty forbids every repeat."""
     wanted = [Request("a", [1, 2, 3], 40)]
     plain = run(tiny, wanted, end_ids=())["a", 0].ids
@@ -149,7 +131,7 @@ def test_options_out_of_range_are_refused(wrong):
         SamplerConfig(**wrong).check()
 
 
-def test_samples_seeds_and_ids_have_their_own_numbers(tiny):
+def test_samples_seeds_and_ids_have_their_own_random_numbers(tiny):
     prompt = list(range(20, 40))
     wanted = [Request(i, prompt, 30, sample=k) for i in ("a", "b") for k in range(3)]
     done = run(tiny, wanted, temperature=1.0, end_ids=())
@@ -161,19 +143,19 @@ def test_samples_seeds_and_ids_have_their_own_numbers(tiny):
 
 
 def test_stop_strings_are_cut_off_also_across_tokens(tiny):
-    wanted = requests(tiny, 6)
+    wanted = random_requests(tiny, 6)
     free = run(tiny, wanted, end_ids=())
-    for (row, _), c in free.items():
+    for (id, _), c in free.items():
         if len(c.ids) < 4:
             continue
-        request = [r for r in wanted if r.id == row]
+        request = [r for r in wanted if r.id == id]
         stop = text(c.ids[2:4])
         first = c.text.find(stop)
         (cut,) = run(tiny, request, end_ids=(), stop=(stop, "never")).values()
         assert (cut.finish, cut.text, cut.ids) == ("stop_string", c.text[:first], c.ids[:first])
 
 
-def test_a_prompt_that_leaves_no_room_is_named_not_dropped(tiny):
+def test_a_prompt_that_leaves_no_room_is_reported_not_dropped(tiny):
     most = tiny.config.max_position
     wanted = [
         Request("long", [5] * most, 4),
@@ -186,7 +168,7 @@ def test_a_prompt_that_leaves_no_room_is_named_not_dropped(tiny):
     assert len(done["short", 0].ids) == 4
 
 
-def test_requests_may_come_while_it_runs(tiny):
+def test_requests_may_be_submitted_while_it_runs(tiny):
     """As a conversation's next turn does; longer than anything known at the start."""
     sampler = Sampler(tiny, text, (), SamplerConfig(rows=2, page_size=8))
     seen = []
@@ -197,16 +179,16 @@ def test_requests_may_come_while_it_runs(tiny):
     assert sorted(seen) == ["a", "a2", "b"]
 
 
-def test_a_page_left_dirty_does_not_reach_the_next_row(tiny):
-    wanted = requests(tiny, 8)
+def test_what_a_freed_page_holds_does_not_reach_the_next_sequence(tiny):
+    wanted = random_requests(tiny, 8)
     base = run(tiny, wanted, rows=2)
     sampler = Sampler(tiny, text, (7,), SamplerConfig(rows=2))
     done = {}
     for c in sampler.run(wanted):
         done[c.id, c.sample] = c
-        for page in sampler.pages.cache.free:
-            sampler.pages.cache.k[:, page] = torch.nan
-            sampler.pages.cache.v[:, page] = torch.nan
+        for page in sampler.pool.cache.free:
+            sampler.pool.cache.k[:, page] = torch.nan
+            sampler.pool.cache.v[:, page] = torch.nan
     assert done == base
 
 
@@ -216,72 +198,76 @@ def test_settings_that_cannot_sample_are_refused():
             SamplerConfig(**bad).check()
 
 
-def test_what_is_left_to_the_device_is_decided_by_it(tiny):
+def test_automatic_settings_are_resolved_for_the_device(tiny):
     given = SamplerConfig(rows=5, prefill_tokens=7)
-    assert given.on("cpu") == given.on("cuda") == given
-    assert SamplerConfig().on("cpu") == SamplerConfig(rows=32, prefill_tokens=512)
-    assert SamplerConfig().on("cuda") == SamplerConfig(rows=64, prefill_tokens=1024)
+    assert given.for_device("cpu") == given.for_device("cuda") == given
+    assert SamplerConfig().for_device("cpu") == SamplerConfig(rows=32, prefill_tokens=512)
+    assert SamplerConfig().for_device("cuda") == SamplerConfig(rows=64, prefill_tokens=1024)
     with Sampler(tiny, text, (), SamplerConfig(draft="off")) as sampler:
         done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 3) for i in range(40)]))
     stats = sampler.stats  # the first token of an answer is its prompt's
-    assert len(done) == 40 and (stats.steps, stats.row_steps) == (4, 80), "32 rows, then 8"
+    assert len(done) == 40 and (stats.steps, stats.sequence_steps) == (4, 80), (
+        "32 sequences, then 8"
+    )
 
 
-def test_the_summary_says_how_many_rows_fit(tiny):
-    """Rows of 2 + 30 tokens are two pages of 16 each; a row in flight may always have them all."""
+def test_the_summary_says_how_many_sequences_fit(tiny):
+    """2 + 30 tokens are two pages of 16; a running sequence may always have them both."""
     page = KVCache.page_bytes(tiny.config, 16, torch.float32)
     for pages, fitting in ((0, 6), (12, 6), (7, 3), (2, 1)):
         config = SamplerConfig(rows=6, page_size=16, kv_memory=pages * page / 1e9, draft="off")
         with Sampler(tiny, text, (), config) as sampler:
             done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 30) for i in range(9)]))
-        assert len(done) == 9 and sampler.stats.fitting == fitting
+        assert len(done) == 9 and sampler.stats.fitting_sequences == fitting
         assert sampler.stats.cache_bytes == (pages or 12) * page
-        assert f"GB for keys and values fit {fitting} rows" in sampler.stats.text()
+        assert f"GB for keys and values fit {fitting} sequences" in sampler.stats.text()
 
 
 @DECODINGS
-def test_drafts_change_nothing_but_the_steps(tiny, decoding):
-    """Bitwise: tokens and log-probabilities, for any draft setting and number of rows."""
-    wanted = with_references(tiny, requests(tiny, 16), **decoding)
+def test_speculation_changes_no_text(tiny, decoding):
+    """Bitwise: tokens and log-probabilities, for any draft setting and batch size."""
+    wanted = with_references(tiny, random_requests(tiny, 16), **decoding)
     base = run(tiny, wanted, rows=1, draft="off", **decoding)
     for draft in ("always", "auto"):
         for rows in (1, 5, 16):
             stats = []
             assert run(tiny, wanted, rows=rows, draft=draft, stats=stats, **decoding) == base
-            assert draft == "auto" or stats[0].held > 0.2 * stats[0].new_tokens
+            assert draft == "auto" or stats[0].accepted_tokens > 0.2 * stats[0].new_tokens
 
 
-def test_drafts_where_the_number_of_queries_matters(tiny, monkeypatch):
+def test_speculation_where_attention_depends_on_the_number_of_queries(tiny, monkeypatch):
     """On a CPU whose products differ with it, drafts go through attention one by one."""
-    wanted = with_references(tiny, requests(tiny, 6))
+    wanted = with_references(tiny, random_requests(tiny, 6))
     base = run(tiny, wanted, rows=1, draft="off")
     monkeypatch.setattr(cached_attention_torch, "alone_width", lambda *_: None)
     stats = []
-    assert run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].held
+    assert (
+        run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].accepted_tokens
+    )
 
 
-def test_a_wrong_guess_is_never_kept(tiny):
+def test_wrong_draft_tokens_are_never_accepted(tiny):
     """References that have nothing to do with the text."""
-    wanted = requests(tiny, 8)
-    noise = [dataclasses.replace(r, draft=list(range(9, 300, 3))) for r in wanted]
+    wanted = random_requests(tiny, 8)
+    noise = [dataclasses.replace(r, draft_source=list(range(9, 300, 3))) for r in wanted]
     assert run(tiny, noise, draft="always") == run(tiny, wanted, draft="off")
 
 
 @pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
-def test_several_steps_between_visits_change_nothing(tiny, decoding):
-    wanted = requests(tiny, 10)
+def test_several_steps_per_synchronisation_change_no_text(tiny, decoding):
+    wanted = random_requests(tiny, 10)
     base = run(tiny, wanted, rows=4, draft="off", **decoding)
     for steps in (2, 5, 64):
         assert run(tiny, wanted, rows=4, draft="off", steps=steps, **decoding) == base
-    most = tiny.config.max_position  # the last visit must end at the last position
+    most = tiny.config.max_position  # the last steps must end at the last position
     long = [Request("long", [5] * (most - 7), 99)]
     done = run(tiny, long, end_ids=(), steps=4, draft="off")
     assert len(done["long", 0].ids) == 7 and done == run(tiny, long, end_ids=(), draft="off")
 
 
-def test_a_common_beginning_is_computed_once_and_changes_nothing(tiny):
+def test_a_common_prefix_is_computed_once_and_changes_no_text(tiny):
     head = [random.Random(9).randrange(300) for _ in range(90)]  # a page and a part of one
-    plain = requests(tiny, 9, longest=30)
+    plain = random_requests(tiny, 9, longest=30)
     wanted = [dataclasses.replace(r, prompt=[*head, *r.prompt]) for r in plain]
     odd = Request("odd", plain[0].prompt, 9)  # one that has another beginning
     stats = []
@@ -294,7 +280,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(tiny):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_samples_of_a_row_share_its_prompt(tiny, rows):
+def test_duplicate_prompts_are_computed_once(tiny, rows):
     prompts = {"a": list(range(20, 100)), "b": list(range(9, 79))}
     wanted = [Request(i, p, 20, sample=k) for i, p in prompts.items() for k in range(3)]
     stats = []
@@ -305,7 +291,7 @@ def test_samples_of_a_row_share_its_prompt(tiny, rows):
         assert got[request.id, request.sample] == alone[request.id, request.sample]
 
 
-def test_long_prompts_are_cut_into_chunks_and_change_nothing(tiny):
+def test_chunked_prefill_changes_no_text(tiny):
     rng = random.Random(2)
     lengths = (300, 5, 130, 64, 65, 200)
     wanted = [Request(str(n), [rng.randrange(300) for _ in range(n)], 12) for n in lengths]
@@ -315,60 +301,60 @@ def test_long_prompts_are_cut_into_chunks_and_change_nothing(tiny):
 
 
 @DECODINGS
-def test_short_memory_puts_rows_back_and_drops_none(tiny, decoding):
-    wanted = [dataclasses.replace(r, expected=1) for r in requests(tiny, 14)]
+def test_short_memory_preempts_sequences_and_loses_none(tiny, decoding):
+    wanted = [dataclasses.replace(r, expected_tokens=1) for r in random_requests(tiny, 14)]
     base = run(tiny, wanted, rows=14, **decoding)
     page = KVCache.page_bytes(tiny.config, 16, torch.float32)
     stats = []
     tight = {"page_size": 16, "kv_memory": 14 * page / 1e9}
     got = run(tiny, wanted, rows=14, stats=stats, **tight, **decoding)
     loose = run(tiny, wanted, rows=14, page_size=16, **decoding)
-    assert got == loose and stats[0].put_back > 0
+    assert got == loose and stats[0].preempted > 0
     assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
 
 
-def test_memory_that_holds_no_row_is_refused_with_what_is_needed(tiny):
-    with pytest.raises(ValueError, match="kv_memory .*the longest row needs"):
-        run(tiny, requests(tiny, 4), kv_memory=1e-5)
+def test_memory_for_less_than_one_sequence_is_refused(tiny):
+    with pytest.raises(ValueError, match="kv_memory .*the longest sequence needs"):
+        run(tiny, random_requests(tiny, 4), kv_memory=1e-5)
 
 
-def test_the_longest_expected_row_begins_first(tiny):
-    wanted = [Request(str(n), [n + 1] * 4, 5, expected=n) for n in (2, 5, 1, 4, 3)]
+def test_the_longest_expected_request_begins_first(tiny):
+    wanted = [Request(str(n), [n + 1] * 4, 5, expected_tokens=n) for n in (2, 5, 1, 4, 3)]
     sampler = Sampler(tiny, text, (), SamplerConfig(rows=1))
     assert [done.id for done in sampler.run(wanted)] == ["5", "4", "3", "2", "1"]
 
 
-def test_end_tokens_can_be_ignored_and_a_row_can_have_its_own_seed(tiny):
-    wanted = requests(tiny, 5)
+def test_end_tokens_can_be_ignored_and_a_request_can_have_its_own_seed(tiny):
+    wanted = random_requests(tiny, 5)
     free = run(tiny, wanted, end_ids=range(300), ignore_eos=True)
-    assert all(len(free[r.id, 0].ids) == r.max_new for r in wanted)
+    assert all(len(free[r.id, 0].ids) == r.max_new_tokens for r in wanted)
     own = [dataclasses.replace(r, seed=4) for r in wanted]
     plain, seeded = (run(tiny, w, temperature=1.0, end_ids=()) for w in (wanted, own))
     assert all(plain[k].ids != seeded[k].ids for k in plain)
     assert seeded == run(tiny, own, temperature=1.0, end_ids=(), rows=2)
 
 
-def test_the_model_lends_its_matrices_and_has_them_back(tiny, tiny_llama_dir):
+def test_the_model_lends_its_matrices_and_gets_them_back(tiny, tiny_llama_dir):
     for model in (tiny, Llama.from_pretrained(tiny_llama_dir(tied=False))):
         before = {name: w.clone() for name, w in model.weights.items()}
         with Sampler(model, text, (7,), SamplerConfig()) as sampler:
             assert not isinstance(model.weights["0.qkv"], torch.Tensor), "memory doubles"
-            lent = list(sampler.run(requests(model, 3)))
+            lent = list(sampler.run(random_requests(model, 3)))
         assert all(torch.equal(w, model.weights[name]) for name, w in before.items())
         assert (model.weights["head"] is model.weights["embed"]) == model.config.tie_embeddings
-        assert {(c.id, c.sample): c for c in lent} == run(model, requests(model, 3))
+        assert {(c.id, c.sample): c for c in lent} == run(model, random_requests(model, 3))
 
 
-def test_a_drained_sampler_ends_the_rows_in_flight_only(tiny):
+def test_a_drained_sampler_finishes_the_running_sequences_only(tiny):
     sampler = Sampler(tiny, text, (), SamplerConfig(rows=3))
     done = []
-    for completion in sampler.run(requests(tiny, 9)):
+    for completion in sampler.run(random_requests(tiny, 9)):
         done.append(completion.id)
         sampler.drain()
-    assert len(done) == 3 and len(sampler.waiting) == 6
+    assert len(done) == 3 and len(sampler.scheduler.waiting) == 6
 
 
-def test_common_prefix_is_the_one_that_saves_most():
+def test_the_common_prefix_is_the_one_that_saves_most():
     head, other = list(range(50)), list(range(100, 180))
     rows = [[*head, 1, i] for i in range(5)] + [[*other, i] for i in range(4)]
     assert common_prefix(rows) == [*head, 1]
@@ -377,7 +363,7 @@ def test_common_prefix_is_the_one_that_saves_most():
     assert common_prefix(same) == list(range(199)), "the last token is computed for each"
 
 
-def test_elementwise_functions_keep_rows_apart():
+def test_elementwise_functions_are_batch_invariant():
     """torch's own exp does not: which lane of a vector a number is in depends on its neighbours."""
     for columns in (1, 33, 100, 192, 1000, 40_000):
         x = torch.randn(500 if columns < 2000 else 5, columns)
@@ -392,32 +378,32 @@ def test_elementwise_functions_keep_rows_apart():
 
 def test_a_drafter_follows_its_reference():
     drafter = Drafter([1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 9])
-    assert drafter.guess(3) == [1, 2, 3]
+    assert drafter.propose(3) == [1, 2, 3]
     for token in (1, 2):
         drafter.extend(token)
-    assert (drafter.guess(2), drafter.match) == ([3, 4], 2)
+    assert (drafter.propose(2), drafter.match) == ([3, 4], 2)
     drafter.extend(50)  # leaves the reference ...
-    assert drafter.guess(5) == []
+    assert drafter.propose(5) == []
     for token in (3, 4):  # ... comes back at the nearest later place, not at the last
         drafter.extend(token)
-    assert drafter.guess(2) == [5, 6]
+    assert drafter.propose(2) == [5, 6]
     drafter.extend(5)
     for token in (60, 3, 4):
         drafter.extend(token)
-    assert drafter.guess(5) == [9], "the pointer never goes back"
+    assert drafter.propose(5) == [9], "the pointer never goes back"
     for token in (70, 71, 72, 70, 71):
         drafter.extend(token)
-    assert drafter.guess(1) == [72], "then the row's own text"
+    assert drafter.propose(1) == [72], "then the sequence's own text"
 
 
-def test_the_controller_takes_guesses_where_they_pay():
-    few, many = Controller(), Controller()
-    for _ in range(100):  # few rows: a step costs the same for up to 40 tokens
+def test_the_controller_takes_draft_tokens_where_they_pay_off():
+    few, many = DraftController(), DraftController()
+    for _ in range(100):  # few sequences: a step costs the same for up to 40 tokens
         for tokens in (1, 8, 30):
-            few.measured(tokens, tokens, 0.02)
-            many.measured(tokens, tokens, 0.001 * tokens)  # every token costs its share
+            few.record_step(tokens, tokens, 0.02)
+            many.record_step(tokens, tokens, 0.001 * tokens)  # every token costs its share
     assert few.choose([8], [12])[0] >= 7
     assert sum(many.choose([8] * 30, [12] * 30)) == 0
     for _ in range(300):
-        few.judged(8, 12, 0)
-    assert few.held[8][0] / few.tried[8][0] < 0.05
+        few.record_acceptance(8, 12, 0)
+    assert few.accepted[8][0] / few.proposed[8][0] < 0.05

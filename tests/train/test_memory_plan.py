@@ -1,6 +1,5 @@
 """The memory plan against arithmetic done by hand and against what tensors really hold."""
 
-import dataclasses
 import weakref
 
 import pytest
@@ -10,29 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.data.encode import Example
 from engine.train.memory_plan import choose_policy, predict, saved_per_token
 from engine.train.step import step_gradients
-from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import LoraConfig
 from model.tape import POLICIES
 from tests.helpers.adapters import new_lora
-
-
-def llama_2_7b(tiny_llama_dir):
-    config = LlamaConfig.from_dir(tiny_llama_dir())
-    return dataclasses.replace(
-        config,
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-    )
+from tests.helpers.configs import llama_2_7b
 
 
 def test_llama_2_7b_saves_763_mb_a_layer(tiny_llama_dir):
-    """The mark of the reference, statistics and S left out; recomputed gate/up: less 361 MB."""
+    """By hand, statistics and S left out; 361 MB less where gate/up is recomputed."""
     config, bf16 = llama_2_7b(tiny_llama_dir), torch.bfloat16
     statistics = 4 * (2 + 32)
     per_layer = [8192 * (saved_per_token(config, p, bf16, 0) - statistics) for p in POLICIES[:2]]

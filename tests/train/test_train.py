@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -13,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.data.config import DataConfig
 from engine.data.encode import Example, check_examples, encode
-from engine.data.pack import MicroBatch, common_prefix
+from engine.data.pack import MicroBatch, shared_prompt_prefix
 from engine.data.rows import load_rows
 from engine.evaluate.target_task import reference_nll
 from engine.jobs.demo import write_demo
@@ -39,39 +39,10 @@ from model.lora import LoraConfig
 from model.peft_format import load_lora
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
+from tests.helpers.sessions import session_of
+from tests.helpers.training import LORA, SMALL, examples, metrics_lines, run_training
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = TrainConfig(lr=5e-3, epochs=2, batch_rows=4, micro_tokens=64, save_every=3, seed=5)
-LORA = LoraConfig(rank=4, alpha=8, modules="all", dropout=0.1)
-
-
-def examples(count=20, vocab=300, seed=0):
-    rng = random.Random(seed)
-    made = []
-    for i in range(count):
-        n_prompt, n = rng.randint(1, 20), rng.randint(1, 25)
-        ids = [rng.randrange(vocab) for _ in range(n_prompt)] + [(7 * k) % 50 for k in range(n)]
-        made.append(Example(f"r{i}/0", ids, n_prompt))
-    return made
-
-
-def go(model, out, config=SMALL, rows=None, resume=False, lora=LORA):
-    return train(
-        model,
-        rows or examples(),
-        lora,
-        config,
-        Path(out),
-        base="b",
-        model_hash="h",
-        resume=resume,
-    )
-
-
-def lines(out):
-    """The metrics without the speed."""
-    text = (Path(out) / "metrics.jsonl").read_text()
-    return [{**json.loads(x), "tokens_s": 0} for x in text.splitlines()]
 
 
 @pytest.fixture
@@ -80,7 +51,7 @@ def tiny(tiny_llama_dir):
 
 
 def test_loss_falls_and_the_run_directory_is_complete(tiny, tmp_path):
-    lora, summary = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, epochs=8))
+    lora, summary = run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, epochs=8))
     assert summary["last_loss"] < 0.7 * summary["first_loss"]
     assert summary["linears"] == "14/14" and summary["steps"] == 40
     again = load_lora(tmp_path / "run")
@@ -111,14 +82,16 @@ def test_training_twice_and_resuming_give_the_same_bytes(
     for dtype in (torch.bfloat16, torch.float32):
         model = Llama.from_pretrained(path, device=device, dtype=dtype, ops=ops)
         runs = [tmp_path / f"{name} {dtype}" for name in ("once", "twice", "resumed")]
-        go(model, runs[0]), go(model, runs[1])
+        run_training(model, runs[0]), run_training(model, runs[1])
         monkeypatch.setattr(loop_module, "step_update", failing)
         with pytest.raises(KeyError):
-            go(model, runs[2])
+            run_training(model, runs[2])
         monkeypatch.setattr(loop_module, "step_update", step)
-        go(model, runs[2], resume=True)
+        run_training(model, runs[2], resume=True)
         first, *others = [(run / "adapter_model.safetensors").read_bytes() for run in runs]
-        assert others == [first] * 2 and lines(runs[0]) == lines(runs[1]) == lines(runs[2])
+        assert others == [first] * 2
+        once, twice, resumed = (metrics_lines(run) for run in runs)
+        assert once == twice == resumed
 
 
 def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
@@ -130,8 +103,8 @@ def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
     encoded, _ = encode(rows, Chat.from_dir(smollm2_dir, tokenizer), max_length=512)
     config = TrainConfig(lr=2e-3, epochs=5, batch_rows=4, micro_tokens=512)
     model = Llama.from_pretrained(smollm2_dir)
-    go(model, tmp_path / "run", config, encoded, lora=LoraConfig())
-    losses = [line["loss"] for line in lines(tmp_path / "run")]
+    run_training(model, tmp_path / "run", config, encoded, lora=LoraConfig())
+    losses = [line["loss"] for line in metrics_lines(tmp_path / "run")]
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2]), losses
 
 
@@ -204,25 +177,27 @@ def test_prefixes_are_shared_where_the_table_says_so(
     assert TRITON.shares_prefix == (), "its attention refuses a prefix"
 
 
-def test_common_prefix():
+def test_shared_prompt_prefix():
     a, b = Example("a", [*range(20), 1, 2], 15), Example("b", [*range(12), 99, 3], 13)
-    assert common_prefix([a, b]) == 12 and common_prefix([a]) == 0 and common_prefix([a, a]) == 14
-    assert common_prefix([a, Example("c", [*range(5), 99, 3], 6)]) == 0, "too few to matter"
-    assert common_prefix([b, Example("d", list(range(12)), 11)]) == 10, "one of its own is left"
+    assert shared_prompt_prefix([a, b]) == 12
+    assert shared_prompt_prefix([a]) == 0 and shared_prompt_prefix([a, a]) == 14
+    c, d = Example("c", [*range(5), 99, 3], 6), Example("d", list(range(12)), 11)
+    assert shared_prompt_prefix([a, c]) == 0, "too few to matter"
+    assert shared_prompt_prefix([b, d]) == 10, "the last prompt token is not shared"
 
 
 def test_loss_is_over_response_tokens_of_the_whole_step(tiny, tmp_path):
     """The first step's loss against the logits themselves, micro-batches of one row."""
     config = dataclasses.replace(SMALL, micro_tokens=1, batch_rows=20, epochs=1)
     rows = examples()
-    go(tiny, tmp_path / "run", config, rows, lora=dataclasses.replace(LORA, dropout=0.0))
+    run_training(tiny, tmp_path / "run", config, rows, lora=dataclasses.replace(LORA, dropout=0.0))
     total, count = 0.0, 0
     for e in rows:
         logits = tiny.logits(torch.tensor(e.ids))[e.n_prompt - 1 : -1]
         targets = torch.tensor(e.ids[e.n_prompt :])
         total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         count += len(targets)
-    (line,) = lines(tmp_path / "run")
+    (line,) = metrics_lines(tmp_path / "run")
     assert line["response_tokens"] == count and line["tokens"] == sum(len(e.ids) for e in rows)
     assert line["loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -233,11 +208,11 @@ def test_a_step_is_adamw_on_the_mean_gradient_clipped(tiny, tmp_path):
         lr=1e-2, epochs=2, batch_rows=20, micro_tokens=10**6, clip=0.1, weight_decay=0.1, seed=5
     )
     rows, lora_config = examples(), dataclasses.replace(LORA, dropout=0.0)
-    trained, _ = go(tiny, tmp_path / "run", config, rows, lora=lora_config)
+    trained, _ = run_training(tiny, tmp_path / "run", config, rows, lora=lora_config)
     lora = new_lora(tiny, rank=4, alpha=8, modules="all", seed=5)
     parameter = torch.nn.Parameter(lora.params.clone())
     optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1)
-    for step, line in enumerate(lines(tmp_path / "run"), start=1):
+    for step, line in enumerate(metrics_lines(tmp_path / "run"), start=1):
         lora.params.copy_(parameter.detach())
         lora.grads.zero_()
         micro_step(tiny, lora, MicroBatch.build(rows, step, tiny.device), "none")
@@ -253,7 +228,7 @@ def test_mfu_is_operations_by_hand_over_the_stated_rate(tiny, tmp_path, monkeypa
     """P = 2 layers of 64 x (128 qkv + 64 o + 3 x 96 mlp) and a head of 320 x 64."""
     rows = examples()
     config = dataclasses.replace(SMALL, batch_rows=20, epochs=2)
-    _, summary = go(tiny, tmp_path / "run", config, rows)
+    _, summary = run_training(tiny, tmp_path / "run", config, rows)
     assert "MFU" not in summary_text(summary, tmp_path), "nobody stated a rate for a CPU"
     monkeypatch.setitem(mfu_module.STATED, "cpu", 2e9)
     lengths = [len(e.ids) for e in rows]
@@ -286,20 +261,20 @@ def test_adamw_scalars_refuse_step_zero():
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
-import engine.step as stepping
-from engine.train import train
-from tests.test_train import SMALL, LORA, examples
+import engine.train.step as step_module
+from engine.train.train import train
+from tests.helpers.training import SMALL, LORA, examples
 from model.llama import Llama
 from pathlib import Path
 import os, signal
-step = stepping.micro_step
+step = step_module.micro_step
 def micro_step(*args):
     if {kill} and len(open({out!r} + "/metrics.jsonl").readlines()) == {kill}:
         with open({out!r} + "/metrics.jsonl", "a") as file:
             file.write('{{"step": 99, "torn')
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
-stepping.micro_step = micro_step
+step_module.micro_step = micro_step
 train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
                base="b", model_hash="h", resume=True)
 """
@@ -308,7 +283,7 @@ train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
 def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, tmp_path):
     """10 steps = 5, SIGKILL (with a torn metrics line), resume, 8, SIGKILL, resume; dropout on."""
     path = tiny_llama_dir()
-    whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
+    whole, _ = run_training(Llama.from_pretrained(path), tmp_path / "whole")
     out = tmp_path / "killed"
     go_on = {"root": str(ROOT), "model": str(path), "out": str(out)}
     for kill in (5, 8, 0):
@@ -319,30 +294,30 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, t
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
     assert torch.equal(load_lora(out).params, whole.params)
-    assert lines(out) == lines(tmp_path / "whole")
+    assert metrics_lines(out) == metrics_lines(tmp_path / "whole")
     states = [load_file(sorted(o.glob("checkpoints/*"))[-1] / "optimizer.safetensors")
               for o in (out, tmp_path / "whole")]  # fmt: skip
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path, monkeypatch):
-    go(tiny, tmp_path / "run")
+    run_training(tiny, tmp_path / "run")
     with pytest.raises(ValueError, match="exists already"):
-        go(tiny, tmp_path / "run")
+        run_training(tiny, tmp_path / "run")
     with pytest.raises(ValueError, match="train.lr: 0.005 -> 0.1"):
-        go(tiny, tmp_path / "run", dataclasses.replace(SMALL, lr=0.1), resume=True)
+        run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, lr=0.1), resume=True)
     with pytest.raises(ValueError, match="data: "):
-        go(tiny, tmp_path / "run", rows=examples(seed=1), resume=True)
+        run_training(tiny, tmp_path / "run", rows=examples(seed=1), resume=True)
     monkeypatch.setattr(step_module, "micro_step", None)  # a finished run is loaded, not trained
-    lora, _ = go(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
-    assert len(lines(tmp_path / "run")) == 10
+    lora, _ = run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
+    assert len(metrics_lines(tmp_path / "run")) == 10
     assert torch.equal(lora.params, load_lora(tmp_path / "run").params)
 
 
 def test_rows_without_response_are_named(tiny, tmp_path):
     rows = [*examples(3), Example("empty/0", [1, 2, 3], 3), Example("bare/0", [1], 0)]
     with pytest.raises(ValueError, match=r"empty/0.*bare/0"):
-        go(tiny, tmp_path / "run", rows=rows)
+        run_training(tiny, tmp_path / "run", rows=rows)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="nothing to train on"):
         check_examples([])
@@ -366,12 +341,12 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
     monkeypatch.setattr(step_module, "micro_step", broken)
     with pytest.raises(ValueError, match=r"step 8: the (loss|gradient).*step-000006") as error:
-        go(tiny, tmp_path / "run")
+        run_training(tiny, tmp_path / "run")
     assert calls[-1].owners[-1] in str(error.value)
-    assert len(lines(tmp_path / "run")) == 7
+    assert len(metrics_lines(tmp_path / "run")) == 7
     monkeypatch.setattr(step_module, "micro_step", step)
-    resumed, _ = go(tiny, tmp_path / "run", resume=True)
-    whole, _ = go(tiny, tmp_path / "whole")
+    resumed, _ = run_training(tiny, tmp_path / "run", resume=True)
+    whole, _ = run_training(tiny, tmp_path / "whole")
     assert torch.equal(resumed.params, whole.params)
 
 
@@ -380,7 +355,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir
     """At step 5; then at the last step, behind which the adapter is finished but the job must not
     go on (the main job trained the other arm); then undisturbed."""
     path, out = tiny_llama_dir(), tmp_path / "asked"
-    whole, _ = go(Llama.from_pretrained(path), tmp_path / "whole")
+    whole, _ = run_training(Llama.from_pretrained(path), tmp_path / "whole")
     torn = KILLED[KILLED.index("        with open") : KILLED.index("        os.kill")]
     begin = KILLED.index("train(Llama")
     script = KILLED[:begin].replace(torn, "").replace("SIGKILL", by.name) + STOPPED
@@ -397,12 +372,12 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir
             assert (out / "checkpoints" / "step-000005").is_dir()
         assert json.loads((out / "meta.json").read_text())["finished"] == (kill != 4)
     assert torch.equal(load_lora(out).params, whole.params)
-    assert lines(out) == lines(tmp_path / "whole")
+    assert metrics_lines(out) == metrics_lines(tmp_path / "whole")
 
 
 STOPPED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from engine.flags import run_main
+from engine.runtime.flags import run_main
 def main():
     train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
           base="b", model_hash="h", resume={resume})
@@ -415,22 +390,22 @@ def test_a_finished_run_is_held_against_its_checkpoint(tiny, tmp_path, capsys):
     """A published adapter that was damaged is mended or refused, and what is returned is the
     finished adapter, also where all checkpoints are gone."""
     out = tmp_path / "run"
-    lora, _ = go(tiny, out)
+    lora, _ = run_training(tiny, out)
     file = out / "adapter_model.safetensors"
     right = file.read_bytes()
     file.write_bytes(b"\0" * 1000)
     with pytest.raises(ValueError, match="not what its run wrote"):
         published_adapter_module.refuse_damaged(out)
-    again, _ = go(tiny, out, resume=True)
+    again, _ = run_training(tiny, out, resume=True)
     assert file.read_bytes() == right and torch.equal(again.params, lora.params)
     assert "damaged or gone; it is written again from step-000010" in capsys.readouterr().out
     published_adapter_module.refuse_damaged(out)
     shutil.rmtree(out / "checkpoints")
-    again, _ = go(tiny, out, resume=True)
+    again, _ = run_training(tiny, out, resume=True)
     assert torch.equal(again.params, lora.params), "a fresh adapter was returned for a finished run"
     file.write_bytes(right[:-4] + b"\0\0\0\0")
     with pytest.raises(ValueError, match="is not what the run wrote, and .*step-000010 cannot"):
-        go(tiny, out, resume=True)
+        run_training(tiny, out, resume=True)
 
 
 def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
@@ -445,19 +420,19 @@ def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step_module, "micro_step", failing)
     with pytest.raises(KeyboardInterrupt):
-        go(tiny, out)
+        run_training(tiny, out)
     monkeypatch.setattr(step_module, "micro_step", step)
     place = checkpoint_module.checkpoints(out)[-1]
     state = json.loads((place / "state.json").read_text())
     assert state["step"] == 6
     assert state["spent"]["tokens"] == sum(x["tokens"] for x in read_jsonl(place / "metrics.jsonl"))
     shutil.copytree(out, tmp_path / "old")
-    _, summary = go(tiny, out, resume=True)
+    _, summary = run_training(tiny, out, resume=True)
     assert summary["since_step"] == 0 and summary["seconds"] > state["spent"]["seconds"]
     assert summary["tokens_s"] == pytest.approx(summary["tokens"] / summary["seconds"])
     old = tmp_path / "old" / "checkpoints" / place.name / "state.json"
     old.write_text(json.dumps({k: v for k, v in state.items() if k not in ("spent", "since_step")}))
-    _, summary = go(tiny, tmp_path / "old", resume=True)
+    _, summary = run_training(tiny, tmp_path / "old", resume=True)
     assert summary["since_step"] == 6 and "s since step 6, " in summary_text(summary, out)
 
 
@@ -472,12 +447,12 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monk
         return step(model, lora, batch, policy)
 
     monkeypatch.setattr(step_module, "micro_step", small_machine)
-    lora, _ = go(tiny, tmp_path / "run")
+    lora, _ = run_training(tiny, tmp_path / "run")
     said = capsys.readouterr().out
     assert "out of memory with micro-batches of 64 tokens; going on with 32" in said
     assert max(sizes) > most and sum(n > most for n in sizes) == 1, "it was tried again"
     monkeypatch.setattr(step_module, "micro_step", step)
-    plain, _ = go(tiny, tmp_path / "plain")
+    plain, _ = run_training(tiny, tmp_path / "plain")
     assert (lora.params - plain.params).abs().max() < 1e-4
     assert (
         json.loads(next((tmp_path / "run").glob("checkpoints/*/state.json")).read_text())[
@@ -488,7 +463,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monk
     most = 10
     monkeypatch.setattr(step_module, "micro_step", small_machine)
     with pytest.raises(ValueError, match=r"one row at a time; the longest is r\d+/0 of \d+ tokens"):
-        go(tiny, tmp_path / "never")
+        run_training(tiny, tmp_path / "never")
 
 
 def test_other_errors_are_not_taken_for_memory(tiny, tmp_path, monkeypatch):
@@ -497,12 +472,14 @@ def test_other_errors_are_not_taken_for_memory(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step_module, "micro_step", broken)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        go(tiny, tmp_path / "run")
+        run_training(tiny, tmp_path / "run")
 
 
 def test_recompute_policies_give_the_same_bits(tiny, tmp_path):
     results = [
-        go(tiny, tmp_path / p, dataclasses.replace(SMALL, recompute=p, epochs=1))[0].params
+        run_training(tiny, tmp_path / p, dataclasses.replace(SMALL, recompute=p, epochs=1))[
+            0
+        ].params
         for p in ("none", "selective", "full", "auto")
     ]
     assert all(torch.equal(r, results[0]) for r in results)
@@ -518,14 +495,14 @@ def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(step_module, "micro_step", growing)
     config = dataclasses.replace(SMALL, epochs=40, micro_tokens=10**6)
     with pytest.raises(ValueError, match=r"the loss has exploded.*step-0000"):
-        go(tiny, tmp_path / "run", config)
+        run_training(tiny, tmp_path / "run", config)
 
 
 def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "micro_step", lambda m, lora, b, p: torch.ones(len(b.owners)))
         with pytest.raises(ValueError, match="gradient is exactly zero"):
-            go(tiny, tmp_path / "run")
+            run_training(tiny, tmp_path / "run")
 
     def only_a(model, lora, batch, policy):
         for name, view in lora.views(lora.grads).items():
@@ -534,7 +511,7 @@ def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(step_module, "micro_step", only_a)
     with pytest.raises(ValueError, match="B is zero everywhere"):
-        go(tiny, tmp_path / "zero")
+        run_training(tiny, tmp_path / "zero")
 
 
 def test_steps_instead_of_epochs():
@@ -595,7 +572,7 @@ def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
     rows = [{"instruction": f"Say {w}", "output": w} for w in ("a", "bb", "c c")]
     held_out.write_text(json.dumps(rows))
     config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
-    validator = Validator(config, model, chat)
+    validator = Validator(config, DataConfig(str(held_out)), session_of(model, chat))
     assert validator.names == ["nll", "kl", "agreement"]
     lora = new_lora(model, modules="all")
     nll, kl, agreement = validator(lora)

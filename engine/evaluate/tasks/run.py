@@ -60,11 +60,15 @@ Scores = dict[str, dict[str, dict[str, Any]]]  # task -> arm -> what `_arm_score
 class TaskConfig:
     """Which tasks are answered, and how."""
 
-    task: tuple[str, ...] = ()  # a task's name; may be given several times
-    task_data: tuple[str, ...] = ()  # NAME=FILE, the data of one task; may be given several times
+    task: tuple[str, ...] = ()  # benchmark to answer and score: gsm8k, multiarith, openfunctions,
+    #   humaneval, advbench, advbench_suffix, alpaca_eval or instructions; may be repeated
+    #   [default: none]
+    task_data: tuple[str, ...] = ()  # NAME=FILE, the data of one task; may be repeated
+    #   [default: the files in --tasks-dir]
     tasks_dir: str | None = None  # directory with the tasks' files under their published names
-    task_limit: int | None = None  # use only the first so many items of each task
-    samples: int = 1  # answers per item; several need a temperature
+    #   [default: none]
+    task_limit: int | None = None  # use only the first N items of each task [default: all]
+    samples: int = 1  # answers per item; several need a --temperature above 0
     paper: bool = False  # the paper's prompts, chat formats and decoding instead of the model's own
 
     def check(self) -> None:

@@ -1,14 +1,14 @@
-/* All layers of Llama for new tokens over a cache, in one call: what model/llama.py says line by
-   line, with the same functions and so to the same bits. It is here because Python takes longer to
-   call eleven functions for each layer than some of them take, and because one room for all layers
-   is less memory than a tensor for each of their results.
+/* All layers of Llama for new tokens over a cache, in one call: the steps of model/llama.py, with
+   the same functions and so to the same bits. It is here because Python takes longer to call eleven
+   functions for each layer than some of them take, and because one workspace for all layers is less
+   memory than a tensor for each of their results.
 
-   table (L, 10): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then how many
-   bytes a number of qkv, o, gate_up and down takes
+   table (L, 10): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then the bytes
+   of a number of qkv, o, gate_up and down
    h (T, D): the residual stream, changed in place    x (T, D): the last layer's output, to be added
-   wanted (n), rising, or NULL: the tokens that the last layer's attention is asked for; what is
-   returned of them is the first n rows of h and x
-   room: (T, 2D + (H + 2G) d + H d + 3F + 1), used up    k, v (L, pages, G, page, d) */
+   indices (n), rising, or NULL for all: the tokens that results are needed of. The last layer
+   computes no others after its keys and values; the results are the first n rows of h and x
+   room: workspace (T, 2D + (H + 2G) d + H d + 3F + 1)    k, v (L, pages, G, page, d) */
 
 #include <stdlib.h>
 #include <string.h>
@@ -26,9 +26,9 @@ typedef struct {
     const int64_t *positions;
     const float *cos_sin;
     float *k, *v;
-    const int64_t *write_page, *write_offset, *wanted;
+    const int64_t *write_page, *write_offset, *indices;
     const sizes *s;
-    float eps, *kept; /* h behind the last layer's attention, where not all are wanted */
+    float eps, *kept; /* h after the last layer's attention, where indices are given */
     const int32_t *place;
     attention attention;
 } job;
@@ -52,10 +52,10 @@ static void all_layers(worker *me, const void *what) {
         share_kv_write(me, qkv, k, v, a->write_page, a->write_offset, T, H, G, d, s->page);
         attention.k = k;
         attention.v = v;
-        if (a->wanted && i == s->L - 1) {
+        if (a->indices && i == s->L - 1) {
             T = s->n;
             attention.place = a->place;
-            rows = a->wanted;
+            rows = a->indices;
             next = a->kept;
         }
         share_attention(me, &attention);
@@ -72,16 +72,17 @@ static long more(long a, long b) { return a > b ? a : b; }
 int layers(const int64_t *table, float *h, float *x, float *room, const int64_t *positions,
            const float *cos_sin, float *k, float *v, const int64_t *write_page,
            const int64_t *write_offset, const int64_t *block_table, const int32_t *cu,
-           const int32_t *contexts, const int64_t *wanted, const sizes *s, float eps) {
+           const int32_t *contexts, const int64_t *indices, const sizes *s, float eps) {
     long T = s->T, D = s->D, F = s->F, H = s->H, G = s->G, d = s->d;
-    job a = {table, h, x, room, positions, cos_sin, k, v, write_page, write_offset, wanted, s, eps};
+    job a = {table, h, x, room, positions, cos_sin, k, v, write_page, write_offset, indices, s,
+             eps};
     a.attention = (attention){.table = block_table, .cu = cu, .contexts = contexts, .B = s->B,
                               .P = s->P, .H = H, .G = G, .d = d, .page = s->page};
     int32_t *place = malloc((T + 1) * sizeof *place);
     int failed = !place || cut_attention(&a.attention);
     if (!failed) {
         for (long t = 0; t < T; t++) place[t] = -1;
-        for (long i = 0; wanted && i < s->n; i++) place[wanted[i]] = i;
+        for (long i = 0; indices && i < s->n; i++) place[indices[i]] = i;
         a.place = place;
         a.kept = room + T * (D + (H + 2 * G) * d + H * d + 3 * F + 1);
         long own = more(more(linear_room(T, D), linear_room(T, H * d)), linear_room(T, F));
@@ -89,7 +90,7 @@ int layers(const int64_t *table, float *h, float *x, float *room, const int64_t 
         failed = together(0, more(own, attention_room(&a.attention)), all_layers, &a);
         free(a.attention.piece);
     }
-    if (!failed && wanted) memcpy(h, a.kept, s->n * D * sizeof *h);
+    if (!failed && indices) memcpy(h, a.kept, s->n * D * sizeof *h);
     free(place);
     return failed ? -1 : 0;
 }

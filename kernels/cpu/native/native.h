@@ -1,4 +1,4 @@
-/* What the files here offer to python, and to each other
+/* The functions that python calls, and those that the files here call of each other
 
    A function that python calls is one phase or several (share.h), and has a form share_... of the
    same arguments, which every thread calls, for use within others. Those that return an int
@@ -42,7 +42,7 @@ typedef struct {
     const int64_t *table;
     const int32_t *cu, *contexts;
     long B, P, H, G, d, page;
-    const int32_t *place; /* (T) the row of o that is a token's, -1 for none; NULL: its own */
+    const int32_t *place; /* (T) token -> row of o, -1 for none; NULL: the same */
     struct { int32_t row, first; } *piece; /* from here on by cut_attention */
     long pieces, room, together;
 } attention;

@@ -52,7 +52,7 @@ INLINE uint64_t word_of(uint64_t phase, uint64_t first, uint64_t end) {
     return phase << 32 | first << 16 | end;
 }
 
-/* What a thread has left of this phase, as its word says it, or would: nobody has touched it. */
+/* What a thread has left of this phase: what its word says, or its whole part if untouched. */
 static long left_of(crew *crew, uint32_t phase, long thread, long count, uint64_t *word,
                     long *first) {
     *word = atomic_load_explicit(&crew->left[thread].word, memory_order_acquire);

@@ -1,16 +1,16 @@
-/* Work that threads share out as they come for it, on a machine that others use too
+/* How threads share work on a machine that other processes use too: each takes it as it comes
 
    A step of decoding is a few hundred short pieces of work, one after the other ("phases"), each in
-   chunks that do not need each other. With fixed shares and a barrier behind each phase, a thread
+   chunks that do not need each other. With fixed shares and a barrier after each phase, a thread
    whose core runs another process for some milliseconds stops all of them, a few hundred times.
-   Here nobody waits for such a thread:
+   Here no thread waits for such a one:
 
    - Chunks are handed out: each thread begins with a part of its own, front to back, and takes
      half of what another has left when it is through.
    - A chunk is computed into memory of the thread's own and put into place at the end, by the one
      thread that marks the chunk first. So a chunk that a sleeping thread has in hand is done once
      more by one that waits, and what the sleeper brings later is dropped.
-   - All threads run through all phases; which thread leads is nobody's business. One that comes
+   - All threads run through all phases; no thread depends on which one leads. One that comes
      late finds that a phase is over and goes on to the one at work.
 
    No bit depends on it: a chunk's result is the same whoever computes it, and it is put into place

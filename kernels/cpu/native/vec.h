@@ -138,7 +138,7 @@ INLINE vec sums(vec *a) {
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
-/* the first n numbers, n <= LANES, and 0 behind them */
+/* the first n numbers, n <= LANES, and 0 after them */
 INLINE vec load_some(const float *p, long n) {
     if (n == LANES) return load(p);
     float some[LANES] = {0};

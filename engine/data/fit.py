@@ -1,0 +1,105 @@
+"""The tokens of a turn, and which of them are trained on where there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.data.turns import TrainedTurn
+
+if TYPE_CHECKING:
+    from model.chat import Chat
+
+
+class EncodedTurn(NamedTuple):
+    """All tokens of a turn."""
+
+    prompt: list[int]
+    answer: list[int]  # with the end token, where the turn ends with it
+    as_rendered: bool  # whether the chat template writes the whole answer
+
+
+class Fit:
+    """Encodes turns, and applies the length rules of a training.
+
+    max_length: tokens of an example. truncate: a longer answer loses its end. in_proportion: prompt
+    and answer lose their ends in proportion (`cut_in_proportion`). With neither, a longer turn does
+    not fit.
+    """
+
+    def __init__(self, chat: Chat, max_length: int, truncate: bool, in_proportion: bool) -> None:
+        self.chat = chat
+        self.max_length = max_length
+        self.truncate = truncate
+        self.in_proportion = in_proportion
+
+    def encode(self, turn: TrainedTurn) -> EncodedTurn:
+        """All tokens of a turn; an empty answer gets no end token.
+
+        A text is encoded as the chat template renders it; sampled ids stay as they are, after the
+        prompt they were sampled from. ValueError where the template refuses the conversation, or an
+        id has no embedding.
+        """
+        if turn.sampled_ids is None:
+            target = self.chat.target(turn.messages, turn.text)
+            prompt, answer, as_rendered = target.prompt, target.answer, target.as_rendered
+        else:
+            self.chat.check_ids(turn.sampled_ids)
+            prompt = self.chat.prompt_ids(turn.messages)
+            answer, as_rendered = turn.sampled_ids, True
+        if answer and turn.ends:
+            answer = [*answer, self.chat.end_id]
+        return EncodedTurn(prompt, answer, as_rendered)
+
+    def cut(self, turn: TrainedTurn, encoded: EncodedTurn) -> tuple[list[int], int] | None:
+        """The ids of the example, and how many of them are the prompt's; None: it does not fit."""
+        prompt, answer = encoded.prompt, encoded.answer
+        if self.in_proportion:
+            earlier = self._earlier_turns(turn.messages, prompt)
+            done = sum(len(source) + len(target) for source, target in earlier)
+            return cut_in_proportion([*earlier, (prompt[done:], answer)], self.max_length)
+        room = self.max_length - len(prompt)
+        if room < 1 or (len(answer) > room and not self.truncate):
+            return None
+        return prompt + answer[:room], len(prompt)
+
+    def _earlier_turns(
+        self, messages: Sequence[dict[str, str]], prompt: list[int]
+    ) -> list[tuple[list[int], list[int]]]:
+        """The earlier turns in a prompt, as parts of its ids: those before each answer, and those
+        of the answer with its end token.
+
+        The parts are found by their lengths; where a token merges with the next turn's text, a
+        boundary can be off by one.
+        """
+        parts: list[tuple[list[int], list[int]]] = []
+        done = 0
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = len(self.chat.prompt_ids(messages[:at]))
+                end = start + len(self.chat.response_ids(message["content"])) + 1
+                parts.append((prompt[done:start], prompt[start:end]))
+                done = end
+        return parts
+
+
+def cut_in_proportion(
+    turns: Sequence[tuple[list[int], list[int]]], limit: int
+) -> tuple[list[int], int] | None:
+    """A conversation within `limit` tokens as the published code cuts it (LLaMA-Factory of 2023).
+
+    turns: the ids before each answer, and those of the answer with its end token. Of `limit` tokens
+    prompt and answer of a turn get the shares that they have in the turn, the answer at least one
+    token; the whole conversation then loses its end. Returns the ids, and how many precede the last
+    answer; None where nothing of that answer is left.
+    """
+    ids: list[int] = []
+    before_last = 0
+    for source, target in turns:
+        # the order of these operations is theirs: at exactly `limit` tokens rounding can cut one
+        target_limit = max(int(limit * (len(target) / (len(source) + len(target)))), 1)
+        ids += source[: limit - target_limit]
+        before_last = len(ids)
+        ids += target[:target_limit]
+    ids = ids[:limit]
+    return (ids, before_last) if before_last < len(ids) else None

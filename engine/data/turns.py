@@ -1,0 +1,110 @@
+"""The assistant turns to train on: of every turn its context, its answer, and how the answer ends
+
+Rows have one answer per turn, the reference. A line of distilled data has two: the reference, and
+the response that the seed model wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.data.distilled import CONTEXT, KEPT, TARGETS, Distilled
+from engine.data.rows import Row
+from kernels import philox
+
+
+@dataclass(frozen=True)
+class TrainedTurn:
+    """One assistant turn with the answer that is trained on."""
+
+    id: str
+    messages: Sequence[dict[str, str]]  # the context; the user's message comes last
+    text: str  # of the answer
+    sampled_ids: list[int] | None = None  # of the answer as sampled; None: encode the text
+    ends: bool = True  # trained to end with the end token
+    end_added: bool = False  # the sampler's limit cut it, and it is trained to end there
+    mixed: bool = False  # the reference of a kept rewrite, taken as `mix` asks
+
+
+def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float) -> None:
+    """ValueError for a target or a mix that these rows do not have."""
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}; expected one of {', '.join(TARGETS)}")
+    can_mix = not mix or (target == "target" and not isinstance(rows[0], Row))
+    if not 0 <= mix <= 1 or not can_mix:
+        raise ValueError(
+            f"mix={mix} with target={target!r}: expected a share from 0 to 1 of the rewrites in "
+            "distilled data, with target='target'"
+        )
+
+
+def turns_to_train_on(
+    rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float, seed: int
+) -> Iterator[TrainedTurn]:
+    """The turns in their order, but for those that are context only.
+
+    target, mix and seed as in `encode` (encode.py); ValueError where plain rows are asked for a
+    response, which they do not have.
+    """
+    references = {row.id: row.reference for row in rows}
+    for row in rows:
+        if isinstance(row, Row):
+            if target == "response":
+                raise ValueError(
+                    f"row {row.id} has no response, only its reference: target='response' needs "
+                    "distilled data (scripts/distill.py makes it)"
+                )
+            yield from _turns_of_row(row)
+        elif row.status != CONTEXT:
+            yield _turn_of_line(row, target, mix, seed, references)
+
+
+def _turns_of_row(row: Row) -> Iterator[TrainedTurn]:
+    for number, at in enumerate(row.turns):
+        if number not in row.context_only:
+            answer = row.messages[at]["content"]
+            yield TrainedTurn(f"{row.id}/{number}", row.messages[:at], answer)
+
+
+def _turn_of_line(
+    line: Distilled, target: str, mix: float, seed: int, references: dict[str, str]
+) -> TrainedTurn:
+    kept = line.status in KEPT
+    if target == "reference":
+        return TrainedTurn(line.id, _with_references(line, references), line.reference)
+    if target == "target" and kept and _uniform(line.id, seed) < mix:
+        return TrainedTurn(line.id, line.messages, line.reference, mixed=True)
+    if target == "target" and not kept:
+        return TrainedTurn(line.id, line.messages, line.reference)
+    cut = line.finish == "length" and line.status != "identical"
+    end_added = cut and kept  # selection keeps cut rewrites under --paper-exact only
+    return TrainedTurn(
+        line.id,
+        line.messages,
+        line.response,
+        sampled_ids=line.response_ids,
+        ends=end_added or not cut,
+        end_added=end_added,
+    )
+
+
+def _uniform(row_id: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the row and the seed alone."""
+    return philox.mix("mix", seed, row_id) / 2**64
+
+
+def _with_references(line: Distilled, references: dict[str, str]) -> list[dict[str, str]]:
+    """The line's context as the data file had it: earlier answers are references again."""
+    row = line.id.rpartition("/")[0]
+    messages: list[dict[str, str]] = []
+    turn = 0
+    for message in line.messages:
+        if message["role"] == "assistant":
+            earlier = f"{row}/{turn}"
+            if earlier not in references:
+                raise ValueError(f"{line.id}: the line of its earlier turn {earlier} is absent")
+            message = {"role": "assistant", "content": references[earlier]}
+            turn += 1
+        messages.append(message)
+    return messages

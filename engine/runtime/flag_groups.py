@@ -1,0 +1,140 @@
+"""How the scripts' flags are presented: headings of the help, the short list of each script, and
+other names.
+
+What a flag means stands beside its field (engine/runtime/flags.py). Here is only which flags a
+reader sees first, and what to offer for a name that no flag has. tests/runtime/test_help.py fails
+where a table and the flags of the scripts differ.
+"""
+
+from __future__ import annotations
+
+# heading -> its flags, both in the order in which the help shows them
+GROUPS = {
+    "Presets": "preset",
+    "Input": "gguf runs",
+    "Model": "model adapter chat-format date",
+    "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",
+    "Rewriting the answers": "template cascade choose paper-exact",
+    "Sampling": """
+        max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",
+    "Training": """
+        lr epochs batch-rows rank modules alpha dropout rslora target mix max-length truncate
+        cut-in-proportion max-steps schedule warmup weight-decay clip""",
+    "What a study varies": "seeds rows-list grid",
+    "Evaluation": """
+        eval-data eval-limit eval-max-new retention-max-new similarity val-every val-data
+        val-limit val-prompts best task tasks-dir task-data task-limit paper
+        lm-eval lm-eval-path lm-eval-shots lm-eval-limit""",
+    "Speed and memory": """
+        device dtype ops threads shard rows kv-memory prefill-tokens page-size draft
+        batch-invariant graphs steps micro-tokens recompute memory-gb""",
+    "Output and reproducibility": """
+        out resume seed show open save-every keep no-score report-rows report-answers""",
+    "Help": "help help-all",
+}
+
+# script -> the flags of its `--help`; `--help-all` shows all of them
+COMMON = {
+    "sdft": """
+        preset model data columns verify limit template cascade lr epochs batch-rows rank modules
+        eval-data device out""",
+    "distill": """
+        preset model data columns verify limit template cascade temperature max-new-tokens
+        device rows out resume""",
+    "train": """
+        preset model data target lr epochs batch-rows rank modules max-length val-every val-data
+        device out resume show""",
+    "evaluate": """
+        model adapter data columns verify limit task tasks-dir lm-eval temperature max-new-tokens
+        device rows out""",
+    "retention": "model adapter data similarity max-new-tokens device rows out",
+    "generate": """
+        model adapter chat-format prompt data system temperature max-new-tokens samples
+        device out seed""",
+    "pareto": """
+        preset model data verify template lr rank mix epochs seeds rows-list grid eval-data task
+        device out""",
+    "preflight": """
+        preset model data columns verify sample template cascade temperature max-new-tokens
+        device""",
+}
+
+# field -> the present name of its flag, where that is another one; the field's own works too
+RENAMED = {"invariant": "batch-invariant"}
+
+# names that other programs use (transformers, peft, TRL, LLaMA-Factory, vLLM) -> the flag here
+SYNONYMS = {
+    "base-model": "model",
+    "model-name": "model",
+    "model-name-or-path": "model",
+    "model-path": "model",
+    "adapter-name-or-path": "adapter",
+    "lora-path": "adapter",
+    "chat-template": "chat-format",
+    "dataset": "data",
+    "dataset-name": "data",
+    "train-data": "data",
+    "train-file": "data",
+    "input": "data",
+    "max-samples": "limit",
+    "max-train-samples": "limit",
+    "num-samples": "limit",
+    "system-prompt": "system",
+    "prompt-template": "template",
+    "test-data": "eval-data",
+    "test-file": "eval-data",
+    "eval-dataset": "eval-data",
+    "eval-file": "eval-data",
+    "validation-data": "val-data",
+    "validation-file": "val-data",
+    "eval-steps": "val-every",
+    "tasks": "task",
+    "max-tokens": "max-new-tokens",
+    "temp": "temperature",
+    "n": "samples",
+    "num-return-sequences": "samples",
+    "learning-rate": "lr",
+    "num-epochs": "epochs",
+    "num-train-epochs": "epochs",
+    "batch-size": "batch-rows",
+    "train-batch-size": "batch-rows",
+    "per-device-train-batch-size": "batch-rows",
+    "lora-r": "rank",
+    "lora-rank": "rank",
+    "r": "rank",
+    "lora-alpha": "alpha",
+    "lora-dropout": "dropout",
+    "lora-target": "modules",
+    "lora-target-modules": "modules",
+    "target-modules": "modules",
+    "use-rslora": "rslora",
+    "max-seq-len": "max-length",
+    "max-seq-length": "max-length",
+    "max-model-len": "max-length",
+    "cutoff-len": "max-length",
+    "lr-scheduler": "schedule",
+    "lr-scheduler-type": "schedule",
+    "warmup-ratio": "warmup",
+    "warmup-steps": "warmup",
+    "max-grad-norm": "clip",
+    "grad-clip": "clip",
+    "gradient-checkpointing": "recompute",
+    "max-num-seqs": "rows",
+    "max-num-batched-tokens": "prefill-tokens",
+    "block-size": "page-size",
+    "gpu-memory-utilization": "kv-memory",
+    "speculative-config": "draft",
+    "enforce-eager": "no-graphs",
+    "cuda-graphs": "graphs",
+    "num-threads": "threads",
+    "torch-dtype": "dtype",
+    "precision": "dtype",
+    "fsdp": "shard",
+    "output": "out",
+    "output-dir": "out",
+    "output-file": "out",
+    "save-steps": "save-every",
+    "save-total-limit": "keep",
+    "random-seed": "seed",
+    "resume-from-checkpoint": "resume",
+}

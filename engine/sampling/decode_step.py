@@ -1,0 +1,186 @@
+"""One decode step over buffers that stay where they are, so that it can be captured as a CUDA graph
+
+Forward, head, sampling, moving on by one position. Its inputs lie in one flat buffer, which a
+single copy fills for several steps.
+"""
+
+# B = sequences of a bucket, P = pages of each, L = tokens of P pages
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.sampling.page_pool import PagePool
+from engine.sampling.requests import SamplerConfig
+from engine.sampling.sequence import RunningSequence
+from kernels.cached import Cached
+from model.llama import Llama
+from model.lora import Lora
+
+ALIGNMENT = 16  # 8-byte numbers: each tensor begins at 128 bytes, as an allocation does
+
+
+class FlatBuffer:
+    """Named int64 tensors one behind the other, in host memory and on the device.
+
+    The host's are filled one by one; `upload` moves all of them in one copy.
+    """
+
+    def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
+        starts, total = {}, 0
+        for name, size in sizes.items():
+            starts[name] = total
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        pinned = device.type == "cuda"
+        self.all_on_host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
+        self.all_on_device = torch.zeros(total, dtype=torch.int64, device=device)
+        self.host: dict[str, Tensor] = {}
+        self.device: dict[str, Tensor] = {}
+        for name, size in sizes.items():
+            span = slice(starts[name], starts[name] + size)
+            self.host[name] = self.all_on_host[span]
+            self.device[name] = self.all_on_device[span]
+
+    def fill(self, name: str, values: Sequence[int]) -> None:
+        """Set the host's tensor of that name."""
+        tensor = self.host[name]
+        tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
+
+    def upload(self) -> None:
+        """Copy the host's tensors to the device; the host does not wait for it."""
+        self.all_on_device.copy_(self.all_on_host, non_blocking=True)
+
+
+class DecodeStep:
+    """One token for each of up to B sequences of up to P pages, over buffers that stay in place.
+
+    `load` fills the buffers; every call appends a line to `results`: (2, B) fp64, tokens and
+    log-probabilities, both exact.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        lora: Lora | None,
+        pool: PagePool,
+        config: SamplerConfig,
+        B: int,
+        P: int,
+        temperature: float,
+        steps: int,  # calls between two `load`s, at most
+    ) -> None:
+        self.model, self.lora, self.pool, self.config = model, lora, pool, config
+        self.B, self.P, self.temperature = B, P, temperature
+        self.L = P * config.page_size
+        self.penalised = config.repetition_penalty != 1
+        self.buffer = self._make_buffer()
+        inputs = self.buffer.device
+        self.tokens = inputs["tokens"]  # (B,) the tokens sampled last
+        self.samples, self.row_keys = inputs["samples"], inputs["row_keys"]  # (B,) both
+        self.turn = inputs["turn"]  # (1,) calls since `load`
+        self.history = inputs["history"].view(B, self.L) if self.penalised else None
+        self.results = torch.zeros(steps, 2, B, dtype=torch.float64, device=model.device)
+        self.before = self._describe(inputs)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.angles: Tensor | None = None  # kept alive: the graph reads the model's rotary table
+
+    def _make_buffer(self) -> FlatBuffer:
+        B = self.B
+        sizes = {
+            "tokens": B,
+            "positions": B,
+            "samples": B,
+            "row_keys": B,
+            "write_page": B,
+            "write_offset": B,
+            "block_table": B * self.P,
+            "history": B * self.L if self.penalised else 0,
+            "turn": 1,
+            "context_lens": (B + 1) // 2,  # int32, two in the place of one int64
+        }
+        buffer = FlatBuffer(sizes, self.model.device)
+        for tensors in (buffer.host, buffer.device):
+            tensors["context_lens"] = tensors["context_lens"].view(torch.int32)[:B]
+        return buffer
+
+    def _describe(self, inputs: dict[str, Tensor]) -> Cached:
+        """The forward before the first one: a step begins by advancing it by one token."""
+        B, device = self.B, self.model.device
+        most = min(self.L, self.model.config.max_position)
+        return Cached(
+            query_lens=(1,) * B,
+            context_lens=(most - 2,) * B,
+            tables=((),) * B,
+            page_size=self.config.page_size,
+            alone=True,
+            positions=inputs["positions"],
+            write_page=inputs["write_page"],
+            write_offset=inputs["write_offset"],
+            last=torch.arange(B, device=device),
+            block_table=inputs["block_table"].view(B, self.P),
+            cu_queries=torch.arange(B + 1, dtype=torch.int32, device=device),
+            contexts=inputs["context_lens"],
+        )
+
+    def load(self, seqs: Sequence[RunningSequence]) -> None:
+        """Put these sequences in, in one copy that is not waited for; the other slots are empty.
+
+        Their pages must hold every token up to the next `load`. The last copy must have arrived.
+        """
+        empty = self.B - len(seqs)
+        before = [seq.context_len - 1 for seq in seqs] + [-1] * empty
+        fill = self.buffer.fill
+        fill("tokens", [seq.token_ids[-1] for seq in seqs] + [0] * empty)
+        fill("positions", before)
+        fill("context_lens", before)
+        fill("samples", [seq.request.sample for seq in seqs] + [0] * empty)
+        fill("row_keys", [seq.key for seq in seqs] + [0] * empty)
+        fill("block_table", self._padded_block_tables(seqs))
+        if self.penalised:
+            fill("history", self._padded_histories(seqs))
+        self.buffer.upload()  # "turn" is 0 again, as it always is on the host
+
+    def _padded_block_tables(self, seqs: Sequence[RunningSequence]) -> list[int]:
+        """B block tables of P pages one behind the other, padded with the padding page."""
+        padding_page = self.pool.padding_pages[0]
+        values: list[int] = []
+        for seq in seqs:
+            pages = seq.block_table[: self.P]
+            values += pages + [padding_page] * (self.P - len(pages))
+        return values + [padding_page] * (self.P * (self.B - len(seqs)))
+
+    def _padded_histories(self, seqs: Sequence[RunningSequence]) -> list[int]:
+        """B histories of L token ids one behind the other, padded with -1."""
+        values: list[int] = []
+        for seq in seqs:
+            values += seq.prompt
+            values += seq.token_ids
+            values += [-1] * (self.L - len(seq.prompt) - len(seq.token_ids))
+        return values + [-1] * (self.L * (self.B - len(seqs)))
+
+    def replay(self) -> None:
+        """The step: the captured one, or if there is none the step itself."""
+        if self.graph is None:
+            self()
+        else:
+            self.graph.replay()
+
+    def __call__(self) -> None:
+        """The step itself: nothing in here is read on the host or copied from it."""
+        cached = self.before.advance()
+        if self.history is not None:
+            self.history.scatter_(1, cached.positions[:, None], self.tokens[:, None])
+        hidden = self.model.forward(
+            self.tokens, cached, lora=self.lora, cache=self.pool.cache
+        )  # (B, D)
+        rows = self.config.sample_rows(
+            cached.positions + 1, self.samples, self.row_keys, self.temperature, self.history
+        )
+        tokens, logprobs = self.model.ops.sample(self.model.head(hidden), rows)
+        sampled = torch.stack((tokens.double(), logprobs.double()))  # (2, B)
+        self.results.index_copy_(0, self.turn, sampled[None])
+        self.tokens.copy_(tokens)
+        self.turn.add_(1)

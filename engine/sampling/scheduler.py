@@ -1,0 +1,266 @@
+"""Which sequences run and which pages they hold: waiting requests, admission, preemption
+
+Requests wait, the longest expected first, and are admitted while sequences and pages last. A
+sequence is promised the pages for its expected length; when the pool runs short after all, the
+youngest is preempted and begins again from its prompt later (its tokens are then the same).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from engine.sampling.page_pool import PagePool, common_prefix
+from engine.sampling.requests import Completion, Request, SamplerConfig, SamplerStats
+from engine.sampling.sequence import RunningSequence
+from engine.sampling.speculation import Drafter
+from kernels.philox import mix
+
+
+class PromptPiece(NamedTuple):
+    """Tokens start to end of a sequence's prompt, computed in one forward."""
+
+    seq: RunningSequence
+    start: int
+    end: int
+
+
+def prefill_chunks(
+    seqs: Sequence[RunningSequence], page_size: int, max_tokens: int
+) -> Iterator[list[PromptPiece]]:
+    """The prompts in forwards of up to `max_tokens` tokens (a multiple of page_size).
+
+    Prompts are cut at page borders only, so that attention computes the same blocks of queries
+    wherever a prompt is cut.
+    """
+    chunk: list[PromptPiece] = []
+    room = max_tokens
+    for seq in seqs:
+        start, prompt_end = seq.prefilled, len(seq.prompt)
+        while start < prompt_end:
+            if prompt_end - start <= room:
+                end = prompt_end
+            else:
+                end = (start + room) // page_size * page_size
+            if end > start:
+                chunk.append(PromptPiece(seq, start, end))
+                room -= end - start
+                start = end
+            if start < prompt_end or room < page_size:
+                yield chunk
+                chunk, room = [], max_tokens
+    if chunk:
+        yield chunk
+
+
+def random_key(request: Request) -> int:
+    """The signed 64-bit hash of the id, and of the request's own seed, that names its random
+    numbers."""
+    if request.seed is None:
+        key = mix("row", request.id)
+    else:
+        key = mix("row", request.id, request.seed)
+    return key - 2**64 if key >= 2**63 else key
+
+
+class Scheduler:
+    """Waiting requests, running sequences and the pages between them."""
+
+    def __init__(
+        self, config: SamplerConfig, max_position: int, pool: PagePool, stats: SamplerStats
+    ) -> None:
+        self.config, self.max_position = config, max_position
+        self.pool, self.stats = pool, stats
+        self.max_steps = 1  # decode steps per host synchronisation, at most
+        self.waiting: list[Request] = []  # the next one first
+        self.waiting_prompts: Counter[tuple[int, ...]] = Counter()  # of `waiting`
+        self.running: list[RunningSequence] = []  # the oldest first
+        self.draining = False  # admit no further request
+        self.pool_too_small = False  # for the next request, although nothing runs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence runs or may be admitted."""
+        return bool(self.running) or (bool(self.waiting) and not self.draining)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        assert len(request.prompt) > 0, f"request {request.id} has an empty prompt"
+        insort(self.waiting, request, key=lambda r: -self._expected_tokens(r))
+        self.waiting_prompts[tuple(request.prompt)] += 1
+
+    # ---- lengths
+
+    def _max_new_tokens(self, request: Request) -> int:
+        """The request's own limit, within the model's context; below 1 for too long a prompt."""
+        limit = request.max_new_tokens or self.config.max_new_tokens
+        return min(limit, self.max_position - len(request.prompt))
+
+    def _expected_tokens(self, request: Request) -> int:
+        """New tokens the request will likely have."""
+        limit = self._max_new_tokens(request)
+        expected = request.expected_tokens
+        return limit if expected is None else min(limit, expected)
+
+    def _max_pages(self, request: Request) -> int:
+        """Pages the request may come to need; several steps per synchronisation overshoot."""
+        overshoot = self.max_steps - 1
+        tokens = len(request.prompt) + self._max_new_tokens(request) + overshoot
+        return self.pool.pages_for(min(tokens, self.max_position))
+
+    def _promised_pages(self, seq: RunningSequence) -> int:
+        """Pages that a sequence will likely still ask for."""
+        pages = self.pool.pages_for(len(seq.prompt) + seq.expected_tokens)
+        return max(0, pages - len(seq.block_table))
+
+    # ---- admission
+
+    def open_pool(self) -> list[int]:
+        """Size the pool for the waiting requests; returns the prefix to compute once, or [].
+
+        Enough for the longest `rows` requests at full length, their common prefix, and the
+        prompts kept for duplicates; as far as memory allows, at least for the longest request.
+        """
+        self.pool_too_small = False
+        rows = self.config.rows
+        prefix = common_prefix([request.prompt for request in self.waiting])
+        prefix_pages = self.pool.pages_for(len(prefix))
+        longest = sorted((self._max_pages(r) for r in self.waiting), reverse=True)[:rows]
+        duplicated = [p for p, count in self.waiting_prompts.items() if count > 1]
+        kept = sorted((self.pool.pages_for(len(p)) for p in duplicated), reverse=True)[:rows]
+        wanted = prefix_pages + sum(longest) + sum(kept)
+        self.pool.ensure_pages(wanted, prefix_pages + longest[0])
+        cache = self.pool.cache
+        room = cache.pages - len(self.pool.padding_pages) - prefix_pages
+        self.stats.fitting_sequences = sum(pages <= room for pages in itertools.accumulate(longest))
+        self.stats.cache_bytes = cache.k.nbytes + cache.v.nbytes
+        return prefix
+
+    def schedule(self) -> tuple[list[RunningSequence], list[Completion]]:
+        """Admit waiting requests: the new sequences, not prefilled yet, and requests refused.
+
+        If the pool is too small for the next request although nothing runs, `pool_too_small` is
+        set: the caller has to discard the pool and open it anew.
+        """
+        admitted: list[RunningSequence] = []
+        refused: list[Completion] = []
+        duplicates: list[Request] = []  # of prompts in `admitted`: those are computed first
+        new_prompts: set[tuple[int, ...]] = set()
+        while self.waiting and not self.draining:
+            if len(self.running) + len(admitted) == self.config.rows:
+                break
+            request = self.waiting[0]
+            prompt = tuple(request.prompt)
+            if self._max_new_tokens(request) < 1:
+                refused.append(_too_long(request))
+                self._leave_queue()
+            elif prompt in new_prompts:
+                duplicates.append(self.waiting.pop(0))
+            elif self._has_room(request, admitted):
+                self._leave_queue()
+                admitted.append(self._start(request, prompt))
+                new_prompts.add(prompt)
+            else:
+                break
+        self.waiting[:0] = duplicates
+        self.running += admitted
+        return admitted, refused
+
+    def _leave_queue(self) -> None:
+        """Remove the first request from the queue."""
+        prompt = tuple(self.waiting.pop(0).prompt)
+        self.waiting_prompts[prompt] -= 1
+        if not self.waiting_prompts[prompt]:
+            del self.waiting_prompts[prompt]
+
+    def _has_room(self, request: Request, admitted: list[RunningSequence]) -> bool:
+        """Whether the expected pages of a request are free beside those promised to others."""
+        others = self.running + admitted
+        least = self._max_pages(request) + len(self.pool.prefix_pages)
+        if not self.pool.ensure_pages(least, least):
+            self.pool_too_small = not others  # else the others end first
+            return False
+        promised = sum(self._promised_pages(seq) for seq in others)
+        needed = self.pool.pages_for(len(request.prompt) + self._expected_tokens(request))
+        if self.pool.num_free - promised >= needed:
+            return True
+        if others:
+            return False
+        self.pool.drop_prompt_pages()  # in an empty pool every sequence fits
+        return True
+
+    def _start(self, request: Request, prompt: tuple[int, ...]) -> RunningSequence:
+        """A sequence with its pages; what is known of its prompt is copied into them."""
+        duplicate = next((seq.block_table for seq in self.running if seq.prompt == prompt), None)
+        duplicates_wait = prompt in self.waiting_prompts
+        block_table, known = self.pool.allocate(prompt, duplicate, duplicates_wait)
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.shared_tokens += known
+        speculative = self.config.draft != "off"
+        return RunningSequence(
+            request=request,
+            prompt=prompt,
+            max_new_tokens=self._max_new_tokens(request),
+            expected_tokens=self._expected_tokens(request),
+            key=random_key(request),
+            block_table=block_table,
+            prefilled=known,
+            drafter=Drafter(request.draft_source) if speculative else None,
+        )
+
+    # ---- running sequences
+
+    def reserve(self, new_tokens: Sequence[int]) -> None:
+        """Give each running sequence pages for so many new tokens, the oldest first.
+
+        Where none is free the youngest is preempted: `running` may be shorter afterwards.
+        """
+        assert len(new_tokens) == len(self.running), "one entry per running sequence"
+        for i, new in enumerate(new_tokens):
+            if i >= len(self.running):
+                return  # it was preempted, as are all behind it
+            seq = self.running[i]
+            missing = self.pool.pages_for(seq.context_len + new) - len(seq.block_table)
+            while missing > self.pool.num_free and i < len(self.running):
+                if self.pool.prompt_pages:
+                    self.pool.drop_prompt_pages()
+                else:
+                    self._preempt_youngest()
+            if i < len(self.running):
+                seq.block_table += self.pool.cache.take(max(0, missing))
+
+    def _preempt_youngest(self) -> None:
+        """Put the youngest sequence back to the head of the queue; its tokens become the draft."""
+        assert len(self.running) > 1, "the pool is too small for one sequence"
+        seq = self.running.pop()
+        self.pool.cache.give_back(seq.block_table)
+        draft_source = seq.token_ids or seq.request.draft_source
+        self.waiting.insert(0, dataclasses.replace(seq.request, draft_source=draft_source))
+        self.waiting_prompts[seq.prompt] += 1
+        self.stats.preempted += 1
+
+    def take_finished(self) -> list[Completion]:
+        """Remove the sequences that have ended and free their pages."""
+        finished = [seq for seq in self.running if seq.completion is not None]
+        self.running = [seq for seq in self.running if seq.completion is None]
+        for seq in finished:
+            duplicates_wait = seq.prompt in self.waiting_prompts
+            self.pool.release(seq.prompt, seq.block_table, duplicates_wait)
+        return [seq.completion for seq in finished]
+
+
+def _too_long(request: Request) -> Completion:
+    """The completion of a request whose prompt leaves no room for a new token."""
+    return Completion(
+        id=request.id,
+        sample=request.sample,
+        ids=[],
+        text="",
+        finish="prompt_too_long",
+        logprobs=[],
+        prompt_tokens=len(request.prompt),
+    )

@@ -1,0 +1,26 @@
+"""Requests, decoding settings and a text form for tests that sample."""
+
+from __future__ import annotations
+
+import random
+
+from engine.sampling.requests import Request
+
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.9}
+PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.2, "repetition_penalty": 1.3}
+
+
+def text(ids):
+    """Token ids as text, one character each: enough to test stop strings."""
+    return "".join(chr(0x100 + i) for i in ids)
+
+
+def random_requests(model, count=12, seed=0, longest=90):
+    """Prompts of 1 to `longest` random tokens, limits of 1 to 70 new tokens."""
+    rng = random.Random(seed)
+    vocab = model.config.vocab_size
+    requests = []
+    for i in range(count):
+        prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, longest))]
+        requests.append(Request(f"row-{i}", prompt, rng.randint(1, 70)))
+    return requests
