@@ -21,7 +21,7 @@ from torch import Tensor
 from model.config import LlamaConfig, read_json
 from model.file_checks import check_file
 from model.layout import EMBEDDING, HEAD, checkpoint_shapes
-from model.rope import differing_table
+from model.rope import why_table_differs
 
 DTYPES = ("F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -186,7 +186,7 @@ def _resolve_tied_head(
 
 def _check_table(file: Path, name: str, table: Tensor, config: LlamaConfig) -> None:
     """ValueError where a stored rotary table is not the one that config.json makes."""
-    reason = differing_table(config, name.rpartition(".")[2], table)
+    reason = why_table_differs(config, name.rpartition(".")[2], table)
     if reason is not None:
         raise ValueError(
             f"{file}: {name} {reason}: the model was made with another rotation than config.json "

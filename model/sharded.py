@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from kernels.integers import cdiv
 
 
-class InPlace:
+class BroadcastAllGather:
     """FSDP's all-gather on gloo: every share is broadcast straight into its place in the output.
 
     gloo's own all-gather makes two copies more. One buffer serves all units: FSDP copies a gathered
@@ -86,29 +86,32 @@ class ShardedWeights(Mapping[str, Tensor]):
             layer, _, parameter = name.partition(".")
             if parameter:
                 units.setdefault(layer, {})[parameter] = shape
-        layer = sum(map(math.prod, units["0"].values()))
+        layer_size = sum(map(math.prod, units["0"].values()))  # numbers of one layer
         self.parts: dict[str, list[tuple[str, int]]] = {}  # of embed and head: (unit, first row)
         for name in sorted({"embed", "head"} & shapes.keys()):
             rows, width = shapes[name]
-            starts = range(0, rows, cdiv(layer, width))
+            starts = range(0, rows, cdiv(layer_size, width))
             self.parts[name] = [(f"{name} from {i}", i) for i in starts]
             for unit, i in self.parts[name]:
                 units[unit] = {"rows": (min(rows - i, starts.step), width)}
         self.parts.setdefault("head", self.parts["embed"])
         self.names = ["norm", *(name for name in shapes if name != "norm")]
         mesh = init_device_mesh(torch.device(device).type, (self.size,))
-        self.units = {name: Unit(held, dtype) for name, held in units.items()}
-        in_place = InPlace()
+        self.units = {name: Unit(parameters, dtype) for name, parameters in units.items()}
+        all_gather = BroadcastAllGather()
         for module in self.units.values():
             fully_shard(module, mesh=mesh)
             module.to_empty(device=device)
-            if torch.device(device).type == "cpu":  # that is gloo's
-                module.set_custom_all_gather(in_place)
+            if torch.device(device).type == "cpu":  # gathered by gloo
+                module.set_custom_all_gather(all_gather)
         # beside the share: the buffer of a gather, the unit and the next, or the head
-        self.gather_bytes = dtype.itemsize * (2 * layer + max(layer, math.prod(shapes["embed"])))
+        self.gather_bytes = dtype.itemsize * (
+            2 * layer_size + max(layer_size, math.prod(shapes["embed"]))
+        )
 
     def local(self, name: str) -> list[tuple[Tensor, int]]:
-        """The rows of a weight that this process holds: tensors, and the number of their first."""
+        """The rows of a weight that this process holds: tensors, each with the number of its first
+        row."""
         if name == "norm":
             return [(self.norm, 0)]
         layer, _, parameter = name.partition(".")
@@ -123,7 +126,7 @@ class ShardedWeights(Mapping[str, Tensor]):
         return pieces
 
     def refuse(self, fault: str | None) -> None:
-        """ValueError in every process of the job where any found a fault in its rows."""
+        """ValueError in every process of the job if one of them has a fault in its rows."""
         faults = torch.tensor(int(fault is not None), device=self.norm.device)
         dist.all_reduce(faults, dist.ReduceOp.MAX)
         if faults.item():

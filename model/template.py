@@ -7,9 +7,9 @@ private attributes, no change of an argument) a rendering has a budget:
     CHARACTERS   of text made on the way, and of the output; more where the conversation is long
     LARGEST      the largest whole number that a call or a filter may be handed
 
-Loops, calls, filters and operators count against it, so that neither a loop in a loop nor text
-that is doubled again and again can hold up the program or fill its memory. Whatever goes wrong
-inside a template (any exception, not Jinja's alone) is a ValueError that names the template.
+Loops, calls, filters and operators count against it, so that neither nested loops nor text that is
+doubled again and again can hold up the program or fill its memory. Any exception inside a template,
+not Jinja's alone, becomes a ValueError that names the template.
 """
 
 from __future__ import annotations
@@ -111,13 +111,13 @@ class _Budget:
         self._own.deadline = None
 
     def tick(self) -> None:
-        """A step was made."""
+        """Count one step."""
         deadline = getattr(self._own, "deadline", None)
         if deadline is not None and time.thread_time() > deadline:
             raise TemplateLimit(f"it ran for more than {SECONDS:g} seconds")
 
     def made(self, value: Any) -> Any:
-        """A step was made and this is its result."""
+        """Count one step and the size of its result, which is returned."""
         self.tick()
         if isinstance(value, (str, list, tuple)) and getattr(self._own, "deadline", None):
             self._own.made += len(value)
@@ -126,13 +126,13 @@ class _Budget:
         return value
 
     def output(self, count: int) -> None:
-        """So many characters were written."""
+        """Count so many characters of output."""
         self._own.written += count
         if self._own.written > self._own.most:
             raise TemplateLimit(f"it wrote more than {self._own.most:,} characters")
 
     def counted(self, items: Iterable) -> Iterator:
-        """`items`, each of them a step."""
+        """`items`, each counted as a step."""
         for item in items:
             self.tick()
             yield item

@@ -321,7 +321,7 @@ def test_smollm2_logits_and_greedy_text(smollm2_dir):
 
 @pytest.mark.parametrize("form", [Prepacked, Panels])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_packed_products_stand_alone(smollm2_dir, threads, form):
+def test_packed_products_are_batch_invariant(smollm2_dir, threads, form):
     """Bitwise, for every number of rows and in any order, on the real matrices of three layers."""
     model = Llama.from_pretrained(smollm2_dir)
     if not form.available(model.weights["embed"]):

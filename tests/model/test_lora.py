@@ -415,7 +415,7 @@ def test_tensor_is_refused_by_name(tmp_path, change, named):
     assert named in str(refusal.value)
 
 
-def test_a_pattern_that_is_no_expression_is_refused(tmp_path):
+def test_a_pattern_that_is_not_a_regular_expression_is_refused(tmp_path):
     for setting in ({"rank_pattern": {"q_(": 4}}, {"target_modules": "*"}):
         path = edited(tmp_path, setting)
         with pytest.raises(ValueError, match=r"adapter_config.json: .* is no regular expression"):
@@ -492,7 +492,7 @@ def assert_logits_of(model, weights, logits):
     assert distance(model.logits(TOKENS), logits) > 1e-2, "the adapter does nothing"
 
 
-def test_a_layer_that_nobody_left_out_is_missed(tiny_llama_dir, tmp_path):
+def test_a_layer_missing_without_a_pattern_is_refused(tiny_llama_dir, tmp_path):
     """An adapter of two layers under a model of three is another model's, unless it says so."""
     path, q = tiny_llama_dir(layers=3), "self_attn.q_proj"
     ranks = {(0, q): 4, (1, q): 4}
@@ -560,14 +560,14 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_refused(tmp_path, value):
+def test_nan_and_infinity_are_refused(tmp_path, value):
     name = f"{STEM}.lora_B.weight"
     path = edited(tmp_path, change_tensors=lambda tensors: tensors[name][3].fill_(value))
     with pytest.raises(ValueError, match=f"{name} holds 3 numbers that are NaN or infinite"):
         load_lora(path)
 
 
-def test_adapter_files_that_are_other_things(tmp_path):
+def test_broken_adapter_downloads_are_named(tmp_path):
     """Git LFS pointers, and a link to what lies elsewhere."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         path = edited(tmp_path)

@@ -98,7 +98,7 @@ def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
         assert distance(merged.logits(TOKENS), apart.logits(TOKENS, lora)) < 2e-5
 
 
-def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
+def test_config_json_of_a_merged_model_is_corrected(tiny_llama_dir, tmp_path, capsys):
     """Of a head that is stored under a tied config, and of quantisation that is none."""
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     source = tiny_llama_dir(dtype=torch.bfloat16, quantization_config=quantised, note="kept")
@@ -119,7 +119,7 @@ def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
     assert distance(merged.logits(TOKENS), model.logits(TOKENS, lora)) < 0.1
 
 
-def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
+def test_files_copied_beside_the_weights(tiny_llama_dir, tmp_path):
     """Files of the directory and of the Hugging Face cache; what is left out is listed."""
     cache = tmp_path / "models--some--model"
     source, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
@@ -149,7 +149,7 @@ def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
     assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
 
 
-def test_merge_of_numbers_that_are_none_is_refused(tiny_llama_dir, tmp_path):
+def test_merge_of_nan_is_refused(tiny_llama_dir, tmp_path):
     """Of weights that no adapter touches as well."""
     source = tiny_llama_dir()
     lora = random_lora(Llama.from_pretrained(source), "qv")

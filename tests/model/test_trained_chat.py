@@ -118,7 +118,7 @@ def test_training_records_its_chat_beside_every_adapter(adapter, base):
     assert load_lora(adapter).config.rank == 8, "another file does not disturb a reader"
 
 
-def test_a_run_of_before_goes_on_without_a_record(base, tmp_path):
+def test_an_old_run_without_a_record_resumes(base, tmp_path):
     """Its checkpoints have no chat.json, and its settings know nothing of one."""
     run = train(base, tmp_path / "run")
     meta = json.loads((run / "meta.json").read_text())
@@ -167,7 +167,7 @@ def test_the_recorded_format_is_used_when_none_is_typed(adapter, base, capsys):
 
 
 @pytest.mark.parametrize("script", ["generate", "evaluate", "retention"])
-def test_scripts_ask_an_adapter_as_it_was_trained(adapter, base, tmp_path, script):
+def test_scripts_prompt_an_adapter_as_it_was_trained(adapter, base, tmp_path, script):
     """Without its record the base, which has no template, could not be asked at all."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
@@ -181,13 +181,13 @@ def test_scripts_ask_an_adapter_as_it_was_trained(adapter, base, tmp_path, scrip
     assert "WARNING" not in done.stdout
 
 
-def test_another_format_that_is_typed_is_said(adapter, base, capsys):
+def test_warning_of_another_format_on_the_command_line(adapter, base, capsys):
     generate(base, adapter, chat_format="alpaca")
     said = capsys.readouterr().out
     assert f"WARNING: adapter {adapter}: it was trained with --chat-format chatml, this run" in said
 
 
-def test_another_template_of_the_model_is_said(capsys, tmp_path, tiny_llama_dir):
+def test_warning_of_a_changed_template(capsys, tmp_path, tiny_llama_dir):
     path = tiny_llama_dir(tokenizer=True)
     own = train(path, tmp_path / "own", chat_format=None)
     assert TrainedChat.read(own).chat_format == OWN and TrainedChat.read(own).system is None
@@ -202,7 +202,7 @@ def test_another_template_of_the_model_is_said(capsys, tmp_path, tiny_llama_dir)
     assert "trained with another chat template than the model's" in capsys.readouterr().out
 
 
-def test_a_missing_system_message_is_said(adapter, base, capsys, tmp_path):
+def test_note_of_a_missing_system_message(adapter, base, capsys, tmp_path):
     session = Session.open(as_trained(ModelConfig(str(base), dtype="float32"), [str(adapter)]))
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
@@ -241,7 +241,7 @@ def merged(adapter, base, tmp_path) -> Path:
     return tmp_path / "merged"
 
 
-def test_a_merged_model_is_asked_and_stops_as_it_was_trained(merged, capsys):
+def test_a_merged_model_has_the_template_and_end_token_of_its_training(merged, capsys):
     (answer,) = generate(merged, None)
     assert (answer["answer"], answer["finish"]) == ("hi hi", "stop")
     chat = Chat.from_dir(merged, load_tokenizer(merged))
