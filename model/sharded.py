@@ -105,9 +105,8 @@ class ShardedWeights(Mapping[str, Tensor]):
             if torch.device(device).type == "cpu":  # gathered by gloo
                 module.set_custom_all_gather(all_gather)
         # beside the share: the buffer of a gather, the unit and the next, or the head
-        self.gather_bytes = dtype.itemsize * (
-            2 * layer_size + max(layer_size, math.prod(shapes["embed"]))
-        )
+        head_size = math.prod(shapes["embed"])
+        self.gather_bytes = dtype.itemsize * (2 * layer_size + max(layer_size, head_size))
 
     def local(self, name: str) -> list[tuple[Tensor, int]]:
         """The rows of a weight that this process holds: tensors, each with the number of its first
