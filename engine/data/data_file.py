@@ -51,7 +51,7 @@ class DataFile:
     """An open text file: its text in chunks, then the sha256 of its bytes.
 
     ValueError for anything but a file of UTF-8 text: directories, pipes, Git LFS pointers, web
-    pages (model/files.py), FOREIGN_FORMATS. A gzipped file is decompressed; the hash is that
+    pages (model/file_checks.py), FOREIGN_FORMATS. A gzipped file is decompressed; the hash is that
     of the decompressed bytes.
     """
 
