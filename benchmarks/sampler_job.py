@@ -28,7 +28,7 @@ from engine.distill.seed_likelihoods import score
 from engine.sampling.requests import Request, SamplerConfig, SamplerStats
 from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
-from model.lora import GROUPS
+from model.layout import GROUPS
 
 # fields of SamplerStats -> their names in the records of benchmarks/results, where they differ
 RECORDED = {

@@ -76,7 +76,7 @@ def profile(
         with timed(seconds, Watched.phase, vocab):
             with Watched(session.model, decode, end_ids, config) as sampler:
                 if one_by_one:
-                    sampler.model.at_once = None
+                    sampler.model.fused_layers = None
                 for _ in sampler.run(requests):
                     pass
             stats = sampler.stats

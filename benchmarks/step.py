@@ -58,6 +58,7 @@ from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.tape import POLICIES
+from model.weights import PlainWeights
 
 PEER = Path(__file__).resolve().parent / "peers" / "transformers_step.py"
 # name -> widths, layers, rope's theta, longest row, whether the head is the embedding
@@ -86,8 +87,8 @@ def model_config(name: str) -> LlamaConfig:
     )
 
 
-def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Matrices that keep the variance, norms of one; named as model/weights.py names them."""
+def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype) -> PlainWeights:
+    """Matrices that keep the variance, norms of one; named as in model/layout.py."""
     torch.manual_seed(0)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -95,7 +96,7 @@ def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype) -> dict
         return drawn.mul_(columns**-0.5)
 
     c, ones = config, torch.ones(config.hidden_size, device=device, dtype=dtype)
-    weights = {"embed": matrix(c.vocab_size, c.hidden_size), "norm": ones}
+    weights = PlainWeights(embed=matrix(c.vocab_size, c.hidden_size), norm=ones)
     for i in range(c.num_layers):
         weights |= {
             f"{i}.attn_norm": ones,
@@ -106,7 +107,8 @@ def random_weights(config: LlamaConfig, device: str, dtype: torch.dtype) -> dict
             f"{i}.down": matrix(c.hidden_size, c.intermediate_size),
         }
     tied = c.tie_embeddings
-    return weights | {"head": weights["embed"] if tied else matrix(c.vocab_size, c.hidden_size)}
+    weights["head"] = weights["embed"] if tied else matrix(c.vocab_size, c.hidden_size)
+    return weights
 
 
 def row_lengths(args: argparse.Namespace) -> list[int]:

@@ -42,8 +42,10 @@ from engine.train.optim import Optimizer
 from engine.train.step import step_gradients, step_update
 from model.chat import Chat
 from model.config import LlamaConfig
+from model.layout import GROUPS
 from model.llama import Llama
-from model.lora import GROUPS, Lora, LoraConfig, adapter_shapes
+from model.lora import Lora, LoraConfig, adapter_shapes
+from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -74,7 +76,7 @@ def worker(job: dict[str, Any]) -> None:
     """Wait for a step's number on stdin, train on it, answer with one line of JSON."""
     keep_freed_memory()
     model = Llama.from_pretrained(job["model"])
-    lora = Lora.load(job["adapter"])
+    lora = load_lora(job["adapter"])
     model.bind(lora)
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
     steps = [
@@ -198,7 +200,7 @@ def write_adapter(path: Path, model: LlamaConfig, rank: int, modules: str) -> No
     for name, view in lora.views(lora.params).items():
         scale = view.shape[1] ** -0.5 if ".lora_A." in name else 0.01
         view.copy_(torch.randn(view.shape, generator=generator) * scale)
-    lora.save(path)
+    save_lora(lora, path)
 
 
 def compare(args: argparse.Namespace, modules: str, steps: list[list[dict]]) -> dict[str, Any]:

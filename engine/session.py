@@ -23,12 +23,13 @@ from engine.runtime.run_record import model_fingerprint
 from kernels.select_ops import choose
 from model.chat import Chat
 from model.config import LlamaConfig, read_json
+from model.layout import checkpoint_shapes
 from model.llama import Llama, default_dtype, has_bf16_units
 from model.lora import Lora
+from model.peft_format import load_lora
 from model.terminal import visible
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
-from model.weights import expected_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -131,7 +132,7 @@ class Session:
         m = self.model
         return {
             "path": self.config.model,
-            "parameters": sum(map(math.prod, expected_shapes(m.config).values())),
+            "parameters": sum(map(math.prod, checkpoint_shapes(m.config).values())),
             "dtype": str(m.dtype),
             "device": str(m.device),
             "ops": m.ops.name,
@@ -162,7 +163,7 @@ class Session:
         return f"{torch.get_num_threads()} threads" + (f" ({waiting()})" if waiting() else "")
 
     def _shared(self) -> str:
-        return f", shared out over {self.world.size} processes" if self.model.sharded else ""
+        return f", shared out over {self.world.size} processes" if self.model.is_sharded else ""
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
         """Adapters by the name of their directory, which must differ."""
@@ -179,7 +180,7 @@ class Session:
     def adapter(self, path: str | Path) -> Lora:
         """The adapter of a directory; says so where it was trained in another chat format."""
         refuse_damaged(Path(path))
-        lora = Lora.load(path)
+        lora = load_lora(path)
         self.model.bind(lora)
         trained = TrainedChat.read(path)
         if trained is not None and (why := trained.why_other(self.chat)):

@@ -1,1 +1,1 @@
-"""What is computed: configuration, Llama forward and backward, LoRA, weights, tokenizer, chat."""
+"""The model: configuration, Llama forward and backward, LoRA, weights, tokenizer, chat."""

@@ -1,4 +1,4 @@
-"""What a Llama checkpoint's config.json says, and the refusal of everything we do not compute."""
+"""A Llama checkpoint's config.json, and the refusal of everything that is not computed here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.spec import Widths
-from model.files import check_file, check_links
+from model.file_checks import check_file, check_links
 
 ROPE_TYPES = ("default", "linear", "llama3")
 _LLAMA3_KEYS = (
@@ -37,11 +37,11 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     except ValueError as error:  # no JSON, no UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, an object was wanted")
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
 
 
-LARGEST = {"num_hidden_layers": 4096}  # of what is counted through; other sizes: 2^28
+LARGEST = {"num_hidden_layers": 4096}  # layers are looped over; other sizes: at most 2^28
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LlamaConfig:
     rope_scaling: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
     max_position: int = 2048  # tokens the model was made for; longer rows are refused
     tie_embeddings: bool = False  # lm_head is the embedding matrix
-    quantised: str = ""  # what quantization_config calls itself; the tensors tell whether it is so
+    quantised: str = ""  # the method that quantization_config names; the tensors tell if it is true
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -70,21 +70,22 @@ class LlamaConfig:
 
     @property
     def widths(self) -> Widths:
-        """What decides which kernels are compiled for the model."""
+        """The sizes that decide which kernels are compiled for the model."""
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         return Widths(self.hidden_size, self.intermediate_size, *heads, self.vocab_size)
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:
-        """Read and check `path`/config.json; ValueError names what we do not compute.
+        """Read and check `path`/config.json; ValueError names a setting that is not supported.
 
-        Whether `tie_embeddings` is so, and `quantised`, the tensors decide (model/weights.py).
+        `tie_embeddings` and `quantised` are as stated there; the tensors decide
+        (model/hf_checkpoint.py).
         """
         file = Path(path) / "config.json"
         check_links(file.parent)
         if not file.exists():
             raise ValueError(
-                f"{file} is missing; a Hugging Face model directory is wanted (config.json, "
+                f"{file} is missing; expected a Hugging Face model directory (config.json, "
                 "*.safetensors, tokenizer.json or tokenizer.model)"
             )
         raw = read_json(file)
@@ -95,8 +96,8 @@ class LlamaConfig:
             if value is None:
                 value = default
             if not _positive(value) or not isinstance(value, (int, kind)):
-                wanted = "a positive integer" if kind is int else "a positive number"
-                raise ValueError(f"{file}: {key} is {value!r}, {wanted} was wanted")
+                expected = "a positive integer" if kind is int else "a positive number"
+                raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
             if kind is int and value > LARGEST.get(key, 1 << 28):
                 raise ValueError(f"{file}: {key} is {value}: no model is that large")
             return kind(value)
@@ -108,7 +109,7 @@ class LlamaConfig:
         if heads % kv_heads or head_dim % 2:
             raise ValueError(
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
-                "whole groups of an even head size were wanted"
+                "expected whole groups of an even head size"
             )
         theta, scaling = _rope(file, raw)
         longest = number("max_position_embeddings", default=2048)
@@ -132,7 +133,7 @@ class LlamaConfig:
 
 
 def _positive(value: Any) -> bool:
-    """Whether a JSON value is a number over zero (true is none, nor is Infinity)."""
+    """Whether a JSON value is a finite number over zero (true is not a number here)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return 0 < value <= sys.float_info.max  # an integer of 400 digits is no float
@@ -142,7 +143,7 @@ def _switch(file: Path, raw: dict[str, Any], key: str) -> bool:
     """A value that is true or false; absent or null, false."""
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{file}: {key} is {value!r}, true or false was wanted")
+        raise ValueError(f"{file}: {key} is {value!r}, expected true or false")
     return bool(value)
 
 
@@ -159,7 +160,7 @@ def _stretched(file: Path, raw: dict[str, Any], longest: int, factor: float) -> 
 
     Some config.json keep the length before scaling in max_position_embeddings (vicuna-v1.5-16k) and
     some the one after it (deepseek-coder), so the factor alone tells nothing. A larger length that
-    the checkpoint names elsewhere is taken, up to what the factor makes of the original one.
+    the checkpoint names elsewhere is taken, up to the original one times the factor.
     """
     tokenizer = read_json(file.parent / "tokenizer_config.json", {})
     named = (raw.get("max_sequence_length"), tokenizer.get("model_max_length"))
@@ -168,7 +169,7 @@ def _stretched(file: Path, raw: dict[str, Any], longest: int, factor: float) -> 
 
 
 def _refuse(file: Path, raw: dict[str, Any]) -> None:
-    """Everything that would make this model compute something else than ours does."""
+    """ValueError for a setting with which the model would compute something that we do not."""
     kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
     listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
     if kind != "llama" or not listed:
@@ -187,12 +188,12 @@ def _refuse(file: Path, raw: dict[str, Any]) -> None:
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """theta and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
-    Exporters write both spellings on purpose; what they mean is compared, not how they say it.
+    Exporters write both spellings on purpose; their meanings are compared, not their texts.
     """
     new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
-            raise ValueError(f"{file}: {key} is {value!r}, an object or null was wanted")
+            raise ValueError(f"{file}: {key} is {value!r}, expected an object or null")
     part = {**old, **new}.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if part not in (None, 1):
         raise ValueError(
@@ -206,7 +207,7 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     thetas = {key: value for key, value in thetas.items() if value is not None}
     for key, value in thetas.items():
         if not _positive(value):
-            raise ValueError(f"{file}: {key} is {value!r}, a positive number was wanted")
+            raise ValueError(f"{file}: {key} is {value!r}, expected a positive number")
     if len(set(map(float, thetas.values()))) > 1:
         raise ValueError(
             f"{file} gives the rotation two bases: "
@@ -223,7 +224,7 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
 
 
 def _scaling(file: Path, raw: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """What one spelling of the scaling means: its kind and the numbers that the kind needs."""
+    """The meaning of one spelling of the scaling: its kind and the numbers that the kind needs."""
     kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise ValueError(
@@ -232,18 +233,18 @@ def _scaling(file: Path, raw: dict[str, Any], scaling: dict[str, Any]) -> dict[s
     kind = kinds[0] if kinds else "default"
     if kind not in ROPE_TYPES:
         raise ValueError(
-            f"{file}: rope type {kind!r} is not supported; one of {', '.join(ROPE_TYPES)} was "
-            "wanted"
+            f"{file}: rope type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}"
         )
     if not kinds and scaling.get("factor") not in (None, 1):
         raise ValueError(
             f"{file}: a rope factor {scaling['factor']!r} without a type; name one of "
             f"{', '.join(ROPE_TYPES)}"
         )
-    wanted = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
-    # where both say how long the original context was, transformers follows the outer one
-    outer = {key: raw[key] for key in wanted[3:] if raw.get(key) is not None}
-    values = {key: {**scaling, **outer}.get(key) for key in wanted}
+    needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
+    values = {key: scaling.get(key) for key in needed}
+    original = "original_max_position_embeddings"
+    if original in needed and raw.get(original) is not None:
+        values[original] = raw[original]  # where both are given, transformers follows the outer one
     for key, value in values.items():
         if not _positive(value):
             raise ValueError(

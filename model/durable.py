@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,9 @@ _ADVICE = {
 
 
 def why(error: Exception) -> str:
-    """The cause in the system's words, and what helps: "No space left on device; make room ..."."""
-    found = re.search(r"os error (\d+)", str(error))  # safetensors has its own kind of error
-    number = int(found[1]) if found else getattr(error, "errno", None)
+    """The cause in the system's words, and advice: "No space left on device; make room ..."."""
+    code = re.search(r"os error (\d+)", str(error))  # safetensors has its own kind of error
+    number = int(code[1]) if code else getattr(error, "errno", None)
     if number is None:
         return str(error)
     advice = _ADVICE.get(number)
@@ -30,9 +31,10 @@ def why(error: Exception) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Inside `with`, a write that fails is an OSError that names `path`, the cause and what helps.
+    """Inside `with`, a write that fails is an OSError that names `path`, the cause and advice.
 
-    beside    where it is written first. An OSError about another file is passed on as it is
+    `beside` is the place where `path` is written first. An OSError about another file is passed on
+    unchanged.
     """
     try:
         yield
@@ -77,14 +79,48 @@ def put_in_place(beside: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def _beside(path: Path) -> Path:
+    """The hidden name under which this process writes `path`. A killed process leaves it behind;
+    engine/runtime/locking.py removes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 @contextlib.contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
-    """A new name beside `path`, which becomes `path` when the file under it is written."""
+    """A new name beside `path`, which becomes `path` when the file under it is written.
+
+    OSError names `path`, the cause and advice where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = _beside(path)
     try:
         with writing(path, beside):
             yield beside
             put_in_place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def directory_beside(out: Path) -> Iterator[Path]:
+    """A new directory that becomes `out` only when everything in it is written, on the disk.
+
+    ValueError where `out` exists; OSError names `out`, the cause and advice where it cannot be
+    written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another name or delete it")
+    beside = _beside(out)
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with writing(out, beside):
+            beside.mkdir(parents=True)
+            yield beside
+            # safetensors makes files that only their owner may read: give them the usual mode
+            mode = beside.stat().st_mode & 0o666
+            for file in beside.iterdir():
+                if file.is_file():
+                    file.chmod(mode)
+            put_in_place(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

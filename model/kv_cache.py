@@ -1,8 +1,8 @@
-"""Keys and values of the rows in flight, in pages: [layer, page, kv head, token, d]
+"""Keys and values of the running sequences, in pages: [layer, page, kv head, token, d]
 
-A row's tokens fill its pages in order; pages come from one pool, lowest number first, so that the
-pages in use lie together. A page is zeroed when it is handed out: what an earlier row left there
-(a NaN, say) can never reach another row.
+A sequence's tokens fill its pages in order; pages come from one pool, lowest number first, so that
+the pages in use lie together. A page is zeroed when it is handed out, so that numbers of an earlier
+sequence (a NaN, say) never reach another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from model.config import LlamaConfig
 
 
 class KVCache:
-    """A pool of pages and who has them; the host's lists are authoritative."""
+    """A pool of pages, and the numbers of the free ones (a heap); the host's lists are
+    authoritative."""
 
     def __init__(
         self,
@@ -48,12 +49,12 @@ class KVCache:
         return self.shape[1]
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that a row of so many tokens needs."""
+        """Pages that a sequence of so many tokens needs."""
         return cdiv(tokens, self.page_size)
 
     def take(self, count: int) -> list[int]:
-        """`count` zeroed pages; the caller has looked at `free` before."""
-        assert count <= len(self.free), f"{count} pages wanted, {len(self.free)} are free"
+        """`count` zeroed pages; the caller has checked `free` before."""
+        assert count <= len(self.free), f"{count} pages asked for, {len(self.free)} are free"
         taken = [heapq.heappop(self.free) for _ in range(count)]
         for page in taken:
             self.k[:, page] = 0
@@ -61,22 +62,22 @@ class KVCache:
         return taken
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Return a finished row's pages."""
+        """Return a finished sequence's pages."""
         for page in pages:
             heapq.heappush(self.free, page)
 
     def copy(self, source: Sequence[int], to: Sequence[int]) -> None:
-        """Copy whole pages: a prefix that is computed once begins many rows."""
+        """Copy whole pages: a prefix that is computed once begins many sequences."""
         assert len(source) == len(to), f"{len(source)} pages onto {len(to)}"
         if source:
             self.k[:, list(to)] = self.k[:, list(source)]
             self.v[:, list(to)] = self.v[:, list(source)]
 
     def compact(self, tables: Sequence[list[int]]) -> None:
-        """Move the pages of `tables`, which are all that is in use, to the lowest numbers.
+        """Move the pages of the block tables `tables`, all that are in use, to the lowest numbers.
 
         The lists are changed in place. torch's attention on a CPU reads the pool up to the highest
-        page in use; after many rows have ended most of that would be nobody's.
+        page in use; after many sequences have ended most of those pages would be free.
         """
         used = sum(map(len, tables))
         assert used + len(self.free) == self.pages, f"{used} pages in use, {len(self.free)} free"
@@ -90,7 +91,7 @@ class KVCache:
         self.free = list(range(used, self.pages))
 
     def grow(self, pages: int) -> None:
-        """Enlarge the pool to `pages`; what is in use keeps its place and content.
+        """Enlarge the pool to `pages`; pages in use keep their place and content.
 
         The old pool is held beside the new one until its content is copied. Where memory does not
         suffice for that, torch's error is raised and the pool stays as it was.

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import LlamaConfig
-from model.weights import (
-    COMPARED,
-    EMBEDDING,
+from model.config import LlamaConfig, read_json
+from model.durable import directory_beside
+from model.file_checks import leads_out
+from model.hf_checkpoint import (
+    INDEX,
+    ROWS_AT_ONCE,
     check_finite,
+    checkpoint_files,
     locate,
-    rewrite_checkpoint,
+    open_safetensors,
 )
-
-if TYPE_CHECKING:
-    pass
+from model.layout import EMBEDDING
 from model.lora import Lora
+from model.peft_format import check_copies
 
 
 def merge(
@@ -31,25 +36,26 @@ def merge(
     """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
 
     The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
-    at a time. config.json says what is so of a head that is stored and of quantisation; then
-    `finish(directory)` may change what lies there before it appears as `out`. Returns what was not
-    copied. ValueError where the adapter does not fit, a number is not finite, or `out`
-    exists.
+    at a time. Statements of config.json that the tensors contradict (tied embeddings, quantisation)
+    are corrected; then `finish(directory)` may change files before the directory appears as `out`.
+    Returns the names of files that were not copied, with reasons. ValueError where the adapter does
+    not fit, a number is not finite, or `out` exists.
     """
     model_dir = Path(model_dir)
-    said = LlamaConfig.from_dir(model_dir)
-    lora.check_fits(said)
-    checkpoint = locate(model_dir, said)  # what does not load is not copied either
+    stated = LlamaConfig.from_dir(model_dir)
+    lora.check_fits(stated)
+    checkpoint = locate(model_dir, stated)  # a model that does not load is not copied either
     config, settings = checkpoint.config, {}
-    if config.tie_embeddings != said.tie_embeddings:
+    if config.tie_embeddings != stated.tie_embeddings:
         settings["tie_word_embeddings"] = config.tie_embeddings
-    if config.quantised != said.quantised:
+    if config.quantised != stated.quantised:
         settings["quantization_config"] = None
 
     def rows_of(name: str) -> Iterable[tuple[Tensor, int]]:
         stored = name if name in checkpoint.files else EMBEDDING  # a tied head
-        for first in range(0, config.vocab_size, COMPARED):
-            yield checkpoint.rows(stored, first, min(first + COMPARED, config.vocab_size)), first
+        for first in range(0, config.vocab_size, ROWS_AT_ONCE):
+            end = min(first + ROWS_AT_ONCE, config.vocab_size)
+            yield checkpoint.rows(stored, first, end), first
 
     def change(name: str, weight: Tensor) -> Tensor:
         check_finite(weight, name, model_dir)
@@ -61,5 +67,65 @@ def merge(
             raise ValueError(f"{name} merged is not finite in {weight.dtype}")
         return merged
 
-    lora.check_copies(config, rows_of)
+    check_copies(lora, config, rows_of)
     return rewrite_checkpoint(model_dir, Path(out), change, settings, finish=finish)
+
+
+def rewrite_checkpoint(
+    source: Path,
+    out: Path,
+    change: Callable[[str, Tensor], Tensor],
+    settings: dict[str, Any] | None = None,
+    *,
+    finish: Callable[[Path], None] | None = None,
+) -> list[str]:
+    """Copy a model directory to `out`, each tensor passed through `change(name, tensor)`.
+
+    Shards, names, dtypes and every other file stay as they are; one shard is in memory at a time.
+    `settings` go into config.json (None removes a key); then `finish(directory)` may change files
+    before the directory appears as `out`. Returns the names of files that were not copied, with
+    reasons: directories, weights in other forms, links out of the directory.
+    """
+    shards = checkpoint_files(source)
+    with directory_beside(out) as beside:
+        for shard in shards:
+            with open_safetensors(shard) as opened:
+                metadata = opened.metadata()
+                tensors = {}
+                for name in opened.keys():
+                    old = opened.get_tensor(name)
+                    tensors[name] = change(name, old).to(old.dtype).contiguous()
+            save_file(tensors, beside / shard.name, metadata=metadata or {"format": "pt"})
+        left_out = []
+        for file in sorted(set(source.iterdir()) - set(shards)):
+            reason = _why_not_copied(file, sharded=source / "model.safetensors" not in shards)
+            if reason is None:
+                shutil.copyfile(file, beside / file.name)
+            else:
+                left_out.append(f"{file.name} ({reason})")
+        if settings:
+            config = read_json(source / "config.json") | settings
+            config = {key: value for key, value in config.items() if value is not None}
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (beside / "config.json").write_text(text, encoding="utf-8")
+        manifest = json.dumps({"merged_from": str(source.resolve())}, indent=1)
+        (beside / "merge.json").write_text(manifest + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(beside)
+    return left_out
+
+
+def _why_not_copied(file: Path, sharded: bool) -> str | None:
+    """Why a file beside the shards does not go into a rewritten directory, None where it does."""
+    target = leads_out(file)
+    if target is not None:
+        return f"a link to {target}"
+    if file.is_dir():
+        return "a directory"
+    if not file.is_file():
+        return "a broken link, a pipe or a device"
+    if file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"):
+        return "other weights, without the adapter"
+    if file.name.endswith(".index.json") and not (sharded and file.name == INDEX):
+        return "an index of other weights"
+    return None

@@ -1,4 +1,4 @@
-"""The table of rotary cosines and sines: RoFormer (Su et al. 2021) and two ways to stretch it.
+"""The table of rotary cosines and sines: RoFormer (Su et al. 2021) and two kinds of scaling.
 
 inv_freq_i = theta^(-2i / d), i = 0 .. d/2 - 1        angle = position * inv_freq
 linear     inv_freq / factor
@@ -18,7 +18,7 @@ from model.config import LlamaConfig
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """(d/2,) fp32."""
+    """inv_freq (d/2,) fp32, in radians per position."""
     d, scaling = config.head_dim, config.rope_scaling
     exponents = torch.arange(0, d, 2, dtype=torch.float32) / d
     inv_freq = 1.0 / config.rope_theta**exponents
@@ -30,6 +30,7 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def _llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
+    """inv_freq (d/2,) scaled as in Llama 3.1, in transformers' order of operations."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / inv_freq
@@ -53,8 +54,8 @@ def cos_sin_table(
     return torch.cat((angles.cos(), angles.sin()), dim=1).to(device, dtype)
 
 
-def differing_table(config: LlamaConfig, kind: str, table: Tensor) -> str | None:
-    """How a rotary table of a checkpoint differs from what the config makes, None if it does not.
+def why_table_differs(config: LlamaConfig, kind: str, table: Tensor) -> str | None:
+    """How a checkpoint's rotary table differs from the one of the config, None if it does not.
 
     kind is inv_freq (d/2,), or cos_cached or sin_cached (..., positions, d or d/2). Tables may have
     been rounded to 16 bits on the way. A linearly scaled model has stored the unscaled inv_freq.

@@ -1,33 +1,58 @@
-"""What the forward pass keeps for the backward."""
+"""The tensors that the forward keeps for the backward, under three recomputation policies.
 
+policy      kept per layer                                           computed again in the backward
+none        h, qkv, o, lse, h_mid, gate_up, s                        the norms, swiglu
+selective   the same without gate_up                                 and gate_up
+full        h                                                        the whole layer
+"""
 
-# T = tokens, D = model width, V = vocabulary, H = query heads, G = key/value heads, d = head size
+# T = tokens, D = model width, F = feed-forward width, R = ranks of a group's adapted members
+# H = query heads, G = key/value heads, d = head size
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from kernels.lora_linear.group import LoraGroup
 from kernels.packed import Packed
+from kernels.philox import Dropout
 from model.lora import Lora
 
 POLICIES = ("none", "selective", "full")
 
+# group -> its adapter and the dropout of its input; None where there is none
+Adapters = Mapping[str, tuple[LoraGroup | None, Dropout | None]]
+
 
 @dataclass
 class Saved:
-    """What the forward of one layer keeps for its backward."""
+    """The tensors that the forward of one layer keeps for its backward; None: not kept.
 
+    Activations are in the model's dtype, statistics in the accumulation dtype (at least fp32).
+    """
+
+    adapters: Adapters  # of this layer
     h: Tensor | None = None  # (T, D) residual stream at the layer's entry
-    rstd1: Tensor | None = None
-    qkv: Tensor | None = None  # rotated
-    o: Tensor | None = None
-    lse: Tensor | None = None
+    rstd1: Tensor | None = None  # (T,) 1 / root mean square of h
+    qkv: Tensor | None = None  # (T, (H + 2G) d) queries and keys rotated
+    o: Tensor | None = None  # (T, H d) output of attention
+    lse: Tensor | None = None  # (T, H) log-sum-exp of each query's scores
     h_mid: Tensor | None = None  # (T, D) residual stream after attention
-    rstd2: Tensor | None = None
-    gate_up: Tensor | None = None
-    s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> S
+    rstd2: Tensor | None = None  # (T,) 1 / root mean square of h_mid
+    gate_up: Tensor | None = None  # (T, 2F)
+    s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> A x (T, R)
+
+    def drop(self, policy: str) -> None:
+        """Free the tensors that the policy computes again."""
+        if policy == "selective":
+            self.gate_up = None
+        elif policy == "full":
+            self.qkv = self.o = self.lse = None
+            self.h_mid = self.rstd2 = self.gate_up = None
+            self.s = {}
 
 
 @dataclass
@@ -39,7 +64,7 @@ class Tape:
     packed: Packed | None = None
     lora: Lora | None = None
     h: Tensor | None = None  # (T, D) residual stream before the last norm
-    rstd: Tensor | None = None
+    rstd: Tensor | None = None  # (T,) 1 / root mean square of h, accumulation dtype
 
     def __post_init__(self) -> None:
         assert self.policy in POLICIES, f"recompute policy {self.policy!r} is not in {POLICIES}"

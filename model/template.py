@@ -1,15 +1,15 @@
-"""A checkpoint's chat template as a program of a stranger's: Jinja in a sandbox, within limits.
+"""A checkpoint's chat template, an untrusted program: Jinja in a sandbox, within limits.
 
-The environment is what transformers gives a chat template. Beyond Jinja's own sandbox (no private
-attributes, nothing it is handed can be changed) a rendering has a budget:
+The environment is the one that transformers gives a chat template. Beyond Jinja's own sandbox (no
+private attributes, no change of an argument) a rendering has a budget:
 
     SECONDS      of this thread's processor time; a paused or crowded process loses nothing
     CHARACTERS   of text made on the way, and of the output; more where the conversation is long
     LARGEST      the largest whole number that a call or a filter may be handed
 
-Loops, calls, filters and operators count against it, so that neither a loop in a loop nor text
-that is doubled again and again can hold up the program or fill its memory. Whatever goes wrong
-inside a template (any exception, not Jinja's alone) is a ValueError that names the template.
+Loops, calls, filters and operators count against it, so that neither nested loops nor text that is
+doubled again and again can hold up the program or fill its memory. Any exception inside a template,
+not Jinja's alone, becomes a ValueError that names the template.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ LARGEST = 1_000_000
 
 
 class TemplateLimit(Exception):
-    """A template asked for more time or memory than a conversation needs."""
+    """A template exceeded its limits of time or memory."""
 
 
 class TemplateStopped(ValueError):
-    """The same for the user."""
+    """The same, as the error that users see."""
 
 
 class ChatTemplate:
@@ -90,14 +90,14 @@ class ChatTemplate:
 
 
 def _reason(error: BaseException) -> str:
-    """What an exception says, as one line of at most 500 characters."""
+    """An exception's message as one line of at most 500 characters."""
     text = visible(" ".join(str(error).split(" ")))
     text = " ".join(text.split("\n")) or type(error).__name__
     return text if len(text) <= 500 else text[:500] + " ..."
 
 
 class _Budget:
-    """What the rendering under way in this thread may still spend; without one all is free."""
+    """The budget of the rendering under way in this thread; without one nothing is limited."""
 
     def __init__(self) -> None:
         self._own = threading.local()
@@ -111,13 +111,13 @@ class _Budget:
         self._own.deadline = None
 
     def tick(self) -> None:
-        """A step was made."""
+        """Count one step."""
         deadline = getattr(self._own, "deadline", None)
         if deadline is not None and time.thread_time() > deadline:
             raise TemplateLimit(f"it ran for more than {SECONDS:g} seconds")
 
     def made(self, value: Any) -> Any:
-        """A step was made and this is its result."""
+        """Count one step and the size of its result, which is returned."""
         self.tick()
         if isinstance(value, (str, list, tuple)) and getattr(self._own, "deadline", None):
             self._own.made += len(value)
@@ -126,13 +126,13 @@ class _Budget:
         return value
 
     def output(self, count: int) -> None:
-        """So many characters were written."""
+        """Count so many characters of output."""
         self._own.written += count
         if self._own.written > self._own.most:
             raise TemplateLimit(f"it wrote more than {self._own.most:,} characters")
 
     def counted(self, items: Iterable) -> Iterator:
-        """`items`, each of them a step."""
+        """`items`, each counted as a step."""
         for item in items:
             self.tick()
             yield item
@@ -198,7 +198,7 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which what a template does is counted."""
+    """Jinja's sandbox, in which the steps of a template are counted."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -261,7 +261,7 @@ def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
     # jinja2 hands its environment or context to some filters, before the value
     value = 1 if hasattr(function, "jinja_pass_arg") else 0
 
-    @functools.wraps(function)  # also what jinja2 notes about a filter in its attributes
+    @functools.wraps(function)  # also jinja2's marks on a filter, its attributes
     def counting(*args: Any, **kwargs: Any) -> Any:
         if name == "format" and args:
             _check_widths(args[0])
@@ -284,7 +284,7 @@ def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
 def _environment(now: datetime) -> _Environment:
     """Jinja as transformers sets it up for chat templates."""
     version = tuple(int(part) for part in re.findall(r"\d+", jinja2.__version__)[:3])
-    if version < (3, 1, 6):  # older sandboxes can be escaped, and templates are strangers' programs
+    if version < (3, 1, 6):  # older sandboxes can be escaped, and templates are untrusted
         raise ValueError(
             f"jinja2 {jinja2.__version__} cannot run a checkpoint's template safely -> "
             "pip install -U 'jinja2>=3.1.6'"

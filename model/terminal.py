@@ -1,4 +1,4 @@
-"""Text of strangers (a checkpoint's, a data file's) on a terminal: shown, never obeyed."""
+"""Untrusted text (a checkpoint's, a data file's) on a terminal: shown, never obeyed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ COMMANDS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def visible(text: str) -> str:
-    """`text` with what would command a terminal as escapes (\\x1b); line ends and tabs stay."""
+    """`text` with control characters as escapes (\\x1b); line ends and tabs stay."""
     shown = []
     for character in text:
         commands = unicodedata.category(character) in COMMANDS and character not in "\n\t"

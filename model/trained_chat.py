@@ -1,9 +1,9 @@
-"""What an adapter's training knew beside its numbers: chat format, end token, system message.
+"""The chat format, end token and system message that an adapter was trained with.
 
     ADAPTER/chat.json    written by training beside adapter_model.safetensors; other readers of
-                         PEFT's layout pass it over. Adapters of before, and of others, have none
+                         PEFT's layout ignore it. Older adapters have none
 
-A model is to be asked as it was trained. `as_trained` and `Session.adapter` (engine/session.py)
+A model must be prompted as it was trained. `as_trained` and `Session.adapter` (engine/session.py)
 read the file; `install` puts it into a merged model, where transformers, vLLM and this engine find
 it: the chat template, and the end token among those that stop generation.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.chat import FORMATS, Chat, checkpoint_eos_ids
+from model.chat import Chat
+from model.chat_formats import FORMATS, checkpoint_eos_ids
 from model.config import read_json
+from model.durable import file_beside
 
 FILE = "chat.json"
 OWN = "own"  # the flag's word for the checkpoint's own template
@@ -38,7 +39,7 @@ class TrainedChat:
 
     @classmethod
     def of(cls, chat: Chat, system: str | None) -> TrainedChat:
-        """What there is to know of a training with `chat`."""
+        """The record of a training with `chat`."""
         return cls(
             chat_format=chat.name if chat.name in FORMATS else OWN,
             template=chat.portable_source,
@@ -55,30 +56,27 @@ class TrainedChat:
         file = Path(adapter) / FILE
         if not file.exists():
             return None
-        found = read_json(file)
+        record = read_json(file)
         kinds: dict[str, Any] = dict.fromkeys(("chat_format", "template", "template_hash"), str)
         kinds |= {"end_id": int, "end_token": str, "system": (str, type(None))}
         for name, kind in kinds.items():
-            if not isinstance(found.get(name), kind):
+            if not isinstance(record.get(name), kind):
                 raise ValueError(
-                    f"{file}: {name} is {found.get(name)!r}, which training does not write; "
+                    f"{file}: {name} is {record.get(name)!r}, which training does not write; "
                     "restore the file, or delete it and name --chat-format yourself"
                 )
-        if found["chat_format"] not in (OWN, *FORMATS):
+        if record["chat_format"] not in (OWN, *FORMATS):
             raise ValueError(
-                f"{file}: chat format {found['chat_format']!r}; one of {', '.join((OWN, *FORMATS))}"
-                " was wanted"
+                f"{file}: chat format {record['chat_format']!r}; expected one of "
+                f"{', '.join((OWN, *FORMATS))}"
             )
-        return cls(**{name: found[name] for name in kinds})
+        return cls(**{name: record[name] for name in kinds})
 
     def write(self, directory: Path) -> None:
         """Put the record into a directory: written beside, then renamed."""
-        beside = directory / f".{FILE}.partial"
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, directory / FILE)
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        with file_beside(directory / FILE) as beside:
+            beside.write_text(text, encoding="utf-8")
 
     def why_other(self, chat: Chat) -> str | None:
         """Why `chat` is not the format that was trained with, None where it is."""
@@ -101,7 +99,7 @@ class TrainedChat:
         return None
 
     def install(self, directory: Path) -> None:
-        """Make the model in `directory` one that is asked, and that stops, as it was trained."""
+        """Give the model in `directory` the chat template and the end token of its training."""
         known = checkpoint_eos_ids(directory)
         ends = list(dict.fromkeys([self.end_id, *known]))
         if ends != known:
@@ -121,7 +119,7 @@ class TrainedChat:
             _write(directory / "tokenizer_config.json", settings | {"chat_template": self.template})
 
     def text(self) -> str:
-        """What goes with the model, for people."""
+        """A line for the user of the model."""
         text = f"chat format {self.chat_format}, answers end with {self.end_token!r}"
         if self.system:
             text += f", trained with the system message {self.system!r} (give it in every request)"
@@ -130,8 +128,9 @@ class TrainedChat:
 
 def common_system(conversations: Iterable[Sequence[Mapping[str, str]]]) -> str | None:
     """The system message that all conversations begin with, None where they differ or have none."""
-    found = {c[0]["content"] if c[0]["role"] == "system" else None for c in conversations}
-    return found.pop() if len(found) == 1 else None
+    first = [messages[0] for messages in conversations]
+    systems = {m["content"] if m["role"] == "system" else None for m in first}
+    return systems.pop() if len(systems) == 1 else None
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

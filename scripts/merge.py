@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.runtime.flags import make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.runtime.published_adapter import refuse_damaged
-from model.lora import Lora
 from model.merge import merge
+from model.peft_format import load_lora
 from model.trained_chat import TrainedChat
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     args = parse_args()
     with lock_file(args.out):
         refuse_damaged(args.adapter)
-        lora = Lora.load(args.adapter)
+        lora = load_lora(args.adapter)
         trained = TrainedChat.read(args.adapter)
         left_out = merge(args.model, lora, args.out, finish=trained and trained.install)
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from model.files import check_file
+from model.file_checks import check_file
 
 CHUNK_BYTES = 1 << 20  # read at a time
 MAX_CHARACTERS = 1 << 28  # of one line or one JSON value; a longer one means a damaged file
@@ -51,7 +51,7 @@ class DataFile:
     """An open text file: its text in chunks, then the sha256 of its bytes.
 
     ValueError for anything but a file of UTF-8 text: directories, pipes, Git LFS pointers, web
-    pages (model/files.py), FOREIGN_FORMATS. A gzipped file is decompressed; the hash is that
+    pages (model/file_checks.py), FOREIGN_FORMATS. A gzipped file is decompressed; the hash is that
     of the decompressed bytes.
     """
 

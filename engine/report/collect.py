@@ -30,7 +30,7 @@ from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from model.chat import Chat
 from model.llama import Llama
-from model.tokenizer import Tokenizer
+from model.tokenizer_base import Tokenizer
 
 # what a line of the retention must have
 MEASURED = {"arm": str, "prompt": str, "kl": (float, int), "tokens": int}

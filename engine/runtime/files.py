@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model.durable import file_beside, sync, why, writing
-from model.files import check_file
+from model.file_checks import check_file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -112,7 +112,7 @@ class Probe:
             cached,
             lora=self.lora,
             cache=cache,
-            wanted=logits_indices,
+            logits_indices=logits_indices,
         )
         logits = self.model.head(hidden)  # (n, V)
         positions = cached.positions if decode else cached.positions[logits_indices]

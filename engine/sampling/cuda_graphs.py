@@ -259,7 +259,7 @@ class DecodeGraphs:
         except BaseException:
             self.failed.add(graph, self.model.device, self.memory_pool)
             raise
-        step.graph, step.angles = graph, self.model.angles
+        step.graph, step.angles = graph, self.model.cos_sin
 
     def clear(self) -> None:
         """Free all graphs and their memory."""

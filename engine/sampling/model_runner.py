@@ -161,7 +161,9 @@ class ModelRunner:
         """Hidden states (n, D) of the tokens at `logits_indices` (n,), or of all (T, D)."""
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
         cache = self.pool.cache
-        return self.model.forward(ids, cached, lora=self.lora, cache=cache, wanted=logits_indices)
+        return self.model.forward(
+            ids, cached, lora=self.lora, cache=cache, logits_indices=logits_indices
+        )
 
     def _history(self, seen: Iterable[Sequence[int]], ahead: int = 0) -> Tensor | None:
         """(n, L) int64: token ids so far, padded with -1; None without a repetition penalty.

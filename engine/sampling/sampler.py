@@ -36,6 +36,7 @@ from engine.sampling.sequence import RunningSequence, check_stop
 from engine.sampling.speculation import DraftController
 from model.llama import Llama
 from model.lora import Lora
+from model.sampling_weights import for_sampling, restore_weights
 
 __all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "SamplerStats"]
 
@@ -80,13 +81,15 @@ class Sampler:
         self.graphs.clear()
         self.model = self.runner = self.graphs = None
         give_back_freed_memory(self.owner.device)  # before the matrices grow again
-        self.owner.restore()
+        restore_weights(self.owner)
         give_back_freed_memory(self.owner.device)
 
     def _prepare(self, release: bool) -> None:
         """Pack the weights; release: the owner's own matrices are given up meanwhile."""
         invariant = self.config.invariant
-        self.model, lora = self.owner.for_sampling(self.adapter, release, invariant)
+        self.model, lora = for_sampling(
+            self.owner, self.adapter, release=release, invariant=invariant
+        )
         if invariant:
             check_batch_invariance(self.model, lora, self.config.page_size)
         self.runner = ModelRunner(self.model, lora, self.pool, self.config)

@@ -36,10 +36,11 @@ from engine.runtime.published_adapter import WEIGHTS
 from engine.runtime.run_record import differing
 from engine.train.optim import Optimizer
 from model.config import read_json
-from model.durable import file_beside
+from model.durable import directory_beside, file_beside
+from model.hf_checkpoint import open_safetensors
 from model.lora import Lora
+from model.peft_format import load_lora, write_lora
 from model.trained_chat import TrainedChat
-from model.weights import open_safetensors, written_beside
 
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
@@ -190,8 +191,8 @@ def save_checkpoint(
     """
     saved = checkpoint_dir(out, optimizer.step)
     if not saved.exists():
-        with written_beside(saved) as beside:
-            lora.write(beside, base)
+        with directory_beside(saved) as beside:
+            write_lora(lora, beside, base)
             if chat is not None:
                 chat.write(beside)
             tensors = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
@@ -217,7 +218,7 @@ def record_validation(out: Path, line: dict[str, Any]) -> None:
 
 def load_adapter(saved: Path, lora: Lora) -> None:
     """Put an adapter on disk into one of the same shape."""
-    lora.params.copy_(Lora.load(saved).params)
+    lora.params.copy_(load_lora(saved).params)
     _refresh_compute_copy(lora)
 
 

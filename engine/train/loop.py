@@ -129,7 +129,7 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
-                if self.model.sharded:
+                if self.model.is_sharded:
                     raise ValueError(
                         f"step {step}: out of memory ({failure}); under --shard no process can try "
                         "again alone: --resume with more of them, or begin anew (another --out) "
@@ -169,7 +169,7 @@ class Run:
             longest=longest,
             response=round(tokens * all_response / all_tokens),
             dtype=self.model.dtype,
-            held=held_memory(self.model.device) + getattr(self.model.weights, "gathered", 0),
+            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
         )
 
     # ---- validation and checkpoints
@@ -184,7 +184,8 @@ class Run:
         """Measure the adapter, record it; whether it is the best so far. Rank 0's values count."""
         names = self.validator.names
         values = torch.zeros(len(names), dtype=torch.float64)
-        if self.world.is_rank0 or self.model.sharded:  # every rank helps to gather sharded weights
+        # every rank helps to gather sharded weights
+        if self.world.is_rank0 or self.model.is_sharded:
             measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
             if self.world.is_rank0:
                 values += measured

@@ -28,7 +28,8 @@ from engine.runtime.process_memory import free_memory, held_memory
 from kernels.attention.torch_form import PACKED_BLOCK
 from kernels.linear_cross_entropy import CHUNK_BYTES
 from model.config import LlamaConfig
-from model.lora import GROUPS, LoraConfig, adapter_shapes
+from model.layout import GROUPS
+from model.lora import LoraConfig, adapter_shapes
 from model.tape import POLICIES
 
 # bytes that a CPU's libraries take when they first compute (pages of code, packed operands),

@@ -87,7 +87,7 @@ def step_gradients(
         batch = MicroBatch.build(chosen, step, model.device, share_prefix)
         nlls.append(micro_step(model, lora, batch, policy))
         owners += batch.owners
-    if model.sharded:  # every rank must gather the layers equally often
+    if model.is_sharded:  # every rank must gather the layers equally often
         most_batches = max(len(batches) for batches in rank_batches)
         for _ in range(most_batches - len(own_batches)):
             micro_step(model, lora, MicroBatch.idle(step, model.device), policy)

@@ -167,7 +167,7 @@ def answers_of_seed(session: Session, count: int) -> list[SeedAnswer]:
     model, chat = session.model, session.chat
     texts = [PROMPTS[len(PROMPTS) * i // count][1] for i in range(count)]
     prompts = {text: chat.prompt_ids([{"role": "user", "content": text}]) for text in texts}
-    if model.sharded:
+    if model.is_sharded:
         return greedy_without_cache(model, list(prompts.values()), chat)
     config = SamplerConfig(rows=8, max_new_tokens=ANSWER_TOKENS)
     with Sampler(model, chat.tokenizer.decode, chat.end_ids, config) as sampler:

@@ -31,16 +31,20 @@ def lora_linear_reference(
 
 def lora_linear_reference_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     s: Tensor | None = None,
     group: LoraGroup | None = None,
     need_dx: bool = True,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
-    """dx (T, K) by autograd, None without need_dx; adds dA and dB into the group's views."""
+    """dx (T, K), None without need_dx; adds dA and dB, by autograd, into the group's views.
+
+    Without a group dx does not depend on x, which may be None.
+    """
     if group is None:
-        return autograd(lambda x: x @ weight.T, (x,), dy)[0] if need_dx else None
+        return dy @ weight if need_dx else None
+    assert x is not None, "the gradient of A needs x"
     members = [i for i, _, _ in group.members()]
 
     def forward(x: Tensor, a: Tensor, *adapted_b: Tensor) -> Tensor:

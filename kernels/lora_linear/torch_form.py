@@ -36,14 +36,18 @@ def lora_linear_forward(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     s: Tensor | None = None,
     group: LoraGroup | None = None,
     need_dx: bool = True,
     dropout: Dropout | None = None,
 ) -> Tensor | None:
-    """dx (T, K), or None where not needed; adds dA and dB into the group's views."""
+    """dx (T, K), or None where not needed; adds dA and dB into the group's views.
+
+    Without a group x may be None.
+    """
+    assert x is not None or group is None, "the gradient of A needs x"
     dx = dy @ weight if need_dx else None
     if group is None:
         return dx

@@ -327,7 +327,7 @@ BACKWARD_FORMS = {"kernels": lora_linear_backward_kernels_triton, "addmm": lora_
 
 def lora_linear_backward_triton(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     s: Tensor | None = None,
     group: LoraGroup | None = None,
@@ -337,5 +337,6 @@ def lora_linear_backward_triton(
     """As `lora_linear_backward`, in the form that the tile configuration names."""
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
+    assert x is not None, "the gradient of A needs x"
     config = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
     return BACKWARD_FORMS[config["form"]](dy, x, weight, s, group, need_dx, dropout)

@@ -16,6 +16,7 @@ from engine.evaluate.lm_eval_harness import _cell, _line
 from engine.measure.likelihood import Scorer, ScoringRequest
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
+from model.peft_format import save_lora
 from tests.conftest import _need
 from tests.helpers.adapters import new_lora
 
@@ -139,7 +140,7 @@ def test_the_real_model_answers_as_the_harness_own_does(run_peer, tasks, tmp_pat
 def test_the_command(tasks, tmp_path, tiny_llama_dir):
     """Seed and adapter, the table, nothing done twice, an unknown task refused."""
     model = tiny_llama_dir(tokenizer=True)
-    new_lora(Llama.from_pretrained(model), rank=2).save(tmp_path / "tuned")
+    save_lora(new_lora(Llama.from_pretrained(model), rank=2), tmp_path / "tuned")
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(model)]
     command += ["--adapter", str(tmp_path / "tuned"), "--lm-eval-path", str(tasks)]

@@ -22,6 +22,7 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from model.chat import Chat
 from model.llama import Llama
+from model.peft_format import save_lora
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
 
@@ -116,7 +117,7 @@ def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, cap
     session = Session.open(ModelConfig(str(tiny_llama_dir(tokenizer=True))))
     lora = new_lora(session.model)
     lora.params.add_(0.1)
-    lora.save(tmp_path / "tuned")
+    save_lora(lora, tmp_path / "tuned")
     data = tmp_path / "prompts.csv"
     data.write_text("goal,target\nWhy?,x\n,y\nHow far?,z\n")
     args = (

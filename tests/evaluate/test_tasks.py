@@ -31,6 +31,7 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from engine.verify.sandbox import Unprotected, run_program
 from model.lora import Lora
+from model.peft_format import save_lora
 from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -579,7 +580,7 @@ def script(*args: object, code: int = 0) -> str:
 
 def test_the_script(model_dir, session, data, tmp_path):
     adapter = tmp_path / "tuned"
-    two_arms(session)["tuned"].save(adapter)
+    save_lora(two_arms(session)["tuned"], adapter)
     args = ["--model", model_dir, "--adapter", adapter, "--task", "gsm8k", "--task", "advbench"]
     args += ["--tasks-dir", data, "--max-new-tokens", "4", "--out", tmp_path / "out"]
     said = script(*args)

@@ -16,7 +16,7 @@ from engine.runtime.files import read_jsonl
 from engine.session import ModelConfig, Session
 from engine.train.validate import ValidateConfig, Validator
 from model.llama import Llama
-from model.lora import Lora
+from model.peft_format import load_lora
 from tests.conftest import CHATML
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_the_main_job(tiny, data, tmp_path):
     assert result["training"]["sft"]["steps"] == result["training"]["sdft"]["steps"] == 2
     assert sum(result["distilled"]["counts"].values()) == 8
     for arm in ("sft", "sdft"):
-        Llama.from_pretrained(tiny).bind(Lora.load(out / arm))
+        Llama.from_pretrained(tiny).bind(load_lora(out / arm))
     _what_the_report_shows(out, printed)
     # the same command again does nothing again
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
@@ -141,7 +141,7 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
     assert "LoRA on 14/14 linears" in said
     raw = tmp_path / "raw"  # plain rows give the same adapter as their references
     script("train", *model, *train, "--out", raw, "--epochs", "1", "--modules", "all")
-    torch.testing.assert_close(Lora.load(raw).params, Lora.load(run).params, rtol=0, atol=0)
+    torch.testing.assert_close(load_lora(raw).params, load_lora(run).params, rtol=0, atol=0)
     shown = script("train", *model, "--data", distilled, "--target", "reference", "--show", "1")
     assert "with loss (*)" in shown and "  * " in shown
     test = ["--data", data / "test.json", "--verify", "number"]
@@ -218,7 +218,7 @@ def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
         for system in ("Count.", None)
     )
     looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
-    lora = Lora.load(tmp_path / "sft")
+    lora = load_lora(tmp_path / "sft")
     session.model.bind(lora)
     nll = {system: Validator(looking, system, session)(lora)[0]
            for system in (told, plain)}  # fmt: skip
@@ -277,7 +277,7 @@ def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path)
     plain = script("train", *args, "--out", tmp_path / "sft", *FLAGS[6:12])
     assert "examples 4," in plain and "context 4" in plain
     torch.testing.assert_close(
-        Lora.load(tmp_path / "sft").params, Lora.load(out / "sft").params, rtol=0, atol=0
+        load_lora(tmp_path / "sft").params, load_lora(out / "sft").params, rtol=0, atol=0
     )
     said = script("preflight", *args, "--max-new-tokens", "4", "--sample", "2")
     assert json.loads(said.splitlines()[-1])["sample"] == 2

@@ -18,6 +18,7 @@ from kernels.launch import tile_config, triton_launch
 from kernels.lora_linear.group import LoraGroup
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS, invariant
 from model.llama import Llama
+from model.sampling_weights import for_sampling
 from tests.helpers import interpreter
 from tests.helpers.adapters import new_lora
 
@@ -161,7 +162,7 @@ def test_sampled_texts_are_batch_invariant(model):
 def test_the_check_on_a_card_finds_a_product_that_depends_on_the_batch(model):
     """`differing` runs before the first row is sampled: it finds nothing here, and must not miss a
     product that depends on the number of rows."""
-    ours, lora = model.for_sampling(adapter(model), invariant=True)
+    ours, lora = for_sampling(model, adapter(model), invariant=True)
     ops = dataclasses.replace(ours.ops, sample=TORCH.sample)  # much faster in the interpreter
 
     def dependent(x, weight):
@@ -179,7 +180,7 @@ def test_invariant_is_refused_where_it_does_not_hold(tiny_llama_dir):
     for dtype, ops in ((torch.bfloat16, TORCH), (torch.float32, REFERENCE)):
         model = Llama.from_pretrained(path, dtype=dtype, ops=ops)
         with pytest.raises(ValueError, match="invariant: rms_norm, rope, .*float32"):
-            model.for_sampling(invariant=True)
+            for_sampling(model, invariant=True)
     one = dataclasses.replace(TRITON, swiglu_forward=TORCH.swiglu_forward)
     with pytest.raises(ValueError, match="invariant: swiglu would run"):
         invariant(one)

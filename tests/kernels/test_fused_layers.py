@@ -17,13 +17,14 @@ from kernels.integers import cdiv
 from kernels.registry import NATIVE, TORCH
 from model.kv_cache import KVCache
 from model.llama import Llama
+from model.sampling_weights import for_sampling
 
 REASON = native.why_unavailable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no native kernels: {REASON}")
 
 
 def sampling_model(path) -> Llama:
-    return Llama.from_pretrained(path, device="cpu", ops=NATIVE).for_sampling()[0]
+    return for_sampling(Llama.from_pretrained(path, device="cpu", ops=NATIVE))[0]
 
 
 def forward(
@@ -39,11 +40,11 @@ def forward(
     cache.k.normal_(generator=g)
     cache.v.normal_(generator=g)
     tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=g)
-    whole, model.at_once = model.at_once, model.at_once if at_once else None
+    whole, model.fused_layers = model.fused_layers, model.fused_layers if at_once else None
     cached = Cached.build(new, contexts, tables, size, alone=True)
     rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
-    hidden = model.forward(tokens, cached, cache=cache, wanted=rows)
-    model.at_once = whole
+    hidden = model.forward(tokens, cached, cache=cache, logits_indices=rows)
+    model.fused_layers = whole
     return hidden, cache.k, cache.v
 
 
@@ -64,7 +65,7 @@ def forward(
 def test_one_call_equals_the_calls_one_by_one(tiny_llama_dir, tied, new, contexts, wanted):
     path = tiny_llama_dir(layers=3, heads=4, kv_heads=2, hidden=48, tied=tied)
     model = sampling_model(path)
-    assert model.at_once is not None
+    assert model.fused_layers is not None
     both = [forward(model, new, contexts, way, wanted) for way in (True, False)]
     assert len(both[0][0]) == (sum(new) if wanted is None else len(wanted))
     for a, b in zip(*both, strict=True):
@@ -75,10 +76,10 @@ def test_the_workspace_leaks_nothing_into_the_next_forward(tiny_llama_dir):
     """It is kept: numbers that a forward of more tokens left there change nothing."""
     model = sampling_model(tiny_llama_dir(layers=2))
     before = forward(model, [3, 1], [4, 9], True, None)[0]
-    size = len(model.at_once.workspace)
+    size = len(model.fused_layers.workspace)
     forward(model, [50, 60], [0, 3], True, [109])
-    assert len(model.at_once.workspace) > size
-    model.at_once.workspace.fill_(float("nan"))
+    assert len(model.fused_layers.workspace) > size
+    model.fused_layers.workspace.fill_(float("nan"))
     assert torch.equal(forward(model, [3, 1], [4, 9], True, None)[0], before)
 
 
@@ -90,10 +91,10 @@ def test_arguments_that_do_not_fit_are_refused(tiny_llama_dir):
     h, cos_sin = torch.zeros(2, c.hidden_size), torch.zeros(16, c.head_dim)
     for k, tokens in ((cache.k[:1], h), (cache.k, h[:1])):
         with pytest.raises(AssertionError, match="2 layers"):
-            model.at_once(tokens, cached, cos_sin, k, k, 1e-5)
+            model.fused_layers(tokens, cached, cos_sin, k, k, 1e-5)
     for wanted in ([1, 0], [0, 0], [2], [-1]):  # must increase, and be there
         with pytest.raises(AssertionError, match="of 2 tokens"):
-            model.at_once(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
+            model.fused_layers(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
 
 
 def test_the_sampler_runs_it(tiny_llama_dir):
@@ -104,10 +105,15 @@ def test_the_sampler_runs_it(tiny_llama_dir):
     for one_by_one in (False, True):
         config = SamplerConfig(rows=3, draft="off", page_size=8)
         with Sampler(model, str, (), config) as sampler:
-            at_once = sampler.model.at_once
-            sampler.model.at_once = None
+            at_once = sampler.model.fused_layers
+            sampler.model.fused_layers = None
             if not one_by_one:
-                sampler.model.at_once = lambda *a, run=at_once: calls.append(len(a[0])) or run(*a)
+
+                def counted(*args, run=at_once):
+                    calls.append(len(args[0]))
+                    return run(*args)
+
+                sampler.model.fused_layers = counted
             texts.append({c.id: (c.ids, c.logprobs) for c in sampler.run(requests)})
             steps = sampler.stats.steps
     assert texts[0] == texts[1]
@@ -116,8 +122,9 @@ def test_the_sampler_runs_it(tiny_llama_dir):
 
 def test_plain_weights_run_layer_by_layer(tiny_llama_dir):
     path = tiny_llama_dir(layers=2)
-    assert Llama.from_pretrained(path, device="cpu", ops=NATIVE).at_once is None
-    assert Llama.from_pretrained(path, device="cpu", ops=TORCH).for_sampling()[0].at_once is None
+    native, plain = (Llama.from_pretrained(path, device="cpu", ops=ops) for ops in (NATIVE, TORCH))
+    assert native.fused_layers is None
+    assert for_sampling(plain)[0].fused_layers is None
 
 
 def test_the_profile_adds_up(tiny_llama_dir):

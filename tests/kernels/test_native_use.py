@@ -24,9 +24,11 @@ from kernels.cpu.prepack import Prepacked
 from kernels.packed import Packed
 from kernels.registry import NATIVE, TORCH
 from kernels.spec import Widths
+from model.layout import GROUPS
 from model.llama import Llama
-from model.lora import GROUPS
+from model.sampling_weights import for_sampling, restore_weights
 from model.tape import Tape
+from model.weights import PlainWeights
 from tests.helpers.adapters import new_lora
 from tests.helpers.sampling import SAMPLED, random_requests, text
 
@@ -474,7 +476,7 @@ def test_heads_that_are_no_whole_vectors_fall_back(cache, built, capsys, tiny_ll
         model = Llama.from_pretrained(tiny_llama_dir(head_dim=head))
         assert model.ops is TORCH
         assert f"cached_attention: heads of {head} are not a multiple" in capsys.readouterr().out
-        sampling, _ = model.for_sampling()
+        sampling, _ = for_sampling(model)
         assert sampling.ops is TORCH and not isinstance(sampling.weights["head"], Panels)
         assert written(model) == written(Llama(model.config, model.weights, TORCH))
     assert Llama.from_pretrained(tiny_llama_dir(head_dim=d)).ops.sampled is NATIVE
@@ -530,7 +532,7 @@ def hidden(model, lora=None):
 def test_packed_for_sampling(model):
     """What is multiplied by or looked up in, in two bytes a number; the rest as it is."""
     before, held = copied(model), dict(model.weights)
-    sampling, lora = model.for_sampling()
+    sampling, lora = for_sampling(model)
     assert lora is None and sampling.ops is NATIVE
     assert all(model.weights[name] is held[name] for name in held) and same(model.weights, before)
     for name in ("head", "embed", *matrices(model)):
@@ -549,7 +551,7 @@ def test_released_and_restored(model):
     """Bit for bit, tied to each other as they were; while released the model computes as before."""
     before, want = copied(model), hidden(model)
     for _ in range(2):
-        sampling, _ = model.for_sampling(release=True)
+        sampling, _ = for_sampling(model, release=True)
         assert all(isinstance(model.weights[name], Panels) for name in ("head", *matrices(model)))
         assert all(a is b for a, b in zip(model.weights.values(), [
             sampling.weights[name] for name in model.weights
@@ -558,14 +560,14 @@ def test_released_and_restored(model):
         assert torch.equal(hidden(model), hidden(Llama(model.config, model.weights, TORCH)))
         nll, _ = model.nll(hidden(model)[:3], torch.tensor([1, 2, 3]), need_grad=False)
         assert nll.isfinite().all() and model.dtype == torch.float32
-        twice, _ = model.for_sampling(release=True)
+        twice, _ = for_sampling(model, release=True)
         assert all(twice.weights[name] is sampling.weights[name] for name in model.weights)
-        model.restore()
+        restore_weights(model)
         assert same(model.weights, before)
         tied = model.weights["head"] is model.weights["embed"]
         assert tied == model.config.tie_embeddings
         assert torch.equal(hidden(model), want)
-    model.restore()
+    restore_weights(model)
     assert same(model.weights, before), "nothing to take back is no error"
 
 
@@ -573,7 +575,7 @@ def test_an_adapter_is_merged_into_the_copy(model):
     before, held, lora = copied(model), dict(model.weights), adapter(model)
     want = hidden(model, lora)
     for release in (True, False):
-        sampling, left = model.for_sampling(lora, release=release)
+        sampling, left = for_sampling(model, lora, release=release)
         assert left is None and all(model.weights[name] is held[name] for name in held)
         torch.testing.assert_close(hidden(sampling), want, rtol=1e-4, atol=1e-5)
         sizes = {name: sampling.weights[name].bytes for name in ("head", *matrices(model))}
@@ -581,24 +583,24 @@ def test_an_adapter_is_merged_into_the_copy(model):
         assert {name for name, size in sizes.items() if size == 4} == merged
         assert all(size == 2 for name, size in sizes.items() if name not in merged)
     assert same(model.weights, before)
-    seed, _ = model.for_sampling(release=True)
+    seed, _ = for_sampling(model, release=True)
     with pytest.raises(AssertionError, match="released: restore it first"):
-        model.for_sampling(lora)
-    model.restore()
+        for_sampling(model, lora)
+    restore_weights(model)
     assert same(model.weights, before)
     assert not torch.equal(hidden(seed), hidden(sampling))
 
 
 def test_torchs_table_packs_by_onednn(model):
     """`--ops torch` is oneDNN's layout, and the embeddings a plain tensor."""
-    plain = Llama(model.config, dict(model.weights), TORCH)
+    plain = Llama(model.config, PlainWeights(model.weights), TORCH)
     if not Prepacked.available(plain.weights["embed"]):
         pytest.skip("this CPU's torch has no oneDNN")
     before = copied(plain)
-    sampling, _ = plain.for_sampling(release=True)
+    sampling, _ = for_sampling(plain, release=True)
     assert sampling.ops is TORCH and isinstance(sampling.weights["embed"], torch.Tensor)
     assert all(isinstance(sampling.weights[n], Prepacked) for n in ("head", *matrices(plain)))
-    plain.restore()
+    restore_weights(plain)
     assert same(plain.weights, before)
     assert (plain.weights["head"] is plain.weights["embed"]) == plain.config.tie_embeddings
 

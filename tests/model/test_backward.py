@@ -11,8 +11,9 @@ import torch
 
 from kernels.packed import Packed
 from kernels.registry import REFERENCE, TORCH
+from model.layout import MODULES
 from model.llama import Llama
-from model.lora import MODULES, Lora
+from model.lora import Lora
 from model.tape import POLICIES, Tape
 from tests.helpers.adapters import new_lora
 

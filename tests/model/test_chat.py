@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from model.chat import FORMATS, Chat
+from model.chat import Chat
+from model.chat_formats import FORMATS
 from model.tokenizer import load_tokenizer
 from tests.helpers.tokenizer_dirs import (
     golden,
@@ -299,7 +300,7 @@ def test_forced_beginning_of_the_answer(load, kind, chat_format):
     assert chat.response_ids(rest, "") == chat.response_ids(rest, " ") == chat.response_ids(rest)
 
 
-def test_the_space_after_inst_is_the_answers(load):
+def test_the_space_after_inst_belongs_to_the_answer(load):
     """Llama 2 with sentencepiece: `[/INST] Blue`; after a line break the answer just goes on."""
     chat = load("tiny")
     assert chat.tokenizer.piece(chat.response_ids("blue")[0]).startswith(" ")
@@ -307,7 +308,7 @@ def test_the_space_after_inst_is_the_answers(load):
     assert not chat.tokenizer.piece(load("tiny", "alpaca").response_ids("blue")[0]).startswith(" ")
 
 
-def test_a_header_the_template_never_prompts_with_is_prompted(from_template):
+def test_a_template_that_ignores_the_generation_prompt_gets_its_header(from_template):
     """A template without add_generation_prompt: what it writes before answers ends the prompt."""
     chat = from_template(
         "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + eos_token + '\n' }}"
@@ -378,7 +379,7 @@ def test_alpaca_is_the_papers_prompt(load):
     assert with_bos.prompt_ids(messages) == [1, *with_bos.tokenizer.encode(prompt)]
 
 
-def test_llama2_opens_every_pair_as_a_text_of_its_own(load, tmp_path):
+def test_llama2_encodes_every_pair_as_the_start_of_a_text(load, tmp_path):
     """As Meta encoded its chats; equal to a template of that shape under `"legacy": true`."""
     chat = load("tiny", "llama2")
     encode = chat.tokenizer.encode
@@ -415,7 +416,7 @@ def test_one_bos_at_most_opens_a_text(load, kind, chat_format):
     assert all(pair != (bos, bos) for pair in zip(ids, ids[1:], strict=False))
 
 
-def test_a_bos_that_the_user_spells_is_not_the_formats(load):
+def test_a_bos_that_the_user_spells_is_plain_text(load):
     chat = load("tiny", "alpaca")
     messages = [system("<s>Be brief."), user("Hi")]
     assert chat.render(messages, add_generation_prompt=True).startswith("<s><s>Be brief.")
@@ -494,7 +495,7 @@ def test_helpers_of_a_template(from_template, load):
         ("messages.__class__.__mro__", "refuses this conversation: .*__class__"),
     ],
 )
-def test_what_a_template_may_not_do(from_template, condition, reason):
+def test_a_template_cannot_leave_the_sandbox(from_template, condition, reason):
     chat = from_template(
         f"{{% if messages[0].role == 'system' %}}{{{{ {condition} }}}}{{% endif %}}"
         "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -627,7 +628,7 @@ def spelled_out(chat: Chat, ids: list[int]) -> str:
         (ANOTHER_TOKEN, "It is 4.", "2 + 2?<|im_end|>", "<|im_start|>It is 4."),
     ],
 )
-def test_a_target_is_what_the_template_writes(smollm2_chat, source, answer, prompt_ends, said):
+def test_a_target_is_the_answer_as_rendered(smollm2_chat, source, answer, prompt_ends, said):
     chat = smollm2_chat(source)
     target = chat.target([user("2 + 2?")], answer)
     assert spelled_out(chat, target.prompt).endswith(prompt_ends)
@@ -652,7 +653,7 @@ def test_prompts_that_open_a_think_block_do_not_teach_answers_inside_it(smollm2_
     assert chat.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
 
 
-def test_a_prompt_that_is_no_beginning_of_the_conversation_is_said(smollm2_chat, load):
+def test_notice_of_a_prompt_that_does_not_begin_the_conversation(smollm2_chat, load):
     notice = smollm2_chat(OPENS_THINKING).notice
     assert "'<|im_end|><|im_start|>assistant\\n<think>\\n'" in notice
     assert "'<|im_end|><|im_start|>assistant\\nAN-ANSWER<|im_end|>'" in notice
@@ -663,7 +664,7 @@ def test_a_prompt_that_is_no_beginning_of_the_conversation_is_said(smollm2_chat,
     assert all(load(kind, chat_format).notice is None for kind, chat_format in SETTINGS)
 
 
-def test_conversations_that_cannot_be_reconciled_are_said(smollm2_chat):
+def test_notice_of_a_prompt_with_nothing_in_common_with_the_conversation(smollm2_chat):
     """A template that begins otherwise with an answer: targets stand behind the prompt."""
     source = "{{ 'done: ' if messages[-1].role == 'assistant' else 'open: ' }}" + CHATML
     chat = smollm2_chat(source)
@@ -676,9 +677,7 @@ def test_conversations_that_cannot_be_reconciled_are_said(smollm2_chat):
 
 
 @pytest.mark.parametrize(("kind", "chat_format"), SETTINGS)
-def test_targets_are_how_the_conversation_begins_space_around_them_included(
-    load, kind, chat_format
-):
+def test_prompt_and_target_begin_the_conversation_spaces_included(load, kind, chat_format):
     chat = load("llama3_lines" if kind == "llama3" else kind, chat_format)
     trims = kind in ("llama2", "tiny", "llama3") and chat_format != "alpaca"
     texts = [text for text in TEXTS if text.strip()]
@@ -698,7 +697,7 @@ def test_targets_are_how_the_conversation_begins_space_around_them_included(
     assert compared > 200 and exceptions == []
 
 
-def test_what_a_target_spells_is_plain_text(load):
+def test_a_special_token_spelled_in_a_target_is_plain_text(load):
     for kind, chat_format in SETTINGS:
         chat = load(kind, chat_format)
         control = {*chat.tokenizer.special.values()}
@@ -822,7 +821,7 @@ ENDS_FAR = CHATML.replace("<|im_start|>", "").replace("<|im_end|>", "<|end|>")
         ({"eos": [2, 32000]}, f"which ends an answer, {FAR}"),
     ],
 )
-def test_tokens_that_every_turn_needs_are_held_against_the_embeddings(beyond, settings, reason):
+def test_a_turn_token_beyond_the_embeddings_is_refused(beyond, settings, reason):
     with pytest.raises(ValueError, match=reason):
         beyond({"<|end|>": 32000}, **settings)
     beyond({"<|end|>": 32000}, rows=32001, **settings)
@@ -863,7 +862,7 @@ def test_a_format_that_needs_eos_says_how_to_name_it(tmp_path):
 
 
 @pytest.mark.parametrize("found", [5, {"default": "x"}, [{"name": "default"}], ["x"], True])
-def test_a_template_that_is_no_text_is_named(tmp_path, found):
+def test_a_template_that_is_not_text_is_refused(tmp_path, found):
     path = tiny_sentencepiece(tmp_path, chat_template=found)
     with pytest.raises(ValueError, match="tokenizer_config.json: chat_template is a "):
         Chat.from_dir(path, load_tokenizer(path))

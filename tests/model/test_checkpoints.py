@@ -18,6 +18,7 @@ from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.rope import cos_sin_table, inverse_frequencies
+from model.sampling_weights import for_sampling
 from model.tokenizer import load_tokenizer
 from tests.helpers.shards import split
 
@@ -104,7 +105,7 @@ def test_config_is_refused(tiny_llama_dir, changes, named):
     assert_refused(path, str(path / "config.json"), named)
 
 
-def test_config_that_is_no_object_is_refused(tiny_llama_dir):
+def test_config_that_is_not_an_object_is_refused(tiny_llama_dir):
     path = tiny_llama_dir()
     (path / "config.json").write_text('{"model_type": "llama",')
     assert_refused(path, str(path / "config.json"), "is not JSON")
@@ -166,7 +167,7 @@ def test_context_of_a_linearly_scaled_model(tiny_llama_dir, config, named, longe
     model = Llama.from_pretrained(path)
     assert model.config.max_position == longest
     assert model.logits(torch.zeros(longest, dtype=torch.int64)).shape == (longest, 320)
-    with pytest.raises(ValueError, match=f"up to {longest} is wanted"):
+    with pytest.raises(ValueError, match=f"of at most {longest}"):
         model.logits(torch.zeros(longest + 1, dtype=torch.int64))
 
 
@@ -228,7 +229,7 @@ def test_a_head_stored_under_a_tied_config(tiny_llama_dir, capsys, dtype):
     assert torch.equal(other.weights["embed"], tied.weights["embed"])
     want = -tied.logits(torch.arange(9))
     assert torch.equal(other.logits(torch.arange(9)), want)
-    packed, _ = other.for_sampling()  # where a tied model has one packed matrix for both
+    packed, _ = for_sampling(other)  # where a tied model has one packed matrix for both
     assert (packed.logits(torch.arange(9)) - want).abs().max() < 1e-4
     edit_config(path, {"tie_word_embeddings": False})
     assert Llama.from_pretrained(path).config == other.config and capsys.readouterr().out == ""
@@ -317,13 +318,13 @@ def test_quantised_weights_are_refused_as_such(tiny_llama_dir, change):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [QUERY, EMBEDDING, "model.norm.weight", HEAD])
-def test_numbers_that_are_none_are_refused_by_the_tensors_name(tiny_llama_dir, name, value):
+def test_nan_and_infinity_are_refused_by_the_tensors_name(tiny_llama_dir, name, value):
     path = tiny_llama_dir(tied=False, dtype=torch.bfloat16)
     edit_weights(path, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
     assert_refused(path, str(path / WEIGHTS), f"{name} holds 1 numbers that are NaN or infinite")
 
 
-def test_large_numbers_are_none_of_those(tiny_llama_dir):
+def test_large_finite_numbers_are_accepted(tiny_llama_dir):
     """Their sum is infinite, they are not."""
     path = tiny_llama_dir()
     edit_weights(path, lambda tensors: tensors[EMBEDDING].fill_(3e38))
@@ -348,7 +349,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_sharded_weights_are_checked_alike(tiny_llama_dir, tmp_path):
+def test_sharded_weights_are_checked_too(tiny_llama_dir, tmp_path):
     """A stored head is used; a NaN in the rows of one process stops both."""
     other, broken = tiny_llama_dir(tied=True), tiny_llama_dir(tied=False)
     edit_weights(other, lambda tensors: tensors.update({HEAD: -tensors[EMBEDDING]}))
@@ -374,7 +375,7 @@ def test_sharded_weights_are_checked_alike(tiny_llama_dir, tmp_path):
 
 
 @pytest.mark.peers
-def test_what_is_said_twice_is_read_as_transformers_reads_it(tiny_llama_dir, run_peer, tmp_path):
+def test_contradictions_are_resolved_as_in_transformers(tiny_llama_dir, run_peer, tmp_path):
     other, alone, same = (tiny_llama_dir(tied=True) for _ in range(3))
     edit_weights(other, lambda tensors: tensors.update({HEAD: -tensors[EMBEDDING]}))
     edit_weights(alone, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
@@ -440,7 +441,7 @@ def open_everything(path):
         *("generation_config.json", "chat_template.jinja"),
     ],
 )
-def test_every_reader_names_a_file_that_is_another_thing(tiny_llama_dir, tmp_path, name, kind):
+def test_every_reader_names_a_broken_download(tiny_llama_dir, tmp_path, name, kind):
     """A Git LFS pointer above all: git clone without Git LFS leaves them, and says nothing."""
     path = tiny_llama_dir(tokenizer=True)
     if "-of-" in name or name == INDEX:
@@ -462,7 +463,7 @@ def test_every_reader_names_a_file_that_is_another_thing(tiny_llama_dir, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["../m.safetensors", "/m.safetensors", "p/m.safetensors", "..", 3])
-def test_an_index_names_files_beside_it_alone(tiny_llama_dir, tmp_path, name):
+def test_an_index_may_only_name_files_beside_it(tiny_llama_dir, tmp_path, name):
     path = split(tiny_llama_dir(), tmp_path / "shards", 2)
     table = json.loads((path / INDEX).read_text())
     table["weight_map"][QUERY] = name
@@ -473,7 +474,7 @@ def test_an_index_names_files_beside_it_alone(tiny_llama_dir, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"]
 )
-def test_a_checkpoint_lies_in_one_place(tiny_llama_dir, tmp_path, name):
+def test_links_out_of_a_checkpoint_are_refused(tiny_llama_dir, tmp_path, name):
     """Links out of the directory are refused; the Hugging Face cache consists of links."""
     path = tiny_llama_dir(tokenizer=True)
     (path / name).rename(tmp_path / "elsewhere")

@@ -28,6 +28,7 @@ from kernels.packed import Packed
 from model.kv_cache import KVCache
 from model.llama import Llama
 from model.rope import inverse_frequencies
+from model.sampling_weights import for_sampling
 from tests.helpers.shards import split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +179,7 @@ def distance(a, b):
 
 def greedy(model, prompts, new):
     """`new` tokens after each prompt, all rows at once over the paged cache, ends not heeded."""
-    model, _ = model.for_sampling()
+    model, _ = for_sampling(model)
     size = 16
     need = [-(-(len(p) + new) // size) for p in prompts]
     cache = KVCache(model.config, sum(need), size, model.device, model.dtype)
@@ -265,7 +266,7 @@ def test_smollm2_against_transformers(smollm2_dir, run_peer, tmp_path):
     unit = distance(theirs["smollm2/fp32"], truth)
 
     error = distance(logits_at(model, tokens, keep), truth)
-    sampling, _ = model.for_sampling()
+    sampling, _ = for_sampling(model)
     error_prepacked = distance(logits_at(sampling, tokens, keep), truth)
     print(f"error {error:.3g}, prepacked {error_prepacked:.3g}, transformers' own {unit:.3g}")
     assert max(error, error_prepacked) <= 2 * unit
@@ -320,7 +321,7 @@ def test_smollm2_logits_and_greedy_text(smollm2_dir):
 
 @pytest.mark.parametrize("form", [Prepacked, Panels])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_packed_products_stand_alone(smollm2_dir, threads, form):
+def test_packed_products_are_batch_invariant(smollm2_dir, threads, form):
     """Bitwise, for every number of rows and in any order, on the real matrices of three layers."""
     model = Llama.from_pretrained(smollm2_dir)
     if not form.available(model.weights["embed"]):

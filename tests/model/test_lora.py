@@ -19,10 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from kernels.adamw import AdamW
 from kernels.packed import Packed
+from model.layout import GROUPS
 from model.llama import Llama
-from model.lora import GROUPS, PRESETS, Lora
+from model.lora import PRESETS
 from model.merge import merge
+from model.peft_format import load_lora, save_lora
+from model.sampling_weights import for_sampling, restore_weights
 from model.tape import Tape
+from model.weights import PlainWeights
 from tests.helpers.adapters import TOKENS, ask_peft, distance, random_lora
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "peft"
@@ -120,11 +124,11 @@ def test_smollm2_gradients_and_logits_equal_pefts(smollm2_dir, run_peer, tmp_pat
     for modules in ("qv", "all"):
         lora = loras[modules] = random_lora(model, modules)
         before, after = tmp_path / f"{modules}-before", tmp_path / f"{modules}-after"
-        lora.save(before, base=smollm2_dir)
+        save_lora(lora, before, base=smollm2_dir)
         train(model, lora, rows, steps=1)
-        lora.save(after, base=smollm2_dir)
+        save_lora(lora, after, base=smollm2_dir)
         gradients[modules] = lora.views(lora.grads.clone())
-        logits[modules] = model.logits(torch.tensor(tokens), Lora.load(after))
+        logits[modules] = model.logits(torch.tensor(tokens), load_lora(after))
         place = {"dir": smollm2_dir}
         jobs["gradients"][modules] = {**place, "adapter": before, "rows": rows, "dtype": "float32"}
         jobs["logits"][modules] = {**place, "adapter": after, "tokens": tokens}
@@ -174,15 +178,15 @@ REFUSED = {
 
 def assert_saved_and_merged(base, adapter, again):
     """What was loaded is saved as it was, bound or not, and merged gives the same logits."""
-    model, lora = Llama.from_pretrained(base, dtype=torch.float64), Lora.load(adapter)
+    model, lora = Llama.from_pretrained(base, dtype=torch.float64), load_lora(adapter)
     logits = model.logits(TOKENS, lora)
-    lora.save(again)
+    save_lora(lora, again)
     assert_same_files(adapter, again)
-    merge(base, Lora.load(again), again / "merged")
+    merge(base, load_lora(again), again / "merged")
     merged = Llama.from_pretrained(again / "merged", dtype=torch.float64).logits(TOKENS)
     assert distance(merged, logits) < 2e-5 and distance(merged, model.logits(TOKENS)) > 1e-2
     single = Llama.from_pretrained(base)
-    sampling, left = single.for_sampling(Lora.load(again))
+    sampling, left = for_sampling(single, load_lora(again))
     assert left is None and distance(sampling.logits(TOKENS), logits) < 2e-5
 
 
@@ -214,11 +218,11 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
         for rslora in (False, True):
             name = f"ours-{modules}-{'rslora' if rslora else 'lora'}"
             loras[name] = train(model, random_lora(model, modules, rslora), random_rows(), steps=3)
-            loras[name].save(tmp_path / name, base=path)
+            save_lora(loras[name], tmp_path / name, base=path)
             here = {**place, "adapter": tmp_path / name}
             jobs["logits"][name] = {**here, "tokens": TOKENS}
             jobs["gradients"][name] = {**here, "rows": random_rows(), "dtype": "float64"}
-            again = Lora.load(tmp_path / name)
+            again = load_lora(tmp_path / name)
             exact.bind(again)
             add_gradient(exact, again, random_rows())
             gradients[name] = again.views(again.grads)
@@ -235,17 +239,17 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
     for name, gradient in gradients.items():
         assert_same_gradients(name, gradient, theirs, tolerance=1e-9)
     for name in jobs["logits"]:
-        logits = model.logits(TOKENS, loras.get(name) or Lora.load(tmp_path / name))
+        logits = model.logits(TOKENS, loras.get(name) or load_lora(tmp_path / name))
         assert_as_close_as_peft(name, logits, theirs)
-        logits64 = exact.logits(TOKENS, Lora.load(tmp_path / name))
+        logits64 = exact.logits(TOKENS, load_lora(tmp_path / name))
         assert distance(logits64, theirs[f"{name}/fp64"]) < 1e-11, f"{name}: another function"
         assert distance(logits, plain) > 1e-2, f"{name} does nothing: the test would prove nothing"
-    assert torch.equal(model.logits(TOKENS, Lora.load(tmp_path / "untrained")), plain)
+    assert torch.equal(model.logits(TOKENS, load_lora(tmp_path / "untrained")), plain)
     for name in PATTERNED:
         assert_saved_and_merged(path, tmp_path / name, tmp_path / f"{name}-again")
     for name in REFUSED:
         with pytest.raises(ValueError, match=rf"adapter_config.json: {name} = "):
-            Lora.load(tmp_path / name)
+            load_lora(tmp_path / name)
     if UPDATE:
         shutil.rmtree(GOLDEN, ignore_errors=True)
         GOLDEN.mkdir()
@@ -261,7 +265,7 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
 def test_adapter_of_peft_gives_the_logits_peft_gave(tiny_llama_dir):
     model = Llama.from_pretrained(tiny_llama_dir(head_dim=32, hidden=64, tied=False))
     golden = load_file(GOLDEN / "logits.safetensors")
-    logits = model.logits(golden["tokens"], Lora.load(GOLDEN))[-8:]
+    logits = model.logits(golden["tokens"], load_lora(GOLDEN))[-8:]
     # the floor is for a torch.randn whose last bit differs on another CPU
     assert distance(logits, golden["logits"]) < 1e-5 * golden["logits"].abs().max().item()
 
@@ -270,8 +274,8 @@ def test_adapter_of_peft_gives_the_logits_peft_gave(tiny_llama_dir):
 def test_saved_adapter_is_the_same_adapter(tiny_llama_dir, tmp_path, modules):
     model = Llama.from_pretrained(tiny_llama_dir())
     lora = random_lora(model, modules, rslora=True)
-    lora.save(tmp_path / "adapter", base="somewhere")
-    again = Lora.load(tmp_path / "adapter")
+    save_lora(lora, tmp_path / "adapter", base="somewhere")
+    again = load_lora(tmp_path / "adapter")
     assert torch.equal(again.params, lora.params) and again.slots == lora.slots
     assert again.config.module_names() == lora.config.module_names()
     assert again.config.scale == lora.config.scale
@@ -279,7 +283,7 @@ def test_saved_adapter_is_the_same_adapter(tiny_llama_dir, tmp_path, modules):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere"
     with pytest.raises(ValueError, match="exists already"):
-        lora.save(tmp_path / "adapter")
+        save_lora(lora, tmp_path / "adapter")
 
 
 def edited(tmp_path, change_config=None, change_tensors=None):
@@ -350,7 +354,7 @@ def test_setting_is_refused_by_name(tmp_path, setting):
     path = edited(tmp_path, setting)
     (name,) = setting
     with pytest.raises(ValueError, match=rf"adapter_config.json: {name} (=|is) "):
-        Lora.load(path)
+        load_lora(path)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,7 @@ def test_setting_is_refused_by_name(tmp_path, setting):
     ],
 )
 def test_setting_that_changes_nothing_is_accepted(tmp_path, setting):
-    assert torch.equal(Lora.load(edited(tmp_path, setting)).params, Lora.load(GOLDEN).params)
+    assert torch.equal(load_lora(edited(tmp_path, setting)).params, load_lora(GOLDEN).params)
 
 
 STEM = "base_model.model.model.layers.1.mlp.up_proj"
@@ -406,16 +410,16 @@ STEM = "base_model.model.model.layers.1.mlp.up_proj"
 def test_tensor_is_refused_by_name(tmp_path, change, named):
     path = edited(tmp_path, change_tensors=change)
     with pytest.raises(ValueError) as refusal:
-        Lora.load(path)
+        load_lora(path)
     assert str(path / "adapter_model.safetensors") in str(refusal.value)
     assert named in str(refusal.value)
 
 
-def test_a_pattern_that_is_no_expression_is_refused(tmp_path):
+def test_a_pattern_that_is_not_a_regular_expression_is_refused(tmp_path):
     for setting in ({"rank_pattern": {"q_(": 4}}, {"target_modules": "*"}):
         path = edited(tmp_path, setting)
         with pytest.raises(ValueError, match=r"adapter_config.json: .* is no regular expression"):
-            Lora.load(path)
+            load_lora(path)
         shutil.rmtree(path)
 
 
@@ -458,12 +462,12 @@ def test_ranks_alphas_and_layers_of_single_modules(tiny_llama_dir, tmp_path):
     }
     made = peft_adapter(tmp_path / "adapter", path, ranks, alphas, **said)
     exact = Llama.from_pretrained(path, dtype=torch.float64)
-    lora = Lora.load(tmp_path / "adapter")
+    lora = load_lora(tmp_path / "adapter")
     logits = exact.logits(TOKENS, lora)
     whole = load_file(path / "model.safetensors") | {}
     whole = {name: made.get(name, weight.double()) for name, weight in whole.items()}
     assert_logits_of(exact, whole, logits)
-    assert distance(Llama.from_pretrained(path).logits(TOKENS, Lora.load(tmp_path / "adapter")),
+    assert distance(Llama.from_pretrained(path).logits(TOKENS, load_lora(tmp_path / "adapter")),
                     logits) < 1e-4  # fmt: skip
     assert_saved_and_merged(path, tmp_path / "adapter", tmp_path / "again")
 
@@ -478,7 +482,7 @@ def test_ranks_alphas_and_layers_of_single_modules(tiny_llama_dir, tmp_path):
 
 def assert_logits_of(model, weights, logits):
     """`logits` are those of `model` with other weights, by their names in a checkpoint, in fp64."""
-    ours = dict(model.weights)
+    ours = PlainWeights(model.weights)
     for i in range(model.config.num_layers):
         stem = f"model.layers.{i}"
         for group, members in GROUPS.items():
@@ -488,7 +492,7 @@ def assert_logits_of(model, weights, logits):
     assert distance(model.logits(TOKENS), logits) > 1e-2, "the adapter does nothing"
 
 
-def test_a_layer_that_nobody_left_out_is_missed(tiny_llama_dir, tmp_path):
+def test_a_layer_missing_without_a_pattern_is_refused(tiny_llama_dir, tmp_path):
     """An adapter of two layers under a model of three is another model's, unless it says so."""
     path, q = tiny_llama_dir(layers=3), "self_attn.q_proj"
     ranks = {(0, q): 4, (1, q): 4}
@@ -504,7 +508,7 @@ def test_a_layer_that_nobody_left_out_is_missed(tiny_llama_dir, tmp_path):
     }
     for name, said in loads.items():
         peft_adapter(tmp_path / name, path, ranks, dict.fromkeys(ranks, 8.0), **said)
-        lora = Lora.load(tmp_path / name)
+        lora = load_lora(tmp_path / name)
         if name in ("said", "said-by-pattern", "excluded"):
             assert distance(model.logits(TOKENS, lora), model.logits(TOKENS)) > 1e-2
             continue
@@ -528,7 +532,7 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
         tensors = load_file(where / "adapter_model.safetensors")
         tensors |= {f"base_model.model.{name}": tensor for name, tensor in copies.items()}
         save_file(tensors, where / "adapter_model.safetensors")
-        return Lora.load(where)
+        return load_lora(where)
 
     want = model.logits(TOKENS, adapter({}))
     assert capsys.readouterr().out == ""
@@ -538,9 +542,9 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
         lora = adapter(copies)
         assert torch.equal(model.logits(TOKENS, lora), want)
         assert f"the model's own {head} as well" in capsys.readouterr().out
-        sampling, _ = model.for_sampling(release=True)  # bound while the matrices are packed
-        model.bind(Lora.load(where))
-        model.restore()
+        sampling, _ = for_sampling(model, release=True)  # bound while the matrices are packed
+        model.bind(load_lora(where))
+        restore_weights(model)
         merge(base, adapter(copies), where / "merged")
         assert not any("lora" in n for n in load_file(where / "merged" / "model.safetensors"))
     other = {embedding: own[embedding].clone()}
@@ -556,25 +560,25 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_refused(tmp_path, value):
+def test_nan_and_infinity_are_refused(tmp_path, value):
     name = f"{STEM}.lora_B.weight"
     path = edited(tmp_path, change_tensors=lambda tensors: tensors[name][3].fill_(value))
     with pytest.raises(ValueError, match=f"{name} holds 3 numbers that are NaN or infinite"):
-        Lora.load(path)
+        load_lora(path)
 
 
-def test_adapter_files_that_are_other_things(tmp_path):
+def test_broken_adapter_downloads_are_named(tmp_path):
     """Git LFS pointers, and a link to what lies elsewhere."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         path = edited(tmp_path)
         (path / name).rename(tmp_path / "elsewhere")
         (path / name).symlink_to(tmp_path / "elsewhere")
         with pytest.raises(ValueError, match=f"{name} is a link out of its directory"):
-            Lora.load(path)
+            load_lora(path)
         (path / name).unlink()
         (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
         with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
-            Lora.load(path)
+            load_lora(path)
         shutil.rmtree(path)
 
 
@@ -584,23 +588,23 @@ def test_adapter_files_are_refused(tmp_path, tiny_llama_dir):
     for text, named in [("{", "is not JSON"), ("[]", "list")]:
         config.write_text(text)
         with pytest.raises(ValueError, match=f"adapter_config.json .*{named}"):
-            Lora.load(path)
+            load_lora(path)
     shutil.copyfile(GOLDEN / config.name, config)
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ValueError, match="adapter_model.safetensors cannot be read"):
-        Lora.load(path)
+        load_lora(path)
     weights.rename(path / "adapter_model.bin")
     with pytest.raises(ValueError, match="adapter_model.bin is a pickle and is never opened"):
-        Lora.load(path)
+        load_lora(path)
 
 
 @pytest.mark.parametrize("other", [{"layers": 3}, {"layers": 1}, {"heads": 8}])
 def test_adapter_of_another_model_is_refused(tiny_llama_dir, tmp_path, other):
     lora = random_lora(Llama.from_pretrained(tiny_llama_dir()), "all")
-    lora.save(tmp_path / "adapter")
+    save_lora(lora, tmp_path / "adapter")
     stranger = tiny_llama_dir(**other)
     with pytest.raises(ValueError, match="made for another model"):
-        Llama.from_pretrained(stranger).logits(TOKENS, Lora.load(tmp_path / "adapter"))
+        Llama.from_pretrained(stranger).logits(TOKENS, load_lora(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="made for another model"):
-        merge(stranger, Lora.load(tmp_path / "adapter"), tmp_path / "out")
+        merge(stranger, load_lora(tmp_path / "adapter"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from model.llama import Llama
 from model.lora import PRESETS, Lora
-from model.merge import merge
-from model.weights import rewrite_checkpoint
+from model.merge import merge, rewrite_checkpoint
+from model.peft_format import load_lora, save_lora
+from model.sampling_weights import for_sampling
 from tests.helpers.adapters import TOKENS, ask_peft, distance, random_lora
 from tests.helpers.shards import split
 
@@ -43,8 +44,8 @@ def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tm
     with tempfile.TemporaryDirectory(dir=tmp_path) as place:  # pytest would keep the large ones
         for name, source in sources.items():
             adapter, ours, theirs = (Path(place, f"{name}-{k}") for k in ("lora", "ours", "theirs"))
-            random_lora(Llama.from_pretrained(source), "all").save(adapter)
-            merge(source, Lora.load(adapter), ours)
+            save_lora(random_lora(Llama.from_pretrained(source), "all"), adapter)
+            merge(source, load_lora(adapter), ours)
             apart = {"dir": source, "adapter": adapter, "tokens": TOKENS}
             jobs["logits"] |= {name: apart, f"{name}-ours": {**apart, "dir": ours, "adapter": None}}
             if name in sixteen:
@@ -97,7 +98,7 @@ def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
         assert distance(merged.logits(TOKENS), apart.logits(TOKENS, lora)) < 2e-5
 
 
-def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
+def test_config_json_of_a_merged_model_is_corrected(tiny_llama_dir, tmp_path, capsys):
     """Of a head that is stored under a tied config, and of quantisation that is none."""
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     source = tiny_llama_dir(dtype=torch.bfloat16, quantization_config=quantised, note="kept")
@@ -118,7 +119,7 @@ def test_a_merged_directory_says_what_is_so(tiny_llama_dir, tmp_path, capsys):
     assert distance(merged.logits(TOKENS), model.logits(TOKENS, lora)) < 0.1
 
 
-def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
+def test_files_copied_beside_the_weights(tiny_llama_dir, tmp_path):
     """Files of the directory and of the Hugging Face cache; what is left out is listed."""
     cache = tmp_path / "models--some--model"
     source, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
@@ -148,7 +149,7 @@ def test_what_is_copied_beside_the_weights(tiny_llama_dir, tmp_path):
     assert not any(file.is_symlink() for file in (tmp_path / "merged").iterdir())
 
 
-def test_merge_of_numbers_that_are_none_is_refused(tiny_llama_dir, tmp_path):
+def test_merge_of_nan_is_refused(tiny_llama_dir, tmp_path):
     """Of weights that no adapter touches as well."""
     source = tiny_llama_dir()
     lora = random_lora(Llama.from_pretrained(source), "qv")
@@ -174,7 +175,7 @@ def test_merge_that_overflows_is_refused(tiny_llama_dir, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from model.weights import rewrite_checkpoint
+from model.merge import rewrite_checkpoint
 
 left = int(sys.argv[3])
 def change(name, tensor):
@@ -206,7 +207,7 @@ def test_merge_script(tiny_llama_dir, tmp_path):
     source, out = tiny_llama_dir(), tmp_path / "merged"
     model = Llama.from_pretrained(source)
     lora = random_lora(model, "all")
-    lora.save(tmp_path / "adapter")
+    save_lora(lora, tmp_path / "adapter")
 
     def run(model_dir):
         paths = ["--model", model_dir, "--adapter", tmp_path / "adapter", "--out", out]
@@ -237,7 +238,7 @@ def assert_merges_for_sampling(path, modules, tokens):
     again.params.copy_(lora.params)
     truth = exact.logits(tokens, again)
     before = {name: weight.clone() for name, weight in model.weights.items()}
-    sampling, left = model.for_sampling(lora)
+    sampling, left = for_sampling(model, lora)
     assert left is None, "on a CPU in fp32 the adapter is merged"
     merged = sampling.logits(tokens)
     error, unit = distance(merged, truth), distance(model.logits(tokens, lora), truth)

@@ -109,7 +109,7 @@ def test_a_template_that_cannot_be_compiled_is_named():
             render(source)
 
 
-def test_what_a_template_says_is_shown_not_sent():
+def test_control_characters_of_a_template_are_escaped():
     with pytest.raises(ValueError) as error:
         render("{{ raise_exception('no\x1b[31mred\x07\u202e way\nsecond line') }}")
     assert r"no\x1b[31mred\x07\u202e way second line" in str(error.value)
@@ -119,7 +119,7 @@ def test_what_a_template_says_is_shown_not_sent():
     assert len(str(error.value)) < 700
 
 
-def test_what_conversations_need_is_as_ever():
+def test_ordinary_templates_are_not_limited():
     """Loops, filters and operators are counted, and give what Jinja gives."""
     source = (
         "{% for m in messages %}{{ loop.index ~ '/' ~ loop.length }}{{ loop.last }}"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from model.tokenizer import Tokenizer, load_tokenizer, role_ids
+from model.tokenizer import load_tokenizer
+from model.tokenizer_base import Tokenizer
+from model.tokenizer_files import role_ids
 from tests.helpers.tokenizer_dirs import (
     FLAGS,
     golden,
@@ -114,7 +116,7 @@ def test_plain_text_never_gives_a_special_token(load, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_goes_on(load, kind):
+def test_text_that_continues_gets_no_space(load, kind):
     """Cut before a word or a line break, two encodings are the encoding of the whole."""
     tokenizer = load(kind)
     for head, tail in (("the fox", " jumps"), ("the answer is", "\nthe text"), ("a  b", "\n")):
@@ -280,7 +282,7 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
     assert roles(path) == (2, None, False)
 
 
-def test_config_ids_count_where_nothing_else_knows_and_only_of_control_tokens(tiny_llama_dir):
+def test_ids_in_config_json_are_used_last_and_only_for_control_tokens(tiny_llama_dir):
     """A tokenizer.json names no roles: config.json does, unless its ids are of another vocabulary,
     or the class or the post-processor knows better."""
     pytest.importorskip("tokenizers")
@@ -298,7 +300,7 @@ def test_config_ids_count_where_nothing_else_knows_and_only_of_control_tokens(ti
     assert roles({"tokenizer_class": "LlamaTokenizer"}) == (257, 258)  # it has no <s>, </s>
 
 
-def test_llama_class_and_post_processor_know_bos_and_eos(tmp_path):
+def test_llama_class_and_post_processor_name_bos_and_eos(tmp_path):
     pytest.importorskip("tokenizers")
     path = tiny_converted(tmp_path)
     for kind, eos in (("LlamaTokenizerFast", 2), ("PreTrainedTokenizerFast", 1)):
@@ -310,7 +312,7 @@ def test_llama_class_and_post_processor_know_bos_and_eos(tmp_path):
 
 @pytest.mark.parametrize("value", [-5, 10**12, "x", {}, True, 1.5, [2, "x"], [-1], [None]])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_end_ids_that_are_none_are_refused_by_name(tmp_path, file, value):
+def test_end_ids_that_are_not_token_ids_are_refused_by_name(tmp_path, file, value):
     path = train_sentencepiece(tmp_path)
     write_json(path / file, {"eos_token_id": value})
     with pytest.raises(ValueError, match=rf"{file}: eos_token_id is .* a token id, a list of"):
@@ -341,7 +343,7 @@ def test_no_end_ids_and_an_empty_list_are_the_same(tmp_path):
         {"additional_special_tokens": [5]},
     ],
 )
-def test_malformed_notes_on_tokens_are_a_value_error(tmp_path, settings):
+def test_malformed_tokenizer_files_are_a_value_error(tmp_path, settings):
     path = tiny_sentencepiece(tmp_path, **settings)
     with pytest.raises(ValueError, match="tokenizer_config.json.* are not of the form"):
         load_tokenizer(path)
@@ -377,7 +379,7 @@ def test_an_added_token_is_control_when_it_is_asked_to_be(tmp_path, tiny_llama_d
         assert control.with_control([]).special == control.special
 
 
-def test_unigram_text_that_spells_control_pieces_is_sentencepieces(tmp_path):
+def test_unigram_text_that_spells_control_pieces_is_encoded_as_sentencepiece_does(tmp_path):
     """A converted Unigram model has its control pieces in the vocabulary that text is matched
     with; sentencepiece keeps them out."""
     pytest.importorskip("tokenizers")
@@ -433,7 +435,7 @@ def test_added_tokens_of_a_sentencepiece_checkpoint(tmp_path):
         ({"360": {"content": "<mask>", **FLAGS, "lstrip": True}}, "'<mask>' sets lstrip"),
     ],
 )
-def test_added_tokens_that_cannot_be_followed_are_refused(tmp_path, entry, reason):
+def test_unsupported_flags_of_added_tokens_are_refused(tmp_path, entry, reason):
     path = tiny_sentencepiece(tmp_path, added_tokens_decoder=entry)
     with pytest.raises(ValueError, match=reason):
         load_tokenizer(path)

@@ -26,10 +26,12 @@ from engine.session import ModelConfig, Session, as_trained
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.train import train_job
 from engine.train.validate import ValidateConfig
-from model.chat import FORMATS, Chat
+from model.chat import Chat
+from model.chat_formats import FORMATS
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
 from model.merge import merge
+from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
 from tests.helpers.adapters import random_lora
@@ -113,10 +115,10 @@ def test_training_records_its_chat_beside_every_adapter(adapter, base):
     places = sorted((adapter / "checkpoints").iterdir())
     assert places and all(TrainedChat.read(place) == found for place in places)
     assert TrainedChat.read(base) is None
-    assert Lora.load(adapter).config.rank == 8, "another file does not disturb a reader"
+    assert load_lora(adapter).config.rank == 8, "another file does not disturb a reader"
 
 
-def test_a_run_of_before_goes_on_without_a_record(base, tmp_path):
+def test_an_old_run_without_a_record_resumes(base, tmp_path):
     """Its checkpoints have no chat.json, and its settings know nothing of one."""
     run = train(base, tmp_path / "run")
     meta = json.loads((run / "meta.json").read_text())
@@ -165,7 +167,7 @@ def test_the_recorded_format_is_used_when_none_is_typed(adapter, base, capsys):
 
 
 @pytest.mark.parametrize("script", ["generate", "evaluate", "retention"])
-def test_scripts_ask_an_adapter_as_it_was_trained(adapter, base, tmp_path, script):
+def test_scripts_prompt_an_adapter_as_it_was_trained(adapter, base, tmp_path, script):
     """Without its record the base, which has no template, could not be asked at all."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
@@ -179,13 +181,13 @@ def test_scripts_ask_an_adapter_as_it_was_trained(adapter, base, tmp_path, scrip
     assert "WARNING" not in done.stdout
 
 
-def test_another_format_that_is_typed_is_said(adapter, base, capsys):
+def test_warning_of_another_format_on_the_command_line(adapter, base, capsys):
     generate(base, adapter, chat_format="alpaca")
     said = capsys.readouterr().out
     assert f"WARNING: adapter {adapter}: it was trained with --chat-format chatml, this run" in said
 
 
-def test_another_template_of_the_model_is_said(capsys, tmp_path, tiny_llama_dir):
+def test_warning_of_a_changed_template(capsys, tmp_path, tiny_llama_dir):
     path = tiny_llama_dir(tokenizer=True)
     own = train(path, tmp_path / "own", chat_format=None)
     assert TrainedChat.read(own).chat_format == OWN and TrainedChat.read(own).system is None
@@ -200,7 +202,7 @@ def test_another_template_of_the_model_is_said(capsys, tmp_path, tiny_llama_dir)
     assert "trained with another chat template than the model's" in capsys.readouterr().out
 
 
-def test_a_missing_system_message_is_said(adapter, base, capsys, tmp_path):
+def test_note_of_a_missing_system_message(adapter, base, capsys, tmp_path):
     session = Session.open(as_trained(ModelConfig(str(base), dtype="float32"), [str(adapter)]))
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
@@ -239,7 +241,7 @@ def merged(adapter, base, tmp_path) -> Path:
     return tmp_path / "merged"
 
 
-def test_a_merged_model_is_asked_and_stops_as_it_was_trained(merged, capsys):
+def test_a_merged_model_has_the_template_and_end_token_of_its_training(merged, capsys):
     (answer,) = generate(merged, None)
     assert (answer["answer"], answer["finish"]) == ("hi hi", "stop")
     chat = Chat.from_dir(merged, load_tokenizer(merged))
@@ -268,10 +270,10 @@ def test_a_merged_model_in_transformers(merged, adapter, base, run_peer, tmp_pat
 def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp_path):
     path = tiny_llama_dir(tokenizer=True)
     chat = Chat.from_dir(path, load_tokenizer(path))
-    random_lora(Llama.from_pretrained(path), "qv").save(tmp_path / "own")
+    save_lora(random_lora(Llama.from_pretrained(path), "qv"), tmp_path / "own")
     TrainedChat.of(chat, None).write(tmp_path / "own")
     record = TrainedChat.read(tmp_path / "own")
-    merge(path, Lora.load(tmp_path / "own"), tmp_path / "merged", finish=record.install)
+    merge(path, load_lora(tmp_path / "own"), tmp_path / "merged", finish=record.install)
     names = {file.name for file in path.iterdir()}
     assert {file.name for file in (tmp_path / "merged").iterdir()} == {*names, "merge.json"}
     for name in names - {"model.safetensors"}:
@@ -279,8 +281,8 @@ def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp
 
 
 def test_an_adapter_without_a_record_leaves_the_models_own(base, tmp_path):
-    random_lora(Llama.from_pretrained(base), "qv").save(tmp_path / "plain")
-    merge(base, Lora.load(tmp_path / "plain"), tmp_path / "merged")
+    save_lora(random_lora(Llama.from_pretrained(base), "qv"), tmp_path / "plain")
+    merge(base, load_lora(tmp_path / "plain"), tmp_path / "merged")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "merged" / "chat_template.jinja").exists()

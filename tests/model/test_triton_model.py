@@ -83,7 +83,7 @@ def test_loss_and_gradients_equal_torchs(model, modules, dropout, policy):
         assert close(grad, want[name]), name
 
 
-def test_ten_steps_stay_together(model):
+def test_ten_steps_equal_torchs(model):
     runs = []
     for ops in (TORCH, TRITON):
         lora, m = adapter(model, "all"), on(model, ops)

@@ -29,7 +29,7 @@ from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import Lora
+from model.peft_format import load_lora
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
@@ -128,7 +128,7 @@ def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
     summary = json.loads((out / "meta.json").read_text())["summary"]
     assert summary["processes"] == (1 if shard else 3)
-    assert (Lora.load(out).params - single.params).abs().max() < 1e-4
+    assert (load_lora(out).params - single.params).abs().max() < 1e-4
 
 
 def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):

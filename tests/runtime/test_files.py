@@ -1,4 +1,4 @@
-"""model/files.py: a broken download is named before a parser sees it."""
+"""model/file_checks.py: a broken download is named before a parser sees it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.files import check_file, why_not_the_file
+from model.file_checks import check_file, why_not_the_file
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

@@ -26,6 +26,7 @@ from kernels.launch import triton_launch
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS
 from model.kv_cache import KVCache
 from model.llama import Llama
+from model.weights import PlainWeights
 from tests.helpers import interpreter
 from tests.helpers.adapters import new_lora
 from tests.helpers.sampling import SAMPLED, text
@@ -317,7 +318,7 @@ def test_a_whole_model_on_triton(model, ops):
     lora = adapter(model) if ops == "with an adapter" else None
     wanted = [Request(f"q{i}", [i + 1] * (3 + 2 * i), 6) for i in range(2)]
     for dtype in (model.dtype, torch.float32) if ON_GPU else (model.dtype,):
-        weights = {name: w.to(dtype) for name, w in model.weights.items()}
+        weights = PlainWeights((name, w.to(dtype)) for name, w in model.weights.items())
         whole = Llama(model.config, weights, TRITON)
         if lora is not None:
             whole.bind(lora)

@@ -18,7 +18,7 @@ from engine.data.rows import load_rows
 from engine.train.train import train
 from model.config import LlamaConfig
 from model.llama import Llama
-from model.lora import Lora
+from model.peft_format import load_lora, save_lora
 from tests.helpers.adapters import new_lora
 from tests.helpers.training import LORA, SMALL, examples
 
@@ -132,7 +132,7 @@ def test_fuzz_adapter(tiny_llama_dir, tmp_path):
 
     def use(folder, out):
         try:
-            lora = Lora.load(folder)
+            lora = load_lora(folder)
             model.bind(lora)
         except ValueError as error:
             if "this model needs" not in str(error):  # it was read: another model's adapter
@@ -141,7 +141,7 @@ def test_fuzz_adapter(tiny_llama_dir, tmp_path):
         forward(model, lora)
 
     def make(folder):
-        new_lora(model, modules="all").save(folder)
+        save_lora(new_lora(model, modules="all"), folder)
 
     names = ["adapter_config.json", "adapter_model.safetensors"]
     fuzz("adapter", make, lambda _: names, use, tmp_path)

@@ -35,7 +35,8 @@ from kernels.adamw import AdamW
 from kernels.registry import TORCH, TRITON
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
+from model.peft_format import load_lora
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
 from tests.helpers.sessions import session_of
@@ -53,7 +54,7 @@ def test_loss_falls_and_the_run_directory_is_complete(tiny, tmp_path):
     lora, summary = run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, epochs=8))
     assert summary["last_loss"] < 0.7 * summary["first_loss"]
     assert summary["linears"] == "14/14" and summary["steps"] == 40
-    again = Lora.load(tmp_path / "run")
+    again = load_lora(tmp_path / "run")
     assert torch.equal(again.params, lora.params)
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert meta["finished"] and meta["settings"]["lora"]["rank"] == 4
@@ -292,7 +293,7 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, t
             script = KILLED.format(kill=kill, **go_on)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
-    assert torch.equal(Lora.load(out).params, whole.params)
+    assert torch.equal(load_lora(out).params, whole.params)
     assert metrics_lines(out) == metrics_lines(tmp_path / "whole")
     states = [load_file(sorted(o.glob("checkpoints/*"))[-1] / "optimizer.safetensors")
               for o in (out, tmp_path / "whole")]  # fmt: skip
@@ -310,7 +311,7 @@ def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path,
     monkeypatch.setattr(step_module, "micro_step", None)  # a finished run is loaded, not trained
     lora, _ = run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
     assert len(metrics_lines(tmp_path / "run")) == 10
-    assert torch.equal(lora.params, Lora.load(tmp_path / "run").params)
+    assert torch.equal(lora.params, load_lora(tmp_path / "run").params)
 
 
 def test_rows_without_response_are_named(tiny, tmp_path):
@@ -370,7 +371,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir
             assert "step 5 of 10 is in" in done.stderr and "--resume" in done.stderr
             assert (out / "checkpoints" / "step-000005").is_dir()
         assert json.loads((out / "meta.json").read_text())["finished"] == (kill != 4)
-    assert torch.equal(Lora.load(out).params, whole.params)
+    assert torch.equal(load_lora(out).params, whole.params)
     assert metrics_lines(out) == metrics_lines(tmp_path / "whole")
 
 
@@ -555,7 +556,7 @@ def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
         validator=Likes(),
     )  # fmt: skip
     assert len(seen) == 5 and summary["best"] == {"metric": "nll", "value": 0.0, "step": 4}
-    assert torch.equal(Lora.load(tmp_path / "run").params, seen[1])
+    assert torch.equal(load_lora(tmp_path / "run").params, seen[1])
     assert torch.equal(lora.params, seen[1]) and not torch.equal(seen[1], seen[4])
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-000004", "step-000010"]

@@ -1,8 +1,8 @@
-"""A look at a file before any parser sees it: the broken downloads that people have, by their name.
+"""Checks of a file before a parser reads it: broken downloads are named, links stay inside.
 
 Every reader of weights, tokenizers, adapters, GGUF and data calls `check_file` first, so that the
-message says what the file is, and not what a parser stumbled over. `check_links` keeps a checkpoint
-inside its directory: what a stranger's link points to is neither read nor copied.
+message names the kind of file instead of a parser's error. `check_links` keeps a checkpoint inside
+its directory: the target of a link that leads out is neither read nor copied.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs"
 HTML_BEGINNINGS = (b"<!doctype html", b"<html", b"<head")
-LOOKED_AT = 512  # bytes: a Git LFS pointer has about 130
-OF_CHECKPOINTS = (".json", ".safetensors", ".model", ".jinja")  # what is read of a directory
+BYTES_READ = 512  # a Git LFS pointer has about 130
+READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")  # of the files of a checkpoint
 
 
 def why_not_the_file(path: Path) -> str | None:
-    """Why `path` cannot be what its name says, or None: absent files are left to the caller.
+    """Why `path` cannot be the file that its name promises, or None. Absent files: None.
 
     A directory, a pipe or a device, a Git LFS pointer, a web page saved in the file's place.
     """
@@ -27,13 +27,13 @@ def why_not_the_file(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     if stat.S_ISDIR(mode):
-        return "is a directory, where a file is wanted"
+        return "is a directory, expected a file"
     if not stat.S_ISREG(mode):
         return (
             "is a pipe or a device, which can be read only once; write its content to a file first"
         )
     with path.open("rb") as file:
-        beginning = file.read(LOOKED_AT)
+        beginning = file.read(BYTES_READ)
     if beginning.startswith(LFS_POINTER):
         return (
             "is a Git LFS pointer, not the file itself: it was cloned without Git LFS; run "
@@ -71,7 +71,7 @@ def check_links(directory: Path) -> None:
     if not directory.is_dir():
         return
     for path in sorted(directory.iterdir()):
-        if path.suffix not in OF_CHECKPOINTS or not path.is_symlink():
+        if path.suffix not in READ_SUFFIXES or not path.is_symlink():
             continue
         target = leads_out(path)
         if target is not None:

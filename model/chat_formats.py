@@ -1,0 +1,157 @@
+"""Chat formats: the built-in templates, and the files in which a checkpoint keeps its own.
+
+  chatml   <|im_start|>role, text, <|im_end|> for every turn.
+  llama3   <|start_header_id|>role<|end_header_id|>, trimmed text, <|eot_id|>.
+  llama2   [INST] user [/INST] assistant </s>, each pair opened by bos, a system message in <<SYS>>
+           inside the first user turn; texts trimmed.
+  alpaca   "Below is an instruction ...", ### Instruction:, ### Response:. A system message takes
+           the place of that first sentence. An earlier answer is closed by eos, and the next
+           ### Instruction: follows after a blank line.
+
+A built-in format takes an optional system message, then user and assistant in turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from model.config import read_json
+from model.file_checks import check_file
+from model.tokenizer_base import Tokenizer
+from model.tokenizer_files import role_ids
+
+Messages = Sequence[Mapping[str, str]]
+
+TEMPLATES = {
+    "chatml": r"""
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "llama2": r"""
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'user' %}
+{%- set text = message.content %}
+{%- if loop.first and messages[0].role == 'system' %}
+{%- set text = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' + text %}
+{%- endif %}
+{{- bos_token + '[INST] ' + text | trim + ' [/INST]' }}
+{%- else %}
+{{- ' ' + message.content | trim + ' ' + eos_token }}
+{%- endif %}
+{%- endfor %}""",
+    "llama3": r"""
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
+{{- message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}""",
+    "alpaca": r"""
+{%- if messages[0].role == 'system' %}
+{{- messages[0].content }}
+{%- else %}
+{{- 'Below is an instruction that describes a task. '
+  + 'Write a response that appropriately completes the request.' }}
+{%- endif %}
+{%- for message in messages if message.role != 'system' %}
+{%- if message.role == 'user' %}
+{{- '\n\n### Instruction:\n' + message.content + '\n\n### Response:\n' }}
+{%- else %}
+{{- message.content + eos_token }}
+{%- endif %}
+{%- endfor %}""",
+}
+FORMATS = tuple(TEMPLATES)
+
+
+def check_messages(messages: Messages) -> None:
+    """ValueError for messages without a known role or without text."""
+    if not messages:
+        raise ValueError("the conversation is empty; expected at least one message")
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise ValueError(
+                f"message {n} has role {role!r} and content of type {type(content).__name__}; "
+                "expected system, user or assistant and a string"
+            )
+
+
+def check_turns(format_name: str, messages: Messages, add_generation_prompt: bool) -> None:
+    """ValueError for an order of roles that a built-in format cannot take."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    alternating = [("user", "assistant")[n % 2] for n in range(len(turns))]
+    ends_well = not add_generation_prompt or turns[-1:] == ["user"]
+    if not turns or turns != alternating or not ends_well:
+        raise ValueError(
+            f"chat format {format_name} cannot take the roles {roles}; expected an optional "
+            "system message, then user and assistant in turns (a prompt ends with user)"
+        )
+
+
+def check_tokenizer(format_name: str, tokenizer: Tokenizer) -> None:
+    """ValueError where the tokenizer lacks tokens that a built-in format writes."""
+    source = TEMPLATES[format_name]
+    missing = set(re.findall(r"<\|\w+\|>", source)) - set(tokenizer.added)
+    if missing:
+        raise ValueError(
+            f"chat format {format_name} needs the tokens {sorted(missing)}, which this "
+            f"tokenizer lacks; choose another of {', '.join(FORMATS)}"
+        )
+    if "eos_token" in source and tokenizer.eos_id is None:
+        named = tokenizer.named.get("eos_token")
+        why = f"{named!r} is not in its vocabulary" if named else "the tokenizer names none"
+        raise ValueError(
+            f"chat format {format_name} closes answers with the eos token, and {why}: name "
+            "eos_token in tokenizer_config.json"
+        )
+
+
+def checkpoint_template(path: Path) -> str:
+    """The source of the checkpoint's default chat template."""
+    file = path / "chat_template.jinja"  # takes precedence over tokenizer_config.json
+    if file.exists():
+        check_file(file)
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
+    template = read_json(path / "tokenizer_config.json", {}).get("chat_template")
+    if isinstance(template, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in template
+    ):
+        named = {str(entry["name"]): entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(
+                f"{path} has the chat templates {sorted(named)} but no 'default'; "
+                f"choose --chat-format: {', '.join(FORMATS)}"
+            )
+        template = named["default"]
+    if template is None:
+        raise ValueError(
+            f"{path} has no chat template (chat_template.jinja, or chat_template in "
+            f"tokenizer_config.json); choose --chat-format: {', '.join(FORMATS)}"
+        )
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{path / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}; "
+            "expected the text of a template, or a list of named ones"
+        )
+    return template
+
+
+def checkpoint_eos_ids(path: Path) -> list[int]:
+    """The end tokens of generation_config.json, of config.json where that names none."""
+    ids = role_ids(path / "generation_config.json", "eos_token")
+    return ids or role_ids(path / "config.json", "eos_token")
+
+
+def embedding_rows(path: Path) -> int | None:
+    """config.json's vocab_size, None where it gives none that is a positive integer."""
+    rows = read_json(path / "config.json", {}).get("vocab_size")
+    return rows if type(rows) is int and rows > 0 else None
