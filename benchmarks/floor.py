@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from engine.sampling.page_pool import common_prefix
+from engine.sampling.page_pool import common_prefix, shared_tokens
 from kernels.cpu import native
 from kernels.cpu.prepack import linear, prepack
 from model.config import LlamaConfig
@@ -64,14 +64,11 @@ def weights(c: LlamaConfig) -> tuple[int, int]:
 
 
 def computed_prompt_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """Prompt tokens to compute when what the prompts begin with is computed once."""
+    """Prompt tokens to compute if the common prefix is computed once."""
     prefix = common_prefix(prompts)
     total = len(prefix)
     for prompt in prompts:
-        known, most = 0, min(len(prefix), len(prompt) - 1)
-        while known < most and prefix[known] == prompt[known]:
-            known += 1
-        total += len(prompt) - known
+        total += len(prompt) - shared_tokens(prefix, prompt)
     return total
 
 

@@ -17,6 +17,7 @@ from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sequence import RunningSequence
 from kernels.cached import Cached
+from kernels.integers import cdiv
 from model.llama import Llama
 from model.lora import Lora
 
@@ -33,7 +34,7 @@ class FlatBuffer:
         starts, total = {}, 0
         for name, size in sizes.items():
             starts[name] = total
-            total += -(-size // ALIGNMENT) * ALIGNMENT
+            total += cdiv(size, ALIGNMENT) * ALIGNMENT
         pinned = device.type == "cuda"
         self.all_on_host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
         self.all_on_device = torch.zeros(total, dtype=torch.int64, device=device)
