@@ -38,16 +38,16 @@ class FlatBuffer:
         pinned = device.type == "cuda"
         self.all_on_host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
         self.all_on_device = torch.zeros(total, dtype=torch.int64, device=device)
-        self.host: dict[str, Tensor] = {}
-        self.device: dict[str, Tensor] = {}
+        self.on_host: dict[str, Tensor] = {}
+        self.on_device: dict[str, Tensor] = {}
         for name, size in sizes.items():
             span = slice(starts[name], starts[name] + size)
-            self.host[name] = self.all_on_host[span]
-            self.device[name] = self.all_on_device[span]
+            self.on_host[name] = self.all_on_host[span]
+            self.on_device[name] = self.all_on_device[span]
 
     def fill(self, name: str, values: Sequence[int]) -> None:
         """Set the host's tensor of that name."""
-        tensor = self.host[name]
+        tensor = self.on_host[name]
         tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
 
     def upload(self) -> None:
@@ -78,7 +78,7 @@ class DecodeStep:
         self.L = P * config.page_size
         self.penalised = config.repetition_penalty != 1
         self.buffer = self._make_buffer()
-        inputs = self.buffer.device
+        inputs = self.buffer.on_device
         self.tokens = inputs["tokens"]  # (B,) the tokens sampled last
         self.samples, self.row_keys = inputs["samples"], inputs["row_keys"]  # (B,) both
         self.turn = inputs["turn"]  # (1,) calls since `load`
@@ -103,7 +103,7 @@ class DecodeStep:
             "context_lens": (B + 1) // 2,  # int32, two in the place of one int64
         }
         buffer = FlatBuffer(sizes, self.model.device)
-        for tensors in (buffer.host, buffer.device):
+        for tensors in (buffer.on_host, buffer.on_device):
             tensors["context_lens"] = tensors["context_lens"].view(torch.int32)[:B]
         return buffer
 
