@@ -1,8 +1,8 @@
 """Where a sampling run on a CPU spends its time: the C functions, and Python around them.
 
-Called by `python -m benchmarks.sampler ... --profile`. Rows run twice without drafts: as always for
-the share of Python in decoding, and with a step's layers called one by one, for the share of each
-function. The clock around a call takes a microsecond or two, which counts as Python.
+Called by `python -m benchmarks.sampler ... --profile`. Rows are sampled twice without drafts: as
+always, for the share of Python in decoding, and with a step's layers called one by one, for the
+share of each function. The clock around a call takes a microsecond or two, which counts as Python.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def timed(seconds: Counter[tuple[str, str]], phase: list[str], vocab: int) -> It
             setattr(library, name, function)
 
 
-class Watched(Sampler):
-    """A sampler that says which phase it is in."""
+class PhasedSampler(Sampler):
+    """A sampler that notes its phase."""
 
     phase: list[str]
 
@@ -71,10 +71,10 @@ def profile(
     decode, vocab = session.chat.tokenizer.decode, session.model.config.vocab_size
     for one_by_one in (False, True):
         seconds: Counter[tuple[str, str]] = Counter()
-        Watched.phase = ["else"]
+        PhasedSampler.phase = ["else"]
         config = SamplerConfig(rows=rows, draft="off")
-        with timed(seconds, Watched.phase, vocab):
-            with Watched(session.model, decode, end_ids, config) as sampler:
+        with timed(seconds, PhasedSampler.phase, vocab):
+            with PhasedSampler(session.model, decode, end_ids, config) as sampler:
                 if one_by_one:
                     sampler.model.fused_layers = None
                 for _ in sampler.run(requests):
