@@ -87,15 +87,15 @@ def swiglu_forward_kernel(
     gate_up_ptr, h_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
     """A tile of h; gate is in columns 0 .. F - 1 of gate_up, up in the F after them."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (rows < T) & (cols < F)
-    at = rows * (2 * F) + cols
+    inside = (tokens < T) & (cols < F)
+    at = tokens * (2 * F) + cols
     gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
     up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(h_ptr.dtype.element_ty)
     h = (silu.to(tl.float32) * up).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + rows * F + cols, h, mask=inside)
+    tl.store(h_ptr + tokens * F + cols, h, mask=inside)
 
 
 @jit(varying=("T",))
@@ -103,13 +103,13 @@ def swiglu_backward_kernel(
     dh_ptr, gate_up_ptr, dgate_up_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
     """A tile of dgate and the same tile of dup."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (rows < T) & (cols < F)
-    at = rows * (2 * F) + cols
+    inside = (tokens < T) & (cols < F)
+    at = tokens * (2 * F) + cols
     gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
     up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + tokens * F + cols, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     dgate = dh * up * (s * (1 + gate * (1 - s)))
     dup = dh * (gate * s)

@@ -57,18 +57,18 @@ def lora_up_backward_kernel(
     begin = pick(member, 0, N0, N0 + N1)  # the member's first column of dy
     size = pick(member, N0, N1, N2)
     tl.assume(size > 0)
-    rows = block * BM + tl.arange(0, BM)
+    tokens = block * BM + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
-    s_at = rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
-    s_mask = (rows < T)[:, None] & (ranks < RANK)[None, :]
+    s_at = tokens.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
+    s_mask = (tokens < T)[:, None] & (ranks < RANK)[None, :]
     s = tl.load(s_ptr + s_at, mask=s_mask, other=0.0)
     b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
     part_ptr += block.to(tl.int64) * (N0 + N1 + N2) * RANK + begin.to(tl.int64) * RANK
     ds = tl.zeros((BM, BR), tl.float32)
     for n in range(0, size, BN):
         cols = n + tl.arange(0, BN)
-        dy_at = rows.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
-        dy_inside = (rows < T)[:, None] & (cols < size)[None, :]
+        dy_at = tokens.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
+        dy_inside = (tokens < T)[:, None] & (cols < size)[None, :]
         dy = tl.load(dy_ptr + dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
         at = cols.to(tl.int64)[:, None] * RANK + ranks[None, :]
         inside = (cols < size)[:, None] & (ranks < RANK)[None, :]
@@ -94,15 +94,15 @@ def lora_da_kernel(
     chunk = tl.program_id(2)
     acc = tl.zeros((BR, BK), tl.float32)
     for m in range(0, CHUNK, BM):
-        rows = chunk * CHUNK + m + tl.arange(0, BM)
-        here = (rows < T)[:, None]
-        at = rows.to(tl.int64)[:, None]
+        tokens = chunk * CHUNK + m + tl.arange(0, BM)
+        here = (tokens < T)[:, None]
+        at = tokens.to(tl.int64)[:, None]
         ds = tl.load(ds_ptr + at * R + ranks[None, :], mask=here & (ranks < R)[None, :], other=0.0)
         inside = here & (cols < K)[None, :]
         x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0)  # (BM, BK)
         if DROP:
-            position = tl.load(position_ptr + rows, mask=rows < T, other=0)
-            row_key = tl.load(row_key_ptr + rows, mask=rows < T, other=0)
+            position = tl.load(position_ptr + tokens, mask=tokens < T, other=0)
+            row_key = tl.load(row_key_ptr + tokens, mask=tokens < T, other=0)
             first = tl.program_id(0) * BK
             mask = dropout_tile(position, row_key, tl.load(step_ptr), key, first, threshold, BM, BK)
             x = (x.to(tl.float32) * mask).to(x.dtype)
@@ -144,10 +144,10 @@ def dx_tile(
 ):  # fmt: skip
     """One tile of dx (BM, BN): tokens by inputs; the inner loop runs over the rows of W."""
     pid_m, pid_n = tile_position(pid, tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
-    rows = pid_m * BM + tl.arange(0, BM)
+    tokens = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
-    safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
     safe_cols = tl.where(cols < K, cols, 0)
 
     # dy W
@@ -158,7 +158,7 @@ def dx_tile(
             w_tile = w.load([n, pid_n * BN])
         else:
             inner = n + tl.arange(0, BK)
-            at = safe_rows[:, None] * dy_stride + inner[None, :]
+            at = safe_tokens[:, None] * dy_stride + inner[None, :]
             dy_tile = tl.load(dy + at, mask=(inner < N)[None, :], other=0.0)
             at = inner.to(tl.int64)[:, None] * K + safe_cols[None, :]
             w_tile = tl.load(w + at, mask=(inner < N)[:, None], other=0.0)
@@ -173,21 +173,21 @@ def dx_tile(
         else:
             ranks = r + tl.arange(0, BR)
             inside = ranks < R
-            at = safe_rows[:, None] * R + ranks[None, :]
+            at = safe_tokens[:, None] * R + ranks[None, :]
             ds_tile = tl.load(ds + at, mask=inside[None, :], other=0.0)
             at = ranks[:, None] * K + safe_cols[None, :]
             a_tile = tl.load(a + at, mask=inside[:, None], other=0.0)
         low = tl.dot(ds_tile, a_tile, low, input_precision="ieee")
     if DROP:
-        position = tl.load(position_ptr + safe_rows)
-        row_key = tl.load(row_key_ptr + safe_rows)
+        position = tl.load(position_ptr + safe_tokens)
+        row_key = tl.load(row_key_ptr + safe_tokens)
         first = pid_n * BN
         mask = dropout_tile(
             position, row_key, tl.load(step_ptr), key, first, threshold, BM, BN
         )  # (BM, BN)
         low = acc + low * mask
-    inside = (rows < T)[:, None] & (cols < K)[None, :]
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    inside = (tokens < T)[:, None] & (cols < K)[None, :]
+    at = tokens.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(dx_ptr + at, low.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
