@@ -67,9 +67,9 @@ def lora_up_backward_kernel(
     ds = tl.zeros((BM, BR), tl.float32)
     for n in range(0, size, BN):
         cols = n + tl.arange(0, BN)
-        dy_at = tokens.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
+        dy_at = dy_ptr + tokens.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
         dy_inside = (tokens < T)[:, None] & (cols < size)[None, :]
-        dy = tl.load(dy_ptr + dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
+        dy = tl.load(dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
         at = cols.to(tl.int64)[:, None] * RANK + ranks[None, :]
         inside = (cols < size)[:, None] & (ranks < RANK)[None, :]
         b = tl.load(b_ptr + at, mask=inside, other=0.0)  # (BN, BR)
