@@ -191,4 +191,5 @@ def test_fp32_on_a_cpu_is_batch_invariant_without_the_flag(tiny_llama_dir, capsy
     done, _ = texts(model, requests(), rows=5)
     output = capsys.readouterr().out
     assert done == texts(model, requests(), rows=2)[0]
-    assert output == "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
+    expected = "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
+    assert output == expected
