@@ -12,7 +12,7 @@ from engine.sampling.sampler import Sampler
 from engine.sampling.speculation import DraftController, Drafter
 from kernels.cached_attention import torch_form as cached_attention_torch
 from kernels.cpu.rowwise import rowwise
-from kernels.philox import mix
+from kernels.philox import mix, signed64
 from kernels.registry import TORCH
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
@@ -58,7 +58,7 @@ def without_a_cache(model, request, config, end_ids=(7,)):
         rows = SampleRows(
             torch.tensor([len(ids)]),
             torch.tensor([request.sample]),
-            torch.tensor([key - 2**64 if key >= 2**63 else key]),
+            torch.tensor([signed64(key)]),
             config.seed,
             config.temperature,
             config.top_k,
