@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.cpu.native import at, library
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
@@ -179,7 +180,7 @@ def _launch_by_tokens(kernel, x: Tensor, *args, **constants) -> None:
     """One program per BT tokens of x (T, D)."""
     T, D = x.shape
     BD = power_of_two(D)
-    config = tile(kernel.__name__, x.device, f"D{BD}")
+    config = tile_config(kernel.__name__, x.device, f"D{BD}")
     launch(kernel, (cdiv(T, config["BT"]),), *args, D=D, BD=BD, **constants, **config)
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.cpu.native import at, library
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec
 
 # ---- reference: the definition
@@ -127,7 +128,7 @@ def rope_triton_(
         f"{d}, as many as cos_sin {tuple(cos_sin.shape)} has angles for"
     )
     assert positions.shape == (T,), f"positions {tuple(positions.shape)}, {T} tokens"
-    config = tile("rope_kernel", qkv.device, f"d{power_of_two(d)}")
+    config = tile_config("rope_kernel", qkv.device, f"d{power_of_two(d)}")
     grid = (cdiv(T, config["BT"]), cdiv(H + G, config["BH"]))
     launch(
         rope_kernel, grid, qkv, positions.contiguous(), cos_sin.contiguous(), T,

@@ -19,8 +19,9 @@ from torch import Tensor
 from kernels.cpu.native import at, library
 from kernels.cpu.rowwise import rowwise
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.integers import cdiv
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
@@ -122,7 +123,7 @@ def _launch_tiles(kernel, gate_up: Tensor, *args: Tensor) -> None:
     """One program per tile of h (T, F)."""
     T = gate_up.shape[0]
     F = gate_up.shape[1] // 2
-    config = tile(kernel.__name__, gate_up.device)
+    config = tile_config(kernel.__name__, gate_up.device)
     grid = (cdiv(T, config["BT"]), cdiv(F, config["BF"]))
     launch(kernel, grid, *args, T, F=F, **config)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kernels.cached import Cached
-from kernels.launch.triton_launch import cdiv
+from kernels.integers import cdiv
 from kernels.spec import MODELS, Spec
 
 # ---- contract

@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, described, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl, tma_readable
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.torch_form import lora_linear_backward
 from kernels.lora_linear.triton_forward import (
@@ -230,7 +231,7 @@ def _launch_up_backward(
     """dS (T, R); adds dB into the group's views."""
     T, N = dy.shape
     b, members = members_of(group)
-    config = tile("lora_up_backward_kernel", dy.device, *classes)
+    config = tile_config("lora_up_backward_kernel", dy.device, *classes)
     blocks = cdiv(T, config["BM"])
     ds = torch.empty_like(s)
     part = dy.new_empty(blocks, N, group.rank, dtype=torch.float32)
@@ -250,7 +251,7 @@ def _launch_da(
     """Adds dA into the group's view."""
     T, K = x.shape
     R = ds.shape[1]
-    config = tile("lora_da_kernel", x.device, *classes)
+    config = tile_config("lora_da_kernel", x.device, *classes)
     if R <= 16:
         config["BR"] = 16
     chunks = cdiv(T, config["CHUNK"])
@@ -273,11 +274,11 @@ def _launch_dx(
     dx = dy.new_empty(T, K)
     many_dropped = dropout is not None and classes[0].startswith("many")
     first = ("drop",) if many_dropped else ()  # a second accumulator: tiles of its own
-    config = tile("lora_dx_kernel", dy.device, *first, *classes)
+    config = tile_config("lora_dx_kernel", dy.device, *first, *classes)
     config["BR"] = min(config["BR"], power_of_two(R))
     tiles = cdiv(T, config["BM"]) * cdiv(K, config["BN"])
     launch_tiles(
-        lora_dx_kernel, tiles, dy, described(dy, weight, ds, a),
+        lora_dx_kernel, tiles, dy, tma_readable(dy, weight, ds, a),
         dy, weight, ds, a, dx, *dropout_arguments(dropout), T, dy.stride(0),
         K=K, N=N, R=R, DROP=dropout is not None, **config,
     )  # fmt: skip
@@ -316,7 +317,7 @@ def _add_parts(part: Tensor, first: int, out: Tensor, scale: float) -> None:
     """out += scale times the sum over part's first dimension of elements first, first + 1, ..."""
     assert out.is_contiguous(), f"gradient {tuple(out.shape)} with strides {out.stride()}"
     count = out.numel()
-    config = tile("lora_reduce_kernel", out.device)
+    config = tile_config("lora_reduce_kernel", out.device)
     grid = (cdiv(count, config["BN"]),)
     args = (part, out, part.shape[0], part.stride(0), first, count, scale)
     launch(lora_reduce_kernel, grid, *args, **config)
@@ -337,5 +338,5 @@ def lora_linear_backward_triton(
     """As `lora_linear_backward`, in the form that the tile configuration names."""
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
-    config = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
+    config = tile_config("lora_linear_backward", x.device, *shape_classes(x, group.rank))
     return BACKWARD_FORMS[config["form"]](dy, x, weight, s, group, need_dx, dropout)

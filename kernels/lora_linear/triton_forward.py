@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import device_processors, tile
-from kernels.launch.triton_launch import cdiv, described, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import device_processors, tile_config
+from kernels.launch.triton_launch import jit, launch, tl, tma_readable
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.torch_form import lora_linear_forward
 from kernels.philox import Dropout, dropout_arguments, dropout_tile
@@ -262,7 +263,7 @@ def _launch_down(
     """s (T, R) = x^ A^T in one launch."""
     T, K = x.shape
     R = a.shape[0]
-    config = tile("lora_down_kernel", x.device, *classes)
+    config = tile_config("lora_down_kernel", x.device, *classes)
     if R <= 16:
         config["BR"] = 16
     launch(
@@ -291,14 +292,14 @@ def _forward_kernels(
     y = x.new_empty(T, N)
     classes = shape_classes(x, group.rank)
     if fused:  # a second accumulator: tiles of its own
-        config = tile("lora_linear_kernel", x.device, f"fused {classes[0]}", *classes)
+        config = tile_config("lora_linear_kernel", x.device, f"fused {classes[0]}", *classes)
     else:
         _launch_down(x, a, s, dropout, classes)
-        config = tile("lora_linear_kernel", x.device, *classes)
+        config = tile_config("lora_linear_kernel", x.device, *classes)
     tiles_m = cdiv(T, config["BM"])
     tiles_n = sum(cdiv(size, config["BN"]) for size in group.sizes)
     launch_tiles(
-        lora_linear_kernel, tiles_m * tiles_n, x, described(x, weight),
+        lora_linear_kernel, tiles_m * tiles_n, x, tma_readable(x, weight),
         x, weight, a, *b, s, y, T, x.stride(0), group.scale, K=K, **members,
         FUSED=fused, BR=power_of_two(group.rank), **config,
     )  # fmt: skip
@@ -332,5 +333,5 @@ def lora_linear_forward_triton(
     """As `lora_linear_forward`, in the form that the tile configuration names."""
     if group is None:
         return lora_linear_forward(x, weight)
-    config = tile("lora_linear_forward", x.device, *shape_classes(x, group.rank))
+    config = tile_config("lora_linear_forward", x.device, *shape_classes(x, group.rank))
     return FORWARD_FORMS[config["form"]](x, weight, group, dropout)
