@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 def by_the_device(qkv, k, v, cached):
     """Attention of tokens that are alone, from the device mirrors of a `Cached` only."""
-    if not cached.alone:
+    if not cached.decode:
         return TORCH.cached_attention(qkv, k, v, cached)
     (G, size, d), outs, starts = k.shape[1:], [], cached.cu_queries.tolist()
     n = qkv.shape[1] // (G * d) - 2
