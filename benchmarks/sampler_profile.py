@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from engine.sampling.requests import Request, SamplerConfig
@@ -23,27 +24,28 @@ PHASES = ("prefill", "decode")
 
 @contextmanager
 def timed(seconds: Counter[tuple[str, str]], phase: list[str], vocab: int) -> Iterator[None]:
-    """Inside `with`, add up the seconds of every C function by (phase, name)."""
-    library = native.library()
-    functions = {name: getattr(library, name) for name in native.SIGNATURES}
+    """Inside, add up the seconds of every C function by (phase, name).
 
-    def clocked(name: str, function: Callable) -> Callable:
+    Weights that are packed inside keep the timed functions.
+    """
+    library = native.library()
+
+    def clocked(name: str) -> Callable:
+        function = getattr(library, name)
+
         def call(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
-            what = "head" if name == "linear" and args[-1] == vocab else name
-            seconds[phase[0], what] += time.perf_counter() - started
+            label = "head" if name == "linear" and args[-1] == vocab else name
+            seconds[phase[0], label] += time.perf_counter() - started
             return result
 
         return call
 
-    try:
-        for name, function in functions.items():
-            setattr(library, name, clocked(name, function))
+    functions = {name: clocked(name) for name in native.SIGNATURES}
+    clocked_library = SimpleNamespace(_name=library._name, **functions)
+    with native.loading_by(native.Loader(loaded=native.Loaded(clocked_library))):
         yield
-    finally:
-        for name, function in functions.items():
-            setattr(library, name, function)
 
 
 class PhasedSampler(Sampler):

@@ -104,7 +104,7 @@ class Probe:
             [block_tables[i] for i in spans],
             self.page_size,
             device,
-            alone=decode,
+            decode=decode,
         )
         tokens = [self.token_ids[i][span.start : span.stop] for i, span in spans.items()]
         logits_indices = None if decode else cached.last

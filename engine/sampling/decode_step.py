@@ -116,7 +116,7 @@ class DecodeStep:
             context_lens=(most - 2,) * B,
             tables=((),) * B,
             page_size=self.config.page_size,
-            alone=True,
+            decode=True,
             positions=inputs["positions"],
             write_page=inputs["write_page"],
             write_offset=inputs["write_offset"],

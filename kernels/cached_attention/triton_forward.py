@@ -242,7 +242,7 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     H, G, d = head_counts(qkv, k, v, cached)
     n = H // G
     BD = power_of_two(d)
-    if cached.alone:  # a sequence with more new tokens becomes several with the same pages
+    if cached.decode:  # a sequence with more new tokens becomes several with the same pages
         cached = cached.pieces(max(1, DECODE_QUERIES // n))
     B = len(cached.query_lens)
     P = cached.block_table.shape[1]
@@ -253,7 +253,7 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     sizes = {"N": n, "G": G, "D": d, "BD": BD}
     bytes_each = qkv.element_size()
     classes = (f"D{BD}x{bytes_each}", f"x{bytes_each}")
-    if not cached.alone:
+    if not cached.decode:
         config = tile_config("cached_extend_kernel", qkv.device, *classes)
         grid = (B * G, cdiv(W, config["BM"]))
         launch(

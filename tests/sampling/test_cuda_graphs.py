@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 def mirrored_attention(qkv, k, v, cached):
     """Attention of decoded tokens, from the device mirrors of a `Cached` only."""
-    if not cached.alone:
+    if not cached.decode:
         return TORCH.cached_attention(qkv, k, v, cached)
     (G, size, d), outs, starts = k.shape[1:], [], cached.cu_queries.tolist()
     n = qkv.shape[1] // (G * d) - 2

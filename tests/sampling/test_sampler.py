@@ -239,7 +239,7 @@ def test_speculation_where_attention_depends_on_the_number_of_queries(tiny, monk
     """On a CPU whose products differ with it, drafts go through attention one by one."""
     wanted = with_references(tiny, random_requests(tiny, 6))
     base = run(tiny, wanted, rows=1, draft="off")
-    monkeypatch.setattr(cached_attention_torch, "alone_width", lambda *_: None)
+    monkeypatch.setattr(cached_attention_torch, "decode_width", lambda *_: None)
     stats = []
     assert (
         run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].accepted_tokens
