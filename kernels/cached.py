@@ -65,14 +65,16 @@ class Cached:
         decode None: true if every sequence brings one token. `ahead`: how often `advance` may be
         called; pages for those tokens must be in `tables` too.
         """
-        assert len(query_lens) == len(context_lens) == len(tables), "one entry per row in each list"
+        counts = len(query_lens), len(context_lens), len(tables)
+        assert len(set(counts)) == 1, f"expected one entry per sequence in each list, got {counts}"
         positions, write_page, write_offset = [], [], []
         page_counts, ends = [], [0]
         for new, context, table in zip(query_lens, context_lens, tables, strict=True):
             total = context + new
             page_counts.append(cdiv(total + ahead, page_size))
             assert new > 0 and len(table) >= page_counts[-1], (
-                f"row of {context} + {new} + {ahead} tokens has {len(table)} pages of {page_size}"
+                f"a sequence of {context} + {new} + {ahead} tokens has {len(table)} pages of "
+                f"{page_size}"
             )
             for position in range(context, total):
                 positions.append(position)
