@@ -94,8 +94,7 @@ def attention_dq_kernel(
         tl.store(delta_ptr + after_at, tl.zeros((PAD,), tl.float32), mask=inside)
 
     # dq, along the keys
-    k_head = H + h // (H // G)
-    v_head = k_head + G
+    k_head = H + h // (H // G)  # its values are G heads further
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
     q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)
     if BN != BM:  # else the same descriptor serves the keys: making one takes a microsecond
@@ -104,12 +103,12 @@ def attention_dq_kernel(
     diagonal = i // BN * BN  # all queries of the block see every key before this one
     for j in range(0, diagonal, BN):
         dq = add_dq(
-            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            q, do, lse2, delta, dq, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         dq = add_dq(
-            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            q, do, lse2, delta, dq, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, True,
         )  # fmt: skip
     write_block(dqkv_ptr, start, h, i, n, dq * D**-0.5, HEADS, D, DP, BM)

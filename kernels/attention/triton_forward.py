@@ -144,8 +144,7 @@ def attention_forward_kernel(
     i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM
     if i < 0:
         return
-    k_head = H + h // (H // G)
-    v_head = k_head + G
+    k_head = H + h // (H // G)  # its values are G heads further
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
     q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)
     if BN != BM:  # else the same descriptor serves the keys: making one takes a microsecond
@@ -156,12 +155,12 @@ def attention_forward_kernel(
     diagonal = i // BN * BN  # all queries of the block see every key before this one
     for j in range(0, diagonal, BN):
         o, m_i, l_i = add_keys(
-            q, o, m_i, l_i, source, k_head, v_head, i, j, n,
+            q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         o, m_i, l_i = add_keys(
-            q, o, m_i, l_i, source, k_head, v_head, i, j, n,
+            q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, True,
         )  # fmt: skip
     write_block(o_ptr, start, h, i, n, o / l_i[:, None], H, D, DP, BM)

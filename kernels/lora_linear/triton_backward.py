@@ -75,8 +75,9 @@ def lora_up_backward_kernel(
         inside = (cols < size)[:, None] & (ranks < RANK)[None, :]
         b = tl.load(b_ptr + at, mask=inside, other=0.0)  # (BN, BR)
         ds = tl.dot(dy, b, ds, input_precision="ieee")
+        part_at = part_ptr + at
         db = tl.dot(dy.T, s, input_precision="ieee")  # (BN, BR), this block's part
-        tl.store(part_ptr + at, db, mask=inside)
+        tl.store(part_at, db, mask=inside)
     tl.store(ds_ptr + s_at, (ds * scale).to(ds_ptr.dtype.element_ty), mask=s_mask)
 
 
