@@ -11,7 +11,7 @@ from the start, --repeats times or until --seconds are over; medians are printed
 are one process that never stops counting ("process") and one in which torch multiplies matrices
 with all its threads ("torch").
 
-sample: --rows prompts in flight together, greedy, --new tokens each; tokens a second, prompts not
+sample: --rows prompts decoded together, greedy, --new tokens each; tokens a second, prompts not
 counted. score: answer tokens a second. train: tokens of the rows a second, LoRA r 8 on q and v.
 All of them on the word problems of the quickstart. What is sampled must be the same every time.
 The last line is JSON. Nobody else should use the machine meanwhile.
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     add("--model", default="models/smollm2-135m-instruct", help="model directory")
     add("--jobs", default="sample,score,train", help="what is timed")
     add("--neighbours", default="none,process,torch", help="beside what")
-    add("--rows", type=int, default=64, help="rows in flight, when sampling")
+    add("--rows", type=int, default=64, help="sequences decoded together, when sampling")
     add("--new", type=int, default=64, help="new tokens of a row, when sampling")
     add("--repeats", type=int, default=3, help="times of each; the median is printed")
     add("--seconds", type=float, default=600, help="after so many nothing is begun")

@@ -1,4 +1,4 @@
-"""The arithmetic floor of sampling and scoring: what no engine of this design can go below here.
+"""The arithmetic floor of sampling and scoring: no engine of this design can be faster here.
 
     generation =  2 (T L + R H) / F                                 prompts
                +  sum over steps of max(2 B (L + H) / F, W / M)
@@ -6,15 +6,15 @@
     scoring    =  2 (T L + A (L + H)) / F
 
 F is the measured fp32 product rate (operations/s), M the measured read rate (bytes/s). L are the
-weights of the linear layers, H those of lm_head. T are the prompt tokens to compute: what the
-prompts of a run begin with counts once (scoring: a row's prompt counts once for both its answers).
-R rows need lm_head once each for their first token. B rows are in flight in a step, each getting
+weights of the linear layers, H those of lm_head. T are the prompt tokens to compute: the common
+prefix of a run's prompts counts once (scoring: a row's prompt counts once for both its answers).
+R rows need lm_head once each for their first token. B sequences are decoded in a step, each getting
 one token from one forward; the weights (W bytes as they are packed, 4 each in fp32) are read once a
 step where that takes longer than the products. A are the answer tokens of a scoring run. A row's n
 new tokens, end token included, take n - 1 decoded tokens: the first comes from the prompt.
 
-Left out as small: attention's own arithmetic, norms, sampling. Drafts give a row several tokens for
-one reading of the weights, so that a drafted run of few rows may go beyond 100 % of this floor.
+Left out as small: attention's own arithmetic, norms, sampling. Accepted draft tokens share one
+reading of the weights, so that a run with drafts and few rows may go beyond 100 % of this floor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from engine.sampling.page_pool import common_prefix
+from engine.sampling.page_pool import common_prefix, shared_tokens
 from kernels.cpu import native
 from kernels.cpu.prepack import linear, prepack
 from model.config import LlamaConfig
@@ -64,18 +64,15 @@ def weights(c: LlamaConfig) -> tuple[int, int]:
 
 
 def computed_prompt_tokens(prompts: Sequence[Sequence[int]]) -> int:
-    """Prompt tokens to compute when what the prompts begin with is computed once."""
+    """Prompt tokens to compute if the common prefix is computed once."""
     prefix = common_prefix(prompts)
     total = len(prefix)
     for prompt in prompts:
-        known, most = 0, min(len(prefix), len(prompt) - 1)
-        while known < most and prefix[known] == prompt[known]:
-            known += 1
-        total += len(prompt) - known
+        total += len(prompt) - shared_tokens(prefix, prompt)
     return total
 
 
-def rows_in_flight(new: Sequence[int], rows: int) -> Iterator[int]:
+def running_per_step(new: Sequence[int], rows: int) -> Iterator[int]:
     """Rows of each decode step when at most `rows` run together, the longest begun first."""
     waiting = sorted(n - 1 for n in new if n > 1)
     running: list[int] = []
@@ -102,7 +99,7 @@ def generation_floor(
     size = weight_bytes or FLOAT * (layers + head)
     flops, read = rates["flops"], rates["bytes"]
     seconds = 2 * (computed_prompt_tokens(prompts) * layers + len(prompts) * head) / flops
-    for b in rows_in_flight(new, rows):
+    for b in running_per_step(new, rows):
         seconds += max(2 * b * (layers + head) / flops, size / read)
     context = sum(sum(range(len(p) + 1, len(p) + n)) for p, n in zip(prompts, new, strict=True))
     return seconds + context * c.num_layers * 2 * c.qkv_sizes[1] * FLOAT / read

@@ -12,14 +12,14 @@ and packing the weights are timed apart. Useful tokens are the new ones up to an
 token. Peak RSS is the process's VmHWM, loading included.
 
 Ours must write the same tokens at every setting, or the benchmark fails. transformers computes
-in another order and llama.cpp with other weights: where their rows leave ours is reported.
-"share" is the arithmetic floor (benchmarks/floor.py has the formula), from ceilings measured before
-and after the runs, over our seconds.
+in another order and llama.cpp with other weights: the first token at which a row differs from ours
+is reported. "share" is the arithmetic floor (benchmarks/floor.py has the formula), from ceilings
+measured before and after the runs, over our seconds.
 
-Our processes set glibc's malloc as all scripts do (engine/runtime/process_memory.py);
---peer-malloc adds runs of
-transformers that keep it from giving pages back (processes.MALLOC). llama.cpp runs where --gguf is
-given or the demo model's file is installed, and `llama_cpp` is importable by --llama-python.
+Our processes set glibc's malloc as all scripts do (engine/runtime/process_memory.py); --peer-malloc
+adds runs of transformers that keep it from giving pages back (processes.MALLOC). llama.cpp runs
+where --gguf is given or the demo model's file is installed, and `llama_cpp` is importable by
+--llama-python.
 
 Other processes falsify times: with more than processes.BUSY cores taken by others, before the start
 or in any run, it stops and prints none (--busy prints them all the same, with a warning).
@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, default=64, help="rows used")
     add("--max-new", type=int, default=128, help="new tokens per row")
     add("--template", default="using", choices=sorted(TEMPLATES), help="how references are shown")
-    add("--rows", type=numbers, default="32,1", help="rows in flight to try, ours")
+    add("--rows", type=numbers, default="32,1", help="sequences decoded together to try, ours")
     add("--draft", default="off,auto", help="draft settings to try, ours")
     add(
         "--batches",
@@ -99,11 +99,11 @@ def parse_args() -> argparse.Namespace:
     add("--busy", action="store_true", help="print times even if the machine is busy")
     args = parser.parse_args()
     if not args.rows:
-        parser.error("--rows: at least one number is wanted")
+        parser.error("--rows: expected at least one number")
     return args
 
 
-# ---- what runs
+# ---- the runs
 
 
 def own_run(*what: object) -> list[str]:
@@ -125,7 +125,7 @@ def llama_file(args: argparse.Namespace) -> Path | None:
 
 
 def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], bool]]:
-    """What runs: name -> command, and whether with processes.MALLOC; the engines take turns."""
+    """Name -> command, and whether with processes.MALLOC; engines take turns in this order."""
     ours, peers = {}, {}
     for rows in args.rows:
         for draft in args.draft.split(","):
@@ -150,7 +150,7 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], bool]]:
 
 
 def make_job(args: argparse.Namespace) -> tuple[Job, Chat, LlamaConfig]:
-    """What every process is told."""
+    """The input of every process; the chat format; the model's config."""
     path = Path(args.model).resolve()
     config = LlamaConfig.from_dir(path)
     chat = Chat.from_dir(path, load_tokenizer(path))
@@ -234,7 +234,7 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def report(results: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """The table, then what each of ours did and where the peers' rows leave ours."""
+    """The table, then our statistics and the positions at which rows of peers differ from ours."""
     names = "tokens/s,rows/s,seconds,spread,load + pack,peak RSS,share,rows as ours"
     lines = [["engine", *names.split(",")]]
     for name, r in results.items():
@@ -252,14 +252,13 @@ def report(results: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, An
             print(f"{name}: {several[0]['stats_text']}; {times} s in {stats['steps']} steps")
         elif at := results[name]["diverging"]:
             places = ", ".join(f"{row}@{position}" for row, position in at.items())
-            print(f"{name}: row@position where it leaves ours: {places}")
+            print(f"{name}: row@position of the first token that differs from ours: {places}")
 
 
 def scoring(
     job: Job, answers: list[list[int]], config: LlamaConfig, rates: dict[str, float], busy: bool
 ) -> dict[str, Any]:
-    """engine.measure.likelihood on the same rows: its time, tokens/s (both answers' tokens), share
-    of floor."""
+    """Scoring (engine/measure/likelihood.py) of references and answers of the same rows."""
     with Quiet("while scoring", busy):
         result = run(own_run("score"), job | {"answers": answers}, malloc=False)
     tokens, seconds = result["answer_tokens"], result["seconds"]
@@ -289,19 +288,24 @@ def profiling(job: Job, rows: int, busy: bool) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    args = parse_args()
-    load = os.getloadavg()[0]
-    with Quiet("before the start", args.busy):
-        time.sleep(2)
-    job, chat, config = make_job(args)
-    prompts = [row["prompt"] for row in job["rows"]]
-    turns, runs, lost = commands(args), {}, {}
-    rates = [run(own_run("ceilings"), job, malloc=False)]
+def run_engines(
+    args: argparse.Namespace, job: Job
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Name -> the results of its runs, ours first; and of those that ran out of memory, why.
+
+    The engines take turns; every second round goes through them in reverse.
+    """
+    turns = commands(args)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    lost: dict[str, str] = {}
     for repeat in range(args.repeats):
-        for name, (command, malloc) in reversed(turns.items()) if repeat % 2 else turns.items():
+        names = list(turns)
+        if repeat % 2:
+            names.reverse()
+        for name in names:
             if name in lost:
                 continue
+            command, malloc = turns[name]
             try:
                 with Quiet(f"during {name}", args.busy) as quiet:
                     result = run(command, job, malloc)
@@ -313,33 +317,75 @@ def main() -> None:
                 continue
             runs.setdefault(name, []).append(result | {"others": quiet.others})
             print(f"{name}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
-    engines = "ours", "transformers", "llama.cpp"
-    ran = [name for name in turns if name not in lost]
-    runs = {name: runs[name] for e in engines for name in ran if name.startswith(e)}
-    rates.append(run(own_run("ceilings"), job, malloc=False))
-    best = {name: max(r[name] for r in rates) for name in ("flops", "bytes")}
+    ordered = {}
+    for engine in ("ours", "transformers", "llama.cpp"):
+        for name in turns:
+            if name.startswith(engine) and name not in lost:
+                ordered[name] = runs[name]
+    return ordered, lost
+
+
+def own_answers(runs: dict[str, list[dict[str, Any]]]) -> list[list[int]]:
+    """Our token ids, which must be the same in every run of ours."""
     own = {name: several for name, several in runs.items() if name.startswith("ours")}
-    ours = next(iter(own.values()))[0]["answers"]
+    first = next(iter(own))
+    answers = own[first][0]["answers"]
     for name, several in own.items():
         for result in several:
-            if at := diverging(result["answers"], ours):
-                sys.exit(f"{name} differs from {next(iter(own))}, row: position {at}")
+            if at := diverging(result["answers"], answers):
+                sys.exit(f"{name} differs from {first}, row: position {at}")
+    return answers
+
+
+def add_floors(
+    results: dict[str, dict[str, Any]],
+    runs: dict[str, list[dict[str, Any]]],
+    config: LlamaConfig,
+    prompts: list[list[int]],
+    ceilings: dict[str, float],
+) -> None:
+    """Add weight_bytes, floor_seconds and share to our results."""
+    for name, result in results.items():
+        if not name.startswith("ours"):
+            continue
+        rows = int(name.split()[1])  # "ours, 32 rows, draft off"
+        size = runs[name][0]["weight_bytes"]
+        floor = generation_floor(config, prompts, result["new"], rows, ceilings, size)
+        result["weight_bytes"] = size
+        result["floor_seconds"] = floor
+        result["share"] = floor / result["seconds"]
+
+
+def main() -> None:
+    args = parse_args()
+    load = os.getloadavg()[0]
+    with Quiet("before the start", args.busy):
+        time.sleep(2)
+
+    # 1. every engine, between two measurements of the machine's ceilings
+    job, chat, config = make_job(args)
+    prompts = [row["prompt"] for row in job["rows"]]
+    rates = [run(own_run("ceilings"), job, malloc=False)]
+    runs, lost = run_engines(args, job)
+    rates.append(run(own_run("ceilings"), job, malloc=False))
+    ceilings = {name: max(r[name] for r in rates) for name in ("flops", "bytes")}
+
+    # 2. results beside ours
+    ours = own_answers(runs)
     results = {name: summary(several, job, ours) for name, several in runs.items()}
-    for name in own:
-        r, rows = results[name], int(name.split()[1])
-        size = r["weight_bytes"] = own[name][0]["weight_bytes"]
-        r["floor_seconds"] = generation_floor(config, prompts, r["new"], rows, best, size)
-        r["share"] = r["floor_seconds"] / r["seconds"]
-    about, prompt_tokens = machine("cpu"), sum(map(len, prompts))
+    add_floors(results, runs, config, prompts, ceilings)
+    found = ratios(results)
+
+    # 3. print and record
+    about, prompt_tokens = machine("cpu"), sum(len(prompt) for prompt in prompts)
     print(
         f"{about['device']}, {job['threads']} threads, load {load:.1f} before; product "
-        f"{best['flops'] / 1e9:.0f} GFLOP/s, read {best['bytes'] / 1e9:.1f} GB/s; "
+        f"{ceilings['flops'] / 1e9:.0f} GFLOP/s, read {ceilings['bytes'] / 1e9:.1f} GB/s; "
         f"{len(prompts)} rows, {prompt_tokens} prompt tokens"
     )
     report(results, runs)
     for name, reason in lost.items():
         print(f"{name}: {reason}")
-    found = ratios(results)
     for name, value in found.items():
         print(f"{name}: {value:.2f}")
     document = {
@@ -357,11 +403,11 @@ def main() -> None:
         "lost": lost,
     }
     if args.score:
-        document["scoring"] = scoring(job, ours, config, best, args.busy)
+        document["scoring"] = scoring(job, ours, config, ceilings, args.busy)
     if args.profile:
         document["profile"] = profiling(job, args.rows[0], args.busy)
-    quiet_runs = all(r["others"] <= BUSY for several in runs.values() for r in several)
-    record(document | {"environment": about}, wanted=quiet_runs)
+    undisturbed = all(r["others"] <= BUSY for several in runs.values() for r in several)
+    record(document | {"environment": about}, wanted=undisturbed)
 
 
 if __name__ == "__main__":

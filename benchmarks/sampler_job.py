@@ -5,7 +5,7 @@
     python -m benchmarks.sampler_job profile ROWS < JOB.json
     python -m benchmarks.sampler_job ceilings < JOB.json
 
-JOB.json is what benchmarks/sampler.py writes; `score` wants "answers" in it as well.
+JOB.json is written by benchmarks/sampler.py; `score` needs "answers" in it as well.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def recorded(stats: SamplerStats) -> dict[str, Any]:
 
 
 def weight_bytes(weights: Mapping[str, Any]) -> int:
-    """Of all matrices that a step of decoding reads, as they are packed."""
+    """Bytes of all matrices that a decode step reads, as they are packed."""
     return sum(w.nbytes for n, w in weights.items() if n == "head" or n.endswith(MATRICES))
 
 
 def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
-    """All rows once with this many in flight."""
+    """All rows once, `rows` of them decoded together."""
     session, loaded = open_session(job)
     requests = requests_of(job)
     config = SamplerConfig(rows=rows, draft=draft)
@@ -91,7 +91,7 @@ def generate(job: dict[str, Any], rows: int, draft: str) -> dict[str, Any]:
         stats, size = sampler.stats, weight_bytes(sampler.model.weights)
     return {
         "load_seconds": loaded,
-        "pack_seconds": started - begun,  # the weights into the form that products want
+        "pack_seconds": started - begun,  # packing the weights
         "seconds": seconds,
         "weight_bytes": size,
         "answers": [done[row["id"]] for row in job["rows"]],

@@ -1,8 +1,8 @@
 """Where a sampling run on a CPU spends its time: the C functions, and Python around them.
 
-Called by `python -m benchmarks.sampler ... --profile`. Rows run twice without drafts: as always for
-the share of Python in decoding, and with a step's layers called one by one, for the share of each
-function. The clock around a call takes a microsecond or two, which counts as Python.
+Called by `python -m benchmarks.sampler ... --profile`. Rows are sampled twice without drafts: as
+always, for the share of Python in decoding, and with a step's layers called one by one, for the
+share of each function. The clock around a call takes a microsecond or two, which counts as Python.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from engine.sampling.requests import Request, SamplerConfig
@@ -23,31 +24,32 @@ PHASES = ("prefill", "decode")
 
 @contextmanager
 def timed(seconds: Counter[tuple[str, str]], phase: list[str], vocab: int) -> Iterator[None]:
-    """Inside `with`, add up the seconds of every C function by (phase, name)."""
-    library = native.library()
-    functions = {name: getattr(library, name) for name in native.SIGNATURES}
+    """Inside, add up the seconds of every C function by (phase, name).
 
-    def clocked(name: str, function: Callable) -> Callable:
+    Weights that are packed inside keep the timed functions.
+    """
+    library = native.library()
+
+    def clocked(name: str) -> Callable:
+        function = getattr(library, name)
+
         def call(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
-            what = "head" if name == "linear" and args[-1] == vocab else name
-            seconds[phase[0], what] += time.perf_counter() - started
+            label = "head" if name == "linear" and args[-1] == vocab else name
+            seconds[phase[0], label] += time.perf_counter() - started
             return result
 
         return call
 
-    try:
-        for name, function in functions.items():
-            setattr(library, name, clocked(name, function))
+    functions = {name: clocked(name) for name in native.SIGNATURES}
+    clocked_library = SimpleNamespace(_name=library._name, **functions)
+    with native.loading_by(native.Loader(loaded=native.Loaded(clocked_library))):
         yield
-    finally:
-        for name, function in functions.items():
-            setattr(library, name, function)
 
 
-class Watched(Sampler):
-    """A sampler that says which phase it is in."""
+class PhasedSampler(Sampler):
+    """A sampler that notes its phase."""
 
     phase: list[str]
 
@@ -71,10 +73,10 @@ def profile(
     decode, vocab = session.chat.tokenizer.decode, session.model.config.vocab_size
     for one_by_one in (False, True):
         seconds: Counter[tuple[str, str]] = Counter()
-        Watched.phase = ["else"]
+        PhasedSampler.phase = ["else"]
         config = SamplerConfig(rows=rows, draft="off")
-        with timed(seconds, Watched.phase, vocab):
-            with Watched(session.model, decode, end_ids, config) as sampler:
+        with timed(seconds, PhasedSampler.phase, vocab):
+            with PhasedSampler(session.model, decode, end_ids, config) as sampler:
                 if one_by_one:
                     sampler.model.fused_layers = None
                 for _ in sampler.run(requests):

@@ -3,9 +3,9 @@
     python -m benchmarks.soak                       2,000 steps, a minute or two on two cores
     python -m benchmarks.soak --steps 300 --kills 1
 
-Looks at: memory flat (resident set, last quarter against the second), no drift of speed, metrics
-with every step once and in order, and adapter, optimizer and metrics bitwise those of the run that
-nobody killed. Exit code 1 names what failed. The last line is JSON.
+Checks that memory stays flat (resident set, last quarter against the second) and speed steady, that
+metrics have every step once and in order, and that adapter, optimizer and metrics are bitwise those
+of the undisturbed run. Exit code 1 names the checks that failed. The last line is JSON.
 """
 
 from __future__ import annotations

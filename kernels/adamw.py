@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.integers import cdiv
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.packed import upload
 from kernels.spec import Spec
 
@@ -177,7 +178,7 @@ def adamw_triton_(
     )
     assert scalars.shape == (4,) and scalars.is_contiguous(), f"scalars {tuple(scalars.shape)}"
     P = params.numel()
-    blocks = tile("adamw_kernel", params.device)
+    blocks = tile_config("adamw_kernel", params.device)
     launch(
         adamw_kernel, (cdiv(P, blocks["BP"]),),
         params, grads, m, v, compute, scalars, P,
@@ -190,12 +191,12 @@ def grad_norm_triton(grads: Tensor) -> Tensor:
     """As `grad_norm`, in two launches."""
     grads = grads.contiguous()
     P = grads.numel()
-    config = tile("sum_of_squares_kernel", grads.device)
+    config = tile_config("sum_of_squares_kernel", grads.device)
     programs = 16 * cdiv(P, 16 * config["BP"])  # so that the second launch reads whole vectors
     sums = grads.new_empty(programs, dtype=torch.float64)
     norm = grads.new_empty((), dtype=torch.float64)
     launch(sum_of_squares_kernel, (programs,), grads, sums, P, **config)
-    config = tile("root_of_sum_kernel", grads.device)
+    config = tile_config("root_of_sum_kernel", grads.device)
     launch(root_of_sum_kernel, (1,), sums, norm, programs, **config)
     return norm
 

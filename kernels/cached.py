@@ -38,7 +38,7 @@ class Cached:
     context_lens: tuple[int, ...]  # (B,) host, tokens in the cache before this forward
     tables: tuple[tuple[int, ...], ...]  # (B,) host, block tables: each sequence's pages in order
     page_size: int  # tokens per page
-    alone: bool  # decode: sampled and draft tokens, each computed as if it came alone; else prefill
+    decode: bool  # sampled and draft tokens, each computed as if it came alone; else prefill
     positions: Tensor  # (T,) int64, within the sequence
     write_page: Tensor  # (T,) int64: page that each token's key and value are written to
     write_offset: Tensor  # (T,) int64: and the place within it
@@ -57,12 +57,12 @@ class Cached:
         tables: Sequence[Sequence[int]],
         page_size: int,
         device: str | torch.device = "cpu",
-        alone: bool | None = None,
+        decode: bool | None = None,
         ahead: int = 0,
     ) -> Cached:
         """Describe one forward; pages for the new tokens must be in `tables` already.
 
-        alone None: decode if every sequence brings one token. `ahead`: how often `advance` may be
+        decode None: true if every sequence brings one token. `ahead`: how often `advance` may be
         called; pages for those tokens must be in `tables` too.
         """
         assert len(query_lens) == len(context_lens) == len(tables), "one entry per row in each list"
@@ -88,7 +88,7 @@ class Cached:
             context_lens=tuple(context_lens),
             tables=tuple(own_pages),
             page_size=page_size,
-            alone=all(n == 1 for n in query_lens) if alone is None else alone,
+            decode=all(n == 1 for n in query_lens) if decode is None else decode,
             positions=torch.tensor(positions, dtype=torch.int64, device=device),
             write_page=torch.tensor(write_page, dtype=torch.int64, device=device),
             write_offset=torch.tensor(write_offset, dtype=torch.int64, device=device),
@@ -132,6 +132,6 @@ class Cached:
                     tables.append(table)
             device = self.positions.device
             self.memo[key] = Cached.build(
-                query_lens, context_lens, tables, self.page_size, device, self.alone
+                query_lens, context_lens, tables, self.page_size, device, self.decode
             )
         return self.memo[key]

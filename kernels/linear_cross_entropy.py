@@ -25,8 +25,9 @@ from torch import Tensor
 
 from kernels.cpu.prepack import PackedWeight, linear
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import device_class, tile
-from kernels.launch.triton_launch import jit, launch, power_of_two, tl
+from kernels.integers import power_of_two
+from kernels.launch.tile_config import device_class, tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # Bytes of a chunk of logits: small chunks stay in a CPU's cache, large ones fill a GPU.
@@ -137,7 +138,7 @@ def linear_cross_entropy_triton(
     budget = INTERPRETER_BYTES if interpreted else CHUNK_BYTES["cuda"]
     chunk = min(N, max(1, budget // (V * hidden.element_size())))
     buffer = hidden.new_empty(chunk, V)
-    config = tile("cross_entropy_rows_kernel", hidden.device, f"V{power_of_two(V)}")
+    config = tile_config("cross_entropy_rows_kernel", hidden.device, f"V{power_of_two(V)}")
     for first in range(0, N, max(1, chunk)):
         rows = slice(first, min(first + chunk, N))
         count = rows.stop - first

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.cpu.native import at, library
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
@@ -136,10 +137,10 @@ def rms_norm_forward_kernel(
     ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """y and rstd of BT tokens; ADD: of h = x + residual, which is written too."""
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
-    inside = (rows < T)[:, None] & (cols < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    inside = (tokens < T)[:, None] & (cols < D)[None, :]
+    at = tokens.to(tl.int64)[:, None] * D + cols[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BT, BD)
     if ADD:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
@@ -151,7 +152,7 @@ def rms_norm_forward_kernel(
     w = tl.load(w_ptr + cols, mask=cols < D, other=0.0)
     y = x_hat.to(tl.float32) * w.to(tl.float32)[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < T)
+    tl.store(rstd_ptr + tokens, rstd, mask=tokens < T)
 
 
 @jit(varying=("T",))
@@ -160,12 +161,12 @@ def rms_norm_backward_kernel(
     ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """dx of BT tokens; ADD: plus dh, the gradient that reaches h past the norm."""
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
-    inside = (rows < T)[:, None] & (cols < D)[None, :]
-    at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+    inside = (tokens < T)[:, None] & (cols < D)[None, :]
+    at = tokens.to(tl.int64)[:, None] * D + cols[None, :]
     w = tl.load(w_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + rows, mask=rows < T, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + tokens, mask=tokens < T, other=0.0)[:, None]
     x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd  # (BT, BD)
     g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * w[None, :]
     projection = tl.sum(g * x_hat, axis=1) / D  # (BT,)
@@ -179,7 +180,7 @@ def _launch_by_tokens(kernel, x: Tensor, *args, **constants) -> None:
     """One program per BT tokens of x (T, D)."""
     T, D = x.shape
     BD = power_of_two(D)
-    config = tile(kernel.__name__, x.device, f"D{BD}")
+    config = tile_config(kernel.__name__, x.device, f"D{BD}")
     launch(kernel, (cdiv(T, config["BT"]),), *args, D=D, BD=BD, **constants, **config)
 
 

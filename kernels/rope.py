@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.cpu.native import at, library
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec
 
 # ---- reference: the definition
@@ -96,18 +97,18 @@ def rope_kernel(
 ):  # fmt: skip
     """Rotates BH heads of BT tokens in place; INVERSE: by the opposite angle."""
     half: tl.constexpr = d // 2
-    rows = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     cols = tl.arange(0, BD)  # of a half; heads of 80 or 96 leave some lanes idle
-    position = tl.load(positions_ptr + rows, mask=rows < T, other=0).to(tl.int64)
-    known = (rows < T)[:, None] & (cols < half)[None, :]
+    position = tl.load(positions_ptr + tokens, mask=tokens < T, other=0).to(tl.int64)
+    known = (tokens < T)[:, None] & (cols < half)[None, :]
     angle = position[:, None] * d + cols[None, :]  # (BT, BD)
     cos = tl.load(cos_sin_ptr + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
     sin = tl.load(cos_sin_ptr + half + angle, mask=known, other=0.0).to(tl.float32)[:, None, :]
     if INVERSE:
         sin = -sin
     inside = known[:, None, :] & (heads < H + G)[None, :, None]
-    at = rows.to(tl.int64)[:, None, None] * ((H + 2 * G) * d) + heads[None, :, None] * d
+    at = tokens.to(tl.int64)[:, None, None] * ((H + 2 * G) * d) + heads[None, :, None] * d
     at += cols[None, None, :]
     x1 = tl.load(qkv_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BH, BD)
     x2 = tl.load(qkv_ptr + half + at, mask=inside, other=0.0).to(tl.float32)
@@ -127,7 +128,7 @@ def rope_triton_(
         f"{d}, as many as cos_sin {tuple(cos_sin.shape)} has angles for"
     )
     assert positions.shape == (T,), f"positions {tuple(positions.shape)}, {T} tokens"
-    config = tile("rope_kernel", qkv.device, f"d{power_of_two(d)}")
+    config = tile_config("rope_kernel", qkv.device, f"d{power_of_two(d)}")
     grid = (cdiv(T, config["BT"]), cdiv(H + G, config["BH"]))
     launch(
         rope_kernel, grid, qkv, positions.contiguous(), cos_sin.contiguous(), T,

@@ -19,8 +19,9 @@ from torch import Tensor
 from kernels.cpu.native import at, library
 from kernels.cpu.rowwise import rowwise
 from kernels.dtypes import accumulate_dtype
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.integers import cdiv
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 # ---- reference: the definition
@@ -87,15 +88,15 @@ def swiglu_forward_kernel(
     gate_up_ptr, h_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
     """A tile of h; gate is in columns 0 .. F - 1 of gate_up, up in the F after them."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (rows < T) & (cols < F)
-    at = rows * (2 * F) + cols
+    inside = (tokens < T) & (cols < F)
+    at = tokens * (2 * F) + cols
     gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
     up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
     silu = (gate * tl.sigmoid(gate)).to(h_ptr.dtype.element_ty)
     h = (silu.to(tl.float32) * up).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + rows * F + cols, h, mask=inside)
+    tl.store(h_ptr + tokens * F + cols, h, mask=inside)
 
 
 @jit(varying=("T",))
@@ -103,13 +104,13 @@ def swiglu_backward_kernel(
     dh_ptr, gate_up_ptr, dgate_up_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
 ):  # fmt: skip
     """A tile of dgate and the same tile of dup."""
-    rows = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
+    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
     cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (rows < T) & (cols < F)
-    at = rows * (2 * F) + cols
+    inside = (tokens < T) & (cols < F)
+    at = tokens * (2 * F) + cols
     gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
     up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + tokens * F + cols, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     dgate = dh * up * (s * (1 + gate * (1 - s)))
     dup = dh * (gate * s)
@@ -122,7 +123,7 @@ def _launch_tiles(kernel, gate_up: Tensor, *args: Tensor) -> None:
     """One program per tile of h (T, F)."""
     T = gate_up.shape[0]
     F = gate_up.shape[1] // 2
-    config = tile(kernel.__name__, gate_up.device)
+    config = tile_config(kernel.__name__, gate_up.device)
     grid = (cdiv(T, config["BT"]), cdiv(F, config["BF"]))
     launch(kernel, grid, *args, T, F=F, **config)
 

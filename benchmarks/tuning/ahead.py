@@ -1,10 +1,9 @@
 """Kernels compiled ahead of their launch, by worker processes, into triton's cache on disk.
 
 A launch looks its kernel up by a hash of source, signature, constants, attributes, options, target
-and compiler. A worker makes all of these from a recorded launch (benchmarks.tuning.compile), for a
-target
-that it is told, so that it needs no GPU and makes no context there; the process that measures then
-only loads what is found. A worker that dies or takes too long costs its own task alone.
+and compiler. A worker derives all of these from a recorded launch (benchmarks.tuning.compile), for
+a given target, so it needs no GPU and makes no context there; the process that measures then only
+loads the compiled kernel. A worker that dies or takes too long loses its own task only.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def launches(task: Task, target: Target) -> list[Launch]:
 
 
 def compiled(launch: Launch, target: Target) -> tuple[Any, str]:
-    """The kernel as a launch would find it, and what the compiler said if it was not there yet."""
+    """The kernel as a launch would find it, and the compiler's log if it was not there yet."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
@@ -129,45 +128,46 @@ def make_launcher(kernel: Any) -> None:
             driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
-def outcome(task: Task, target: Target) -> str:
-    """Compile all of a task: "" or why its configuration must not be taken."""
-    found = []
+def why_refused(task: Task, target: Target) -> str | None:
+    """Compile all of a task; returns why its configuration must not be taken, None if it may be."""
+    reasons = []
     try:
         for launch in launches(task, target):
             kernel, log = compiled(launch, target)
             if kernel.metadata.shared > target.shared:
-                found.append("shared memory")
+                reasons.append("shared memory")
             elif aot.SERIAL in log:
-                found.append("serialised wgmma")
+                reasons.append("serialised wgmma")
             elif "cubin" in kernel.asm:
                 usage = aot.resources(kernel.asm["cubin"])
-                found += ["spills"] if int(re.search(r"STACK:(\d+)", usage)[1]) else []
+                if int(re.search(r"STACK:(\d+)", usage)[1]):
+                    reasons.append("spills")
                 make_launcher(kernel)
     except Exception as error:  # whatever the compiler raises
         return type(error).__name__
-    return found[0] if found else ""
+    return reasons[0] if reasons else None
 
 
 def work(connection: Connection, target: Target) -> None:
-    """A worker's life: tasks in, outcomes out, until the other end is closed."""
+    """The loop of a worker: receives tasks, sends outcomes, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(10)  # the process that measures goes first
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # is not part of what the cache is asked for
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # is not part of the cache's key
     torch.set_num_threads(1)
     while True:
         try:
             task = connection.recv()
         except EOFError:
             return
-        connection.send(outcome(task, target))
+        connection.send(why_refused(task, target))
 
 
 # ---- in the process that measures
 
 
 def prepare() -> None:
-    """Begin to import what workers need, in the process that they are forked from: not this one.
+    """Begin to import the workers' modules in the process that they are forked from: not this one.
 
     A process that has a GPU must not be copied.
     """
@@ -176,12 +176,12 @@ def prepare() -> None:
 
 
 class Workers:
-    """Processes that compile what is wanted, the most urgent first."""
+    """Processes that compile tasks, the most urgent first."""
 
     def __init__(self, number: int, target: Target) -> None:
         prepare()
         self.context, self.number, self.target = get_context("forkserver"), number, target
-        self.outcomes: dict[Task, str] = {}
+        self.outcomes: dict[Task, str | None] = {}  # None: compiled; else why it is refused
         self.asked: set[Task] = set()
         self.queue: list[tuple[Any, int, Task]] = []
         self.count = itertools.count()
@@ -196,14 +196,14 @@ class Workers:
         return ours, process
 
     def want(self, tasks: Iterable[Task], urgency: Any) -> None:
-        """To be compiled, once; small `urgency` first."""
+        """Have the tasks compiled, each once; small `urgency` first."""
         for task in tasks:
             if task not in self.asked:
                 self.asked.add(task)
                 heapq.heappush(self.queue, (urgency, next(self.count), task))
 
     def poll(self, seconds: float = 0.0) -> None:
-        """Take what came back, waiting so long for it, and keep every worker at work."""
+        """Collect outcomes, waiting at most `seconds` for one, and keep every worker at work."""
         self._give()
         for connection in wait(list(self.busy), seconds):
             process, task, _ = self.busy.pop(connection)
@@ -240,13 +240,19 @@ class Workers:
         self.idle.append(self.started())
 
     def missing(self, tasks: Iterable[Task]) -> bool:
-        """Whether any of them is not through yet."""
+        """Whether any of them has no outcome yet."""
         return any(task not in self.outcomes for task in tasks)
 
-    def reason(self, tasks: Iterable[Task], vetoes: bool = True) -> str:
-        """Why the configuration that the tasks are for is refused, "" if it is not."""
-        found = (self.outcomes[task] for task in tasks)
-        return next((r for r in found if r and (vetoes or r not in VETOES)), "")
+    def why_refused(self, tasks: Iterable[Task], vetoes: bool = True) -> str | None:
+        """Why the configuration that the tasks are for is refused; None if it is not.
+
+        Without `vetoes` only what cannot run is refused.
+        """
+        for task in tasks:
+            reason = self.outcomes[task]
+            if reason is not None and (vetoes or reason not in VETOES):
+                return reason
+        return None
 
     def close(self) -> None:
         """End them all now."""

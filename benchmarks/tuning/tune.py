@@ -224,7 +224,9 @@ class Explorer:
             self.place.clock.wait()  # raises again where the card itself is lost
             return None
 
-    def screen(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
+    def screen(
+        self, refused: Callable[[Config], str | None], until: float, pause: Callable
+    ) -> None:
         """Every candidate at the largest case; `refused` says which did not compile, and why."""
         found = []
         for n, config in enumerate(self.configs):
@@ -247,7 +249,9 @@ class Explorer:
         self.done = not self.finalists
         self.presents.clear()
 
-    def decide(self, refused: Callable[[dict], str], until: float, pause: Callable) -> None:
+    def decide(
+        self, refused: Callable[[Config], str | None], until: float, pause: Callable
+    ) -> None:
         """The finalists at all cases; the best that wins again and is proved is taken."""
         limit = math.inf if self.place.dry else GAIN  # a rehearsal always has something to write
         ranked, others = [], self.search.cases[1:]
@@ -330,21 +334,22 @@ class Turn:
             self.workers.want(proofs, (self.urgency, 1))  # of the best so far only
 
     def ready(self) -> bool:
-        """Whether all that was asked for has come back; proofs need not, they compile here too."""
+        """Whether all of the step is compiled; proofs need not be, they compile here too."""
         lists = (self.presents, *self.by_config.values())
         return self.asked and not (self.workers and any(map(self.workers.missing, lists)))
 
-    def refused(self, config: Config) -> str:
-        found = self.workers and self.workers.reason(
-            self.by_config[frozen(config)], not self.search.form
-        )
-        return found or ""
+    def why_refused(self, config: Config) -> str | None:
+        """Why this configuration must not be taken; None if it may be."""
+        if not self.workers:
+            return None
+        vetoes = not self.search.form
+        return self.workers.why_refused(self.by_config[frozen(config)], vetoes)
 
     def take(self, until: float) -> None:
         """Measure the step that is ready."""
         pause = self.workers.poll if self.workers else lambda: None
         explorer = self.explorer
-        if self.workers and (why := self.workers.reason(self.presents, vetoes=False)):
+        if self.workers and (why := self.workers.why_refused(self.presents, vetoes=False)):
             explorer.outcome.refused[f"present configuration: {why}"] += 1
             explorer.outcome.left += 0 if self.screened else len(explorer.configs)
             explorer.done = True
@@ -352,7 +357,7 @@ class Turn:
         step = explorer.decide if self.screened else explorer.screen
         won = {(kernel, at): dict(items) for kernel, at, items in self.won}
         with tile_config.overriding(won):
-            step(self.refused, until, pause)
+            step(self.why_refused, until, pause)
         self.screened = True
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.distill.cascade import (
-    Stage,
-    parse_cascade,
-)
+from engine.distill.cascade import Stage, parse_cascade
 from engine.distill.rewrite_prompts import TEMPLATES
 from engine.distill.selection import OURS, PAPER, Rules
 from engine.verify.paper_rules import PUBLISHED
@@ -18,7 +15,7 @@ PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Facto
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What is asked of the seed model and what is accepted."""
+    """How the seed model is asked for rewrites, and which of them are accepted."""
 
     template: str = "using"  # wording that shows the model the reference answer and asks for a
     #   rewrite: using, refer or gsm8k
@@ -48,25 +45,24 @@ class DistillConfig:
         return PUBLISHED.get(self.verify, self.verify) if self.paper_exact else self.verify
 
     def check(self) -> None:
-        """ValueError for names and numbers that are not known."""
+        """ValueError for unknown names, and numbers that cannot be."""
         if self.template not in TEMPLATES:
-            raise ValueError(f"template {self.template!r}: one of {', '.join(TEMPLATES)} is wanted")
+            raise ValueError(f"template {self.template!r}: expected one of {', '.join(TEMPLATES)}")
         get_verifier(self.verify)
         if self.choose not in ("likelihood", "first"):
-            raise ValueError(f"choose {self.choose!r}: likelihood or first is wanted")
-        stages = self.stages
+            raise ValueError(f"choose {self.choose!r}: expected likelihood or first")
+        stages = self.stages  # ValueError where it cannot be read
         if self.paper_exact and stages != parse_cascade("guided:1"):
             raise ValueError(
                 f"paper_exact with cascade {self.cascade!r}: the published code asks once, shown "
                 "the reference; leave out one of the two"
             )
-        if self.max_new_tokens != "auto" and not (
-            self.max_new_tokens.isdecimal() and int(self.max_new_tokens) > 0
-        ):
-            raise ValueError(f"max_new_tokens {self.max_new_tokens!r}: a number or auto is wanted")
+        is_number = self.max_new_tokens.isdecimal() and int(self.max_new_tokens) > 0
+        if self.max_new_tokens != "auto" and not is_number:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens!r}: expected a number or auto")
 
     def limit(self, reference_tokens: int) -> int:
-        """New tokens for a reference of that length."""
+        """Most new tokens of a rewrite of a reference of that length."""
         if self.max_new_tokens != "auto":
             return int(self.max_new_tokens)
         return max(128, 64 + 3 * reference_tokens)

@@ -1,4 +1,4 @@
-"""The summary of a distillation."""
+"""The summary of a distillation, as printed at its end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.data.distilled import CONTEXT, Distilled
-from engine.distill.cascade import (
-    REFERENCE,
-)
+from engine.distill.cascade import REFERENCE
 from engine.sampling.requests import SamplerStats
 
 LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly the same run
@@ -17,17 +15,18 @@ LOW_SHARE = 0.2  # under this share of differing targets SFT and SDFT are nearly
 
 @dataclass
 class DistillReport:
-    """What is in the file, and what this process did."""
+    """The lines of the file, and the work of this process in this start."""
 
     lines: list[Distilled]
     stats: SamplerStats
-    seconds: float  # of generation in this process
-    written: int  # lines written in this process
+    seconds: float  # of sampling
+    written: int  # lines written
     before: int = 0  # lines that an earlier start had written
-    cut_at: int = 0  # tokens at which prompts lost their end (Rules.cut_prompts)
+    cut_at: int = 0  # tokens to which prompts were cut (Rules.cut_prompts); 0: not cut
 
     @property
     def counts(self) -> Counter[str]:
+        """Number of lines by status."""
         return Counter(line.status for line in self.lines)
 
     @property
@@ -42,29 +41,31 @@ class DistillReport:
         return sum(line.target != line.reference for line in targets) / max(1, len(targets))
 
     def stages(self) -> Iterator[str]:
-        """What every stage of a cascade was asked and gave; nothing for one try a turn."""
-        names = dict.fromkeys(name for line in self.lines for name in line.tries)
+        """A line for every stage of a cascade: turns decided, tries, statuses; no line where every
+        turn had one try."""
+        stages = dict.fromkeys(stage for line in self.lines for stage in line.tries)
         if all(sum(map(len, line.tries.values())) <= 1 for line in self.lines):
             return
-        for name in names:
-            asked = [line.tries[name] for line in self.lines if name in line.tries]
-            counts = Counter(status for tries in asked for status in tries).most_common()
-            won = sum(line.stage == name for line in self.lines)
-            yield (
-                f"{name}: {won} of {len(asked)} turns decided by {sum(n for _, n in counts)} tries "
-                f"({', '.join(f'{status} {n}' for status, n in counts)})"
-            )
+        for stage in stages:
+            tries = [line.tries[stage] for line in self.lines if stage in line.tries]
+            counts = Counter(status for statuses in tries for status in statuses).most_common()
+            total = sum(n for _, n in counts)
+            won = sum(line.stage == stage for line in self.lines)
+            statuses = ", ".join(f"{status} {n}" for status, n in counts)
+            yield f"{stage}: {won} of {len(tries)} turns decided by {total} tries ({statuses})"
         left = sum(line.stage == REFERENCE for line in self.lines)
         yield f"{REFERENCE}: {left} turns"
 
     def text(self) -> str:
-        """Counts and shares by status, speed, a warning where the two arms will be nearly one."""
+        """Counts and shares by status, stages, speed, and a warning where the targets hardly differ
+        from the references."""
         n = len(self.targets)
         counts = self.counts
-        silent = counts.pop(CONTEXT, 0)
-        parts = [f"{k} {v} ({v / n:.0%})" for k, v in counts.most_common()]
+        context_only = counts.pop(CONTEXT, 0)
+        parts = [f"{status} {count} ({count / n:.0%})" for status, count in counts.most_common()]
         text = f"{n} turns: " + ", ".join(parts)
-        text += f"; {silent} further turns are context only" if silent else ""
+        if context_only:
+            text += f"; {context_only} further turns are context only"
         text += "".join(f"\n{line}" for line in self.stages())
         text += f"\ntargets that differ from the reference: {self.differ:.1%}"
         if self.cut_at:
@@ -76,12 +77,14 @@ class DistillReport:
                 "SFT and SDFT will nearly be the same run"
             )
         if self.written:
-            rows, tokens = self.written / self.seconds, self.stats.new_tokens / self.seconds
-            since = f"since the last start {self.written} turns were " if self.before else ""
-            prefill, decode = self.stats.prefill_seconds, self.stats.decode_seconds
-            text += (
-                f"\n{since}generated in {self.seconds:.1f} s (prefill {prefill:.1f}, "
-                f"decoding {decode:.1f}): {rows:.2f} rows/s, "
-                f"{tokens:.0f} new tokens/s; {self.stats.text()}"
-            )
+            text += "\n" + self._speed()
         return text
+
+    def _speed(self) -> str:
+        rows_s, tokens_s = self.written / self.seconds, self.stats.new_tokens / self.seconds
+        since = f"since the last start {self.written} turns were " if self.before else ""
+        return (
+            f"{since}generated in {self.seconds:.1f} s (prefill "
+            f"{self.stats.prefill_seconds:.1f}, decoding {self.stats.decode_seconds:.1f}): "
+            f"{rows_s:.2f} rows/s, {tokens_s:.0f} new tokens/s; {self.stats.text()}"
+        )

@@ -1,4 +1,4 @@
-"""How a reference is shown to the model that is to rewrite it (2402.13669; paper.md 1.2)"""
+"""The prompts that show the model a reference and ask for a rewrite (2402.13669, section 3)"""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from model.chat import Chat
 
 @dataclass(frozen=True)
 class Template:
-    """How a reference is shown to the model (paper.md 1.2)."""
+    """The wording of such a prompt."""
 
-    system: str  # the sentence that says what to do
-    between: str  # what stands between the user's text and the reference
-    prefix: str = ""  # the beginning of the assistant's answer; it becomes part of the target
-    inline: bool = False  # the sentence stands in the user's message, under Alpaca headers
+    system: str  # the instruction
+    between: str  # text between the user's message and the reference
+    prefix: str = ""  # forced beginning of the answer; it becomes part of the target
+    inline: bool = False  # the instruction goes into the user's message, under Alpaca headers
     plain: str = ""  # the task's system message without a reference; `system` replaces it
 
 
@@ -44,19 +44,23 @@ TEMPLATES = {
 def prompt(
     chat: Chat, template: Template, context: Sequence[dict[str, str]], reference: str
 ) -> list[dict[str, str]]:
-    """The conversation that asks for a rewrite: `context` ends with the user's message.
+    """The messages that ask for a rewrite; `context` ends with the user's message.
 
-    In the `alpaca` chat format the template's sentence replaces the format's own, which gives the
-    paper's raw form; elsewhere that form is what the user says.
+    In the `alpaca` chat format the template's instruction replaces the format's own, which gives
+    the paper's raw form; in other formats that raw form is the user's message.
     """
-    *earlier, last = context
+    earlier, last = context[:-1], context[-1]
     user = last["content"] + template.between + reference
-    system = [m["content"] for m in earlier if m["role"] == "system"]
-    system = [text for text in system if text != template.plain]
-    earlier = [m for m in earlier if m["role"] != "system"]
+    system = [
+        message["content"]
+        for message in earlier
+        if message["role"] == "system" and message["content"] != template.plain
+    ]
     if template.inline and chat.name != "alpaca":
         user = f"{template.system}\n\n### Instruction:\n{user}\n\n### Response:\n"
     else:
-        system = [*system, template.system]
-    head = [{"role": "system", "content": "\n\n".join(system)}] if system else []
-    return [*head, *earlier, {"role": "user", "content": user}]
+        system.append(template.system)
+    messages = [message for message in earlier if message["role"] != "system"]
+    if system:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    return [*messages, {"role": "user", "content": user}]

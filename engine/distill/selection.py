@@ -1,4 +1,4 @@
-"""Selection: is what the seed model wrote fit to be trained on in place of the reference?
+"""Selection: whether a response may be trained on in place of its reference
 
 `judge` gives a response its status. The rules, first match wins:
 
@@ -10,15 +10,16 @@
     banned            it talks about the task of rewriting (the ban list of the paper, 2402.13669)
     echo              it repeats the template's headers or the chat format's marks
     repeats_prompt    it repeats the user's whole message (of PROMPT_WORDS words or more; a shorter
-                      one only where nothing else is said)
+                      one only where it says nothing else)
     refusal           it refuses (engine/verify/refusals.py) and the reference does not
     not_refused       the reference refuses and it does not
     (the verifier's)  mismatch, no_number, no_call, reference_without_number, ...
     accepted
 
-What the reference does too is no echo and no repetition. Only "accepted" and "identical" responses
-become targets (`data.KEPT`); every other status falls back to the reference, so a rule that fires
-once too often costs a rewrite, never a wrong target. Verifiers are in engine/verify/verifiers.py.
+Where the reference has the same echo or repetition, the response may have it. Only "accepted" and
+"identical" responses become targets (`data.KEPT`); with every other status the target is the
+reference, so a rule that is too strict costs a rewrite, never a wrong target. Verifiers are in
+engine/verify/verifiers.py.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ PROMPT_WORDS = 12
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done with rewrites, beside the verifier; OURS, or PAPER with the published defects
-    that change results (engine/presets.py lists all)."""
+    """Rules for rewrites, beside the verifier: OURS, or PAPER with the published defects that
+    change results (engine/presets.py lists all)."""
 
-    guards: bool = True  # all rules above; False: the ban list and the verifier, nothing else
-    cut_prompts: int = 0  # prompts that ask for a rewrite lose their end from there; 0: none does
-    prefix_in_target: bool = True  # a forced beginning of the answer is part of the target
-    every_turn: bool = True  # False: a conversation's last answer only; the others stay as given
+    guards: bool = True  # all rules above; False: the ban list and the verifier only
+    cut_prompts: int = 0  # tokens to which prompts that ask for a rewrite are cut; 0: not cut
+    prefix_in_target: bool = True  # whether the answer's forced beginning is part of the target
+    every_turn: bool = True  # False: rewrite a conversation's last answer only
 
 
 OURS = Rules()
@@ -61,9 +62,9 @@ def judge(
     rules: Rules = OURS,
     tests: str = "",
 ) -> str:
-    """The status of a response to `messages` (which end with the user's); see above for the rules.
+    """The status of a response to `messages`, which end with the user's; the rules are above.
 
-    finish is the sampler's: "stop", "stop_string", "length" or "prompt_too_long". tests: the row's,
+    finish: the sampler's, "stop", "stop_string", "length" or "prompt_too_long". tests: the row's,
     for the verifier. Without `rules.guards` a response that hit the limit can be accepted.
     """
     if finish == "prompt_too_long":
@@ -72,35 +73,46 @@ def judge(
         return "empty"
     if response.strip() == reference.strip():
         return "identical"
-    if rules.guards and (fault := _fault(messages, reference, response, finish)):
-        return fault
+    if rules.guards:
+        fault = _why_incomplete(messages, reference, response, finish)
+        if fault is not None:
+            return fault
     if banned(response):
         return "banned"
-    if rules.guards and (fault := _misfit(messages, reference, response)):
-        return fault
+    if rules.guards:
+        fault = _why_unlike_reference(messages, reference, response)
+        if fault is not None:
+            return fault
     # The verifier sees a row whose reference is this turn's, also in the middle of a conversation.
     row = Row("", (*messages, {"role": "assistant", "content": reference}), tests)
     ok, reason = verifier(row, response)
     return "accepted" if ok else reason
 
 
-def _fault(messages: Sequence[dict[str, str]], reference: str, response: str, finish: str) -> str:
-    """Why it is no whole text, or ""."""
-    if garbled(response, "\n".join([*(said["content"] for said in messages), reference])):
+def _why_incomplete(
+    messages: Sequence[dict[str, str]], reference: str, response: str, finish: str
+) -> str | None:
+    """The status of a response that is no complete text, None for one that is."""
+    context = "\n".join([*(message["content"] for message in messages), reference])
+    if garbled(response, context):
         return "garbled"
-    return "truncated" if finish == "length" else ""
+    return "truncated" if finish == "length" else None
 
 
-def _misfit(messages: Sequence[dict[str, str]], reference: str, response: str) -> str:
-    """Why a whole text is no answer such as the reference is, or ""."""
+def _why_unlike_reference(
+    messages: Sequence[dict[str, str]], reference: str, response: str
+) -> str | None:
+    """The status of a complete text that does not answer as the reference does, else None."""
     if _ECHO.search(response) and not _ECHO.search(reference):
         return "echo"
-    asked = messages[-1]["content"]
-    if repeats(response, asked) and not repeats(reference, asked):
+    question = messages[-1]["content"]
+    if repeats(response, question) and not repeats(reference, question):
         return "repeats_prompt"
-    if refuses(response) != refuses(reference):
-        return "not_refused" if refuses(reference) else "refusal"
-    return ""
+    if refuses(response) and not refuses(reference):
+        return "refusal"
+    if refuses(reference) and not refuses(response):
+        return "not_refused"
+    return None
 
 
 # ---- rules on the text alone
@@ -126,21 +138,21 @@ def banned(text: str) -> bool:
     return any(phrase in lower for phrase in BANNED) or lower.lstrip().startswith("your turn")
 
 
-def repeats(text: str, asked: str) -> bool:
-    """Whether the text repeats all of what was asked, letter case and spaces aside."""
-    said, words = " ".join(text.casefold().split()), asked.casefold().split()
-    whole = " ".join(words)
-    return said == whole or (len(words) >= PROMPT_WORDS and whole in said)
+def repeats(text: str, question: str) -> bool:
+    """Whether the text repeats the whole question, letter case and spaces aside."""
+    answer_words, question_words = text.casefold().split(), question.casefold().split()
+    answer, whole = " ".join(answer_words), " ".join(question_words)
+    return answer == whole or (len(question_words) >= PROMPT_WORDS and whole in answer)
 
 
 def garbled(text: str, context: str) -> str:
-    """Why `text` is no text, or "" if it is. `context` is all the writer saw: what stands there
-    already is no fault.
+    """Why `text` is no text, "" if it is one. context: all that the model saw; characters and
+    repetitions that occur there are no fault.
 
     - a replacement character (bytes that are no UTF-8) or a control character
     - up to 100 characters, a letter among them, ten times in a row: a loop
-    - ten letters or more, over a tenth of all, from scripts that the context does not use: token
-      soup. This also hits an honest answer in a script that nobody has used so far
+    - ten letters or more, over a tenth of all, from scripts that the context does not use: random
+      tokens. This also rejects an honest answer in a script that the context does not use
     """
     for char in sorted(set(text) - set(context)):
         if char == "\ufffd" or (unicodedata.category(char) == "Cc" and char not in "\n\r\t"):

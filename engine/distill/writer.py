@@ -1,5 +1,11 @@
-"""Distilled lines as they are decided: the turns of a conversation in order, their tries, the
-choice."""
+"""From turns to distilled lines: requests, judged attempts, the choice, the line
+
+    DistilledWriter.start    submit the requests of a turn's first stage
+    DistilledWriter.take     judge a completion; after a stage's last one write the turn's line and
+                             start the row's next turn, or submit the next stage
+
+The functions below are the steps: stage_requests, judged_attempt, decided_line, unasked_line.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +16,9 @@ from typing import Any
 from engine.data.distilled import CONTEXT, KEPT, Distilled
 from engine.distill.cascade import (
     REFERENCE,
-    Asking,
-    Candidate,
-    Turn,
+    AssistantTurn,
+    Attempt,
+    TurnAttempts,
 )
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
@@ -24,152 +30,178 @@ from engine.sampling.sampler import Sampler
 from engine.verify.verifiers import get_verifier
 from model.chat import Chat
 
+NOT_ASKED = "not_asked"  # the status of a turn that the published code leaves as it is
+
 FIELDS = tuple(part.name for part in dataclasses.fields(Distilled))
-WANTED = dict.fromkeys(set(FIELDS) - {"tries"}, str) | {
-    **{"messages": list, "response_ids": list},
-    **{"prompt_tokens": int, "response_tokens": int},
-}  # what a line of the file must have; older ones have no tries
+# name -> type of the fields that a line of the file must have; older lines have no `tries`
+LINE_FIELDS = dict.fromkeys(set(FIELDS) - {"tries"}, str) | {
+    "messages": list,
+    "response_ids": list,
+    "prompt_tokens": int,
+    "response_tokens": int,
+}
 
 
 def distilled_line(record: dict[str, Any]) -> Distilled:
-    """A line of the file, which has what is WANTED."""
+    """A parsed line of the file, which has LINE_FIELDS, as Distilled."""
     return Distilled(**{name: record[name] for name in FIELDS if name in record})
 
 
 @dataclass
-class Writer:
-    """Asks for turns, judges what comes back, asks again or writes the line."""
+class DistilledWriter:
+    """Submits turns to the sampler, and writes their lines once they are decided."""
 
     chat: Chat
     config: DistillConfig
     sampler: Sampler
-    scorer: Scorer | None  # where the likeliest of several tries is taken
+    scorer: Scorer | None  # chooses the likeliest of several accepted attempts; None: the first
     file: ResumedLines
-    flying: dict[str, Asking] = field(default_factory=dict)  # by the request's id
-    written: int = 0
-    no_room: int = 0  # requests whose prompt fills the model's context
+    asked: dict[str, TurnAttempts] = field(default_factory=dict)  # by request id
+    written: int = 0  # lines
+    no_room: int = 0  # stages whose prompt fills the model's context
 
     @property
-    def most(self) -> int:
+    def context_tokens(self) -> int:
         """Tokens of the model's context."""
         return self.sampler.owner.config.max_position
 
-    def begin(self, turn: Turn | None) -> None:
-        """Ask for a turn; those that stay as they are given are written at once."""
-        while turn is not None and (status := self._stays(turn)):
-            turn = self._write(turn, _untouched(turn, status))
-        if turn is not None:
-            self._ask(Asking(turn, self.config.stages))
-
-    def _stays(self, turn: Turn) -> str:
-        """The status of a turn that is not asked for, "" of all others."""
-        if turn.number in turn.row.context_only:
-            return CONTEXT
-        return "" if turn.last or self.config.rules.every_turn else "not_asked"
-
-    def _ask(self, asking: Asking) -> None:
-        """Submit all tries of the turn's stage."""
-        turn, stage, config = asking.turn, asking.stage, self.config
-        template = TEMPLATES[config.template]
-        try:
-            if stage.guided:
-                messages = prompt(self.chat, template, turn.context, turn.reference)
-                ids = self.chat.prompt_ids(messages, template.prefix)
-            else:
-                ids = self.chat.prompt_ids(turn.context)
-        except ValueError as error:  # the chat template refuses this conversation
-            raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
-        ids = ids[: config.rules.cut_prompts or None]
-        self.no_room += len(ids) >= self.most
-        reference = self.chat.response_ids(turn.reference)
-        limit = config.limit(len(reference))
-        name = stage.request(turn.id)
-        self.flying[name] = asking
-        # rewrites are about twice as long as what they rewrite (2.4 times in the paper's Alpaca)
-        expected = min(limit, 16 + 2 * len(reference))
-        heat = stage.temperature(self.sampler.config.temperature)
-        for sample in range(stage.tries):
-            self.sampler.submit(
-                Request(
-                    name,
-                    ids,
-                    limit,
-                    sample,
-                    temperature=heat,
-                    expected_tokens=expected,
-                    draft_source=reference,
-                )
-            )
+    def start(self, turn: AssistantTurn | None) -> None:
+        """Ask for a turn. The line of one that is not asked for is written at once, and the row's
+        next turn started."""
+        while turn is not None:
+            status = self._status_unasked(turn)
+            if status is None:
+                self._submit(TurnAttempts(turn, self.config.stages))
+                return
+            turn = self._write(turn, unasked_line(turn, status))
 
     def take(self, completion: Completion) -> None:
-        """Judge a try; with a stage's last one the turn is decided or goes on to the next stage."""
-        asking = self.flying[completion.id]
-        if not asking.add(_candidate(self.chat, self.config, asking, completion)):
+        """Judge a completion. With a stage's last one the turn is decided, or the next stage is
+        asked."""
+        attempts = self.asked[completion.id]
+        attempt = judged_attempt(self.chat, self.config, attempts, completion)
+        if not attempts.add(attempt):
             return
-        del self.flying[completion.id]
-        won = asking.winner(self.chat, self.scorer)
-        if won is None and asking.further():
-            self._ask(asking)
+        del self.asked[completion.id]
+        winner = attempts.winner(self.chat, self.scorer)
+        if winner is None and attempts.next_stage():
+            self._submit(attempts)
             return
-        self.begin(self._write(asking.turn, _line(asking, won)))
+        following = self._write(attempts.turn, decided_line(attempts, winner))
+        self.start(following)
 
-    def _write(self, turn: Turn, line: Distilled) -> Turn | None:
-        """Keep a line; the turn that follows it."""
+    def _status_unasked(self, turn: AssistantTurn) -> str | None:
+        """The status of a turn that is not asked for, None for all others."""
+        if turn.number in turn.row.context_only:
+            return CONTEXT
+        if not turn.is_last and not self.config.rules.every_turn:
+            return NOT_ASKED
+        return None
+
+    def _submit(self, attempts: TurnAttempts) -> None:
+        """Submit all attempts of the turn's stage."""
+        requests = stage_requests(self.chat, self.config, attempts, self.sampler.config.temperature)
+        self.no_room += len(requests[0].prompt) >= self.context_tokens
+        self.asked[requests[0].id] = attempts
+        for request in requests:
+            self.sampler.submit(request)
+
+    def _write(self, turn: AssistantTurn, line: Distilled) -> AssistantTurn | None:
+        """Write a line; returns the row's next turn."""
         self.file.write(dataclasses.asdict(line))
         self.written += 1
-        return turn.next(line.target)
+        return turn.following(line.target)
 
 
-def _candidate(
-    chat: Chat, config: DistillConfig, asking: Asking, completion: Completion
-) -> Candidate:
-    """What was sampled, judged. A forced beginning belongs to it, but in the published code."""
-    ids, turn, rules = completion.ids, asking.turn, config.rules
-    prefix = TEMPLATES[config.template].prefix
-    if ids and asking.stage.guided and rules.prefix_in_target:
-        ids = [*chat.prefix_ids(prefix), *ids]
-    text, verifier = chat.tokenizer.decode(ids).strip(), get_verifier(config.verifier)
+def stage_requests(
+    chat: Chat, config: DistillConfig, attempts: TurnAttempts, temperature: float
+) -> list[Request]:
+    """The requests of the stage that is asked: samples of one prompt under one id.
+
+    temperature: that of the run. ValueError where the chat template refuses the conversation.
+    """
+    turn, stage = attempts.turn, attempts.stage
+    template = TEMPLATES[config.template]
+    try:
+        if stage.guided:
+            messages = prompt(chat, template, turn.context, turn.reference)
+            prompt_ids = chat.prompt_ids(messages, template.prefix)
+        else:
+            prompt_ids = chat.prompt_ids(turn.context)
+    except ValueError as error:
+        raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
+    if config.rules.cut_prompts:
+        prompt_ids = prompt_ids[: config.rules.cut_prompts]
+    reference_ids = chat.response_ids(turn.reference)
+    limit = config.limit(len(reference_ids))
+    # rewrites are about twice as long as their references (2.4 times in the paper's Alpaca)
+    expected = min(limit, 16 + 2 * len(reference_ids))
+    return [
+        Request(
+            stage.request_id(turn.id),
+            prompt_ids,
+            limit,
+            sample,
+            temperature=stage.temperature(temperature),
+            expected_tokens=expected,
+            draft_source=reference_ids,
+        )
+        for sample in range(stage.tries)
+    ]
+
+
+def judged_attempt(
+    chat: Chat, config: DistillConfig, attempts: TurnAttempts, completion: Completion
+) -> Attempt:
+    """A completion with its status. The answer's forced beginning is a part of it (in the published
+    code it is not)."""
+    turn, rules = attempts.turn, config.rules
+    ids = list(completion.ids)
+    if ids and attempts.stage.guided and rules.prefix_in_target:
+        ids = [*chat.prefix_ids(TEMPLATES[config.template].prefix), *ids]
+    text = chat.tokenizer.decode(ids).strip()
     status = judge(
         turn.context,
         turn.reference,
         text,
         completion.finish,
-        verifier,
+        get_verifier(config.verifier),
         rules=rules,
         tests=turn.tests,
     )
-    return Candidate(
-        completion.sample,
-        list(ids),
-        text,
-        status,
-        completion.finish,
-        completion.prompt_tokens,
+    return Attempt(
+        sample=completion.sample,
+        ids=ids,
+        text=text,
+        status=status,
+        finish=completion.finish,
+        prompt_tokens=completion.prompt_tokens,
         kept=status in KEPT,
     )
 
 
-def _line(asking: Asking, won: Candidate | None) -> Distilled:
-    """A decided turn as a line of the file; where all tries failed, with the last stage's first."""
-    turn, shown = asking.turn, won or asking.candidates[0]
+def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
+    """The line of a decided turn. Without a winner it shows the first attempt of the last stage,
+    and the target is the reference."""
+    turn, shown = attempts.turn, winner or attempts.attempts[0]
     return Distilled(
         id=turn.id,
         messages=turn.context,
         reference=turn.reference,
         response=shown.text,
         response_ids=shown.ids,
-        target=turn.reference if won is None else won.text,
+        target=turn.reference if winner is None else winner.text,
         status=shown.status,
-        stage=REFERENCE if won is None else asking.stage.name,
+        stage=REFERENCE if winner is None else attempts.stage.name,
         finish=shown.finish,
         prompt_tokens=shown.prompt_tokens,
         response_tokens=len(shown.ids),
-        tries=asking.tries,
+        tries=attempts.tries,
     )
 
 
-def _untouched(turn: Turn, status: str) -> Distilled:
-    """The line of a turn that is not asked for."""
+def unasked_line(turn: AssistantTurn, status: str) -> Distilled:
+    """The line of a turn that is not asked for: its target is the reference."""
     return Distilled(
         id=turn.id,
         messages=turn.context,

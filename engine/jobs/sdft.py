@@ -28,7 +28,7 @@ from engine.data.rows import Row
 from engine.distill.config import DistillConfig
 from engine.distill.distill import can_be_asked, distill, distill_settings
 from engine.distill.distill_report import DistillReport
-from engine.distill.seed_likelihoods import Means, score
+from engine.distill.seed_likelihoods import LikelihoodSums, score
 from engine.evaluate.retention import retention
 from engine.evaluate.target_task import (
     Arms,
@@ -258,7 +258,7 @@ def _text(
     out: Path,
     distilling: DistillConfig,
     report: DistillReport,
-    means: Means | None,
+    means: LikelihoodSums | None,
     trainings: dict[str, Any],
     scores: dict[str, Score],
     drift: dict[str, dict[str, float]],

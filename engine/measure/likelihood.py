@@ -261,7 +261,7 @@ class Scorer:
         """For every row the hidden states (n, D) of its new tokens from `first` on."""
         model = self.model
         lengths = [len(row) for row in new]
-        cached = Cached.build(lengths, contexts, tables, self.page_size, model.device, alone=False)
+        cached = Cached.build(lengths, contexts, tables, self.page_size, model.device, decode=False)
         row_starts = [0, *itertools.accumulate(lengths)]
         logits_indices: list[int] = []
         for i, length in enumerate(lengths):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.sampling.speculation import MAX_DRAFT
 from kernels.cached import Cached
+from kernels.integers import cdiv
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
 from model.llama import Llama
@@ -59,7 +60,7 @@ class Probe:
         """
         model = self.model
         longest = max(self.prompt_lengths) + self.decoded
-        pages = -(-longest // self.page_size)
+        pages = cdiv(longest, self.page_size)
         cache = KVCache(model.config, pages * len(seqs), self.page_size, model.device, model.dtype)
         block_tables = {i: cache.take(pages) for i in seqs}
         parts: dict[int, list[Results]] = {i: [] for i in seqs}
@@ -103,7 +104,7 @@ class Probe:
             [block_tables[i] for i in spans],
             self.page_size,
             device,
-            alone=decode,
+            decode=decode,
         )
         tokens = [self.token_ids[i][span.start : span.stop] for i, span in spans.items()]
         logits_indices = None if decode else cached.last

@@ -42,6 +42,7 @@ from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from engine.sampling.sequence import RunningSequence
 from engine.sampling.speculation import DraftController
+from kernels.integers import cdiv, power_of_two
 from kernels.registry import TORCH, TRITON, VARIANTS, Ops
 from model.llama import Llama
 from model.lora import Lora
@@ -78,22 +79,17 @@ def why_not_captured(ops: Ops) -> str | None:
     return f"{', '.join(on_host)} would read values on the host" if on_host else None
 
 
-def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n (n >= 1)."""
-    return 1 << (n - 1).bit_length()
-
-
 def bucket_size(sequences: int, limit: int) -> int:
     """Slots of the step that so many sequences run in, at most `limit`.
 
     1, 2, 4, 8, then multiples of 8, and of a quarter of the next power of two: 16, 24, 32, 48, 64,
     96, 128, ...
     """
-    power = next_power_of_two(sequences)
+    power = power_of_two(sequences, least=1)
     if sequences <= 8:
         return min(limit, power)
     unit = max(8, power // 4)
-    return min(limit, -(-sequences // unit) * unit)
+    return min(limit, cdiv(sequences, unit) * unit)
 
 
 class FailedCaptures:
@@ -188,7 +184,7 @@ class DecodeGraphs:
             return None
         longest = max(seq.context_len for seq in seqs)
         B = bucket_size(len(seqs), self.config.rows)
-        P = next_power_of_two(self.pool.pages_for(longest + steps))
+        P = power_of_two(self.pool.pages_for(longest + steps), least=1)
         step = self._captured_step(B, P, temperatures.pop())
         if step is None:
             return None

@@ -17,6 +17,7 @@ from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sequence import RunningSequence
 from kernels.cached import Cached
+from kernels.integers import cdiv
 from model.llama import Llama
 from model.lora import Lora
 
@@ -33,20 +34,20 @@ class FlatBuffer:
         starts, total = {}, 0
         for name, size in sizes.items():
             starts[name] = total
-            total += -(-size // ALIGNMENT) * ALIGNMENT
+            total += cdiv(size, ALIGNMENT) * ALIGNMENT
         pinned = device.type == "cuda"
         self.all_on_host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
         self.all_on_device = torch.zeros(total, dtype=torch.int64, device=device)
-        self.host: dict[str, Tensor] = {}
-        self.device: dict[str, Tensor] = {}
+        self.on_host: dict[str, Tensor] = {}
+        self.on_device: dict[str, Tensor] = {}
         for name, size in sizes.items():
             span = slice(starts[name], starts[name] + size)
-            self.host[name] = self.all_on_host[span]
-            self.device[name] = self.all_on_device[span]
+            self.on_host[name] = self.all_on_host[span]
+            self.on_device[name] = self.all_on_device[span]
 
     def fill(self, name: str, values: Sequence[int]) -> None:
         """Set the host's tensor of that name."""
-        tensor = self.host[name]
+        tensor = self.on_host[name]
         tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
 
     def upload(self) -> None:
@@ -77,7 +78,7 @@ class DecodeStep:
         self.L = P * config.page_size
         self.penalised = config.repetition_penalty != 1
         self.buffer = self._make_buffer()
-        inputs = self.buffer.device
+        inputs = self.buffer.on_device
         self.tokens = inputs["tokens"]  # (B,) the tokens sampled last
         self.samples, self.row_keys = inputs["samples"], inputs["row_keys"]  # (B,) both
         self.turn = inputs["turn"]  # (1,) calls since `load`
@@ -102,7 +103,7 @@ class DecodeStep:
             "context_lens": (B + 1) // 2,  # int32, two in the place of one int64
         }
         buffer = FlatBuffer(sizes, self.model.device)
-        for tensors in (buffer.host, buffer.device):
+        for tensors in (buffer.on_host, buffer.on_device):
             tensors["context_lens"] = tensors["context_lens"].view(torch.int32)[:B]
         return buffer
 
@@ -115,7 +116,7 @@ class DecodeStep:
             context_lens=(most - 2,) * B,
             tables=((),) * B,
             page_size=self.config.page_size,
-            alone=True,
+            decode=True,
             positions=inputs["positions"],
             write_page=inputs["write_page"],
             write_offset=inputs["write_offset"],

@@ -151,7 +151,7 @@ class ModelRunner:
             block_tables,
             self.config.page_size,
             self.model.device,
-            alone=decode,
+            decode=decode,
             ahead=ahead,
         )
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from engine.runtime.process_memory import free_memory, is_out_of_memory
+from kernels.integers import cdiv
 from model.kv_cache import KVCache
 from model.llama import Llama
 
@@ -78,7 +79,7 @@ class PagePool:
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
-        return -(-tokens // self.page_size)
+        return cdiv(tokens, self.page_size)
 
     # ---- the size of the pool
 

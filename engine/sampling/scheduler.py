@@ -18,7 +18,7 @@ from engine.sampling.page_pool import PagePool, common_prefix
 from engine.sampling.requests import Completion, Request, SamplerConfig, SamplerStats
 from engine.sampling.sequence import RunningSequence
 from engine.sampling.speculation import Drafter
-from kernels.philox import mix
+from kernels.philox import mix, signed64
 
 
 class PromptPiece(NamedTuple):
@@ -64,7 +64,7 @@ def random_key(request: Request) -> int:
         key = mix("row", request.id)
     else:
         key = mix("row", request.id, request.seed)
-    return key - 2**64 if key >= 2**63 else key
+    return signed64(key)
 
 
 class Scheduler:

@@ -1,6 +1,6 @@
 r"""The number that a text ends in: `last_number(text) -> Fraction | str | None`
 
-English notation, exactly. Understood besides plain digits:
+The value is exact. Notation is English; besides plain digits these are read:
 
     signs, groups   -5, also with the minus sign or an en dash; 1,234, with no-break spaces or as
                     LaTeX writes it (1{,}234); full-width digits; currency and percent do not count
@@ -9,11 +9,11 @@ English notation, exactly. Understood besides plain digits:
     units           20 cm^2, 20 m2, 9.8 m/s^2, 90^\circ are 20, 20, 9.8 and 90
     \boxed{...}     the last one is the answer, whatever follows it
 
-Where the last number is part of something that is no plain number (3\sqrt{2}, 20x^2, 2\pi, 3:30),
-that is returned as text without spaces: it equals itself and nothing else. Number words are not
-understood, nor are coordinates and intervals: of (2, 3) the 3 is taken.
+Where the last number is part of an expression that is no plain number (3\sqrt{2}, 20x^2, 2\pi,
+3:30), the expression is returned as text without spaces: it equals itself and nothing else. Number
+words are not read, nor are coordinates and intervals: of (2, 3) the 3 is taken.
 
-All patterns are linear in the text: what repeats is bounded or cannot match in two ways.
+Every pattern takes time linear in the text: a repetition is bounded or can match in one way only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUMBER = re.compile(
     rf"(?:/({_DIGITS})(?![0-9/]|\.[0-9]))?"
 )
 _GROUPING = re.compile(r"[,\u00a0\u202f\u2009]")
-_LONGEST = 400  # characters of a number: no longer one is meant, and int() may refuse it
+_MAX_DIGITS = 400  # characters of a number; int() may refuse a longer one
 
 _FULL_WIDTH = {0xFF10 + n: str(n) for n in range(10)} | {
     0xFF0E: ".", 0xFF0C: ",", 0xFF0D: "-", 0xFF05: "%", 0xFF0F: "/", 0xFF1A: ":", 0xFF04: "$",
@@ -41,10 +41,10 @@ _LOWERED = str.maketrans(_RAISED, "0123456789-")
 
 _LENGTHS = "mm|cm|dm|m|km|in|ft|yd|mi|inch|inches|foot|feet|yards?|met(?:er|re)s?|miles?|units?"
 _UNITS = rf"{_LENGTHS}|s|sec|seconds?|min|minutes?|hr|hours?|kg|lbs?|mol"
-# What is written in several ways, in the order in which it is made one way.
-_SAME = [
-    (re.compile(pattern), made)
-    for pattern, made in (
+# (pattern, replacement), applied in this order: each writes one notation in a single way.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,!]", ""),
         (r"\\[;: ]|~", " "),
         (r"\{,\}", ","),
@@ -78,91 +78,121 @@ _POWER = re.compile(
     r"(?<![\w.,^\u221a)])([0-9]{1,20}(?:\.[0-9]{1,20})?)\^\(?([-\u2212]?[0-9]{1,3})\)?"
     r"(?![\w^(\u221a\u03c0]|\.[0-9])"
 )
-# Signs of something that is no plain number, and the text around a number that belongs to it.
-_NO_NUMBER = re.compile(r"[\^\u221a\u03c0\u2044]")
+# Signs of an expression that is no plain number, and the text around a number that belongs to it.
+_NO_PLAIN_NUMBER = re.compile(r"[\^\u221a\u03c0\u2044]")
 _CLOCK = re.compile(r"(?:[0-9]{1,9}:){1,3}\Z")  # 3:30, and ratios
-_ENDS = r"\s=\u2248$;,\"'`"
-_BEFORE = re.compile(rf"(?:[^{_ENDS}]{{1,80}} [-+\u2212\u00d7*/] ){{0,8}}[^{_ENDS}]{{0,80}}\Z")
-_BEHIND = re.compile(rf"[^{_ENDS}]{{0,80}}(?: [-+\u2212\u00d7*/] [^{_ENDS}]{{1,80}}){{0,8}}")
+_BREAKS = r"\s=\u2248$;,\"'`"
+_BEFORE = re.compile(rf"(?:[^{_BREAKS}]{{1,80}} [-+\u2212\u00d7*/] ){{0,8}}[^{_BREAKS}]{{0,80}}\Z")
+_AFTER = re.compile(rf"[^{_BREAKS}]{{0,80}}(?: [-+\u2212\u00d7*/] [^{_BREAKS}]{{1,80}}){{0,8}}")
 
 
 def last_number(text: str) -> Fraction | str | None:
     """The last number in the text; None if there is none.
 
-    Text where it belongs to an expression that is no plain number; see the top of this file.
+    Text in place of a number that belongs to an expression that is no plain number; see the top of
+    this file.
     """
-    said = _one_way(_boxed(text))
-    numbers = list(_NUMBER.finditer(said))
-    if not numbers or len(numbers[-1][0]) > _LONGEST:
+    text = _normalised(_boxed(text))
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers or len(numbers[-1][0]) > _MAX_DIGITS:
         return None
-    found = numbers[-1]
-    said_before = said[max(0, found.start() - 200) : found.start()]
-    if clock := _CLOCK.search(said_before):
-        return clock[0] + found[0]
-    before = _BEFORE.search(said_before)
-    behind = _BEHIND.match(said, found.end())
-    whole = f"{before[0] if before else ''}{found[0]}{behind[0] if behind else ''}"
-    if _NO_NUMBER.search(whole):
-        whole = re.sub(r"\u221a\((\w+)\)", "\u221a\\1", re.sub(r"[\s{}\\]", "", whole))
-        return whole.strip(".!?*_")
-    sign, top, bottom = found.groups()
-    divisor = Fraction(_GROUPING.sub("", bottom or "1"))
-    if not divisor:
+    number = numbers[-1]
+    text_before = text[max(0, number.start() - 200) : number.start()]
+    clock = _CLOCK.search(text_before)
+    if clock:
+        return clock[0] + number[0]
+    expression = _expression_around(text, text_before, number)
+    if _NO_PLAIN_NUMBER.search(expression):
+        expression = re.sub(r"[\s{}\\]", "", expression)
+        expression = re.sub(r"\u221a\((\w+)\)", "\u221a\\1", expression)
+        return expression.strip(".!?*_")
+    sign, numerator, denominator = number.groups()
+    divisor = _plain_fraction(denominator or "1")
+    if divisor == 0:
         return None
-    return (-1 if sign else 1) * Fraction(_GROUPING.sub("", top)) / divisor
+    value = _plain_fraction(numerator) / divisor
+    return -value if sign else value
 
 
 def _boxed(text: str) -> str:
-    """What the last \boxed{...} holds, where that is a number; else the text."""
+    """The content of the last \\boxed{...} if it holds a digit; else the whole text."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return text
     start += len("\\boxed{")
-    depth, end = 1, start
-    while end < len(text) and depth:
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    depth = 1
+    end = start
+    while end < len(text) and depth > 0:
+        if text[end] == "{":
+            depth += 1
+        elif text[end] == "}":
+            depth -= 1
         end += 1
-    inside = text[start : end - (not depth)]
+    is_closed = depth == 0
+    inside = text[start : end - 1] if is_closed else text[start:end]
     return inside if re.search(r"[0-9\uff10-\uff19]", inside) else text
 
 
-def _one_way(text: str) -> str:
-    """The text with numbers written in one way only."""
-    said = text.translate(_FULL_WIDTH)
-    said = _EXPONENT.sub(lambda found: "^" + found[0].translate(_LOWERED), said)
-    for pattern, made in _SAME:
-        said = pattern.sub(made, said)
+def _normalised(text: str) -> str:
+    """The text with every notation for numbers written in a single way."""
+    text = text.translate(_FULL_WIDTH)
+    text = _EXPONENT.sub(lambda raised: "^" + raised[0].translate(_LOWERED), text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
     for _ in range(4):  # fractions within fractions
-        said, more = _FRACTION.subn(_as_fraction, said)
-        if not more:
+        text, count = _FRACTION.subn(_as_fraction, text)
+        if count == 0:
             break
-    said = _MIXED.sub(_as_improper, said)
-    return _POWER.sub(_as_power, _SCIENTIFIC.sub(_as_scientific, said))
+    text = _MIXED.sub(_as_improper, text)
+    text = _SCIENTIFIC.sub(_as_scientific, text)
+    return _POWER.sub(_as_power, text)
 
 
-def _as_fraction(found: re.Match[str]) -> str:
-    before, top, bottom = found[1], found[2].strip(), found[3].strip()
+def _as_fraction(match: re.Match[str]) -> str:
+    """\\frac{a}{b} as a/b, 2\\frac{a}{b} as 2 a/b; (a)\u2044(b) if one of them is no number."""
+    whole = match[1]
+    top = match[2].strip()
+    bottom = match[3].strip()
     if _WHOLE.fullmatch(top) and _WHOLE.fullmatch(bottom):
-        return f"{before}{' ' if before else ''}{top}/{bottom}"
-    return f"{before}({top})\u2044({bottom})"
+        space = " " if whole else ""
+        return f"{whole}{space}{top}/{bottom}"
+    return f"{whole}({top})\u2044({bottom})"
 
 
-def _as_improper(found: re.Match[str]) -> str:
-    whole, top, bottom = map(int, found.groups())
-    return f"{whole * bottom + top}/{bottom}" if 0 < top < bottom else found[0]
+def _as_improper(match: re.Match[str]) -> str:
+    """1 1/2 as 3/2; other pairs of a number and a fraction as they are."""
+    whole, top, bottom = map(int, match.groups())
+    if 0 < top < bottom:
+        return f"{whole * bottom + top}/{bottom}"
+    return match[0]
 
 
-def _as_scientific(found: re.Match[str]) -> str:
-    return _value(found[0], Fraction(found[1]), "10", found[2])
+def _as_scientific(match: re.Match[str]) -> str:
+    """1.5e3 and 1.5 x 10^3 in digits."""
+    return _scaled_power(match[0], Fraction(match[1]), "10", match[2])
 
 
-def _as_power(found: re.Match[str]) -> str:
-    return _value(found[0], Fraction(1), found[1], found[2])
+def _as_power(match: re.Match[str]) -> str:
+    """2^10 in digits."""
+    return _scaled_power(match[0], Fraction(1), match[1], match[2])
 
 
-def _value(written: str, factor: Fraction, base: str, exponent: str) -> str:
-    """factor * base ** exponent in digits; as it was written where that is none, or too long."""
+def _scaled_power(written: str, factor: Fraction, base: str, exponent: str) -> str:
+    """factor * base ** exponent in digits; `written` where it has no value or too many digits."""
     power = int(exponent.replace("\u2212", "-"))
-    if len(base) * abs(power) > _LONGEST or (power < 0 and not Fraction(base)):
+    divides_by_zero = power < 0 and Fraction(base) == 0
+    if divides_by_zero or len(base) * abs(power) > _MAX_DIGITS:
         return written
     return str(factor * Fraction(base) ** power)
+
+
+def _expression_around(text: str, text_before: str, number: re.Match[str]) -> str:
+    """The number with the text on both sides that belongs to the same expression."""
+    before = _BEFORE.search(text_before)
+    after = _AFTER.match(text, number.end())
+    return (before[0] if before else "") + number[0] + (after[0] if after else "")
+
+
+def _plain_fraction(digits: str) -> Fraction:
+    """The value of digits with grouping signs and a decimal point."""
+    return Fraction(_GROUPING.sub("", digits))

@@ -1,16 +1,19 @@
-"""Function calls in a text: which are made, and whether two are the same
+"""Function calls in a text: find them, and compare two by meaning
 
-Two notations, never mixed (a text that answers a JSON call in Python's notation is not the same):
+    python_calls(text), json_calls(text)    every outermost call with its place in the text
+    call_meaning(source)                    a value that is equal for equal calls
+
+Two notations, which are never equal to each other:
 
     Python     name(...) with all that follows it: .method(...), [index], (...), .attribute
     JSON       {"name": ..., "arguments": {...}}, also "parameters" for "arguments", the arguments
                as JSON in a string, wrapped in {"function": {...}}, in lists or in "tool_calls";
                tags or fences around them (<tool_call>) do not matter
 
-Python's calls are compared as its parser reads them: spaces, comments, kind of quotes and the order
-of keyword arguments, dictionary keys and set elements do not count, the order of positional
-arguments does; numbers compare by value; true/false/null are True/False/None. A call that does not
-parse (a `<placeholder>`) is compared as text without spaces and quotes.
+Python calls are compared as Python parses them: spaces, comments, kind of quotes and the order of
+keyword arguments, dictionary keys and set elements do not count, the order of positional arguments
+does; numbers compare by value; true/false/null are True/False/None. A call that does not parse (a
+`<placeholder>`) is compared as text without spaces and quotes.
 """
 
 from __future__ import annotations
@@ -24,76 +27,105 @@ from typing import Any
 
 _CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*(?=\()")
 _ATTRIBUTE = re.compile(r"(\s*)\.[A-Za-z_]\w*([ \t]*\()?")
+_JSON_START = re.compile(r"[{\[]")
 _JSON_NAMES = {"true": True, "false": False, "null": None}
-_NEVER_PARSED = (SyntaxError, ValueError, RecursionError, MemoryError)
-# A text with more of these than any real one has is given up: it would take the square of its
-# length. What is left unread is no call, so that such a text is not accepted.
-UNCLOSED, PARTS, JSON_STARTS = 100, 50, 1000
+_PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
+# Limits that no real text reaches; without them hostile texts take time quadratic in their length.
+# Past a limit no further call is found, so such a text is not accepted.
+MAX_UNCLOSED = 100  # calls whose parenthesis is never closed
+MAX_PARTS = 50  # of one chain: f(...).g[...].h(...)
+MAX_JSON_STARTS = 1000  # places at which a JSON value may begin
 
 
 # ---- Python's notation
 
 
 def python_calls(text: str, names: set[str] | None = None) -> Iterator[tuple[int, str, str]]:
-    """(place, name, source) of every outermost call, of these names only where they are given.
+    """(place, name, source) of every outermost call; `names` limits them to these functions.
 
     The source is the longest expression that begins with the call: chained calls, indices and
     attributes belong to it.
     """
-    at, unclosed = 0, 0
-    while (found := _CALL.search(text, at)) and unclosed < UNCLOSED:
-        at = found.end()
-        if names is None or found[1] in names:
-            source = _expression(text, found.start(), at)
-            if source is None:
-                unclosed += 1
-            else:
-                yield found.start(), found[1], source
-                at = found.start() + len(source)
+    at = 0
+    unclosed = 0
+    while unclosed < MAX_UNCLOSED:
+        call = _CALL.search(text, at)
+        if call is None:
+            return
+        at = call.end()
+        name = call[1]
+        if names is not None and name not in names:
+            continue
+        source = _expression(text, call.start(), call.end())
+        if source is None:
+            unclosed += 1
+        else:
+            yield call.start(), name, source
+            at = call.start() + len(source)
 
 
 def _expression(text: str, start: int, parenthesis: int) -> str | None:
-    """The longest expression from `start` on whose first parenthesis is that one; None where it is
-    never closed. Where nothing parses, all that looks like one."""
+    """The longest expression that begins at `start`; its first parenthesis is at `parenthesis`.
+
+    Where no prefix parses, the longest that looks like a chain of calls. None where the parenthesis
+    is never closed.
+    """
     end = _closing(text, parenthesis)
     if end is None:
         return None
-    sources = [text[start:end]]
-    while len(sources) < PARTS and (end := _next_part(text, end)) is not None:
-        sources.append(text[start:end])
-    return next((s for s in reversed(sources) if _parsed(s) is not None), sources[-1])
+    prefixes = [text[start:end]]
+    while len(prefixes) < MAX_PARTS:
+        end = _end_of_next_part(text, end)
+        if end is None:
+            break
+        prefixes.append(text[start:end])
+    for prefix in reversed(prefixes):
+        if _parsed(prefix) is not None:
+            return prefix
+    return prefixes[-1]
 
 
-def _next_part(text: str, end: int) -> int | None:
-    """Past what goes on a call that ends there: (...), [...], .name(...), .name; None if nothing.
+def _end_of_next_part(text: str, end: int) -> int | None:
+    """The end of (...), [...], .name(...) or .name that continues a call ending at `end`, or None.
 
-    A method may stand on the next line; a name alone may not, nor one with a space before its dot.
+    A method call may stand on the next line; a plain attribute must follow without a space.
     """
     if text[end : end + 1] in ("(", "["):
         return _closing(text, end)
-    found = _ATTRIBUTE.match(text, end)
-    if found is None:
+    attribute = _ATTRIBUTE.match(text, end)
+    if attribute is None:
         return None
-    if found[2]:
-        return _closing(text, found.end() - 1)
-    return None if found[1] else found.end()
+    space, parenthesis = attribute.groups()
+    if parenthesis:
+        return _closing(text, attribute.end() - 1)
+    return None if space else attribute.end()
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Past the bracket that closes the one at `start`; None where none does.
+    """The place past the bracket that closes the one at `start`; None where none does.
 
-    As Python reads it, where that parses; else without comments (`f(color=#fff)` has none) and
-    triple quotes.
+    Read as Python where the result parses; else without comments (`f(color=#fff)` has none) and
+    without triple quotes.
     """
-    as_python, plain = _scan(text, start, python=True), _scan(text, start, python=False)
-    if as_python is not None and (plain is None or _parsed(f"f{text[start:as_python]}")):
+    as_python = _scan(text, start, python=True)
+    as_plain = _scan(text, start, python=False)
+    if as_python is None:
+        return as_plain
+    if as_plain is None or _parsed(f"f{text[start:as_python]}"):
         return as_python
-    return plain
+    return as_plain
 
 
 def _scan(text: str, start: int, python: bool) -> int | None:
-    opens, closes = text[start], {"(": ")", "[": "]"}[text[start]]
-    depth, quote, at = 0, "", start
+    """The place past the bracket that closes the one at `start`; None where none does.
+
+    Brackets in strings do not count; with `python`, neither do those in comments and triple quotes.
+    """
+    opens = text[start]
+    closes = {"(": ")", "[": "]"}[opens]
+    depth = 0
+    quote = ""  # the sign that ends the string we are in, "" outside of strings
+    at = start
     while at < len(text):
         char = text[at]
         if quote:
@@ -106,29 +138,31 @@ def _scan(text: str, start: int, python: bool) -> int | None:
             quote = char * 3 if python and text.startswith(char * 3, at) else char
             at += len(quote) - 1
         elif char == "#" and python:
-            line = text.find("\n", at)
-            at = len(text) if line < 0 else line
+            newline = text.find("\n", at)
+            at = len(text) if newline < 0 else newline
         elif char == opens:
             depth += 1
         elif char == closes:
             depth -= 1
-            if not depth:
+            if depth == 0:
                 return at + 1
         at += 1
     return None
 
 
 def _parsed(source: str) -> ast.expr | None:
+    """The syntax tree of an expression; None where it does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a string literal warns
-            return ast.parse(f"({source.strip()}\n)", mode="eval").body  # over several lines
-    except _NEVER_PARSED:
+            # in parentheses, so that it may go over several lines
+            return ast.parse(f"({source.strip()}\n)", mode="eval").body
+    except _PARSE_ERRORS:
         return None
 
 
 def call_meaning(source: str) -> object:
-    """A call of Python's notation in a form in which equal calls are equal."""
+    """A hashable value that is equal for equal calls; `source` is in Python's notation."""
     tree = _parsed(source)
     try:
         if tree is not None:
@@ -139,6 +173,7 @@ def call_meaning(source: str) -> object:
 
 
 def _canonical(node: ast.expr) -> object:
+    """A node as nested tuples and frozensets, without what does not count."""
     match node:
         case ast.Call(func=func, args=args, keywords=keywords):
             named = frozenset((keyword.arg, _canonical(keyword.value)) for keyword in keywords)
@@ -152,8 +187,9 @@ def _canonical(node: ast.expr) -> object:
         case ast.Set(elts=parts):
             return ("set", frozenset(map(_canonical, parts)))
         case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)
-            return ("dict", frozenset((k and _canonical(k), _canonical(v)) for k, v in pairs))
+            pairs = zip(keys, values, strict=True)  # the key of `**other` is None
+            canonical = ((k and _canonical(k), _canonical(v)) for k, v in pairs)
+            return ("dict", frozenset(canonical))
         case ast.Name(id=name) if name in _JSON_NAMES:
             return ("constant", str(_JSON_NAMES[name]))
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
@@ -162,31 +198,34 @@ def _canonical(node: ast.expr) -> object:
             return ("constant", str(value))
         case ast.Constant(value=int() | float() as value):
             return ("number", value)
-    return ast.dump(node)  # strings and names end here, and expressions, compared as written
+    return ast.dump(node)  # strings, names, and other expressions, compared as written
 
 
 # ---- JSON
 
 
 def json_calls(text: str) -> list[tuple[int, object]]:
-    """(place, call) of every call in JSON, in a form in which equal calls are equal."""
-    found, at, decoder = [], 0, json.JSONDecoder()
-    for _ in range(JSON_STARTS):
-        begins = min((n for n in (text.find("{", at), text.find("[", at)) if n >= 0), default=-1)
-        if begins < 0:
+    """(place, meaning) of every call in JSON; the meanings of equal calls are equal."""
+    calls = []
+    decoder = json.JSONDecoder()
+    at = 0
+    for _ in range(MAX_JSON_STARTS):
+        bracket = _JSON_START.search(text, at)
+        if bracket is None:
             break
+        start = bracket.start()
         try:
-            value, at = decoder.raw_decode(text, begins)
-            found += [(begins, call) for call in _calls_of(value)]
+            value, at = decoder.raw_decode(text, start)
+            calls += [(start, call) for call in _calls_of(value)]
         except ValueError:
-            at = begins + 1
-        except RecursionError:  # nested as no call is
+            at = start + 1
+        except RecursionError:  # nested deeper than any call
             break
-    return found
+    return calls
 
 
 def _calls_of(value: Any) -> Iterator[object]:
-    """The calls that a JSON value is, or is a list of."""
+    """The meaning of every call that a JSON value is, or holds in lists and wrappers."""
     if isinstance(value, list):
         for part in value:
             yield from _calls_of(part)
@@ -203,7 +242,7 @@ def _calls_of(value: Any) -> Iterator[object]:
 
 
 def _arguments(given: Any) -> Any:
-    """A call's arguments; some write them as JSON in a string."""
+    """A call's arguments; some models write them as JSON in a string."""
     if isinstance(given, str):
         try:
             return json.loads(given)
@@ -213,6 +252,7 @@ def _arguments(given: Any) -> Any:
 
 
 def _json_meaning(value: Any) -> object:
+    """A JSON value as nested tuples and frozensets; numbers of equal value are equal."""
     match value:
         case dict():
             return ("object", frozenset((key, _json_meaning(v)) for key, v in value.items()))

@@ -1,19 +1,20 @@
-"""What runs inside the sandbox: give every right away, run the program from standard input, report
+"""The process in the sandbox: give up every right, run the program from standard input, report
 
-Started by engine/verify/sandbox.py as `python -s -S sandbox_child.py TOKEN_FD REPORT_FD SECONDS
-MEMORY_BYTES
-FILE_BYTES` in an empty directory. The last right is gone before the program is even compiled.
+engine/verify/sandbox.py starts it in an empty directory, as
 
-It writes two lines into the report's pipe: PROTECTED (or what could not be protected) before the
-program begins, so that no program can say this in its place, and at the end the token and one
-word. The token, which tells an honest report apart, stays in a pipe until the program has come to
-its end. Whatever is needed after the program is bound before it, since a program may replace what
-it can import (`json.dumps`, `os.write`, `print`, `sys.stdout`).
+    python -s -S -B sandbox_child.py TOKEN_FD REPORT_FD SECONDS MEMORY_BYTES FILE_BYTES
+
+All rights are given up before the program is even compiled. It writes two lines into the pipe of
+the report: PROTECTED (or the protection that is missing) before the program begins, so that no
+program can write this line in its place; and at its end the token and one word, the reason. The
+token, which proves that this file wrote the report, stays in its pipe until the program has ended.
+Functions needed after the program are bound to local names before it, since a program may replace
+all that it can import (`json.dumps`, `os.write`, `print`, `sys.stdout`).
 """
 
 import sys
 
-del sys.path[0]  # this directory: nothing here is to be imported by a bare name
+del sys.path[0]  # this directory, so that none of its modules is imported in place of Python's
 
 import ctypes  # noqa: E402
 import errno  # noqa: E402
@@ -24,19 +25,25 @@ import struct  # noqa: E402
 import traceback  # noqa: E402
 from types import ModuleType  # noqa: E402
 
+# Numbers of <linux/prctl.h>, and of system calls on x86-64
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
-CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446  # x86-64 numbers
+CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 126, 444, 445, 446
 
 # Landlock's rights on files, by their bit; version 1 knows the first 13, 2 and 3 one more each.
-WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = (
-    1 << bit for bit in (1, 2, 3, 4, 5, 7, 8, 14)
-)
-# What Python's own modules and their C libraries are read from. Nothing of /proc, /etc, /home.
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+REMOVE_DIR = 1 << 4
+REMOVE_FILE = 1 << 5
+MAKE_DIR = 1 << 7
+MAKE_REG = 1 << 8
+TRUNCATE = 1 << 14
+# Python's own modules and their C libraries lie here. Nothing of /proc, /etc, /home.
 READABLE = (sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64", "/lib", "/lib64")
 READABLE_FILES = ("/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 
-# System calls that stay (x86-64): memory, time, own files and own signals. Not among them: new
-# processes, execve, sockets, kill, chmod and chown, chdir, ptrace, io_uring.
+# System calls that stay allowed (x86-64): memory, time, own files and own signals. Not among them:
+# new processes, execve, sockets, kill, chmod and chown, chdir, ptrace, io_uring.
 # fmt: off
 ALLOWED = (
     0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,  # read .. rt_sigreturn, without open
@@ -53,10 +60,11 @@ ALLOWED = (
 ALL_BITS = 0xFFFFFFFF
 AT_FDCWD, AF_UNIX, SOCK_STREAM = -100 & ALL_BITS, 1, 1
 FIONBIO, FIOCLEX, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC = 0x5421, 0x5451, 2, 3, 1030
-# What the C library starts a thread with: memory, files, signals shared, the same thread group.
+# The C library starts a thread with these: memory, files, signals shared, the same thread group.
 THREAD_FLAGS = 0x3D0F00
-# System calls that stay with these arguments only: (call, ((argument, half, mask, value), ...)),
-# half 0 being an argument's low 32 bits. A pointer that must be null is two halves.
+# System calls that stay allowed with these arguments only:
+#     (call, ((argument, half, mask, value), ...))    every  argument & mask == value
+# Half 0 is the low 32 bits of an argument, half 1 the high ones. A null pointer is two halves.
 CONDITIONAL = (
     (16, ((1, 0, ALL_BITS, FIONBIO),)),  # ioctl: does not block, for asyncio
     (16, ((1, 0, ALL_BITS, FIOCLEX),)),  # and is closed by exec, for tempfile
@@ -71,8 +79,8 @@ CONDITIONAL = (
 OPENAT, CLONE3 = 257, 435
 AUDIT_ARCH_X86_64 = 0xC000003E
 
-# Python's audit events, so that a refusal can be told by its kind; what refuses is the kernel.
-KINDS = {
+# Python's audit events -> the reason that is reported when the kernel has refused such a call
+REASON_OF_EVENT = {
     "os.fork": "process",
     "os.forkpty": "process",
     "os.exec": "process",
@@ -87,7 +95,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def checked(what, result):
-    """The result of a C call; OSError naming the protection that cannot be had."""
+    """The result of a C call; OSError naming the protection `what` where it failed."""
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
@@ -95,33 +103,35 @@ def checked(what, result):
 
 
 def limit(seconds, memory, file_bytes):
-    """Resource limits, the same ones soft and hard. A CPU limit too, should the parent be gone."""
-    for name, value in (
-        ("AS", memory),
-        ("CPU", int(seconds) + 2),
-        ("FSIZE", file_bytes),
-        ("NOFILE", 32),
-        ("CORE", 1),  # none; 0 would still start a core handler behind a pipe
-    ):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    """Set the resource limits, soft and hard alike; `memory` and `file_bytes` in bytes."""
+    limits = {
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_CPU: int(seconds) + 2,  # for the case that the parent is gone
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: 32,
+        resource.RLIMIT_CORE: 1,  # no core file; 0 would still start a core handler behind a pipe
+    }
+    for name, value in limits.items():
+        resource.setrlimit(name, (value, value))
 
 
 def drop_capabilities():
-    """Root without capabilities: no override of permissions, no mounts, no raised limits."""
-    header, nothing = struct.pack("II", 0x20080522, 0), bytes(24)
-    checked("capset", libc.syscall(CAPSET, header, nothing))
+    """Give up all capabilities: no override of permissions, no mounts, no raised limits."""
+    header = struct.pack("II", 0x20080522, 0)  # version 3, this process
+    no_capabilities = bytes(24)
+    checked("capset", libc.syscall(CAPSET, header, no_capabilities))
 
 
 def confine_files():
     """Landlock: read Python's libraries, keep plain files in the working directory, no more."""
     version = checked("landlock", libc.syscall(LANDLOCK_CREATE, None, 0, 1))
-    known = (1 << min(12 + version, 15)) - 1
+    known = (1 << min(12 + version, 15)) - 1  # the rights of this version: all are forbidden
     rules = checked("landlock", libc.syscall(LANDLOCK_CREATE, struct.pack("Q", known), 8, 0))
-    own = READ_FILE | READ_DIR | WRITE_FILE | MAKE_REG | REMOVE_FILE | TRUNCATE
-    own |= MAKE_DIR | REMOVE_DIR
-    grants = [(".", own), *((path, READ_FILE | READ_DIR) for path in READABLE)]
-    grants += [(path, READ_FILE) for path in READABLE_FILES]
-    for path, rights in grants:
+    grants = dict.fromkeys(READABLE, READ_FILE | READ_DIR)
+    grants |= dict.fromkeys(READABLE_FILES, READ_FILE)
+    grants["."] = READ_FILE | READ_DIR | WRITE_FILE | MAKE_REG | REMOVE_FILE | TRUNCATE
+    grants["."] |= MAKE_DIR | REMOVE_DIR
+    for path, rights in grants.items():
         if os.path.exists(path):
             opened = os.open(path, os.O_PATH)
             rule = struct.pack("=Qi", rights & known, opened)
@@ -134,42 +144,62 @@ def confine_files():
 def confine_calls():
     """Seccomp: a system call that is neither ALLOWED nor meets CONDITIONAL fails with EPERM.
 
-    openat may not truncate what it opens for reading, which Landlock sees from version 3 only.
-    clone3, whose flags a filter cannot see, "does not exist": the C library then asks clone.
+    openat may not truncate a file that it opens for reading, which Landlock checks from version 3
+    on only. clone3, whose flags a filter cannot read, fails with ENOSYS: the C library then calls
+    clone.
     """
-    load, equal, mask, answer = 0x20, 0x15, 0x54, 0x06  # BPF: ld, jeq, and, ret
-    allow, kill = 0x7FFF0000, 0x80000000
-    refuse, missing = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
-
-    def step(code, value, yes=0, no=0):
-        return struct.pack("HBBI", code, yes, no, value)
-
-    def argument(number, half):
-        return step(load, 16 + 8 * number + 4 * half)
-
-    truncating = os.O_TRUNC | os.O_ACCMODE
-    program = [step(load, 4), step(equal, AUDIT_ARCH_X86_64, 1, 0), step(answer, kill)]
-    program += [step(load, 0), step(equal, OPENAT, 0, 5), argument(2, 0)]
-    program += [step(mask, truncating), step(equal, os.O_TRUNC, 0, 1), step(answer, refuse)]
-    program += [step(answer, allow)]
-    for number, conditions in CONDITIONAL:
-        checks, left = [], 3 * len(conditions)  # steps to the end of this call's part
-        for which, half, bits, value in conditions:
-            left -= 3
-            checks += [argument(which, half), step(mask, bits), step(equal, value, 0, left + 1)]
-        program += [step(load, 0), step(equal, number, 0, len(checks) + 1)]
-        program += [*checks, step(answer, allow)]
-    program += [step(load, 0), step(equal, CLONE3, 0, 1), step(answer, missing)]
-    for number in ALLOWED:
-        program += [step(equal, number, 0, 1), step(answer, allow)]
-    program.append(step(answer, refuse))
-    code = ctypes.create_string_buffer(b"".join(program))
-    table = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    steps = filter_program()
+    code = ctypes.create_string_buffer(b"".join(steps))
+    table = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
     checked("seccomp", libc.prctl(PR_SET_SECCOMP, 2, table, 0, 0))
 
 
+# Instructions of the filter (BPF): load a 32-bit word, compare, mask, return
+LOAD, EQUAL, MASK, ANSWER = 0x20, 0x15, 0x54, 0x06
+ALLOW, KILL = 0x7FFF0000, 0x80000000
+REFUSE, MISSING = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+LOAD_CALL_NUMBER, LOAD_ARCHITECTURE = (LOAD, 0), (LOAD, 4)  # offsets in struct seccomp_data
+
+
+def step(code, value, if_equal=0, if_not=0):
+    """One instruction; EQUAL then skips `if_equal` or `if_not` instructions."""
+    return struct.pack("HBBI", code, if_equal, if_not, value)
+
+
+def load_argument(number, half):
+    """Load 32 bits of an argument of the system call."""
+    return step(LOAD, 16 + 8 * number + 4 * half)
+
+
+def filter_program():
+    """The filter's instructions."""
+    steps = [step(*LOAD_ARCHITECTURE), step(EQUAL, AUDIT_ARCH_X86_64, 1, 0), step(ANSWER, KILL)]
+
+    truncating = os.O_TRUNC | os.O_ACCMODE
+    steps += [step(*LOAD_CALL_NUMBER), step(EQUAL, OPENAT, 0, 5), load_argument(2, 0)]
+    steps += [step(MASK, truncating), step(EQUAL, os.O_TRUNC, 0, 1), step(ANSWER, REFUSE)]
+    steps += [step(ANSWER, ALLOW)]
+
+    for number, conditions in CONDITIONAL:
+        checks = []
+        left = 3 * len(conditions)  # instructions to the ANSWER of this call
+        for which, half, bits, value in conditions:
+            left -= 3
+            checks += [load_argument(which, half), step(MASK, bits)]
+            checks += [step(EQUAL, value, 0, left + 1)]
+        steps += [step(*LOAD_CALL_NUMBER), step(EQUAL, number, 0, len(checks) + 1)]
+        steps += checks
+        steps += [step(ANSWER, ALLOW)]
+
+    steps += [step(*LOAD_CALL_NUMBER), step(EQUAL, CLONE3, 0, 1), step(ANSWER, MISSING)]
+    for number in ALLOWED:
+        steps += [step(EQUAL, number, 0, 1), step(ANSWER, ALLOW)]
+    steps += [step(ANSWER, REFUSE)]
+    return steps
+
+
 def protect(seconds, memory, file_bytes):
-    """All of the above; OSError where one cannot be had."""
+    """All of the above; OSError naming the first that this system lacks."""
     os.environ.clear()
     checked("parent-death signal", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     checked("no new privileges", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -180,7 +210,7 @@ def protect(seconds, memory, file_bytes):
 
 
 def reason_of(error, attempts):
-    """One word for what ended the program."""
+    """The reason that is reported for the exception that ended the program."""
     if isinstance(error, SystemExit | KeyboardInterrupt):
         return "exit"
     if isinstance(error, MemoryError):
@@ -200,45 +230,49 @@ def reason_of(error, attempts):
 
 def main():
     """Protect, run, report."""
-    token_fd, report_fd, seconds, memory, file_bytes = map(float, sys.argv[1:])
-    token_fd, report_fd = int(token_fd), int(report_fd)
+    token_fd, report_fd = int(sys.argv[1]), int(sys.argv[2])
+    seconds, memory, file_bytes = float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
     source = sys.stdin.buffer.read()
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     sys.stdin = open(0, closefd=False)
     try:
-        protect(seconds, int(memory), int(file_bytes))
+        protect(seconds, memory, file_bytes)
     except OSError as error:
         os.write(report_fd, f"cannot have {error}\n".encode())
         os._exit(1)
     os.write(report_fd, b"PROTECTED\n")
     sys.argv[:] = ["program"]
-    # Not named "__main__", so that main guards do not run; found under both names, as by pickle.
+    # Not named "__main__", so that main guards do not run; pickle finds it under both names.
     program = ModuleType("program")
     sys.modules["program"] = sys.modules["__main__"] = program
-    attempts = []
-    sys.addaudithook(lambda event, _: attempts.append(KINDS[event]) if event in KINDS else None)
+    attempts = []  # reasons of what the program tried, in order
+
+    def note_attempt(event, _):
+        if event in REASON_OF_EVENT:
+            attempts.append(REASON_OF_EVENT[event])
+
+    sys.addaudithook(note_attempt)
+    # The program may replace these where they stand.
     read, write, leave = os.read, os.write, os._exit
-    describe, streams = traceback.format_exception, (sys.stdout, sys.stderr)
+    format_exception, streams = traceback.format_exception, (sys.stdout, sys.stderr)
     reason = b"ok"
+    text = b""
     try:
         exec(compile(source, "<program>", "exec"), program.__dict__)
-    except BaseException as error:  # whatever it is, it is the program's
-        said = b""
+    except BaseException as error:  # of any kind: it is the program's
         try:
             reason = reason_of(error, attempts).encode()
-            said = "".join(describe(error)).encode("utf-8", "backslashreplace")
-        except BaseException:  # the program has replaced what these use
+            text = "".join(format_exception(error)).encode("utf-8", "backslashreplace")
+        except BaseException:  # the program has replaced functions that these call
             reason = b"error"
-    else:
-        said = b""
     for stream in streams:
         try:
             stream.flush()
-        except BaseException:  # closed, or what lies below is
+        except BaseException:  # the stream or its descriptor is closed
             continue
     try:
-        write(2, said)
+        write(2, text)
     except OSError:  # closed
         pass
     write(report_fd, read(token_fd, 64) + reason)

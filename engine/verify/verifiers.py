@@ -1,7 +1,7 @@
-"""Verifiers: did a text keep what its row's reference says?
+"""Verifiers: does a rewrite say the same as its row's reference?
 
-A verifier is `(row, text) -> (ok, reason)`; the reason, a word or two, becomes the status of a
-rewrite that is not ok. `--verify` takes one of these names, or `module:function`: your own.
+A verifier is `(row, text) -> (ok, reason)`. The reason, a word or two, becomes the status of a
+rejected rewrite. `--verify` takes one of these names, or `module:function` for your own.
 
     none             every text
     number           the last number equals the reference's last
@@ -10,21 +10,21 @@ rewrite that is not ok. `--verify` takes one of these names, or `module:function
     regex:PATTERN    the pattern's last match (its first group, if any) equals the reference's
     json             valid JSON, as the last ```json block or as the whole text
     exact            the reference itself
-    contains         the reference stands in the text
+    contains         the reference is part of the text
 
-Spaces around and between words do not count for the last two, nor letter case for `contains`.
+Amounts of white space do not count for the last two, nor letter case for `contains`.
 
 The tests of `code` are the row's `tests` field (`--columns tests=FIELD`) where it has one, else the
 top-level `assert`s of the reference's program. Tests that run nothing (only definitions) accept
-nothing. A pattern that takes longer than PATTERN_SECONDS on one text is `too_slow`, so that one
-which backtracks without end does not hold up the job (in the main thread, where Python allows it).
+nothing. A pattern that takes longer than PATTERN_SECONDS on one text is `too_slow`, so that endless
+backtracking does not stop the job (in the main thread only: Python has signals nowhere else).
 
-What the published code checks instead (paper.md 1.3), with its mistakes, for `--paper-exact`:
+`--paper-exact` takes the rules of the published code instead (paper.md 1.3), with their mistakes:
 
     paper_number     two texts without an integer at their end are equal; "1, 2" is 12, "5-3" is -3
     paper_call       the call must be there letter by letter, spaces and kind of quotes aside: other
                      order of arguments fails, "my_f(1)" passes for "f(1)", 'San Jose' for 'SanJose'
-    paper_code       "```python" and one of three beginnings: what the program does is not looked at
+    paper_code       "```python" and one of three beginnings: the program is not run
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ from engine.verify.programs import (
 
 Verifier = Callable[[Row, str], tuple[bool, str]]
 
+PROGRAM_SECONDS = 10.0  # wall clock of one program with its tests
+PROGRAM_MEMORY_MB = 512
+PATTERN_SECONDS = 5.0  # of a user's regular expression on one text
+
 
 def verify_none(row: Row, text: str) -> tuple[bool, str]:
     """Accepts every text."""
@@ -69,47 +73,51 @@ def verify_number(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234.
 
     See engine/verify/answer_numbers.py for how numbers are read."""
-    wanted, got = last_number(row.reference), last_number(text)
-    if wanted is None:
+    expected = last_number(row.reference)
+    got = last_number(text)
+    if expected is None:
         return False, "reference_without_number"
     if got is None:
         return False, "no_number"
-    return (True, "ok") if got == wanted else (False, "mismatch")
+    return (True, "ok") if got == expected else (False, "mismatch")
 
 
 def verify_call(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text that makes the reference's calls, in any order, and calls those functions in
-    no other way; whatever stands around the calls does not matter. See engine/verify/calls.py.
+    no other way. The text around the calls does not count. See engine/verify/calls.py.
 
     Where the reference calls in JSON, the text must too, and must make no other call in JSON.
     """
-    wanted = list(python_calls(row.reference))
-    inside = [range(place, place + len(source)) for place, _, source in wanted]
-    in_json = {c for at, c in json_calls(row.reference) if not any(at in span for span in inside)}
-    if in_json:
+    reference_calls = list(python_calls(row.reference))
+    spans = [range(place, place + len(source)) for place, _, source in reference_calls]
+    expected_json = set()
+    for place, call in json_calls(row.reference):
+        is_an_argument = any(place in span for span in spans)  # of a call in Python's notation
+        if not is_an_argument:
+            expected_json.add(call)
+    if expected_json:
         made = {call for _, call in json_calls(text)}
         if not made:
             return False, "no_call"
-        return (True, "ok") if made == in_json else (False, "mismatch")
-    if not wanted:
+        return (True, "ok") if made == expected_json else (False, "mismatch")
+    if not reference_calls:
         return False, "reference_without_call"
-    calls = list(python_calls(text, names={name for _, name, _ in wanted}))
+    functions = {name for _, name, _ in reference_calls}
+    calls = list(python_calls(text, functions))
     if not calls:
         return False, "no_call"
-    same = {call_meaning(s) for *_, s in calls} == {call_meaning(s) for *_, s in wanted}
-    return (True, "ok") if same else (False, "mismatch")
+    expected = {call_meaning(source) for _, _, source in reference_calls}
+    made = {call_meaning(source) for _, _, source in calls}
+    return (True, "ok") if made == expected else (False, "mismatch")
 
 
 # ---- programs, patterns, plain text
-
-SECONDS, MEMORY_MB = 10, 512  # a program's limits
-PATTERN_SECONDS = 5.0  # a pattern's, on one text
 
 
 def verify_code(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text whose program (engine/verify/programs.py) passes the tests.
 
-    The tests run behind the program in one limited process (engine/verify/sandbox.py). The
+    The tests run after the program in one limited process (engine/verify/sandbox.py). The
     program's main guard (`if __name__ == "__main__"`) does not run, that of the tests does.
     """
     from engine.verify.sandbox import run_program
@@ -121,14 +129,21 @@ def verify_code(row: Row, text: str) -> tuple[bool, str]:
     if not compiles(program):
         return False, "no_program"
     source = f'{program}\n\n__name__ = "__main__"\n{tests}\n'
-    outcome = run_program(future_first(source), seconds=SECONDS, memory_mb=MEMORY_MB)
-    return (True, "ok") if outcome.ok else (False, "tests_" + re.split("[: ]", outcome.reason)[0])
+    outcome = run_program(
+        future_first(source), seconds=PROGRAM_SECONDS, memory_mb=PROGRAM_MEMORY_MB
+    )
+    if outcome.ok:
+        return True, "ok"
+    first_word = re.split("[: ]", outcome.reason)[0]  # "killed by SIGSEGV": killed
+    return False, f"tests_{first_word}"
 
 
 def _asserts(reference: str) -> str:
-    """The asserts at the top of the reference's last program that has some, with that program's
-    imports; "" where there are none."""
-    for source in (*(block.code for block in reversed(fenced_blocks(reference))), reference):
+    """The top-level asserts and imports of the reference's last program that has asserts; "" if
+    none has."""
+    sources = [block.code for block in reversed(fenced_blocks(reference))]
+    sources.append(reference)
+    for source in sources:
         tree = parsed(source)
         nodes = tree.body if tree else []
         if any(isinstance(node, ast.Assert) for node in nodes):
@@ -138,9 +153,9 @@ def _asserts(reference: str) -> str:
 
 
 def _run_something(tests: str) -> bool:
-    """Whether tests do more than define: those that only define would accept every program.
+    """Whether tests do more than define functions: those would accept every program.
 
-    Tests that do not compile count: the run then says so.
+    True for tests that do not compile, since running them fails.
     """
     tree = parsed(tests)
     if tree is None:
@@ -152,12 +167,12 @@ def _run_something(tests: str) -> bool:
 
 
 class _TooSlow(Exception):
-    pass
+    """A block took longer than its time limit."""
 
 
 @contextmanager
-def _seconds(limit: float) -> Iterator[None]:
-    """_TooSlow where the block takes longer; no limit but in the main thread, which has signals."""
+def _time_limit(seconds: float) -> Iterator[None]:
+    """_TooSlow where the block takes longer; without effect outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -166,7 +181,7 @@ def _seconds(limit: float) -> Iterator[None]:
         raise _TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
@@ -175,54 +190,62 @@ def _seconds(limit: float) -> Iterator[None]:
 
 
 def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
-    """Accepts a text in which the pattern's last match is the reference's last match."""
+    """Accepts a text in which the pattern's last match is the reference's last match.
 
-    def last(said: str) -> str | None:
-        found = list(pattern.finditer(said))
-        return found[-1][1 if pattern.groups else 0] if found else None
+    Compared is the pattern's first group if it has one, else the whole match.
+    """
+    group = 1 if pattern.groups else 0
+
+    def last_match(text: str) -> str | None:
+        matches = list(pattern.finditer(text))
+        return matches[-1][group] if matches else None
 
     try:
-        with _seconds(PATTERN_SECONDS):
-            wanted, got = last(row.reference), last(text)
+        with _time_limit(PATTERN_SECONDS):
+            expected = last_match(row.reference)
+            got = last_match(text)
     except _TooSlow:
         return False, "too_slow"
-    if wanted is None:
+    if expected is None:
         return False, "reference_without_match"
     if got is None:
         return False, "no_match"
-    return (True, "ok") if got == wanted else (False, "mismatch")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    return (True, "ok") if got == expected else (False, "mismatch")
 
 
 def verify_json(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts valid JSON; what it says is not compared with the reference."""
+    """Accepts valid JSON, whatever its content; the reference is not read."""
     blocks = [b.code for b in fenced_blocks(text, _is_json) if b.info.lower().startswith("json")]
-    return (True, "ok") if _is_json(blocks[-1] if blocks else text) else (False, "no_json")
+    source = blocks[-1] if blocks else text
+    return (True, "ok") if _is_json(source) else (False, "no_json")
 
 
 def _is_json(text: str) -> bool:
+    """Whether the text is one JSON value; NaN and Infinity, which Python reads, are none."""
     try:
-        json.loads(text, parse_constant=_no_constant)
+        json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _spaced(text: str) -> str:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _with_single_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
 def verify_exact(row: Row, text: str) -> tuple[bool, str]:
-    """Accepts the reference itself, spaces around and between words aside."""
-    return (True, "ok") if _spaced(text) == _spaced(row.reference) else (False, "mismatch")
+    """Accepts the reference itself; amounts of white space do not count."""
+    same = _with_single_spaces(text) == _with_single_spaces(row.reference)
+    return (True, "ok") if same else (False, "mismatch")
 
 
 def verify_contains(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text that holds the whole reference, in any letter case."""
-    holds = _spaced(row.reference).casefold() in _spaced(text).casefold()
+    holds = _with_single_spaces(row.reference).casefold() in _with_single_spaces(text).casefold()
     return (True, "ok") if holds else (False, "mismatch")
 
 
@@ -244,14 +267,14 @@ VERIFIERS: dict[str, Verifier] = {
 
 @lru_cache(maxsize=64)
 def get_verifier(name: str) -> Verifier:
-    """The verifier of that name; ValueError where there is none, or it cannot be one.
+    """The verifier of that name; ValueError for an unknown name or a function that cannot be one.
 
     OSError for `code` on a system that cannot contain programs.
     """
     if name == "code":
         from engine.verify.sandbox import check_sandbox
 
-        check_sandbox()  # now, and not when the first rewrite is there
+        check_sandbox()  # now, not after the first rewrite
     if name in VERIFIERS:
         return VERIFIERS[name]
     kind, colon, rest = name.partition(":")
@@ -259,25 +282,24 @@ def get_verifier(name: str) -> Verifier:
         try:
             return partial(verify_regex, re.compile(rest, re.MULTILINE))
         except re.error as error:
-            raise ValueError(f"--verify {name!r}: no regular expression: {error}") from None
+            raise ValueError(f"--verify {name!r} is no regular expression: {error}") from None
     if colon:
-        return _users(name, kind, rest)
+        return _users_verifier(name, kind, rest)
     raise ValueError(
-        f"no verifier {name!r}; wanted one of {', '.join(VERIFIERS)}, regex:PATTERN or "
+        f"no verifier {name!r}; expected one of {', '.join(VERIFIERS)}, regex:PATTERN or "
         "module:function"
     )
 
 
-def _users(name: str, module: str, function: str) -> Verifier:
-    """A verifier of the user's own, whose answers are checked."""
-    sys.path.append(str(Path.cwd()))  # a script's own directory is there, not the user's
+def _users_verifier(name: str, module: str, function: str) -> Verifier:
+    """The user's function `module.function`, with its answers checked on every call."""
+    sys.path.append(str(Path.cwd()))  # it holds the script's directory, but not the user's
     try:
         code = importlib.import_module(module)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"--verify {name!r}: cannot import {module!r} ({what}); it is looked for in "
-            f"{Path.cwd()} and on PYTHONPATH"
+            f"--verify {name!r}: cannot import {module!r} ({type(error).__name__}: {error}); "
+            f"expected it in {Path.cwd()} or on PYTHONPATH"
         ) from error
     finally:
         sys.path.pop()
@@ -294,21 +316,22 @@ def _users(name: str, module: str, function: str) -> Verifier:
         raise ValueError(
             f"--verify {name!r}: it cannot be called as {function}(row, text): {error}"
         ) from None
+    return partial(_checked, name, verify)
 
-    def checked(row: Row, text: str) -> tuple[bool, str]:
-        try:
-            answer = verify(row, text)
-        except Exception as error:
-            raise ValueError(
-                f"--verify {name!r} failed on the row that asks {row.messages[0]['content'][:60]!r}"
-                f": {type(error).__name__}: {error}"
-            ) from error
-        match answer:
-            case (bool() as ok, str() as reason) if ok or (reason.strip() and reason not in KEPT):
-                return ok, reason
+
+def _checked(name: str, verify: Verifier, row: Row, text: str) -> tuple[bool, str]:
+    """The answer of a user's verifier; ValueError where it raises or answers something else."""
+    try:
+        answer = verify(row, text)
+    except Exception as error:
         raise ValueError(
-            f"--verify {name!r} answered {answer!r}; wanted (True or False, reason), the reason "
-            f"text that says why not, and none of {', '.join(KEPT)}"
-        )
-
-    return checked
+            f"--verify {name!r} failed on the row that asks {row.messages[0]['content'][:60]!r}"
+            f": {type(error).__name__}: {error}"
+        ) from error
+    match answer:
+        case (bool() as ok, str() as reason) if ok or (reason.strip() and reason not in KEPT):
+            return ok, reason
+    raise ValueError(
+        f"--verify {name!r} answered {answer!r}; expected (True or False, reason), where the "
+        f"reason says in words why not, and is none of {', '.join(KEPT)}"
+    )

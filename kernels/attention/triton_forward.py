@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention.torch_form import head_size, longest_row
-from kernels.launch.tile_config import device_class, tile
-from kernels.launch.triton_launch import cdiv, constant, described, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import device_class, tile_config
+from kernels.launch.triton_launch import constant, jit, launch, tl, tma_readable
 from kernels.packed import Packed
 
 LOG2_E = 1.4426950408889634  # 1 / ln 2: exp(x) = exp2(x LOG2_E); GPUs have an instruction for exp2
@@ -185,14 +186,14 @@ def launch_by_blocks(
     qkv = read[0]
     DP = power_of_two(D)
     shape_class = "fp32" if qkv.dtype == torch.float32 else f"d{DP}"
-    config = tile(kernel.__name__, qkv.device, shape_class)
+    config = tile_config(kernel.__name__, qkv.device, shape_class)
     assert config["BM"] <= PAD, f"{kernel.__name__}: BM {config['BM']} over {PAD}"
     grid = (heads, cdiv(longest_row(packed), config[block]), len(packed.rows))
     constants |= {"H": H, "G": (qkv.shape[1] // D - H) // 2, "D": D, "DP": DP}
     # Without TMA the descriptors' third dimension costs cp.async; products of fp32 read registers.
     has_tma = device_class(qkv.device) not in ("sm_80", "gfx942") and qkv.dtype != torch.float32
     # Every head has to begin on 16 bytes, not only every row of the tensor.
-    aligned = described(*read) and D * qkv.element_size() % 16 == 0
+    aligned = tma_readable(*read) and D * qkv.element_size() % 16 == 0
     launch(kernel, grid, *args, **constants, DESCRIPTORS=has_tma and aligned, **config)
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kernels.cached import Cached
-from kernels.launch.triton_launch import cdiv
+from kernels.integers import cdiv
 from kernels.spec import MODELS, Spec
 
 # ---- contract
@@ -57,8 +57,8 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 def _run(ops, i: dict) -> dict[str, Tensor]:
     ops.kv_write_(i["qkv"], i["k"], i["v"], i["cached"])
     outputs = {"k": i["k"], "v": i["v"]}
-    for name, alone in (("prefill", False), ("decode", True)):
-        cached = replace(i["cached"], alone=alone, memo={})
+    for name, decode in (("prefill", False), ("decode", True)):
+        cached = replace(i["cached"], decode=decode, memo={})
         outputs[name] = ops.cached_attention(i["qkv"], i["k"], i["v"], cached)
     return outputs
 

@@ -9,7 +9,7 @@ decode     sampled and draft tokens, each a query of its own. Every page is read
            the queries of the sequence that owns it: scores page by page; softmax over a sequence's
            pages side by side (hidden places add exact zeros); values page by page; then the sum
            over the sequence's pages in page order. The number of queries that meet a page together
-           must not matter: `alone_width` measures that on a CPU, and where it does, draft tokens
+           must not matter: `decode_width` measures that on a CPU, and where it does, draft tokens
            are computed one depth after the other.
 prefill    prompts: the queries of one page of each sequence (places without a token stay idle)
            against all pages up to it
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.cached import Cached
 from kernels.cpu.paged_layout import Block, Pass, blocks, passes
-from kernels.cpu.rowwise import alone_width
+from kernels.cpu.rowwise import decode_width
 from kernels.dtypes import accumulate_dtype
 from kernels.packed import HIDDEN
 
@@ -67,8 +67,8 @@ def cached_attention(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tenso
         return qkv.new_empty(0, H * d)
     q = qkv[:, : H * d] * d**-0.5  # (T, H d)
     o = torch.empty_like(q)
-    if cached.alone:
-        width = alone_width(H // G, size, d, q.dtype, q.device.type)
+    if cached.decode:
+        width = decode_width(H // G, size, d, q.dtype, q.device.type)
         for one in passes(cached, width):
             part = _decode(q, k, v, one)  # (B W, H d)
             tokens = one.tokens

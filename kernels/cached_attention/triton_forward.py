@@ -34,8 +34,9 @@ from torch import Tensor
 from kernels.attention.triton_forward import LOG2_E
 from kernels.cached import Cached
 from kernels.cached_attention.torch_form import head_counts
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 
 DECODE_QUERIES = 16  # of a decoding tile: a product on tensor cores needs at least so many rows
 
@@ -227,7 +228,7 @@ def cached_extend_kernel(
 def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
     """As `kv_write_`, in one launch."""
     H, G, d = head_counts(qkv, k, v, cached)
-    config = tile("kv_write_kernel", qkv.device)
+    config = tile_config("kv_write_kernel", qkv.device)
     grid = (qkv.shape[0], cdiv(G * d, config["BW"]))
     launch(
         kv_write_kernel, grid,
@@ -241,7 +242,7 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     H, G, d = head_counts(qkv, k, v, cached)
     n = H // G
     BD = power_of_two(d)
-    if cached.alone:  # a sequence with more new tokens becomes several with the same pages
+    if cached.decode:  # a sequence with more new tokens becomes several with the same pages
         cached = cached.pieces(max(1, DECODE_QUERIES // n))
     B = len(cached.query_lens)
     P = cached.block_table.shape[1]
@@ -252,8 +253,8 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     sizes = {"N": n, "G": G, "D": d, "BD": BD}
     bytes_each = qkv.element_size()
     classes = (f"D{BD}x{bytes_each}", f"x{bytes_each}")
-    if not cached.alone:
-        config = tile("cached_extend_kernel", qkv.device, *classes)
+    if not cached.decode:
+        config = tile_config("cached_extend_kernel", qkv.device, *classes)
         grid = (B * G, cdiv(W, config["BM"]))
         launch(
             cached_extend_kernel, grid, *inputs, o, qkv.stride(0), P, scale,
@@ -261,7 +262,7 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
         )  # fmt: skip
         return o
 
-    config = tile("cached_decode_kernel", qkv.device, *classes)
+    config = tile_config("cached_decode_kernel", qkv.device, *classes)
     SPLIT = config["SPLIT"]
     assert SPLIT % config["BN"] == 0, f"parts of {SPLIT} tokens in steps of {config['BN']}"
     lengths = zip(cached.query_lens, cached.context_lens, strict=True)
@@ -276,6 +277,6 @@ def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -
     )  # fmt: skip
     launch(
         cached_join_kernel, (B * G, W), m_i, l_i, acc, cached.cu_queries, cached.contexts, o, S, W,
-        SPLIT=SPLIT, **sizes, **tile("cached_join_kernel", qkv.device),
+        SPLIT=SPLIT, **sizes, **tile_config("cached_join_kernel", qkv.device),
     )  # fmt: skip
     return o

@@ -99,7 +99,7 @@ def at(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
 class Loaded:
     """The compiled library, or the reason why there is none."""
 
-    library: ctypes.CDLL | None = None
+    library: ctypes.CDLL | None = None  # or an object with the same functions
     reason: str | None = None
 
 
@@ -153,7 +153,7 @@ def loading_by(loader: Loader) -> Iterator[None]:
     """Inside, the library is the one that this loader gives.
 
     `Loader()` looks for it as a new process would; `Loader(loaded=Loaded(reason=...))` is a machine
-    without C kernels. For tests and for measuring other builds.
+    without C kernels. For tests, and for benchmarks that time each function.
     """
     global _loader
     previous, _loader = _loader, loader

@@ -84,6 +84,3 @@ def decode_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> 
         if m <= 8 * n and all(ok for rows, ok in equal.items() if rows >= m):
             return m // n
     return None
-
-
-alone_width = decode_width

@@ -181,6 +181,3 @@ def write(path: Path, by_kernel: dict[str, dict[str, dict[str, Config]]]) -> Non
     beside = path.with_suffix(".tmp")
     beside.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
     beside.replace(path)
-
-
-tile = tile_config

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.integers import cdiv, power_of_two  # noqa: F401
-
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # explicit: triton plans another default
 
 OLDEST = (3, 6)  # compiled with 3.6 and 3.9; older ones lack tensor descriptors or have others
@@ -133,6 +131,3 @@ def tma_readable(*tensors: Tensor) -> bool:
         and (recorded or t.data_ptr() % 16 == 0)
         for t in tensors
     )
-
-
-described = tma_readable

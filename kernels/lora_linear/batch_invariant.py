@@ -33,8 +33,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, power_of_two
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.triton_forward import (
     launch_tiles,
@@ -86,7 +86,7 @@ def _fixed_tiles(
     kind = "fixed fp32" if x.dtype == torch.float32 else "fixed"
     padded_rank = power_of_two(max(1, rank))
     classes = (f"{kind} r{min(128, padded_rank)}", kind) if rank else (kind,)
-    config = tile("lora_linear_kernel", x.device, *classes)
+    config = tile_config("lora_linear_kernel", x.device, *classes)
     tiles = cdiv(T, config["BM"]) * sum(cdiv(size, config["BN"]) for size in sizes)
     launch_tiles(
         lora_linear_kernel, tiles, x, False,  # by pointers: only aligned tensors have descriptors

@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, described, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl, tma_readable
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.torch_form import lora_linear_backward
 from kernels.lora_linear.triton_forward import (
@@ -57,19 +58,19 @@ def lora_up_backward_kernel(
     begin = pick(member, 0, N0, N0 + N1)  # the member's first column of dy
     size = pick(member, N0, N1, N2)
     tl.assume(size > 0)
-    rows = block * BM + tl.arange(0, BM)
+    tokens = block * BM + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
-    s_at = rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
-    s_mask = (rows < T)[:, None] & (ranks < RANK)[None, :]
+    s_at = tokens.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
+    s_mask = (tokens < T)[:, None] & (ranks < RANK)[None, :]
     s = tl.load(s_ptr + s_at, mask=s_mask, other=0.0)
     b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
     part_ptr += block.to(tl.int64) * (N0 + N1 + N2) * RANK + begin.to(tl.int64) * RANK
     ds = tl.zeros((BM, BR), tl.float32)
     for n in range(0, size, BN):
         cols = n + tl.arange(0, BN)
-        dy_at = rows.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
-        dy_inside = (rows < T)[:, None] & (cols < size)[None, :]
-        dy = tl.load(dy_ptr + dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
+        dy_at = dy_ptr + tokens.to(tl.int64)[:, None] * dy_stride + (begin + cols)[None, :]
+        dy_inside = (tokens < T)[:, None] & (cols < size)[None, :]
+        dy = tl.load(dy_at, mask=dy_inside, other=0.0)  # (BM, BN)
         at = cols.to(tl.int64)[:, None] * RANK + ranks[None, :]
         inside = (cols < size)[:, None] & (ranks < RANK)[None, :]
         b = tl.load(b_ptr + at, mask=inside, other=0.0)  # (BN, BR)
@@ -94,15 +95,15 @@ def lora_da_kernel(
     chunk = tl.program_id(2)
     acc = tl.zeros((BR, BK), tl.float32)
     for m in range(0, CHUNK, BM):
-        rows = chunk * CHUNK + m + tl.arange(0, BM)
-        here = (rows < T)[:, None]
-        at = rows.to(tl.int64)[:, None]
+        tokens = chunk * CHUNK + m + tl.arange(0, BM)
+        here = (tokens < T)[:, None]
+        at = tokens.to(tl.int64)[:, None]
         ds = tl.load(ds_ptr + at * R + ranks[None, :], mask=here & (ranks < R)[None, :], other=0.0)
         inside = here & (cols < K)[None, :]
         x = tl.load(x_ptr + at * x_stride + cols[None, :], mask=inside, other=0.0)  # (BM, BK)
         if DROP:
-            position = tl.load(position_ptr + rows, mask=rows < T, other=0)
-            row_key = tl.load(row_key_ptr + rows, mask=rows < T, other=0)
+            position = tl.load(position_ptr + tokens, mask=tokens < T, other=0)
+            row_key = tl.load(row_key_ptr + tokens, mask=tokens < T, other=0)
             first = tl.program_id(0) * BK
             mask = dropout_tile(position, row_key, tl.load(step_ptr), key, first, threshold, BM, BK)
             x = (x.to(tl.float32) * mask).to(x.dtype)
@@ -144,10 +145,10 @@ def dx_tile(
 ):  # fmt: skip
     """One tile of dx (BM, BN): tokens by inputs; the inner loop runs over the rows of W."""
     pid_m, pid_n = tile_position(pid, tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
-    rows = pid_m * BM + tl.arange(0, BM)
+    tokens = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
-    safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
     safe_cols = tl.where(cols < K, cols, 0)
 
     # dy W
@@ -158,7 +159,7 @@ def dx_tile(
             w_tile = w.load([n, pid_n * BN])
         else:
             inner = n + tl.arange(0, BK)
-            at = safe_rows[:, None] * dy_stride + inner[None, :]
+            at = safe_tokens[:, None] * dy_stride + inner[None, :]
             dy_tile = tl.load(dy + at, mask=(inner < N)[None, :], other=0.0)
             at = inner.to(tl.int64)[:, None] * K + safe_cols[None, :]
             w_tile = tl.load(w + at, mask=(inner < N)[:, None], other=0.0)
@@ -173,21 +174,21 @@ def dx_tile(
         else:
             ranks = r + tl.arange(0, BR)
             inside = ranks < R
-            at = safe_rows[:, None] * R + ranks[None, :]
+            at = safe_tokens[:, None] * R + ranks[None, :]
             ds_tile = tl.load(ds + at, mask=inside[None, :], other=0.0)
             at = ranks[:, None] * K + safe_cols[None, :]
             a_tile = tl.load(a + at, mask=inside[:, None], other=0.0)
         low = tl.dot(ds_tile, a_tile, low, input_precision="ieee")
     if DROP:
-        position = tl.load(position_ptr + safe_rows)
-        row_key = tl.load(row_key_ptr + safe_rows)
+        position = tl.load(position_ptr + safe_tokens)
+        row_key = tl.load(row_key_ptr + safe_tokens)
         first = pid_n * BN
         mask = dropout_tile(
             position, row_key, tl.load(step_ptr), key, first, threshold, BM, BN
         )  # (BM, BN)
         low = acc + low * mask
-    inside = (rows < T)[:, None] & (cols < K)[None, :]
-    at = rows.to(tl.int64)[:, None] * K + cols[None, :]
+    inside = (tokens < T)[:, None] & (cols < K)[None, :]
+    at = tokens.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(dx_ptr + at, low.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -230,7 +231,7 @@ def _launch_up_backward(
     """dS (T, R); adds dB into the group's views."""
     T, N = dy.shape
     b, members = members_of(group)
-    config = tile("lora_up_backward_kernel", dy.device, *classes)
+    config = tile_config("lora_up_backward_kernel", dy.device, *classes)
     blocks = cdiv(T, config["BM"])
     ds = torch.empty_like(s)
     part = dy.new_empty(blocks, N, group.rank, dtype=torch.float32)
@@ -250,7 +251,7 @@ def _launch_da(
     """Adds dA into the group's view."""
     T, K = x.shape
     R = ds.shape[1]
-    config = tile("lora_da_kernel", x.device, *classes)
+    config = tile_config("lora_da_kernel", x.device, *classes)
     if R <= 16:
         config["BR"] = 16
     chunks = cdiv(T, config["CHUNK"])
@@ -273,11 +274,11 @@ def _launch_dx(
     dx = dy.new_empty(T, K)
     many_dropped = dropout is not None and classes[0].startswith("many")
     first = ("drop",) if many_dropped else ()  # a second accumulator: tiles of its own
-    config = tile("lora_dx_kernel", dy.device, *first, *classes)
+    config = tile_config("lora_dx_kernel", dy.device, *first, *classes)
     config["BR"] = min(config["BR"], power_of_two(R))
     tiles = cdiv(T, config["BM"]) * cdiv(K, config["BN"])
     launch_tiles(
-        lora_dx_kernel, tiles, dy, described(dy, weight, ds, a),
+        lora_dx_kernel, tiles, dy, tma_readable(dy, weight, ds, a),
         dy, weight, ds, a, dx, *dropout_arguments(dropout), T, dy.stride(0),
         K=K, N=N, R=R, DROP=dropout is not None, **config,
     )  # fmt: skip
@@ -316,7 +317,7 @@ def _add_parts(part: Tensor, first: int, out: Tensor, scale: float) -> None:
     """out += scale times the sum over part's first dimension of elements first, first + 1, ..."""
     assert out.is_contiguous(), f"gradient {tuple(out.shape)} with strides {out.stride()}"
     count = out.numel()
-    config = tile("lora_reduce_kernel", out.device)
+    config = tile_config("lora_reduce_kernel", out.device)
     grid = (cdiv(count, config["BN"]),)
     args = (part, out, part.shape[0], part.stride(0), first, count, scale)
     launch(lora_reduce_kernel, grid, *args, **config)
@@ -338,5 +339,5 @@ def lora_linear_backward_triton(
     if group is None:
         return lora_linear_backward(dy, x, weight, need_dx=need_dx)
     assert x is not None, "the gradient of A needs x"
-    config = tile("lora_linear_backward", x.device, *shape_classes(x, group.rank))
+    config = tile_config("lora_linear_backward", x.device, *shape_classes(x, group.rank))
     return BACKWARD_FORMS[config["form"]](dy, x, weight, s, group, need_dx, dropout)

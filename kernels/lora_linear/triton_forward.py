@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import device_processors, tile
-from kernels.launch.triton_launch import cdiv, described, jit, launch, power_of_two, tl
+from kernels.integers import cdiv, power_of_two
+from kernels.launch.tile_config import device_processors, tile_config
+from kernels.launch.triton_launch import jit, launch, tl, tma_readable
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.torch_form import lora_linear_forward
 from kernels.philox import Dropout, dropout_arguments, dropout_tile
@@ -76,27 +77,27 @@ def lora_down_kernel(
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """S = x^ A^T: a tile of BM tokens and BR ranks. DROP: with dropout."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    tokens = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
     # Lanes outside read token 0 and rank 0 again, which needs no mask; they store nothing.
-    safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
     safe_ranks = tl.where(ranks < R, ranks, 0)
     if DROP:
-        position = tl.load(position_ptr + safe_rows)
-        row_key = tl.load(row_key_ptr + safe_rows)
+        position = tl.load(position_ptr + safe_tokens)
+        row_key = tl.load(row_key_ptr + safe_tokens)
         step = tl.load(step_ptr)
     acc = tl.zeros((BM, BR), tl.float32)
     for k in range(0, K, BK):
         cols = k + tl.arange(0, BK)
         inside = (cols < K)[None, :]
-        x = tl.load(x_ptr + safe_rows[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + safe_tokens[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
         a = tl.load(a_ptr + safe_ranks[:, None] * K + cols[None, :], mask=inside, other=0.0)
         if DROP:
             mask = dropout_tile(position, row_key, step, key, k, threshold, BM, BK)
             x = (x.to(tl.float32) * mask).to(x.dtype)
         acc = tl.dot(x, a.T, acc, input_precision="ieee")
-    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    inside = (rows < T)[:, None] & (ranks < R)[None, :]
+    at = tokens.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside = (tokens < T)[:, None] & (ranks < R)[None, :]
     tl.store(s_ptr + at, acc.to(s_ptr.dtype.element_ty), mask=inside)
 
 
@@ -130,12 +131,12 @@ def linear_tile(
     begin = pick(member, 0, N0, N0 + N1)  # the member's first column of y, and row of w
     size = pick(member, N0, N1, N2)
     s_begin = pick(member, S0, S1, S2)
-    rows = pid_m * BM + tl.arange(0, BM)
+    tokens = pid_m * BM + tl.arange(0, BM)
     cols = first + tl.arange(0, BN)
     ranks = tl.arange(0, BR)
     adapted = ranks < tl.where(s_begin >= 0, RANK, 0)
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
-    safe_rows = tl.where(rows < T, rows, 0).to(tl.int64)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
     safe_cols = (begin + tl.where(cols < size, cols, 0)).to(tl.int64)
 
     # The product over K, and on the way S = x A^T.
@@ -149,7 +150,7 @@ def linear_tile(
             # Rows of w after the member's are the next member's: columns that are not stored.
             w_tile = w.load([begin + first, k])
         else:
-            at = safe_rows[:, None] * x_stride + inner[None, :]
+            at = safe_tokens[:, None] * x_stride + inner[None, :]
             x_tile = tl.load(x + at, mask=inside, other=0.0)
             w_tile = tl.load(w + safe_cols[:, None] * K + inner[None, :], mask=inside, other=0.0)
         acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
@@ -160,8 +161,8 @@ def linear_tile(
 
     # The adapter: + s S_i B_i^T.
     if RANK > 0:
-        s_at = s_ptr + rows.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
-        s_mask = (rows < T)[:, None] & adapted[None, :]
+        s_at = s_ptr + tokens.to(tl.int64)[:, None] * R + (s_begin + ranks)[None, :]
+        s_mask = (tokens < T)[:, None] & adapted[None, :]
         if FUSED:
             if first == 0:  # every tile of the member has made it; one writes it
                 tl.store(s_at, s_acc.to(s_ptr.dtype.element_ty), mask=s_mask)
@@ -173,8 +174,8 @@ def linear_tile(
         b = tl.load(b_ptr + b_at, mask=adapted[None, :], other=0.0)
         acc = tl.dot((s * scale).to(b.dtype), b.T, acc, input_precision="ieee")
 
-    y_at = rows.to(tl.int64)[:, None] * (N0 + N1 + N2) + (begin + cols)[None, :]
-    inside = (rows < T)[:, None] & (cols < size)[None, :]
+    y_at = tokens.to(tl.int64)[:, None] * (N0 + N1 + N2) + (begin + cols)[None, :]
+    inside = (tokens < T)[:, None] & (cols < size)[None, :]
     tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -262,7 +263,7 @@ def _launch_down(
     """s (T, R) = x^ A^T in one launch."""
     T, K = x.shape
     R = a.shape[0]
-    config = tile("lora_down_kernel", x.device, *classes)
+    config = tile_config("lora_down_kernel", x.device, *classes)
     if R <= 16:
         config["BR"] = 16
     launch(
@@ -291,14 +292,14 @@ def _forward_kernels(
     y = x.new_empty(T, N)
     classes = shape_classes(x, group.rank)
     if fused:  # a second accumulator: tiles of its own
-        config = tile("lora_linear_kernel", x.device, f"fused {classes[0]}", *classes)
+        config = tile_config("lora_linear_kernel", x.device, f"fused {classes[0]}", *classes)
     else:
         _launch_down(x, a, s, dropout, classes)
-        config = tile("lora_linear_kernel", x.device, *classes)
+        config = tile_config("lora_linear_kernel", x.device, *classes)
     tiles_m = cdiv(T, config["BM"])
     tiles_n = sum(cdiv(size, config["BN"]) for size in group.sizes)
     launch_tiles(
-        lora_linear_kernel, tiles_m * tiles_n, x, described(x, weight),
+        lora_linear_kernel, tiles_m * tiles_n, x, tma_readable(x, weight),
         x, weight, a, *b, s, y, T, x.stride(0), group.scale, K=K, **members,
         FUSED=fused, BR=power_of_two(group.rank), **config,
     )  # fmt: skip
@@ -332,5 +333,5 @@ def lora_linear_forward_triton(
     """As `lora_linear_forward`, in the form that the tile configuration names."""
     if group is None:
         return lora_linear_forward(x, weight)
-    config = tile("lora_linear_forward", x.device, *shape_classes(x, group.rank))
+    config = tile_config("lora_linear_forward", x.device, *shape_classes(x, group.rank))
     return FORWARD_FORMS[config["form"]](x, weight, group, dropout)

@@ -1,4 +1,4 @@
-"""What sampling needs beside the logits: each row's random key, and the settings."""
+"""The inputs of sampling beside the logits: the key of every row, and the settings."""
 
 # B = rows of logits, L = length of the longest history
 

@@ -22,8 +22,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch.tile_config import tile
-from kernels.launch.triton_launch import cdiv, jit, launch, tl
+from kernels.integers import cdiv
+from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import jit, launch, tl
 from kernels.philox import mix, signed64, uniform_triton
 from kernels.sampling.sample_rows import SampleRows
 
@@ -206,7 +207,7 @@ def _penalised(logits: Tensor, rows: SampleRows) -> Tensor:
     assert history.shape[:1] == (B,), f"{B} rows, history {tuple(history.shape)}"
     L = history.shape[1]
     z = logits.to(torch.float32, copy=True)
-    config = tile("penalise_kernel", logits.device)
+    config = tile_config("penalise_kernel", logits.device)
     launch(
         penalise_kernel, (B, cdiv(L, config["BL"])), logits, history, z, L,
         PENALTY=rows.repetition_penalty, V=V, **config,
@@ -232,13 +233,13 @@ def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
     greedy = rows.temperature == 0
     launch(
         sample_largest_kernel, (B,), logits, z, largest, lse, tokens, logprobs,
-        GREEDY=greedy, **sizes, **tile("sample_largest_kernel", device),
+        GREEDY=greedy, **sizes, **tile_config("sample_largest_kernel", device),
     )  # fmt: skip
     if greedy:
         return tokens, logprobs
 
     weights = logits.new_empty(B, V, dtype=torch.float64)
-    config = tile("sample_weights_kernel", device)
+    config = tile_config("sample_weights_kernel", device)
     launch(
         sample_weights_kernel, (B, cdiv(V, config["BV"])), z, largest, weights,
         TEMPERATURE=rows.temperature, **sizes, **config,
@@ -249,6 +250,6 @@ def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
         logits, z, weights, largest, lse, positions, samples, row_keys, tokens, logprobs,
         signed64(mix("sample", rows.seed)),
         TOP_K=rows.top_k if rows.top_k < V else 0, TOP_P=rows.top_p, MIN_P=rows.min_p,
-        **sizes, **tile("sample_draw_kernel", device),
+        **sizes, **tile_config("sample_draw_kernel", device),
     )  # fmt: skip
     return tokens, logprobs

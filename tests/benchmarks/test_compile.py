@@ -366,7 +366,7 @@ def test_refusals_of_workers_are_counted(explorer):
             self.outcomes = {}
 
         def want(self, tasks, urgency):
-            self.outcomes |= dict.fromkeys(tasks, "")
+            self.outcomes |= dict.fromkeys(tasks)
             spilling = [t for t in tasks if any(("BT", 4) in items for *_, items in t.configs)]
             self.outcomes |= dict.fromkeys(spilling, "spills")
 
@@ -442,5 +442,5 @@ def test_launches_find_what_workers_compiled(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (good, wrong, spilling), hits = json.loads(done.stdout)
-    assert good == "" and wrong == "CompilationError" and spilling == "spills"
+    assert good is None and wrong == "CompilationError" and spilling == "spills"
     assert hits == [True, True]

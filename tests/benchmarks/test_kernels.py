@@ -57,7 +57,7 @@ def test_the_record_goes_to_the_results_of_the_clone(capsys, tmp_path, monkeypat
     assert last["results"] == [], "the rehearsal's shape has three rows"
 
 
-def test_a_linear_of_ones_own(capsys, tmp_path, monkeypatch):
+def test_a_linear_of_the_users_own_shape(capsys, tmp_path, monkeypatch):
     """M, K, N, r: forward and backward of one matrix with its adapter, peft's form beside it."""
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no card here")
@@ -94,7 +94,7 @@ def test_a_red_form_has_no_time(capsys, monkeypatch):
     assert "triton: RED" in out and all("ms" in r for r in last["results"] if r is not red)
 
 
-def test_variants_are_told_apart(monkeypatch):
+def test_variants_have_names_of_their_own(monkeypatch):
     fused = dataclasses.replace(TORCH, lora_linear_forward=operations.peft_forward)
     monkeypatch.setattr(registry, "TRITON", dataclasses.replace(TORCH, name="triton", rope_=None))
     monkeypatch.setattr(registry, "VARIANTS", {"lora_linear fused": fused})
@@ -187,7 +187,7 @@ def test_no_copy_of_ours_is_timed_with_a_form_by_hand(operation, lengths):
     assert seen.found == ["cat"]
 
 
-def test_floors_by_hand():
+def test_floors_equal_counts_by_hand():
     """q, k, v of Llama-2-7B at 8192 tokens, r 8 on q and v, bf16; a norm with its addition."""
     T, D, r = 8192, 4096, 8
     flops, size = operations.WORK["lora_linear", "forward"](T, D, r, D, D, D, e=2)
@@ -202,7 +202,7 @@ def test_floors_by_hand():
     assert flops == pytest.approx(137.4e9, rel=1e-3)
 
 
-def test_shapes_in_short():
+def test_shapes_as_text():
     assert bench.shape_text((32, 8, 128, 2048, 2048, 2048, 2048)) == "32x8x128x2048*4"
     assert operations.rows_of("attention", (32, 8, 128, 2048, 2048)) == 4096
     assert operations.rows_of("cached_attention", (32, 8, 128, 64, 1, 1, 512, 512)) == 2

@@ -47,9 +47,9 @@ def test_a_common_beginning_is_computed_once():
     assert floor.computed_prompt_tokens([[1, 2], [1, 3]]) == 4  # not worth a forward
 
 
-def test_rows_in_flight():
-    assert list(floor.rows_in_flight([4, 1, 2, 3], 2)) == [2, 2, 2]
-    assert list(floor.rows_in_flight([4, 1, 2, 3], 9)) == [3, 2, 1]
+def test_running_per_step():
+    assert list(floor.running_per_step([4, 1, 2, 3], 2)) == [2, 2, 2]
+    assert list(floor.running_per_step([4, 1, 2, 3], 9)) == [3, 2, 1]
 
 
 def test_diverging():

@@ -50,7 +50,7 @@ def test_a_peer_without_memory_is_named_and_the_others_go_on(capsys, what, step)
     assert found["engines"].keys() == {"ours", "peft, 2 rows"} and found["lost"] == lost
 
 
-def test_one_that_was_killed_while_it_waited_is_noticed():
+def test_a_peer_killed_while_it_waits_is_noticed():
     peer = engine("peft, 4 rows")
     peer.ask("0")
     peer.process.kill()
@@ -68,14 +68,14 @@ def test_no_peer_left_means_no_speed(capsys):
     assert "no peer is left to agree with" in capsys.readouterr().out
 
 
-def test_another_end_or_ours_ends_the_benchmark():
+def test_other_failures_and_our_own_end_the_benchmark():
     with pytest.raises(SystemExit, match="ended with code 1:\nno such model"):
         turns(engine("ours"), engine("peft, 2 rows", "sys.exit('no such model')"))
     with pytest.raises(SystemExit, match="ours: out of memory"):
         turns(engine("ours", KILLED.format(0)), engine("peft, 2 rows"))
 
 
-def test_what_ended_a_process():
+def test_reasons_why_a_process_ended():
     assert why_it_ended(-9, "") == why_it_ended(137, "") == "out of memory (killed)"
     assert why_it_ended(1, "a\n  torch.OutOfMemoryError: CUDA out of memory. Tried\nb").startswith(
         "out of memory (torch.OutOfMemoryError"
@@ -84,7 +84,7 @@ def test_what_ended_a_process():
     assert why_it_ended(1, "ValueError: no such file") == why_it_ended(-15, "") == ""
 
 
-def test_one_run_of_a_peer_without_memory(tmp_path):
+def test_a_single_run_without_memory_is_named(tmp_path):
     script = tmp_path / "peer.py"
     script.write_text(f"import sys; sys.exit({TORCHS!r})")
     with pytest.raises(OutOfMemory, match="DefaultCPUAllocator"):

@@ -1,10 +1,9 @@
-"""The selection cascade on a tiny model: who is asked when, who wins, and that nothing else counts.
+"""The cascade on a tiny model: which stage is asked when, who wins, and that nothing else counts.
 
-The tiny model writes noise, so what is fit is decided by a stand-in for `judge` that reads a hash
-of the text: every stage then fails and succeeds often enough.
+The tiny model writes noise, so a stand-in for `judge` accepts by a hash of the text: every stage
+then fails and succeeds often enough.
 """
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -19,7 +18,14 @@ from engine.data.encode import encode
 from engine.data.rows import Row, load_rows
 from engine.distill import distill as distill_module
 from engine.distill import writer as writer_module
-from engine.distill.cascade import Asking, Candidate, Stage, Turn, check_temperature, parse_cascade
+from engine.distill.cascade import (
+    AssistantTurn,
+    Attempt,
+    Stage,
+    TurnAttempts,
+    check_temperature,
+    parse_cascade,
+)
 from engine.distill.config import DistillConfig
 from engine.distill.distill import distill
 from engine.distill.selection import PAPER
@@ -27,10 +33,16 @@ from engine.measure.likelihood import nll
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.verify.answer_numbers import last_number
-from tests.distill.test_distill import SAMPLING, load, rows
+from tests.helpers.distillation import (
+    CASCADE,
+    SAMPLING,
+    judge_by_hash,
+    load,
+    rows,
+    run_distillation,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-CASCADE = DistillConfig(max_new_tokens="9", cascade="unguided:3,guided:2,cooler:1")
 
 
 @pytest.fixture
@@ -38,23 +50,13 @@ def tiny(tiny_llama_dir):
     return tiny_llama_dir(tokenizer=True)
 
 
-def chance(context, reference, text, finish, verifier, **_):
-    """A fifth is fit; the others are rejected for one of two reasons."""
-    number = hashlib.sha256(repr((context, text)).encode()).digest()[0]
-    return "accepted" if number < 52 else ("mismatch" if number % 2 else "banned")
-
-
-def go(path, out, config=CASCADE, sampling=SAMPLING, resume=False, given=None, world=None):
-    model, chat = load(path)
-    return distill(
-        model, chat, given or rows(), Path(out), config, sampling, settings={}, resume=resume,
-        world=world,
-    )  # fmt: skip
+def go(path, out, config=CASCADE, sampling=SAMPLING, **settings):
+    return run_distillation(path, out, config, sampling, **settings)
 
 
 @pytest.fixture
-def by_chance(monkeypatch):
-    monkeypatch.setattr(writer_module, "judge", chance)
+def by_hash(monkeypatch):
+    monkeypatch.setattr(writer_module, "judge", judge_by_hash)
 
 
 # ---- what may be asked for
@@ -72,13 +74,13 @@ def test_cascades_are_read():
     "text", ["", "guided", "guided:0", "guided:-1", "guided:65", "guided:1,guided:2", "hot:1",
              "guided:1,", "guided:x", "guided=1"],
 )  # fmt: skip
-def test_cascades_that_cannot_be_are_refused(text):
-    with pytest.raises(ValueError, match="wanted STAGE:TRIES.*unguided, guided, cooler"):
+def test_cascades_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ValueError, match="expected STAGE:TRIES.*unguided, guided, cooler"):
         DistillConfig(cascade=text).check()
 
 
 def test_settings_that_contradict_each_other_are_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="choose 'best': likelihood or first"):
+    with pytest.raises(ValueError, match="choose 'best': expected likelihood or first"):
         DistillConfig(choose="best").check()
     with pytest.raises(ValueError, match="the published code asks once"):
         DistillConfig(cascade="guided:2", paper_exact=True).check()
@@ -96,7 +98,7 @@ def test_settings_that_contradict_each_other_are_refused(tiny, tmp_path):
 # ---- what is written
 
 
-def test_each_line_tells_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_path, by_chance):
+def test_each_line_has_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_path, by_hash):
     report = go(tiny, tmp_path / "d.jsonl")
     lines = load_distilled(tmp_path / "d.jsonl")
     model, chat = load(tiny)
@@ -124,8 +126,8 @@ def test_each_line_tells_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_pat
             )
             prompt = chat.prompt_ids(asked)
         name = line.id if stage == "guided" else f"{line.id}#{stage}"
-        heat = 0.5 if stage == "cooler" else 1.0
-        config = SamplerConfig(rows=1, temperature=heat, top_k=60, seed=1)
+        temperature = 0.5 if stage == "cooler" else 1.0
+        config = SamplerConfig(rows=1, temperature=temperature, top_k=60, seed=1)
         with Sampler(model, chat.tokenizer.decode, chat.end_ids, config) as sampler:
             requests = [Request(name, prompt, 9, sample=n) for n in range(len(last))]
             written = {c.sample: c.ids for c in sampler.run(requests)}
@@ -153,9 +155,9 @@ def test_each_line_tells_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_pat
     assert f"reference: {sum(line.stage == 'reference' for line in lines)} turns" in text
 
 
-def test_candidates_are_weighed_under_the_whole_plain_prompt_with_the_end_token(tiny):
+def test_attempts_are_scored_under_the_plain_prompt_with_the_end_token(tiny):
     _, chat = load(tiny)
-    turn = Turn.first(conversation()).next("Mine.")
+    turn = AssistantTurn.first(conversation()).following("Mine.")
     seen = []
 
     class Spy:
@@ -169,11 +171,11 @@ def test_candidates_are_weighed_under_the_whole_plain_prompt_with_the_end_token(
             return [[nats[a[0]] if a else [] for a in asked.answers] for asked in batch]
 
     def choice(*tries):
-        asking = Asking(turn, [Stage("guided", len(tries))])
+        attempts = TurnAttempts(turn, [Stage("guided", len(tries))])
         for n, (ids, fit) in enumerate(tries):
             status = "accepted" if fit else "empty"
-            asking.add(Candidate(n, ids, "", status, "stop", 1, fit))
-        won = asking.winner(chat, Spy())
+            attempts.add(Attempt(n, ids, "", status, "stop", 1, fit))
+        won = attempts.winner(chat, Spy())
         return won and won.ids
 
     a, b, c, long, d = [4], [5], [6, 6], [7] * 4, [8, 8]
@@ -189,7 +191,7 @@ def test_candidates_are_weighed_under_the_whole_plain_prompt_with_the_end_token(
     assert seen[0].answers == [[4, chat.end_id], [5, chat.end_id]] and seen[3].answers[0] == []
 
 
-def test_choose_first_takes_the_first(tiny, tmp_path, by_chance):
+def test_choose_first_takes_the_first(tiny, tmp_path, by_hash):
     config = DistillConfig(max_new_tokens="9", cascade="unguided:3", choose="first")
     likeliest = DistillConfig(max_new_tokens="9", cascade="unguided:3")
     single = [row for row in rows(30) if len(row.turns) == 1]
@@ -208,7 +210,7 @@ def test_choose_first_takes_the_first(tiny, tmp_path, by_chance):
     assert differ
 
 
-def test_a_guided_stage_alone_is_the_plain_run(tiny, tmp_path, by_chance):
+def test_a_guided_attempt_does_not_depend_on_earlier_stages(tiny, tmp_path, by_hash):
     """The numbers of a guided try do not depend on what was tried before it."""
     single = [row for row in rows() if len(row.turns) == 1]
     plain = {
@@ -227,7 +229,7 @@ def test_a_guided_stage_alone_is_the_plain_run(tiny, tmp_path, by_chance):
     assert all(list(line.tries) == ["guided"] for line in plain.values())
 
 
-def test_rows_in_flight_change_nothing(tiny, tmp_path, by_chance):
+def test_rows_run_together_do_not_change_a_cascade(tiny, tmp_path, by_hash):
     go(tiny, tmp_path / "three.jsonl")
     for count in (1, 16):
         sampling = SamplerConfig(rows=count, temperature=1.0, top_k=60, seed=1)
@@ -235,7 +237,7 @@ def test_rows_in_flight_change_nothing(tiny, tmp_path, by_chance):
         assert (tmp_path / f"{count}.jsonl").read_bytes() == (tmp_path / "three.jsonl").read_bytes()
 
 
-def test_later_turns_are_asked_with_the_earlier_targets(tiny, tmp_path, by_chance):
+def test_later_turns_are_asked_with_the_earlier_targets(tiny, tmp_path, by_hash):
     lines = {line.id: line for line in go(tiny, tmp_path / "d.jsonl").lines}
     for row in rows():
         for k in range(len(row.turns)):
@@ -249,26 +251,26 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine.distill import writer as distill
+from engine.distill import writer
 from engine.runtime.distributed import start
-from tests.distill.test_cascade import chance, go
+from tests.helpers.distillation import CASCADE, judge_by_hash, run_distillation
 torch.set_num_threads(1)
 world = start()
-distill.judge = chance
-made, count = distill._candidate, []
-def candidate(*args):
+writer.judge = judge_by_hash
+judged_attempt, count = writer.judged_attempt, []
+def killed_attempt(*args):
     count.append(1)
     if world.rank == {rank} and len(count) == {kill}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return made(*args)
-distill._candidate = candidate
+    return judged_attempt(*args)
+writer.judged_attempt = killed_attempt
 out = Path({out!r})
 begun = bool(list(out.parent.glob(out.name + "*")))
-go({model!r}, out, resume=begun, world=world)
+run_distillation({model!r}, out, CASCADE, resume=begun, world=world)
 """
 
 
-def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, by_chance):
+def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, by_hash):
     """SIGKILL while the n-th try is judged."""
     go(tiny, tmp_path / "whole.jsonl")
     out = tmp_path / "killed.jsonl"
@@ -279,7 +281,7 @@ def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, by_chance):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_two_processes_write_what_one_does(tiny, tmp_path, by_chance):
+def test_two_processes_write_what_one_does(tiny, tmp_path, by_hash):
     go(tiny, tmp_path / "one.jsonl")
     script, out = tmp_path / "job.py", tmp_path / "two.jsonl"
     script.write_text(JOB.format(root=str(ROOT), model=str(tiny), out=str(out), kill=0, rank=1))
@@ -289,11 +291,11 @@ def test_two_processes_write_what_one_does(tiny, tmp_path, by_chance):
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
-def test_a_row_of_another_temperature_changes_nobody(tiny):
+def test_a_request_of_another_temperature_changes_no_other(tiny):
     """Requests with temperatures of their own, together and alone."""
     model, chat = load(tiny)
     prompts = {f"r{i}": chat.prompt_ids([{"role": "user", "content": f"{i}?"}]) for i in range(6)}
-    heats = {"r0": None, "r1": 0.5, "r2": 0.0, "r3": 0.5, "r4": 1.0, "r5": None}
+    temperatures = {"r0": None, "r1": 0.5, "r2": 0.0, "r3": 0.5, "r4": 1.0, "r5": None}
 
     def write(requests, **settings):
         config = SamplerConfig(**{"temperature": 1.0, "top_k": 60, **settings})
@@ -302,12 +304,14 @@ def test_a_row_of_another_temperature_changes_nobody(tiny):
 
     for penalty in (1.0, 1.3):
         together = write(
-            [Request(n, p, 12, temperature=heats[n]) for n, p in prompts.items()],
+            [Request(n, p, 12, temperature=temperatures[n]) for n, p in prompts.items()],
             repetition_penalty=penalty,
         )
         for name, ids in prompts.items():
-            heat = 1.0 if heats[name] is None else heats[name]
-            alone = write([Request(name, ids, 12)], temperature=heat, repetition_penalty=penalty)
+            temperature = 1.0 if temperatures[name] is None else temperatures[name]
+            alone = write(
+                [Request(name, ids, 12)], temperature=temperature, repetition_penalty=penalty
+            )
             assert together[name] == alone[name]
 
 
@@ -336,7 +340,7 @@ def test_a_rows_tests_are_of_its_last_answer(tiny, tmp_path, monkeypatch):
     assert seen == {"assistant 0": "", "assistant 1": "t"}
 
 
-def test_a_reference_of_2048_tokens_is_whole_everywhere(tiny_llama_dir, tmp_path):
+def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path):
     """One token a byte: shown whole to the model, room for more than it, whole in training."""
     path = tiny_llama_dir(tokenizer=True, max_position_embeddings=16384)
     model, chat = load(path)

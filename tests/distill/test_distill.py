@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -25,37 +24,9 @@ from engine.sampling.requests import SamplerConfig, SamplerStats
 from model.chat import Chat
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
+from tests.helpers.distillation import CONFIG, SAMPLING, load, rows, run_distillation
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLING = SamplerConfig(rows=3, temperature=1.0, top_k=60, seed=1)
-CONFIG = DistillConfig(max_new_tokens="9")
-
-
-def rows(count=14):
-    """Single questions, and every third a conversation of three turns."""
-    rng, made = random.Random(0), []
-    for i in range(count):
-        messages = []
-        for turn in range(3 if i % 3 == 0 else 1):
-            words = " ".join(rng.choice(["red", "two", "sky", "why"]) for _ in range(4))
-            messages += [
-                {"role": "user", "content": f"{words} {i} {turn}?"},
-                {"role": "assistant", "content": f"{words}."},
-            ]
-        made.append(Row(f"r{i:02}", tuple(messages)))
-    return made
-
-
-def load(path):
-    return Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
-
-
-def go(path, out, resume=False, config=CONFIG, sampling=SAMPLING, settings=None):
-    model, chat = load(path)
-    settings = settings or {"sampling": "as above"}
-    return distill(
-        model, chat, rows(), Path(out), config, sampling, settings=settings, resume=resume
-    )
 
 
 @pytest.fixture
@@ -104,7 +75,7 @@ def test_raw_alpaca_prompt_is_the_papers_text(tiny):
 
 
 def test_lines_are_valid_and_in_the_order_of_the_data(tiny, tmp_path):
-    report = go(tiny, tmp_path / "d.jsonl")
+    report = run_distillation(tiny, tmp_path / "d.jsonl")
     lines = load_distilled(tmp_path / "d.jsonl")
     want = [f"{row.id}/{k}" for row in rows() for k in range(len(row.turns))]
     assert [line.id for line in lines] == want == [line.id for line in report.lines]
@@ -121,12 +92,12 @@ def test_lines_are_valid_and_in_the_order_of_the_data(tiny, tmp_path):
 def test_gsm8k_prefix_is_carried_into_text_and_ids(tiny, tmp_path):
     _, chat = load(tiny)
     config = DistillConfig(template="gsm8k", max_new_tokens="9")
-    for line in go(tiny, tmp_path / "d.jsonl", config=config).lines:
+    for line in run_distillation(tiny, tmp_path / "d.jsonl", config=config).lines:
         assert line.response.startswith("Great! Let's think step by step.")
         assert chat.tokenizer.decode(line.response_ids).strip() == line.response
 
 
-def test_auto_length_follows_the_reference():
+def test_auto_max_new_tokens_follows_the_reference():
     auto = DistillConfig()
     assert auto.limit(5) == 128 and auto.limit(400) == 1264
     assert DistillConfig(max_new_tokens="40").limit(400) == 40
@@ -138,27 +109,27 @@ def test_auto_length_follows_the_reference():
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from engine.distill import writer as distill
-from tests.distill.test_distill import go
-made = distill._line
+from engine.distill import writer
+from tests.helpers.distillation import run_distillation
+decided_line = writer.decided_line
 count = []
-def line(*args):
+def killed_line(*args):
     count.append(1)
     if len(count) == {kill}:
         if {torn}:
             with open({out!r}, "a") as file:
                 file.write('{{"id": "r0')
         os.kill(os.getpid(), signal.SIGKILL)
-    return made(*args)
-distill._line = line
-go({model!r}, {out!r}, resume=os.path.exists({out!r}))
+    return decided_line(*args)
+writer.decided_line = killed_line
+run_distillation({model!r}, {out!r}, resume=os.path.exists({out!r}))
 """
 
 
 @pytest.mark.parametrize("kills", [[1, 1], [2, 9, 3], [5, 6, 4, 2], [20, 3]], ids=str)
 def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, kills):
     """SIGKILL while the n-th line of each attempt is made, every other time with a torn line."""
-    go(tiny, tmp_path / "whole.jsonl")
+    run_distillation(tiny, tmp_path / "whole.jsonl")
     out = tmp_path / "killed.jsonl"
     for n, kill in enumerate([*kills, 0]):
         script = KILLED.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill, torn=n % 2)
@@ -172,22 +143,23 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from engine.distill import writer as distill
-from engine.runtime.distributed import start
+from engine.distill import writer
+from engine.distill.distill import distill
 from engine.distill.seed_likelihoods import score
-from tests.distill.test_distill import CONFIG, SAMPLING, load, rows
+from engine.runtime.distributed import start
+from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
 torch.set_num_threads(1)
 world = start()
-made, count = distill._line, []
-def line(*args):
+decided_line, count = writer.decided_line, []
+def killed_line(*args):
     count.append(1)
     if world.rank == 1 and len(count) == {kill}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return made(*args)
-distill._line = line
+    return decided_line(*args)
+writer.decided_line = killed_line
 model, chat = load({model!r})
 out = Path({out!r})
-report = distill.distill(model, chat, rows(), out, CONFIG, SAMPLING,
+report = distill(model, chat, rows(), out, CONFIG, SAMPLING,
     settings={{"sampling": "as above"}}, resume=True, world=world)
 score(model, chat, report.lines, Path({out!r} + ".scores.jsonl"), {{}}, world)
 """
@@ -196,7 +168,7 @@ score(model, chat, report.lines, Path({out!r} + ".scores.jsonl"), {{}}, world)
 def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
     """torchrun, gloo; rank 1 is killed at its third line, the second job finishes the file."""
     model, chat = load(tiny)
-    whole = go(tiny, tmp_path / "one.jsonl")
+    whole = run_distillation(tiny, tmp_path / "one.jsonl")
     score(model, chat, whole.lines, tmp_path / "one.jsonl.scores.jsonl", {})
     out, script = tmp_path / "two.jsonl", tmp_path / "job.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -224,12 +196,12 @@ def not_ignored():
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_finishes_the_rows_in_flight_and_the_rest_follows(
+def test_a_signal_finishes_the_running_turns_and_a_resume_the_rest(
     tiny, tmp_path, monkeypatch, not_ignored, by
 ):
     before = signal.getsignal(by)
-    go(tiny, tmp_path / "whole.jsonl")
-    out, made, written = tmp_path / "d.jsonl", writer_module._line, []
+    run_distillation(tiny, tmp_path / "whole.jsonl")
+    out, made, written = tmp_path / "d.jsonl", writer_module.decided_line, []
 
     def line(*args):
         if not written:
@@ -237,30 +209,30 @@ def test_asked_to_stop_it_finishes_the_rows_in_flight_and_the_rest_follows(
         written.append(1)
         return made(*args)
 
-    monkeypatch.setattr(writer_module, "_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line)
     with pytest.raises(Stopped, match="3 of 24 turns are in") as stopped:
-        go(tiny, out)
+        run_distillation(tiny, out)
     assert stopped.value.code == 128 + by
     assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "what was in flight, no more"
     assert signal.getsignal(by) is before
     monkeypatch.undo()
-    go(tiny, out, resume=True)
+    run_distillation(tiny, out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_asked_to_stop_while_the_last_rows_are_in_flight_the_job_does_not_go_on(
+def test_a_signal_during_the_last_running_turns_stops_the_job(
     tiny, tmp_path, monkeypatch, not_ignored
 ):
     """All rows are in flight, so nothing is left to do: whoever called must hear of it all the same
     (the main job went on to both trainings)."""
-    everything, made = dataclasses.replace(SAMPLING, rows=64), writer_module._line
+    everything, made = dataclasses.replace(SAMPLING, rows=64), writer_module.decided_line
 
     def line(*args):
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(writer_module, "_line", made)
+        monkeypatch.setattr(writer_module, "decided_line", made)
         return made(*args)
 
-    monkeypatch.setattr(writer_module, "_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line)
     out = tmp_path / "d.jsonl"
     single = [row for row in rows() if len(row.turns) == 1]
     model, chat = load(tiny)
@@ -270,7 +242,7 @@ def test_asked_to_stop_while_the_last_rows_are_in_flight_the_job_does_not_go_on(
 
 
 def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
-    go(tiny, tmp_path / "whole.jsonl")
+    run_distillation(tiny, tmp_path / "whole.jsonl")
     disk = tmp_path / "small"
     disk.mkdir()
     mounted = subprocess.run(
@@ -280,18 +252,18 @@ def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
         pytest.skip("mounting a small disk needs root")
     try:
         with pytest.raises(OSError, match="finished lines are kept"):
-            go(tiny, disk / "d.jsonl")
+            run_distillation(tiny, disk / "d.jsonl")
         kept = load_distilled(disk / "d.jsonl")
         assert 0 < len(kept) < 24
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-        go(tiny, disk / "d.jsonl", resume=True)
+        run_distillation(tiny, disk / "d.jsonl", resume=True)
         assert (disk / "d.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_directory_that_vanishes_stops_the_run(tiny, tmp_path, monkeypatch):
-    out, made, written = tmp_path / "run" / "d.jsonl", writer_module._line, []
+    out, made, written = tmp_path / "run" / "d.jsonl", writer_module.decided_line, []
 
     def line(*args):
         written.append(1)
@@ -299,13 +271,13 @@ def test_a_directory_that_vanishes_stops_the_run(tiny, tmp_path, monkeypatch):
             (tmp_path / "run").rename(tmp_path / "elsewhere")
         return made(*args)
 
-    monkeypatch.setattr(writer_module, "_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line)
     with pytest.raises(OSError, match="no longer there"):
-        go(tiny, out)
+        run_distillation(tiny, out)
     assert len(load_distilled(tmp_path / "elsewhere" / "d.jsonl")) == 4
 
 
-def test_a_prompt_that_is_too_long_is_named_and_stops_nothing(tiny, tmp_path):
+def test_a_prompt_that_is_too_long_keeps_its_reference(tiny, tmp_path):
     model, chat = load(tiny)
     question = {"role": "user", "content": "x" * 600}
     long = Row("long", (question, {"role": "assistant", "content": "y"}))
@@ -315,24 +287,26 @@ def test_a_prompt_that_is_too_long_is_named_and_stops_nothing(tiny, tmp_path):
     assert report.lines[-1].target == "y" and report.counts["prompt_too_long"] == 1
 
 
-def test_rows_in_flight_change_nothing(tiny, tmp_path):
-    go(tiny, tmp_path / "three.jsonl")
+def test_rows_run_together_do_not_change_the_file(tiny, tmp_path):
+    run_distillation(tiny, tmp_path / "three.jsonl")
     for count in (1, 16):
         sampling = SamplerConfig(rows=count, temperature=1.0, top_k=60, seed=1)
-        go(tiny, tmp_path / f"{count}.jsonl", sampling=sampling)
+        run_distillation(tiny, tmp_path / f"{count}.jsonl", sampling=sampling)
         three = (tmp_path / "three.jsonl").read_bytes()
         assert (tmp_path / f"{count}.jsonl").read_bytes() == three
 
 
 def test_resume_is_refused_under_other_settings_naming_them(tiny, tmp_path):
     out = tmp_path / "d.jsonl"
-    go(tiny, out, settings={"seed": 1, "template": {"name": "a"}})
+    run_distillation(tiny, out, settings={"seed": 1, "template": {"name": "a"}})
     with pytest.raises(ValueError, match="exists already"):
-        go(tiny, out)
+        run_distillation(tiny, out)
     with pytest.raises(ValueError, match="template.name: 'a' -> 'b'"):
-        go(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "b"}})
+        run_distillation(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "b"}})
     before = out.read_bytes()
-    report = go(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "a"}})
+    report = run_distillation(
+        tiny, out, resume=True, settings={"seed": 1, "template": {"name": "a"}}
+    )
     assert report.written == 0 and out.read_bytes() == before
 
 
@@ -352,8 +326,8 @@ def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
         distill(model, chat, bad, tmp_path / "d.jsonl", CONFIG, SAMPLING, settings={})
 
 
-def test_few_own_words_are_said(tiny, tmp_path):
-    report = go(tiny, tmp_path / "d.jsonl")
+def test_targets_that_hardly_differ_are_warned_of(tiny, tmp_path):
+    report = run_distillation(tiny, tmp_path / "d.jsonl")
     same = [line.__class__(**{**line.__dict__, "target": line.reference}) for line in report.lines]
     text = DistillReport(same, SamplerStats(), 1.0, 0).text()
     assert "differ from the reference: 0.0%" in text and "nearly be the same run" in text
@@ -361,7 +335,7 @@ def test_few_own_words_are_said(tiny, tmp_path):
 
 def test_scores_are_the_plain_prompts_nll_and_resume(tiny, tmp_path):
     model, chat = load(tiny)
-    report = go(tiny, tmp_path / "d.jsonl")
+    report = run_distillation(tiny, tmp_path / "d.jsonl")
     out = tmp_path / "d.jsonl.scores.jsonl"
     means = score(model, chat, report.lines, out, {})
     whole = out.read_bytes()

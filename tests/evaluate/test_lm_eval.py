@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from engine.evaluate.lm_eval_harness import _cell, _line
-from engine.measure.likelihood import Scorer, ScoringRequest
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from model.peft_format import save_lora
@@ -174,26 +173,6 @@ def test_without_the_extra_it_says_what_to_install(tiny_llama_dir, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and "pip install -e '.[eval]'" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
-    """Nats and greedy flags of several answers behind one context, under an adapter."""
-    model = Llama.from_pretrained(tiny_llama_dir())
-    lora = new_lora(model, rank=2, alpha=64)
-    lora.params.add_(torch.randn(lora.params.shape) * 0.3)
-    model.bind(lora)
-    prompt, answers = [1, 2, 3, 4, 5], [[7], [8, 9, 10], []]
-    best = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
-    answers[2] = [best]
-    with Scorer(model, [prompt], lora=lora) as scorer:
-        (judged,) = scorer.token_scores([ScoringRequest("x", prompt, answers)])
-    for answer, pairs in zip(answers, judged, strict=True):
-        logits = model.logits(torch.tensor([*prompt, *answer]), lora)
-        logprobs = torch.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
-        wanted = -logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor([p[0] for p in pairs]), wanted.float())
-        assert [p[1] for p in pairs] == (logprobs.argmax(-1) == torch.tensor(answer)).tolist()
-    assert judged[2][0][1]
 
 
 def test_figures_and_their_comparison():

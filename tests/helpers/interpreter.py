@@ -1,4 +1,4 @@
-"""What makes triton's interpreter strict enough to prove a kernel on a machine without a GPU.
+"""Makes triton's interpreter strict enough to test a kernel on a machine without a GPU.
 
 `install()`, once per process (triton imported with TRITON_INTERPRET=1), changes the interpreter:
     bf16       is stored as uint16 there and computed with as an integer. Here: exact widening,
@@ -13,7 +13,8 @@
                kernels), and np.sum's follows the layout: neither is a property of a kernel.
 
 `guarded` puts inputs into the middle of larger buffers filled with NaN, so that an address one past
-the end is nobody's and a stray write shows; `poisoned` does so with fresh tensors, filled with NaN.
+the end belongs to no tensor and a stray write shows; `poisoned` does so with fresh tensors, which
+are filled with NaN themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GUARD = 256  # elements before and behind a guarded tensor; keeps 16-byte alignment
+GUARD = 256  # elements before and after a guarded tensor; keeps 16-byte alignment
 
 
 class OutOfBounds(Exception):

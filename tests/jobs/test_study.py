@@ -1,55 +1,18 @@
 """The study: statistics against hand-computed values, words, settings; kills, the closing table."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from engine.jobs.study import Setting, StudyConfig, settings_of
 from engine.jobs.study_findings import Measured, Point, difference, findings, front
-from engine.measure.intervals import bootstrap, crossed_bootstrap, mcnemar, sign_flip_test
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_sign_flip_against_counting():
-    """By hand: 2 + 1 - 1 = 2; the 8 sums of +-2 +-1 +-1 are 4, 2, 2, 0, 0, -2, -2, -4."""
-    assert sign_flip_test([2, 1, -1]) == 6 / 8
-    for counts in ((1, 9), (0, 0), (3, 3), (0, 6), (12, 30)):  # one seed: McNemar's
-        ones = [-1] * counts[0] + [1] * counts[1] + [0] * 5
-        assert sign_flip_test(ones) == pytest.approx(mcnemar(*counts), rel=1e-12)
-    differences = [3, -1, 2, 2, 0, -3, 1, 1, 2]
-    sizes = np.abs(differences)
-    signs = (np.arange(2**9)[:, None] >> np.arange(9) & 1) * 2 - 1
-    share = (np.abs(signs @ sizes) >= abs(sum(differences))).mean()
-    assert sign_flip_test(differences) == pytest.approx(share, rel=1e-12)
-
-
-def test_crossed_bootstrap():
-    """One seed: the items alone. Items without spread: the seeds alone, means of 3 of (0, 3, 6)."""
-    sums, weights = [float(i % 7) for i in range(300)], [1.0 + i % 3 for i in range(300)]
-    mean, low, high = crossed_bootstrap([sums], weights)
-    assert mean == sum(sums) / sum(weights)
-    assert (low, high) == pytest.approx(bootstrap(sums, weights), abs=0.03)
-    mean, low, high = crossed_bootstrap([[0.0] * 50, [3.0] * 50, [6.0] * 50], [1.0] * 50)
-    assert mean == 3 and low == 0 and high == 6  # (1/3)^3 = 3.7 % each: beyond 2.5 %
-    # both: variances of items and seeds add; a spread of seeds widens the interval
-    values = np.array([sums, sums, sums])
-    narrow, wide = (
-        crossed_bootstrap(values, weights),
-        crossed_bootstrap(values + [[-1.0], [0.0], [1.0]], weights),
-    )
-    assert narrow[1:] == pytest.approx(
-        (low_ := crossed_bootstrap([sums], weights))[1:], abs=0.03
-    ), low_
-    assert wide[2] - wide[1] > 1.5 * (narrow[2] - narrow[1])
-    assert math.isnan(crossed_bootstrap([[1.0]], [1.0])[1])
 
 
 def run(right, kl, nll=(2.0, 4.0)):

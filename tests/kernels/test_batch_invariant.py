@@ -130,11 +130,10 @@ def requests():
 def texts(model, order, lora=None, drafts=None, **settings):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(page_size=8, temperature=0.8, top_p=0.95, invariant=True, **settings)
-    wanted = [
-        dataclasses.replace(r, draft_source=(drafts or {}).get((r.id, r.sample), ())) for r in order
-    ]
+    drafts = drafts or {}
+    batch = [dataclasses.replace(r, draft_source=drafts.get((r.id, r.sample), ())) for r in order]
     with Sampler(model, lambda ids: "", (), config, lora) as sampler:
-        done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(wanted)}
+        done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(batch)}
     assert all(math.isfinite(p) for _, logprobs in done.values() for p in logprobs)
     return done, sampler.stats
 
@@ -142,20 +141,20 @@ def texts(model, order, lora=None, drafts=None, **settings):
 def test_sampled_texts_are_batch_invariant(model):
     """Tokens and log-probabilities, bitwise: batch size, order, drafts, chunks, an adapter."""
     lora = adapter(model)
-    wanted = requests()
+    batch = requests()
     before = dict(model.weights)
-    together, _ = texts(model, wanted, lora, rows=5, draft="off")
+    together, _ = texts(model, batch, lora, rows=5, draft="off")
     assert len({tuple(ids) for ids, _ in together.values()}) == 5
     # references that hold for some tokens and then fail
     drafts = {key: [*ids[:2], 7, 7] for key, (ids, _) in together.items()}
-    turned, stats = texts(model, wanted[::-1], lora, drafts, rows=2, draft="always")
+    turned, stats = texts(model, batch[::-1], lora, drafts, rows=2, draft="always")
     assert turned == together and 0 < stats.accepted_tokens < stats.draft_tokens
-    chunked, _ = texts(model, wanted[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
+    chunked, _ = texts(model, batch[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
     assert chunked == {key: together[key] for key in chunked} and len(chunked) == 4
-    for request in wanted[2:4]:
+    for request in batch[2:4]:
         single, _ = texts(model, [request], lora, rows=1, draft="off")
         assert single == {key: together[key] for key in single}
-    assert texts(model, wanted[:1], None, rows=1)[0] != {("q0", 0): together["q0", 0]}
+    assert texts(model, batch[:1], None, rows=1)[0] != {("q0", 0): together["q0", 0]}
     assert all(model.weights[name] is weight for name, weight in before.items())
 
 
@@ -191,6 +190,7 @@ def test_fp32_on_a_cpu_is_batch_invariant_without_the_flag(tiny_llama_dir, capsy
     if not Prepacked.available(model.weights["embed"]):
         pytest.skip("this CPU's torch has no oneDNN")
     done, _ = texts(model, requests(), rows=5)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert done == texts(model, requests(), rows=2)[0]
-    assert said == "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
+    expected = "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
+    assert output == expected

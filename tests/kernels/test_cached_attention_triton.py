@@ -30,7 +30,7 @@ def strict():
         interpreter.install()
 
 
-def attend(batch, seed, dtype, alone, cuts=None):
+def attend(batch, seed, dtype, decode, cuts=None):
     """o of the sequences in `batch` (numbers into SEQUENCES); `seed` decides which pages they get.
 
     `cuts`: new tokens of one sequence by forward, instead of all at once. Memory that is not theirs
@@ -60,7 +60,7 @@ def attend(batch, seed, dtype, alone, cuts=None):
         forwards = [(part, [m], [contexts[0] + start]) for part, m, start in parts]
     outs = []
     for qkv, lengths, before in forwards:
-        cached = Cached.build(lengths, before, tables, SIZE, DEVICE, alone)
+        cached = Cached.build(lengths, before, tables, SIZE, DEVICE, decode)
         with interpreter.poisoned():
             TRITON.kv_write_(qkv, k, v, cached)
             outs.append(TRITON.cached_attention(qkv, k, v, cached))
@@ -69,26 +69,26 @@ def attend(batch, seed, dtype, alone, cuts=None):
     return dict(zip(batch, o.split(counts), strict=True))
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["decode", "prefill"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_sequence_does_not_depend_on_the_batch(dtype, alone):
+def test_a_sequence_does_not_depend_on_the_batch(dtype, decode):
     """Bitwise equal by itself, among others, in another order and in other pages."""
     everyone = list(range(len(SEQUENCES)))
-    among = attend(everyone, 1, dtype, alone)
-    turned = attend(everyone[::-1], 2, dtype, alone)
+    among = attend(everyone, 1, dtype, decode)
+    turned = attend(everyone[::-1], 2, dtype, decode)
     for i in everyone:
-        single = attend([i], 3 + i, dtype, alone)[i]
+        single = attend([i], 3 + i, dtype, decode)[i]
         assert torch.equal(among[i], single), f"sequence {i} among others"
         assert torch.equal(turned[i], single), f"sequence {i} in another order and other pages"
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["decode", "prefill"])
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_token_does_not_depend_on_how_the_forward_was_cut(dtype, alone):
+def test_a_token_does_not_depend_on_how_the_forward_was_cut(dtype, decode):
     """Drafts as one token after the other, a prompt in other pieces: the same bits."""
     for i, cuts in ((5, [1] * 13), (5, [1, 7, 5]), (4, [1] * 9), (4, [8, 1]), (3, [3, 1])):
-        together = attend([i], i, dtype, alone)[i]
-        cut = attend([i], i, dtype, alone, cuts)[i]
+        together = attend([i], i, dtype, decode)[i]
+        cut = attend([i], i, dtype, decode, cuts)[i]
         assert torch.equal(together, cut), f"sequence {i} cut into {cuts}"
 
 
@@ -97,9 +97,9 @@ def test_scores_far_below_zero():
     k, v = torch.ones(11, G, SIZE, D, device=DEVICE), torch.randn(11, G, SIZE, D, device=DEVICE)
     qkv = torch.randn(7, (H + 2 * G) * D, device=DEVICE)
     qkv[:, : H * D], qkv[:, H * D : (H + G) * D] = -40, 1
-    for alone in (True, False):
+    for decode in (True, False):
         tables = [list(range(9)), [9, 10]]
-        cached = Cached.build([1, 6], [64, 10], tables, SIZE, DEVICE, alone)
+        cached = Cached.build([1, 6], [64, 10], tables, SIZE, DEVICE, decode)
         TRITON.kv_write_(qkv, k, v, cached)
         got = TRITON.cached_attention(qkv, k, v, cached)
         want = REFERENCE.cached_attention(qkv.double(), k.double(), v.double(), cached)

@@ -41,7 +41,7 @@ def forward(
     cache.v.normal_(generator=g)
     tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=g)
     whole, model.fused_layers = model.fused_layers, model.fused_layers if at_once else None
-    cached = Cached.build(new, contexts, tables, size, alone=True)
+    cached = Cached.build(new, contexts, tables, size, decode=True)
     rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
     hidden = model.forward(tokens, cached, cache=cache, logits_indices=rows)
     model.fused_layers = whole

@@ -145,7 +145,7 @@ def test_an_overrun_is_found(extra):
     x, y, out = buffer[:100], buffer[100:200], torch.empty(100 + extra)
     launch(sum_kernel, (1,), x, x, out, 100, BN=128)
     with pytest.raises(Exception, match="outside every tensor"):
-        launch(sum_kernel, (1,), y, y, out, 100 + extra, BN=128)  # reads behind y
+        launch(sum_kernel, (1,), y, y, out, 100 + extra, BN=128)  # reads past the end of y
     with pytest.raises(Exception, match="outside every tensor"):
         launch(sum_kernel, (1,), torch.zeros(128), torch.zeros(128), out[:100], 128, BN=128)
 

@@ -487,7 +487,7 @@ class Attended:
         self.H, self.G, self.d, self.page = H, G, d, page
         self.rows = [normal(n, (H + 2 * G) * d, seed=i) for i, n in enumerate(lengths)]
 
-    def outputs(self, rows, cuts, alone, seed=0):
+    def outputs(self, rows, cuts, decode, seed=0):
         """Output (n, H d) of each of the rows; cuts[i]: the tokens that each forward brings."""
         rng, size = random.Random(seed), self.page
         need = [cdiv(len(self.rows[i]), size) for i in rows]
@@ -499,7 +499,7 @@ class Attended:
             here = [i for i in rows if turn < len(cuts[i])]
             new = [cuts[i][turn] for i in here]
             cached = Cached.build(
-                new, [seen[i] for i in here], [tables[i] for i in here], size, alone=alone
+                new, [seen[i] for i in here], [tables[i] for i in here], size, decode=decode
             )
             tokens = [self.rows[i][seen[i] : seen[i] + m] for i, m in zip(here, new, strict=True)]
             qkv = torch.cat(tokens)
@@ -516,12 +516,12 @@ class Attended:
     [(4, 2, 1, 16), (3, 1, 4, 64), (6, 2, 2, 8), (2, 2, 3, 20), (1, 1, 5, 24)],
 )
 def test_attention_is_batch_invariant(H, G, vectors, page, threads):
-    """Alone, with neighbours, cut anywhere, drafted with others, in other pages, either `alone`."""
+    """By itself, with neighbours, cut anywhere, with drafts, in other pages, decode or prefill."""
     lengths = (1, page, page + 1, 2 * page + 3, 70, 33)
     attended, rng = Attended(H, G, vectors * lanes(), page, lengths), random.Random(1)
     each = list(range(len(lengths)))
     one_by_one = {i: [1] * n for i, n in enumerate(lengths)}
-    want = {i: attended.outputs([i], one_by_one, alone=True)[i] for i in each}
+    want = {i: attended.outputs([i], one_by_one, decode=True)[i] for i in each}
     assert all(o.isfinite().all() for o in want.values())
 
     def cut(n):
@@ -531,9 +531,9 @@ def test_attention_is_batch_invariant(H, G, vectors, page, threads):
     whole = {i: [n] for i, n in enumerate(lengths)}
     ways = [whole, one_by_one, *({i: cut(n) for i, n in enumerate(lengths)} for _ in range(4))]
     for seed, cuts in enumerate(ways):
-        for alone in (True, False):
+        for decode in (True, False):
             for rows in (each, each[::-1], rng.sample(each, 3)):
-                got = attended.outputs(rows, cuts, alone, seed)
+                got = attended.outputs(rows, cuts, decode, seed)
                 for i, o in got.items():
                     assert bitwise(o, want[i]), f"row {i} of {rows}, cut into {cuts[i]}"
 

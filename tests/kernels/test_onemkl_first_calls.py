@@ -1,8 +1,8 @@
 """Every function of torch's that oneMKL computes is called on one thread before threads share it.
 
 Without that a first call may be wrong for a thread's share of the numbers
-(kernels/cpu/onemkl_first_calls.py): in one
-process of ten, too rarely for a test that looks at numbers. So what is looked at are the calls.
+(kernels/cpu/onemkl_first_calls.py): in one process of ten, too rarely for a test of numbers. So the
+tests look at the calls.
 """
 
 import ast
@@ -20,11 +20,11 @@ ONEMKL = set(
     "acos asin atan cos cosh erf erfc erfinv exp expm1 lgamma log log10 log1p log2 rsqrt sin sinh "
     "sqrt tan tanh".split()
 )
-OTHERS = {"math", "np", "numpy", "tl", "libdevice"}  # theirs are not torch's
+OTHERS = {"math", "np", "numpy", "tl", "libdevice"}  # their functions are not torch's
 
 
 def called(source: str) -> set[str]:
-    """Those that a file calls as methods or functions of torch, in place or not."""
+    """The functions of ONEMKL that a file calls, as methods or of torch, in place or not."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and node.attr.rstrip("_") in ONEMKL:
@@ -34,7 +34,7 @@ def called(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ["kernels", "model", "engine"])
-def test_all_that_are_used_are_called_first(room):
+def test_every_function_in_use_is_called_first(room):
     used = set().union(*(called(path.read_text()) for path in (ROOT / room).rglob("*.py")))
     assert used <= set(onemkl_first_calls.FUNCTIONS), (
         f"add {sorted(used - set(onemkl_first_calls.FUNCTIONS))} to "
@@ -43,7 +43,7 @@ def test_all_that_are_used_are_called_first(room):
     assert used or room == "engine", "the search finds nothing"
 
 
-def test_the_search_finds_methods_functions_and_forms_in_place():
+def test_the_search_finds_methods_functions_and_in_place_forms():
     source = "x.exp_()\ntorch.log(x)\ntl.exp2(y)\nmath.sqrt(2)\ny = x.tan"
     assert called(source) == {"exp", "log", "tan"}
 
@@ -51,8 +51,8 @@ def test_the_search_finds_methods_functions_and_forms_in_place():
 @pytest.mark.parametrize(
     "module", ["kernels.rms_norm", "kernels.adamw", "model.rope", "engine.train.train"]
 )
-def test_whoever_computes_has_called_them(module):
-    """In a process of its own: what importing it does to tensors, in the order it does."""
+def test_importing_a_module_that_computes_makes_the_first_calls(module):
+    """In a process of its own: the functions called while it is imported."""
     script = f"""
 import importlib, torch
 from torch.utils._python_dispatch import TorchDispatchMode

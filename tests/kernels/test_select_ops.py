@@ -1,4 +1,4 @@
-"""`--ops auto`: what fails its check falls back alone, results are remembered, refusals say why."""
+"""`--ops auto`: operations that fail their check fall back, results are kept, refusals say why."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_checks_at_the_models_own_widths():
     assert run(table)[1] == {}, "remembered for the widths that it was found at"
 
 
-def test_a_session_asks_for_its_models_widths(monkeypatch, tiny_llama_dir):
+def test_a_session_checks_at_its_models_widths(monkeypatch, tiny_llama_dir):
     def refuse(name, device, dtype, widths):
         raise ValueError(f"asked for {widths}")
 
@@ -166,7 +166,7 @@ def test_without_a_home_directory_each_run_checks_again(monkeypatch):
         assert any("not remembered, there is no home directory" in line for line in said)
 
 
-def test_results_that_others_could_have_written_are_not_believed(cache, capsys):
+def test_results_that_others_could_have_written_are_not_used(cache, capsys):
     table, said = candidate(swiglu_forward=wrong_swiglu), []
     run(table)
     (file,) = cache.iterdir()

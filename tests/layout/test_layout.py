@@ -374,6 +374,29 @@ def test_rule_of_rooms_and_circles():
     ) == {"a", "a.b", "d.e"}
 
 
+def rooms_with_a_page() -> list[Path]:
+    """Every folder of the product that holds a room, and the folders beside it."""
+    packages = {path.parent for path in sources("engine")} | {ROOT / "kernels", ROOT / "model"}
+    packages |= {ROOT / "kernels" / "cpu", ROOT / "kernels" / "launch"}
+    return sorted(packages | {ROOT / "benchmarks", ROOT / "tests"})
+
+
+@pytest.mark.parametrize("folder", rooms_with_a_page(), ids=name_of)
+def test_every_room_has_a_page_that_names_its_files(folder):
+    """A page that forgets a file sends its reader to the wrong one."""
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    if folder.name == "tests":  # names its folders
+        files = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
+    else:
+        files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    assert {name for name in files if name not in page and name[:-3] not in page} == set()
+
+
+def test_the_first_page_is_short():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+
+
 def test_c_budget():
     files = sorted((ROOT / "kernels" / "cpu" / "native").glob("*.[ch]"))
     texts = {name_of(p): re.sub(r"/\*.*?\*/", "", p.read_text(), flags=re.DOTALL) for p in files}

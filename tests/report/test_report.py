@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.measure.intervals import bootstrap, mcnemar, t_interval
+from engine.measure.intervals import t_interval
 from engine.report import plots
 from engine.report.collect import spaced
 from engine.report.findings import findings, seeds
@@ -182,18 +182,6 @@ def test_intervals_over_seeds_only_of_runs_that_differ_in_nothing_else(tmp_path)
     mean, low, high = t_interval(kl)
     assert table[2][3] == f"{mean:.4f} ({low:.4f} – {high:.4f})"
     assert table[4][0] == "SDFT − SFT" and seeds(load_runs([a, c])) == []
-
-
-def test_bootstrap_mcnemar_student():
-    """McNemar: 2 (1 + 10) / 2^10; Student: t = 4.303 at two degrees of freedom."""
-    assert mcnemar(1, 9) == pytest.approx(22 / 1024) and mcnemar(0, 0) == mcnemar(3, 3) == 1
-    mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and high - mean == pytest.approx(4.303 / 3**0.5) == pytest.approx(mean - low)
-    assert all(map(math.isnan, t_interval([1.0])[1:])) and math.isnan(bootstrap([1], [1])[0])
-    assert bootstrap([2, 4, 6], [1, 2, 3]) == (2, 2)
-    values = [float(i % 10) for i in range(400)]  # mean 4.5, sd 2.87, so 4.5 +- 0.28
-    low, high = bootstrap(values, [1] * 400)
-    assert low == pytest.approx(4.22, abs=0.04) and high == pytest.approx(4.78, abs=0.04)
 
 
 def test_figures_obey_the_policy_and_take_the_pages_colours(tmp_path):

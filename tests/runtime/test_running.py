@@ -112,10 +112,10 @@ def test_asked_to_stop_in_every_stage_the_same_command_goes_on(
     whole, out = tmp_path / "whole", tmp_path / "asked"
     assert script("sdft", *args, *FLAGS, "--out", whole)[0] == 0
     stages = [  # where it happens, what is not begun any more
-        (sys.modules["engine.distill.distill"], "_line", "distilled.jsonl.scores.jsonl"),
-        (sys.modules["engine.measure.likelihood"], "_record", "sft"),
-        (sys.modules["engine.train.train.validate"], "compare", "sdft"),
-        (sys.modules["engine.train.train.step"], "micro_step", "evaluation.jsonl"),
+        (sys.modules["engine.distill.writer"], "decided_line", "distilled.jsonl.scores.jsonl"),
+        (sys.modules["engine.distill.seed_likelihoods"], "_score_record", "sft"),
+        (sys.modules["engine.train.validate"], "compare", "sdft"),
+        (sys.modules["engine.train.step"], "micro_step", "evaluation.jsonl"),
         (sys.modules["engine.evaluate.target_task"], "nll", "evaluation.jsonl"),
         (Sampler, "_decode", "seed_answers.jsonl"),
         (sys.modules["engine.evaluate.retention"], "compare", "tokens.jsonl"),
@@ -706,7 +706,7 @@ model, chat = load({model!r})
 for stage in ("distill", "train"):
     try:
         if stage == "distill":
-            writer._line = second_call(writer._line, 1)
+            writer.decided_line = second_call(writer.decided_line, 1)
             distill.distill(model, chat, rows(), out / "d.jsonl", CONFIG, SAMPLING, settings={{}},
                             world=world)
         else:

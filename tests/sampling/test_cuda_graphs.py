@@ -1,9 +1,9 @@
 """Decode steps over static buffers: on a GPU captured and replayed, here called as they are.
 
-The same tests in both places. Here products are packed ones, and attention goes token by token, by
-what the device knows of rows and pages and not by the host's lists (Triton's does that too, very
-slowly in the interpreter: it has tests of its own). A row's bits are its own in all these forms, so
-texts and log-probabilities must be equal.
+The same tests in both places. On a CPU products are packed ones, and attention goes token by token,
+reading the device's tensors of a `Cached` and not the host's lists (Triton's attention does that
+too, very slowly in the interpreter: it has tests of its own). All these forms are batch-invariant,
+so texts and log-probabilities must be equal.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
-def by_the_device(qkv, k, v, cached):
-    """Attention of tokens that are alone, from the device mirrors of a `Cached` only."""
-    if not cached.alone:
+def mirrored_attention(qkv, k, v, cached):
+    """Attention of decoded tokens, from the device mirrors of a `Cached` only."""
+    if not cached.decode:
         return TORCH.cached_attention(qkv, k, v, cached)
     (G, size, d), outs, starts = k.shape[1:], [], cached.cu_queries.tolist()
     n = qkv.shape[1] // (G * d) - 2
@@ -56,7 +56,7 @@ def by_the_device(qkv, k, v, cached):
     return torch.stack(outs)
 
 
-MIRRORED = dataclasses.replace(TORCH, name="mirrored", cached_attention=by_the_device)
+MIRRORED = dataclasses.replace(TORCH, name="mirrored", cached_attention=mirrored_attention)
 MIXED = dataclasses.replace(
     TORCH, name="mixed", kv_write_=TRITON.kv_write_, cached_attention=TRITON.cached_attention
 )
@@ -107,8 +107,9 @@ def requests(count=9, longest=20, most=22, seed=0):
 
 
 def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, **settings):
-    """(id, sample, seed) -> completion, and the stats; `late` comes when the first row has ended.
+    """(id, sample, seed) -> completion, and the stats.
 
+    Requests in `late` are submitted when the first sequence has ended.
     Pages that nothing holds (padding pages are held) are filled with NaN.
     """
     config = SamplerConfig(page_size=8, invariant=invariant, **{"draft": "off", **settings})
@@ -200,10 +201,10 @@ def test_draft_tokens_are_verified_in_steps_that_are_not_captured(model):
     wanted = unique(requests(5))
     base, _ = write(model, wanted, rows=3, graphs=False)
     ids = {c.id: c.ids for c in base.values()}
-    guessed = [
+    with_drafts = [
         dataclasses.replace(r, draft_source=[*ids[r.id][:3], 9, *ids[r.id][4:]]) for r in wanted
     ]
-    got, stats = write(model, guessed, rows=3, draft="always")
+    got, stats = write(model, with_drafts, rows=3, draft="always")
     assert got == base and stats.accepted_tokens > 0 and 0 < stats.replayed < stats.steps
 
 
@@ -231,31 +232,31 @@ def test_the_summary_says_why_steps_are_not_captured(model):
     assert why_not(TORCH).startswith("cached_attention ") and why_not(TRITON) is None
 
 
-class Watch(TorchDispatchMode):
-    """The operations in which the host reads a tensor or makes one from its own numbers."""
+class HostReads(TorchDispatchMode):
+    """Records the operations in which the host reads a tensor or makes one from its own numbers."""
 
     def __init__(self):
         super().__init__()
-        self.seen, self.asked = 0, []
+        self.seen, self.host_reads = 0, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         self.seen += 1
         if name in ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero", "equal", "item"):
-            self.asked.append(name)
+            self.host_reads.append(name)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("ops", [MIXED, TRITON, VARIANTS["invariant"]], ids=lambda ops: ops.name)
 @pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
 def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypatch):
-    """What would end a capture on a GPU, looked for without one. The adapter is not merged here."""
+    """It would end a capture on a GPU; found without one. The adapter is not merged here."""
     config = SamplerConfig(page_size=8, rows=2, **decoding)
     plain = Llama(model.config, model.weights, ops)
     lora, pool, stats = adapter(plain), PagePool(plain, 8, 0.0), SamplerStats()
     cuda_graphs.DecodeGraphs(plain, lora, pool, config, stats)
     pool.ensure_pages(4, 2)
-    launch, watch = triton_launch.launch, Watch()
+    launch, watch = triton_launch.launch, HostReads()
 
     def unwatched(*args, **options):  # the interpreter reads what the GPU would
         with torch.utils._python_dispatch._disable_current_modes():
@@ -271,10 +272,10 @@ def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypat
     step()  # as before a capture
     with watch:
         step()
-    assert watch.seen > 10 and not watch.asked
-    with watch:  # what it is there for
+    assert watch.seen > 10 and not watch.host_reads
+    with watch:  # the control: these are found
         torch.tensor([1], device=DEVICE).item()
-    assert watch.asked == ["lift_fresh", "_local_scalar_dense"]
+    assert watch.host_reads == ["lift_fresh", "_local_scalar_dense"]
     assert step.turn.tolist() == [2] and step.results[:, 0].long().max() < 70
 
 
@@ -298,10 +299,11 @@ def test_steps_per_synchronisation_depend_on_what_drafting_would_gain(model):
 
     cheap, dear = DraftController(), DraftController()
     for _ in range(100):
-        for tokens in (1, 8, 30):  # replayed or not, and whatever is guessed
+        for tokens in (1, 8, 30):  # the same, replayed or not and whatever is drafted
             cheap.record_step(tokens, tokens, 0.01, replayed=True)
             cheap.record_step(tokens, tokens, 0.01)
-            dear.record_step(tokens, tokens, 0.001, replayed=True)  # ten steps for one with guesses
+            # ten steps for one with draft tokens
+            dear.record_step(tokens, tokens, 0.001, replayed=True)
             dear.record_step(tokens, 2 * tokens, 0.01)
     assert cheap.pays_off(1) and not dear.pays_off(1) and not cheap.pays_off(200)
     assert (
@@ -314,7 +316,7 @@ def test_steps_per_synchronisation_depend_on_what_drafting_would_gain(model):
 
 @pytest.mark.parametrize("ops", ["triton", "with an adapter"])
 def test_a_whole_model_on_triton(model, ops):
-    """Without --invariant too, with as many rows as the bucket; on a GPU in two dtypes."""
+    """Also without --batch-invariant, if a bucket is full; on a GPU in two dtypes."""
     lora = adapter(model) if ops == "with an adapter" else None
     wanted = [Request(f"q{i}", [i + 1] * (3 + 2 * i), 6) for i in range(2)]
     for dtype in (model.dtype, torch.float32) if ON_GPU else (model.dtype,):

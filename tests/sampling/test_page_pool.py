@@ -146,7 +146,7 @@ def test_a_pool_that_cannot_grow_beside_the_old_one_is_made_anew(card, llama_7b)
         pool.ensure_pages(300, 300)
     assert pool.ensure_pages(200, 200), "and the pool is as it was"
     pool.close()
-    assert pool.ensure_pages(260, 260), "of which nobody uses a page is not copied"
+    assert pool.ensure_pages(260, 260), "a pool without pages in use is not copied"
 
 
 def test_a_pool_that_does_not_fit_in_one_piece(card, llama_7b):
@@ -165,7 +165,7 @@ def test_a_pool_that_does_not_fit_in_one_piece(card, llama_7b):
 
 
 def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch):
-    """What a cascade does: it asks for more than the first rows needed, near the card's limit."""
+    """As in a cascade: a later request needs more than the first ones, near the card's limit."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=1, max_position_embeddings=1024))
     page = KVCache.page_bytes(model.config, 8, torch.float32)
     first = [Request(f"r{i}", [*[3] * 72, *[4 + i] * 8], 12) for i in range(4)]
@@ -198,7 +198,7 @@ def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch
     monkeypatch.setattr(page_pool, "free_memory", free)
     pools.clear()
     assert write() == want and len(want) == 5
-    assert pools[:4] == [57] * 4, "four rows of 12 pages, and what they begin with"
+    assert pools[:4] == [57] * 4, "four sequences of 12 pages, and their common prefix"
     assert pools[4] == 77 and len(made) == 2 and not grown, "its own pages, in a pool made anew"
 
 
@@ -209,4 +209,4 @@ def test_keys_and_values_are_freed_before_torchs_cache_is_emptied(tiny_llama_dir
         keys = weakref.ref(sampler.pool.cache.k)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(keys() is None))
         sampler.graphs.memory_pool = object()  # as behind a capture
-    assert emptied == [True], "what is emptied is what nobody holds"
+    assert emptied == [True], "the cache is emptied after the last reference is gone"

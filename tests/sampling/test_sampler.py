@@ -12,7 +12,7 @@ from engine.sampling.sampler import Sampler
 from engine.sampling.speculation import DraftController, Drafter
 from kernels.cached_attention import torch_form as cached_attention_torch
 from kernels.cpu.rowwise import rowwise
-from kernels.philox import mix
+from kernels.philox import mix, signed64
 from kernels.registry import TORCH
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
@@ -58,7 +58,7 @@ def without_a_cache(model, request, config, end_ids=(7,)):
         rows = SampleRows(
             torch.tensor([len(ids)]),
             torch.tensor([request.sample]),
-            torch.tensor([key - 2**64 if key >= 2**63 else key]),
+            torch.tensor([signed64(key)]),
             config.seed,
             config.temperature,
             config.top_k,
@@ -239,7 +239,7 @@ def test_speculation_where_attention_depends_on_the_number_of_queries(tiny, monk
     """On a CPU whose products differ with it, drafts go through attention one by one."""
     wanted = with_references(tiny, random_requests(tiny, 6))
     base = run(tiny, wanted, rows=1, draft="off")
-    monkeypatch.setattr(cached_attention_torch, "alone_width", lambda *_: None)
+    monkeypatch.setattr(cached_attention_torch, "decode_width", lambda *_: None)
     stats = []
     assert (
         run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].accepted_tokens

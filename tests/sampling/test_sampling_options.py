@@ -1,4 +1,4 @@
-"""Repetition penalty and min-p: by hand, against the definition, and what the two leave alone."""
+"""Repetition penalty, min-p, top-k, top-p: by hand and against the definition."""
 
 import dataclasses
 
@@ -74,11 +74,11 @@ def test_penalty_by_hand(table):
     torch.testing.assert_close(logprobs, plain)  # of the logits as they came
 
 
-def test_penalty_below_one_rewards():
+def test_a_penalty_below_one_makes_tokens_likelier():
     assert drawn([1.0, 1.1, NEVER], history=[0], repetition_penalty=0.5) == {0}
 
 
-def test_penalty_comes_before_the_cuts():
+def test_the_penalty_comes_before_top_k():
     """6 -> 3 falls out of the two largest."""
     logits = [6.0, 5.0, 4.0, NEVER]
     assert drawn(logits, history=[0, -1], repetition_penalty=2.0, temperature=1.0, top_k=2) == {
@@ -112,7 +112,7 @@ def test_top_p_reached_exactly_takes_no_more():
     assert drawn([0.0] * 100, temperature=1.0, top_p=0.1) == set(range(10))
 
 
-def test_defaults_change_nothing():
+def test_default_settings_are_the_plain_draw():
     """A penalty of 1 with a history and a min_p of 0 are the plain draw."""
     logits = torch.randn(50, 64)
     plain = rows(50, temperature=1.0, top_k=30)
@@ -120,7 +120,7 @@ def test_defaults_change_nothing():
     assert torch.equal(TORCH.sample(logits, plain)[0], TORCH.sample(logits, same)[0])
 
 
-def test_settings_that_mean_nothing():
+def test_settings_out_of_range_are_refused():
     with pytest.raises(AssertionError, match="history"):
         rows(1, repetition_penalty=1.1)
     with pytest.raises(AssertionError, match="min_p"):
@@ -142,8 +142,8 @@ def test_broken_logits_give_a_token_of_the_vocabulary(settings):
 
 
 @pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
-def test_an_id_behind_the_vocabulary_is_nobodys():
-    """It is no token's penalty, neither of this row nor of the next one's first."""
+def test_an_id_beyond_the_vocabulary_penalises_no_token():
+    """Neither one of this row nor the first of the next row."""
     interpreter.install()
     logits = torch.ones(3, 100)  # all equal, so an id 0 that is penalised loses to id 1
     tokens, _ = TRITON.sample(logits, rows(3, [[100, 5]] * 3, repetition_penalty=2.0))

@@ -27,9 +27,9 @@ def row(reference: str, tests: str = "") -> Row:
 
 
 def test_unknown_names_are_refused_naming_the_known():
-    with pytest.raises(ValueError, match="no verifier 'numbr'; wanted one of none, number, call"):
+    with pytest.raises(ValueError, match="no verifier 'numbr'; expected one of none, number, call"):
         get_verifier("numbr")
-    with pytest.raises(ValueError, match="no regular expression: unterminated character set"):
+    with pytest.raises(ValueError, match="is no regular expression: unterminated character set"):
         get_verifier("regex:[a")
     assert get_verifier("number") is VERIFIERS["number"]
     assert get_verifier("none")(row("x"), "anything") == (True, "ok")
@@ -101,7 +101,7 @@ CODE = [
 
 @pytest.mark.parametrize("text, reason", CODE, ids=[reason for _, reason in CODE])
 def test_code(text, reason, monkeypatch):
-    monkeypatch.setattr("engine.verify.verifiers.SECONDS", 2)
+    monkeypatch.setattr("engine.verify.verifiers.PROGRAM_SECONDS", 2)
     assert get_verifier("code")(row("see the tests", TESTS), text) == (reason == "ok", reason)
 
 
@@ -134,7 +134,7 @@ def test_where_the_tests_of_code_come_from(tmp_path):
     assert [r.tests for r in rows] == [TESTS, TESTS, ""] and rows.unused == ("test_list", "tests")
     columns = {"prompt": "prompt", "response": "response", "tests": "test_list"}
     assert load_rows(file, columns=columns)[2].tests == TESTS
-    with pytest.raises(ValueError, match="row 3.*'tests' is a number, wanted text or a list"):
+    with pytest.raises(ValueError, match="row 3.*'tests' is a number, expected text or a list"):
         load_rows(file, columns={**columns, "tests": "tests"})
 
 
@@ -162,7 +162,7 @@ def test_the_users_own_function(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "source, said",
     [
-        (None, "cannot import 'rules_b' .ModuleNotFoundError.*it is looked for in"),
+        (None, "cannot import 'rules_b' .ModuleNotFoundError.*expected it in"),
         ("import no_such_module", "cannot import 'rules_b' .ModuleNotFoundError: .*no_such_module"),
         ("def f(row, text", "cannot import 'rules_b' .SyntaxError"),
         ("def f(text): pass", r"cannot be called as f\(row, text\): too many positional"),
@@ -182,7 +182,7 @@ def test_functions_that_cannot_be_verifiers(tmp_path, monkeypatch, source, said)
 @pytest.mark.parametrize(
     "answer, said",
     [
-        ("True", "answered True; wanted"),
+        ("True", "answered True; expected"),
         ("(1, 'ok')", r"answered \(1, 'ok'\)"),
         ("(False, '')", r"answered \(False, ''\)"),
         ("(False, 'accepted')", "none of accepted, identical"),
@@ -238,8 +238,8 @@ PUBLISHED = [  # name, reference, text, ours, theirs
 @pytest.mark.parametrize("name, reference, text, ours, theirs", PUBLISHED)
 def test_the_published_rules_and_ours(name, reference, text, ours, theirs):
     assert get_verifier(name)(row(reference), text) == (ours == "ok", ours)
-    wanted = (theirs, "ok" if theirs else "mismatch")
-    assert get_verifier(f"paper_{name}")(row(reference), text) == wanted
+    expected = (theirs, "ok" if theirs else "mismatch")
+    assert get_verifier(f"paper_{name}")(row(reference), text) == expected
 
 
 @pytest.mark.parametrize(
