@@ -143,7 +143,7 @@ def test_the_system_message_of_all_rows():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"chat_format": "vicuna"}, "chat format 'vicuna'; one of own, chatml"),
+        ({"chat_format": "vicuna"}, "chat format 'vicuna'; expected one of own, chatml"),
         ({"chat_format": None}, "chat_format is None, which training does not write"),
         ({"end_id": "2"}, "end_id is '2'"),
         ({"system": 5}, "system is 5"),
