@@ -18,7 +18,7 @@ SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How tokens are chosen and how many rows run together."""
+    """How tokens are chosen and how many sequences are decoded together."""
 
     rows: int = 0  # sequences decoded together: more is faster and takes more memory; does not
     #   change texts in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]

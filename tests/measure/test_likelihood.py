@@ -91,8 +91,8 @@ def test_batches_hold_whole_requests_of_a_bounded_number_of_tokens():
 
 
 def test_sharded_weights_take_as_many_forwards_as_the_busiest_process(tiny):
-    world = SimpleNamespace(most=lambda rounds: max(rounds, 5))
-    assert collective_rounds(SimpleNamespace(sharded=True), world, 3) == 5
+    world = SimpleNamespace(max_over_ranks=lambda rounds: max(rounds, 5))
+    assert collective_rounds(SimpleNamespace(is_sharded=True), world, 3) == 5
     assert collective_rounds(tiny, world, 3) == 3
     assert isinstance(scorer_for(tiny, []), Scorer)
-    assert isinstance(scorer_for(SimpleNamespace(sharded=True), []), PackedScorer)
+    assert isinstance(scorer_for(SimpleNamespace(is_sharded=True), []), PackedScorer)
