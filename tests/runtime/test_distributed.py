@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from engine.data.config import DataConfig
 from engine.distill.seed_likelihoods import score
 from engine.runtime import distributed
-from engine.runtime.distributed import Heartbeat, World, shares, start
+from engine.runtime.distributed import Heartbeat, World, discard_stdout, shares, start
 from engine.runtime.files import read_jsonl
 from engine.session import ModelConfig, Session
 from engine.train.loop import Run
-from engine.train.metrics import Metrics
+from engine.train.metrics import Metrics, PendingStep
 from engine.train.step import SINGLE_PROCESS, step_gradients
 from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
@@ -237,11 +237,11 @@ class Clock:
 
 def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
     """all_reduce on NCCL returns at once; who then asks for the numbers hangs if a peer is gone."""
-    heartbeat = SimpleNamespace(gone="", look=lambda: Heartbeat.look(heartbeat))
+    heartbeat = SimpleNamespace(lost="", check=lambda: Heartbeat.check(heartbeat))
     world, card = World(0, 2, heartbeat), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
     world.wait_for_device(card)
-    heartbeat.gone = "Timed out waiting for rank 1"
+    heartbeat.lost = "Timed out waiting for rank 1"
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
     world.wait_for_device(card)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
@@ -300,7 +300,8 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     world = Recorded(1, 2)
     with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
         line = {"step": 2, "tokens": 3}
-        metrics.pending.append((line, SimpleNamespace(loss=Number(), norm=Number()), []))
+        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None)
+        metrics.pending.append(PendingStep(line, result, []))
         metrics.flush()
     assert asked == ["wait cuda", "item", "item"]
     asked.clear()
@@ -309,6 +310,17 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
     Run.validate(run, 1, 0)
     assert asked == ["barrier", "sum on cpu"]
+
+
+def test_other_ranks_print_nothing_until_they_end(capsys):
+    before = sys.stdout
+    discarding = discard_stdout()
+    print("of rank 1")
+    print("an error of rank 1", file=sys.stderr)
+    discarding.close()
+    print("of rank 0")
+    assert sys.stdout is before
+    assert capsys.readouterr() == ("of rank 0\n", "an error of rank 1\n")
 
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
