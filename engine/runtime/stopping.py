@@ -65,11 +65,6 @@ class _Signals:
 _signals = _Signals()
 
 
-def received_signal() -> int | None:
-    """The signal that the running stages are stopping for; None if there is none."""
-    return _signals.by
-
-
 @contextlib.contextmanager
 def _handled_by(note: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside `with`, `note` handles both signals.

@@ -51,7 +51,7 @@ def test_shares_are_balanced_by_tokens_and_complete():
     assert shares([3], 2) == [[0], []], "a process may have nothing to do"
 
 
-def test_alone_nothing_is_joined(monkeypatch):
+def test_a_single_process_joins_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = start()
     assert (
@@ -62,7 +62,7 @@ def test_alone_nothing_is_joined(monkeypatch):
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
+def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process.
 
     With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
@@ -152,7 +152,7 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
     beside.unlink()
 
 
-def test_the_scripts_share_the_weights_out(tiny_llama_dir, tmp_path):
+def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
     """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
     path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
     data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
@@ -235,7 +235,7 @@ class Clock:
         return self.left < 0
 
 
-def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
+def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
     """all_reduce on NCCL returns at once; who then asks for the numbers hangs if a peer is gone."""
     heartbeat = SimpleNamespace(lost="", check=lambda: Heartbeat.check(heartbeat))
     world, card = World(0, 2, heartbeat), torch.device("cuda")
@@ -251,7 +251,7 @@ def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
     World().wait_for_device(card)
 
 
-def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
+def test_flags_of_a_job_on_gpus_travel_on_gloo(monkeypatch):
     """Flags never touch the device; sums within a step give up, waiting between stages does not."""
     made = {}
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda b, **k: made.update(k, b=b))
