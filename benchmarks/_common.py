@@ -15,7 +15,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from kernels.dtypes import accumulate_dtype
 from kernels.launch import tile_config, triton_launch
 from kernels.registry import Ops, functions
 from kernels.spec import Spec, cast
+from model.durable import directory_beside
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,10 +184,9 @@ def other_triton(wanted: str) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
         (folder.parent / ".gitignore").write_text("*\n")
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        with directory_beside(folder) as beside:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-            subprocess.check_call([*pip, "--target", f"{beside}/new", f"triton=={wanted}"])
-            Path(beside, "new").rename(folder)
+            subprocess.check_call([*pip, "--target", str(beside), f"triton=={wanted}"])
     return folder
 
 

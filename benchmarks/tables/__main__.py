@@ -23,6 +23,7 @@ from benchmarks.tables import kernels, real_data, sampling, speed, stale, traini
 from benchmarks.tables.pages import blocks, filled, first_difference, pages
 from benchmarks.tables.records import RESULTS, ROOT, Record, load_records
 from benchmarks.tables.table import Definition
+from engine.runtime.files import write_text
 
 DEFINITIONS: dict[str, Definition] = {
     **real_data.DEFINITIONS,
@@ -64,7 +65,7 @@ def update(root: Path, records: list[Record], check: bool) -> list[str]:
         if new == old:
             continue
         if not check:
-            path.write_text(new, encoding="utf-8")
+            write_text(path, new)
             told.append(f"{page}: written")
             continue
         number, is_now, should_be = first_difference(old, new)

@@ -61,7 +61,7 @@ class PreflightConfig:
     def check(self) -> None:
         """ValueError for a sample that tells nothing."""
         if self.sample < 2:
-            raise ValueError(f"sample {self.sample}: at least 2 rows are wanted")
+            raise ValueError(f"sample {self.sample}: expected at least 2 rows")
         check_numbers(self)
 
 

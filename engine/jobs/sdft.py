@@ -78,8 +78,8 @@ class SdftConfig:
         """ValueError for numbers that cannot be."""
         if self.report_rows < 0 or self.report_answers < 0:
             raise ValueError(
-                f"report_rows {self.report_rows}, report_answers {self.report_answers}: at least 0 "
-                "is wanted"
+                f"report_rows {self.report_rows}, report_answers {self.report_answers}: expected "
+                "at least 0"
             )
         counts = ("eval_limit", "eval_max_new", "retention_max_new")
         check_numbers(self, **dict.fromkeys(counts, (1, MOST)))

@@ -90,8 +90,8 @@ class StudyConfig:
         if min(limits) < 1 or self.alpha < 0:
             raise ValueError(
                 f"seeds {self.seeds}, eval_max_new {self.eval_max_new}, retention_max_new "
-                f"{self.retention_max_new}, alpha {self.alpha}: at least 1 and alpha >= 0 are "
-                "wanted"
+                f"{self.retention_max_new}, alpha {self.alpha}: expected at least 1 and "
+                "alpha >= 0"
             )
         check_numbers(self, seeds=(1, 10**4), eval_limit=(1, MOST))
 

@@ -1,9 +1,9 @@
-"""How a process shares a machine's cores with others: settled before torch is imported
+"""How many cores a process takes, and how its OpenMP threads wait; runs before torch is imported
 
-OpenMP's threads, which torch computes with, wait for each other by spinning. On a core that another
-process wants too, a thread that spins keeps the very thread that it waits for from running: beside
-one busy process a step takes three times as long, beside a second torch many times. libgomp reads
-how long to spin from the environment when it is loaded, which importing torch does.
+torch computes with OpenMP threads, which wait for each other by spinning. On a core that another
+process needs too, a spinning thread keeps the thread that it waits for from running: beside one
+busy process a step takes three times as long, beside a second torch many times. libgomp reads how
+long to spin from the environment when it is loaded, which importing torch does.
 """
 
 from __future__ import annotations
@@ -13,42 +13,49 @@ import os
 import sys
 from pathlib import Path
 
-# Turns that a waiting thread spins before it sleeps; libgomp's own number is 300,000, some
+# Turns that a waiting thread spins before it sleeps; libgomp's default is 300,000, some
 # milliseconds. 4000 is as fast on a quiet machine and a quarter faster beside a busy process; 1000
 # costs a training step 9 % (benchmarks/busy.py).
 SPINS = 4000
-# What a user may have set: libgomp's, every OpenMP's, that of Intel and LLVM
+# Environment variables by which a user may have set it: libgomp's, OpenMP's, Intel's and LLVM's
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
-set_here: set[str] = set()  # what of the environment was set below
+# State of this process: the variables that the function below set, which only it changes. A
+# benchmark removes them from the environment of the programs that it compares with.
+set_here: set[str] = set()
 
 
 def let_waiting_threads_sleep() -> None:
-    """Set libgomp's spinning for this process and its children, unless the user has."""
+    """Set how long libgomp spins, for this process and its children, unless the user has set it."""
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         set_here.add("GOMP_SPINCOUNT")
 
 
 def waiting() -> str:
-    """The settings of waiting in force, as NAME=VALUE."""
+    """The variables of WAITING that are set, as "NAME=VALUE, ..."."""
     return ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
 
 
 def _quota(folder: Path) -> float:
-    """Cores that a control group's processes may take together; infinite without a limit."""
-    files = [folder / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    """Cores that the processes of a control group may use together; infinite without a limit.
+
+    The group's folder has one file with both numbers (version 2), or two files (version 1).
+    """
+    both = folder / "cpu.max"
     try:
-        if files[0].exists():
-            quota, period = files[0].read_text().split()
+        if both.exists():
+            quota, period = both.read_text().split()
         else:
-            quota, period = (file.read_text().strip() for file in files[1:])
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError, ZeroDivisionError):  # "max", or no such file
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        microseconds = int(quota)  # "max", -1: no limit
+        return microseconds / int(period) if microseconds > 0 else math.inf
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
 
 def _groups(proc: Path, root: Path) -> list[Path]:
-    """The folders of this process's control groups, and of those around them."""
+    """The folders of this process's control groups, and of the groups that contain them."""
     try:
         lines = (proc / "cgroup").read_text().splitlines()
     except OSError:
@@ -60,23 +67,26 @@ def _groups(proc: Path, root: Path) -> list[Path]:
             continue
         for base in (root, root / "cpu", root / "cpu,cpuacct"):
             group = Path(os.path.normpath(f"{base}/{path}"))
-            folders += [group, *(p for p in group.parents if p.is_relative_to(base))]
+            folders.append(group)
+            folders += [parent for parent in group.parents if parent.is_relative_to(base)]
     return folders
 
 
 def cores(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: those it is bound to, at most what its container has.
+    """Cores this process may use: those it is bound to, at most its container's CPU limit.
 
-    A container that may take one core's time sees all of the machine's; threads on each of them
-    would use the time up at once, and stand still together for the rest of every period.
+    A container limited to the time of one core sees all cores of the machine; threads on each of
+    them would use the time up at once, and all stop for the rest of every period.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limits = [float(bound or 1), *map(_quota, _groups(proc, root))]
-    return max(1, math.ceil(min(limits)))
+    if hasattr(os, "sched_getaffinity"):
+        bound = len(os.sched_getaffinity(0))
+    else:
+        bound = os.cpu_count() or 1
+    quotas = [_quota(folder) for folder in _groups(proc, root)]
+    return max(1, math.ceil(min([float(bound), *quotas])))
 
 
 def within_limits(threads: int) -> int:
-    """So many threads, or as many as there are cores for; what the user set in the environment
-    stays."""
-    named = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-    return threads if named else min(threads, cores())
+    """`threads`, but at most one for each core; any number that the user set in the environment."""
+    set_by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    return threads if set_by_user else min(threads, cores())

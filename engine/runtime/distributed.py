@@ -1,16 +1,17 @@
-"""Several processes as one job, under torchrun; alone, every function here does nothing.
+"""Several processes as one job, under torchrun; in a single process every function does nothing
 
-    torchrun --nproc-per-node 2 scripts/train.py ...              each holds all weights
-    torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a share (model/sharded.py)
+    torchrun --nproc-per-node 2 scripts/train.py ...              each process holds all weights
+    torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a shard (model/sharded.py)
 
-A process has a rank below the size of the world. gloo carries tensors of the CPU, flags too, NCCL
-those of GPUs.
+The rank of a process counts from 0. gloo carries tensors on CPUs, which all flags are; NCCL carries
+tensors on GPUs.
 
-How long a process waits for the others
-    in a sum      COLLECTIVE: all are at the same step, so one that is missing is gone
-    at a barrier  as long as they live: one may distil for hours behind another. Meanwhile their
-                  heartbeats meet; one that misses them for SILENCE is gone
-One that is gone ends the job with a ValueError that says how to go on.
+How long a process waits for the others:
+    in a sum      Timeouts.collective: all ranks are at the same step, so a missing one is lost
+    at a barrier  as long as they live: one rank may distil for hours after another has finished.
+                  Meanwhile they exchange heartbeats; a rank that misses one for
+                  Timeouts.heartbeat is lost
+A lost rank ends the job on every other one with a ValueError that says how to resume.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import atexit
 import contextlib
 import functools
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,73 +32,85 @@ from torch import Tensor
 
 from engine.runtime.process_memory import first_line
 
-COLLECTIVE = timedelta(minutes=30)  # checkpoints, validation and compilation take less
-SILENCE = timedelta(minutes=10)  # of a busy machine; a heartbeat is late by seconds at most
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-BEAT = 2.0  # seconds between heartbeats
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long a rank waits for the others; a test takes shorter ones."""
+
+    collective: timedelta = timedelta(minutes=30)  # checkpoints and validation take less
+    heartbeat: timedelta = timedelta(minutes=10)  # on a busy machine one is late by seconds only
+    pause: float = 2.0  # seconds between two heartbeats
+
+
+DEFAULT_TIMEOUTS = Timeouts()
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other processes that this one lives, and how many barriers it has reached.
+    """Tells the other ranks that this process lives, and how many barriers it has reached.
 
-    The threads of all processes meet on gloo every BEAT seconds, whatever their programs do
-    meanwhile. Where one is stopped, the meeting fails after SILENCE; where one has died, its
-    connections are closed and it fails at once.
+    The threads of all ranks exchange these numbers on gloo every `timeouts.pause` seconds, while
+    their programs work. If a process is stopped, the exchange fails after `timeouts.heartbeat`; if
+    one has died, its connections are closed and the exchange fails at once.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timeouts: Timeouts) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.group = dist.new_group(backend="gloo", timeout=SILENCE)
-        self.reached = [0] * size  # barriers, by rank, as far as is known
-        self.mine = 0
-        self.waiting = False  # at a barrier: then the next meeting is at once
-        self.hurry = threading.Event()
+        self.group = dist.new_group(backend="gloo", timeout=timeouts.heartbeat)
+        self.timeouts = timeouts
+        self.barriers = 0  # that this rank has reached
+        self.barriers_of = [0] * size  # that each rank had reached at the last heartbeat
+        self.at_barrier = False  # heartbeats then follow each other without a pause
+        self.wake = threading.Event()  # ends the pause between two heartbeats
         self.leaving = False
-        self.gone = ""  # why no meeting takes place any more
-        self.broken = False  # because a process is stopped or dead, not because one has ended
+        self.lost = ""  # why the heartbeats have ended, "" while they go on
+        self.broken = False  # they have ended because a process is stopped or dead
 
     def run(self) -> None:
-        """Meet until a process leaves, or is gone."""
-        while not self.gone:
-            own = torch.tensor([-1 if self.leaving else self.mine])
-            all_ = [torch.empty_like(own) for _ in self.reached]
+        """Exchange heartbeats until a rank leaves, or is lost."""
+        while not self.lost:
+            own = torch.tensor([-1 if self.leaving else self.barriers])
+            gathered = [torch.empty_like(own) for _ in self.barriers_of]
             try:
-                dist.all_gather(all_, own, group=self.group)
+                dist.all_gather(gathered, own, group=self.group)
             except RuntimeError as error:
-                self.gone, self.broken = first_line(error), True
+                self.lost = first_line(error)
+                self.broken = True
                 return
-            found = [int(n) for n in all_]
-            self.reached = [max(pair) for pair in zip(self.reached, found, strict=True)]
-            if min(found) < 0:
-                self.gone = f"rank {found.index(-1)} has ended"
-            elif not self.waiting:
-                self.hurry.wait(BEAT)
-                self.hurry.clear()
+            counts = [int(count) for count in gathered]
+            self.barriers_of = [max(pair) for pair in zip(self.barriers_of, counts, strict=True)]
+            if min(counts) < 0:
+                self.lost = f"rank {counts.index(-1)} has ended"
+            elif not self.at_barrier:
+                self.wake.wait(self.timeouts.pause)
+                self.wake.clear()
 
-    def meet(self) -> None:
-        """Wait until every process has come as often as this one; RuntimeError where one cannot."""
-        self.mine += 1
-        self.waiting = True
-        self.hurry.set()
-        pause = 0.002
-        while min(self.reached) < self.mine:
-            self.look()
+    def barrier(self) -> None:
+        """Wait until every rank has reached as many barriers; RuntimeError if one is lost."""
+        self.barriers += 1
+        self.at_barrier = True
+        self.wake.set()
+        pause = 0.002  # seconds
+        while min(self.barriers_of) < self.barriers:
+            self.check()
             time.sleep(pause)
             pause = min(1.2 * pause, 0.1)
-        self.waiting = False
+        self.at_barrier = False
 
-    def look(self) -> None:
-        """RuntimeError where a process is gone."""
-        if self.gone:
-            raise RuntimeError(self.gone)
+    def check(self) -> None:
+        """RuntimeError if a rank is lost."""
+        if self.lost:
+            raise RuntimeError(self.lost)
 
     def leave(self) -> None:
-        """Say that this process ends; the others are told at their next meeting."""
+        """End the heartbeats; the other ranks are told by the next one."""
         self.leaving = True
-        self.hurry.set()
-        self.join(timeout=SILENCE.total_seconds() + BEAT)  # a process that is stopped misses this
-        self.broken |= self.is_alive()
-        time.sleep(BEAT / 10)  # the others read the last meeting before its connections close
+        self.wake.set()
+        pause = self.timeouts.pause
+        self.join(timeout=self.timeouts.heartbeat.total_seconds() + pause)
+        self.broken |= self.is_alive()  # a rank that is stopped did not answer
+        time.sleep(pause / 10)  # the others read the last heartbeat before its connections close
         self.group = None
 
 
@@ -118,14 +130,14 @@ class World:
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place and the same bits in each; returns `tensor`.
 
-        ValueError when a process of the job is gone. On a GPU this does not synchronise: call
+        ValueError if a rank is lost. On a GPU this does not synchronise: call
         `wait_for_device` before the host reads the sum.
         """
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
             except RuntimeError as error:
-                raise ValueError(_gone(self, error)) from None
+                raise ValueError(_lost_rank(self, error)) from None
         return tensor
 
     def any_rank(self, flag: bool) -> bool:
@@ -140,27 +152,27 @@ class World:
 
     @contextlib.contextmanager
     def report_lost_rank(self) -> Iterator[None]:
-        """Inside `with`, ValueError where gathering sharded weights finds a process gone."""
+        """Inside `with`, ValueError where gathering sharded weights finds a rank lost."""
         try:
             yield
         except RuntimeError as error:
             lost = any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Timed out"))
             if self.size == 1 or not lost:
                 raise
-            raise ValueError(_gone(self, error)) from None
+            raise ValueError(_lost_rank(self, error)) from None
 
     def barrier(self) -> None:
-        """Wait until every process is here, however long it works; ValueError where one is gone."""
+        """Wait until every rank is here, however long it works; ValueError if one is lost."""
         if self.size > 1:
             try:
-                self.heartbeat.meet()
+                self.heartbeat.barrier()
             except RuntimeError as error:
-                raise ValueError(_gone(self, error)) from None
+                raise ValueError(_lost_rank(self, error)) from None
 
     def wait_for_device(self, device: torch.device) -> None:
-        """Wait until a GPU has done what it was given; ValueError where a process is gone.
+        """Wait until a GPU has finished all it was given; ValueError if a rank is lost.
 
-        Without that process a sum on NCCL never ends, nor does whoever asks for its numbers.
+        Without that rank a sum on NCCL never ends, and reading its result never returns.
         """
         if self.size == 1 or device.type != "cuda":
             return
@@ -168,63 +180,77 @@ class World:
         done.record()
         try:
             while not done.query():
-                self.heartbeat.look()
+                self.heartbeat.check()
                 time.sleep(0.001)
         except RuntimeError as error:
-            raise ValueError(_gone(self, error)) from None
+            raise ValueError(_lost_rank(self, error)) from None
 
 
-def _gone(world: World, error: RuntimeError) -> str:
+def _lost_rank(world: World, error: RuntimeError) -> str:
+    """The message of a job whose other process is gone."""
     return (
         f"rank {world.rank} of {world.size}: another process of the job is gone "
-        f"({first_line(error)[:160]}); start the same command again with --resume to go on from "
-        "the last checkpoint"
+        f"({first_line(error)[:160]}); start the same command again with --resume to continue "
+        "from the last checkpoint"
     )
 
 
-def start(device: str = "cpu") -> World:
-    """Join the job that torchrun describes in the environment, once; alone without one.
+def start(device: str = "cpu", timeouts: Timeouts = DEFAULT_TIMEOUTS) -> World:
+    """Join the job that torchrun describes in the environment; World() if there is none.
 
-    From then on only rank 0 prints. On GPUs the process takes the one of its local rank.
+    From then on only rank 0 prints to stdout. On GPUs the process takes the one of its local rank.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    heartbeat = _join(torch.device(device).type)
+    heartbeat = _join(torch.device(device).type, timeouts)
     return World(dist.get_rank(), size, heartbeat)
 
 
 @functools.cache
-def _join(kind: str) -> Heartbeat:
-    """Be one of the job from now on, to the end of this process."""
+def _join(kind: str, timeouts: Timeouts) -> Heartbeat:
+    """Join the process group, once, until this process ends."""
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(BACKENDS[kind], timeout=COLLECTIVE)
-    heartbeat = Heartbeat(dist.get_world_size())
+        dist.init_process_group(BACKENDS[kind], timeout=timeouts.collective)
+    heartbeat = Heartbeat(dist.get_world_size(), timeouts)
     heartbeat.start()
     atexit.register(_leave, heartbeat, kind)
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+    if dist.get_rank() != 0:
+        atexit.register(discard_stdout().close)
     return heartbeat
 
 
+def discard_stdout() -> contextlib.ExitStack:
+    """Discard all that this process prints to sys.stdout, until the returned stack is closed.
+
+    Rank 0 prints for all ranks; sys.stderr, and so errors, stay with every rank.
+    """
+    discarding = contextlib.ExitStack()
+    nowhere = discarding.enter_context(open(os.devnull, "w", encoding="utf-8"))
+    discarding.enter_context(contextlib.redirect_stdout(nowhere))
+    return discarding
+
+
 def _leave(heartbeat: Heartbeat, kind: str) -> None:
-    """The orderly end; NCCL's would wait for a process that is gone."""
+    """Leave the process group; NCCL's is left as it is if a rank is lost: it would wait for it."""
     heartbeat.leave()
     if kind == "cpu" or not heartbeat.broken:
         dist.destroy_process_group()
 
 
 def shares(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices for each of `size` processes, balanced by tokens: longest first to the lightest.
+    """Indices into `lengths` for each of `size` ranks, so that all get about as many tokens.
 
-    The same input gives the same shares; a process may get none.
+    The longest row comes first, and each goes to the rank with the fewest tokens so far. The same
+    input gives the same shares; a rank may get none.
     """
-    places: list[list[int]] = [[] for _ in range(size)]
-    loads = [0] * size
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        lightest = min(range(size), key=loads.__getitem__)
-        places[lightest].append(index)
-        loads[lightest] += lengths[index]
-    return [sorted(place) for place in places]
+    indices: list[list[int]] = [[] for _ in range(size)]
+    tokens = [0] * size
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for index in longest_first:
+        rank = tokens.index(min(tokens))
+        indices[rank].append(index)
+        tokens[rank] += lengths[index]
+    return [sorted(own) for own in indices]

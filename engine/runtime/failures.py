@@ -1,4 +1,4 @@
-"""What ends a script in one line: what a user can cause. A fault of ours keeps its traceback."""
+"""Errors that a user can cause end a script with one line; a fault of ours keeps its traceback."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from model.durable import why
 
 
 def explain(error: BaseException, lower: str = "") -> str | None:
-    """The message for a user; None for a fault of ours.
+    """The message for an error that a user can cause; None for a fault of ours.
 
-    lower    what takes less memory in this script
+    lower    advice for this script where memory is short: the flags that need less
     """
     from engine.runtime.process_memory import first_line, is_out_of_memory  # torch is there by now
 
     if is_out_of_memory(error):
-        return f"out of memory ({first_line(error)})" + (f": {lower}" if lower else "")
+        advice = f": {lower}" if lower else ""
+        return f"out of memory ({first_line(error)}){advice}"
     if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{why(error)}"
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return str(error)
-    if isinstance(error, ImportError) and error.name is None:  # a package that we ask for by name
+    if isinstance(error, ImportError) and error.name is None:  # our message about a missing package
         return str(error)
     return None

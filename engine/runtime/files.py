@@ -1,4 +1,4 @@
-"""Files written beside and renamed, JSON lines that survive a kill, hashes."""
+"""Files written beside and renamed, JSONL files that survive a kill, hashes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.file_checks import check_file
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old file or the new one, never a part.
+    """Write beside and rename: a reader sees the old file or the new one, never a part of it.
 
     OSError names the file, the cause and what helps.
     """
@@ -32,13 +32,14 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-Kinds = Mapping[str, Any]  # what a line must have -> its type, or a tuple of them
+Kinds = Mapping[str, Any]  # field that a line must have -> its type, or a tuple of types
 
 
-def read_jsonl(path: Path, wanted: Kinds | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file we wrote, without a torn last line; none where there is no file.
+def read_jsonl(path: Path, fields: Kinds | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file that we wrote; [] where there is no file.
 
-    ValueError with file and line where one is broken, or lacks something of `wanted`.
+    A torn last line, which a kill leaves, is ignored. ValueError with file and line for one that is
+    broken, or lacks one of `fields`.
     """
     records = []
     # Only b"\n" ends a line: splitlines would also cut at U+2028, which a model may write.
@@ -49,24 +50,25 @@ def read_jsonl(path: Path, wanted: Kinds | None = None) -> list[dict[str, Any]]:
             raise _damaged(path, number, f"is not JSON: {error}") from None
         if not isinstance(record, dict):
             raise _damaged(path, number, f"is no object but a {type(record).__name__}")
-        for name, kind in (wanted or {}).items():
+        for name, kind in (fields or {}).items():
             value = record.get(name)
-            if not isinstance(value, kind) or (type(value) is bool and kind is not bool):
-                what = f"is {value!r:.60}" if name in record else "is missing"
-                raise _damaged(path, number, f"is damaged: {name} {what}")
+            is_unasked_bool = type(value) is bool and kind is not bool  # a bool is an int too
+            if is_unasked_bool or not isinstance(value, kind):
+                fault = f"is {value!r:.60}" if name in record else "is missing"
+                raise _damaged(path, number, f"is damaged: {name} {fault}")
         records.append(record)
     return records
 
 
-def _damaged(path: Path, number: int, what: str) -> ValueError:
+def _damaged(path: Path, number: int, fault: str) -> ValueError:
     return ValueError(
-        f"{path}:{number} {what}; it is not as it was written: take the file from a copy, or "
+        f"{path}:{number} {fault}; it is not as it was written: restore the file from a copy, or "
         "delete that line, and the same command makes it again"
     )
 
 
 def whole_lines(path: Path) -> bytes:
-    """What a file holds up to its last newline; nothing where there is no file."""
+    """The bytes of a file up to its last newline; b"" where there is no file."""
     check_file(path)
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
@@ -74,31 +76,33 @@ def whole_lines(path: Path) -> bytes:
 
 def cut_torn_line(path: Path) -> None:
     """Remove a last line without its newline, which only a kill can leave."""
-    if path.exists() and len(whole_lines(path)) < path.stat().st_size:
-        os.truncate(path, len(whole_lines(path)))
+    if not path.exists():
+        return
+    size = len(whole_lines(path))
+    if size < path.stat().st_size:
+        os.truncate(path, size)
 
 
 class AppendedLines:
-    """A JSONL file that grows by whole lines; a kill loses at most the line in flight.
+    """A JSONL file that grows by whole lines; a kill loses at most the line being written.
 
     Opening cuts off a torn last line, which only a kill can leave. Each line is handed to the
     operating system at once, and to the disk on `close`. OSError where a line does not fit on the
-    disk (what was written of it is cut off again) or the file is no longer in its place.
+    disk (its beginning is cut off again), or the file has been moved or deleted.
     """
 
     def __init__(self, path: Path) -> None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_line(path)
-            self.path, self.file = path, path.open("ab", buffering=0)
+            self.path = path
+            self.file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one object."""
         line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
         before = self.file.tell()
-        if not self.path.exists() or not os.path.samestat(
-            self.path.stat(), os.fstat(self.file.fileno())
-        ):
+        if not self._is_in_place():
             raise OSError(f"{self.path} is no longer there; nothing more can be kept")
         try:
             while line:
@@ -108,6 +112,12 @@ class AppendedLines:
             raise OSError(
                 f"{self.path}: {why(error)}; {before:,} bytes of finished lines are kept"
             ) from None
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one at its path."""
+        if not self.path.exists():
+            return False
+        return os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -125,5 +135,5 @@ class AppendedLines:
 
 
 def sha256(data: str | bytes) -> str:
-    """Hex digest."""
+    """The hash of bytes, or of a text in UTF-8, as hex digits."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()

@@ -1,8 +1,8 @@
-"""One job at a time on an `--out`, and what killed jobs left there removed
+"""One job at a time on an `--out`; leftovers of killed jobs are removed
 
 A lock is flock on a file that lies in a directory of results, or beside a file of them. The system
-gives it back when the process ends, however it ends. It keeps out whoever writes; who only reads
-takes none. Of the processes of a job under torchrun the first one holds it for all.
+releases it when the process ends, in whatever way. Jobs that write take it; programs that only read
+do not. Under torchrun, rank 0 holds it for all ranks.
 """
 
 from __future__ import annotations
@@ -29,67 +29,69 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _ADVICE = "wait for it to end, stop it, or choose another --out"
 _PARTIAL = re.compile(r"\.(.+)\.(\d+)\.partial")
-_held: dict[Path, int] = {}  # how often this process has taken what it holds
+# State of this process: lock file -> how often it is taken. A stage of a job takes the lock that
+# its job holds already; flock would refuse that, since it takes two descriptors for two owners.
+_held: dict[Path, int] = {}
 
 
 @contextlib.contextmanager
 def lock_directory(out: Path | None) -> Iterator[None]:
-    """Inside `with`, no other job writes into the directory `out`, which is made if need be.
+    """Inside `with`, no other job writes into the directory `out`; None locks nothing.
 
-    ValueError where another process is at work there. Removes leftovers of killed ones. An empty
-    directory that was made for the lock goes with it. None: nothing to lock.
+    Makes the directory, and removes it at the end if it is still empty. Removes leftovers of killed
+    jobs. ValueError where another process works there.
     """
-    if out is None or not _leads():
+    if out is None or not _is_rank0():
         yield
         return
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, where a directory is wanted; choose another --out")
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(out / LOCK, out) as held:
-            if held:
-                _remove_leftovers(out.rglob(".*.partial"), out)
-            yield
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        raise ValueError(f"{out} is a file, expected a directory; choose another --out")
+    with _directory_while_used(out), _locked(out / LOCK, out) as held:
+        if held:
+            _remove_leftovers(out.rglob(".*.partial"), out)
+        yield
 
 
 @contextlib.contextmanager
 def lock_file(out: Path | None) -> Iterator[None]:
-    """Inside `with`, no other job writes the file `out`, or what lies beside it under its name.
+    """Inside `with`, no other job writes the file `out`, or files beside it named `out`.*
 
-    Also for a directory that appears as a whole (a merged model). Else as `lock_directory`.
+    Also for a directory that appears as a whole (a merged model). Otherwise as `lock_directory`.
     """
-    if out is None or not _leads():
+    if out is None or not _is_rank0():
         yield
         return
-    made = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(out.with_name(f".{out.name}{LOCK}"), out) as held:
-            mine = (p for p in out.parent.glob(".*.partial") if p.name[1:].startswith(out.name))
-            if held:
-                _remove_leftovers(mine, out)
-            yield
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    file = out.with_name(f".{out.name}{LOCK}")
+    with _directory_while_used(out.parent), _locked(file, out) as held:
+        if held:
+            partial = out.parent.glob(".*.partial")
+            _remove_leftovers((p for p in partial if p.name[1:].startswith(out.name)), out)
+        yield
 
 
-def _leads() -> bool:
-    """Whether this process speaks and writes for its job (torchrun's first one, or alone)."""
+def _is_rank0() -> bool:
+    """Whether this process writes for its job: torchrun's rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
+def _directory_while_used(directory: Path) -> Iterator[None]:
+    """Inside `with`, the directory exists; folders made for that are removed if they stay empty."""
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def _locked(file: Path, out: Path) -> Iterator[bool]:
-    """Inside `with`, the lock is held: whether it could be."""
+    """Inside `with`, this process holds the lock; False where locks are not available."""
     file = file.parent.resolve() / file.name
-    if file in _held:  # a stage of a job that holds it already
+    if file in _held:
         _held[file] += 1
         try:
             yield True
@@ -105,30 +107,30 @@ def _locked(file: Path, out: Path) -> Iterator[bool]:
         yield True
     finally:
         del _held[file]
-        file.unlink(missing_ok=True)  # before it is given back: who waits for it looks again
+        file.unlink(
+            missing_ok=True
+        )  # before the release: whoever opened it meanwhile makes a new one
         os.close(descriptor)
 
 
 def _take(file: Path, out: Path) -> int | None:
-    """The open lock file, held; None where there is none to be had."""
+    """The descriptor of the lock file, locked; None where this system or directory has no locks.
+
+    ValueError where another process holds it.
+    """
     if fcntl is None:
         print("note: this system has no flock, so nothing keeps a second job off the same --out")
         return None
     while True:
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            if error.errno not in _READ_ONLY:
-                raise
-            if not file.exists():  # nothing can be written there; whoever tries says so
-                return None
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it holds too
+        descriptor = _open_lock_file(file)
+        if descriptor is None:
+            return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(file.stat(), os.fstat(descriptor)):
                 break
         except FileNotFoundError:
-            pass  # its holder has removed it in the meantime: make another
+            pass
         except OSError as error:
             os.close(descriptor)
             if error.errno in _TAKEN:
@@ -141,27 +143,45 @@ def _take(file: Path, out: Path) -> int | None:
                 "off the same --out"
             )
             return None
-        os.close(descriptor)
-    begun = time.strftime("%Y-%m-%d %H:%M:%S")
-    command = Path(sys.argv[0]).name
-    said = f"process {os.getpid()} on {socket.gethostname()} ({command}, since {begun})\n"
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without words
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, said.encode(errors="backslashreplace"))
+        os.close(descriptor)  # its holder has removed the file meanwhile: make another
+    _write_holder(descriptor)
     return descriptor
 
 
+def _open_lock_file(file: Path) -> int | None:
+    """The lock file, opened and made if need be; None where the directory cannot be written."""
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+    if not file.exists():  # the job fails, with a message, as soon as it writes there
+        return None
+    return os.open(file, os.O_RDONLY | os.O_CLOEXEC)  # another user's lock file locks too
+
+
+def _write_holder(descriptor: int) -> None:
+    """Write into the lock file which process holds it, for the message of a second job."""
+    begun = time.strftime("%Y-%m-%d %H:%M:%S")
+    command = Path(sys.argv[0]).name
+    holder = f"process {os.getpid()} on {socket.gethostname()} ({command}, since {begun})\n"
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without this text
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, holder.encode(errors="backslashreplace"))
+
+
 def _holder(file: Path) -> str:
-    """What the holder wrote into its lock file."""
+    """The text that the holder wrote into its lock file."""
+    text = ""
     with contextlib.suppress(OSError):
-        if said := file.read_text(encoding="utf-8", errors="replace").strip():
-            return said
-    return "another process"
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+    return text or "another process"
 
 
 def _remove_leftovers(paths: Iterator[Path], out: Path) -> None:
-    """Remove what dead processes were writing when they were killed; what was removed is said."""
-    count = size = 0
+    """Remove and count the partial files and directories of processes that are dead."""
+    count = 0
+    size = 0  # bytes
     for path in list(paths):
         match = _PARTIAL.fullmatch(path.name)
         if match is None or _alive(int(match[2])):
@@ -178,7 +198,7 @@ def _remove_leftovers(paths: Iterator[Path], out: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process of that number is there, not counting this one: it has begun nothing."""
+    """Whether another process has this id. This one has begun no file yet: its id is an old one."""
     if pid == os.getpid():
         return False
     try:

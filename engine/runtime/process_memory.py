@@ -1,4 +1,4 @@
-"""What a process is set to before it computes, how much memory it took, whether that was short."""
+"""Memory of a process: glibc's allocator, memory queries, errors where memory is short."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,54 +17,68 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # gl
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next tensor; whether it agreed.
+    """Have glibc keep freed memory for the next tensor; returns whether glibc accepted.
 
-    By default every large tensor is mapped afresh and unmapped when freed, and each of its pages
-    is zeroed by the kernel at the first touch: a fifth of a training step on a CPU. With the
-    mappings off and trimming off, the next micro-batch writes where the last one did.
+    By default every large tensor is mapped anew and unmapped when freed, and the kernel zeroes each
+    of its pages at the first access: a fifth of a training step on a CPU. Without mappings and
+    trimming, the next micro-batch uses the memory of the last one.
     """
     return _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20})
 
 
 def return_freed_memory() -> bool:
-    """Have glibc give every freed tensor back at once; whether it agreed.
+    """Have glibc return every freed tensor to the system at once; returns whether glibc accepted.
 
-    For weights that are gathered and given up all the time, in sizes whose gaps nothing else fits.
+    For sharded weights, which are gathered and freed for every layer: nothing else would fit into
+    the gaps they leave.
     """
-    return _mallopt({M_MMAP_THRESHOLD: 1 << 20})  # by default it moves up to 32 MB
+    return _mallopt({M_MMAP_THRESHOLD: 1 << 20})  # fixed at 1 MiB; glibc raises it up to 32 MB
 
 
 def give_back_freed_memory(device: str | torch.device) -> None:
-    """Have glibc and, on a GPU, torch give back what is free now, once, between two kinds of work.
+    """Return the memory that is free now to the system: glibc's and, on a GPU, torch's.
 
-    What the one left in small gaps (packed weights, pages of keys and values) does not fit the
-    other, and would stay resident beside it.
+    Called between two kinds of work: the free gaps of the first (packed weights, pages of keys and
+    values) do not fit the second, and would stay resident beside it.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
+    malloc_trim = _libc_function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
 
 
 def _mallopt(settings: dict[int, int]) -> bool:
-    if not sys.platform.startswith("linux"):
+    """Set options of glibc's malloc; whether it has them and accepted them all."""
+    mallopt = _libc_function("mallopt")
+    if mallopt is None:
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all([mallopt(*setting) == 1 for setting in settings.items()])
+    accepted = [mallopt(option, value) == 1 for option, value in settings.items()]
+    return all(accepted)
+
+
+def _libc_function(name: str) -> Any:
+    """A function of the C library; None where it has none of this name (musl), or not on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status, 0 where there is none (not Linux)."""
+    """Bytes of the line `name` of /proc/self/status; 0 where it does not exist (not Linux)."""
     file = Path("/proc/self/status")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((1024 * int(x.split()[1]) for x in lines if x.startswith(name + ":")), 0)
+    if not file.exists():
+        return 0
+    for line in file.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    return 0
 
 
 def peak_memory(device: str | torch.device) -> int:
-    """Bytes: the largest resident set of this process, or what torch held at most of a GPU.
+    """Bytes: the largest resident set of this process so far, or torch's peak on a GPU.
 
-    VmHWM and not ru_maxrss, which starts at what the parent held when it forked.
+    VmHWM and not ru_maxrss, which starts at the resident set of the parent when it forked.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -71,27 +86,28 @@ def peak_memory(device: str | torch.device) -> int:
 
 
 def held_memory(device: str | torch.device) -> int:
-    """Bytes held now: the resident set, or what torch has allocated on a GPU."""
+    """Bytes held now: the resident set of this process, or torch's allocations on a GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that this process can still take: what the system, or a GPU's driver, calls free.
+    """Bytes that this process can still allocate, as the system or the GPU's driver reports them.
 
-    On a GPU also what torch has taken and keeps for later tensors: the driver calls that used.
+    On a GPU plus the memory that torch has cached and does not use: for the driver it is in use.
     """
     if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        return free + cached
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 SAMPLE_LESS = "lower --rows or --kv-memory"
 TRAIN_LESS = "lower --micro-tokens, then --max-length, or take --recompute full"
-# How torch, oneDNN, CUDA's libraries, the loader and the system say that memory is short.
+# Messages of torch, oneDNN, CUDA's libraries, the loader and the system where memory is short.
 _NO_MEMORY = re.compile(
     "DefaultCPUAllocator|can.?t allocate memory|cannot allocate memory|not enough memory|"
     "out of memory|bad_alloc|could not create a primitive|ALLOC_FAILED|failed to map segment",
@@ -100,25 +116,32 @@ _NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: a GPU's own error, a CPU's, which has no class, or the system's."""
+    """Whether an error says that memory was short.
+
+    On a GPU it has a class of its own; on a CPU only the message of a RuntimeError tells.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    foreign = isinstance(error, (RuntimeError, ImportError))
-    return foreign and _NO_MEMORY.search(str(error)) is not None
+    if not isinstance(error, (RuntimeError, ImportError)):
+        return False
+    return _NO_MEMORY.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, without what follows it."""
-    said = str(error).strip().splitlines()
-    return said[0] if said else type(error).__name__
+    """The first line of an error's message; its class name if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def memory_for(doing: str, lower: str) -> Iterator[None]:
-    """Inside `with`, or in a function decorated by it: memory that is short is a ValueError that
-    says what was being done, and what takes less of it."""
+    """Turn out-of-memory errors into ValueError, inside `with` or in a function decorated by it.
+
+    doing    the work, for the message: "training"
+    lower    advice: the flags that need less memory
+    """
     try:
         yield
     except Exception as error:
@@ -127,4 +150,5 @@ def memory_for(doing: str, lower: str) -> Iterator[None]:
         message = f"out of memory while {doing} ({first_line(error)}): {lower}"
     else:
         return
-    raise ValueError(message)  # here, where the error and what its traceback holds are gone
+    # Outside of `except`, so that the error and the tensors in its traceback are freed.
+    raise ValueError(message)

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics, settings, hashes, versions; files written whole."""
+"""The record of a run: versions, machine, commit, model fingerprint, differences of settings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """A hash that tells checkpoints apart: config.json and, of every weight file, its size, its
-    first MiB (the header) and 64 evenly spaced blocks of 64 KiB. Not a proof against tampering."""
+    """A hash (hex digits) that tells checkpoints apart, without reading all of their weights.
+
+    It covers config.json and, of every weight file, the name, the size, the first MiB (which holds
+    the header) and 64 evenly spaced blocks of 64 KiB. It is no proof against tampering.
+    """
     path = Path(path)
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(filter(Path.is_file, path.glob("*.safetensors"))):
@@ -46,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The clone's commit, with a + where the tree has changes; None without git."""
+    """The clone's commit, with a + if the working tree has changes; None without git."""
     try:
         head = subprocess.run(
             ["git", "-C", ROOT, "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -60,13 +63,13 @@ def _commit() -> str | None:
 
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """'name: old -> new' for every setting that is not the same, nested names joined by dots."""
-    now = json.loads(json.dumps(now))  # as a file gives it back: tuples are lists
-    found = []
+    """'name: old -> new' for every setting that differs; nested names are joined by dots."""
+    now = json.loads(json.dumps(now))  # as `was` was read from a file: tuples are lists
+    changes = []
     for name in sorted({*was, *now}):
-        a, b = was.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{name}.{line}" for line in differing(a, b)]
-        elif a != b:
-            found.append(f"{name}: {a!r} -> {b!r}")
-    return found
+        old, new = was.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += [f"{name}.{change}" for change in differing(old, new)]
+        elif old != new:
+            changes.append(f"{name}: {old!r} -> {new!r}")
+    return changes

@@ -1,12 +1,12 @@
-"""How a job is asked to stop: Ctrl-C and SIGTERM mean the same in every stage
+"""How a job stops on Ctrl-C and SIGTERM, which mean the same in every stage
 
-    first     the unit in flight is finished where that is worth it (rows being distilled, a step
-              of training: `Stopping`), else dropped; what is finished is kept; `Stopped` is raised
-    second    ends at once, whatever is in flight
+    first     finishes the current unit where that is worth it (running sequences, a training step:
+              `Stopping`), else drops it; keeps all that is finished; raises `Stopped`
+    second    raises `Stopped` at once, in the middle of a unit
     third     the system ends the process
 
-What is on disk is whole at any moment (lines are appended, files renamed into place), so dropping
-costs work and never a file. Nothing that runs under `catch_signals` goes on behind a signal.
+Files are whole at any moment (lines are appended, files are renamed into place), so dropping a unit
+costs work and never a file. No stage that runs under `catch_signals` continues after a signal.
 """
 
 from __future__ import annotations
@@ -20,49 +20,57 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-# torchrun and `timeout` send theirs to the process and to its group: two that come together are one
-TOGETHER = 0.3  # seconds
+# torchrun and `timeout` signal the process and its group: signals within this time count as one.
+TOGETHER_SECONDS = 0.3
 
 
 class Stopped(KeyboardInterrupt):
-    """The job ended because it was asked to. `kept` says what is there; `code` is the shell's."""
+    """The job ends because of a signal.
+
+    kept    what is finished and where it is, for the last message
+    by      the number of the signal
+    """
 
     def __init__(self, kept: str = "", by: int = signal.SIGINT) -> None:
         super().__init__(kept)
-        self.kept, self.by = kept, by
+        self.kept = kept
+        self.by = by
 
     @property
     def code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, as a shell has it."""
+        """The exit code, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.by
 
 
 class _Signals:
-    """What came so far, for the whole process: signals belong to it, not to a stage."""
+    """The signals that this process has received inside of nested blocks that handle them."""
 
     by: int | None = None  # the first signal
-    since = 0.0  # when it came
-    depth = 0  # blocks that handle signals, one in another
+    since = 0.0  # time.monotonic() of the first signal
+    depth = 0  # nested blocks that handle signals
 
-    def take(self, by: int, first: Callable[[], None]) -> None:
-        """Note a signal: call `first` for the first, raise for the second."""
+    def receive(self, by: int, first: Callable[[], None]) -> None:
+        """Handle a signal: call `first` for the first one, raise `Stopped` for the second."""
         now = time.monotonic()
         if self.by is None:
             self.by, self.since = by, now
             first()
-        elif now - self.since > TOGETHER:
+        elif now - self.since > TOGETHER_SECONDS:
             for number in NAMES:
                 signal.signal(number, signal.SIG_DFL)
             raise Stopped(by=self.by)
 
 
+# State of this process: signals are sent to it, not to one of its stages.
 _signals = _Signals()
 
 
 @contextlib.contextmanager
 def _handled_by(note: Callable[[int, Any], None]) -> Iterator[None]:
-    """Inside `with`, `note` handles both signals, but for one that the process was told to ignore
-    (behind `nohup` or `&`). Outside of the main thread signals cannot be caught: nothing changes.
+    """Inside `with`, `note` handles both signals.
+
+    Without effect on a signal that the process was started to ignore (by `nohup` or `&`), and
+    outside of the main thread, where Python handles no signals.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -83,48 +91,52 @@ def _handled_by(note: Callable[[int, Any], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[None]:
-    """Inside `with`, either signal raises `Stopped` where the process stands: around a script."""
+    """Inside `with`, either signal raises `Stopped` at once; for the whole of a script."""
 
-    def stop(by: int) -> None:
-        raise Stopped(by=by)
+    def note(by: int, _: Any) -> None:
+        def stop() -> None:
+            raise Stopped(by=by)
 
-    with _handled_by(lambda by, _: _signals.take(by, lambda: stop(by))):
+        _signals.receive(by, stop)
+
+    with _handled_by(note):
         yield
 
 
 class Stopping:
-    """Inside `with`, the first signal only sets `asked`: the unit in flight may come to an end.
+    """Inside `with`, the first signal only sets `asked`, so that the current unit can be finished.
 
-    `meaning` says what that is. Whoever opened the block calls `end` then, which raises `Stopped`;
-    the end of the block raises it too where a signal came too late for that, and says `kept`. The
-    second signal raises at once.
+    The block then calls `end`, which raises `Stopped`. Its own end raises `Stopped` too, with
+    `kept`, if a signal came after the block last read `asked`. The second signal raises at once.
+
+    meaning    what happens until then, for the message of the first signal
     """
 
-    by: int | None
-
     def __init__(self, meaning: str) -> None:
-        self.meaning, self.by = meaning, None
-        self.kept = ""  # what is there, at the end of the block
-        self.finish: Callable[[], None] = lambda: None  # what the first signal calls too
+        self.meaning = meaning
+        self.by: int | None = None  # the number of the first signal
+        self.kept = ""  # what is finished, at the end of the block
+        self.finish: Callable[[], None] = lambda: None  # called by the first signal
 
     @property
     def asked(self) -> bool:
+        """Whether a signal has come."""
         return self.by is not None
 
     def _note(self, by: int, _: Any) -> None:
         def first() -> None:
             self.by = by
-            if os.environ.get("RANK", "0") == "0":  # of a job of several, one speaks
-                # not print: the signal may have come in the middle of one
+            if os.environ.get("RANK", "0") == "0":  # rank 0 prints for all
+                # not `print`: the signal may have interrupted one
                 text = f"\n{NAMES[by]}: {self.meaning}; a second one stops at once\n"
                 os.write(2, text.encode(errors="backslashreplace"))
             self.finish()
 
-        _signals.take(by, first)
+        _signals.receive(by, first)
 
     def end(self, kept: str) -> None:
-        """Raise `Stopped`: `kept` says what is there. In a job of several, all call it together."""
-        raise Stopped(kept, self.by or signal.SIGTERM)  # asked through another process: SIGTERM
+        """Raise `Stopped`; `kept` says what is finished. All ranks of a job call it together."""
+        raise Stopped(kept, self.by or signal.SIGTERM)  # without a signal of its own: another rank
 
     def __enter__(self) -> Stopping:
         self._handling = _handled_by(self._note)
@@ -133,5 +145,5 @@ class Stopping:
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         self._handling.__exit__(kind, *error)
-        if kind is None and self.asked:  # since anybody looked
+        if kind is None and self.asked:  # a signal that the block has not seen
             raise Stopped(self.kept, self.by)

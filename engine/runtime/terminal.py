@@ -9,18 +9,19 @@ from tqdm import tqdm
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """tqdm, ten seconds between lines where nobody watches: a log is not a terminal."""
-    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 10, **kwargs)
+    """tqdm; it writes ten times a second on a terminal, and every ten seconds into a log."""
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(*args, mininterval=seconds, **kwargs)
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows as aligned text, the first being the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    """Rows of cells as aligned text: the first row is the header, the first column flush left."""
+    columns = range(len(rows[0]))
+    widths = [max(len(row[column]) for row in rows) for column in columns]
     lines = []
-    for n, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-        if n == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([first, *others]).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])

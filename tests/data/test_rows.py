@@ -101,7 +101,7 @@ def test_shapes_are_found(tmp_path, record, messages):
             _ = prompt.reference
 
 
-def test_columns_name_fields_and_unused_ones_are_told(tmp_path):
+def test_columns_name_fields_and_unused_fields_are_listed(tmp_path):
     path = write(
         tmp_path / "a.csv", 'goal,target,note\r\n"do, ""it""\ntwice",sure,x\r\n\r\nb,ok,y\r\n'
     )
@@ -373,7 +373,7 @@ def test_a_system_message_is_given_to_rows_that_have_none(tmp_path):
     assert len({plain.sha256, given.sha256, other.sha256}) == 3, "a resumed run must notice"
 
 
-def test_limit_counts_usable_rows_and_looks_no_further(tmp_path):
+def test_limit_counts_usable_rows_and_the_rest_is_not_parsed(tmp_path):
     path = write(tmp_path / "a.jsonl", f"oops\n{GOOD}\n{GOOD}\noops\n")
     assert [len(load_rows(path, limit=n, skip_bad=True)) for n in (1, 2, 3)] == [1, 2, 2]
     assert [len(load_rows(path, limit=n, skip_bad=True).bad) for n in (1, 2, 3)] == [1, 1, 2]
@@ -486,7 +486,7 @@ def test_a_context_is_read_as_the_input(tmp_path, capsys, record):
         assert rows[0].messages[0]["content"] == "q" and "context" in rows.unused
 
 
-def test_ids_that_name_sources_have_a_way_out(tmp_path):
+def test_ids_that_name_sources_can_be_replaced(tmp_path):
     records = [{"id": "doc1", "question": f"q{i}", "answer": "a"} for i in range(5)]
     path = jsonl(tmp_path / "a.jsonl", *records)
     for skip_bad in (False, True):
@@ -555,7 +555,7 @@ def test_gzipped_files_are_read(tmp_path):
         load_rows(torn)
 
 
-def test_an_object_around_the_rows_is_said_with_the_command_that_unwraps_it(tmp_path):
+def test_rows_under_a_key_are_refused_with_the_command_that_unwraps_them(tmp_path):
     rows = [{"question": f"q{i} é", "answer": "a"} for i in range(3)]
     for n, text in enumerate(
         [
@@ -596,7 +596,7 @@ def test_commas_after_every_line_are_named(tmp_path):
     assert len(load_rows(tmp_path / "rows.jsonl")) == 3
 
 
-def test_skip_bad_is_no_way_out_where_most_rows_cannot_be_parsed(tmp_path):
+def test_skip_bad_does_not_help_where_most_rows_cannot_be_parsed(tmp_path):
     path = write(tmp_path / "a.jsonl", f"oops\nnot json\n{GOOD}\n")
     with pytest.raises(ValueError, match="2 of 3 rows cannot be parsed; .*lose the good rows"):
         load_rows(path, skip_bad=True)
@@ -658,7 +658,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text)
         load_rows(path)
 
 
-def test_pieces_join_without_a_seam(tmp_path, monkeypatch):
+def test_any_chunk_size_gives_the_same_rows_and_faults(tmp_path, monkeypatch):
     """Lines, characters and values that go over the end of a piece, and faults in line and byte."""
     rng = random.Random(0)
     records = [

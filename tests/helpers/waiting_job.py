@@ -17,16 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from engine.runtime import distributed
+from engine.runtime.distributed import Timeouts, start
 from engine.runtime.flags import run_main
 
 
 def main() -> None:
     deed = sys.argv[1]
-    distributed.COLLECTIVE = timedelta(seconds=4)
-    distributed.SILENCE = timedelta(seconds=300 if deed in ("killed", "ended") else 6)
-    distributed.BEAT = 0.2
-    world = distributed.start()
+    heartbeat = timedelta(seconds=300 if deed in ("killed", "ended") else 6)
+    timeouts = Timeouts(collective=timedelta(seconds=4), heartbeat=heartbeat, pause=0.2)
+    world = start(timeouts=timeouts)
     for _ in range(5):
         world.barrier()
     assert (
@@ -36,7 +35,7 @@ def main() -> None:
     )
     print("joined", file=sys.stderr)
     if not world.is_rank0:
-        if deed == "busy":  # longer than anybody waits in a sum, or for a heartbeat
+        if deed == "busy":  # longer than both timeouts
             until = time.monotonic() + 9
             while time.monotonic() < until:
                 time.sleep(0.01)

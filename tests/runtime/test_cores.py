@@ -25,7 +25,7 @@ def environment_of(code: str, **given: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_settles_it_before_torch_is_there(script):
+def test_every_script_sets_the_spinning_before_it_imports_torch(script):
     """libgomp reads its environment when torch is imported, and never again."""
     code = (
         "import builtins, os, runpy, sys\n"
@@ -42,7 +42,7 @@ def test_every_script_settles_it_before_torch_is_there(script):
 
 
 @pytest.mark.parametrize("name", cores.WAITING)
-def test_what_the_user_set_stays(name):
+def test_settings_of_the_user_stay(name):
     code = "import engine, os; print(*(os.environ.get(n) for n in engine.runtime.cores.WAITING))"
     said = environment_of(code, **{name: "7"})
     assert said == ["7" if n == name else "None" for n in cores.WAITING]

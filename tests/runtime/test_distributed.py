@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from engine.data.config import DataConfig
 from engine.distill.seed_likelihoods import score
 from engine.runtime import distributed
-from engine.runtime.distributed import Heartbeat, World, shares, start
+from engine.runtime.distributed import Heartbeat, World, discard_stdout, shares, start
 from engine.runtime.files import read_jsonl
 from engine.session import ModelConfig, Session
 from engine.train.loop import Run
-from engine.train.metrics import Metrics
+from engine.train.metrics import Metrics, PendingStep
 from engine.train.step import SINGLE_PROCESS, step_gradients
 from engine.train.train import train
 from engine.train.validate import ValidateConfig, Validator
@@ -51,7 +51,7 @@ def test_shares_are_balanced_by_tokens_and_complete():
     assert shares([3], 2) == [[0], []], "a process may have nothing to do"
 
 
-def test_alone_nothing_is_joined(monkeypatch):
+def test_a_single_process_joins_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = start()
     assert (
@@ -62,7 +62,7 @@ def test_alone_nothing_is_joined(monkeypatch):
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_two_and_three_processes_are_one(tiny_llama_dir, tmp_path, shard):
+def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process.
 
     With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
@@ -152,7 +152,7 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
     beside.unlink()
 
 
-def test_the_scripts_share_the_weights_out(tiny_llama_dir, tmp_path):
+def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
     """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
     path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
     data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
@@ -235,13 +235,13 @@ class Clock:
         return self.left < 0
 
 
-def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
+def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
     """all_reduce on NCCL returns at once; who then asks for the numbers hangs if a peer is gone."""
-    heartbeat = SimpleNamespace(gone="", look=lambda: Heartbeat.look(heartbeat))
+    heartbeat = SimpleNamespace(lost="", check=lambda: Heartbeat.check(heartbeat))
     world, card = World(0, 2, heartbeat), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
     world.wait_for_device(card)
-    heartbeat.gone = "Timed out waiting for rank 1"
+    heartbeat.lost = "Timed out waiting for rank 1"
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
     world.wait_for_device(card)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
@@ -251,7 +251,7 @@ def test_a_gpus_sum_is_waited_for_beside_the_heartbeat(monkeypatch):
     World().wait_for_device(card)
 
 
-def test_a_job_on_gpus_has_gloo_for_what_the_host_asks(monkeypatch):
+def test_flags_of_a_job_on_gpus_travel_on_gloo(monkeypatch):
     """Flags never touch the device; sums within a step give up, waiting between stages does not."""
     made = {}
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda b, **k: made.update(k, b=b))
@@ -300,7 +300,8 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     world = Recorded(1, 2)
     with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
         line = {"step": 2, "tokens": 3}
-        metrics.pending.append((line, SimpleNamespace(loss=Number(), norm=Number()), []))
+        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None)
+        metrics.pending.append(PendingStep(line, result, []))
         metrics.flush()
     assert asked == ["wait cuda", "item", "item"]
     asked.clear()
@@ -309,6 +310,17 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
     Run.validate(run, 1, 0)
     assert asked == ["barrier", "sum on cpu"]
+
+
+def test_other_ranks_print_nothing_until_they_end(capsys):
+    before = sys.stdout
+    discarding = discard_stdout()
+    print("of rank 1")
+    print("an error of rank 1", file=sys.stderr)
+    discarding.close()
+    print("of rank 0")
+    assert sys.stdout is before
+    assert capsys.readouterr() == ("of rank 0\n", "an error of rank 1\n")
 
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):

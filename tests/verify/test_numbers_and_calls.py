@@ -78,7 +78,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("reference, text, same", NUMBERS)
-def test_what_ends_a_text_is_read_whole(reference, text, same):
+def test_the_last_expression_is_read_whole(reference, text, same):
     for one, other in ((reference, text), (text, reference)):
         assert VERIFIERS["number"](row(one), other) == (same, "ok" if same else "mismatch")
 
@@ -91,11 +91,11 @@ The answer is 18.0|18 (eighteen)|she has 18, not more
 
 
 @pytest.mark.parametrize("text", [form for line in USUAL.split("\n") for form in line.split("|")])
-def test_the_usual_forms_stay(text):
+def test_usual_forms_of_a_number_have_its_value(text):
     assert last_number(text) == 18
 
 
-def test_every_published_answer_is_its_own(shared_data):
+def test_every_published_answer_has_the_value_it_states(shared_data):
     """8,792 of GSM8K: none is anything but a number, and `The answer is N.` is that number."""
     for name in ("gsm8k_train.json", "gsm8k_test.json"):
         for given in load_rows(shared_data / name):
@@ -103,7 +103,7 @@ def test_every_published_answer_is_its_own(shared_data):
             assert last_number(given.reference) == last_number(said) == int(said)
 
 
-def test_hostile_numbers_take_no_time():
+def test_hostile_numbers_are_read_quickly():
     for text in (
         "1" * 50_000, "1 " * 50_000, "\\frac{" * 20_000, "\\frac{1}{" * 20_000, "^" * 50_000,
         "1^" * 30_000, "√(" * 30_000, "\\boxed{" * 20_000, "1,111" * 20_000, "\\text{" * 20_000,
@@ -170,14 +170,14 @@ def test_calls(reference, text, reason):
         assert VERIFIERS["call"](row(reference), f"So: {reference}") == (True, "ok")
 
 
-def test_every_published_call_is_its_own(shared_data):
+def test_every_published_call_passes_for_itself(shared_data):
     for name, count in (("openfunction_train.json", 2211), ("openfunction_test.json", 112)):
         rows = load_rows(shared_data / name)
         right = [VERIFIERS["call"](given, f"So: {given.reference}")[0] for given in rows]
         assert right == [True] * count
 
 
-def test_hostile_calls_take_no_time():
+def test_hostile_calls_are_read_quickly():
     for text in (
         "f(" * 10_000, "f(a" * 5000, "[" * 50_000, '{"a":' * 900 + "1", "f('" * 5000, "{" * 9000,
         '["a",' * 900, "f(x)" * 3000, "f(x)(x)" * 1500, "f" + "(x)" * 4000, "f" + ".f(" * 5000,

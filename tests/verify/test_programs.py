@@ -117,14 +117,14 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", [*FORMS, *BODIES])
-def test_humaneval_takes_every_form(name):
+def test_humaneval_reads_every_form(name):
     answer, right = (FORMS | BODIES)[name]
     scores, why = TASKS["humaneval"].judge(Item("x", (), "", PROBLEM), answer)
     assert scores == {"pass": right}, why
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_verify_code_takes_every_form(name):
+def test_verify_code_reads_every_form(name):
     answer, right = FORMS[name]
     said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "see the tests"})
     row = Row("r", said, "assert add_all([1, 2]) == 3\nassert add_all([]) == 0")
@@ -207,7 +207,7 @@ def test_fenced_blocks():
     assert [b.code for b in two] == ["broken(\n", "good\n"]
 
 
-def test_names():
+def test_bound_and_free_names():
     source = "import a.b\nfrom c import d as e\nx, y = 1, 2\nif x:\n    def f(z): return q + z\n"
     assert bound_names(source) == {"a", "e", "x", "y", "f"}
     assert free_names(source) == {"q"} and bound_names("x = (") == set()

@@ -208,13 +208,13 @@ MISSED = {
 }
 
 
-def test_refusals_and_what_sounds_like_them():
+def test_refusals_and_texts_that_resemble_them():
     wrong = {text for text in DECLINE if not refuses(text)} | {t for t in DO_NOT if refuses(t)}
     assert wrong == MISSED
     assert len(set(DECLINE)) == len(set(DO_NOT)) == 75
 
 
-def test_the_published_list_is_whole_and_minds_the_case():
+def test_the_published_list_is_complete_and_case_sensitive():
     assert len(KEYWORDS) == len(set(KEYWORDS)) == 29
     for keyword in KEYWORDS:
         assert paper_keywords(f"well, {keyword} and so on")

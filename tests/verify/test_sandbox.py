@@ -268,7 +268,7 @@ assert pickle.loads(pickle.dumps((Point(1), Pair(2)))) == (Point(1), Pair(2))
 
 @needs_sandbox
 @pytest.mark.parametrize("name", RIGHT)
-def test_right_programs_are_judged_right(name):
+def test_correct_programs_pass(name):
     outcome = run_program(RIGHT[name])
     assert outcome.ok, outcome
 
@@ -314,7 +314,7 @@ assert token
 @pytest.mark.parametrize("said", FORGED, ids=range(len(FORGED)))
 @pytest.mark.parametrize("leave", ["os._exit(0)", "pass"])
 @pytest.mark.parametrize("token", ["token = b''", TOKEN], ids=["blind", "with the token"])
-def test_nothing_that_a_program_reports_raises_here(said, leave, token):
+def test_no_report_of_a_program_raises(said, leave, token):
     """Not even behind the token, which a program that knows this sandbox can read."""
     source = (
         f"import os\n{token}\nfor fd in range(3, 32):\n    try: os.write(fd, token + {said!r})\n"
@@ -324,7 +324,7 @@ def test_nothing_that_a_program_reports_raises_here(said, leave, token):
 
 
 @needs_sandbox
-def test_what_is_not_understood_is_exit(monkeypatch):
+def test_an_invalid_report_is_exit(monkeypatch):
     """Also where the token is there: the word behind it is one of a few."""
     for report, reason in (
         (b"PROTECTED\nTok", "ok"),
@@ -344,7 +344,7 @@ def test_what_is_not_understood_is_exit(monkeypatch):
 
 
 @needs_sandbox
-def test_what_a_program_leaves_is_removed():
+def test_files_and_directories_of_a_program_are_removed():
     """Directories deeper than Python's recursion and the longest path, without rights."""
     for source in (DEEP, DEEPER, "import os\nos.mkdir('a')\nos.mkdir('a/b', 0)\nos.mkdir('c', 0)"):
         outcome = run_program(f"import os\nprint(os.getcwd(), flush=True)\n{source}", seconds=2)
@@ -382,7 +382,7 @@ print(sorted(set(re.findall(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", " ".join(s
 
 
 @needs_sandbox
-def test_it_dies_with_its_parent():
+def test_the_program_dies_with_its_parent():
     """Also where the parent is killed and cannot clean up."""
     code = (
         "from engine.verify.sandbox import run_program\n"
@@ -416,7 +416,7 @@ def test_the_same_program_gives_the_same_output():
 
 
 @needs_sandbox
-def test_what_cannot_be_protected_is_not_run(tmp_path, monkeypatch):
+def test_nothing_runs_without_every_protection(tmp_path, monkeypatch):
     """The launcher under a system without Landlock, or without seccomp: nothing runs."""
     launcher = Path(sandbox.__file__).with_name("sandbox_child.py").read_text()
     for there, gone in (("LANDLOCK_CREATE, LANDLOCK_ADD", "444"), ("PR_SET_SECCOMP", "22")):
@@ -436,7 +436,7 @@ def test_other_systems_are_refused(monkeypatch):
         run_program("pass")
 
 
-def test_limits_that_make_no_sense_are_refused(monkeypatch):
+def test_limits_that_are_too_small_are_refused(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(sandbox.sys, "platform", "linux")
     for limits in ({"seconds": 0}, {"memory_mb": 8}):

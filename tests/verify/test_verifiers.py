@@ -100,7 +100,7 @@ CODE = [
 
 
 @pytest.mark.parametrize("text, reason", CODE, ids=[reason for _, reason in CODE])
-def test_code(text, reason, monkeypatch):
+def test_verdicts_on_programs(text, reason, monkeypatch):
     monkeypatch.setattr("engine.verify.verifiers.PROGRAM_SECONDS", 2)
     assert get_verifier("code")(row("see the tests", TESTS), text) == (reason == "ok", reason)
 
@@ -145,7 +145,7 @@ def own(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}.py").write_text(source)
 
 
-def test_the_users_own_function(tmp_path, monkeypatch):
+def test_a_users_own_function(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = "def short(row, text):\n    return len(text) < len(row.reference), 'too_long'\n"
     own(tmp_path, "rules_a", source + "class Odd:\n    pass\nnumber = 5\n")
@@ -198,7 +198,7 @@ def test_answers_of_the_users_function_are_checked(tmp_path, monkeypatch, answer
         get_verifier("rules_c:f")(row("x"), "y")
 
 
-def test_nothing_of_the_users_is_imported_unasked(tmp_path):
+def test_user_code_is_imported_only_if_it_is_named(tmp_path):
     own(tmp_path, "rules_d", "open('imported', 'w')\ndef f(row, text):\n    return True, 'ok'\n")
     root = str(Path(__file__).resolve().parents[2])
     for name, there in (("number", False), ("rules_d:f", True)):

@@ -163,7 +163,7 @@ def load_tasks(
     if not names or set(names) - set(TASKS):
         raise ValueError(f"tasks {list(names)}: wanted some of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit}: at least 1 is wanted")
+        raise ValueError(f"limit {limit}: expected at least 1")
     loaded = {}
     for name in dict.fromkeys(names):
         items, digest = TASKS[name].load(_file(TASKS[name], files, tasks_dir), paper)
