@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def worker(job: dict[str, Any]) -> None:
-    """Wait for a step's number on stdin, train on it, answer with one line of JSON."""
+    """For each number of a step read from stdin, train on it and print one line of JSON."""
     keep_freed_memory()
     model = Llama.from_pretrained(job["model"])
     lora = load_lora(job["adapter"])
@@ -89,15 +89,15 @@ def worker(job: dict[str, Any]) -> None:
         else:
             started = time.perf_counter()
             number = optimizer.step + 1
-            found = step_gradients(model, lora, steps[int(line)], number, *packing)
-            done = step_update(model, lora, optimizer, found, job["lr"], job["clip"])
+            gradients = step_gradients(model, lora, steps[int(line)], number, *packing)
+            done = step_update(model, lora, optimizer, gradients, job["lr"], job["clip"])
             told = {"loss": done.loss.item(), "grad_norm": done.norm.item()}
             told |= {"seconds": time.perf_counter() - started, "rss": peak_memory("cpu")}
         print(json.dumps(told), flush=True)
 
 
 def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
-    """Seconds of the frozen products of a step, into memory that is there already."""
+    """Seconds of a step's products with frozen weights, into buffers made before."""
     packed = pack([len(example.ids) for example in examples], micro_tokens)
     groups = [[examples[i] for i in indices] for indices in packed]
     batches = [MicroBatch.build(group, 1, model.device, share=True) for group in groups]
@@ -111,9 +111,11 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
         tokens, response = len(batch.tokens), len(batch.targets)
         shapes = []
         for i in range(model.config.num_layers):
-            shapes += [(model.weights[f"{i}.{group}"], i + len(group) > 3) for group in GROUPS]
+            for group in GROUPS:
+                needs_dx = i > 0 or group != "qkv"  # below the first qkv nothing is trained
+                shapes.append((model.weights[f"{i}.{group}"], needs_dx))
         started = time.perf_counter()
-        for weight, needs_dx in shapes:  # the lowest qkv has nothing below it
+        for weight, needs_dx in shapes:
             n, k = weight.shape
             a, b = x.flatten()[: tokens * k].view(tokens, k), y.flatten()[: tokens * n]
             torch.mm(a, weight.T, out=b.view(tokens, n))
@@ -132,7 +134,7 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
 
 
 class Engine:
-    """A process that trains a step when told to. What it says to stderr is shown at its end."""
+    """A process that trains one step per request; its stderr is shown at its end."""
 
     def __init__(self, name: str, command: list[str], folder: str | None = None) -> None:
         drop = ("PYTHONPATH", *set_here) if folder else ()
@@ -162,7 +164,7 @@ class Engine:
         sys.exit(f"{self.name} ended with code {code}:\n{words[-3000:]}")
 
     def close(self) -> None:
-        """End it, and let it say what it had to say."""
+        """End it, and print its stderr."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
@@ -172,9 +174,9 @@ class Engine:
 
 
 def take_turns(engines: list[Engine], products: Engine, count: int) -> tuple[list[float], dict]:
-    """Every step on every engine: seconds of the products, and why an engine is not among the rest.
+    """Every step on every engine; returns seconds of the products, and engine -> why it was lost.
 
-    The first of the engines is ours and has to last.
+    The first of the engines is ours: where it is lost, the benchmark ends.
     """
     floors, lost = [], {}
     for number in range(count):
