@@ -87,7 +87,7 @@ def worker(path: str, modules: str, policy: str, tokens: int) -> None:
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A process for every policy and size."""
-    found = []
+    results = []
     command = [sys.executable, "-m", "benchmarks.memory", "--model", args.model]
     for tokens in args.tokens.split(","):
         for policy in POLICIES:
@@ -95,8 +95,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
             done = subprocess.run(worker_command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{policy}, {tokens} tokens:\n{done.stderr[-2000:]}")
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    return results
 
 
 def main() -> None:

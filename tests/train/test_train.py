@@ -447,7 +447,7 @@ def test_out_of_memory_halves_the_micro_batches(tiny, tmp_path, monkeypatch, cap
     monkeypatch.setattr(step_module, "micro_step", small_machine)
     lora, _ = run_training(tiny, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "out of memory with micro-batches of 64 tokens; going on with 32" in said
+    assert "out of memory with micro-batches of 64 tokens; continuing with 32" in said
     assert max(sizes) > most and sum(n > most for n in sizes) == 1, "it was tried again"
     monkeypatch.setattr(step_module, "micro_step", step)
     plain, _ = run_training(tiny, tmp_path / "plain")
