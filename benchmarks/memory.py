@@ -4,8 +4,8 @@
     python -m benchmarks.memory --model MODEL_DIR --tokens 1024,4096   and measured, a process each
 
 By arithmetic: bf16, r 8 on q and v, one packed micro-batch, half of its tokens with loss, no row
-longer than 2,048; `weights` is what the device holds before. Measured: the peak resident set of a
-process that does two steps, beside what the plan said before they began. The last line is JSON.
+longer than 2,048; `weights` are held by the device before the step. Measured: the peak resident set
+of a process that does two steps, beside the prediction made before them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import machine, record
-from benchmarks.step import SHAPES, model_config
+from benchmarks.shapes import SHAPES, model_config
 from engine.data.encode import Example
 from engine.runtime.process_memory import held_memory, keep_freed_memory, peak_memory
 from engine.runtime.terminal import table
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def by_arithmetic() -> list[dict[str, Any]]:
-    """Every model that benchmarks/step.py knows, bf16 on a GPU."""
+    """The plan of every model of benchmarks/shapes.py in bf16 on a GPU."""
     rows = []
     for name in SHAPES:
         config = model_config(name)
@@ -65,7 +65,7 @@ def by_arithmetic() -> list[dict[str, Any]]:
 
 
 def worker(path: str, modules: str, policy: str, tokens: int) -> None:
-    """Plan, train two steps, answer with both peaks."""
+    """Plan, train two steps, print both peaks as JSON."""
     keep_freed_memory()
     model = Llama.from_pretrained(path)
     config = LoraConfig(modules=modules)
@@ -79,24 +79,24 @@ def worker(path: str, modules: str, policy: str, tokens: int) -> None:
     plan = predict(model.config, lora.config, policy, held=held_memory("cpu"), **sizes)
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
     for _ in range(2):
-        found = step_gradients(model, lora, rows, optimizer.step + 1, tokens, policy)
-        step_update(model, lora, optimizer, found, lr=1e-4, clip=1.0)
-    told = {"policy": policy, "tokens": tokens, "predicted": plan.total}
-    print(json.dumps(told | {"measured": peak_memory("cpu")}))
+        gradients = step_gradients(model, lora, rows, optimizer.step + 1, tokens, policy)
+        step_update(model, lora, optimizer, gradients, lr=1e-4, clip=1.0)
+    answer = {"policy": policy, "tokens": tokens, "predicted": plan.total}
+    print(json.dumps(answer | {"measured": peak_memory("cpu")}))
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A process for every policy and size."""
-    found = []
+    results = []
     command = [sys.executable, "-m", "benchmarks.memory", "--model", args.model]
     for tokens in args.tokens.split(","):
         for policy in POLICIES:
-            asked = [*command, "--modules", args.modules, "--worker", policy, tokens]
-            done = subprocess.run(asked, capture_output=True, text=True)
+            worker_command = [*command, "--modules", args.modules, "--worker", policy, tokens]
+            done = subprocess.run(worker_command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{policy}, {tokens} tokens:\n{done.stderr[-2000:]}")
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    return results
 
 
 def main() -> None:
@@ -114,8 +114,8 @@ def main() -> None:
         document["measured"] = measured(args)
         lines = [["", "tokens", "predicted GB", "measured GB", "off by"]]
         for r in document["measured"]:
-            said, was = r["predicted"], r["measured"]
-            cells = [f"{said / 1e9:.2f}", f"{was / 1e9:.2f}", f"{said / was - 1:+.1%}"]
+            predicted, peak = r["predicted"], r["measured"]
+            cells = [f"{predicted / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{predicted / peak - 1:+.1%}"]
             lines.append([r["policy"], str(r["tokens"]), *cells])
         print(f"\n{Path(args.model).name}, r 8 on {args.modules}, fp32, peak RSS\n" + table(lines))
     record(document, args.record)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import machine, record
-from benchmarks.step import model_config, random_weights
+from benchmarks.shapes import model_config, random_weights
 from engine.data.encode import Example
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import keep_freed_memory

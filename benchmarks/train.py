@@ -11,7 +11,7 @@ and gradient norms of every step must agree with the peer's to 1e-3.
 Real tokens a second: those of the rows, padding not counted. The floor is measured beside them, by
 one more process: all products of a step with the frozen weights, forward and backward, and with the
 head at the response tokens, each at the micro-batches' own shapes, and nothing else. A peer that
-runs out of memory is named so, and the others go on. The last line is JSON, with --record also
+runs out of memory is named so, and the others continue. The last line is JSON, with --record also
 appended to benchmarks/results/train.jsonl.
 """
 
@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def worker(job: dict[str, Any]) -> None:
-    """Wait for a step's number on stdin, train on it, answer with one line of JSON."""
+    """For each number of a step read from stdin, train on it and print one line of JSON."""
     keep_freed_memory()
     model = Llama.from_pretrained(job["model"])
     lora = load_lora(job["adapter"])
@@ -85,19 +85,19 @@ def worker(job: dict[str, Any]) -> None:
     packing = job["micro_tokens"], job["policy"]
     for line in sys.stdin:
         if line.startswith("floor"):
-            told = {"seconds": floor(model, steps[int(line.split()[1])], job["micro_tokens"])}
+            answer = {"seconds": floor(model, steps[int(line.split()[1])], job["micro_tokens"])}
         else:
             started = time.perf_counter()
             number = optimizer.step + 1
-            found = step_gradients(model, lora, steps[int(line)], number, *packing)
-            done = step_update(model, lora, optimizer, found, job["lr"], job["clip"])
-            told = {"loss": done.loss.item(), "grad_norm": done.norm.item()}
-            told |= {"seconds": time.perf_counter() - started, "rss": peak_memory("cpu")}
-        print(json.dumps(told), flush=True)
+            gradients = step_gradients(model, lora, steps[int(line)], number, *packing)
+            done = step_update(model, lora, optimizer, gradients, job["lr"], job["clip"])
+            answer = {"loss": done.loss.item(), "grad_norm": done.norm.item()}
+            answer |= {"seconds": time.perf_counter() - started, "rss": peak_memory("cpu")}
+        print(json.dumps(answer), flush=True)
 
 
 def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
-    """Seconds of the frozen products of a step, into memory that is there already."""
+    """Seconds of a step's products with frozen weights, into buffers made before."""
     packed = pack([len(example.ids) for example in examples], micro_tokens)
     groups = [[examples[i] for i in indices] for indices in packed]
     batches = [MicroBatch.build(group, 1, model.device, share=True) for group in groups]
@@ -111,9 +111,11 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
         tokens, response = len(batch.tokens), len(batch.targets)
         shapes = []
         for i in range(model.config.num_layers):
-            shapes += [(model.weights[f"{i}.{group}"], i + len(group) > 3) for group in GROUPS]
+            for group in GROUPS:
+                needs_dx = i > 0 or group != "qkv"  # below the first qkv nothing is trained
+                shapes.append((model.weights[f"{i}.{group}"], needs_dx))
         started = time.perf_counter()
-        for weight, needs_dx in shapes:  # the lowest qkv has nothing below it
+        for weight, needs_dx in shapes:
             n, k = weight.shape
             a, b = x.flatten()[: tokens * k].view(tokens, k), y.flatten()[: tokens * n]
             torch.mm(a, weight.T, out=b.view(tokens, n))
@@ -132,7 +134,7 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
 
 
 class Engine:
-    """A process that trains a step when told to. What it says to stderr is shown at its end."""
+    """A process that trains one step per request; its stderr is shown at its end."""
 
     def __init__(self, name: str, command: list[str], folder: str | None = None) -> None:
         drop = ("PYTHONPATH", *set_here) if folder else ()
@@ -162,7 +164,7 @@ class Engine:
         sys.exit(f"{self.name} ended with code {code}:\n{words[-3000:]}")
 
     def close(self) -> None:
-        """End it, and let it say what it had to say."""
+        """End it, and print its stderr."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
@@ -172,9 +174,9 @@ class Engine:
 
 
 def take_turns(engines: list[Engine], products: Engine, count: int) -> tuple[list[float], dict]:
-    """Every step on every engine: seconds of the products, and why an engine is not among the rest.
+    """Every step on every engine; returns seconds of the products, and engine -> why it was lost.
 
-    The first of the engines is ours and has to last.
+    The first of the engines is ours: where it is lost, the benchmark ends.
     """
     floors, lost = [], {}
     for number in range(count):
@@ -187,7 +189,7 @@ def take_turns(engines: list[Engine], products: Engine, count: int) -> tuple[lis
                 if engine is engines[0]:
                     sys.exit(f"{engine.name}: {error}")
                 lost[engine.name] = str(error)
-                print(f"{engine.name}: {error}; the others go on", file=sys.stderr, flush=True)
+                print(f"{engine.name}: {error}; the others continue", file=sys.stderr, flush=True)
         floors.append(products.ask(f"floor {number}")["seconds"])
     return floors, lost
 
@@ -242,7 +244,7 @@ def report(
     tokens = sum(counts)
     truth = engines[1]
     lines = [["", "tokens/s", "slowest..fastest step", "peak RSS", "loss", "gradient norm"]]
-    found: dict[str, Any] = {"floor_tokens_s": tokens / sum(floors), "engines": {}}
+    result: dict[str, Any] = {"floor_tokens_s": tokens / sum(floors), "engines": {}}
     worst = 0.0
     for engine in engines:
         for got, want in zip(engine.steps, truth.steps, strict=True):
@@ -253,27 +255,27 @@ def report(
         rate, last = tokens / sum(s["seconds"] for s in timed), timed[-1]
         cells = [f"{rate:.1f}", f"{rates[0]:.0f} .. {rates[-1]:.0f}", f"{last['rss'] / 1e9:.2f} GB"]
         lines.append([engine.name, *cells, f"{last['loss']:.5f}", f"{last['grad_norm']:.5f}"])
-        found["engines"][engine.name] = {"tokens_s": rate, "steps": engine.steps}
+        result["engines"][engine.name] = {"tokens_s": rate, "steps": engine.steps}
     print(
         f"\n{modules}: {len(counts)} timed steps, {tokens} tokens; losses and gradient norms agree "
         f"to {worst:.1e}"
     )
     if worst > AGREE:
-        sys.exit(f"they differ by more than {AGREE:g}: no speed is reported\n{found}")
+        sys.exit(f"they differ by more than {AGREE:g}: no speed is reported\n{result}")
     print(table(lines + [[name, reason] + [""] * 4 for name, reason in lost.items()]))
-    peers = {e.name: found["engines"][e.name]["tokens_s"] for e in engines[1:]}
+    peers = {e.name: result["engines"][e.name]["tokens_s"] for e in engines[1:]}
     best = max(peers, key=peers.get)
-    mine = found["engines"]["ours"]["tokens_s"]
+    mine = result["engines"]["ours"]["tokens_s"]
     rss = engines[0].steps[-1]["rss"] / next(e for e in engines if e.name == best).steps[-1]["rss"]
-    found["lost"] = lost
-    found |= {"agree": worst, "ratio": mine / peers[best], "best_peer": best, "rss_ratio": rss}
-    found["share_of_floor"] = mine / found["floor_tokens_s"]
+    result["lost"] = lost
+    result |= {"agree": worst, "ratio": mine / peers[best], "best_peer": best, "rss_ratio": rss}
+    result["share_of_floor"] = mine / result["floor_tokens_s"]
     print(
-        f"{found['ratio']:.2f}x {best} (its best), peak RSS {rss:.2f}x; "
-        f"{found['share_of_floor']:.0%} of the matrix products alone "
-        f"({found['floor_tokens_s']:.0f} tokens/s)"
+        f"{result['ratio']:.2f}x {best} (its best), peak RSS {rss:.2f}x; "
+        f"{result['share_of_floor']:.0%} of the matrix products alone "
+        f"({result['floor_tokens_s']:.0f} tokens/s)"
     )
-    return found
+    return result
 
 
 def main() -> None:

@@ -133,14 +133,14 @@ def _check_fields(record: object) -> None:
 
 def _check_context(line: Distilled) -> None:
     """The messages before the turn, and that the id counts the assistant's among them."""
-    for number, said in enumerate(line.messages, 1):
-        if not isinstance(said, dict) or said.keys() != {"role", "content"}:
+    for number, entry in enumerate(line.messages, 1):
+        if not isinstance(entry, dict) or entry.keys() != {"role", "content"}:
             raise ValueError(f"message {number}: expected an object of role and content")
-        if said["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number}: unknown role {said['role']!r}")
-        message(said["role"], said["content"], f"message {number}")
+        if entry["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"message {number}: unknown role {entry['role']!r}")
+        message(entry["role"], entry["content"], f"message {number}")
     check_turns(line.messages, last="user")
-    earlier = sum(said["role"] == "assistant" for said in line.messages)
+    earlier = sum(entry["role"] == "assistant" for entry in line.messages)
     if not re.fullmatch(rf".+/{earlier}", line.id, re.DOTALL):
         raise ValueError(f"id {line.id!r}; expected 'row/{earlier}', as many turns come before it")
 

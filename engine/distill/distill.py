@@ -122,7 +122,7 @@ def distill(
     with (
         lock_file(out),
         ResumedLines(out, settings, resume=resume, wanted=LINE_FIELDS, world=world) as file,
-        Stopping("the rows in flight are finished and kept") as stop,
+        Stopping("the running rows are finished and kept") as stop,
     ):
         finished = {id: distilled_line(record) for id, record in file.done.items()}
         order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
@@ -201,7 +201,7 @@ def _rewrite(
 
 
 def _kept_text(out: Path, order: Sequence[str], file: ResumedLines) -> str:
-    """What a run that was stopped leaves behind."""
+    """The message of a run that was stopped: how many turns are in the file."""
     if file.world.size > 1:
         return f"what was finished is in {out} and its parts"
     finished = sum(name in file.done for name in order)

@@ -67,7 +67,7 @@ def open_run(
         write_json(meta_file, meta)
         return meta
     if not resume:
-        raise ValueError(f"{out} exists already; choose another --out, or --resume to go on")
+        raise ValueError(f"{out} exists already; choose another --out, or --resume to continue")
     if not meta_file.exists():
         raise ValueError(
             f"{out} exists but has no meta.json: it is not a run; choose another --out"
@@ -149,7 +149,7 @@ def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> N
         if not is_right:
             raise ValueError(
                 f"{saved / name} is missing or not what was written (its hash in state.json "
-                f"differs); delete {saved} to go on from the checkpoint before it"
+                f"differs); delete {saved} to resume from the checkpoint before it"
             )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: `Run.loop` is the loop itself, its other methods what the loop calls
+"""The training loop: `Run.loop`, and the methods that it calls
 
 batches        the order of the examples, fixed by the seed
 Run.loop       per step: gradients, update, metrics; at times validation and a checkpoint
@@ -56,7 +56,7 @@ def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
 
 @dataclass
 class Run:
-    """A training run: what it trains, and what it keeps account of."""
+    """A training run: model, adapter and optimizer, and the account of its time and work."""
 
     model: Llama
     lora: Lora
@@ -148,7 +148,7 @@ class Run:
             self.state["micro_tokens"] = max(micro_tokens // 2, 1)
             print(
                 f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
-                f"going on with {self.state['micro_tokens']}"
+                f"continuing with {self.state['micro_tokens']}"
             )
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()

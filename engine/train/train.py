@@ -1,6 +1,6 @@
 """Training an adapter: LoRA on packed rows, every gradient written down (model/llama.py)
 
-    train_job    what scripts/train.py does: rows -> examples -> train, or print encoded examples
+    train_job    scripts/train.py: rows -> examples -> train, or print encoded examples
     train        a run directory from beginning to end; the loop itself is `Run.loop` (loop.py)
 
 A step depends on (seed, step) alone, so on a CPU a resumed run is the undisturbed run, bit for bit.
@@ -145,7 +145,7 @@ def train(
         if saved is not None:
             run.state = checkpoint.load_checkpoint(saved, lora, optimizer)
         metrics_so_far = checkpoint.restore_metrics(out, saved) if world.is_rank0 else []
-        with Stopping("the step in flight is finished and a checkpoint written") as stop:
+        with Stopping("the running step is finished and a checkpoint written") as stop:
             try:
                 with world.report_lost_rank():
                     run.loop(metrics_so_far, stop)

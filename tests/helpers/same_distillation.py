@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DISTILL = str(ROOT / "scripts" / "distill.py")
 SETTINGS = {  # name -> (what starts it, flags)
-    "64 rows": ([], ["--rows", "64"]),
+    "64 rows together": ([], ["--rows", "64"]),
     "as it is": ([], []),
     "7 rows, no drafts": ([], ["--rows", "7", "--draft", "off"]),
     "24 rows, every draft": ([], ["--rows", "24", "--draft", "always"]),
-    "3 steps a visit": ([], ["--rows", "16", "--draft", "off", "--steps", "3"]),
+    "3 steps a synchronisation": ([], ["--rows", "16", "--draft", "off", "--steps", "3"]),
     "short of memory": ([], ["--kv-memory", "0.1"]),
     "short chunks": ([], ["--prefill-tokens", "64"]),
     "1 thread": ([], ["--threads", "1"]),

@@ -127,9 +127,7 @@ def test_micro_batches_change_nothing(tiny_llama_dir):
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_prefix_that_all_prompts_share_is_computed_once_and_changes_nothing(
-    tiny_llama_dir, policy
-):
+def test_a_shared_prompt_prefix_is_computed_once_and_changes_nothing(tiny_llama_dir, policy):
     """fp64: loss and every gradient, prompts equal but for their last token among them."""
     model = Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float64)
     lora = new_lora(model, rank=3, modules="all", seed=1)
@@ -351,7 +349,7 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_writes_a_checkpoint_and_the_run_goes_on(tiny_llama_dir, tmp_path, by):
+def test_a_signal_writes_a_checkpoint_and_the_run_is_resumed(tiny_llama_dir, tmp_path, by):
     """At step 5; then at the last step, behind which the adapter is finished but the job must not
     go on (the main job trained the other arm); then undisturbed."""
     path, out = tiny_llama_dir(), tmp_path / "asked"
@@ -386,7 +384,7 @@ run_main(main, "the same command with --resume goes on")
 """
 
 
-def test_a_finished_run_is_held_against_its_checkpoint(tiny, tmp_path, capsys):
+def test_a_damaged_published_adapter_is_restored_or_refused(tiny, tmp_path, capsys):
     """A published adapter that was damaged is mended or refused, and what is returned is the
     finished adapter, also where all checkpoints are gone."""
     out = tmp_path / "run"
@@ -436,7 +434,7 @@ def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
     assert summary["since_step"] == 6 and "s since step 6, " in summary_text(summary, out)
 
 
-def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_micro_batches(tiny, tmp_path, monkeypatch, capsys):
     """What did not fit at 64 tokens is done with 32, also after a resume; a lone row is named."""
     step, sizes, most = step_module.micro_step, [], 60
 
@@ -449,7 +447,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monk
     monkeypatch.setattr(step_module, "micro_step", small_machine)
     lora, _ = run_training(tiny, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "out of memory with micro-batches of 64 tokens; going on with 32" in said
+    assert "out of memory with micro-batches of 64 tokens; continuing with 32" in said
     assert max(sizes) > most and sum(n > most for n in sizes) == 1, "it was tried again"
     monkeypatch.setattr(step_module, "micro_step", step)
     plain, _ = run_training(tiny, tmp_path / "plain")
@@ -466,7 +464,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on(tiny, tmp_path, monk
         run_training(tiny, tmp_path / "never")
 
 
-def test_other_errors_are_not_taken_for_memory(tiny, tmp_path, monkeypatch):
+def test_other_errors_are_not_out_of_memory(tiny, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("size mismatch")
 
@@ -498,7 +496,7 @@ def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path, monkeypatch):
         run_training(tiny, tmp_path / "run", config)
 
 
-def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
+def test_a_run_that_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "micro_step", lambda m, lora, b, p: torch.ones(len(b.owners)))
         with pytest.raises(ValueError, match="gradient is exactly zero"):
@@ -514,7 +512,7 @@ def test_what_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
         run_training(tiny, tmp_path / "zero")
 
 
-def test_steps_instead_of_epochs():
+def test_max_steps_instead_of_epochs():
     plan = list(batches(10, dataclasses.replace(SMALL, max_steps=7)))
     assert [len(rows) for _, rows in plan] == [4, 4, 2, 4, 4, 2, 4]
     assert [epoch for epoch, _ in plan] == [0, 0, 0, 1, 1, 1, 2]
@@ -533,7 +531,7 @@ def test_steps_instead_of_epochs():
         ({"keep": 0}, "keep 0"),
     ],
 )
-def test_settings_that_cannot_train(change, message):
+def test_settings_that_cannot_train_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change).check()
 
@@ -564,7 +562,7 @@ def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
     assert [(x["step"], x["nll"]) for x in noted] == [(2, 1), (4, 0), (6, 1), (8, 2), (10, 3)]
 
 
-def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
+def test_validation_measures_held_out_loss_and_drift(tiny_llama_dir, tmp_path):
     """nll is evaluate's; kl is 0 for an adapter that does nothing and above 0 for one that does."""
     path = tiny_llama_dir(tokenizer=True)
     model, chat = Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
@@ -593,7 +591,7 @@ def test_validation_measures_what_it_says(tiny_llama_dir, tmp_path):
         (ValidateConfig(val_prompts=65), "val_prompts 65"),
     ],
 )
-def test_validation_settings(config, message):
+def test_validation_settings_that_cannot_be_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         config.check()
 

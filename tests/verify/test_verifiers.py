@@ -2,7 +2,7 @@
 
 And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
 
-`number` and `call` have their cases in test_numbers_and_calls.py and test_selection.py, and
+`number` and `call` have their cases in test_numbers_and_calls.py and test_number_and_call.py, and
 the forms in which programs are written theirs in test_programs.py.
 """
 
