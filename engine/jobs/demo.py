@@ -12,11 +12,12 @@ No two rows, of whichever split, share their text, nor their schema together wit
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from engine.runtime.files import write_text
 
 TABLE = Path(__file__).with_name("demo_problems.txt")
 LARGEST = 200  # no intermediate result is larger
@@ -125,8 +126,6 @@ def write_demo(out_dir: Path, n_train: int, n_test: int, seed: int = 0) -> tuple
             for i, p in enumerate(part)
         ]
         path = out_dir / f"{split}.json"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps(rows, indent=1) + "\n")
         paths.append(path)
     return paths[0], paths[1]
