@@ -65,13 +65,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model and everything that goes with it."""
+    """A loaded model with its chat format, and the processes that share the job."""
 
     config: ModelConfig
     model: Llama
     chat: Chat
     fingerprint: str  # of the checkpoint
-    settings: dict[str, Any]  # what of this may change a result, for resuming
+    settings: dict[str, Any]  # what can change a result; a file is resumed under equal ones
     world: World = World()  # the processes of the job
 
     @classmethod
