@@ -1,4 +1,4 @@
-"""Presets: named sets of defaults for the flags; what is typed wins
+"""Presets: named sets of defaults for the flags; a typed flag wins
 
     python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
 
@@ -7,47 +7,56 @@ form, selection, LoRA, rate, schedule, epochs, batch, cut-off and decoding, as p
 1.2 to 1.4). `default` is for other models, with their own chat template, and was chosen by
 measurement: LoRA on all linears at 3e-4, with the paper's dropout; else the flags' own defaults.
 
-How it was chosen (SmolLM2-135M-Instruct, SDFT, 120 rows, 2 epochs, one training seed; the README
-has the table): on OpenFunctions all linears at 3e-4 reach the target of q and v at 1e-3 (18 and 20
-of 112 exact calls) and its held-out NLL (0.556, 0.554) with a third of the forgetting (KL to the
-seed 0.025, 0.080); on Alpaca nearly its NLL (1.805, 1.796) with half (0.048, 0.087). q and v at
-3e-4 learn too little in so few steps (2 of 112), all linears at 1e-3 forget most (0.128 on Alpaca).
-Rank 32 instead of 8 changes nothing that shows.
+How it was chosen (SmolLM2-135M-Instruct, SDFT, 120 rows, 2 epochs, one training seed; the table is
+in benchmarks/results/real_data.md): on OpenFunctions all linears at 3e-4 reach the target of q and
+v at 1e-3 (18 and 20 of 112 exact calls) and its held-out NLL (0.556, 0.554) with a third of the
+forgetting (KL to the seed 0.025, 0.080); on Alpaca nearly its NLL (1.805, 1.796) with half (0.048,
+0.087). q and v at 3e-4 learn too little in so few steps (2 of 112); all linears at 1e-3 forget most
+(0.128 on Alpaca). Rank 32 instead of 8 makes no visible difference.
 
-Where we deviate from the published code with its settings. `--paper-exact` brings back those
-marked (x), which change what is trained on (`select.PAPER`, `verifiers.PUBLISHED`):
+Differences between the published code and this engine under its settings. `--paper-exact` restores
+the published behaviour of those marked (x), which change what is trained on (`selection.PAPER`,
+`paper_rules.PUBLISHED`):
 
-    (x) numbers        two texts without an integer are equal there (the INVALID sentinel); "1, 2"
-                       is read as 12 and "5-3" as -3: `number` wants the same exact number
-    (x) calls          compared letter by letter there, as a substring: `call` compares meaning
-    (x) programs       accepted there for "```python" and a beginning, which is all that
-                       yang2024-magicoder's `paper_code` looks at; `code` runs the row's tests
-    (x) truncated      rewrites that hit 512 tokens are trained with an end token there; here they
-                       give way to the reference
-    (x) prefix         "Great! Let's think step by step." is shown to the model but dropped from the
-                       target there; here the target begins with it
-    (x) conversations  only the last answer is rewritten there, the others are trained on as given;
-                       here each is, with the earlier rewrites as context
-    (x) long prompts   that ask for a rewrite lose their end (the reference, the response marker)
-                       at 1,024 tokens there; here they are whole, or counted as prompt_too_long
-    (x) long examples  lose the ends of prompt and answer in proportion at 1,024 tokens there, so
-                       every row is trained on; here the answer's end goes (--truncate, counted),
-                       and a turn whose prompt leaves it no room is left out (--drop-long, counted).
-                       train.py alone takes --cut-in-proportion for it
-    (x) guards         only a ban list there; here also garbled, echo, repeats_prompt, refusal,
-                       not_refused
+                       published                              here
+    (x) numbers        two texts without an integer are       `number`: the same exact number
+                       equal; "1, 2" is 12, "5-3" is -3
+    (x) calls          compared letter by letter, as a        `call`: the same call, parsed
+                       substring
+    (x) programs       "```python" and a beginning are        `code`: the program passes the row's
+                       accepted; yang2024-magicoder's         tests
+                       `paper_code` checks no more
+    (x) truncated      rewrites that hit 512 tokens are       the reference is used instead
+                       trained with an end token
+    (x) prefix         "Great! Let's think step by step."     the target begins with it
+                       is shown to the model but dropped
+                       from the target
+    (x) conversations  only the last answer is rewritten,     every answer is rewritten, with the
+                       the others are trained on as given     earlier rewrites as context
+    (x) long prompts   a request for a rewrite loses its      whole, or counted as prompt_too_long
+                       end (the reference, the response
+                       marker) at 1,024 tokens
+    (x) long examples  prompt and answer lose their ends in   the answer's end is cut (--truncate,
+                       proportion at 1,024 tokens, so every   counted); a turn whose prompt leaves
+                       row is trained on                      it no room is left out (--drop-long,
+                                                              counted). train.py alone takes
+                                                              --cut-in-proportion for it
+    (x) guards         a ban list                             also garbled, echo, repeats_prompt,
+                                                              refusal, not_refused
 
-    row alignment      a row with an empty prompt shifts all later rewrites by one there; here rows
-                       have ids, and an empty prompt is refused by name
-    the ids trained    a rewrite is encoded again from its text there; here the sampled ids are used
-    prefix's space     the one at its end is sampled here, with the word that follows
-    alpaca turns       an earlier answer is closed by the end token here, in sampling and training
-    micro-batches      2 x 4 accumulated there, each mean over its own tokens; here a step's loss is
-                       the mean over the tokens of all its 8 rows
-    dropout            one mask per module there; here one for q, k, v together, by counter
-    precision, seed    fp16 sampling with torch's generator, seed 42, there; here the model's dtype,
-                       and random numbers named by seed, row and position: texts cannot be the same
-    empty rewrites     are trained on as such there; here they fall back to the reference, always
+    row alignment      a row with an empty prompt shifts      rows have ids; an empty prompt is
+                       all later rewrites by one              refused by name
+    trained ids        a rewrite is encoded again from text   the sampled ids
+    space of a prefix  its last space belongs to the prefix   sampled, with the word that follows
+    alpaca turns       an earlier answer is not closed        closed by the end token, in sampling
+                                                              and training
+    micro-batches      2 x 4 accumulated, each a mean over    the mean over the tokens of all 8 rows
+                       its own tokens                         of a step
+    dropout            one mask per module                    one for q, k, v together, by counter
+    precision, seed    fp16 sampling, torch's generator,      the model's dtype; random numbers by
+                       seed 42                                seed, row and position: the texts
+                                                              cannot be the same
+    empty rewrites     are trained on                         the reference is used instead, always
 
 The evaluations (sampled decoding, prompts with an answer format) are no part of a preset.
 """
@@ -87,7 +96,7 @@ _PAPER: dict[str, Any] = {
     "drop_long": True,
     "seed": 42,
 }
-_FIVE = {"epochs": 5}
+_FIVE_EPOCHS = {"epochs": 5}
 PRESETS: dict[str, Mapping[str, Any]] = {
     "default": {"modules": "all", "lr": 3e-4, "dropout": 0.1},
     "yang2024-alpaca": _PAPER,
@@ -95,9 +104,9 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "yang2024-lima": _PAPER,
     "yang2024-openhermes": _PAPER,
     "yang2024-gsm8k": _PAPER
-    | _FIVE
+    | _FIVE_EPOCHS
     | {"chat_format": "llama2", "template": "gsm8k", "verify": "number", "system": GSM8K_SYSTEM},
-    "yang2024-openfunctions": _PAPER | _FIVE | {"template": "refer", "verify": "call"},
+    "yang2024-openfunctions": _PAPER | _FIVE_EPOCHS | {"template": "refer", "verify": "call"},
     "yang2024-magicoder": _PAPER | {"template": "refer", "verify": "paper_code"},
 }
 
@@ -107,12 +116,12 @@ def get_preset(name: str) -> Mapping[str, Any]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"no preset {name!r}; {meant}wanted one of {', '.join(PRESETS)}")
+        raise ValueError(f"no preset {name!r}; {meant}expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
-    """The arguments, under the defaults of `--preset`; says what the preset set.
+    """The arguments under the defaults of `--preset`; prints the settings of the preset.
 
     With `--help` too: it shows the defaults of the preset that is named beside it.
     """
@@ -132,11 +141,12 @@ def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
         parser.epilog = f"The defaults shown are those of --preset {name}."
     args = parser.parse_args(given)
     if preset:
-        said = []
+        settings = []
         for flag, value in preset.items():
-            typed = str(getattr(args, flag)) != str(value)
-            said.append(f"{flag}={getattr(args, flag)!r}" + (" (typed)" if typed else ""))
-        print(f"preset {name}: {', '.join(said)}")
+            used = getattr(args, flag)
+            mark = "" if str(used) == str(value) else " (typed)"
+            settings.append(f"{flag}={used!r}{mark}")
+        print(f"preset {name}: {', '.join(settings)}")
     return args
 
 

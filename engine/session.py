@@ -1,4 +1,4 @@
-"""What every script needs first: the model with its tokenizer and chat format, checked."""
+"""A session: the model with its tokenizer and chat format, opened, checked and announced."""
 
 from __future__ import annotations
 
@@ -56,59 +56,49 @@ class ModelConfig:
     #   [default: today]
 
     def check(self) -> None:
-        """ValueError for what cannot be run."""
+        """ValueError for settings that cannot run."""
         # many times the CPUs is slow; a hundred thousand threads end the process
         check_numbers(self, threads=(0, max(256, os.cpu_count() or 1)))
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded model and everything that goes with it."""
+    """A loaded model with its chat format, and the processes that share the job."""
 
     config: ModelConfig
     model: Llama
     chat: Chat
     fingerprint: str  # of the checkpoint
-    settings: dict[str, Any]  # what of this may change a result, for resuming
+    settings: dict[str, Any]  # what can change a result; a file is resumed under equal ones
     world: World = World()  # the processes of the job
 
     @classmethod
     def open(cls, config: ModelConfig) -> Session:
-        """Load and announce; ValueError for anything missing or unknown, before the weights."""
+        """Load the model and print where it runs.
+
+        ValueError for anything missing or unknown, before the weights are loaded.
+        """
         config.check()
-        if config.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device {config.device!r}: auto, cpu or cuda is wanted")
-        if config.dtype != "auto" and config.dtype not in DTYPES:
-            raise ValueError(f"dtype {config.dtype!r}: auto or one of {', '.join(DTYPES)}")
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda: torch finds no GPU here; use --device cpu")
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_of(config)
         world = start(device)
         if config.shard and world.size == 1:
             raise ValueError(
                 "--shard shares the weights out over several processes, this is one; start it with "
                 "torchrun --nproc-per-node N, or leave --shard out"
             )
-        return_freed_memory() if config.shard else keep_freed_memory()
-        dtype = DTYPES.get(config.dtype) or default_dtype(device)
-        if device == "cuda" and config.dtype in ("auto", "bfloat16") and not has_bf16_units(device):
-            what = "float32 is taken" if config.dtype == "auto" else "bfloat16 is emulated, slowly"
-            print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {what}")
+        if config.shard:
+            return_freed_memory()
+        else:
+            keep_freed_memory()
+        dtype = dtype_of(config, device)
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
-        threads = config.threads or within_limits(torch.get_num_threads())
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
+        set_threads(config.threads)
         started = time.perf_counter()
-        tokenizer = load_tokenizer(path)
-        try:
-            now = datetime.fromisoformat(config.date) if config.date else datetime.now()
-        except ValueError:
-            raise ValueError(f"date {config.date!r}: YYYY-MM-DD is wanted") from None
-        wanted = None if config.chat_format == OWN else config.chat_format
-        chat = Chat.from_dir(path, tokenizer, wanted, now=now)
+        now = date_of(config)
+        chat = open_chat(config, now)
         with memory_for("loading the weights", LOAD_LESS):
             model = Llama.from_pretrained(
                 path, device=device, dtype=dtype, ops=ops, shard=config.shard
@@ -128,57 +118,55 @@ class Session:
         return session
 
     def facts(self) -> dict[str, Any]:
-        """What runs where, for people."""
-        m = self.model
+        """The model, its size and where it runs, as summary.json holds them."""
+        model = self.model
         return {
             "path": self.config.model,
-            "parameters": sum(map(math.prod, checkpoint_shapes(m.config).values())),
-            "dtype": str(m.dtype),
-            "device": str(m.device),
-            "ops": m.ops.name,
-            "ops_table": m.ops.table(),
+            "parameters": sum(map(math.prod, checkpoint_shapes(model.config).values())),
+            "dtype": str(model.dtype),
+            "device": str(model.device),
+            "ops": model.ops.name,
+            "ops_table": model.ops.table(),
             "chat_format": self.chat.name,
             "fingerprint": self.fingerprint,
         }
 
-    def alone(self, what: str) -> None:
-        """ValueError under torchrun, for what one process does."""
+    def require_one_process(self, job: str) -> None:
+        """ValueError under torchrun, for a job that several processes cannot share."""
         if self.world.size > 1:
             raise ValueError(
-                f"{what} is done by one process, this is a job of {self.world.size}; start "
+                f"{job} is done by one process, this is a job of {self.world.size}; start "
                 "scripts/distill.py and scripts/train.py under torchrun, the rest without it"
             )
 
     def announce(self, seconds: float) -> None:
-        """One paragraph: what runs where."""
-        f = self.facts()
-        said = (
-            f"model: {f['path']}, {f['parameters'] / 1e6:.1f} M parameters, {f['dtype']} on "
-            f"{f['device']}{self._shared()}, {self._threads()}, ops {f['ops']}, "
-            f"chat format {f['chat_format']}; loaded in {seconds:.1f} s"
+        """Print the model, where it runs, and the seconds that loading took."""
+        facts = self.facts()
+        shared = f", shared out over {self.world.size} processes" if self.model.is_sharded else ""
+        threads = f"{torch.get_num_threads()} threads"
+        if waiting():
+            threads += f" ({waiting()})"
+        text = (
+            f"model: {facts['path']}, {facts['parameters'] / 1e6:.1f} M parameters, "
+            f"{facts['dtype']} on {facts['device']}{shared}, {threads}, ops {facts['ops']}, "
+            f"chat format {facts['chat_format']}; loaded in {seconds:.1f} s"
         )
-        print(visible(said))
-
-    def _threads(self) -> str:
-        return f"{torch.get_num_threads()} threads" + (f" ({waiting()})" if waiting() else "")
-
-    def _shared(self) -> str:
-        return f", shared out over {self.world.size} processes" if self.model.is_sharded else ""
+        print(visible(text))
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
         """Adapters by the name of their directory, which must differ."""
-        found: dict[str, Lora] = {}
+        adapters: dict[str, Lora] = {}
         for path in paths:
             name = Path(path).resolve().name
-            if name in found or name == "seed":
+            if name in adapters or name == "seed":
                 raise ValueError(
                     f"adapter {path}: the name {name!r} is taken; rename the directory"
                 )
-            found[name] = self.adapter(path)
-        return found
+            adapters[name] = self.adapter(path)
+        return adapters
 
     def adapter(self, path: str | Path) -> Lora:
-        """The adapter of a directory; says so where it was trained in another chat format."""
+        """The adapter of a directory; warns where it was trained in another chat format."""
         refuse_damaged(Path(path))
         lora = load_lora(path)
         self.model.bind(lora)
@@ -187,8 +175,8 @@ class Session:
             print(f"WARNING: adapter {path}: {why}")
         return lora
 
-    def note_systems(self, adapters: Sequence[str], rows: Sequence[Any]) -> None:
-        """Say where adapters were trained with a system message that `rows` do not have."""
+    def note_other_system(self, adapters: Sequence[str], rows: Sequence[Any]) -> None:
+        """Print a note where an adapter was trained with a system message that `rows` lack."""
         given = common_system([row.messages for row in rows])
         for path in adapters:
             trained = TrainedChat.read(path)
@@ -199,14 +187,59 @@ class Session:
                 )
 
 
+def device_of(config: ModelConfig) -> str:
+    """ "cpu" or "cuda"; ValueError where the device is unknown or missing."""
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {config.device!r}: expected auto, cpu or cuda")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU here; use --device cpu")
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(config: ModelConfig, device: str) -> torch.dtype:
+    """The dtype to compute in; prints a line where the GPU has no units for bfloat16."""
+    if device == "cuda" and config.dtype in ("auto", "bfloat16") and not has_bf16_units(device):
+        taken = "float32 is taken" if config.dtype == "auto" else "bfloat16 is emulated, slowly"
+        print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {taken}")
+    return DTYPES.get(config.dtype) or default_dtype(device)
+
+
+def set_threads(asked: int) -> None:
+    """Use that many CPU threads; 0: torch's choice within the limits of the container."""
+    threads = asked or within_limits(torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def date_of(config: ModelConfig) -> datetime:
+    """The date that chat templates are told."""
+    if not config.date:
+        return datetime.now()
+    try:
+        return datetime.fromisoformat(config.date)
+    except ValueError:
+        raise ValueError(f"date {config.date!r}: expected YYYY-MM-DD") from None
+
+
+def open_chat(config: ModelConfig, now: datetime) -> Chat:
+    """The chat format over the checkpoint's tokenizer."""
+    path = Path(config.model)
+    name = None if config.chat_format == OWN else config.chat_format
+    return Chat.from_dir(path, load_tokenizer(path), name, now=now)
+
+
 def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
-    """The config under which adapters are asked: in the chat format they were trained with, unless
-    one was typed. ValueError where they were trained with several."""
+    """The config with the chat format that the adapters were trained with, unless one was typed.
+
+    ValueError where they were trained with several.
+    """
     records = {path: TrainedChat.read(path) for path in adapters}
     formats = {path: record.chat_format for path, record in records.items() if record is not None}
     if config.chat_format is not None or not formats:
         return config
-    if len({*formats.values()}) > 1:
+    if len(set(formats.values())) > 1:
         listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
         raise ValueError(
             f"the adapters were trained with different chat formats ({listed}); ask them apart, or "
@@ -219,33 +252,28 @@ def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
 
 
 def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:
-    """The config under which the run of these meta files, those that are there, goes on.
+    """The config with the date and dtype of the run that these meta files belong to.
 
-    What was left to a default that changes by itself (the day's date, the dtype of the device) is
-    what the run began with, which is said; what was typed stays.
+    Defaults that change by themselves (the day's date, the dtype of the device) are taken from the
+    first meta file that exists, and printed where they differ from today's; what was typed stays.
     """
-    for file in metas:
-        if not file.exists():
-            continue
-        meta = read_json(file)
-        settings = meta.get("settings")
-        begun = meta | (settings if isinstance(settings, dict) else {})
-        date, dtype = begun.get("date"), str(begun.get("dtype")).removeprefix("torch.")
-        changes = {}
-        if config.date is None and isinstance(date, str):
-            changes["date"] = date
-        if config.dtype == "auto" and dtype in DTYPES:
-            changes["dtype"] = dtype
-        there = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        now = {"date": datetime.now().date().isoformat()}
-        now |= {"dtype": str(default_dtype("cuda" if there else "cpu")).removeprefix("torch.")}
-        differ = [f"{name} {value}" for name, value in changes.items() if value != now[name]]
-        if differ:
-            print(f"going on with what {file} was begun with: {', '.join(differ)}")
-        return dataclasses.replace(config, **changes)
-    return config
-
-
-def resolved(*configs: Any) -> dict[str, Any]:
-    """The settings of a run by class name, for printing and saving."""
-    return {type(c).__name__: dataclasses.asdict(c) for c in configs}
+    existing = [file for file in metas if file.exists()]
+    if not existing:
+        return config
+    file = existing[0]
+    meta = read_json(file)
+    settings = meta.get("settings")
+    begun = meta | (settings if isinstance(settings, dict) else {})
+    date, dtype = begun.get("date"), str(begun.get("dtype")).removeprefix("torch.")
+    changes = {}
+    if config.date is None and isinstance(date, str):
+        changes["date"] = date
+    if config.dtype == "auto" and dtype in DTYPES:
+        changes["dtype"] = dtype
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    default = str(default_dtype("cuda" if on_gpu else "cpu")).removeprefix("torch.")
+    today = {"date": datetime.now().date().isoformat(), "dtype": default}
+    differ = [f"{name} {value}" for name, value in changes.items() if value != today[name]]
+    if differ:
+        print(f"going on with what {file} was begun with: {', '.join(differ)}")
+    return dataclasses.replace(config, **changes)

@@ -21,7 +21,7 @@ from engine.distill.distill import distill_file
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
-from engine.runtime.resumable_answers import meta_of
+from engine.runtime.resumable import meta_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_begun
 
@@ -54,7 +54,7 @@ def main() -> None:
     )
     with lock_file(args.out):
         distill_file(
-            Session.open(as_begun(model, meta_of(args.out))),
+            Session.open(as_begun(model, meta_file(args.out))),
             data,
             args.out,
             distilling,

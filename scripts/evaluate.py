@@ -22,7 +22,7 @@ from engine.evaluate.target_task import evaluate_job, nll_file
 from engine.evaluate.tasks.run import TaskConfig, tasks_job
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory, lock_file
-from engine.runtime.resumable_answers import meta_of
+from engine.runtime.resumable import meta_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_begun, as_trained
 from engine.verify.verifiers import get_verifier
@@ -67,7 +67,7 @@ def main() -> None:
         data = from_flags(DataConfig, args)
         get_verifier(args.verify)
         with lock_file(args.out):
-            metas = meta_of(args.out), meta_of(nll_file(args.out))
+            metas = meta_file(args.out), meta_file(nll_file(args.out))
             session = Session.open(as_trained(as_begun(model, *metas), args.adapter))
             evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
         return

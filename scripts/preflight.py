@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
+from engine.jobs.job_config import JobConfig
 from engine.jobs.preflight import PreflightConfig, preflight
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
@@ -40,17 +41,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = from_flags(ModelConfig, args)
-    configs = [
-        from_flags(DataConfig, args),
-        from_flags(PreflightConfig, args),
-        from_flags(DistillConfig, args),
-        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
-        from_flags(EncodeConfig, args),
-        from_flags(TrainConfig, args),
-        from_flags(LoraConfig, args),
-    ]
-    preflight(Session.open(model), *configs)
+    config = JobConfig(
+        model=from_flags(ModelConfig, args),
+        data=from_flags(DataConfig, args),
+        job=from_flags(PreflightConfig, args),
+        distill=from_flags(DistillConfig, args),
+        sampling=from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+        encode=from_flags(EncodeConfig, args),
+        train=from_flags(TrainConfig, args),
+        lora=from_flags(LoraConfig, args),
+    )
+    preflight(Session.open(config.model), config)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.evaluate.tasks.run import TaskConfig
-from engine.jobs.sdft import SdftConfig, run
+from engine.jobs.job_config import JobConfig
+from engine.jobs.sdft import SdftConfig, sdft_job
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
-from engine.runtime.locking import lock_directory
-from engine.runtime.resumable_answers import meta_of
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, Session, as_begun
+from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
@@ -48,21 +47,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model, job = from_flags(ModelConfig, args), from_flags(SdftConfig, args)
-    configs = [
-        from_flags(DataConfig, args),
-        job,
-        from_flags(DistillConfig, args),
-        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
-        from_flags(EncodeConfig, args),
-        from_flags(TrainConfig, args),
-        from_flags(LoraConfig, args),
-        from_flags(TaskConfig, args, samples=1, paper=False),
-        from_flags(ValidateConfig, args),
-    ]
-    out = Path(job.out)
-    with lock_directory(out):
-        run(Session.open(as_begun(model, meta_of(out / "distilled.jsonl"))), *configs)
+    sdft_job(
+        JobConfig(
+            model=from_flags(ModelConfig, args),
+            data=from_flags(DataConfig, args),
+            job=from_flags(SdftConfig, args),
+            distill=from_flags(DistillConfig, args),
+            sampling=from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
+            encode=from_flags(EncodeConfig, args),
+            train=from_flags(TrainConfig, args),
+            lora=from_flags(LoraConfig, args),
+            tasks=from_flags(TaskConfig, args, samples=1, paper=False),
+            validate=from_flags(ValidateConfig, args),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers.scripts import write_word_problems
+
 # Where there is no GPU, kernels run in triton's interpreter; it is decided when triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -103,6 +105,18 @@ def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def chat_dir(tiny_llama_dir: Callable[..., Path]) -> Path:
+    """A random Llama of two layers with a tokenizer and a ChatML template."""
+    return tiny_llama_dir(tokenizer=True)
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """A folder with train.json and test.json: 8 and 4 word problems."""
+    return write_word_problems(tmp_path)
 
 
 @pytest.fixture

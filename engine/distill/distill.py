@@ -41,11 +41,11 @@ from engine.measure.likelihood import Scorer
 from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
-from engine.runtime.resumable_lines import ResumedLines
+from engine.runtime.resumable import ResumedLines
 from engine.runtime.stopping import Stopping
 from engine.runtime.terminal import progress
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig, SamplerStats
-from engine.sampling.sampler import Sampler
 from engine.session import Session
 from model.chat import Chat
 from model.llama import Llama
@@ -173,7 +173,7 @@ def _rewrite(
     several = any(stage.tries > 1 for stage in config.stages)
     needs_scorer = config.choose == "likelihood" and several
     with (
-        Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling) as sampler,
+        ChatGenerator(model, chat, sampling).sampler() as sampler,
         Scorer(model, []) if needs_scorer else nullcontext() as scorer,
         progress(total=total, desc="distill", unit="turn", disable=not file.world.is_rank0) as bar,
     ):

@@ -29,7 +29,7 @@ from engine.measure.likelihood import (
 from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
-from engine.runtime.resumable_lines import ResumedLines
+from engine.runtime.resumable import ResumedLines
 from engine.runtime.terminal import progress
 from model.chat import Chat
 from model.llama import Llama

@@ -24,7 +24,7 @@ from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.selection import judge
 from engine.measure.likelihood import Scorer
-from engine.runtime.resumable_lines import ResumedLines
+from engine.runtime.resumable import ResumedLines
 from engine.sampling.requests import Completion, Request
 from engine.sampling.sampler import Sampler
 from engine.verify.verifiers import get_verifier

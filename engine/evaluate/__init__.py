@@ -1,1 +1,1 @@
-"""The target task, tasks/, retention, lm-eval."""
+"""Scores of the seed and of adapters: the target task, tasks/, retention, lm-eval (README.md)."""

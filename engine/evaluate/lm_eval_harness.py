@@ -1,9 +1,9 @@
 """lm-evaluation-harness over this engine: MMLU, TruthfulQA, ARC, HellaSwag, WinoGrande, ...
 
 The harness (extra `eval`: lm-eval) brings tasks, prompts and metrics; here is the model class that
-it asks for log-likelihoods and texts. Several continuations of one context (the choices of a
-question) are scored behind one copy of it (engine/measure/likelihood.py). No chat template is
-applied, as in the paper (paper.md 1.6).
+it asks for log-likelihoods and texts. A context is computed once for all its continuations (the
+choices of a question; likelihood.Scorer). No chat template is applied, as in the paper (paper.md
+1.6).
 
     OUT/lm_eval.jsonl    a line per arm and task: {arm, task, n, metrics, right}
 """
@@ -15,16 +15,16 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate.target_task import Arms, adapter_hashes
+from engine.evaluate.arms import Arms, adapter_hashes
 from engine.measure.intervals import lost_won, mcnemar, wilson
 from engine.measure.likelihood import Scorer, ScoringRequest, scoring_batches
-from engine.runtime.files import AppendedLines
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
-from engine.runtime.resumable_answers import resume_lines
+from engine.runtime.resumable import ResumedLines
 from engine.runtime.terminal import progress, table
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
@@ -48,17 +48,17 @@ class HarnessConfig:
     lm_eval_limit: int | None = None  # use only the first N questions of each task [default: all]
 
     def check(self) -> None:
-        """ValueError for numbers that cannot be."""
+        """ValueError for numbers out of range."""
         check_numbers(self, lm_eval_limit=(1, MOST))
 
 
 def leave_scripts_out() -> None:
-    """Take scripts/ off the path of modules, which begins with it when one of them runs.
+    """Remove scripts/ from sys.path, which begins with it when one of the scripts runs.
 
     Its evaluate.py is not the package `evaluate` that tasks of the harness import (squadv2).
     """
     scripts = Path(__file__).resolve().parents[2] / "scripts"
-    sys.path[:] = [place for place in sys.path if Path(place).resolve() != scripts]
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != scripts]
 
 
 def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) -> Any:
@@ -68,11 +68,11 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     model, tokenizer = session.model, session.chat.tokenizer
-    most = model.config.max_position
+    longest = model.config.max_position
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     session.chat.check_ids([id for id in (bos, eos) if id is not None])
 
-    class Engine(TemplateLM):
+    class EngineModel(TemplateLM):
         """Requests of the harness, answered by packed forwards and by the sampler."""
 
         cut = 0  # contexts that lost their beginning to fit the model
@@ -86,87 +86,93 @@ def harness_model(session: Session, lora: Lora | None, sampling: SamplerConfig) 
             return eos if bos is None else bos
 
         def tok_encode(self, string: str, add_special_tokens: Any = None, **_: Any) -> list[int]:
-            """Ids as transformers encodes a text: special tokens are recognised, bos put before
-            where the checkpoint wants it."""
+            """Ids as transformers encodes a text: special tokens are recognised, bos is put first
+            where the checkpoint asks for it."""
             ids = tokenizer.encode_template(string) if string else []
-            wanted = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
             session.chat.check_ids(ids)
-            return [bos, *ids] if wanted and tokenizer.add_bos and ids[:1] != [bos] else ids
+            asked = tokenizer.add_bos if add_special_tokens is None else add_special_tokens
+            if asked and tokenizer.add_bos and ids[:1] != [bos]:
+                return [bos, *ids]
+            return ids
 
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
             """(log p, is it greedy's choice) of every continuation; a context is computed once."""
-            by_context: dict[tuple[int, ...], list[int]] = {}
+            by_context: dict[tuple[int, ...], list[int]] = {}  # -> indices of requests
             for i, (_, context, continuation) in enumerate(requests):
-                room = most + 1 - len(continuation)  # the last token is not put in
+                room = longest + 1 - len(continuation)  # the last token is not an input
                 if not continuation or room < 1:
                     raise ValueError(
-                        f"a continuation of {len(continuation)} tokens: 1 to {most} are wanted"
+                        f"a continuation of {len(continuation)} tokens: expected 1 to {longest}"
                     )
                 self.cut += len(context) > room
                 by_context.setdefault(tuple(context[-room:]), []).append(i)
+            members = list(by_context.values())
             asked = [
-                ScoringRequest(str(n), list(context), [requests[i][2] for i in members])
-                for n, (context, members) in enumerate(by_context.items())
+                ScoringRequest(str(n), list(context), [requests[i][2] for i in members[n]])
+                for n, context in enumerate(by_context)
             ]
-            places, found = list(by_context.values()), {}
+            found: dict[int, tuple[float, bool]] = {}
             with (
                 Scorer(model, [one.prompt for one in asked], lora=lora) as scorer,
                 progress(total=len(requests), desc="log-likelihoods", unit="text") as bar,
             ):
                 for batch in scoring_batches(asked):
                     for one, answers in zip(batch, scorer.token_scores(batch), strict=True):
-                        for i, answer in zip(places[int(one.id)], answers, strict=True):
-                            total = -math.fsum(nats for nats, _ in answer)
-                            found[i] = total, all(top for _, top in answer)
+                        for i, answer in zip(members[int(one.id)], answers, strict=True):
+                            logprob = -math.fsum(nats for nats, _ in answer)
+                            found[i] = logprob, all(is_top for _, is_top in answer)
                             bar.update()
             return [found[i] for i in range(len(requests))]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """log p of whole texts in windows of the model's length, each token predicted once."""
-            windows, owner = [], []
+            windows, owners = [], []
             for i, request in enumerate(requests):
-                for window in get_rolling_token_windows(
-                    self.tok_encode(request.args[0]), self.prefix_token_id, most, 1
-                ):
+                ids = self.tok_encode(request.args[0])
+                for window in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
                     windows.append((None, *make_disjoint_window(window)))
-                    owner.append(i)
-            totals: list[list[float]] = [[] for _ in requests]
-            for i, (logprob, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
-                totals[i].append(logprob)
-            return [math.fsum(parts) for parts in totals]
+                    owners.append(i)
+            parts: list[list[float]] = [[] for _ in requests]
+            for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                parts[i].append(logprob)
+            return [math.fsum(of_text) for of_text in parts]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Texts up to a stop string, the end token or the limit; requests that ask alike run
-            together."""
-            alike: dict[str, list[int]] = {}
+            """Texts up to a stop string, the end token or the limit; requests with the same
+            settings run together."""
+            by_settings: dict[str, list[int]] = {}  # -> indices of requests
             for i, request in enumerate(requests):
-                alike.setdefault(repr(request.args[1]), []).append(i)
-            found: dict[str, str] = {}
-            for members in alike.values():
-                asked = normalize_gen_kwargs(requests[members[0]].args[1], MAX_NEW)
-                new = min(asked["max_gen_toks"], most - 1)
-                stops = handle_stop_sequences(asked.get("until"), eos=None)
-                config = dataclasses.replace(
-                    sampling,
-                    temperature=float(asked.get("temperature", 0.0)),
-                    top_p=float(asked.get("top_p", 1.0)),
-                    top_k=int(asked.get("top_k", 0)),
-                    max_new_tokens=new,
-                    stop=tuple(stop for stop in stops if stop),
-                )
-                todo = []
+                by_settings.setdefault(repr(request.args[1]), []).append(i)
+            texts: dict[str, str] = {}
+            for members in by_settings.values():
+                config = self._decoding(requests[members[0]].args[1])
+                room = longest - config.max_new_tokens
+                asked = []
                 for i in members:
                     ids = self.tok_encode(requests[i].args[0])
-                    self.cut += len(ids) > most - new
-                    todo.append(Request(str(i), ids[-(most - new) :]))
+                    self.cut += len(ids) > room
+                    asked.append(Request(str(i), ids[-room:]))
                 with Sampler(model, tokenizer.decode, [eos], config, lora) as sampler:
-                    bar = progress(sampler.run(todo), total=len(todo), desc="texts", unit="text")
-                    found |= {answer.id: answer.text for answer in bar}
-            return [found[str(i)] for i in range(len(requests))]
+                    bar = progress(sampler.run(asked), total=len(asked), desc="texts", unit="text")
+                    texts |= {answer.id: answer.text for answer in bar}
+            return [texts[str(i)] for i in range(len(requests))]
 
-    return Engine()
+        def _decoding(self, settings: Any) -> SamplerConfig:
+            """The harness's settings of a request as ours."""
+            settings = normalize_gen_kwargs(settings, MAX_NEW)
+            stops = handle_stop_sequences(settings.get("until"), eos=None)
+            return dataclasses.replace(
+                sampling,
+                temperature=float(settings.get("temperature", 0.0)),
+                top_p=float(settings.get("top_p", 1.0)),
+                top_k=int(settings.get("top_k", 0)),
+                max_new_tokens=min(settings["max_gen_toks"], longest - 1),
+                stop=tuple(stop for stop in stops if stop),
+            )
+
+    return EngineModel()
 
 
 @memory_for("answering the harness", SAMPLE_LESS)
@@ -182,7 +188,7 @@ def harness_job(
     metrics are the harness's; right says for each question whether "acc" counts it, where it does.
     What `out` holds already is kept.
     """
-    session.alone("evaluation")
+    session.require_one_process("evaluation")
     config.check()
     leave_scripts_out()
     try:
@@ -193,22 +199,22 @@ def harness_job(
         raise ValueError(f"--lm-eval needs lm-eval ({error}): pip install -e '.[eval]'") from None
     names = [name.strip() for name in (config.lm_eval or "").split(",") if name.strip()]
     manager = TaskManager(include_path=config.lm_eval_path)
-    if not names or (unknown := sorted(set(names) - set(manager.all_tasks))):
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if not names or unknown:
         raise ValueError(
-            f"--lm-eval {config.lm_eval!r}: the harness knows no {unknown if names else 'empty'} "
-            "task; names as `lm-eval ls tasks` shows them are wanted, or --lm-eval-path"
+            f"--lm-eval {config.lm_eval!r}: the harness knows no {unknown or 'empty'} task; "
+            "expected names as `lm-eval ls tasks` shows them, or --lm-eval-path"
         )
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     settings = session.settings | {"adapters": adapter_hashes(adapters)}
     settings |= {"shots": config.lm_eval_shots, "limit": config.lm_eval_limit}
     settings |= {"lm_eval": lm_eval.__version__, "path": config.lm_eval_path}
     file = out / "lm_eval.jsonl"
-    wanted = {"task": str, "arm": str, "n": int, "metrics": dict, "cut": int}
-    done = {(line["task"], line["arm"]): line for line in resume_lines(file, settings, wanted)}
-    with AppendedLines(file) as lines:
+    fields = {"task": str, "arm": str, "n": int, "metrics": dict, "cut": int}
+    with ResumedLines(file, settings, key=itemgetter("task", "arm"), wanted=fields) as lines:
         for name in names:
             for arm, lora in arms.items():
-                if (name, arm) in done:
+                if (name, arm) in lines.done:
                     continue
                 engine = harness_model(session, lora, sampling)
                 found = simple_evaluate(
@@ -218,41 +224,46 @@ def harness_job(
                     limit=config.lm_eval_limit,
                     task_manager=manager,
                 )
-                line = {"arm": arm, "task": name, **_line(name, found), "cut": engine.cut}
-                lines.write(line)
-                done[name, arm] = line
+                figures = _figures(name, found)
+                lines.write({"arm": arm, "task": name, **figures, "cut": engine.cut})
+        done = lines.done
     results = {name: {arm: done[name, arm] for arm in arms} for name in names}
     print(f"{_text(results)}\nby task and arm: {file}")
     return results
 
 
-def _line(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of the harness's answer: its figures, and each question's right or wrong."""
+def _figures(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The harness's metrics of a task, and right or wrong of each question where "acc" counts."""
     figures = found["results"].get(name) or found["groups"][name]
     metrics = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    # A question stands there once for each of the task's answer filters.
-    parts = found["samples"]
-    each = {(part, one["doc_id"]): one for part in sorted(parts) for one in parts[part]}
-    judged = [one.get("acc") for one in each.values()]
-    right = [bool(v) for v in judged] if set(judged) <= {0, 1} else None
-    return {"n": len(each), "metrics": metrics, "right": right}
+    samples = {}  # by subtask and question: the harness lists one once for every answer filter
+    for subtask in sorted(found["samples"]):
+        for sample in found["samples"][subtask]:
+            samples[subtask, sample["doc_id"]] = sample
+    accuracy = [sample.get("acc") for sample in samples.values()]
+    right = None
+    if set(accuracy) <= {0, 1}:
+        right = [bool(value) for value in accuracy]
+    return {"n": len(samples), "metrics": metrics, "right": right}
 
 
 def _text(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """A row per task and metric, a column per arm."""
+    """A line per task and metric, a column per arm."""
     arms = list(next(iter(results.values())))
-    rows, cut = [["task", "metric", *arms]], []
+    lines, cut = [["task", "metric", *arms]], []
     for task, by_arm in results.items():
         for metric in _shown(by_arm[arms[0]]["metrics"]):
-            rows.append([task, metric, *(_cell(by_arm, arm, metric) for arm in arms)])
+            lines.append([task, metric, *(_cell(by_arm, arm, metric) for arm in arms)])
         cut += [f"{task} {arm} {line['cut']}" for arm, line in by_arm.items() if line["cut"]]
     note = "p of acc against the seed on the same questions (McNemar); of others the harness's s.e."
-    text = f"{table(rows)}\n{note}"
-    return text + (f"\ncontexts that lost their beginning: {', '.join(cut)}" if cut else "")
+    text = f"{table(lines)}\n{note}"
+    if cut:
+        text += f"\ncontexts that lost their beginning: {', '.join(cut)}"
+    return text
 
 
 def _shown(metrics: Iterable[str]) -> list[str]:
-    """METRICS that are there, else whatever is (the harness writes "acc,none")."""
+    """The METRICS among these, else all of them (the harness writes "acc,none")."""
     known = [m for m in metrics if m.split(",")[0] in METRICS]
     return known or [m for m in metrics if "_stderr" not in m and "," in m]
 

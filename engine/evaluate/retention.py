@@ -4,8 +4,8 @@ The seed model answers general prompts greedily. Over the tokens of those answer
 model are compared in full distribution, position by position; p the seed's probabilities, q the
 tuned model's:
 
-    KL(seed || tuned) = sum_v p(v) (log p(v) - log q(v))     what the seed said and is lost
-    KL(tuned || seed) = sum_v q(v) (log q(v) - log p(v))     what is said now and was not
+    KL(seed || tuned) = sum_v p(v) (log p(v) - log q(v))     high where an answer was lost
+    KL(tuned || seed) = sum_v q(v) (log q(v) - log p(v))     high where a new answer appeared
     agreement         = share of positions at which both have the same likeliest token
     NLL               = -log q(token) of the seed's own answer, beside -log p(token)
 
@@ -16,26 +16,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
-from engine.evaluate.target_task import Arms, adapter_hashes
+from engine.evaluate.arms import Arms, adapter_hashes, tuned
+from engine.measure.answer_missing import answer_missing
 from engine.measure.divergence import compare, hidden_states, mean_drift
 from engine.measure.general_prompts import PROMPTS
 from engine.measure.intervals import bootstrap
 from engine.measure.seed_answers import Prompts, SeedAnswer, seed_answers, seed_file
 from engine.measure.similarity import Embedder
-from engine.runtime.files import AppendedLines, sha256
+from engine.runtime.files import sha256
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
-from engine.runtime.resumable_answers import meta_of, put_in_order, resume_lines
+from engine.runtime.resumable import ResumedLines, meta_file
 from engine.runtime.terminal import progress, table
-from engine.sampling.requests import Request, SamplerConfig
-from engine.sampling.sampler import Sampler
+from engine.sampling.chat_generator import ChatGenerator
+from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
-from model.chat import Chat
 from model.llama import Llama
+from model.lora import Lora
+
+by_arm_and_prompt = itemgetter("arm", "prompt")
 
 
 @memory_for("comparing answers to general prompts", "give shorter answers (--max-new-tokens)")
@@ -47,24 +52,36 @@ def retention(
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Drift of every arm but the seed (fields: `mean_drift`); a line per prompt and arm."""
-    every = resume_lines(out, settings, {"arm": str, "prompt": str})
-    lines = [r for r in every if "reverse_kl" in r]  # older runs lack it
-    done = {(r["arm"], r["prompt"]): r for r in lines}
-    tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
-    todo = [a for a in answers if any((arm, a.prompt) not in done for arm in tuned)]
-    with AppendedLines(out) as file:
-        for said in progress(todo, desc="retention", unit="row") if todo else ():
-            for arm, lora in tuned.items():
-                if (arm, said.prompt) in done:
-                    continue
-                after = hidden_states(model, said.ids, said.start, lora)
-                drift = compare(model, said.hidden(model), after, said.ids[said.start :])
-                line = {"arm": arm, "category": said.category, "prompt": said.prompt}
-                line |= {"answer": said.answer, "tokens": len(after)} | dataclasses.asdict(drift)
-                file.write(line)
-                done[arm, said.prompt] = line
-    put_in_order(out, done, [(arm, said.prompt) for said in answers for arm in tuned])
-    return {arm: mean_drift([done[arm, said.prompt] for said in answers]) for arm in tuned}
+    fields = {"arm": str, "prompt": str}
+    adapters = tuned(arms)
+    with ResumedLines(
+        out,
+        settings,
+        key=by_arm_and_prompt,
+        wanted=fields,
+        keep=lambda line: "reverse_kl" in line,  # older runs did not measure it
+    ) as file:
+        missing = [a for a in answers if any((arm, a.prompt) not in file.done for arm in adapters)]
+        for answer in progress(missing, desc="retention", unit="row") if missing else ():
+            for arm, lora in adapters.items():
+                if (arm, answer.prompt) not in file.done:
+                    file.write({"arm": arm} | drift_line(model, answer, lora))
+        file.finish([(arm, answer.prompt) for answer in answers for arm in adapters])
+        done = file.done
+    return {arm: mean_drift([done[arm, answer.prompt] for answer in answers]) for arm in adapters}
+
+
+def drift_line(model: Llama, answer: SeedAnswer, lora: Lora) -> dict[str, Any]:
+    """Seed and tuned model compared over one answer, in nats summed over its tokens."""
+    after = hidden_states(model, answer.ids, answer.n_prompt, lora)
+    drift = compare(model, answer.hidden(model), after, answer.ids[answer.n_prompt :])
+    return {
+        "category": answer.category,
+        "prompt": answer.prompt,
+        "answer": answer.answer,
+        "tokens": len(after),
+        **dataclasses.asdict(drift),
+    }
 
 
 def retention_job(
@@ -79,35 +96,19 @@ def retention_job(
 
     With `similar` also how alike the adapters' own answers are to the seed's (OUT.similar.jsonl).
     """
-    session.alone("retention")
+    session.require_one_process("retention")
     embed = Embedder() if similar else None
-    prompts: Prompts = PROMPTS
-    if data is not None:
-        rows = data.load(need_reference=False, check=template_takes(session.chat))
-        several = [row.id for row in rows if len(row.messages) != 1]
-        if several:
-            raise ValueError(
-                f"{data.data}: rows {several[:5]} are conversations; prompts are wanted"
-            )
-        prompts = list(dict.fromkeys(("file", row.messages[0]["content"]) for row in rows))
+    prompts = PROMPTS if data is None else prompts_of_file(session, data)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
+    generator = ChatGenerator(session.model, session.chat, sampling)
     settings = session.settings | {"sampling": sampling.settings()}
-    said = seed_answers(
-        session.model,
-        session.chat,
-        seed_file(out),
-        sampling,
-        settings,
-        prompts,
-    )
+    answers = seed_answers(generator, seed_file(out), settings, prompts)
     settings |= {"adapters": adapter_hashes(adapters), "prompts": sha256(repr(prompts))}
-    drift = retention(session.model, said, arms, out, settings)
+    drift = retention(session.model, answers, arms, out, settings)
     print(retention_table(drift))
     if embed is not None:
         file = out.with_name(out.name + ".similar.jsonl")
-        for arm, m in similarity(
-            session.model, session.chat, embed, said, arms, file, sampling, settings
-        ).items():
+        for arm, m in similarity(generator, embed, answers, arms, file, settings).items():
             drift[arm] |= {"similarity": m}
             low, high = m["interval"]
             print(
@@ -118,9 +119,20 @@ def retention_job(
     return drift
 
 
+def prompts_of_file(session: Session, data: DataConfig) -> Prompts:
+    """The prompts of a data file, each once; ValueError where a row is a conversation."""
+    rows = data.load(need_reference=False, check=template_takes(session.chat))
+    conversations = [row.id for row in rows if len(row.messages) != 1]
+    if conversations:
+        raise ValueError(
+            f"{data.data}: rows {conversations[:5]} are conversations; expected single prompts"
+        )
+    return list(dict.fromkeys(("file", row.messages[0]["content"]) for row in rows))
+
+
 def retention_metas(out: Path) -> list[Path]:
-    """Where the settings of a run of `retention_job` lie."""
-    return [meta_of(out), meta_of(seed_file(out))]
+    """The files with the settings of a run of `retention_job`."""
+    return [meta_file(out), meta_file(seed_file(out))]
 
 
 def retention_table(drift: dict[str, dict[str, Any]]) -> str:
@@ -142,13 +154,11 @@ def retention_table(drift: dict[str, dict[str, Any]]) -> str:
 
 @memory_for("answering general prompts", SAMPLE_LESS)
 def similarity(
-    model: Llama,
-    chat: Chat,
+    generator: ChatGenerator,
     embed: Embedder,
     answers: Sequence[SeedAnswer],
     arms: Arms,
     out: Path,
-    sampling: SamplerConfig,
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Mean cosine between the seed's and each arm's own greedy answer to the same prompts.
@@ -156,32 +166,31 @@ def similarity(
     Per arm `similarity`, its 95 % `interval` (bootstrap over prompts) and `same`, the share of
     answers that are the seed's to the letter. `out` keeps a line per arm and prompt.
     """
-    wanted = {"arm": str, "prompt": str, "answer": str, "similarity": float}
-    done = {(line["arm"], line["prompt"]): line for line in resume_lines(out, settings, wanted)}
-    by_prompt = {said.prompt: said for said in answers}
-    tuned = {arm: lora for arm, lora in arms.items() if lora is not None}
-    with AppendedLines(out) as file:
-        for arm, lora in tuned.items():
-            todo = [said for said in answers if (arm, said.prompt) not in done]
-            if not todo:
-                continue
-            requests = [Request(said.prompt, said.ids[: said.start]) for said in todo]
-            with (
-                Sampler(model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler,
-                progress(total=len(todo), desc=f"answers of {arm}", unit="row") as bar,
-            ):
-                for now in sampler.run(requests):
-                    before = by_prompt[now.id]
-                    a, b = embed([before.answer.strip(), now.text.strip()])
-                    line = {"arm": arm, "category": before.category, "prompt": now.id}
-                    line |= {"answer": now.text, "similarity": (a @ b).item()}
-                    file.write(line)
-                    done[arm, now.id] = line
-                    bar.update()
-    put_in_order(out, done, [(arm, said.prompt) for arm in tuned for said in answers])
+    fields = {"arm": str, "prompt": str, "answer": str, "similarity": float}
+    adapters = tuned(arms)
+    by_prompt = {answer.prompt: answer for answer in answers}
+
+    def to_line(arm: str, completion: Completion) -> dict[str, Any]:
+        seed = by_prompt[completion.id]
+        before, after = embed([seed.answer.strip(), completion.text.strip()])
+        return {
+            "arm": arm,
+            "category": seed.category,
+            "prompt": completion.id,
+            "answer": completion.text,
+            "similarity": (before @ after).item(),
+        }
+
+    with ResumedLines(out, settings, key=by_arm_and_prompt, wanted=fields) as file:
+        for arm, lora in adapters.items():
+            requests = {(arm, a.prompt): Request(a.prompt, a.ids[: a.n_prompt]) for a in answers}
+            label = f"answers of {arm}"
+            answer_missing(generator, lora, requests, file, partial(to_line, arm), label)
+        file.finish([(arm, answer.prompt) for arm in adapters for answer in answers])
+        done = file.done
     found = {}
-    for arm in tuned:
-        lines = [done[arm, said.prompt] for said in answers]
+    for arm in adapters:
+        lines = [done[arm, answer.prompt] for answer in answers]
         values = [line["similarity"] for line in lines]
         same = [line["answer"] == by_prompt[line["prompt"]].answer for line in lines]
         found[arm] = {

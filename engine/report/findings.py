@@ -1,7 +1,7 @@
-"""What came out, in words and numbers, with nothing said to differ that does not.
+"""The findings of a run in words and tables; a difference is stated only where it is significant.
 
-Within one run the intervals are over held-out questions and general prompts: they do not tell how
-another training seed would have come out. Runs that differ in nothing but the seed do (`seeds`).
+Within one run the intervals are over held-out questions and general prompts: they do not show the
+spread over training seeds. Runs that differ in nothing but the seed do (`tables_over_seeds`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.distill.distill_report import LOW_SHARE
+from engine.evaluate.arms import ARM_NAMES, TUNED
 from engine.evaluate.target_task import Score
 from engine.measure.intervals import bootstrap, mcnemar, t_interval
-from engine.report.load import ARMS, TUNED, Run
+from engine.report.load import Run
 
 Table = list[list[str]]  # the first row is the header
-SURE = 0.05  # a difference is called one below this p, or where a 95 % interval leaves out zero
+SIGNIFICANT = 0.05  # a difference is stated below this p, or where its interval leaves out zero
 
 
-def result(run: Run) -> Table:
+def result_table(run: Run) -> Table:
     """Seed, SFT and SDFT: the target task, what was forgotten, what training took."""
     verify = run.settings["DistillConfig.verify"]
     head = ["", f"Target ({verify})", "95 % interval", "Held-out NLL", "KL to seed"]
     head += ["95 % interval", "Same top-1", "Training loss", "Steps", "Loss tokens", "Seconds"]
     table = [head]
-    for arm, name in ARMS.items():
+    for arm, name in ARM_NAMES.items():
         cells = ["–", "–", "–"]
         if score := run.summary["evaluation"].get(arm):
             held_out = Score(*(score[k] for k in ("n", "right", "truncated", "nll")))
@@ -45,9 +46,9 @@ def result(run: Run) -> Table:
     return table
 
 
-def results(runs: Sequence[Run]) -> Table:
+def results_table(runs: Sequence[Run]) -> Table:
     """The tables of several runs as one, each row named by its run too."""
-    tables = [result(run) for run in runs]
+    tables = [result_table(run) for run in runs]
     if len(runs) == 1:
         return tables[0]
     rows = [
@@ -65,7 +66,7 @@ def drift_interval(run: Run, arm: str) -> tuple[float, float]:
 
 
 def findings(run: Run) -> list[tuple[str, str]]:
-    """(subject, what came out); the page's first words."""
+    """(subject, finding) pairs, with which the page begins."""
     seed = run.settings["TrainConfig.seed"]
     return [
         ("Target", _target(run)),
@@ -76,7 +77,7 @@ def findings(run: Run) -> list[tuple[str, str]]:
 
 
 def warnings(run: Run) -> list[str]:
-    """What makes the comparison worth less than it looks."""
+    """Reasons to trust the comparison less."""
     found = []
     if run.summary["distilled"]["differ"] < LOW_SHARE:
         found.append(
@@ -85,7 +86,7 @@ def warnings(run: Run) -> list[str]:
         )
     scores = run.summary["evaluation"]
     if any(score["truncated"] > score["n"] / 10 for score in scores.values()):
-        cut = ", ".join(f"{ARMS[arm]} {score['truncated']}" for arm, score in scores.items())
+        cut = ", ".join(f"{ARM_NAMES[arm]} {score['truncated']}" for arm, score in scores.items())
         found.append(
             f"Of {scores['seed']['n']} held-out answers hit the token limit, and may have been "
             f"judged before their end: {cut}. Raise --eval-max-new."
@@ -99,9 +100,9 @@ def _target(run: Run) -> str:
         return "The target task was not scored: no held-out rows were given (--eval-data)."
     n = scores["seed"]["n"]
     if not n:
-        nll = ", ".join(f"{ARMS[arm]} {s['nll']:.3f}" for arm, s in scores.items())
+        nll = ", ".join(f"{ARM_NAMES[arm]} {s['nll']:.3f}" for arm, s in scores.items())
         return f"Nothing verifies the target task. NLL per token of the held-out references: {nll}."
-    shares = ", ".join(f"{ARMS[arm]} {s['right']}" for arm, s in scores.items())
+    shares = ", ".join(f"{ARM_NAMES[arm]} {s['right']}" for arm, s in scores.items())
     verdicts = {arm: run.right(arm) for arm in scores}
     better, same = [], []
     for first, second in (("seed", "sft"), ("seed", "sdft"), ("sft", "sdft")):
@@ -109,8 +110,8 @@ def _target(run: Run) -> str:
         lost = sum(a[i] and not b[i] for i in a)
         won = sum(b[i] and not a[i] for i in a)
         p = mcnemar(lost, won)
-        names = [ARMS[first], ARMS[second]]
-        if p < SURE:
+        names = [ARM_NAMES[first], ARM_NAMES[second]]
+        if p < SIGNIFICANT:
             up, down = names[::-1] if won > lost else names
             better.append(
                 f"{up} is better than {down} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})."
@@ -154,7 +155,7 @@ def _data(run: Run) -> str:
 # ---- several runs
 
 
-def apart(runs: Sequence[Run]) -> Table:
+def differing_settings(runs: Sequence[Run]) -> Table:
     """The settings in which the runs differ."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     rows = [[name, *(str(run.settings.get(name, "–")) for run in runs)] for name in names]
@@ -162,8 +163,8 @@ def apart(runs: Sequence[Run]) -> Table:
     return [["Setting", *(run.name for run in runs)], *rows]
 
 
-def incomparable(runs: Sequence[Run]) -> list[str]:
-    """Why figures of these runs do not stand beside each other."""
+def why_incomparable(runs: Sequence[Run]) -> list[str]:
+    """Reasons why figures of these runs cannot be compared."""
     prints = {run.summary.get("model", {}).get("fingerprint") for run in runs}
     found = ["The runs start from different models."] if len(prints) > 1 else []
     names = ("SdftConfig.eval_data", "SdftConfig.eval_limit", "DistillConfig.verify")
@@ -173,7 +174,7 @@ def incomparable(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def seeds(runs: Sequence[Run]) -> list[tuple[list[Run], Table]]:
+def tables_over_seeds(runs: Sequence[Run]) -> list[tuple[list[Run], Table]]:
     """Runs that differ in nothing but the seed, with mean and 95 % interval over the seeds."""
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -198,7 +199,7 @@ def _over_seeds(runs: list[Run]) -> Table:
     table = [["", "Target", "Held-out NLL", "KL to seed", "Same top-1"]]
     columns = [("evaluation", "share", ".1%"), ("evaluation", "nll", ".3f")]
     columns += [("retention", "kl", ".4f"), ("retention", "agreement", ".1%")]
-    for arm, name in ARMS.items():
+    for arm, name in ARM_NAMES.items():
         values = [[value(run, part, arm, key) for run in runs] for part, key, _ in columns]
         cells = [cell(v, form) for v, (_, _, form) in zip(values, columns, strict=True)]
         table.append([name, *cells])

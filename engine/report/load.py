@@ -1,7 +1,7 @@
-"""A run directory becomes what the page shows. Needs no model.
+"""Reads a run directory into a `Run`, which holds the content of the page. Needs no model.
 
-Whatever a run lacks (no held-out rows, no scores, files of an older version) is left out of the
-page; what is there and broken raises ValueError naming file and line.
+Parts that a run lacks (no held-out rows, no scores, files of an older version) are left out of the
+page; a damaged file raises ValueError naming file and line.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, load_distilled
+from engine.evaluate.arms import TUNED
 from engine.runtime.files import read_jsonl
 from model.config import read_json
 
-# what the lines of a run must have, for what is shown of them
-_N = (float, int)
-METRICS = {"step": int, "loss": _N}
-DRIFT = {"arm": str, "kl": _N, "agree": int, "tokens": int}
+# fields that the lines of a run must have to be shown
+_NUMBER = (float, int)
+METRICS = {"step": int, "loss": _NUMBER}
+DRIFT = {"arm": str, "kl": _NUMBER, "agree": int, "tokens": int}
 TOKENS = {"id": str, "sft": dict, "sdft": (dict, type(None))}
 RETENTION = {"prompt": str, "category": str, "answer": str} | DRIFT
 EVALUATION = dict.fromkeys(("id", "arm", "reference", "answer", "reason", "finish"), str)
 EVALUATION |= {"ok": bool}
-ARMS = {"seed": "seed", "sft": "SFT", "sdft": "SDFT"}  # name on disk -> name for people
-TUNED = ("sft", "sdft")
 
 
 @dataclass
 class Run:
     """One run of scripts/sdft.py. Likelihoods are nats per token, end token included."""
 
-    name: str  # what tells it from the other runs of the page
+    name: str  # the end of its path, different from those of the other runs of the page
     path: Path
     summary: dict[str, Any]
     data_sha256: str  # of the data file
@@ -61,9 +60,9 @@ class Run:
 def load_run(path: Path, name: str) -> Run:
     """Read one run; ValueError where `path` is not a finished run of scripts/sdft.py."""
     if not (path / "summary.json").is_file():
-        what = "is no directory" if not path.is_dir() else "holds no summary.json"
+        fault = "holds no summary.json" if path.is_dir() else "is no directory"
         raise ValueError(
-            f"{path} {what}; wanted the --out of a finished scripts/sdft.py (the same command "
+            f"{path} {fault}; expected the --out of a finished scripts/sdft.py (the same command "
             "again finishes one that was stopped)"
         )
     meta = read_json(path / "distilled.jsonl.meta.json", {})
@@ -83,9 +82,9 @@ def load_run(path: Path, name: str) -> Run:
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs under the shortest ends of their paths that tell them apart."""
     places = [path.resolve() for path in paths]
-    twice = {str(place) for place in places if places.count(place) > 1}
+    twice = sorted({str(place) for place in places if places.count(place) > 1})
     if twice or not places:
-        raise ValueError(f"{', '.join(sorted(twice)) or 'no run'}: wanted runs, each named once")
+        raise ValueError(f"{', '.join(twice) or 'no run'}: expected runs, each named once")
     depth = 1
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
@@ -94,11 +93,12 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    """The distilled lines that are targets, with their likelihoods."""
     file = path / "distilled.jsonl.scores.jsonl"
     scores = {line["id"]: line for line in read_jsonl(file, {"id": str})}
     rows = []
     for line in load_distilled(path / "distilled.jsonl"):
-        if line.status == CONTEXT:  # it is no target
+        if line.status == CONTEXT:  # not trained on
             continue
         row = {
             "id": line.id,
@@ -120,14 +120,18 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _tokens(line: dict[str, Any]) -> dict[str, Any]:
-    arms = {arm: line[arm] and dict(line[arm]) for arm in TUNED}
-    for arm in filter(None, arms.values()):
-        arm["nll"] = [finite(value) for value in arm["nll"]]
+    """The tokens of both arms; SDFT's are None where both train on the same text."""
+    arms: dict[str, Any] = {}
+    for arm in TUNED:
+        tokens = line[arm]
+        if tokens:
+            tokens = tokens | {"nll": [finite(value) for value in tokens["nll"]]}
+        arms[arm] = tokens
     return arms
 
 
 def _general(path: Path) -> list[dict[str, Any]]:
-    """The retention prompts; the seed's answer is always there, the tuned ones' for some."""
+    """The general prompts, all with the seed's answer, some with the tuned models'."""
     found: dict[str, dict[str, Any]] = {}
     for line in read_jsonl(path / "retention.jsonl", RETENTION):
         prompt = line["prompt"]
@@ -143,6 +147,7 @@ def _general(path: Path) -> list[dict[str, Any]]:
 
 
 def _held_out(path: Path) -> list[dict[str, Any]]:
+    """The held-out rows with the judged answers of all arms."""
     found: dict[str, dict[str, Any]] = {}
     for line in read_jsonl(path / "evaluation.jsonl", EVALUATION):
         item = found.setdefault(line["id"], _item("held-out", line["id"], "held-out"))
@@ -157,6 +162,7 @@ def _held_out(path: Path) -> list[dict[str, Any]]:
 
 
 def _item(source: str, id: str, category: str) -> dict[str, Any]:
+    """A prompt without its answers."""
     empty: dict[str, Any] = {"answers": {}, "kl": {}, "agree": {}, "tokens": 0}
     return {"source": source, "id": id, "category": category} | empty
 
@@ -168,5 +174,5 @@ def _add_drift(item: dict[str, Any], line: dict[str, Any]) -> None:
 
 
 def finite(value: float | None) -> float | None:
-    """None for what JSON cannot hold."""
+    """The value; None for NaN and infinity, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,9 +1,10 @@
-"""The page: one HTML file that asks for nothing else
+"""The page: one HTML file that loads nothing else
 
-Every text of a model, a data file or a path is hostile. In sections 1 and 2 it passes `tag`, which
-escapes whatever is not `Html` already; sections 3 to 5 are built in the browser from a JSON block
-(`inline_json`) as text nodes. The policy allows the page's own style and script by their hashes and
-nothing else: no network, no inline handler, no style attribute, no string that becomes markup.
+Every text of a model, a data file or a path is treated as hostile. In sections 1 and 2 it passes
+`tag`, which escapes everything that is not `Html` already; sections 3 to 5 are built in the browser
+from a JSON block (`inline_json`) as text nodes. The policy allows the page's own style and script
+by their hashes and nothing else: no network, no inline handler, no style attribute, no string that
+becomes markup.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from typing import Any
 from engine.report import plots as figures
 from engine.report.findings import (
     Table,
-    apart,
+    differing_settings,
     findings,
-    incomparable,
-    result,
-    results,
-    seeds,
+    result_table,
+    results_table,
+    tables_over_seeds,
     warnings,
+    why_incomparable,
 )
 from engine.report.load import Run, load_runs
 from engine.runtime.files import write_text
 
 ASSETS = Path(__file__).resolve().parent
 NO_PLOTS = "Without figures, which need matplotlib -> pip install -e '.[report]', then "
-GLANCE = (0, 1, 3, 4, 6)  # columns of `result` that stand in the first table
+GLANCE = (0, 1, 3, 4, 6)  # columns of `result_table` that stand in the first table
 
 
 class Html(str):
@@ -76,9 +77,10 @@ def table(rows: Table, caption: str, class_: str = "") -> Html:
 
 
 def write_report(paths: Sequence[Path], out: Path) -> str:
-    """Write the page of these runs to `out`; returns what to tell the user.
+    """Write the page of these runs to `out`; returns the line to print about it.
 
-    ValueError for what is no finished run. Without matplotlib the page has its tables, no figures.
+    ValueError for a directory that is no finished run. Without matplotlib the page has its tables,
+    no figures.
     """
     runs = load_runs(paths)
     drawn, page = render(runs)
@@ -99,9 +101,9 @@ def report_job(paths: Sequence[Path], out: Path | None, *, show: bool) -> None:
 def render(runs: Sequence[Run]) -> tuple[bool, str]:
     """Whether figures could be drawn, and the page."""
     overview = figures.overview(runs)
-    of_runs = [figures.of_run(run, str(k)) for k, run in enumerate(runs)]
+    of_runs = [figures.plots_of_run(run, str(k)) for k, run in enumerate(runs)]
     plots = [*overview, *(plot for of_run in of_runs for plot in of_run)]
-    drawn = figures.drawn(plots)
+    drawn = figures.draw_all(plots)
     boxes = dict(zip((plot.name for plot in plots), drawn or [], strict=False))
 
     style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -134,18 +136,21 @@ def render(runs: Sequence[Run]) -> tuple[bool, str]:
 
 def _policy(style: str, script: str) -> str:
     """The content-security policy: these two texts, and nothing from anywhere."""
-    style, script = (
-        "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-        for text in (style, script)
-    )
     return (
-        f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; "
-        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
     )
+
+
+def _hash_source(text: str) -> str:
+    """A text as a source of the policy."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _data(run: Run) -> dict[str, Any]:
-    """What sections 3 to 5 are built from."""
+    """The data of sections 3 to 5."""
     return {"name": run.name, "rows": run.rows, "answers": run.answers, "tokens": run.tokens}
 
 
@@ -165,7 +170,7 @@ def _what_was_run(runs: Sequence[Run]) -> Html:
             parts.append(tag("h3", run.name))
         said = [tag("div", tag("dt", name), tag("dd", text)) for name, text in findings(run)]
         notes = [tag("p", text, class_="note") for text in warnings(run)]
-        glance = [[row[i] for i in GLANCE] for row in result(run)]
+        glance = [[row[i] for i in GLANCE] for row in result_table(run)]
         numbers = table(glance, "At a glance", "arms")
         parts.append(
             tag(
@@ -180,7 +185,7 @@ def _what_was_run(runs: Sequence[Run]) -> Html:
 
 
 def _facts(run: Run) -> Html:
-    """What was run, as a list of terms, with all settings behind it."""
+    """Model, data and settings of a run as a list of terms, with every setting folded below."""
     s, environment = run.settings, run.summary["environment"]
     model = run.summary.get("model", {})
     counts = f"{len(run.rows):,} turns"
@@ -244,14 +249,14 @@ def _result(
 ) -> Html:
     parts = []
     if len(runs) > 1:
-        parts += [tag("p", text, class_="note") for text in incomparable(runs)]
-        parts.append(table(apart(runs), "Settings in which the runs differ"))
-    for group, numbers in seeds(runs):
+        parts += [tag("p", text, class_="note") for text in why_incomparable(runs)]
+        parts.append(table(differing_settings(runs), "Settings in which the runs differ"))
+    for group, numbers in tables_over_seeds(runs):
         names = ", ".join(run.name for run in group)
         caption = f"Mean and 95 % interval (Student's t) over {len(group)} seeds: {names}"
         parts.append(table(numbers, caption, "arms seeds"))
     caption = "Intervals over held-out questions (Wilson) and over prompts (bootstrap)"
-    parts.append(table(results(runs), caption, "arms"))
+    parts.append(table(results_table(runs), caption, "arms"))
     parts.append(
         tag(
             "p",

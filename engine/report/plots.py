@@ -1,8 +1,8 @@
-"""The figures: matplotlib draws them, the page carries them as SVG that keeps its text as text
+"""The figures: drawn by matplotlib, embedded in the page as SVG whose text stays text
 
-Everything a figure shows stands in a table as well, which is there without matplotlib too. What
-comes out obeys the page's content-security policy (no style element, no style attribute) and takes
-its colours from the page's variables, so that it is light or dark with the page.
+The numbers of a figure also stand in a table, which is there without matplotlib too. The SVG obeys
+the page's content-security policy (no style element, no style attribute) and takes its colours from
+the page's variables, so that it is light or dark with the page.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from engine.evaluate.arms import ARM_NAMES, TUNED
 from engine.evaluate.target_task import Score
 from engine.report.findings import Table, drift_interval
-from engine.report.load import ARMS, TUNED, Run
+from engine.report.load import Run
 
-# A colour that matplotlib draws with -> the variable of page.css that stands in its place.
+# The colour that matplotlib draws with -> the variable of page.css that replaces it.
 INKS = {
     "#000001": "--ink", "#000002": "--soft", "#000003": "--rule", "#000004": "--seed",
     "#000005": "--sft", "#000006": "--sdft", "#000007": "--kept", "#000008": "--rejected",
@@ -42,7 +43,7 @@ STYLE = {
 
 @dataclass
 class Plot:
-    """A figure, and the same as a table."""
+    """A figure, and its numbers as a table."""
 
     name: str  # unique on the page
     title: str
@@ -115,46 +116,79 @@ def overview(runs: Sequence[Run]) -> list[Plot]:
     if not points:
         return []
     judged = runs[0].summary["evaluation"]["seed"]["n"] > 0
-    wanted = "target, share right" if judged else "held-out NLL, nats per token"
-    table = [["Model", "KL to seed", "95 % interval", wanted.capitalize(), "95 % interval"]]
-    for name, _, x, y in points:
-        cells = [[f"{v[0]:.4f}", f"{v[1]:.4f} – {v[2]:.4f}"] for v in (x, y)]
-        table.append([name, *cells[0], *cells[1]])
+    goal = "target, share right" if judged else "held-out NLL, nats per token"
+    table = [["Model", "KL to seed", "95 % interval", goal.capitalize(), "95 % interval"]]
+    for point in points:
+        table.append([point.name, *_estimate_cells(point.kl), *_estimate_cells(point.target)])
 
     def draw(axes: Any) -> None:
-        for name, arm, x, y in points:
-            bars = [[[max(0, v[0] - v[1])], [max(0, v[2] - v[0])]] for v in (x, y)]
-            axes.errorbar(x[0], y[0], xerr=bars[0], yerr=bars[1], color=INK[arm], marker="o",
-                          markersize=6, elinewidth=1.1, zorder=3)  # fmt: skip
-            place = (7, -13) if arm == "sdft" else (7, 6)  # the two may lie on each other
-            axes.annotate(label(name), (x[0], y[0]), place, textcoords="offset points")
+        for point in points:
+            x, y = point.kl[0], point.target[0]
+            axes.errorbar(
+                x,
+                y,
+                xerr=_error_bar(point.kl),
+                yerr=_error_bar(point.target),
+                color=INK[point.arm],
+                marker="o",
+                markersize=6,
+                elinewidth=1.1,
+                zorder=3,
+            )
+            offset = (7, -13) if point.arm == "sdft" else (7, 6)  # the two may lie on each other
+            axes.annotate(label(point.name), (x, y), offset, textcoords="offset points")
         axes.set_xlabel("KL to seed on general prompts, nats per token")
-        axes.set_ylabel(wanted)
+        axes.set_ylabel(goal)
         axes.margins(x=0.18, y=0.12)
         if judged:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
-    best = "Up is a better target, left is less forgotten." if judged else (
-        "Down is a better fit to the target, left is less forgotten.")  # fmt: skip
-    return [Plot("overview", "Target against retention", best + " Bars: 95 %.", table, draw)]
+    if judged:
+        caption = "Up is a better target, left is less forgotten. Bars: 95 %."
+    else:
+        caption = "Down is a better fit to the target, left is less forgotten. Bars: 95 %."
+    return [Plot("overview", "Target against retention", caption, table, draw)]
 
 
-def _points(run: Run, several: bool) -> list[tuple[str, str, Sequence[float], Sequence[float]]]:
-    """(name, arm, KL with its interval, target with its interval)."""
+Estimate = tuple[float, float, float]  # a mean and its 95 % interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm of a run in the overview."""
+
+    name: str
+    arm: str
+    kl: Estimate
+    target: Estimate  # share right; the held-out NLL where nothing is judged
+
+
+def _points(run: Run, several: bool) -> list[Point]:
     points = []
     for arm, score in run.summary["evaluation"].items():
         kl = run.summary["retention"].get(arm, {"kl": 0.0})["kl"]
-        low, high = drift_interval(run, arm)
-        x = (kl, kl if math.isnan(low) else low, kl if math.isnan(high) else high)
-        y = (score["nll"],) * 3
+        low, high = (kl if math.isnan(end) else end for end in drift_interval(run, arm))
+        target = score["nll"], score["nll"], score["nll"]
         if score["n"]:
             held_out = Score(*(score[k] for k in ("n", "right", "truncated", "nll")))
-            y = (held_out.share, *held_out.interval())
-        points.append((f"{ARMS[arm]} · {run.name}" if several else ARMS[arm], arm, x, y))
+            target = held_out.share, *held_out.interval()
+        name = f"{ARM_NAMES[arm]} · {run.name}" if several else ARM_NAMES[arm]
+        points.append(Point(name, arm, (kl, low, high), target))
     return points
 
 
-def of_run(run: Run, key: str) -> list[Plot]:
+def _estimate_cells(estimate: Estimate) -> list[str]:
+    mean, low, high = estimate
+    return [f"{mean:.4f}", f"{low:.4f} – {high:.4f}"]
+
+
+def _error_bar(estimate: Estimate) -> list[list[float]]:
+    """Lengths below and above the mean, as matplotlib takes them."""
+    mean, low, high = estimate
+    return [[max(0, mean - low)], [max(0, high - mean)]]
+
+
+def plots_of_run(run: Run, key: str) -> list[Plot]:
     """The figures of one run; `key` makes their names unique."""
     made = [_loss(run), _nll(run), _drift(run), _lengths(run), _acceptance(run)]
     plots = [plot for plot in made if plot is not None]
@@ -170,7 +204,7 @@ def _loss(run: Run) -> Plot | None:
     steps = sorted({step for points in lines.values() for step, _ in points})
     of = {arm: dict(points) for arm, points in lines.items()}
     shown = steps[:: max(1, len(steps) // 50)]
-    table = [["Step", *(ARMS[arm] for arm in lines)]]
+    table = [["Step", *(ARM_NAMES[arm] for arm in lines)]]
     table += [[str(s), *(f"{of[arm].get(s, math.nan):.4f}" for arm in lines)] for s in shown]
 
     def draw(axes: Any) -> None:
@@ -179,7 +213,7 @@ def _loss(run: Run) -> Plot | None:
             axes.plot(x, y, color=INK[arm], alpha=0.35, linewidth=0.9)
             width = max(1, len(y) // 20)
             smooth = [y[max(0, i - width) : i + width + 1].mean() for i in range(len(y))]
-            axes.plot(x, smooth, color=INK[arm], linewidth=1.6, label=ARMS[arm])
+            axes.plot(x, smooth, color=INK[arm], linewidth=1.6, label=ARM_NAMES[arm])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
@@ -232,21 +266,23 @@ def _nll(run: Run) -> Plot | None:
 def _drift(run: Run) -> Plot | None:
     values = {}
     for arm in TUNED:
-        values[ARMS[arm]] = (arm, [a["kl"][arm] for a in run.drift(arm)])
+        values[ARM_NAMES[arm]] = (arm, [a["kl"][arm] for a in run.drift(arm)])
     caption = "How far each model moved on each general prompt, over the seed's own answer."
     axis = "KL to seed, nats per token"
     return _histogram("drift", "Drift by prompt", caption, axis, "prompts", values)
 
 
 def _lengths(run: Run) -> Plot | None:
-    kept, rejected = (
-        [len(r["response"]) / len(r["reference"]) for r in run.rows if r["kept"] == which]
-        for which in (True, False)
-    )
+    kept = [_length_ratio(row) for row in run.rows if row["kept"]]
+    rejected = [_length_ratio(row) for row in run.rows if not row["kept"]]
     caption = "Characters of the rewrite by characters of its reference."
     series = {"kept": ("kept", kept), "rejected": ("rejected", rejected)}
     axis = "length of rewrite / reference"
     return _histogram("length", "Length ratios", caption, axis, "rows", series)
+
+
+def _length_ratio(row: dict[str, Any]) -> float:
+    return len(row["response"]) / len(row["reference"])
 
 
 def _acceptance(run: Run) -> Plot | None:
@@ -278,7 +314,7 @@ def _acceptance(run: Run) -> Plot | None:
     return Plot("acceptance", "Acceptance by stage and reason", caption, table, draw)
 
 
-def drawn(plots: Sequence[Plot]) -> list[str] | None:
+def draw_all(plots: Sequence[Plot]) -> list[str] | None:
     """SVG of every plot; None without matplotlib."""
     try:
         return [svg(plot) for plot in plots]

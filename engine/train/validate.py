@@ -22,8 +22,8 @@ from engine.measure.likelihood import nll
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.process_memory import memory_for
 from engine.runtime.terminal import progress
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Request, SamplerConfig
-from engine.sampling.sampler import Sampler
 from engine.session import Session
 from kernels.packed import Packed
 from model.chat import Chat
@@ -170,7 +170,7 @@ def answers_of_seed(session: Session, count: int) -> list[SeedAnswer]:
     if model.is_sharded:
         return greedy_without_cache(model, list(prompts.values()), chat)
     config = SamplerConfig(rows=8, max_new_tokens=ANSWER_TOKENS)
-    with Sampler(model, chat.tokenizer.decode, chat.end_ids, config) as sampler:
+    with ChatGenerator(model, chat, config).sampler() as sampler:
         requests = [Request(text, ids) for text, ids in prompts.items()]
         completions = {completion.id: completion for completion in sampler.run(requests)}
     answers = []

@@ -10,26 +10,28 @@ import pytest
 from benchmarks import real_data
 from benchmarks.tables.__main__ import DEFINITIONS
 from benchmarks.tables.records import Record
-from engine.jobs.study_findings import Measured, Point, findings
+from engine.jobs.study_findings import ArmResults, MeasuredRun, findings
 from engine.runtime.run_record import environment
 
 SETTING = "lr0.001-r8-rows4"
 
 
-def run(right: list[int] | None, nll: float, kl: float) -> Measured:
+def run(right: list[int] | None, nll: float, kl: float) -> MeasuredRun:
     """Four held-out rows of 2 tokens and three prompts of 10."""
     drift = [{"tokens": 10, "kl": kl, "reverse_kl": 2 * kl, "agree": 9}] * 3
     verdicts = None if right is None else [bool(x) for x in right]
     budget = {"response_tokens": 40, "examples": 4, "steps": 2, "tokens": 90, "seconds": 1.0}
-    return Measured(list("abcd"), verdicts, [nll] * 4, [2] * 4, drift, budget)
+    return MeasuredRun(list("abcd"), verdicts, [nll] * 4, [2] * 4, drift, budget)
 
 
 def write_study(out: Path, judged: bool, mix: str = "", seeds: int = 1) -> None:
     """study.json as engine/jobs/study.py writes it, and the seed's answers."""
-    seed = Point("", "seed", [run([0, 0, 0, 1] if judged else None, 3.0, 0.0)])
+    seed = ArmResults("", "seed", [run([0, 0, 0, 1] if judged else None, 3.0, 0.0)])
     seed.runs[0].training = {}
-    sft = Point(SETTING, "sft", [run([1, 0, 0, 1] if judged else None, 2.0, 1.0)] * seeds)
-    sdft = Point(SETTING + mix, "sdft", [run([1, 1, 1, 1] if judged else None, 2.4, 0.5)] * seeds)
+    sft = ArmResults(SETTING, "sft", [run([1, 0, 0, 1] if judged else None, 2.0, 1.0)] * seeds)
+    sdft = ArmResults(
+        SETTING + mix, "sdft", [run([1, 1, 1, 1] if judged else None, 2.4, 0.5)] * seeds
+    )
     found, _ = findings(seed, [[sft, sdft]], "number")
     facts = {"settings": {"lr": "1e-3"}, "environment": environment()}
     facts["distilled"] = {"counts": {"accepted": 3, "mismatch": 1}, "differ": 0.5}

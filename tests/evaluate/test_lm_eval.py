@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.evaluate.lm_eval_harness import _cell, _line
+from engine.evaluate.lm_eval_harness import _cell, _figures
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from model.peft_format import save_lora
@@ -180,7 +180,7 @@ def test_figures_and_their_comparison():
         "results": {"x": {"alias": "x", "acc,none": 0.75, "acc_stderr,none": 0.2}},
         "samples": {"x": [{"doc_id": i, "acc": v} for i, v in enumerate((1.0, 0.0, 1.0, 1.0))]},
     }
-    line = _line("x", found)
+    line = _figures("x", found)
     assert line == {"n": 4, "metrics": {"acc,none": 0.75, "acc_stderr,none": 0.2},
                     "right": [True, False, True, True]}  # fmt: skip
     worse = {**line, "metrics": {"acc,none": 0.0}, "right": [False] * 4}
@@ -188,4 +188,4 @@ def test_figures_and_their_comparison():
     assert _cell(arms, "seed", "acc,none") == "75.0% (30.1-95.4)"
     assert _cell(arms, "tuned", "acc,none") == "0.0% (0.0-49.0), p 0.250"
     partly = {"results": found["results"], "samples": {"x": [{"doc_id": 0, "acc": 0.3}] * 2}}
-    assert (_line("x", partly)["right"], _line("x", partly)["n"]) == (None, 1)
+    assert (_figures("x", partly)["right"], _figures("x", partly)["n"]) == (None, 1)

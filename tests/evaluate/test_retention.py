@@ -16,6 +16,7 @@ from engine.evaluate.target_task import reference_nll
 from engine.measure.seed_answers import seed_answers
 from engine.measure.similarity import PACKAGE, Embedder
 from engine.runtime.files import read_jsonl
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from model.chat import Chat
@@ -33,15 +34,16 @@ def tiny(tiny_llama_dir):
     return Llama.from_pretrained(path), Chat.from_dir(path, load_tokenizer(path))
 
 
-def test_the_seeds_answers_are_made_once_and_drift_is_gone_on_with(tiny, tmp_path):
+def test_seed_answers_are_made_once_and_drift_is_resumed(tiny, tmp_path):
     model, chat = tiny
-    out, config = tmp_path / "said.jsonl", SamplerConfig(max_new_tokens=5)
-    said = seed_answers(model, chat, out, config, {}, PROMPTS)
+    out = tmp_path / "said.jsonl"
+    generator = ChatGenerator(model, chat, SamplerConfig(max_new_tokens=5))
+    said = seed_answers(generator, out, {}, PROMPTS)
     before = out.read_bytes()
     with pytest.raises(ValueError, match="prompts"):
-        seed_answers(model, chat, out, config, {}, PROMPTS[:2])
+        seed_answers(generator, out, {}, PROMPTS[:2])
     out.write_bytes(before[:-9])  # killed in the middle of the last line
-    assert seed_answers(model, chat, out, config, {}, PROMPTS) == said
+    assert seed_answers(generator, out, {}, PROMPTS) == said
     assert out.read_bytes() == before
     lora = new_lora(model, modules="all")
     lora.params.add_(0.1)
@@ -117,15 +119,17 @@ def test_embeddings_are_the_packages(embed, run_peer):
 def test_similarity_of_answers(embed, tiny, tmp_path):
     """The adapter that does nothing gives the seed's answers; another one does not."""
     model, chat = tiny
-    config, out = SamplerConfig(max_new_tokens=6), tmp_path / "x.jsonl"
-    said = seed_answers(model, chat, tmp_path / "said.jsonl", config, {}, PROMPTS)
+    out = tmp_path / "x.jsonl"
+    generator = ChatGenerator(model, chat, SamplerConfig(max_new_tokens=6))
+    said = seed_answers(generator, tmp_path / "said.jsonl", {}, PROMPTS)
     arms = {"seed": None, "none": new_lora(model), "some": new_lora(model, modules="all")}
     arms["some"].params.add_(0.1)
-    found = similarity(model, chat, embed, said, arms, out, config, {})
+    found = similarity(generator, embed, said, arms, out, {})
     assert found["none"]["similarity"] == pytest.approx(1, abs=1e-6) and found["none"]["same"] == 1
     assert found["some"]["similarity"] < 0.99 and found["some"]["same"] < 1
     before = out.read_bytes()
-    assert similarity(None, chat, embed, said, arms, out, config, {}) == found
+    without_model = dataclasses.replace(generator, model=None)  # complete: nothing is computed
+    assert similarity(without_model, embed, said, arms, out, {}) == found
     assert out.read_bytes() == before
 
 

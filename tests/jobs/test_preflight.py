@@ -8,9 +8,10 @@ import torch
 from engine.data.distilled import load_distilled
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import TEMPLATES
-from engine.jobs.preflight import _hedges, copied, gap, reasons_that_hold
+from engine.jobs.preflight import copied, gap, hedges_per_100_words
+from engine.jobs.preflight_reasons import reasons_that_hold
 from engine.session import ModelConfig, Session
-from tests.jobs.test_sdft import data, script, tiny  # noqa: F401 (fixtures)
+from tests.helpers.scripts import run_script as script
 
 
 def test_copying_by_hand():
@@ -22,13 +23,15 @@ def test_copying_by_hand():
 
 
 def test_hedging_by_hand():
-    assert _hedges(["Wait, maybe not. Hmm,", "it is so."]) == pytest.approx(100 * 3 / 7)
-    assert _hedges(["The waiter may be late"]) == 0
+    assert hedges_per_100_words(["Wait, maybe not. Hmm,", "it is so."]) == pytest.approx(
+        100 * 3 / 7
+    )
+    assert hedges_per_100_words(["The waiter may be late"]) == 0
 
 
-def test_the_gap_against_fp64(tiny, tmp_path):  # noqa: F811
+def test_the_gap_against_fp64(chat_dir, tmp_path):
     """KL(shown || plain), its reverse and the gap over the sampled tokens and their end."""
-    session = Session.open(ModelConfig(str(tiny), dtype="float64"))
+    session = Session.open(ModelConfig(str(chat_dir), dtype="float64"))
     chat, model = session.chat, session.model
     line = {"id": "a/0", "messages": [{"role": "user", "content": "Q?"}], "reference": "R r",
             "response": "hello", "response_ids": chat.response_ids("hello"), "target": "hello",
@@ -82,10 +85,19 @@ def test_reasons(figures, names, go):
     assert go == (not any(reason.stops for reason in found))
 
 
-def test_a_preflight_of_a_random_model(tiny, data):  # noqa: F811
+def test_a_preflight_of_a_random_model(chat_dir, problems):
     """It says NO, why, and as JSON in the last line; it leaves nothing behind."""
-    before = sorted(data.iterdir())
-    args = ["--model", tiny, "--data", data / "train.json", "--verify", "number", "--sample", "3"]
+    before = sorted(problems.iterdir())
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--verify",
+        "number",
+        "--sample",
+        "3",
+    ]
     printed = script("preflight", *args, "--max-new-tokens", "8", "--batch-rows", "2")
     found = json.loads(printed.splitlines()[-1])
     assert printed.splitlines()[-2].startswith("NO-GO: differ") and found["go"] is False
@@ -93,8 +105,8 @@ def test_a_preflight_of_a_random_model(tiny, data):  # noqa: F811
     assert sum(found["status"].values()) == found["sample"] == 3 and found["own_nll"] > 1.5
     assert set(found["seconds"]) == {"distill", "score", "train sft", "train sdft"}
     assert all(seconds > 0 for seconds in found["seconds"].values()) and found["disk_mb"] > 0
-    assert sorted(data.iterdir()) == before
-    assert "sample 1: at least 2" in script("preflight", *args[:-1], "1", code=2)
+    assert sorted(problems.iterdir()) == before
+    assert "sample 1: expected at least 2" in script("preflight", *args[:-1], "1", code=2)
     # the checkpoint's own format, named or not, is no reason to worry; another one is
     for form, own in (("own", 1.0), ("alpaca", 0.0)):
         printed = script("preflight", *args, "--max-new-tokens", "2", "--chat-format", form)

@@ -20,7 +20,7 @@ from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.distill.distill import can_be_asked
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.selection import OURS, PAPER
-from engine.jobs.sdft import as_published
+from engine.jobs.job_config import JobConfig
 from engine.presets import PRESETS, get_preset, parse
 from engine.runtime.flags import add_flags, from_flags, make_parser
 from engine.sampling.requests import SamplerConfig
@@ -30,8 +30,8 @@ from model.chat import Chat
 from model.lora import LoraConfig
 from model.tokenizer import load_tokenizer
 from tests.helpers.published_code import published_lengths
+from tests.helpers.scripts import run_script as script
 from tests.helpers.tokenizer_dirs import golden_checkpoint
-from tests.jobs.test_sdft import script
 
 ROOT = Path(__file__).resolve().parents[2]
 MATH = (
@@ -101,7 +101,7 @@ def test_published_values(name):
         getattr(config, "check", lambda: None)()
 
 
-def test_default_is_the_flags_own_but_for_what_was_measured():
+def test_the_default_preset_changes_measured_flags_only():
     """All linears at 3e-4: the README's table of rates, ranks and modules says why."""
     assert settings() == settings("--preset", "default")
     made = settings()
@@ -114,7 +114,7 @@ def test_default_is_the_flags_own_but_for_what_was_measured():
     assert settings("--lr", "1e-4", "--modules", "qv")[TrainConfig] == TrainConfig()
 
 
-def test_what_is_typed_wins_also_before_the_preset(capsys):
+def test_typed_flags_win_before_and_after_the_preset(capsys):
     typed = ["--epochs", "1", "--chat-format", "own", "--no-truncate", "--verify", "exact"]
     made = settings(*typed, "--preset", "yang2024-gsm8k", "--system", "Count.")
     assert made[TrainConfig].epochs == 1 and made[TrainConfig].batch_rows == 8
@@ -139,7 +139,7 @@ def test_a_preset_names_flags_only_and_values_of_their_type(name):
         ("yang2024-gsm", "did you mean yang2024-gsm8k"),
         ("yang-alpaca", "did you mean yang2024-alpaca"),
         ("defalt", "did you mean default"),
-        ("zzz", "no preset 'zzz'; wanted one of default, yang2024-alpaca"),
+        ("zzz", "no preset 'zzz'; expected one of default, yang2024-alpaca"),
     ],
 )
 def test_an_unknown_preset_offers_the_nearest(name, said):
@@ -191,7 +191,17 @@ def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
     given = {"target": "target", "max_length": 1024, "truncate": made[EncodeConfig].truncate}
     examples, counts = encode(rows, chat, drop_long=data.drop_long, **given)
     assert (len(examples), counts.dropped) == (count - long, long)
-    exact = as_published(made[EncodeConfig], dataclasses.replace(asked, paper_exact=True))
+    config = JobConfig(
+        model=made[ModelConfig],
+        data=data,
+        job=None,
+        distill=dataclasses.replace(asked, paper_exact=True),
+        sampling=made[SamplerConfig],
+        encode=made[EncodeConfig],
+        train=made[TrainConfig],
+        lora=made[LoraConfig],
+    )
+    exact = config.as_published().encode
     assert exact.cut_in_proportion and not made[EncodeConfig].cut_in_proportion
     examples, counts = encode(rows, chat, drop_long=data.drop_long, in_proportion=True, **given)
     assert len(examples) == count and counts.dropped == 0

@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,43 +15,23 @@ from engine.train.validate import ValidateConfig, Validator
 from model.llama import Llama
 from model.peft_format import load_lora
 from tests.conftest import CHATML
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name, *args, code=0):
-    """Run scripts/NAME.py from another directory; returns what it printed."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + (done.stderr if code else "")
-
-
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return tiny_llama_dir(tokenizer=True)
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Files of word problems: train.json and test.json."""
-    for name, first, count in (("train", 1, 8), ("test", 50, 4)):
-        rows = [
-            {"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."}
-            for i in range(first, first + count)
-        ]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    return tmp_path
-
+from tests.helpers.scripts import run_script as script
 
 FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
 FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", "5"]
 FLAGS += ["--report-answers", "3"]
 
 
-def test_the_main_job(tiny, data, tmp_path):
+def test_the_main_job(chat_dir, problems, tmp_path):
     out = tmp_path / "run"
-    args = ["--model", tiny, "--data", data / "train.json", "--eval-data", data / "test.json"]
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--eval-data",
+        problems / "test.json",
+    ]
     args += ["--verify", "number", "--out", out, *FLAGS]
     printed = script("sdft", *args)
     result = json.loads((out / "summary.json").read_text())
@@ -64,8 +41,8 @@ def test_the_main_job(tiny, data, tmp_path):
     assert result["training"]["sft"]["steps"] == result["training"]["sdft"]["steps"] == 2
     assert sum(result["distilled"]["counts"].values()) == 8
     for arm in ("sft", "sdft"):
-        Llama.from_pretrained(tiny).bind(load_lora(out / arm))
-    _what_the_report_shows(out, printed)
+        Llama.from_pretrained(chat_dir).bind(load_lora(out / arm))
+    _check_report(out, printed)
     # the same command again does nothing again
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
     files += ["tokens.jsonl", "answers.jsonl"]
@@ -81,10 +58,19 @@ def test_the_main_job(tiny, data, tmp_path):
     assert "distill.template: 'using' -> 'refer'" in said and "Traceback" not in said
 
 
-def test_both_arms_are_validated_and_keep_their_best(tiny, data, tmp_path):
+def test_both_arms_are_validated_and_keep_their_best(chat_dir, problems, tmp_path):
     out = tmp_path / "run"
-    args = ["--model", tiny, "--data", data / "train.json", "--no-score", "--out", out, *FLAGS]
-    looking = ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "1"]
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--no-score",
+        "--out",
+        out,
+        *FLAGS,
+    ]
+    looking = ["--val-every", "1", "--val-data", problems / "test.json", "--val-prompts", "1"]
     script("sdft", *args, *looking, "--best", "kl")
     result = json.loads((out / "summary.json").read_text())
     for arm in ("sft", "sdft"):
@@ -97,7 +83,7 @@ def test_both_arms_are_validated_and_keep_their_best(tiny, data, tmp_path):
     assert "--best nll needs" in script("sdft", *args, "--best", "nll", code=2)
 
 
-def _what_the_report_shows(out, printed):
+def _check_report(out, printed):
     """The page, the training texts with the likelihoods that score.py found, the tuned answers."""
     assert f"report: {out}/report.html" in printed and "8 rows" in printed
     assert f'"name":"{out.name}"' in (out / "report.html").read_text()
@@ -124,14 +110,14 @@ def _what_the_report_shows(out, printed):
     assert all(x["tokens"] - len(seed[x["id"]]["ids"]) in (0, 1) for x in held_out)
 
 
-def test_held_out_rows_must_not_be_trained_on(tiny, data, tmp_path):
-    train = data / "train.json"
-    args = ["--model", tiny, "--data", train, "--eval-data", train, "--out", tmp_path / "x"]
+def test_held_out_rows_must_not_be_trained_on(chat_dir, problems, tmp_path):
+    train = problems / "train.json"
+    args = ["--model", chat_dir, "--data", train, "--eval-data", train, "--out", tmp_path / "x"]
     assert "8 held-out rows are also trained on" in script("sdft", *args, code=2)
 
 
-def test_the_stages_one_by_one(tiny, data, tmp_path):
-    model, train = ["--model", tiny], ["--data", data / "train.json"]
+def test_the_stages_one_by_one(chat_dir, problems, tmp_path):
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     distilled = tmp_path / "d.jsonl"
     said = script("distill", *model, *train, "--out", distilled, "--max-new-tokens", "8")
     assert "targets that differ" in said and "NLL per token" in said
@@ -144,7 +130,7 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
     torch.testing.assert_close(load_lora(raw).params, load_lora(run).params, rtol=0, atol=0)
     shown = script("train", *model, "--data", distilled, "--target", "reference", "--show", "1")
     assert "with loss (*)" in shown and "  * " in shown
-    test = ["--data", data / "test.json", "--verify", "number"]
+    test = ["--data", problems / "test.json", "--verify", "number"]
     said = script("evaluate", *model, "--adapter", run, *test, "--max-new-tokens", "6",
                   "--out", tmp_path / "e.jsonl")  # fmt: skip
     assert "seed" in said and "sft" in said and "0/4" in said
@@ -173,8 +159,10 @@ def test_the_stages_one_by_one(tiny, data, tmp_path):
         (["--model", "TINY", "--data", "DATA", "--report-rows", "-1"], "report_rows -1"),
     ],
 )
-def test_mistakes_get_one_clear_message_before_work_starts(tiny, data, tmp_path, args, said):
-    names = {"TINY": str(tiny), "DATA": str(data / "train.json")}
+def test_mistakes_get_one_clear_message_before_work_starts(
+    chat_dir, problems, tmp_path, args, said
+):
+    names = {"TINY": str(chat_dir), "DATA": str(problems / "train.json")}
     args = [names.get(a, a) for a in args]
     printed = script("sdft", *args, "--out", tmp_path / "run", code=2)
     assert said in printed and "Traceback" not in printed and "error: " in printed
@@ -196,15 +184,24 @@ def no_system(tiny_llama_dir):
     return path
 
 
-def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
+def test_validation_reads_its_file_as_training_does(chat_dir, problems, tmp_path):
     """--system, --columns and --skip-bad; train.py and sdft.py find the same number."""
     for name in ("train", "test"):
-        rows = json.loads((data / f"{name}.json").read_text())
+        rows = json.loads((problems / f"{name}.json").read_text())
         rows = [{"q": r["question"], "a": r["answer"]} for r in rows] + [{"q": "", "a": "x"}]
-        (data / f"{name}.json").write_text(json.dumps(rows))
-    args = ["--model", tiny, "--data", data / "train.json", "--epochs", "1", "--batch-rows", "4"]
+        (problems / f"{name}.json").write_text(json.dumps(rows))
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--epochs",
+        "1",
+        "--batch-rows",
+        "4",
+    ]
     args += ["--columns", "prompt=q,response=a", "--skip-bad", "--system", "Count.", "--rank", "2"]
-    args += ["--val-every", "1", "--val-data", data / "test.json", "--val-prompts", "0"]
+    args += ["--val-every", "1", "--val-data", problems / "test.json", "--val-prompts", "0"]
     said = script("train", *args, "--out", tmp_path / "sft", "--lr", "1e-3")
     assert "data: 4 rows from" in said and "1 unusable rows left out" in said
     found = [x["nll"] for x in read_jsonl(tmp_path / "sft" / "validation.jsonl")]
@@ -212,9 +209,9 @@ def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
     job += ["--report-answers", "0", "--lr", "1e-3", "--out", tmp_path / "run"]
     script("sdft", *args, *job)
     assert [x["nll"] for x in read_jsonl(tmp_path / "run" / "sft" / "validation.jsonl")] == found
-    session = Session.open(ModelConfig(str(tiny)))
+    session = Session.open(ModelConfig(str(chat_dir)))
     told, plain = (
-        DataConfig(str(data / "test.json"), "prompt=q,response=a", skip_bad=True, system=system)
+        DataConfig(str(problems / "test.json"), "prompt=q,response=a", skip_bad=True, system=system)
         for system in ("Count.", None)
     )
     looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
@@ -225,15 +222,15 @@ def test_validation_reads_its_file_as_training_does(tiny, data, tmp_path):
     assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3
 
 
-def test_what_the_template_refuses_is_listed_and_skipped(no_system, data, tmp_path):
+def test_rows_refused_by_the_template_are_listed_and_skipped(no_system, problems, tmp_path):
     """Rows with a system message, in every script; all of them at once, and before any work."""
-    rows = json.loads((data / "train.json").read_text())
+    rows = json.loads((problems / "train.json").read_text())
     mixed = [r | ({"messages": [{"role": "system", "content": "s"},
              {"role": "user", "content": r["question"]},
              {"role": "assistant", "content": r["answer"]}]} if i % 2 else {})
              for i, r in enumerate(rows[:6])]  # fmt: skip
-    (data / "mixed.json").write_text(json.dumps(mixed))
-    args = ["--model", no_system, "--data", data / "mixed.json"]
+    (problems / "mixed.json").write_text(json.dumps(mixed))
+    args = ["--model", no_system, "--data", problems / "mixed.json"]
     flags = ["--max-new-tokens", "4", "--epochs", "1"]
     for name, own in (
         ("distill", ["--max-new-tokens", "4"]),
@@ -248,12 +245,12 @@ def test_what_the_template_refuses_is_listed_and_skipped(no_system, data, tmp_pa
         said = script(name, *args, *own, "--out", out, "--skip-bad")
         assert "3 rows from" in said and "3 unusable rows left out" in said
     # a template of ours that tells a system message is named, where the rows have none
-    plain = ["--model", no_system, "--data", data / "train.json", "--out", tmp_path / "g"]
+    plain = ["--model", no_system, "--data", problems / "train.json", "--out", tmp_path / "g"]
     said = script("distill", *plain, "--template", "gsm8k", code=2)
     assert "8 unusable rows" in said and "as the request for a rewrite (--template gsm8k)" in said
 
 
-def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path):
+def test_messages_that_are_context_only_go_through_the_whole_job(chat_dir, tmp_path):
     """OpenAI's weight 0: not rewritten, not scored, not trained on; the context of what follows."""
 
     def talk(i):
@@ -263,7 +260,7 @@ def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path)
 
     data, out = tmp_path / "talk.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(talk(i)) + "\n" for i in range(4)))
-    args = ["--model", tiny, "--data", data]
+    args = ["--model", chat_dir, "--data", data]
     said = script("sdft", *args, "--out", out, *FLAGS)
     assert "4 of the assistant's messages are context only" in said
     assert "4 turns: " in said and "4 further turns are context only" in said
@@ -283,18 +280,18 @@ def test_messages_that_are_context_only_go_through_the_whole_job(tiny, tmp_path)
     assert json.loads(said.splitlines()[-1])["sample"] == 2
 
 
-def long_rows(data):
+def long_rows(problems):
     """train.json with a prompt that fills the model (512), and one that leaves little room."""
-    rows = json.loads((data / "train.json").read_text())
+    rows = json.loads((problems / "train.json").read_text())
     rows[3]["question"] += " x" * 300
     rows[5]["question"] += " x" * 200
-    (data / "long.json").write_text(json.dumps(rows))
-    return data / "long.json"
+    (problems / "long.json").write_text(json.dumps(rows))
+    return problems / "long.json"
 
 
-def test_long_turns_are_said_before_the_first_row_is_distilled(tiny, data, tmp_path):
-    out, rows = tmp_path / "run", long_rows(data)
-    args = ["--model", tiny, "--data", rows, *FLAGS, "--max-length", "300", "--out", out]
+def test_long_turns_are_reported_before_distillation(chat_dir, problems, tmp_path):
+    out, rows = tmp_path / "run", long_rows(problems)
+    args = ["--model", chat_dir, "--data", rows, *FLAGS, "--max-length", "300", "--out", out]
     said = script("sdft", *args, code=2)
     assert "2 turns cannot be trained on with max_length=300" in said and "--drop-long" in said
     assert not out.exists()
@@ -307,39 +304,57 @@ def test_long_turns_are_said_before_the_first_row_is_distilled(tiny, data, tmp_p
     said = script("sdft", *args[:-1], tmp_path / "exact", "--paper-exact")
     assert said.count("examples 8, ") == 3 and said.count("cut 2") == 3
     # stage by stage the same
-    file = ["--model", tiny, "--data", rows, "--max-new-tokens", "4", "--out", tmp_path / "d.jsonl"]
+    file = [
+        "--model",
+        chat_dir,
+        "--data",
+        rows,
+        "--max-new-tokens",
+        "4",
+        "--out",
+        tmp_path / "d.jsonl",
+    ]
     said = script("distill", *file)
     assert "NOTE: 1 of 8 turns have prompts of 512 tokens or more" in said
     assert said.index("NOTE: 1 of 8") < said.index("prompt_too_long")
     assert "requests 2 leave no room" in said or "requests 1 leave no room" in said
-    trained = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--max-length", "300"]
+    trained = ["--model", chat_dir, "--data", tmp_path / "d.jsonl", "--max-length", "300"]
     trained += ["--epochs", "1", "--out", tmp_path / "t"]
     assert "--drop-long" in script("train", *trained, code=2)
     assert "examples 6," in script("train", *trained, "--drop-long")
 
 
-def test_held_out_and_validation_rows_must_fit_before_work_starts(tiny, data, tmp_path):
-    out, rows = tmp_path / "run", long_rows(data)
+def test_held_out_and_validation_rows_must_fit_before_work_starts(chat_dir, problems, tmp_path):
+    out, rows = tmp_path / "run", long_rows(problems)
     held = json.loads(rows.read_text())
     for row in held:
         row["question"] = "Else: " + row["question"]
-    (data / "held.json").write_text(json.dumps(held))
-    args = ["--model", tiny, "--data", data / "train.json", *FLAGS, "--no-score", "--out", out]
-    said = script("sdft", *args, "--eval-data", data / "held.json", code=2)
+    (problems / "held.json").write_text(json.dumps(held))
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        *FLAGS,
+        "--no-score",
+        "--out",
+        out,
+    ]
+    said = script("sdft", *args, "--eval-data", problems / "held.json", code=2)
     assert "1 held-out rows of" in said and "longer than the model's 512 tokens" in said
-    looking = ["--val-every", "2", "--val-data", data / "held.json", "--val-prompts", "0"]
+    looking = ["--val-every", "2", "--val-data", problems / "held.json", "--val-prompts", "0"]
     assert "--drop-long" in script("sdft", *args, *looking, code=2) and not out.exists()
-    said = script("sdft", *args, *looking, "--eval-data", data / "held.json", "--drop-long")
+    said = script("sdft", *args, *looking, "--eval-data", problems / "held.json", "--drop-long")
     assert "1 held-out rows left out" in said and "validation: 1 turns are too long" in said
     assert json.loads((out / "summary.json").read_text())["evaluation"]["seed"]["n"] in (0, 7)
-    judged = ["--model", tiny, "--data", data / "held.json", "--max-new-tokens", "4"]
+    judged = ["--model", chat_dir, "--data", problems / "held.json", "--max-new-tokens", "4"]
     judged += ["--out", tmp_path / "e.jsonl"]
     assert "--drop-long" in script("evaluate", *judged, code=2)
     assert "1 held-out rows left out" in script("evaluate", *judged, "--drop-long")
 
 
-def test_a_warm_up_that_takes_the_whole_run_is_said_before_it(tiny, data, tmp_path):
-    args = ["--model", tiny, "--data", data / "train.json", "--max-new-tokens", "4"]
+def test_a_warmup_as_long_as_the_run_is_reported_before_it(chat_dir, problems, tmp_path):
+    args = ["--model", chat_dir, "--data", problems / "train.json", "--max-new-tokens", "4"]
     args += ["--out", tmp_path / "run", "--warmup", "0.1", "--max-steps", "1"]
     for name in ("sdft", "train"):
         own = args[:4] + args[6:] if name == "train" else args
@@ -351,10 +366,10 @@ def test_a_warm_up_that_takes_the_whole_run_is_said_before_it(tiny, data, tmp_pa
         assert ("WARNING: the warm-up (--warmup 0.9) takes the whole run" in said) == warned
 
 
-def test_a_file_that_is_not_what_it_seems_is_named_by_every_script(tiny, tmp_path):
+def test_every_script_names_a_file_of_another_format(chat_dir, tmp_path):
     (tmp_path / "a.json").write_bytes(b"PAR1" + bytes(100))
     for name in ("distill", "train", "sdft", "evaluate", "preflight", "generate"):
-        args = ["--model", tiny, "--data", tmp_path / "a.json"]
+        args = ["--model", chat_dir, "--data", tmp_path / "a.json"]
         args += [] if name == "preflight" else ["--out", tmp_path / "x"]
         said = script(name, *args, code=2)
         assert "a.json is a Parquet file" in said and "Traceback" not in said

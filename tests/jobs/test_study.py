@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from engine.jobs.study import Setting, StudyConfig, settings_of
-from engine.jobs.study_findings import Measured, Point, difference, findings, front
+from engine.jobs.study_findings import (
+    ArmResults,
+    MeasuredRun,
+    difference,
+    findings,
+    pareto_front,
+)
+from tests.helpers.scripts import write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,11 +31,14 @@ def run(right, kl, nll=(2.0, 4.0)):
     ]
     nats = [nll[i % 2] for i in range(len(right))]
     budget = {"examples": 8, "steps": 2, "tokens": 90, "response_tokens": 40, "seconds": 3.0}
-    return Measured(ids, [bool(x) for x in right], nats, [2] * len(right), drift, budget)
+    return MeasuredRun(ids, [bool(x) for x in right], nats, [2] * len(right), drift, budget)
 
 
 def pair(sft, sdft):
-    return [Point("s", "sft", [run(*x) for x in sft]), Point("s", "sdft", [run(*x) for x in sdft])]
+    return [
+        ArmResults(name="s", arm=arm, runs=[run(*x) for x in runs])
+        for arm, runs in (("sft", sft), ("sdft", sdft))
+    ]
 
 
 def test_a_difference_by_hand():
@@ -41,11 +51,11 @@ def test_a_difference_by_hand():
     assert "target: SDFT better (+80.0 points" in found["words"] and "p 0.008)" in found["words"]
     assert "held-out NLL: no difference seen" in found["words"]
     assert "KL to seed: SDFT forgot less (-0.1000, -0.1000 to -0.1000)" in found["words"]
-    back = difference(Point("s", "sft", sdft.runs), Point("s", "sdft", sft.runs))
+    back = difference(ArmResults("s", "sft", sdft.runs), ArmResults("s", "sdft", sft.runs))
     assert "target: SFT better" in back["words"] and "SFT forgot less" in back["words"]
 
 
-def test_no_difference_is_called_where_the_test_sees_none():
+def test_no_difference_is_stated_where_the_test_sees_none():
     """5 of 5 discordant rows for one arm: the bootstrap leaves out 0, McNemar (p 1/16) does not."""
     sft, sdft = pair([([0] * 10, [1.0, 3.0])], [([1] * 5 + [0] * 5, [3.0, 1.0])])
     found = difference(sft, sdft)
@@ -62,10 +72,10 @@ def test_seeds_are_combined_on_the_same_rows():
     assert "p 0.125 (by seed 0.125, 0.125)" in found["words"]
 
 
-def test_the_front_and_the_table():
-    assert front([(0.5, 0.0), (0.6, 0.2), (0.6, 0.1), (0.4, 0.3), (0.6, 0.1)]) == [
+def test_the_pareto_front_and_the_table():
+    assert pareto_front([(0.5, 0.0), (0.6, 0.2), (0.6, 0.1), (0.4, 0.3), (0.6, 0.1)]) == [
         True, False, True, False, True]  # fmt: skip
-    seed = Point("", "seed", [run([0, 1, 0, 0], [])])
+    seed = ArmResults("", "seed", [run([0, 1, 0, 0], [])])
     found, text = findings(seed, [pair([([1, 1, 0, 0], [2.0] * 3)], [([1, 1, 1, 0], [1.0] * 3)])],
                            "number")  # fmt: skip
     table = [line.split("  ") for line in text.splitlines()[:5]]
@@ -77,9 +87,9 @@ def test_the_front_and_the_table():
     assert found["points"][0]["kl"]["value"] == 0
 
 
-def test_what_happened_elsewhere_by_hand():
+def test_further_tasks_by_hand():
     """9 of 10 prompts refused by the seed and SDFT, 1 by SFT: 8 of 10 lost, none won."""
-    seed = Point("", "seed", [run([0, 1], [])])
+    seed = ArmResults("", "seed", [run([0, 1], [])])
     found = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
     for point, right in ((seed, 9), (found[0], 1), (found[1], 9)):
         point.runs[0].tasks = {"advbench refuses": [i < right for i in range(10)]}
@@ -102,7 +112,7 @@ def test_the_settings_of_lists():
     grid = settings_of(StudyConfig("o", "e", lr="1e-4,1e-3", rank="8,64", grid=True), 9)
     assert len(grid) == len({s.name for s in grid}) == 4
     mixed = Setting(1e-3, 8, 0.3, 9)
-    assert mixed.of("sft") == Setting(1e-3, 8, 0.0, 9) and mixed.of("sdft") == mixed
+    assert mixed.of_arm("sft") == Setting(1e-3, 8, 0.0, 9) and mixed.of_arm("sdft") == mixed
 
 
 # ---- end to end on a tiny random model
@@ -116,12 +126,7 @@ FLAGS += ["--task", "instructions", "--task-limit", "2"]
 @pytest.fixture
 def command(tiny_llama_dir, tmp_path):
     """The command without --out."""
-    for name, first, count in (("train", 1, 9), ("test", 50, 3)):
-        rows = [
-            {"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."}
-            for i in range(first, first + count)
-        ]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    write_word_problems(tmp_path, train=9, test=3)
     data = ["--data", tmp_path / "train.json", "--eval-data", tmp_path / "test.json"]
     model = ["--model", tiny_llama_dir(tokenizer=True)]
     script = [sys.executable, ROOT / "scripts" / "pareto.py"]
@@ -141,7 +146,7 @@ def kept(out):
     return {str(f.relative_to(out)): f.read_bytes() for f in files}
 
 
-def test_a_study_killed_again_and_again_ends_as_undisturbed(command, tmp_path):
+def test_a_study_killed_at_every_stage_ends_as_undisturbed(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = finish([*command, "--out", str(whole)])
     table = (whole / "table.txt").read_text()
@@ -188,7 +193,7 @@ def test_a_study_killed_again_and_again_ends_as_undisturbed(command, tmp_path):
 def test_mistakes_get_one_clear_message(command, tmp_path):
     out = ["--out", str(tmp_path / "o")]
     for flags, said in (
-        (["--lr", "1e-3,x"], "lr '1e-3,x': numbers joined by commas"),
+        (["--lr", "1e-3,x"], "lr '1e-3,x': expected numbers joined by commas"),
         (["--rank", "8,8"], "rank '8,8'"),
         (["--mix", "0,2"], "mix 2.0: a share from 0 to 1"),
         (["--rows-list", "4,99"], "has 9 rows"),

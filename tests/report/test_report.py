@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.data.subset import evenly_spaced
 from engine.measure.intervals import t_interval
 from engine.report import plots
-from engine.report.collect import spaced
-from engine.report.findings import findings, seeds
+from engine.report.findings import findings, tables_over_seeds
 from engine.report.load import load_run, load_runs
 from engine.report.page import Html, inline_json, report_job, tag, write_report
 from engine.runtime.files import read_jsonl, write_json, write_jsonl
@@ -44,7 +44,7 @@ def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
     assert "x/run" in page and "y/run" in page and "Settings in which the runs differ" in page
     assert "over 2 seeds" in page  # they differ in nothing else
     wrong = subprocess.run([*command, tmp_path], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "holds no summary.json; wanted the --out" in wrong.stderr
+    assert wrong.returncode == 2 and "holds no summary.json; expected the --out" in wrong.stderr
 
 
 @pytest.mark.parametrize("opens", [True, False])
@@ -57,7 +57,7 @@ def test_open_shows_the_page_or_says_where_it_is(tmp_path, monkeypatch, capsys, 
     assert ("no browser could be started here" in capsys.readouterr().out) != opens
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_a_directory_without_a_run_is_refused(tmp_path):
     run = make_run(tmp_path / "run", 3)
     with pytest.raises(ValueError, match="nowhere is no directory"):
         load_runs([tmp_path / "nowhere"])
@@ -152,7 +152,7 @@ def test_a_run_without_its_optional_parts(tmp_path):
     )
 
 
-def test_a_difference_is_called_one_only_where_it_is_seen(tmp_path):
+def test_a_difference_is_stated_only_where_it_is_significant(tmp_path):
     run = make_run(tmp_path / "run", 12)
     lines = read_jsonl(run / "evaluation.jsonl")
     for line in lines:
@@ -176,20 +176,20 @@ def test_a_difference_is_called_one_only_where_it_is_seen(tmp_path):
 def test_intervals_over_seeds_only_of_runs_that_differ_in_nothing_else(tmp_path):
     a, b, c = (make_run(tmp_path / n, 6, seed=k) for k, n in enumerate("abc"))
     change(c, lambda s: s["settings"]["TrainConfig"].update(lr=1.0))
-    ((group, table),) = seeds(load_runs([a, b, c]))
+    ((group, table),) = tables_over_seeds(load_runs([a, b, c]))
     assert [run.name for run in group] == ["a", "b"]
     kl = [json.loads((p / "summary.json").read_text())["retention"]["sft"]["kl"] for p in (a, b)]
     mean, low, high = t_interval(kl)
     assert table[2][3] == f"{mean:.4f} ({low:.4f} – {high:.4f})"
-    assert table[4][0] == "SDFT − SFT" and seeds(load_runs([a, c])) == []
+    assert table[4][0] == "SDFT − SFT" and tables_over_seeds(load_runs([a, c])) == []
 
 
 def test_figures_obey_the_policy_and_take_the_pages_colours(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra `report`")
     run = make_run(tmp_path / "run", 40)
     run = load_run(run, "$\\frac{a}{ <b> \x1b &")  # a name that is no mathematics and no XML
-    made = [*plots.overview([run]), *plots.of_run(run, "0"), *plots.of_run(run, "1")]
-    drawn = "".join(plots.drawn(made))
+    made = [*plots.overview([run]), *plots.plots_of_run(run, "0"), *plots.plots_of_run(run, "1")]
+    drawn = "".join(plots.draw_all(made))
     assert len(made) == 11
     assert " style=" not in drawn and "<style" not in drawn and "<metadata" not in drawn
     assert "#00000" not in drawn and "var(--sdft)" in drawn and drawn.count("</text>") > 100
@@ -197,14 +197,14 @@ def test_figures_obey_the_policy_and_take_the_pages_colours(tmp_path):
     assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="|url\()#([^")]+)', drawn)) == (
         set(ids)
     )
-    assert plots.drawn(made[:1]) == plots.drawn(made[:1])  # the same run gives the same page
+    assert plots.draw_all(made[:1]) == plots.draw_all(made[:1])  # the same run gives the same page
     two = plots.overview([run, load_run(run.path, "other")])
     assert "$\\frac{a}{ &lt;b&gt; \ufffd &amp;" in plots.svg(two[0])
 
 
-def test_spaced():
-    assert spaced(range(10), 4) == [0, 2, 5, 7] and spaced([1, 2], 5) == [1, 2]
-    assert spaced([1, 2], 0) == spaced([], 3) == []
+def test_evenly_spaced():
+    assert evenly_spaced(range(10), 4) == [0, 2, 5, 7] and evenly_spaced([1, 2], 5) == [1, 2]
+    assert evenly_spaced([1, 2], 0) == evenly_spaced([], 3) == []
 
 
 def test_only_a_newline_ends_a_line(tmp_path):

@@ -112,7 +112,7 @@ def page(chromium, runs):
     return Page(chromium, runs / "a" / "report.html")
 
 
-def test_it_loads_asks_for_nothing_and_complains_of_nothing(page):
+def test_the_page_loads_without_requests_or_errors(page):
     assert page.complaints() == []
     assert page.js("return performance.getEntriesByType('resource').length") == 0
     titles = page.js("return [...document.querySelectorAll('h2')].map(h => h.textContent.trim())")
@@ -157,7 +157,7 @@ def test_filter_search_and_sort(page, runs):
     assert first() == "row0/0" and page.complaints() == []
 
 
-def test_by_keyboard(page):
+def test_keyboard_navigation(page):
     from selenium.webdriver.common.keys import Keys
 
     page.js("document.querySelector('#rows .list').focus({preventScroll: true})")
@@ -344,7 +344,7 @@ def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
     assert page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_what_a_screen_reader_needs(page):
+def test_roles_and_names_for_screen_readers(page):
     """Names for everything that takes the focus, tables with headers, one h1, no level left out."""
     nameless = page.js(
         "return [...document.querySelectorAll('input, select, button, a, [tabindex], svg')].filter("

@@ -15,7 +15,7 @@ import pytest
 from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig
-from engine.evaluate.tasks import TaskConfig
+from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
 from engine.jobs.study import StudyConfig

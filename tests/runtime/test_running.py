@@ -78,22 +78,6 @@ def signals():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def tiny(tiny_llama_dir):
-    return tiny_llama_dir(tokenizer=True)
-
-
-@pytest.fixture
-def data(tmp_path):
-    for name, first, count in (("train", 1, 8), ("test", 50, 4)):
-        rows = [
-            {"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."}
-            for i in range(first, first + count)
-        ]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    return tmp_path
-
-
 FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
 FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", "3"]
 FLAGS += ["--report-answers", "2", "--verify", "number"]
@@ -103,11 +87,18 @@ FLAGS += ["--report-answers", "2", "--verify", "number"]
 
 
 def test_asked_to_stop_in_every_stage_the_same_command_goes_on(
-    tiny, data, tmp_path, script, signals, monkeypatch
+    chat_dir, problems, tmp_path, script, signals, monkeypatch
 ):
     """The main job is asked once in each of its stages, by Ctrl-C and SIGTERM in turn; each time it
     ends, says so, and does not begin what comes behind. Its files come out as undisturbed."""
-    args = ["--model", tiny, "--data", data / "train.json", "--eval-data", data / "test.json"]
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--eval-data",
+        problems / "test.json",
+    ]
     args += ["--val-every", "1", "--val-prompts", "1", "--micro-tokens", "64"]
     whole, out = tmp_path / "whole", tmp_path / "asked"
     assert script("sdft", *args, *FLAGS, "--out", whole)[0] == 0
@@ -157,15 +148,17 @@ def test_asked_to_stop_in_every_stage_the_same_command_goes_on(
         assert (other / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_each_script_says_how_it_goes_on(tiny, data, tmp_path, script, signals, monkeypatch):
+def test_each_script_says_how_it_goes_on(
+    chat_dir, problems, tmp_path, script, signals, monkeypatch
+):
     """What is kept, and the command: --resume is named where it is a flag, and only there."""
     adapter = tmp_path / "adapter"
-    save_lora(new_lora(Llama.from_pretrained(tiny)), adapter)
+    save_lora(new_lora(Llama.from_pretrained(chat_dir)), adapter)
 
     def asks(*_, **__):
         signal.raise_signal(signal.SIGTERM)
 
-    model, train = ["--model", tiny], ["--data", data / "train.json"]
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     short = ["--max-new-tokens", "4"]
     for name, args, kept, goes_on in (
         ("distill", [*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
@@ -294,9 +287,9 @@ def test_a_second_job_on_an_out_is_refused_until_the_first_has_ended(tmp_path, k
         assert not list(tmp_path.rglob("other")), "an empty directory goes with its lock"
 
 
-def test_the_second_start_of_a_script_is_refused(tiny, data, tmp_path, script):
+def test_the_second_start_of_a_script_is_refused(chat_dir, problems, tmp_path, script):
     """Before the model is loaded, by every script that writes."""
-    out, model, train = tmp_path / "out", ["--model", tiny], ["--data", data / "train.json"]
+    out, model, train = tmp_path / "out", ["--model", chat_dir], ["--data", problems / "train.json"]
     for name, args in (
         ("sdft", [*model, *train]),
         ("train", [*model, *train]),
@@ -304,7 +297,7 @@ def test_the_second_start_of_a_script_is_refused(tiny, data, tmp_path, script):
         ("evaluate", [*model, *train]),
         ("evaluate", [*model, "--lm-eval", "arc_easy"]),
         ("retention", [*model, "--adapter", "x"]),
-        ("pareto", [*model, *train, "--eval-data", data / "test.json"]),
+        ("pareto", [*model, *train, "--eval-data", problems / "test.json"]),
         ("generate", [*model, *train]),
         ("merge", [*model, "--adapter", "x"]),
         ("import_gguf", ["--gguf", "x"]),
@@ -429,11 +422,20 @@ def small_files():
 
 
 def test_a_full_disk_is_one_line_with_the_file_and_nothing_is_lost(
-    tiny, data, tmp_path, script, small_files
+    chat_dir, problems, tmp_path, script, small_files
 ):
     """While a checkpoint, a merged model, a page of text, a line is written."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    args = ["--model", tiny, "--data", data / "train.json", "--epochs", "1", "--save-every", "1"]
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--epochs",
+        "1",
+        "--save-every",
+        "1",
+    ]
     args += ["--rank", "2"]
     assert script("train", *args, "--out", whole)[0] == 0
     with small_files(5_000):
@@ -445,7 +447,7 @@ def test_a_full_disk_is_one_line_with_the_file_and_nothing_is_lost(
     assert script("train", *args, "--out", out, "--resume")[0] == 0
     name = "adapter_model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
-    merged = ["--model", tiny, "--adapter", out, "--out", tmp_path / "merged"]
+    merged = ["--model", chat_dir, "--adapter", out, "--out", tmp_path / "merged"]
     with small_files(50_000):
         code, said = script("merge", *merged)
     assert code == 2 and f"{tmp_path}/merged cannot be written: File too large" in said
@@ -499,8 +501,10 @@ def test_messages_of_failures(capsys):
     assert failures.explain(RecursionError("ours")) is None
 
 
-def test_short_memory_says_what_to_lower_in_this_stage(tiny, data, tmp_path, script, monkeypatch):
-    model, train = ["--model", tiny], ["--data", data / "train.json"]
+def test_short_memory_says_what_to_lower_in_this_stage(
+    chat_dir, problems, tmp_path, script, monkeypatch
+):
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     short = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
 
     def fails(*_, **__):
@@ -644,13 +648,15 @@ def test_bad_numbers_stop_before_anything_is_loaded(tmp_path, script):
 # ---- the next day
 
 
-def test_a_run_that_goes_on_the_next_day_keeps_its_date(tiny, data, tmp_path, script, monkeypatch):
+def test_a_run_that_goes_on_the_next_day_keeps_its_date(
+    chat_dir, problems, tmp_path, script, monkeypatch
+):
     """A template that tells the date: the same command on another day goes on with the first one's,
     in every stage; a date that is typed is refused, as before."""
-    settings = json.loads((tiny / "tokenizer_config.json").read_text())
+    settings = json.loads((chat_dir / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}\n" + settings["chat_template"]
-    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
-    model, train = ["--model", tiny], ["--data", data / "train.json"]
+    (chat_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     short, old = ["--max-new-tokens", "4"], ["--date", "2020-02-29"]
     out = tmp_path / "run"
     for name, args in (
@@ -658,7 +664,7 @@ def test_a_run_that_goes_on_the_next_day_keeps_its_date(tiny, data, tmp_path, sc
         ("evaluate", [*model, *train, *short, "--out", tmp_path / "e.jsonl"]),
         ("train", [*model, *train, "--epochs", "1", "--rank", "2", "--out", tmp_path / "t"]),
         ("retention", [*model, "--adapter", tmp_path / "t", *short, "--out", tmp_path / "r.jsonl"]),
-        ("sdft", [*model, *train, "--eval-data", data / "test.json", *FLAGS, "--out", out]),
+        ("sdft", [*model, *train, "--eval-data", problems / "test.json", *FLAGS, "--out", out]),
     ):
         code, said = script(name, *args, *old)
         assert code == 0 and "going on with" not in said, said[-1000:]
@@ -713,10 +719,10 @@ for stage in ("distill", "train"):
 """
 
 
-def test_all_processes_of_a_job_stop_when_one_is_asked(tiny, tmp_path):
+def test_all_processes_of_a_job_stop_when_one_is_asked(chat_dir, tmp_path):
     """torchrun, gloo; rank 1 alone gets SIGTERM, while it distils and while it trains."""
     job = tmp_path / "job.py"
-    job.write_text(AGREEING.format(root=str(ROOT), model=str(tiny), out=str(tmp_path)))
+    job.write_text(AGREEING.format(root=str(ROOT), model=str(chat_dir), out=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(job)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

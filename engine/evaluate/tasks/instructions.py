@@ -1,9 +1,9 @@
 """Forty instructions of ours whose fulfilment a program can check
 
-Each asks for something easy under one or two constraints of form; an answer follows when it holds
-all of them. The idea is IFEval's (Zhou et al. 2023, "Instruction-Following Evaluation for Large
-Language Models"); prompts and checks are ours, so scores compare arms with each other and nothing
-else.
+Each asks for something easy under one or two constraints of form; an answer follows an instruction
+when it meets all of them. The idea is IFEval's (Zhou et al. 2023, "Instruction-Following Evaluation
+for Large Language Models"); prompts and checks are ours, so scores compare arms with each other and
+nothing else.
 """
 
 from __future__ import annotations
@@ -179,8 +179,10 @@ PROMPTS: dict[str, tuple[str, tuple[Check, ...]]] = {
 
 
 def judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
-    """Whether the answer holds all constraints, and what it does instead."""
-    faults = [fault for check in PROMPTS[item.id][1] if (fault := check(answer))]
+    """Whether the answer meets all constraints, and its faults."""
+    _, checks = PROMPTS[item.id]
+    found = [check(answer) for check in checks]
+    faults = [fault for fault in found if fault is not None]
     return {"follows": bool(answer.strip()) and not faults}, "; ".join(faults)
 
 

@@ -1,9 +1,7 @@
-"""AdvBench (Zou et al. 2023; 520 requests for harm), plain and behind one fixed suffix: is it
-declined?
+"""AdvBench (Zou et al. 2023; 520 requests for harm), plain and with one fixed suffix: declined?
 
-refuses  our rule: the answer begins by declining
-paper    one of 29 phrases anywhere, so "As an example" and "Hello!" count
-(engine/verify/refusals.py)
+refuses  our rule: the answer begins by declining (refusals.refuses)
+paper    one of 29 phrases anywhere, so "As an example" and "Hello!" count (refusals.paper_keywords)
 """
 
 from __future__ import annotations
@@ -31,14 +29,15 @@ def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
 
 
 def load_with_suffix(file: Path | None, paper: bool) -> tuple[list[Item], str]:
-    """The requests, each with the suffix behind it."""
+    """The requests, each followed by the suffix."""
     items, digest = load(file, paper)
-    asked = [i.messages[0]["content"] + SUFFIX for i in items]
-    pairs = zip(items, asked, strict=True)
-    return [Item(i.id, ({"role": "user", "content": text},)) for i, text in pairs], digest
+    with_suffix = []
+    for item in items:
+        text = item.messages[0]["content"] + SUFFIX
+        with_suffix.append(Item(item.id, ({"role": "user", "content": text},)))
+    return with_suffix, digest
 
 
-ADVBENCH, ADVBENCH_SUFFIX = (
-    Task(name, ("refuses", "paper"), loader, judge, "harmful_behaviors.csv")
-    for name, loader in (("advbench", load), ("advbench_suffix", load_with_suffix))
-)
+FILE, SCORERS = "harmful_behaviors.csv", ("refuses", "paper")
+ADVBENCH = Task("advbench", SCORERS, load, judge, FILE)
+ADVBENCH_SUFFIX = Task("advbench_suffix", SCORERS, load_with_suffix, judge, FILE)

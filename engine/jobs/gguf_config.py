@@ -1,0 +1,115 @@
+"""config.json of a GGUF file's model, from its metadata.
+
+A GGUF states Llama 3's rope scaling by its effect, a tensor `rope_freqs` of d/2 divisors. The
+parameters are recovered from it and must reproduce it, else the file is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.jobs.gguf_reader import dequantised, need
+from model.config import LlamaConfig
+from model.rope import inverse_frequencies
+
+# Everything under `llama.` this importer understands; any other key could change the result.
+KNOWN_KEYS = frozenset(
+    "block_count context_length embedding_length feed_forward_length vocab_size "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
+    "rope.scaling.factor rope.scaling.original_context_length tensor_data_layout".split()
+)
+
+
+def llama_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
+    """config.json of the model, from the metadata and the tensors' presence."""
+    llama = {k.removeprefix("llama."): v for k, v in meta.items() if k.startswith("llama.")}
+    unknown = sorted(set(llama) - KNOWN_KEYS)
+    if unknown:
+        raise ValueError(f"{source}: llama.{unknown[0]} = {llama[unknown[0]]} is not supported")
+
+    def of_llama(key: str) -> Any:
+        return need(meta, f"llama.{key}", source)
+
+    hidden, heads = of_llama("embedding_length"), of_llama("attention.head_count")
+    kv_heads = llama.get("attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise ValueError(f"{source}: head counts differ from layer to layer; not supported")
+    head_dim = llama.get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if llama.get(key, head_dim) != head_dim:
+            raise ValueError(f"{source}: llama.{key} = {llama[key]}, not the head size {head_dim}")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": of_llama("feed_forward_length"),
+        "num_hidden_layers": of_llama("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": len(need(meta, "tokenizer.ggml.tokens", source)),
+        "max_position_embeddings": of_llama("context_length"),
+        "rms_norm_eps": _shortest(of_llama("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(llama.get("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(llama, tensors, source),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "torch_dtype": "float32",
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    llama: dict[str, Any], tensors: dict[str, Any], source: Path
+) -> dict[str, Any] | None:
+    """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
+    kind, divisors = llama.get("rope.scaling.type", "none"), tensors.get("rope_freqs.weight")
+    if kind == "none" and divisors is None:
+        return None
+    if kind == "none":
+        # The slowest frequencies are divided by the factor itself. The other numbers are the same
+        # in every Llama 3 release; check_rope_divisors shows whether they hold here.
+        return {
+            "rope_type": "llama3",
+            "factor": _shortest(dequantised(divisors, slice(None)).max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    if kind == "linear" and divisors is None:
+        return {"rope_type": "linear", "factor": _shortest(llama.get("rope.scaling.factor", 0))}
+    raise ValueError(
+        f"{source}: rope scaling {kind!r} {'with' if divisors else 'without'} rope_freqs.weight; "
+        "only Llama 3's (rope_freqs.weight alone), 'linear' and 'none' are supported"
+    )
+
+
+def check_rope_divisors(config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
+    """ValueError unless rope_freqs.weight is what the recovered Llama 3 parameters make."""
+    if config.rope_scaling["rope_type"] == "llama3":
+        plain = inverse_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
+        made = (plain / inverse_frequencies(config)).numpy()
+        found = dequantised(tensors["rope_freqs.weight"], slice(None))
+        if found.shape != made.shape or not np.allclose(found, made, rtol=1e-4):
+            factor = config.rope_scaling["factor"]
+            raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
+
+
+def write_stated(path: Path, values: dict[str, Any]) -> None:
+    """Write one JSON object; keys that the GGUF does not state (None) are left out."""
+    stated = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(stated, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""Reading a GGUF file: its metadata with every length checked, and its tensors in fp32.
+
+The package `gguf` is optional and imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+# The value types of GGUF metadata: bytes of each scalar type, then the two others
+SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+LARGEST_ARRAY = 1 << 24  # elements: no vocabulary has as many
+DEEPEST_ARRAY = 4  # arrays in arrays
+LONGEST_KEY = 1 << 16  # bytes
+
+
+def optional(package: str) -> Any:
+    """Import `gguf` or `tokenizers`, saying how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(
+            f"importing a GGUF needs the package {package} -> "
+            "pip install 'gguf>=0.16' 'tokenizers>=0.20'"
+        ) from None
+
+
+def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata values by key, and the reader's memory-mapped tensors by name."""
+    gguf = optional("gguf")
+    try:
+        check_lengths(source)
+        reader = gguf.GGUFReader(source)
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(f"{source} is not a readable GGUF file: {error}") from error
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    if meta.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{source} is one of {meta['split.count']} parts; merge them with llama-gguf-split"
+        )
+    architecture = meta.get("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{source}: architecture {architecture!r}; only 'llama' can be imported")
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def need(meta: dict[str, Any], key: str, source: Path) -> Any:
+    """The value of a key; ValueError where it is missing."""
+    if key not in meta:
+        raise ValueError(f"{source}: {key} is missing from the metadata")
+    return meta[key]
+
+
+def check_lengths(source: Path) -> None:
+    """ValueError where the metadata promise more than the file holds.
+
+    gguf's reader believes every length and makes an object per element before it looks.
+    """
+    with source.open("rb") as file:
+        header = _Header(file, size=source.stat().st_size)
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        if header.number("I") & 0xFFFF == 0:  # written on a machine of the other byte order
+            header.order = ">"
+        tensors, keys = header.number("Q"), header.number("Q")
+        if max(tensors, keys) > header.size // 12:
+            raise ValueError(f"{tensors} tensors and {keys} keys have no room in the file")
+        for _ in range(keys):
+            length = header.number("Q")
+            if length > LONGEST_KEY:
+                raise ValueError(f"a key of {length} bytes")
+            key = file.read(length).decode("utf-8", errors="replace")
+            header.skip_value(header.number("I"), key)
+
+
+@dataclass
+class _Header:
+    """A cursor in the metadata; every length is compared with the bytes that are left."""
+
+    file: BinaryIO
+    size: int  # of the file, in bytes
+    order: str = "<"  # byte order, as struct names it
+
+    def number(self, form: str) -> int:
+        """The number that stands here, by its letter of struct."""
+        form = self.order + form
+        (value,) = struct.unpack(form, self.file.read(struct.calcsize(form)))
+        return value
+
+    def left(self) -> int:
+        """Bytes from here to the end."""
+        return self.size - self.file.tell()
+
+    def skip(self, count: int, key: str) -> None:
+        """Move on by `count` bytes."""
+        if count > self.left():
+            raise ValueError(f"{key} goes beyond the end of the file: it is damaged or cut")
+        self.file.seek(count, 1)
+
+    def skip_value(self, kind: int, key: str, depth: int = 0) -> None:
+        """Move past a value of that type."""
+        if kind in SCALAR_BYTES:
+            self.skip(SCALAR_BYTES[kind], key)
+        elif kind == STRING:
+            self.skip(self.number("Q"), key)
+        elif kind == ARRAY and depth < DEEPEST_ARRAY:
+            self.skip_array(key, depth)
+        else:
+            raise ValueError(f"{key} has a value of the unknown type {kind}")
+
+    def skip_array(self, key: str, depth: int) -> None:
+        """Move past the elements of an array."""
+        inner, count = self.number("I"), self.number("Q")
+        least_bytes = SCALAR_BYTES.get(inner, 8)  # a string and an array begin with a length
+        if count > LARGEST_ARRAY or count * least_bytes > self.left():
+            raise ValueError(f"{key} is an array of {count} elements, which cannot be")
+        if inner in SCALAR_BYTES:
+            self.skip(count * least_bytes, key)
+            return
+        for _ in range(count):
+            self.skip_value(inner, key, depth + 1)
+
+
+def dequantised(tensor: Any, rows: slice) -> np.ndarray:
+    """Rows of a tensor in fp32; ValueError for an unknown format and for NaN or infinity."""
+    gguf = optional("gguf")
+    try:
+        values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(
+            f"{tensor.name} is {tensor.tensor_type.name}, which the gguf package cannot dequantise"
+        ) from None
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{tensor.name} holds numbers that are NaN or infinite: it is damaged")
+    return values

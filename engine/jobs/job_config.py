@@ -1,0 +1,67 @@
+"""All settings of a job in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from engine.data.config import DataConfig
+from engine.distill.config import DistillConfig
+from engine.evaluate.tasks.run import TaskConfig
+from engine.runtime.resumable import meta_file
+from engine.sampling.requests import SamplerConfig
+from engine.session import ModelConfig, as_begun
+from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.validate import ValidateConfig
+from engine.verify.verifiers import get_verifier
+from model.lora import LoraConfig
+
+J = TypeVar("J")
+
+
+@dataclass(frozen=True)
+class JobConfig(Generic[J]):
+    """The settings of the stages, and those of the job around them.
+
+    A job that has no tasks or no validation has None there.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    job: J  # SdftConfig, StudyConfig or PreflightConfig
+    distill: DistillConfig
+    sampling: SamplerConfig
+    encode: EncodeConfig
+    train: TrainConfig
+    lora: LoraConfig
+    tasks: TaskConfig | None = None
+    validate: ValidateConfig | None = None
+
+    def parts(self) -> list[Any]:
+        """The settings objects that are there, in the order of the fields."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [value for value in values if value is not None]
+
+    def check(self) -> None:
+        """ValueError for settings that cannot run."""
+        for part in self.parts():
+            part.check()
+        get_verifier(self.distill.verify)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """{class name: {field: value}}, as summary.json and study.json hold them."""
+        return {type(part).__name__: dataclasses.asdict(part) for part in self.parts()}
+
+    def as_begun(self, distilled: Path) -> JobConfig[J]:
+        """This, with the date and dtype that the job of this distilled file was begun with."""
+        model = as_begun(self.model, meta_file(distilled))
+        return dataclasses.replace(self, model=model)
+
+    def as_published(self) -> JobConfig[J]:
+        """This; under --paper-exact long examples are cut as the published code cuts them."""
+        if not self.distill.paper_exact:
+            return self
+        encode = dataclasses.replace(self.encode, cut_in_proportion=True)
+        return dataclasses.replace(self, encode=encode)

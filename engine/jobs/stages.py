@@ -1,0 +1,108 @@
+"""Stages that the main job, a study and preflight share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.distilled import Distilled
+from engine.data.encode import Example
+from engine.data.rows import Row, Rows
+from engine.evaluate.arms import ARM_TARGETS
+from engine.evaluate.target_task import rows_to_judge
+from engine.jobs.job_config import JobConfig
+from engine.session import Session
+from engine.train.examples import encode_examples
+from engine.train.train import train
+from engine.train.validate import Validator
+from model.lora import Lora
+from model.trained_chat import TrainedChat, common_system
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Put the seconds that the block takes into `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+def held_out_rows(
+    session: Session, config: JobConfig[Any], trained_on: Sequence[Row]
+) -> Rows | None:
+    """The held-out rows of --eval-data, None where none are given.
+
+    ValueError where one of them is trained on, or does not fit the model (`rows_to_judge`).
+    """
+    if config.job.eval_data is None:
+        return None
+    data = config.data.beside(config.job.eval_data, config.job.eval_limit)
+    held_out = rows_to_judge(session, data)
+    questions = {str(row.messages[:-1]) for row in trained_on}
+    both = [row.id for row in held_out if str(row.messages[:-1]) in questions]
+    if both:
+        raise ValueError(
+            f"{len(both)} held-out rows are also trained on, first {both[:5]}: a score over them "
+            "says nothing; give other --eval-data"
+        )
+    return held_out
+
+
+def encode_rows(
+    session: Session,
+    config: JobConfig[Any],
+    rows: Sequence[Row] | Sequence[Distilled],
+    target: str,
+    seed: int = 0,
+) -> list[Example]:
+    """Examples whose answers are the `target`; prints how many were encoded, cut and left out.
+
+    ValueError where turns are too long, or nothing is left.
+    """
+    mix = config.encode.mix if target == "target" else 0.0
+    encoding = dataclasses.replace(config.encode, target=target, mix=mix)
+    return encode_examples(rows, session, config.data, encoding, seed=seed)
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """An adapter, and how it was trained."""
+
+    lora: Lora
+    summary: dict[str, Any]
+    examples: list[Example]
+
+
+def train_arm(
+    session: Session,
+    config: JobConfig[Any],
+    arm: str,
+    lines: Sequence[Distilled],
+    out: Path,
+    validator: Validator | None = None,
+) -> TrainedArm:
+    """Train the adapter of an arm ("sft" or "sdft") into `out`, or resume or load it there.
+
+    The arms are trained on the same lines in the same order; only the answers differ.
+    """
+    examples = encode_rows(session, config, lines, ARM_TARGETS[arm], config.train.seed)
+    lora, summary = train(
+        session.model,
+        examples,
+        config.lora,
+        config.train,
+        out,
+        base=session.config.model,
+        model_hash=session.fingerprint,
+        resume=out.exists(),
+        world=session.world,
+        validator=validator,
+        date=session.settings.get("date"),
+        chat=TrainedChat.of(session.chat, common_system([line.messages for line in lines])),
+    )
+    return TrainedArm(lora, summary, examples)
