@@ -162,46 +162,46 @@ def jitted() -> dict[str, Any]:
     return found
 
 
-def specs_of(wanted: str) -> list[Spec]:
-    """The specs that can launch a kernel whose name contains `wanted`; all of them for ""."""
-    modules = {f.fn.__module__ for name, f in jitted().items() if wanted in name}
+def specs_of(pattern: str) -> list[Spec]:
+    """The specs that can launch a kernel whose name contains `pattern`; all of them for ""."""
+    modules = {f.fn.__module__ for name, f in jitted().items() if pattern in name}
 
     def launches(spec: Spec) -> bool:
         # An operation's kernels are in its own file, or in files of its folder.
         own = spec.make_inputs.__module__
         return any(module.startswith(own) for module in modules)
 
-    return [s for s in registry.SPECS.values() if wanted in s.name or launches(s)]
+    return [s for s in registry.SPECS.values() if pattern in s.name or launches(s)]
 
 
-def other_triton(wanted: str) -> Path:
-    """The folder holding `triton/`: `wanted` itself, or .triton/<version>, fetched by pip once."""
-    if Path(wanted, "triton").is_dir():
-        return Path(wanted).resolve()
-    if not re.fullmatch(r"\d+(\.\d+)+", wanted):
-        sys.exit(f"--triton {wanted}: neither a version nor a folder with triton/ in it")
-    folder = ROOT / ".triton" / wanted
+def other_triton(triton: str) -> Path:
+    """The folder holding `triton/`: `triton` itself, or .triton/<version>, fetched by pip once."""
+    if Path(triton, "triton").is_dir():
+        return Path(triton).resolve()
+    if not re.fullmatch(r"\d+(\.\d+)+", triton):
+        sys.exit(f"--triton {triton}: neither a version nor a folder with triton/ in it")
+    folder = ROOT / ".triton" / triton
     if not folder.is_dir():
         folder.parent.mkdir(exist_ok=True)
         (folder.parent / ".gitignore").write_text("*\n")
         with directory_beside(folder) as beside:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-            subprocess.check_call([*pip, "--target", str(beside), f"triton=={wanted}"])
+            subprocess.check_call([*pip, "--target", str(beside), f"triton=={triton}"])
     return folder
 
 
-def settle(module: str, wanted: str | None) -> None:
+def settle(module: str, triton: str | None) -> None:
     """Restart `python -m module`, if need be, without the interpreter and with this triton."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     restart = triton_launch.INTERPRETED
-    if wanted is not None:
-        folder = other_triton(wanted)
+    if triton is not None:
+        folder = other_triton(triton)
         here = triton_launch.triton is not None and Path(triton_launch.triton.__file__)
         restart |= not (here and here.is_relative_to(folder))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), env.get("PYTHONPATH"))))
     if restart:
         if "SDFT_RESTARTED" in env:
-            sys.exit(f"triton {wanted} cannot be imported here")
+            sys.exit(f"triton {triton} cannot be imported here")
         command = [sys.executable, "-m", module, *sys.argv[1:]]
         os.execve(sys.executable, command, env | {"SDFT_RESTARTED": "1"})
     if triton_launch.triton is None:

@@ -147,10 +147,10 @@ class Plan:
     failures: list[str] = field(default_factory=list)  # operations that did not get that far
 
 
-def plan(wanted: str, targets: list[str], dtypes: list[str]) -> Plan:
-    """Every configuration of the kernels whose name, or whose operation's, contains `wanted`."""
+def plan(pattern: str, targets: list[str], dtypes: list[str]) -> Plan:
+    """Every configuration of the kernels whose name, or whose operation's, contains `pattern`."""
     made = Plan()
-    for target, spec, dtype in itertools.product(targets, specs_of(wanted), dtypes):
+    for target, spec, dtype in itertools.product(targets, specs_of(pattern), dtypes):
         for ops, shape in itertools.product(tables(spec), dict.fromkeys(spec.bench_shapes)):
             try:
                 launches = record(spec, ops, shape, DTYPES[dtype], target)
@@ -161,7 +161,7 @@ def plan(wanted: str, targets: list[str], dtypes: list[str]) -> Plan:
             for launch in launches:
                 name = launch.kernel.__name__
                 made.ran.add(name)
-                if wanted in name or wanted in spec.name:
+                if pattern in name or pattern in spec.name:
                     new = job(launch, target, dtype)
                     made.jobs.setdefault(new.key, new)
     return made
@@ -184,7 +184,7 @@ def extremes(work: list[Job]) -> list[Job]:
     return [one for one in work if id(one) in chosen]
 
 
-def uncovered(wanted: str, ran: set[str]) -> list[str]:
+def uncovered(pattern: str, ran: set[str]) -> list[str]:
     """Kernels that nothing launched and helpers that nothing launched calls."""
     functions = jitted()
     reached, pending = set(), [name for name in functions if name in ran]
@@ -193,7 +193,7 @@ def uncovered(wanted: str, ran: set[str]) -> list[str]:
         reached.add(name)
         called = set(functions[name].fn.__code__.co_names) & functions.keys()
         pending.extend(called - reached)
-    return [name for name in functions if wanted in name and name not in reached]
+    return [name for name in functions if pattern in name and name not in reached]
 
 
 # ---- the compiled kernel
@@ -337,13 +337,13 @@ def compiled(index: int) -> dict[str, Any]:
 
     job, log, started = _jobs[index], io.StringIO(), time.perf_counter()
     try:
-        with contextlib.redirect_stdout(log), stderr_kept() as said:
+        with contextlib.redirect_stdout(log), stderr_kept() as errors:
             source = ASTSource(job.kernel, job.signature, job.constexprs, job.attrs)
             target = GPUTarget(*TARGETS[job.target])
             done = compile_kernel(source, target=target, options=job.options.__dict__)
         result = facts(job, done, log.getvalue())
     except Exception as error:  # whatever the compiler raises is the finding
-        first = next((line for line in said if "error:" in line), "")
+        first = next((line for line in errors if "error:" in line), "")
         result = failed(job, f"{type(error).__name__}: {error} {first}")
     return result | {"seconds": time.perf_counter() - started}
 
@@ -413,8 +413,8 @@ def cells(result: dict[str, Any], verdict: str) -> list[str]:
 
 def ptxas_versions() -> list[str]:
     folder = Path(triton_launch.triton.__file__).parent / "backends/nvidia/bin"
-    said = [subprocess.check_output([t, "--version"], text=True) for t in folder.glob("ptxas*")]
-    return sorted(re.search(r"release ([\d.]+)", text)[1] for text in said)
+    texts = [subprocess.check_output([t, "--version"], text=True) for t in folder.glob("ptxas*")]
+    return sorted(re.search(r"release ([\d.]+)", text)[1] for text in texts)
 
 
 def parse_args() -> argparse.Namespace:
@@ -441,8 +441,9 @@ def main() -> int:
     failures += [f"{name} coverage: no launch" for name in uncovered(args.kernel, planned.ran)]
     lines = []
     with tempfile.TemporaryDirectory() as cache:
-        wanted = {"TRITON_CACHE_DIR": cache, "TRITON_ALWAYS_COMPILE": "1"}
-        os.environ.update(wanted | {"TRITON_DUMP_PTXAS_LOG": "1"})
+        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+        os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
         for result in compile_all(work, args.jobs):
             found = complaints(result)
             reasons = {kind: excused(kind, result) for kind in found}

@@ -135,16 +135,16 @@ def largest(cases: list[Case], most: int) -> list[Case]:
 
 
 def searches(
-    wanted: list[str], place: Place, most: int = 3, only_tokens: frozenset[int] = frozenset()
+    patterns: list[str], place: Place, most: int = 3, only_tokens: frozenset[int] = frozenset()
 ) -> list[Search]:
     """A search for every configuration that a case looks up, the most valuable first.
 
-    Only for kernels and operations whose name contains one of `wanted`, and with `only_tokens` for
-    shapes of so many tokens.
+    Only for kernels and operations whose name contains one of `patterns`; with `only_tokens`, only
+    for shapes of so many tokens.
     """
     found: dict[tuple[str, str], Search] = {}
     proofs: dict[tuple[str, Spec, str], Case] = {}  # kernel, operation, table -> a small shape
-    for spec in specs_for(wanted):
+    for spec in specs_for(patterns):
         small = sorted(spec.interpreter_shapes or spec.test_shapes, key=sum)
         bench = [Case(spec, REFERENCE, s) for s in dict.fromkeys(spec.bench_shapes)]
         bench = [case.shape for case in bench if not only_tokens or case.tokens() in only_tokens]
@@ -161,7 +161,7 @@ def searches(
                 case = Case(spec, ops, shape)
                 rehearsed = {kernel for kernel, _ in found} if place.dry else set()
                 for kernel, shape_class, config in case.looks_up(place)[0]:
-                    named = any(w in kernel or w in spec.name for w in wanted)
+                    named = any(p in kernel or p in spec.name for p in patterns)
                     proved = (kernel, spec, ops.name) in proofs
                     if not named or not proved or kernel in rehearsed:
                         continue  # what no small shape reaches cannot be proved
@@ -178,10 +178,10 @@ def searches(
     return by_worth(list(found.values()))
 
 
-def specs_for(wanted: list[str]) -> list[Spec]:
-    """The specs that reach a kernel, or a form, whose name or operation has one of `wanted`."""
-    found = {spec.name: spec for name in wanted for spec in specs_of(name)}
-    for form in (f for f in FORM_CALLS if any(name in f for name in wanted)):
+def specs_for(patterns: list[str]) -> list[Spec]:
+    """The specs that reach a kernel, or a form, whose name or operation has one of `patterns`."""
+    found = {spec.name: spec for pattern in patterns for spec in specs_of(pattern)}
+    for form in (f for f in FORM_CALLS if any(pattern in f for pattern in patterns)):
         found |= {name: spec for name, spec in SPECS.items() if form.startswith(f"{name}_")}
     return list(found.values())
 

@@ -125,7 +125,7 @@ def run_form(search: Search, case: Case, place: Place, config: Config) -> Run:
 
 
 def kept(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies: an operation in place goes on writing there when it is repeated."""
+    """Copies: an in-place operation writes there again when it is repeated."""
     return {name: value.clone() for name, value in outputs.items()}
 
 
@@ -319,18 +319,18 @@ class Turn:
         self.presents = [t for case in cases for t in tasks(case, place, configs=won)]
         self.by_config = {frozen(config): [] for config in configs}
         proofs: list[Task] = []
-        for config, wanted in self.by_config.items():
+        for config, to_compile in self.by_config.items():
             how = {"configs": (*won, (search.kernel, search.shape_class, config))}
             how |= {} if search.form else {"names": search.names}
             for case in (*cases, *(() if self.screened else search.also)):
-                wanted += tasks(case, place, **how)
+                to_compile += tasks(case, place, **how)
             how = {"configs": ((search.kernel, "", config),), "masters": False}
             for case in search.proofs if self.screened and not proofs else ():
                 proofs += tasks(case, place, **how)
         if self.workers:
             self.workers.want(self.presents, (self.urgency, 0))
-            for wanted in self.by_config.values():
-                self.workers.want(wanted, (self.urgency, 0))
+            for to_compile in self.by_config.values():
+                self.workers.want(to_compile, (self.urgency, 0))
             self.workers.want(proofs, (self.urgency, 1))  # of the best so far only
 
     def ready(self) -> bool:
