@@ -45,7 +45,8 @@ def test_every_flag_that_is_a_number_is_tested():
     used = set()
     for file in (ROOT / "scripts").glob("*.py"):
         used |= set(re.findall(r"\b(\w+Config)\b", file.read_text()))
-    assert used == named and len(NUMBERS) > 40
+    assert used == {*named, "JobConfig"}, "JobConfig holds the others and has no numbers"
+    assert len(NUMBERS) > 40
 
 
 @pytest.mark.parametrize(("cls", "name", "kind"), NUMBERS, ids=lambda x: getattr(x, "__name__", x))
