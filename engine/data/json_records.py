@@ -92,7 +92,7 @@ class _Buffer:
         self._counted_to = 0
 
     def line_of(self, at: int) -> int:
-        """The line of a place in `text`, which must not lie before the place last asked for."""
+        """The line of a place in `text`, which must not lie before that of the last call."""
         self._line += self.text.count("\n", self._counted_to, at)
         self._counted_to = at
         return self._line
@@ -107,7 +107,7 @@ class _Buffer:
                 return ""
 
     def parse(self) -> object:
-        """Parse the JSON value that begins at `at`, and move behind it.
+        """Parse the JSON value that begins at `at`, and move past it.
 
         json.JSONDecodeError, with the place in `text`, where it is broken.
         """

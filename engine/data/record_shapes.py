@@ -93,24 +93,27 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
     return shape
 
 
-def check_fields_are_supported(record: dict, shape: dict[str, str], found: dict[str, str]) -> None:
+def check_fields_are_supported(
+    record: dict, shape: dict[str, str], found_shape: dict[str, str]
+) -> None:
     """ValueError for a field that would change what is trained on and is not supported.
 
-    found    the shape as `find_shape` found it; {} where --columns names the text
+    found_shape    the shape that `find_shape` found; {} where --columns names the text
     """
     if record.get("loss_mask") is not None:
         raise ValueError(
             "'loss_mask' of a row is not supported: give the messages a \"weight\" of 0 or 1"
         )
-    if found or "messages" in shape:
+    if found_shape or "messages" in shape:
         for name in ("tools", "functions"):
             if record.get(name):
                 raise ValueError(f"{name!r}: tool calls are not supported")
-    if "prompt" in found and "context" not in found.values():
+    if "prompt" in found_shape and "context" not in found_shape.values():
         if is_given(record, _DOLLY, "input"):
-            prompt, response = found["prompt"], found.get("response", "response")
+            prompt = found_shape["prompt"]
+            response = found_shape.get("response", "response")
             raise ValueError(
                 f"'context' is not used: say --columns prompt={prompt},input=context,"
-                f"response={response} to put it behind the {prompt}, or the same without "
+                f"response={response} to put it after the {prompt}, or the same without "
                 "input=context to leave it out"
             )

@@ -184,9 +184,9 @@ class _Reader:
             raise ValueError(f"the row is {kind(record)}, expected an object")
         columns = self.columns or {}
         text_is_named = bool({"prompt", "messages"} & columns.keys())
-        found = {} if text_is_named else find_shape(self.path, record, self.need_reference)
-        shape = {**found, **columns}
-        check_fields_are_supported(record, shape, found)
+        found_shape = {} if text_is_named else find_shape(self.path, record, self.need_reference)
+        shape = {**found_shape, **columns}
+        check_fields_are_supported(record, shape, found_shape)
         turns, unused_keys = conversation_of(record, shape, self.need_reference)
         messages = tuple({"role": m["role"], "content": m["content"]} for m in turns)
         context_only = context_only_turns(turns) if self.need_reference else frozenset()
@@ -200,22 +200,22 @@ class _Reader:
         if self.check is not None:
             self.check(row)
         self._line_of_id[row_id] = line
-        self._note_fields(record, shape, found, tests)
+        self._note_fields(record, shape, found_shape, tests)
         self.unused |= unused_keys
         return row
 
     def _note_fields(
-        self, record: dict, shape: dict[str, str], found: dict[str, str], tests: str
+        self, record: dict, shape: dict[str, str], found_shape: dict[str, str], tests: str
     ) -> None:
         """Add to `unused` and `inputs` which fields a usable record has."""
         used = {*shape.values(), shape.get("id", "id")}
         if tests:
             used.add("tests")
-        if found:
+        if found_shape:
             used.add("input")  # an empty one, beside a context
         self.unused |= record.keys() - used
-        if found.get("input", "input") != "input" and is_given(record, shape, "input"):
-            self.inputs.add(found["input"])
+        if found_shape.get("input", "input") != "input" and is_given(record, shape, "input"):
+            self.inputs.add(found_shape["input"])
 
     def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
         """ValueError for bad rows that are not to be skipped, or if there is no usable row."""

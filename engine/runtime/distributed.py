@@ -104,7 +104,7 @@ class Heartbeat(threading.Thread):
             raise RuntimeError(self.lost)
 
     def leave(self) -> None:
-        """End the heartbeats; the other ranks are told by the next one."""
+        """End the heartbeats; the other ranks learn it from the next one."""
         self.leaving = True
         self.wake.set()
         pause = self.timeouts.pause
@@ -116,7 +116,7 @@ class Heartbeat(threading.Thread):
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands in the job."""
+    """The rank of this process and the size of the job."""
 
     rank: int = 0
     size: int = 1

@@ -107,9 +107,8 @@ def _locked(file: Path, out: Path) -> Iterator[bool]:
         yield True
     finally:
         del _held[file]
-        file.unlink(
-            missing_ok=True
-        )  # before the release: whoever opened it meanwhile makes a new one
+        # Before the release, so that a process that has opened the file makes its own.
+        file.unlink(missing_ok=True)
         os.close(descriptor)
 
 

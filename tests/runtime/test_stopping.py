@@ -1,0 +1,274 @@
+"""Ctrl-C and SIGTERM in every stage of every script; a job continued the next day; ranks that stop
+together."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.runtime.files import read_jsonl
+from engine.runtime.stopping import Stopped, Stopping, catch_signals
+from engine.sampling.sampler import Sampler
+from engine.session import Session
+from model import merge as merge_module
+from model.llama import Llama
+from model.peft_format import save_lora
+from tests.helpers.adapters import new_lora
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
+FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", "3"]
+FLAGS += ["--report-answers", "2", "--verify", "number"]
+
+
+def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
+    chat_dir, problems, tmp_path, script, signals, monkeypatch
+):
+    """The main job is asked once in each of its stages, by Ctrl-C and SIGTERM in turn; each time it
+    ends, says so, and does not begin what comes behind. Its files come out as undisturbed."""
+    args = [
+        "--model",
+        chat_dir,
+        "--data",
+        problems / "train.json",
+        "--eval-data",
+        problems / "test.json",
+    ]
+    args += ["--val-every", "1", "--val-prompts", "1", "--micro-tokens", "64"]
+    whole, out = tmp_path / "whole", tmp_path / "asked"
+    assert script("sdft", *args, *FLAGS, "--out", whole)[0] == 0
+    stages = [  # where it happens, what is not begun any more
+        (sys.modules["engine.distill.writer"], "decided_line", "distilled.jsonl.scores.jsonl"),
+        (sys.modules["engine.distill.seed_likelihoods"], "_score_record", "sft"),
+        (sys.modules["engine.train.validate"], "compare", "sdft"),
+        (sys.modules["engine.train.step"], "micro_step", "evaluation.jsonl"),
+        (sys.modules["engine.evaluate.target_task"], "nll", "evaluation.jsonl"),
+        (Sampler, "_decode", "seed_answers.jsonl"),
+        (sys.modules["engine.evaluate.retention"], "compare", "tokens.jsonl"),
+        (sys.modules["engine.report.collect"], "nll", "answers.jsonl"),
+    ]
+    for number, (place, name, behind) in enumerate(stages):
+        made, by = getattr(place, name), (signal.SIGINT, signal.SIGTERM)[number % 2]
+        calls = []
+
+        def second_asks(*args, made=made, by=by, calls=calls, **names):
+            calls.append(args)
+            if len(calls) == 2:
+                signal.raise_signal(by)
+            return made(*args, **names)
+
+        monkeypatch.setattr(place, name, second_asks)
+        code, said = script("sdft", *args, *FLAGS, "--out", out)
+        monkeypatch.setattr(place, name, made)
+        where = f"{place.__name__}.{name}"
+        assert code == 128 + by and "Traceback" not in said, (where, said[-2000:])
+        last = said.strip().splitlines()[-1]
+        assert last.startswith({2: "Ctrl-C: ", 15: "SIGTERM: "}[by]), last
+        assert last.endswith("; the same command goes on") and "--resume" not in last
+        assert not (out / behind).exists(), where
+        assert not list(out.rglob(".lock")), "given back, and gone"
+    code, said = script("sdft", *args, *FLAGS, "--out", out)
+    assert code == 0, said[-2000:]
+    assert "seconds since the last start" in said
+    files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "seed_answers.jsonl"]
+    files += ["tokens.jsonl", "answers.jsonl", "sdft/adapter_model.safetensors"]
+    for name in files:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+    # answers that are finished in another order stand in the same one
+    made, other = Sampler.run, tmp_path / "backwards"
+    monkeypatch.setattr(Sampler, "run", lambda *args: reversed(list(made(*args))))
+    assert script("sdft", *args, *FLAGS, "--out", other)[0] == 0
+    for name in files:
+        assert (other / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_each_script_says_how_to_continue(
+    chat_dir, problems, tmp_path, script, signals, monkeypatch
+):
+    """What is kept, and the command: --resume is named where it is a flag, and only there."""
+    adapter = tmp_path / "adapter"
+    save_lora(new_lora(Llama.from_pretrained(chat_dir)), adapter)
+
+    def asks(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
+    short = ["--max-new-tokens", "4"]
+    for name, args, kept, goes_on in (
+        ("distill", [*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
+        ("train", [*model, *train, "--out", tmp_path / "t"], "kept", "--resume"),
+        ("evaluate", [*model, *train, *short, "--out", tmp_path / "e.jsonl"], "kept", "goes on"),
+        ("retention", [*model, "--adapter", adapter, "--out", tmp_path / "r.jsonl"], "kept",
+         "goes on"),
+        ("generate", [*model, "--prompt", "Hi", *short], "--out", "does not go on"),
+        ("preflight", [*model, *train, *short], "nothing is kept", "begins again"),
+        ("merge", [*model, "--adapter", adapter, "--out", tmp_path / "m"], "nothing was written",
+         "begins again"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "open", asks)
+            patch.setattr(merge_module, "merge", asks)
+            code, said = script(name, *args)
+        said = said.strip().splitlines()[-1]
+        assert code == 143 and said.startswith("SIGTERM: "), (name, said)
+        assert kept in said and goes_on in said, (name, said)
+        assert ("--resume" in said) == (name in ("distill", "train"))
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    """The first lets the unit end; the second, a moment later, does not wait for it. Two that come
+    together (a process and its group) are one."""
+    code = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from engine.runtime.flags import run_main
+from engine.runtime.stopping import Stopping
+def main():
+    with Stopping("the unit is finished") as stop:
+        print("ready", flush=True)
+        for _ in range(200):
+            time.sleep(0.05)
+    print("it was finished", flush=True)
+run_main(main)
+"""
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert job.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    job.send_signal(signal.SIGINT)
+    job.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert job.poll() is None, "two together are one"
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=8)
+    assert job.returncode == 130 and time.monotonic() - started < 5 and "finished" not in out
+    assert "Ctrl-C: the unit is finished; a second one stops at once" in err
+    assert "Traceback" not in err
+
+
+def test_stopping_and_catch_signals(signals, capfd):
+    with catch_signals(), pytest.raises(Stopped) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    called = []
+    with pytest.raises(Stopped, match="all of it") as stopped, Stopping("it ends") as stop:
+        stop.finish = lambda: called.append(1)
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked and called == [1]
+        stop.end("all of it")
+    assert stopped.value.code == 130
+    # a signal that comes behind the last look at `asked` is not lost
+    with pytest.raises(Stopped, match="the last of it") as stopped, Stopping("late") as stop:
+        stop.kept = "the last of it"
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    assert capfd.readouterr().err.count("Ctrl-C: it ends; a second one stops at once") == 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind `nohup` and `&`
+    with Stopping("it ends") as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert not stop.asked
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---- the next day
+
+
+def test_a_run_continued_the_next_day_keeps_its_date(
+    chat_dir, problems, tmp_path, script, monkeypatch
+):
+    """A template that tells the date: the same command on another day goes on with the first one's,
+    in every stage; a date that is typed is refused, as before."""
+    settings = json.loads((chat_dir / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}\n" + settings["chat_template"]
+    (chat_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
+    short, old = ["--max-new-tokens", "4"], ["--date", "2020-02-29"]
+    out = tmp_path / "run"
+    for name, args in (
+        ("distill", [*model, *train, *short, "--out", tmp_path / "d.jsonl", "--resume"]),
+        ("evaluate", [*model, *train, *short, "--out", tmp_path / "e.jsonl"]),
+        ("train", [*model, *train, "--epochs", "1", "--rank", "2", "--out", tmp_path / "t"]),
+        ("retention", [*model, "--adapter", tmp_path / "t", *short, "--out", tmp_path / "r.jsonl"]),
+        ("sdft", [*model, *train, "--eval-data", problems / "test.json", *FLAGS, "--out", out]),
+    ):
+        code, said = script(name, *args, *old)
+        assert code == 0 and "going on with" not in said, said[-1000:]
+        again = [*args, "--resume"] if name == "train" else args
+        code, said = script(name, *again)
+        assert code == 0, said[-1000:]
+        assert "was begun with: date 2020-02-29" in said
+        code, said = script(name, *again, "--date", "2020-03-01")
+        assert code == 2 and ("date: '2020-02-29' -> '2020-03-01'" in said or "data: " in said)
+    assert json.loads((tmp_path / "t" / "meta.json").read_text())["date"] == "2020-02-29"
+
+
+# ---- several processes
+
+AGREEING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from engine.distill import distill, writer
+from engine.train import step
+from engine.runtime.distributed import start
+from engine.runtime.stopping import Stopped
+from engine.train.train import train
+from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
+from tests.helpers.training import LORA, SMALL, examples
+torch.set_num_threads(1)
+world, out = start(), Path({out!r})
+count = []
+
+def second_call(made, rank):
+    def asks(*args):
+        count.append(1)
+        if world.rank == rank and len(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*args)
+    count.clear()
+    return asks
+
+model, chat = load({model!r})
+for stage in ("distill", "train"):
+    try:
+        if stage == "distill":
+            writer.decided_line = second_call(writer.decided_line, 1)
+            distill.distill(model, chat, rows(), out / "d.jsonl", CONFIG, SAMPLING, settings={{}},
+                            world=world)
+        else:
+            step.micro_step = second_call(step.micro_step, 1)
+            train(model, examples(), LORA, SMALL, out / "t", base="b", model_hash="h", world=world)
+    except Stopped as stopped:
+        (out / f"{{stage}}{{world.rank}}").write_text(f"{{stopped.code}} {{stopped}}")
+"""
+
+
+def test_all_processes_of_a_job_stop_when_one_is_asked(chat_dir, tmp_path):
+    """torchrun, gloo; rank 1 alone gets SIGTERM, while it distils and while it trains."""
+    job = tmp_path / "job.py"
+    job.write_text(AGREEING.format(root=str(ROOT), model=str(chat_dir), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(job)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        said = (tmp_path / f"distill{rank}").read_text()
+        assert said == f"143 what was finished is in {tmp_path}/d.jsonl and its parts"
+        assert re.fullmatch(
+            r"143 step \d of 10 is in .*/t", (tmp_path / f"train{rank}").read_text()
+        )
+    # rank 0 went on to the end of its share, rank 1 ended what was in flight
+    parts = [len(read_jsonl(tmp_path / f"d.jsonl.part{rank}")) for rank in (0, 1)]
+    assert parts[0] == 13 and 2 <= parts[1] < 11
