@@ -306,7 +306,7 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     assert asked == ["wait cuda", "item", "item"]
     asked.clear()
     looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
-    model = SimpleNamespace(sharded=False)
+    model = SimpleNamespace(is_sharded=False)
     run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
     Run.validate(run, 1, 0)
     assert asked == ["barrier", "sum on cpu"]
