@@ -40,6 +40,7 @@ from engine.session import ModelConfig, Session
 from engine.train import checkpoint as checkpoint_module
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.validate import ValidateConfig
+from model import merge as merge_module
 from model.config import read_json
 from model.durable import directory_beside
 from model.llama import Llama
@@ -173,7 +174,7 @@ def test_each_script_says_how_it_goes_on(
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(Session, "open", asks)
-            patch.setattr(sys.modules["model.merge"], "merge", asks)
+            patch.setattr(merge_module, "merge", asks)
             code, said = script(name, *args)
         said = said.strip().splitlines()[-1]
         assert code == 143 and said.startswith("SIGTERM: "), (name, said)
