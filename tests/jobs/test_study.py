@@ -195,7 +195,7 @@ def test_mistakes_get_one_clear_message(command, tmp_path):
     for flags, said in (
         (["--lr", "1e-3,x"], "lr '1e-3,x': expected numbers joined by commas"),
         (["--rank", "8,8"], "rank '8,8'"),
-        (["--mix", "0,2"], "mix 2.0: a share from 0 to 1"),
+        (["--mix", "0,2"], "mix 2.0: expected a share from 0 to 1"),
         (["--rows-list", "4,99"], "has 9 rows"),
         (["--limit", "3"], "no --limit beside them"),
         (["--seeds", "0"], "seeds 0"),
