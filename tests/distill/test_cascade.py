@@ -16,7 +16,6 @@ import torch
 from engine.data.distilled import KEPT, load_distilled
 from engine.data.encode import encode
 from engine.data.rows import Row, load_rows
-from engine.distill import distill as distill_module
 from engine.distill import writer as writer_module
 from engine.distill.cascade import (
     AssistantTurn,
@@ -28,8 +27,10 @@ from engine.distill.cascade import (
 )
 from engine.distill.config import DistillConfig
 from engine.distill.distill import distill
+from engine.distill.rewrite_prompts import TEMPLATES
 from engine.distill.selection import PAPER
 from engine.measure.likelihood import nll
+from engine.sampling import chat_generator
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.verify.answer_numbers import last_number
@@ -121,9 +122,7 @@ def test_each_line_has_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_path,
         stage = order[len(line.tries) - 1]
         prompt = chat.prompt_ids(line.messages)
         if stage != "unguided":
-            asked = distill_module.prompt(
-                chat, distill_module.TEMPLATES["using"], line.messages, line.reference
-            )
+            asked = prompt(chat, TEMPLATES["using"], line.messages, line.reference)
             prompt = chat.prompt_ids(asked)
         name = line.id if stage == "guided" else f"{line.id}#{stage}"
         temperature = 0.5 if stage == "cooler" else 1.0
@@ -340,7 +339,7 @@ def test_a_rows_tests_are_of_its_last_answer(tiny, tmp_path, monkeypatch):
     assert seen == {"assistant 0": "", "assistant 1": "t"}
 
 
-def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path):
+def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path, monkeypatch):
     """One token a byte: shown whole to the model, room for more than it, whole in training."""
     path = tiny_llama_dir(tokenizer=True, max_position_embeddings=16384)
     model, chat = load(path)
@@ -356,12 +355,9 @@ def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path):
             asked.append(request)
             super().submit(Request(request.id, request.prompt, 3, request.sample))
 
-    module_sampler, distill_module.Sampler = distill_module.Sampler, Spy
-    try:
-        config = DistillConfig(cascade="unguided:1,guided:1", verify="number")
-        report = distill(model, chat, [row], tmp_path / "d", config, SAMPLING, settings={})
-    finally:
-        distill_module.Sampler = module_sampler
+    monkeypatch.setattr(chat_generator, "Sampler", Spy)
+    config = DistillConfig(cascade="unguided:1,guided:1", verify="number")
+    report = distill(model, chat, [row], tmp_path / "d", config, SAMPLING, settings={})
     unguided, guided = asked
     assert reference in chat.tokenizer.decode(guided.prompt)
     assert chat.tokenizer.decode(guided.prompt).rstrip().endswith("assistant")
