@@ -122,7 +122,7 @@ def test_each_line_has_its_tries_and_the_winner_is_the_likeliest(tiny, tmp_path,
         stage = order[len(line.tries) - 1]
         prompt = chat.prompt_ids(line.messages)
         if stage != "unguided":
-            asked = prompt(chat, TEMPLATES["using"], line.messages, line.reference)
+            asked = rewrite_prompt(chat, TEMPLATES["using"], line.messages, line.reference)
             prompt = chat.prompt_ids(asked)
         name = line.id if stage == "guided" else f"{line.id}#{stage}"
         temperature = 0.5 if stage == "cooler" else 1.0
