@@ -28,6 +28,7 @@ from engine.distill.cascade import (
 from engine.distill.config import DistillConfig
 from engine.distill.distill import distill
 from engine.distill.rewrite_prompts import TEMPLATES
+from engine.distill.rewrite_prompts import prompt as rewrite_prompt
 from engine.distill.selection import PAPER
 from engine.measure.likelihood import nll
 from engine.sampling import chat_generator
