@@ -42,8 +42,8 @@ ROOMS = (
 LEVELS = {room: level for level, line in enumerate(ROOMS) for room in line}
 
 # No package has a budget of lines: budgets that are always full are paid for with compressed code.
-# A file over 350 code lines wants splitting; none may pass FILE_BUDGET.
-FILE_BUDGET = 450
+# A file over FILE_BUDGET code lines wants splitting.
+FILE_BUDGET = 350
 SCRIPT_BUDGET = 120
 
 # What each floor may import of ours, and of other people's at the top of a module.
