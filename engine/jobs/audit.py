@@ -111,7 +111,7 @@ def write_audit(title: str, what: str, session: Session, trace: Trace, out: Path
     about = (
         f"{facts['path']} ({facts['parameters']:,} parameters, {facts['dtype']} on "
         f"{facts['device']}), operations: {facts['ops']}. Every function of this repository that "
-        "ran, in the order of the first calls. Marked lines ran; the others did not."
+        "ran, once, in the order of the first calls."
     )
     allowed = ALLOWED[what]
     found = violations(trace, render_page(title, about, trace, []), allowed)

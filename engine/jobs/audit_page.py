@@ -26,6 +26,11 @@ COLUMNS = (
     "files",
 )
 UNTRACED = "compiled: its lines are not traced, all count as run"
+LEGEND = (
+    tag("span", "solid bar: the line ran", class_="ran"),
+    tag("span", "dotted bar: it did not", class_="idle"),
+    tag("span", "no bar: a comment or a docstring"),
+)
 MARKS = {"ran": "+", "idle": "-", "text": " "}  # in audit.txt
 
 
@@ -83,7 +88,8 @@ def facts(record: Record) -> list[tuple[str, list[str]]]:
     if launch is not None:
         grid = " x ".join(map(str, launch.grid))
         found.append(("launched", [f"{times(record.launches)}; first over a grid of {grid}"]))
-        found.append(("constants", [f"{k} = {v}" for k, v in launch.constants.items()]))
+        constants = [f"{name} = {value}" for name, value in launch.constants.items()]
+        found.append(("constants", [", ".join(constants)]))
         found.append(("launched with", [f"{name}: {text}" for name, text in launch.arguments]))
         if record.calls:
             found.append(("programs", [f"{record.calls:,}, in triton's interpreter"]))
@@ -145,6 +151,7 @@ def render_page(title: str, about: str, trace: Trace, said: list[str]) -> str:
             "main",
             tag("h1", title),
             tag("p", about, class_="lede"),
+            tag("p", *LEGEND, class_="legend"),
             _html_table(count_table(trace)),
             *(tag("p", line, class_="good" if line.startswith("no ") else "bad") for line in said),
             *(_section(number, record) for number, record in enumerate(records, 1)),

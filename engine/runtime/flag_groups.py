@@ -11,6 +11,7 @@ from __future__ import annotations
 # heading -> its flags, both in the order in which the help shows them
 GROUPS = {
     "Presets": "preset",
+    "Audit": "what tiny",
     "Input": "gguf runs",
     "Model": "model adapter chat-format date",
     "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",

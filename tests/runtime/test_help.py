@@ -16,6 +16,7 @@ from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig
 from engine.evaluate.tasks.run import TaskConfig
+from engine.jobs.audit import AuditConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
 from engine.jobs.study import StudyConfig
@@ -31,7 +32,7 @@ from model.lora import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ["sdft", "distill", "train", "evaluate", "retention", "generate", "pareto", "preflight"]
-SMALL = ["merge", "report", "import_gguf"]  # few flags: `--help` shows all of them
+SMALL = ["merge", "report", "import_gguf", "audit"]  # few flags: `--help` shows all of them
 USUAL = 16  # flags in a short help, at most
 CONFIGS = [
     ModelConfig,
@@ -47,6 +48,7 @@ CONFIGS = [
     ValidateConfig,
     StudyConfig,
     PreflightConfig,
+    AuditConfig,
 ]
 
 
