@@ -33,8 +33,8 @@ def violations(trace: Trace, page: str, allowed: set[str] = COMPUTING) -> list[s
         if package and not known:
             found.append(f"package: {caller} calls {package}, which is not a core package")
     shown = {unescape(anchor) for anchor in ANCHOR.findall(page)}
-    found += [f"hidden: {name} ran and the page does not show it" for name in ran(trace) - shown]
-    return found
+    hidden = sorted(ran(trace) - shown)
+    return found + [f"hidden: {name} ran and the page does not show it" for name in hidden]
 
 
 def ran(trace: Trace) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.jobs import audit
+from engine.jobs import audit, audit_trace
 from engine.jobs.audit import AuditConfig, audit_job, with_a_model
 from engine.jobs.audit_check import ANCHOR, ran, violations
 from engine.jobs.audit_page import Counts, count_table, marked_lines, render_page, render_text
@@ -25,8 +25,10 @@ from engine.jobs.audit_source import (
 from engine.jobs.audit_trace import Tracer, describe
 from engine.session import ModelConfig, Session
 from kernels import rms_norm, swiglu
+from kernels.attention.triton_forward import attention_forward_triton
 from kernels.cpu import native
-from kernels.launch.triton_launch import INTERPRETED
+from kernels.launch.triton_launch import INTERPRETED, why_unavailable
+from kernels.packed import Packed
 from kernels.swiglu import swiglu_forward
 from model.lora import Lora
 from tests.layout.test_layout import code_lines
@@ -40,12 +42,15 @@ def problems(trace):
     return violations(trace, page_of(trace))
 
 
+def opened(ops, out):
+    """The tiny random Llama, as the script makes it."""
+    config = with_a_model(AuditConfig(tiny=True), ModelConfig(model=None, ops=ops), out)
+    return Session.open(config)
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
-    """The tiny random Llama on torch operations, as the script makes it."""
-    out = tmp_path_factory.mktemp("audit")
-    config = with_a_model(AuditConfig(tiny=True), ModelConfig(model=None, ops="torch"), out)
-    return Session.open(config)
+    return opened("torch", tmp_path_factory.mktemp("audit"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,32 @@ def test_a_step_calls_no_autograd_no_pickle_nothing_foreign_and_hides_nothing(st
     assert problems(step) == []
     assert "torch" in step.packages and len(step.seen) > 100
     assert ran(step) == set(step.records)
+
+
+@pytest.mark.parametrize("ops", ["native", "triton"])
+def test_a_step_on_other_operations_is_as_clean(ops, tmp_path, monkeypatch):
+    if ops == "native" and native.why_unavailable():
+        pytest.skip(native.why_unavailable())
+    if ops == "triton" and why_unavailable("cpu"):
+        pytest.skip(why_unavailable("cpu"))
+    monkeypatch.setattr(audit, "ROWS", audit.ROWS[:1])  # the interpreter is slow
+    trace = audit.trace_step(opened(ops, tmp_path))
+    assert problems(trace) == [] and ran(trace) == set(trace.records)
+    if ops == "triton":
+        launched = {name for name, record in trace.records.items() if record.launches}
+        assert launched == trace.kernels and len(launched) >= 10
+        assert "kernels.adamw.adamw_kernel" in launched
+
+
+def test_readme_quotes_the_counts(step):
+    """Within a tenth: `python scripts/audit.py` prints the present ones."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    number = r"([\d,]+)"
+    row = rf"a step, `--ops torch` \| {number} \| {number} \| {number}"
+    quoted = [int(text.replace(",", "")) for text in re.search(row, readme).groups()]
+    counts = Counts.of(list(step.records.values()))
+    measured = (counts.functions, counts.lines_run, counts.lines_of_functions)
+    assert quoted == pytest.approx(measured, rel=0.1)
 
 
 def test_a_step_shows_its_functions_in_the_order_of_their_calls(step):
@@ -120,6 +151,21 @@ def test_an_interpreted_kernel_shows_its_launch_and_lines():
     assert any("float32 (3, 64)" in text for _, text in record.launch.arguments)
     assert record.ran and problems(tracer.trace) == []
     assert "launched: once; first over a grid of" in render_text("", "", tracer.trace, [])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="here Triton's kernels are compiled")
+def test_a_compiled_kernel_is_shown_with_the_functions_that_it_names(monkeypatch):
+    """As on a GPU, where no line of a kernel is traced."""
+    monkeypatch.setattr(audit_trace, "is_interpreted", lambda kernel: False)
+    with Tracer() as tracer:
+        attention_forward_triton(torch.randn(3, 128), Packed.from_lengths([3]), 4, 2)
+    file = "kernels.attention.triton_forward"
+    helpers = {f"{file}.{name}" for name in ("row_source", "read_block", "write_block", "add_keys")}
+    assert tracer.trace.kernels >= {f"{file}.attention_forward_kernel", *helpers}
+    kernel = tracer.trace.records[f"{file}.attention_forward_kernel"]
+    assert kernel.untraced
+    assert kernel.ran == set(source_of(kernel.function).code_of(kernel.function))
+    assert problems(tracer.trace) == []
 
 
 def test_a_c_function_shows_its_file():
