@@ -1,5 +1,6 @@
 """The audit: what it shows of a traced step, and what turns its check red."""
 
+import contextlib
 import html
 import importlib
 import io
@@ -182,6 +183,24 @@ def test_a_c_function_shows_its_file():
     for name in native.SIGNATURES:
         lines = source_of(c_function(name)).lines
         assert f"{name}(" in lines[c_function(name).first - 1]
+
+
+def test_a_traced_step_computes_the_same_numbers(session, monkeypatch):
+    adapters = []
+    init = Lora.init
+
+    def kept(*args):
+        adapters.append(init(*args))
+        return adapters[-1]
+
+    monkeypatch.setattr(Lora, "init", kept)
+    audit.trace_step(session)
+    monkeypatch.setattr(audit, "tracer_for", lambda session: contextlib.nullcontext(Tracer()))
+    assert audit.trace_step(session).records == {}
+    traced, untraced = adapters
+    assert untraced.grads.norm() > 0
+    assert torch.equal(traced.grads, untraced.grads)
+    assert torch.equal(traced.params, untraced.params)
 
 
 # ---- planted violations
