@@ -36,6 +36,7 @@ from engine.train.examples import encode_examples
 from engine.train.optim import Optimizer
 from engine.train.step import step_gradients, step_update
 from kernels.launch.triton_launch import INTERPRETED
+from model.llama import Llama
 from model.lora import Lora, LoraConfig
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
@@ -138,9 +139,9 @@ def write_audit(title: str, what: str, session: Session, trace: Trace, out: Path
 # ---- the work
 
 
-def tracer_for(session: Session) -> Tracer:
-    """A tracer of work on this session's model."""
-    return Tracer(uses_c="native" in session.model.ops.name)
+def tracer_for(model: Llama) -> Tracer:
+    """A tracer of work on this model."""
+    return Tracer(uses_c="native" in model.ops.name)
 
 
 def rows() -> list[Row]:
@@ -161,7 +162,7 @@ def trace_step(session: Session) -> Trace:
     examples = encode_examples(rows(), session, DataConfig(data="rows of the audit"), encoding)
     lora = Lora.init(LoraConfig(modules="all"), model.config, model.device, model.dtype)
     optimizer = Optimizer.fresh(lora, config.weight_decay)
-    with tracer_for(session) as tracer:
+    with tracer_for(session.model) as tracer:
         gradients = step_gradients(model, lora, examples, 1, MICRO_TOKENS, "none")
         step_update(model, lora, optimizer, gradients, config.lr, 1.0)
     return tracer.trace
@@ -172,7 +173,7 @@ def trace_distill(session: Session) -> Trace:
     config = DistillConfig(max_new_tokens=NEW_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "distilled.jsonl"
-        with tracer_for(session) as tracer:
+        with tracer_for(session.model) as tracer:
             distill(
                 session.model,
                 session.chat,
@@ -194,7 +195,7 @@ class _DecodedUnderTrace(Sampler):
         if self.trace is not None:
             super()._decode()
             return
-        with Tracer("native" in self.owner.ops.name) as tracer:
+        with tracer_for(self.owner) as tracer:
             super()._decode()
         self.trace = tracer.trace
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +20,7 @@ from engine.data.rows import Row
 from engine.data.show import show
 from engine.measure.general_prompts import PROMPTS
 from model.chat import Target
+from tests.helpers.data_files import bot, jsonl, system, user, write
 from tests.helpers.published_code import published_lengths
 
 END = 1
@@ -53,27 +53,6 @@ class StubChat:
 class StubTokenizer:
     def piece(self, token):
         return {END: "</s>"}.get(token, chr(token))
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
-def jsonl(path: Path, *records) -> Path:
-    return write(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 # ---- distilled lines

@@ -24,28 +24,7 @@ from engine.data.distilled import is_distilled, load_distilled
 from engine.data.encode import prompts_of
 from engine.data.record_shapes import parse_columns
 from engine.data.rows import load_rows
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return path
-
-
-def jsonl(path: Path, *records) -> Path:
-    return write(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
+from tests.helpers.data_files import bot, jsonl, system, user, write
 
 # ---- shapes
 
