@@ -389,7 +389,8 @@ def test_every_room_has_a_page_that_names_its_files(folder):
         files = {path.name for path in folder.iterdir() if (path / "__init__.py").exists()}
     else:
         files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
-    assert {name for name in files if name not in page and name[:-3] not in page} == set()
+    commands = {name: f"-m {folder.name}.{name.removesuffix('.py')}" for name in files}
+    assert {name for name in files if name not in page and commands[name] not in page} == set()
 
 
 def test_the_first_page_is_short():
