@@ -10,6 +10,7 @@ from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig
 from engine.evaluate.tasks.run import TaskConfig
+from engine.jobs.audit import AuditConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
 from engine.jobs.study import StudyConfig
@@ -30,7 +31,8 @@ BASE = {
 }
 CONFIGS = [
     *(ModelConfig, DataConfig, DistillConfig, SamplerConfig, EncodeConfig, TrainConfig, LoraConfig),
-    *(ValidateConfig, SdftConfig, StudyConfig, PreflightConfig, TaskConfig, HarnessConfig),
+    *(ValidateConfig, SdftConfig, StudyConfig, PreflightConfig, AuditConfig, TaskConfig),
+    HarnessConfig,
 ]
 NUMBERS = [
     (cls, field.name, "float" if "float" in str(field.type) else "int")
