@@ -11,14 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 
+ABBREVIATIONS = {"w": "num_warps", "s": "num_stages"}
+
+
 def configs(names: str, *values: tuple[int, ...]) -> list[dict[str, int]]:
-    """A configuration for each of the values; w, s: warps, stages. Sizes not named stay."""
-    full = [{"w": "num_warps", "s": "num_stages"}.get(name, name) for name in names.split()]
-    return [dict(zip(full, numbers, strict=True)) for numbers in values]
+    """One configuration for each tuple of `values`, whose numbers belong to `names` in order.
+
+    `names` are separated by blanks; ABBREVIATIONS may be used. A size that is not named keeps the
+    value that the kernel's present configuration gives it.
+    """
+    keys = [ABBREVIATIONS.get(name, name) for name in names.split()]
+    return [dict(zip(keys, numbers, strict=True)) for numbers in values]
 
 
 def forms(*names: str) -> list[dict[str, str]]:
-    """For an operation whose configuration names a form."""
+    """The configurations of an operation that chooses between several forms of itself."""
     return [{"form": name} for name in names]
 
 
@@ -81,32 +88,88 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     # elementwise and by rows: bandwidth
     "rms_norm_forward_kernel": configs(
         "BT w",
-        *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (4, 4), (1, 2), (8, 8)),
+        (1, 4),
+        (1, 8),
+        (2, 8),
+        (1, 16),
+        (2, 4),
+        (4, 8),
+        (2, 16),
+        (4, 4),
+        (1, 2),
+        (8, 8),
     ),
     "rms_norm_backward_kernel": configs(
         "BT w",
-        *((1, 4), (1, 8), (2, 8), (1, 16), (2, 4), (4, 8), (2, 16), (1, 2)),
+        (1, 4),
+        (1, 8),
+        (2, 8),
+        (1, 16),
+        (2, 4),
+        (4, 8),
+        (2, 16),
+        (1, 2),
     ),
     "rope_kernel": configs(
         "BT BH w",
-        *((2, 8, 2), (2, 8, 4), (1, 8, 2), (4, 8, 4), (4, 8, 2), (4, 4, 2), (8, 4, 4), (8, 8, 4)),
-        *((2, 16, 4), (4, 16, 4), (1, 16, 2), (8, 8, 8), (16, 4, 4)),
+        (2, 8, 2),
+        (2, 8, 4),
+        (1, 8, 2),
+        (4, 8, 4),
+        (4, 8, 2),
+        (4, 4, 2),
+        (8, 4, 4),
+        (8, 8, 4),
+        (2, 16, 4),
+        (4, 16, 4),
+        (1, 16, 2),
+        (8, 8, 8),
+        (16, 4, 4),
     ),
     "swiglu_forward_kernel": configs(
         "BT BF w",
-        *((1, 2048, 4), (1, 1024, 4), (1, 1024, 2), (1, 2048, 8), (2, 1024, 4), (1, 4096, 8)),
-        *((1, 512, 2), (4, 512, 4), (2, 1024, 8), (1, 512, 4)),
+        (1, 2048, 4),
+        (1, 1024, 4),
+        (1, 1024, 2),
+        (1, 2048, 8),
+        (2, 1024, 4),
+        (1, 4096, 8),
+        (1, 512, 2),
+        (4, 512, 4),
+        (2, 1024, 8),
+        (1, 512, 4),
     ),
     "swiglu_backward_kernel": configs(
         "BT BF w",
-        *((1, 2048, 4), (1, 1024, 4), (1, 1024, 2), (1, 2048, 8), (2, 1024, 4), (1, 4096, 8)),
-        *((1, 512, 2), (4, 512, 4), (2, 1024, 8), (1, 512, 4)),
+        (1, 2048, 4),
+        (1, 1024, 4),
+        (1, 1024, 2),
+        (1, 2048, 8),
+        (2, 1024, 4),
+        (1, 4096, 8),
+        (1, 512, 2),
+        (4, 512, 4),
+        (2, 1024, 8),
+        (1, 512, 4),
     ),
     "adamw_kernel": configs(
-        "BP w", *((1024, 4), (2048, 8), (512, 4), (1024, 8), (2048, 4), (4096, 8), (512, 2))
+        "BP w",
+        (1024, 4),
+        (2048, 8),
+        (512, 4),
+        (1024, 8),
+        (2048, 4),
+        (4096, 8),
+        (512, 2),
     ),
     "sum_of_squares_kernel": configs(
-        "BP w", *((4096, 8), (8192, 8), (2048, 4), (2048, 8), (16384, 8), (4096, 4))
+        "BP w",
+        (4096, 8),
+        (8192, 8),
+        (2048, 4),
+        (2048, 8),
+        (16384, 8),
+        (4096, 4),
     ),
     "root_of_sum_kernel": configs("BP w", (1024, 8), (2048, 8), (1024, 4), (4096, 8)),
     "kv_write_kernel": configs(
@@ -129,28 +192,59 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     ),
     "sample_draw_kernel": configs(
         "BM BV w s",
-        *((4, 1024, 8, 1), (4, 512, 4, 1), (2, 1024, 4, 1), (2, 2048, 8, 1), (8, 512, 8, 1)),
-        *((4, 1024, 4, 1), (2, 1024, 4, 2)),
+        (4, 1024, 8, 1),
+        (4, 512, 4, 1),
+        (2, 1024, 4, 1),
+        (2, 2048, 8, 1),
+        (8, 512, 8, 1),
+        (4, 1024, 4, 1),
+        (2, 1024, 4, 2),
     ),
     # attention
     "cached_decode_kernel": configs(
         "SPLIT BN w s",
-        *((128, 32, 4, 3), (256, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3), (256, 32, 4, 4)),
-        *((256, 64, 4, 2), (64, 32, 4, 2), (64, 64, 4, 1), (512, 64, 4, 3), (128, 32, 2, 3)),
-        *((128, 16, 4, 4), (256, 64, 8, 2), (256, 16, 4, 3)),
+        (128, 32, 4, 3),
+        (256, 64, 4, 3),
+        (128, 64, 4, 2),
+        (128, 64, 4, 3),
+        (256, 32, 4, 4),
+        (256, 64, 4, 2),
+        (64, 32, 4, 2),
+        (64, 64, 4, 1),
+        (512, 64, 4, 3),
+        (128, 32, 2, 3),
+        (128, 16, 4, 4),
+        (256, 64, 8, 2),
+        (256, 16, 4, 3),
     ),
     "cached_join_kernel": configs("BS w", (8, 2), (4, 1), (4, 2), (16, 4), (8, 4)),
     "cached_extend_kernel": configs(
         "BM BN w s",
-        *((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
-        *((64, 32, 4, 3), (128, 32, 8, 3), (32, 64, 4, 2), (32, 32, 8, 1), (32, 32, 4, 2)),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (128, 128, 8, 2),
+        (64, 32, 4, 3),
+        (128, 32, 8, 3),
+        (32, 64, 4, 2),
+        (32, 32, 8, 1),
+        (32, 32, 4, 2),
     ),
     "attention_forward_kernel": configs(_BLOCKS, *_FORWARD),
     "attention_forward_kernel d64": configs(_BLOCKS, (128, 64, 4, 3), (128, 64, 4, 2), *_FORWARD),
     "attention_dq_kernel": configs(
         "BM BN w s",
-        *((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)),
-        *((64, 128, 4, 2), (128, 32, 8, 3), (64, 128, 8, 2), (64, 32, 4, 3), (128, 64, 8, 1)),
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (128, 64, 8, 2),
+        (64, 64, 4, 3),
+        (128, 128, 8, 2),
+        (64, 128, 4, 2),
+        (128, 32, 8, 3),
+        (64, 128, 8, 2),
+        (64, 32, 4, 3),
+        (128, 64, 8, 1),
     ),
     "attention_dkv_kernel": configs(_BLOCKS, *_DKV),
     "attention_dkv_kernel d64": configs(_BLOCKS, *_DKV, (128, 64, 8, 2)),
@@ -161,37 +255,72 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "lora_linear_kernel few": configs(_PRODUCT, *_FEW),
     "lora_linear_kernel fixed": configs(
         _PRODUCT,
-        *((64, 64, 128, 8, 4, 3), (64, 64, 64, 8, 4, 4), (64, 128, 64, 8, 4, 4)),
-        *((64, 32, 128, 8, 4, 4), (64, 64, 64, 8, 4, 6), (64, 128, 64, 8, 4, 3)),
+        (64, 64, 128, 8, 4, 3),
+        (64, 64, 64, 8, 4, 4),
+        (64, 128, 64, 8, 4, 4),
+        (64, 32, 128, 8, 4, 4),
+        (64, 64, 64, 8, 4, 6),
+        (64, 128, 64, 8, 4, 3),
     ),
     "lora_dx_kernel": configs(_PRODUCT, *_MANY),
     "lora_dx_kernel few": configs(_PRODUCT, *_FEW),
     "lora_dx_kernel drop": configs(
         _PRODUCT,
-        *((128, 128, 64, 8, 8, 4), (128, 128, 64, 8, 8, 3), (64, 128, 64, 8, 4, 4)),
-        *((64, 256, 64, 8, 8, 3), (64, 128, 64, 8, 4, 3), (128, 128, 64, 16, 8, 4)),
-        *((128, 64, 64, 8, 4, 4), (256, 64, 64, 8, 8, 3)),
+        (128, 128, 64, 8, 8, 4),
+        (128, 128, 64, 8, 8, 3),
+        (64, 128, 64, 8, 4, 4),
+        (64, 256, 64, 8, 8, 3),
+        (64, 128, 64, 8, 4, 3),
+        (128, 128, 64, 16, 8, 4),
+        (128, 64, 64, 8, 4, 4),
+        (256, 64, 64, 8, 8, 3),
     ),
     "lora_down_kernel": configs(
         "BM BK w s",
-        *((64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)),
-        *((128, 64, 8, 4), (32, 256, 4, 3), (16, 256, 4, 3), (64, 64, 4, 6)),
+        (64, 128, 4, 3),
+        (64, 64, 4, 4),
+        (128, 64, 4, 4),
+        (32, 128, 4, 4),
+        (64, 128, 4, 4),
+        (128, 64, 8, 4),
+        (32, 256, 4, 3),
+        (16, 256, 4, 3),
+        (64, 64, 4, 6),
     ),
     "lora_down_kernel few": configs(
         "BM BK w s",
-        *((16, 256, 4, 3), (16, 128, 4, 4), (16, 128, 2, 4), (16, 256, 4, 4)),
-        *((16, 512, 8, 3), (16, 64, 2, 4)),
+        (16, 256, 4, 3),
+        (16, 128, 4, 4),
+        (16, 128, 2, 4),
+        (16, 256, 4, 4),
+        (16, 512, 8, 3),
+        (16, 64, 2, 4),
     ),
     "lora_up_backward_kernel": configs(
         "BM BN w s",
-        *((128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (256, 64, 8, 2), (128, 128, 8, 2)),
-        *((128, 64, 8, 2), (64, 128, 4, 2), (256, 32, 8, 3), (128, 32, 4, 3), (64, 64, 4, 2)),
+        (128, 64, 8, 3),
+        (128, 64, 4, 3),
+        (64, 64, 4, 3),
+        (256, 64, 8, 2),
+        (128, 128, 8, 2),
+        (128, 64, 8, 2),
+        (64, 128, 4, 2),
+        (256, 32, 8, 3),
+        (128, 32, 4, 3),
+        (64, 64, 4, 2),
     ),
     "lora_da_kernel": configs(
         "BM BK CHUNK w s",
-        *((64, 128, 512, 4, 3), (64, 128, 1024, 4, 3), (64, 64, 1024, 4, 4), (64, 64, 512, 4, 4)),
-        *((64, 128, 2048, 4, 3), (128, 64, 1024, 4, 3), (64, 128, 1024, 4, 4)),
-        *((32, 128, 1024, 4, 4), (64, 256, 1024, 8, 3), (128, 128, 1024, 8, 2)),
+        (64, 128, 512, 4, 3),
+        (64, 128, 1024, 4, 3),
+        (64, 64, 1024, 4, 4),
+        (64, 64, 512, 4, 4),
+        (64, 128, 2048, 4, 3),
+        (128, 64, 1024, 4, 3),
+        (64, 128, 1024, 4, 4),
+        (32, 128, 1024, 4, 4),
+        (64, 256, 1024, 8, 3),
+        (128, 128, 1024, 8, 2),
     ),
 }
 
@@ -202,19 +331,39 @@ TIMED_WITH = {
     "lora_da_kernel": "lora_reduce_kernel",
 }
 
-# Configurations that name a form: the public function that they decide, as CALLS names it.
+# Operations whose configuration names a form -> the call of benchmarks/operations.py that is timed
+# to choose it.
 FORM_CALLS = {"lora_linear_forward": "forward", "lora_linear_backward": "backward"}
 
-# Beginnings of kernels' names, those that cost a step of training or sampling most first.
+# Beginnings of kernels' names in the order in which they are tuned: those that cost a step of
+# training or sampling most come first.
 WORTH = (
-    *("lora_linear_kernel", "lora_dx", "lora_linear_", "attention_forward", "attention_d"),
-    *("rms_norm", "swiglu", "rope", "cached_decode", "lora_down", "lora_up", "lora_da"),
-    *("cross_entropy", "adamw", "sample", ""),
+    "lora_linear_kernel",
+    "lora_dx",
+    "lora_linear_",
+    "attention_forward",
+    "attention_d",
+    "rms_norm",
+    "swiglu",
+    "rope",
+    "cached_decode",
+    "lora_down",
+    "lora_up",
+    "lora_da",
+    "cross_entropy",
+    "adamw",
+    "sample",
+    "",
 )
 
 
 def candidates_of(kernel: str, shape_class: str) -> list[dict[str, Any]]:
-    """The list of the class, by as much of its beginning as has one, else of the kernel."""
+    """The configurations to try for a kernel at a shape class.
+
+    The class's words are dropped from the end until CANDIDATES has a list under the name that is
+    left; the last name tried is the kernel's alone.
+    """
     words = [kernel, *shape_class.split()]
-    names = (" ".join(words[:n]) for n in range(len(words), 0, -1))
-    return next(CANDIDATES[name] for name in names if name in CANDIDATES)
+    while len(words) > 1 and " ".join(words) not in CANDIDATES:
+        words.pop()
+    return CANDIDATES[" ".join(words)]
