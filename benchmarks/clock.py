@@ -1,4 +1,4 @@
-"""What the benchmarks that time have in common: the machine, its ceilings, a clock, the record."""
+"""Shared by the benchmarks that measure time: machine, clock, ceilings, record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLOW = 2.0  # seconds of one call from which on it is called only once
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, short enough for a table."""
+    """The error's type and the first line of its message, short enough for a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:160]
 
@@ -108,7 +108,9 @@ class Clock:
     """Times calls on one device."""
 
     def __init__(self, device: str, seconds: float, repeats: int = 50) -> None:
-        self.gpu, self.seconds, self.repeats = device.startswith("cuda"), seconds, repeats
+        self.gpu = device.startswith("cuda")
+        self.seconds = seconds  # aimed at for all forms of one `measure`
+        self.repeats = repeats  # most calls of one form
         size = 64 << 20
         if self.gpu:
             cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
@@ -116,14 +118,15 @@ class Clock:
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, fn: Callable[[], Any]) -> Callable[[], float]:
-        """Call `fn`; a function that gives its milliseconds once the device is through."""
+        """Call `fn`; returns a function that tells its milliseconds once the device has finished."""
         self.flush.zero_()
         if not self.gpu:
             started = time.perf_counter()
             fn()
             taken = 1e3 * (time.perf_counter() - started)
             return lambda: taken
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         fn()
         end.record()
@@ -134,7 +137,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def peak(self, fn: Callable[[], Any]) -> float | None:
-        """Call once; MiB that it takes beyond what it was given, None on a CPU."""
+        """Call `fn` once; returns the MiB it allocates at its peak, None on a CPU."""
         if not self.gpu:
             fn()
             return None
@@ -145,9 +148,9 @@ class Clock:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def measure(self, forms: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
-        """Every form's sorted times, the forms taking turns: {"ms", "peak_mib"} or {"skipped"}."""
+        """Time the forms in turn: name -> {"ms": sorted, "peak_mib"}, or {"skipped": reason}."""
         found: dict[str, dict[str, Any]] = {}
-        costs: dict[str, float] = {}
+        costs: dict[str, float] = {}  # seconds of one call
         for name, fn in forms.items():
             try:
                 fn()  # compiles
@@ -161,12 +164,13 @@ class Clock:
                     torch.cuda.empty_cache()
         quick = [name for name, cost in costs.items() if cost < SLOW]
         total = sum(costs[name] for name in quick)
-        count = max(min(3, self.repeats), min(self.repeats, int(self.seconds / (total or 1))))
+        affordable = int(self.seconds / (total or 1))
+        count = max(min(3, self.repeats), min(self.repeats, affordable))
         pending = []
         for n in range(count):
-            turn = quick if n else list(costs)
+            turn = quick if n else list(costs)  # slow forms are called in the first round only
             for k in range(len(turn)):
-                name = turn[(n + k) % len(turn)]
+                name = turn[(n + k) % len(turn)]  # every round begins with another form
                 pending.append((name, self.once(forms[name])))
         self.wait()
         for name, taken in pending:
@@ -178,11 +182,16 @@ class Clock:
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Rates of a large product (operations/s) and of a large copy (bytes/s) on this machine."""
-    n, size = (8192, 1 << 30) if device.startswith("cuda") else (1536, 128 << 20)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    if device.startswith("cuda"):
+        n, size = 8192, 1 << 30
+    else:
+        n, size = 1536, 128 << 20
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
     forms = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
     times = Clock(device, seconds=1.0, repeats=20).measure(forms)
-    product, copy = (times[name]["ms"][0] / 1e3 for name in forms)
-    return {"flops": 2 * n**3 / product, "bytes": 2 * size / copy}
+    product_seconds = times["product"]["ms"][0] / 1e3  # the fastest call: times are sorted
+    copy_seconds = times["copy"]["ms"][0] / 1e3
+    return {"flops": 2 * n**3 / product_seconds, "bytes": 2 * size / copy_seconds}

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import operator
 import os
 import re
 import signal
@@ -34,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import groupby, zip_longest
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,12 +45,12 @@ from benchmarks.operations import (
     CALLS,
     DIFFERENTIABLE,
     NO_EAGER,
-    WORK,
+    Call,
     make_inputs,
     on_device,
-    rows_of,
 )
 from benchmarks.tuning.ahead import Target, Task, Workers, in_parts
+from benchmarks.work import WORK, rows_of
 from engine.runtime.terminal import table
 from kernels import registry
 from kernels.launch import triton_launch
@@ -74,19 +73,28 @@ def compiled(operation: str) -> Ops:
     functorch.donated_buffer = False  # a backward is called again and again on one forward
     if hasattr(dynamo, "fail_on_recompile_limit_hit"):
         dynamo.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
-    names = [f for f in SPECS[operation].fields if "backward" not in f]
-    forwards = {f: torch.compile(getattr(REFERENCE, f), fullgraph=True) for f in names}
+    forwards = {}
+    for name in SPECS[operation].fields:
+        if "backward" not in name:
+            forwards[name] = torch.compile(getattr(REFERENCE, name), fullgraph=True)
     return dataclasses.replace(REFERENCE, name="compiled", **forwards)
 
 
 def our_tables(operation: str) -> list[Ops]:
     """TRITON and its variants, as far as they have their own form of this operation."""
     spec = SPECS[operation]
-    found = {functions(ops, spec): ops for ops in (TORCH, registry.TRITON)}
-    for name, ops in registry.VARIANTS.items():
-        name = f"triton {name.removeprefix(operation).strip()}"
-        found.setdefault(functions(ops, spec), dataclasses.replace(ops, name=name))
-    return list(found.values())[1:]
+    known = {functions(TORCH, spec)}
+    tables = []
+    named = {"triton": registry.TRITON}
+    for variant, ops in registry.VARIANTS.items():
+        name = f"triton {variant.removeprefix(operation).strip()}"
+        named[name] = dataclasses.replace(ops, name=name)
+    for ops in named.values():
+        form = functions(ops, spec)
+        if form not in known:
+            known.add(form)
+            tables.append(ops)
+    return tables
 
 
 def why_failing(
@@ -101,10 +109,12 @@ def why_failing(
 
 
 class Run:
-    """One run of the benchmark: what was asked for, and what is known by now."""
+    """One run of the benchmark: its settings, and the checks made so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.device, self.dtype = args, args.device, DTYPES[args.dtype]
+        self.args = args
+        self.device = args.device
+        self.dtype = DTYPES[args.dtype]
         self.gpu = args.device.startswith("cuda")
         if self.gpu:
             torch.cuda.set_device(torch.empty(0, device=self.device).device)
@@ -122,35 +132,50 @@ class Run:
         """(operation, shapes), the largest and the smallest in turn."""
         args = self.args
         if args.shape:
-            m, k, n, r = map(int, args.shape.split(","))
+            sizes = [int(size) for size in args.shape.split(",")]
+            m, k, n, r = sizes
             yield "lora_linear", [(m, k, r, n)]
             return
-        wanted = {int(n) for n in args.rows.split(",") if n}
         for operation in [args.kernel] if args.kernel else SPECS:
-            spec = SPECS[operation]
-            work = {s: self.work(operation, s) for s in spec.bench_shapes}
-            if args.dry:
-                work = {s: (0, 0) for s in (spec.interpreter_shapes or spec.test_shapes)[1:2]}
-            if wanted:
-                work = {s: w for s, w in work.items() if rows_of(operation, s) in wanted}
-            order = sorted(work, key=work.__getitem__)
-            if not (self.gpu or wanted or args.all):
-                small = [s for s in order if all(map(operator.le, work[s], CPU_WORK))]
-                order = small[:1] + small[1:][-1:]
-            half = len(order) // 2
-            pairs = zip_longest(reversed(order[half:]), order[:half])
-            yield operation, [shape for pair in pairs for shape in pair if shape]
+            yield operation, alternating(self.shapes(operation))
+
+    def shapes(self, operation: str) -> list[Shape]:
+        """The shapes at which an operation is timed, least work first."""
+        args = self.args
+        spec = SPECS[operation]
+        if args.dry:
+            tiny = spec.interpreter_shapes or spec.test_shapes
+            shapes = list(tiny[1:2])
+        else:
+            shapes = list(spec.bench_shapes)
+        selected = {int(n) for n in args.rows.split(",") if n}
+        if selected:
+            shapes = [s for s in shapes if rows_of(operation, s) in selected]
+        shapes.sort(key=lambda shape: self.work(operation, shape))
+        if self.gpu or selected or args.all or args.dry:
+            return shapes
+        small = [s for s in shapes if self.fits_a_cpu(operation, s)]
+        return small if len(small) <= 2 else [small[0], small[-1]]
+
+    def fits_a_cpu(self, operation: str, shape: Shape) -> bool:
+        """Whether a CPU times this shape without --all."""
+        operations, size = self.work(operation, shape)
+        return operations <= CPU_WORK[0] and size <= CPU_WORK[1]
 
     def ahead(self, operation: str, shape: Shape) -> list[Task]:
-        """What our forms compile at this shape: timed, with fp32 gradients, and in the check."""
-        spec, dtype = SPECS[operation], str(self.dtype).removeprefix("torch.")
-        names = [ops.name for ops in _common.tables(spec)]
-        kinds = [(name, masters) for masters in (True, False) for name in names]
-        made = [in_parts(PARTS, operation, n, shape, dtype, masters=m) for n, m in kinds]
-        return [task for tasks in made for task in tasks]
+        """The compilations of our forms at this shape.
+
+        With fp32 gradients, as they are timed, and without, as `check` calls them.
+        """
+        dtype = str(self.dtype).removeprefix("torch.")
+        tasks = []
+        for masters in (True, False):
+            for ops in _common.tables(SPECS[operation]):
+                tasks += in_parts(PARTS, operation, ops.name, shape, dtype, masters=masters)
+        return tasks
 
     def compile_ahead(self, operation: str, now: Shape, following: list[Shape]) -> None:
-        """Until the workers are through with this shape; then they begin with the next."""
+        """Wait until this shape is compiled; the workers then compile the following one."""
         if not self.workers:
             return
         tasks = self.ahead(operation, now)
@@ -161,23 +186,27 @@ class Run:
             self.workers.poll(1.0)
 
     def work(self, operation: str, shape: Shape) -> tuple[float, float]:
-        """Operations and bytes of its dearest call."""
+        """Operations and bytes of the operation's most expensive call."""
         size = self.dtype.itemsize
-        return max(fn(*shape, e=size) for (name, _), fn in WORK.items() if name == operation)
+        return max(work(*shape, e=size) for (name, _), work in WORK.items() if name == operation)
 
     def why_red(self, operation: str, ops: Ops, shape: Shape) -> str | None:
         """Why this table's form must not be timed at this shape; None if it may be."""
         spec = SPECS[operation]
-        shapes = spec.test_shapes if self.gpu else spec.interpreter_shapes or spec.test_shapes
-        cheap = self.work(operation, shape)[0] <= CHEAP_CHECK and operation not in NO_EAGER
+        operations, _ = self.work(operation, shape)
+        is_cheap = operations <= CHEAP_CHECK and operation not in NO_EAGER
         if self.args.dry:
-            shapes = (shape,)
-        elif self.gpu and cheap:
-            shapes = (*shapes, shape)
-        for at in shapes:
-            key = (operation, ops.name, at)
+            shapes = [shape]
+        elif self.gpu:
+            shapes = list(spec.test_shapes)
+            if is_cheap:
+                shapes.append(shape)
+        else:
+            shapes = list(spec.interpreter_shapes or spec.test_shapes)
+        for checked in shapes:
+            key = (operation, ops.name, checked)
             if key not in self.verdicts:
-                self.verdicts[key] = why_failing(operation, ops, at, self.dtype, self.device)
+                self.verdicts[key] = why_failing(operation, ops, checked, self.dtype, self.device)
             if self.verdicts[key] is not None:
                 return self.verdicts[key]
         return None
@@ -189,49 +218,48 @@ class Run:
             without["eager"] = {"skipped": NO_EAGER[operation]}
         else:
             found.append(dataclasses.replace(REFERENCE, name="eager"))
-            if self.compile and operation not in self.compiled:
-                self.compiled[operation] = compiled(operation)
-            found += [self.compiled[operation]] if self.compile else []
-        found += [BY_HAND[operation]] if operation in BY_HAND else []
-        for ops in [TORCH] if self.without_ours else [TORCH, *our_tables(operation)]:
-            if red := self.why_red(operation, ops, shape):
-                without[ops.name] = {"skipped": f"RED, not timed: {red}"}
-            else:
+            if self.compile:
+                if operation not in self.compiled:
+                    self.compiled[operation] = compiled(operation)
+                found.append(self.compiled[operation])
+        if operation in BY_HAND:
+            found.append(BY_HAND[operation])
+        checked = [TORCH]
+        if not self.without_ours:
+            checked += our_tables(operation)
+        for ops in checked:
+            why_red = self.why_red(operation, ops, shape)
+            if why_red is None:
                 found.append(ops)
+            else:
+                without[ops.name] = {"skipped": f"RED, not timed: {why_red}"}
         return found, without
 
     def forms(self, operation: str, call: str, inputs: dict, tables: list[Ops]) -> dict:
-        """Table name -> the call with everything ready; of a differentiable one its backward."""
+        """Table name -> the call of this table, without arguments."""
         how = CALLS[operation, call]
-
-        def ready(ops: Ops) -> Callable[[], Any]:
-            if how.graph is not None and ops.name in DIFFERENTIABLE:
-                outs, leaves, douts = how.graph(ops, inputs)
-                return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
-            saved = how.saved(ops, inputs)
-            return lambda: how.run(ops, inputs, saved)
-
-        def lazily(ops: Ops) -> Callable[[], Any]:
-            made: list[Callable[[], Any]] = []  # the first call makes it, and may fail: `measure`
-
-            def once() -> Any:
-                if not made:
-                    made.append(ready(ops))
-                return made[0]()
-
-            return once
-
-        return {ops.name: lazily(ops) for ops in tables}
+        return {ops.name: TimedForm(how, ops, inputs) for ops in tables}
 
     def time(self, operation: str, call: str, shape: Shape, inputs: dict) -> list[dict]:
         """Every form of one call: its times, rates and distance from the floor."""
         tables, without = self.tables(operation, shape)
         flops, size = WORK[operation, call](*shape, e=self.dtype.itemsize)
-        floors = {"product": flops / self.ceilings["flops"], "copy": size / self.ceilings["bytes"]}
-        bound = max(floors, key=floors.__getitem__)
-        floor = 1e3 * floors[bound]
-        about = {"operation": operation, "call": call, "shape": shape, "dtype": self.args.dtype}
-        about |= {"floor_ms": floor, "bound": bound}
+        product_ms = 1e3 * flops / self.ceilings["flops"]
+        copy_ms = 1e3 * size / self.ceilings["bytes"]
+        if product_ms >= copy_ms:
+            bound, floor, unit = "product", product_ms, "TFLOP/s"
+            work_per_ms = flops / 1e9
+        else:
+            bound, floor, unit = "copy", copy_ms, "GB/s"
+            work_per_ms = size / 1e6
+        about = {
+            "operation": operation,
+            "call": call,
+            "shape": shape,
+            "dtype": self.args.dtype,
+            "floor_ms": floor,
+            "bound": bound,
+        }
         times = self.clock.measure(self.forms(operation, call, inputs, tables))
         results = []
         for name, form in (times | without).items():
@@ -239,13 +267,14 @@ class Run:
             if "skipped" in form:
                 results.append(result | form)
                 continue
-            ms = form["ms"]
-            low, high = ms[len(ms) // 5], ms[-1 - len(ms) // 5]
+            ms = form["ms"]  # sorted
+            fifth = len(ms) // 5
             median = statistics.median(ms)
-            rate, unit = (flops / 1e9, "TFLOP/s") if bound == "product" else (size / 1e6, "GB/s")
-            result |= {"ms": [low, median, high], "calls": len(ms), "peak_mib": form["peak_mib"]}
             result |= {
-                "rate": rate / median,
+                "ms": [ms[fifth], median, ms[-1 - fifth]],
+                "calls": len(ms),
+                "peak_mib": form["peak_mib"],
+                "rate": work_per_ms / median,
                 "unit": unit,
                 "x_floor": median / floor if floor else 0.0,
             }
@@ -253,14 +282,61 @@ class Run:
         return results
 
 
+class TimedForm:
+    """One form of a call, without arguments.
+
+    Its graph or saved tensors are made by the first call, so that `Clock.measure` reports a form
+    that fails there. The backward of a differentiable table is autograd's.
+    """
+
+    def __init__(self, how: Call, ops: Ops, inputs: dict) -> None:
+        self.how = how
+        self.ops = ops
+        self.inputs = inputs
+        self.ready: Callable[[], Any] | None = None
+
+    def __call__(self) -> Any:
+        if self.ready is None:
+            self.ready = self.prepare()
+        return self.ready()
+
+    def prepare(self) -> Callable[[], Any]:
+        how, ops, inputs = self.how, self.ops, self.inputs
+        if how.graph is not None and ops.name in DIFFERENTIABLE:
+            outputs, leaves, gradients = how.graph(ops, inputs)
+            return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+        saved = how.saved(ops, inputs)
+        return lambda: how.run(ops, inputs, saved)
+
+
+def alternating(shapes: list[Shape]) -> list[Shape]:
+    """The largest, the smallest, the second largest, ...: of shapes sorted by work.
+
+    A run that is stopped early has then measured both ends.
+    """
+    remaining = list(shapes)
+    order = []
+    while remaining:
+        order.append(remaining.pop())
+        if remaining:
+            order.append(remaining.pop(0))
+    return order
+
+
 def shape_text(shape: Shape) -> str:
-    """Sizes joined by x, equal rows counted: 32x8x128x2048*4."""
-    runs = [(size, len(list(same))) for size, same in groupby(shape)]
-    return "x".join(f"{size}*{n}" if n > 3 else "x".join([str(size)] * n) for size, n in runs)
+    """Sizes joined by x, more than three equal ones counted: 32x8x128x2048*4."""
+    texts = []
+    for size, run in groupby(shape):
+        count = len(list(run))
+        if count > 3:
+            texts.append(f"{size}*{count}")
+        else:
+            texts += [str(size)] * count
+    return "x".join(texts)
 
 
-def shown(results: list[dict]) -> str:
-    """One call's forms as a table."""
+def results_text(results: list[dict]) -> str:
+    """The forms of one call as a table for the terminal."""
     first = results[0]
     title = (
         f"\n{first['operation']} {first['call']}, shape {shape_text(first['shape'])}, "
@@ -272,11 +348,20 @@ def shown(results: list[dict]) -> str:
         if "skipped" in r:
             skipped.append(f"{r['form']}: {r['skipped']}")
             continue
-        low, median, high = (f"{t:.4f}" for t in r["ms"])
-        peak = "-" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}"
-        share = f"{100 / r['x_floor']:.0f} %" if r["x_floor"] else "-"
-        rate = [f"{r['rate']:.3g}", r["unit"], share, f"{r['x_floor']:.2f}"]
-        lines.append([r["form"], median, low, high, *rate, peak])
+        low, median, high = r["ms"]
+        lines.append(
+            [
+                r["form"],
+                f"{median:.4f}",
+                f"{low:.4f}",
+                f"{high:.4f}",
+                f"{r['rate']:.3g}",
+                r["unit"],
+                f"{100 / r['x_floor']:.0f} %" if r["x_floor"] else "-",
+                f"{r['x_floor']:.2f}",
+                "-" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}",
+            ]
+        )
     return "\n".join([title, table(lines), *skipped])
 
 
@@ -299,28 +384,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.shape and args.kernel not in (None, "lora_linear"):
         parser.error(f"--shape is of lora_linear, not of {args.kernel}")
     if args.shape and not re.fullmatch(r"\d+(,\d+){3}", args.shape):
-        parser.error(f"--shape {args.shape}: four numbers are wanted, M,K,N,r as 8192,4096,4096,16")
+        parser.error(f"--shape {args.shape}: expected four numbers M,K,N,r as 8192,4096,4096,16")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    about, run = machine(args.device), Run(args)
+    about = machine(args.device)
+    run = Run(args)
     print(header(about, run.ceilings, args.dtype))
     if run.without_ours:
         print(f"our kernels are not timed: {run.without_ours}")
-    document = {"benchmark": "kernels", "environment": about, "ceilings": run.ceilings}
-    document |= {"left_out": 0, "stopped": None, "results": []}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is known by then is recorded
+    document = {
+        "benchmark": "kernels",
+        "environment": about,
+        "ceilings": run.ceilings,
+        "left_out": 0,
+        "stopped": None,
+        "results": [],
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `finally` records the results so far
     try:
         time_cases(run, args, document)
     finally:
         if run.workers:
             run.workers.close()
         if document["left_out"]:
-            print(
-                f"\n{document['left_out']} shapes left out: --seconds {args.seconds:.0f} are over"
-            )
+            left_out = document["left_out"]
+            print(f"\n{left_out} shapes left out: --seconds {args.seconds:.0f} are over")
         record(document, not (args.dry or os.environ.get("OUT")))
     red = {r["form"] for r in document["results"] if "RED" in r.get("skipped", "")}
     if red or document["stopped"]:
@@ -329,12 +420,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
     """Time every case into the document, each operation at one shape at least."""
-    started, cases = time.perf_counter(), list(run.cases())
+    started = time.perf_counter()
+    cases = list(run.cases())
     for n, (operation, shapes) in enumerate(cases, start=1):
-        calls = [c for name, c in CALLS if name == operation and ("backward" in c) == args.backward]
-        for k, shape in enumerate(shapes if calls else []):
-            late = time.perf_counter() - started > args.seconds * n / len(cases)
-            if args.seconds and k and late:
+        calls = []
+        for name, call in CALLS:
+            if name == operation and ("backward" in call) == args.backward:
+                calls.append(call)
+        if not calls:
+            continue
+        for k, shape in enumerate(shapes):
+            is_late = time.perf_counter() - started > args.seconds * n / len(cases)
+            if args.seconds and k and is_late:
                 document["left_out"] += len(shapes) - k
                 break
             try:
@@ -343,7 +440,7 @@ def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
                 for call in calls:
                     found = run.time(operation, call, shape, inputs)
                     document["results"] += found
-                    print(shown(found), flush=True)
+                    print(results_text(found), flush=True)
             except torch.OutOfMemoryError as error:
                 print(f"\n{operation} {shape_text(shape)}: {first_line(error)}")
             except RuntimeError as error:  # a launch that failed takes the device with it

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import DTYPES, ceilings, first_line, header, machine, record
-from benchmarks.processes import why_it_ended
+from benchmarks.processes import why_out_of_memory
 from benchmarks.shapes import SHAPES, model_config, random_weights
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch
@@ -163,7 +163,8 @@ def peer(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
-        if reason := why_it_ended(done.returncode, done.stderr):
+        reason = why_out_of_memory(done.returncode, done.stderr)
+        if reason is not None:
             return {"failed": reason}
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import machine, record
-from benchmarks.processes import OutOfMemory, why_it_ended
+from benchmarks.processes import OutOfMemory, why_out_of_memory
 from engine.data.encode import Example, encode
 from engine.data.pack import MicroBatch, pack
 from engine.data.rows import load_rows
@@ -159,7 +159,8 @@ class Engine:
         code = self.process.wait()
         self.words.seek(0)
         words = self.words.read()
-        if reason := why_it_ended(code, words):
+        reason = why_out_of_memory(code, words)
+        if reason is not None:
             raise OutOfMemory(reason)
         sys.exit(f"{self.name} ended with code {code}:\n{words[-3000:]}")
 

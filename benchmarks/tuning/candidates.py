@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 ABBREVIATIONS = {"w": "num_warps", "s": "num_stages"}
 
 

@@ -14,9 +14,10 @@ import torch
 
 from benchmarks._common import Launch, record, specs_of, tables
 from benchmarks.clock import Clock
-from benchmarks.operations import WORK, make_inputs, rows_of
+from benchmarks.operations import make_inputs
 from benchmarks.tuning.ahead import Target
 from benchmarks.tuning.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidates_of
+from benchmarks.work import WORK, rows_of
 from kernels.launch import tile_config
 from kernels.launch.tile_config import Config, Lookup
 from kernels.registry import REFERENCE, SPECS, Ops

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import processes, train
-from benchmarks.processes import OutOfMemory, why_it_ended
+from benchmarks.processes import OutOfMemory, why_out_of_memory
 
 ANSWERS = """
 import json, os, signal, sys
@@ -76,12 +76,13 @@ def test_other_failures_and_our_own_end_the_benchmark():
 
 
 def test_reasons_why_a_process_ended():
-    assert why_it_ended(-9, "") == why_it_ended(137, "") == "out of memory (killed)"
-    assert why_it_ended(1, "a\n  torch.OutOfMemoryError: CUDA out of memory. Tried\nb").startswith(
-        "out of memory (torch.OutOfMemoryError"
-    )
-    assert why_it_ended(1, f"Traceback\n{TORCHS}") == f"out of memory ({TORCHS})"
-    assert why_it_ended(1, "ValueError: no such file") == why_it_ended(-15, "") == ""
+    assert why_out_of_memory(-9, "") == why_out_of_memory(137, "") == "out of memory (killed)"
+    assert why_out_of_memory(
+        1, "a\n  torch.OutOfMemoryError: CUDA out of memory. Tried\nb"
+    ).startswith("out of memory (torch.OutOfMemoryError")
+    assert why_out_of_memory(1, f"Traceback\n{TORCHS}") == f"out of memory ({TORCHS})"
+    assert why_out_of_memory(1, "ValueError: no such file") is None
+    assert why_out_of_memory(-15, "") is None
 
 
 def test_a_single_run_without_memory_is_named(tmp_path):
