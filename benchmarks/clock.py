@@ -118,7 +118,7 @@ class Clock:
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def once(self, fn: Callable[[], Any]) -> Callable[[], float]:
-        """Call `fn`; returns a function that tells its milliseconds once the device has finished."""
+        """Call `fn`; returns a function that tells its milliseconds after a synchronisation."""
         self.flush.zero_()
         if not self.gpu:
             started = time.perf_counter()

@@ -67,9 +67,13 @@ def differences(found: dict[str, Any]) -> dict[str, Any]:
             result[name] = None
             continue
         scale = 100 if name == "target" else 1
-        value, low, high = (scale * number for number in found[NAMES[name]])
+        value, low, high = found[NAMES[name]]
         verdict = said[label].split(" (")[0]
-        result[name] = {"difference": value, "interval": [low, high], "verdict": verdict}
+        result[name] = {
+            "difference": scale * value,
+            "interval": [scale * low, scale * high],
+            "verdict": verdict,
+        }
     if result["target"]:
         result["target"]["p"] = found["p"]
     return result

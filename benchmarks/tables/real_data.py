@@ -98,12 +98,14 @@ def differences(records: list[Record]) -> Table:
 
 
 def _difference(found: dict[str, Any] | None, digits: int, unit: str = "") -> str:
-    """Verdict (difference, interval; p)."""
+    """The verdict and, in brackets, the difference, its interval and the p value if there is one."""
     if found is None:
         return "-"
-    low, high = (f"{bound:+.{digits}f}" for bound in found["interval"])
+    low, high = found["interval"]
+    difference = f"{found['difference']:+.{digits}f}{unit}"
+    interval = f"{low:+.{digits}f} to {high:+.{digits}f}"
     p = f"; p {found['p']:.3f}" if "p" in found else ""
-    return f"{found['verdict']} ({found['difference']:+.{digits}f}{unit}, {low} to {high}{p})"
+    return f"{found['verdict']} ({difference}, {interval}{p})"
 
 
 def settings(records: list[Record]) -> Table:

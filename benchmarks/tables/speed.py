@@ -34,18 +34,23 @@ def cpu_training(records: list[Record]) -> tuple[list[str], list[Record]]:
     record = newest(fitting, "training on q and v")
     result = record["modules"]["qv"]
     best = result["best_peer"]
-    ours, theirs = (result["engines"][name]["tokens_s"] for name in ("ours", best))
+    ours = result["engines"]["ours"]["tokens_s"]
+    theirs = result["engines"][best]["tokens_s"]
     work = "training SmolLM2-135M, r 8 on q and v, fp32"
     beside = f"transformers + {best} a micro-batch"
     return _row(_cpu(record), work, ours, beside, theirs), [record]
 
 
 def cpu_sampling(records: list[Record]) -> tuple[list[str], list[Record]]:
-    pair = "ours, 32 rows, draft auto", "transformers, batch 16"
-    workload = sampling.of_workload(records, sampling.DATA)
-    fitting = [record for record in workload if all(name in record["results"] for name in pair)]
-    record = newest(fitting, " and ".join(pair))
-    ours, theirs = (record["results"][name]["tokens_s"] for name in pair)
+    our_name = "ours, 32 rows, draft auto"
+    peer_name = "transformers, batch 16"
+    fitting = []
+    for record in sampling.of_workload(records, sampling.DATA):
+        if our_name in record["results"] and peer_name in record["results"]:
+            fitting.append(record)
+    record = newest(fitting, f"{our_name} and {peer_name}")
+    ours = record["results"][our_name]["tokens_s"]
+    theirs = record["results"][peer_name]["tokens_s"]
     work = "sampling SmolLM2-135M, 64 Alpaca rows, fp32"
     return _row(_cpu(record), work, ours, "transformers `generate`, batch 16", theirs), [record]
 

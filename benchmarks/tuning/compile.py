@@ -210,25 +210,37 @@ class Dot:
 
 
 def dots(ttgir: str) -> list[Dot]:
-    """Every product of the kernel; wgmma is an operation of its own, the rest tell by layout."""
+    """Every product of the kernel, read from Triton's GPU dialect.
+
+    wgmma is an operation of its own; a tt.dot whose operands have a plain blocked layout is
+    computed by fused multiply-adds, any other by tensor cores.
+    """
     pattern = r"(tt\.dot|ttng\.warp_group_dot)\b[^\n]*? : (?:tensor|!ttg\.memdesc)<((?:\d+x)+)(\w+)"
     found = []
     for match in re.finditer(pattern, ttgir):
-        rest = ttgir[match.end() : ttgir.index("\n", match.end())]
-        plain = re.search(r"parent = #blocked", rest)
-        unit = "wgmma" if match[1] != "tt.dot" else "fma" if plain else "mma"
-        # "ieee" is not printed; wgmma has no other way to take fp32
-        tf32 = match[3] == "f32" and ("inputPrecision =" in match[0] or unit == "wgmma")
-        found.append(Dot(int(match[2].split("x")[-3]), match[3], unit, tf32))
+        operation, sizes, dtype = match.groups()
+        rest_of_line = ttgir[match.end() : ttgir.index("\n", match.end())]
+        if operation != "tt.dot":
+            unit = "wgmma"
+        elif "parent = #blocked" in rest_of_line:
+            unit = "fma"
+        else:
+            unit = "mma"
+        # The precision "ieee" is not printed; wgmma reads fp32 operands as tf32 only.
+        is_tf32 = dtype == "f32" and ("inputPrecision =" in match[0] or unit == "wgmma")
+        rows = int(sizes.split("x")[-3])  # sizes end in "ROWSxCOLUMNSx"
+        found.append(Dot(rows, dtype, unit, is_tf32))
     return found
 
 
 def ptx_widths(ptx: str, which: str) -> list[int]:
     """Bytes per thread of every global `ld` or `st` in PTX; copies to shared memory are loads."""
     widths = []
-    for kind in re.findall(rf"\b{which}\.global(\S*)", ptx):
-        vector, bits = re.search(r"\.v(\d)", kind), re.search(r"\.[busf](\d+)$", kind)
-        widths.append(int(vector[1] if vector else 1) * int(bits[1]) // 8)
+    for suffix in re.findall(rf"\b{which}\.global(\S*)", ptx):  # as ".v4.b32"
+        vector = re.search(r"\.v(\d)", suffix)
+        bits = re.search(r"\.[busf](\d+)$", suffix)
+        elements = int(vector[1]) if vector else 1
+        widths.append(elements * int(bits[1]) // 8)
     direction = r"\.shared::\w+\.global" if which == "ld" else r"\.global\.shared"
     widths += [64] * len(re.findall(TMA + direction, ptx))
     if which == "ld":
@@ -241,38 +253,58 @@ def gcn_widths(assembly: str, which: str) -> list[int]:
     """Bytes per thread of every vector load or store of global memory in AMD assembly."""
     sizes = {"byte": 1, "short": 2, "dword": 4}
     pattern = rf"^\s+(?:global|buffer|flat)_{which}_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?"
-    return [sizes[s] * int(n or 1) for s, n in re.findall(pattern, assembly, re.MULTILINE)]
+    widths = []
+    for size, count in re.findall(pattern, assembly, re.MULTILINE):
+        widths.append(sizes[size] * int(count or 1))
+    return widths
 
 
 def facts(job: Job, compiled: Any, log: str) -> dict[str, Any]:
     """The facts about a compiled kernel, as plain values that `complaints` checks."""
     asm = compiled.asm
-    result = {"kernel": job.kernel.__name__, "target": job.target, "dtype": job.dtype}
-    result |= {"tile": job.tile, "shared": compiled.metadata.shared}
-    result["dots"] = dots(asm["ttgir"])
+    result = {
+        "kernel": job.kernel.__name__,
+        "target": job.target,
+        "dtype": job.dtype,
+        "tile": job.tile,
+        "shared": compiled.metadata.shared,
+        "dots": dots(asm["ttgir"]),
+    }
     if job.target == "gfx942":
         text = asm["amdgcn"]
-        fields = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        read = (int(re.search(rf"\.{field}:\s*(\d+)", text)[1]) for field in fields)
-        result["registers"], spilled, result["stack"] = read
-        result |= {"spilled": 4 * spilled, "serial": False}
+        result["registers"] = number_after(r"\.vgpr_count:\s*", text)
+        result["stack"] = number_after(r"\.private_segment_fixed_size:\s*", text)
+        result["spilled"] = 4 * number_after(r"\.vgpr_spill_count:\s*", text)  # registers -> bytes
+        result["serial"] = False
         instructions = {"mfma": len(re.findall(r"\bv_mfma", text))}
-        loads, stores = gcn_widths(text, "load"), gcn_widths(text, "store")
+        loads = gcn_widths(text, "load")
+        stores = gcn_widths(text, "store")
     else:
         usage = resources(asm["cubin"])
-        result["registers"], result["stack"] = (
-            int(re.search(rf"{f}:(\d+)", usage)[1]) for f in ("REG", "STACK")
-        )
+        ptx = asm["ptx"]
+        result["registers"] = number_after("REG:", usage)
+        result["stack"] = number_after("STACK:", usage)
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        result["spilled"] = max(map(int, spills.groups()))
+        stored, loaded = spills.groups()
+        result["spilled"] = max(int(stored), int(loaded))
         result["serial"] = SERIAL in log
-        names = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync"}
-        instructions = {n: len(re.findall(p, asm["ptx"])) for n, p in names.items()}
-        loads, stores = ptx_widths(asm["ptx"], "ld"), ptx_widths(asm["ptx"], "st")
+        instructions = {
+            "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+            "mma.sync": len(re.findall(r"\bmma\.sync", ptx)),
+        }
+        loads = ptx_widths(ptx, "ld")
+        stores = ptx_widths(ptx, "st")
     result["mma"] = {name: count for name, count in instructions.items() if count}
-    result["load"], result["store"] = max(loads, default=0), max(stores, default=0)
-    result["wide"] = sum(w for w in loads if w >= 16) / max(1, sum(loads))
+    result["load"] = max(loads, default=0)
+    result["store"] = max(stores, default=0)
+    wide_bytes = sum(width for width in loads if width >= 16)
+    result["wide"] = wide_bytes / max(1, sum(loads))  # share of the bytes loaded 16 at a time
     return result
+
+
+def number_after(pattern: str, text: str) -> int:
+    """The first whole number that follows `pattern` in the text."""
+    return int(re.search(rf"{pattern}(\d+)", text)[1])
 
 
 def resources(cubin: bytes) -> str:

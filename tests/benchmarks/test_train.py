@@ -77,9 +77,8 @@ def test_other_failures_and_our_own_end_the_benchmark():
 
 def test_reasons_why_a_process_ended():
     assert why_out_of_memory(-9, "") == why_out_of_memory(137, "") == "out of memory (killed)"
-    assert why_out_of_memory(
-        1, "a\n  torch.OutOfMemoryError: CUDA out of memory. Tried\nb"
-    ).startswith("out of memory (torch.OutOfMemoryError")
+    reason = why_out_of_memory(1, "a\n  torch.OutOfMemoryError: CUDA out of memory. Tried\nb")
+    assert reason.startswith("out of memory (torch.OutOfMemoryError")
     assert why_out_of_memory(1, f"Traceback\n{TORCHS}") == f"out of memory ({TORCHS})"
     assert why_out_of_memory(1, "ValueError: no such file") is None
     assert why_out_of_memory(-15, "") is None
