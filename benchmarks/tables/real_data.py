@@ -98,7 +98,7 @@ def differences(records: list[Record]) -> Table:
 
 
 def _difference(found: dict[str, Any] | None, digits: int, unit: str = "") -> str:
-    """The verdict and, in brackets, the difference, its interval and the p value if there is one."""
+    """The verdict; in brackets the difference, its interval and, if there is one, the p value."""
     if found is None:
         return "-"
     low, high = found["interval"]

@@ -524,11 +524,11 @@ def test_the_oldest_torch_and_triton_are_said_alike():
     """pyproject.toml, the script that makes .venv, the kernels, what is printed, README.md."""
     from kernels.launch import triton_launch
 
-    project, script, readme = (
-        (ROOT / name).read_text(encoding="utf-8")
-        for name in ("pyproject.toml", "scripts/venv.sh", "README.md")
-    )
-    torch, triton = (re.search(rf'"{name}>=([\d.]+)', project)[1] for name in ("torch", "triton"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    script = (ROOT / "scripts" / "venv.sh").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    torch = re.search(r'"torch>=([\d.]+)', project)[1]
+    triton = re.search(r'"triton>=([\d.]+)', project)[1]
     assert f">= ({torch.replace('.', ', ')})" in script and f"torch >= {torch} yet" in script
     assert f"torch>={torch}'" in triton_launch.HOW
     assert tuple(map(int, triton.split("."))) == triton_launch.OLDEST

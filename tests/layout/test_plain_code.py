@@ -26,8 +26,13 @@ def is_boolean(node: ast.expr) -> bool:
 
 
 def unpacks_a_generator(node: ast.AST) -> bool:
-    """`a, b = (f(x) for x in (1, 2))`, also with a list or with map()."""
+    """`a, b = (f(x) for x in (1, 2))`, also with a list or with map().
+
+    `(a,) = (x for x in found if ...)` is allowed: it says that there is exactly one.
+    """
     if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], (ast.Tuple, ast.List)):
+        return False
+    if len(node.targets[0].elts) < 2:
         return False
     value = node.value
     if isinstance(value, ast.Call):
@@ -101,6 +106,7 @@ def test_no_expression_is_a_puzzle(folder):
         ("a = (1, 2)[not p]", "a boolean as an index"),
         ("a = [*(1, 2), 3]", "a tuple or list unpacked where it stands"),
         ("a, b = f(x), f(y)", None),
+        ("(a,) = (x for x in found if x)", None),
         ("a = [*first, *second]", None),
         ("a = 1 if p and q else 2", None),
         ("a = table[x > 0]", None),

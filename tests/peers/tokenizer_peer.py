@@ -43,7 +43,8 @@ def _tokenizer_json(file: Path) -> dict:
     vocab = {piece: id for id, piece in enumerate(pieces)}
     parts = ("truncation", "padding", "normalizer", "pre_tokenizer", "decoder")
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    text, second = ({"Sequence": {"id": id, "type_id": 0}} for id in "AB")
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 0}}
     return {
         "version": "1.0",
         **dict.fromkeys(parts),
