@@ -106,12 +106,14 @@ def parse_args() -> argparse.Namespace:
 # ---- the runs
 
 
-def own_run(*what: object) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.sampler_job", *map(str, what)]
+def own_run(*arguments: object) -> list[str]:
+    """The command of one run of ours: benchmarks/sampler_job.py with these arguments."""
+    texts = [str(argument) for argument in arguments]
+    return [sys.executable, "-m", "benchmarks.sampler_job", *texts]
 
 
 def llama_file(args: argparse.Namespace) -> Path | None:
-    """The file llama.cpp shall run; None, with the reason printed, where it cannot."""
+    """The file for llama.cpp; None, with the reason printed, where llama.cpp cannot run."""
     try:
         file = Path(args.gguf).resolve() if args.gguf else demo_gguf()
     except ValueError as error:
@@ -126,26 +128,39 @@ def llama_file(args: argparse.Namespace) -> Path | None:
 
 def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], bool]]:
     """Name -> command, and whether with processes.MALLOC; engines take turns in this order."""
-    ours, peers = {}, {}
+    ours: dict[str, tuple[list[str], bool]] = {}
     for rows in args.rows:
         for draft in args.draft.split(","):
-            ours[f"ours, {rows} rows, draft {draft}"] = own_run("generate", rows, draft), False
+            command = own_run("generate", rows, draft)
+            ours[f"ours, {rows} rows, draft {draft}"] = (command, False)
+
+    peers: dict[str, tuple[list[str], bool]] = {}
     script = str(PEERS / "transformers_generate.py")
     for batch in args.batches:
         command = [args.peer_python, script, str(batch)]
-        peers[f"transformers, batch {batch}"] = command, False
+        peers[f"transformers, batch {batch}"] = (command, False)
         if args.peer_malloc:
-            peers[f"transformers, batch {batch}, malloc"] = command, True
-    if args.sequences and (file := llama_file(args)):
+            peers[f"transformers, batch {batch}, malloc"] = (command, True)
+    file = llama_file(args) if args.sequences else None
+    if file is not None:
         script = str(PEERS / "llama_cpp_generate.py")
+        quantisation = file.stem.rpartition(".")[2]  # as Q4_1
         for n in args.sequences:
             command = [args.llama_python, script, str(file), str(n)]
-            peers[f"llama.cpp {file.stem.rpartition('.')[2]}, {n} sequences"] = command, False
-    turns, left, right = {}, list(ours.items()), list(peers.items())
-    while left or right:
-        take = left if len(left) * len(peers) >= len(right) * len(ours) else right
-        name, what = take.pop(0)
-        turns[name] = what
+            peers[f"llama.cpp {quantisation}, {n} sequences"] = (command, False)
+
+    # Ours and the peers' alternate, in proportion to their numbers.
+    turns = {}
+    our_names, peer_names = list(ours), list(peers)
+    while our_names or peer_names:
+        our_share_left = len(our_names) * len(peers)
+        peer_share_left = len(peer_names) * len(ours)
+        if our_share_left >= peer_share_left:
+            name = our_names.pop(0)
+            turns[name] = ours[name]
+        else:
+            name = peer_names.pop(0)
+            turns[name] = peers[name]
     return turns
 
 
@@ -154,17 +169,32 @@ def make_job(args: argparse.Namespace) -> tuple[Job, Chat, LlamaConfig]:
     path = Path(args.model).resolve()
     config = LlamaConfig.from_dir(path)
     chat = Chat.from_dir(path, load_tokenizer(path))
-    template, rows = TEMPLATES[args.template], []
+    template = TEMPLATES[args.template]
+    rows = []
     for row in DataConfig(args.data, limit=args.limit).load():
         context = list(row.messages[:-1])
         ids = chat.prompt_ids(prompt(chat, template, context, row.reference), template.prefix)
         if len(ids) + args.max_new > config.max_position:
             sys.exit(f"row {row.id}: {len(ids)} + {args.max_new} tokens do not fit the model")
-        reference = {"reference": row.reference, "reference_ids": chat.response_ids(row.reference)}
-        rows.append({"id": row.id, "messages": context, "prompt": ids} | reference)
-    job = {"model": str(path), "threads": torch.get_num_threads(), "rows": rows}
-    job |= {"max_new": args.max_new, "end_ids": list(chat.end_ids), "pad_id": chat.end_id}
-    return job | {"vocab_size": config.vocab_size}, chat, config
+        rows.append(
+            {
+                "id": row.id,
+                "messages": context,
+                "prompt": ids,
+                "reference": row.reference,
+                "reference_ids": chat.response_ids(row.reference),
+            }
+        )
+    job = {
+        "model": str(path),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "max_new": args.max_new,
+        "end_ids": list(chat.end_ids),
+        "pad_id": chat.end_id,
+        "vocab_size": config.vocab_size,
+    }
+    return job, chat, config
 
 
 # ---- results
@@ -174,9 +204,12 @@ def diverging(a: list[list[int]], b: list[list[int]]) -> dict[int, int]:
     """Row -> first position at which the two differ, for the rows that are not identical."""
     found = {}
     for row, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x != y:
-            same = [p == q for p, q in zip(x, y, strict=False)]
-            found[row] = same.index(False) if False in same else len(same)
+        if x == y:
+            continue
+        position = 0
+        while position < min(len(x), len(y)) and x[position] == y[position]:
+            position += 1
+        found[row] = position
     return found
 
 
@@ -214,20 +247,30 @@ def fastest(results: dict[str, dict[str, Any]], *starts: str) -> dict[str, Any] 
 
 def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Ours over the peers', in tokens/s, and one in memory; only those whose sides both ran."""
-    plain = {name: r for name, r in results.items() if not name.endswith("malloc")}
-    same = {name: r for name, r in results.items() if name not in plain}
-    ours, theirs = fastest(plain, "ours"), fastest(plain, "transformers")
-    single = "ours, 1 rows, draft "
+    plain = {}
+    with_malloc = {}
+    for name, result in results.items():
+        if name.endswith("malloc"):
+            with_malloc[name] = result
+        else:
+            plain[name] = result
+    ours = fastest(plain, "ours")
+    theirs = fastest(plain, "transformers")
+    theirs_with_malloc = fastest(with_malloc, "transformers")
     pairs = {
         "ours / transformers' best": (ours, theirs),
-        "ours / transformers' best with malloc settings": (ours, fastest(same, "transformers")),
+        "ours / transformers' best with malloc settings": (ours, theirs_with_malloc),
         "ours / llama.cpp's best": (ours, fastest(plain, "llama.cpp")),
     }
     for name in plain:
-        if name.startswith(single):
-            pair = plain[name], plain.get("transformers, batch 1")
-            pairs[f"{name.replace('1 rows', '1 row')} / transformers, batch 1"] = pair
-    found = {name: a["tokens_s"] / b["tokens_s"] for name, (a, b) in pairs.items() if a and b}
+        if name.startswith("ours, 1 rows, draft "):
+            single = name.replace("1 rows", "1 row")
+            pair = (plain[name], plain.get("transformers, batch 1"))
+            pairs[f"{single} / transformers, batch 1"] = pair
+    found = {}
+    for name, (a, b) in pairs.items():
+        if a and b:
+            found[name] = a["tokens_s"] / b["tokens_s"]
     if ours and theirs:
         found["peak RSS, ours / transformers' best batch"] = ours["rss"] / theirs["rss"]
     return found
@@ -235,23 +278,32 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def report(results: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
     """The table, then our statistics and the positions at which rows of peers differ from ours."""
-    names = "tokens/s,rows/s,seconds,spread,load + pack,peak RSS,share,rows as ours"
-    lines = [["engine", *names.split(",")]]
+    columns = "engine,tokens/s,rows/s,seconds,spread,load + pack,peak RSS,share,rows as ours"
+    lines = [columns.split(",")]
     for name, r in results.items():
-        rates = f"{r['tokens_s']:.1f}", f"{r['rows_s']:.2f}", f"{r['seconds']:.1f}"
-        spread, load = f"{r['spread']:.0%}", f"{r['load_seconds']:.1f} + {r['pack_seconds']:.1f}"
-        share = f"{r['share']:.0%}" if "share" in r else "-"
-        same = f"{r['rows_as_ours']}/{len(r['new'])}"
-        lines.append([name, *rates, spread, load, f"{r['rss'] / 1e9:.2f} GB", share, same])
+        lines.append(
+            [
+                name,
+                f"{r['tokens_s']:.1f}",
+                f"{r['rows_s']:.2f}",
+                f"{r['seconds']:.1f}",
+                f"{r['spread']:.0%}",
+                f"{r['load_seconds']:.1f} + {r['pack_seconds']:.1f}",
+                f"{r['rss'] / 1e9:.2f} GB",
+                f"{r['share']:.0%}" if "share" in r else "-",
+                f"{r['rows_as_ours']}/{len(r['new'])}",
+            ]
+        )
     print(table(lines))
     for name, several in runs.items():
-        if stats := several[0].get("stats"):
-            times = (
-                f"prefill {stats['prefill_seconds']:.1f} s, decode {stats['decode_seconds']:.1f}"
-            )
-            print(f"{name}: {several[0]['stats_text']}; {times} s in {stats['steps']} steps")
-        elif at := results[name]["diverging"]:
-            places = ", ".join(f"{row}@{position}" for row, position in at.items())
+        stats = several[0].get("stats")
+        positions = results[name]["diverging"]
+        if stats:
+            prefill, decode = stats["prefill_seconds"], stats["decode_seconds"]
+            times = f"prefill {prefill:.1f} s, decode {decode:.1f} s in {stats['steps']} steps"
+            print(f"{name}: {several[0]['stats_text']}; {times}")
+        elif positions:
+            places = ", ".join(f"{row}@{position}" for row, position in positions.items())
             print(f"{name}: row@position of the first token that differs from ours: {places}")
 
 
@@ -275,13 +327,21 @@ def profiling(job: Job, rows: int, busy: bool) -> dict[str, Any]:
     """benchmarks.sampler_profile's seconds, and a table of them."""
     with Quiet("while profiling", busy):
         found = run(own_run("profile", rows), job, malloc=False)["profile"]
-    parts = {phase: found[phase] for phase in ("prefill", "decode")}
-    names = sorted({n for p in parts.values() for n in p}, key=lambda n: -parts["decode"].get(n, 0))
-    lines = [["layers one by one", *(f"{phase}, s" for phase in parts), *parts]]
+    prefill, decode = found["prefill"], found["decode"]  # part of the forward -> seconds
+    names = sorted({*prefill, *decode}, key=lambda name: -decode.get(name, 0))
+    lines = [["layers one by one", "prefill, s", "decode, s", "prefill", "decode"]]
     for name in names:
-        seconds = [part.get(name, 0.0) for part in parts.values()]
-        shares = [x / sum(p.values()) for x, p in zip(seconds, parts.values(), strict=True)]
-        lines.append([name, *(f"{x:.2f}" for x in seconds), *(f"{x:.1%}" for x in shares)])
+        prefill_seconds = prefill.get(name, 0.0)
+        decode_seconds = decode.get(name, 0.0)
+        lines.append(
+            [
+                name,
+                f"{prefill_seconds:.2f}",
+                f"{decode_seconds:.2f}",
+                f"{prefill_seconds / sum(prefill.values()):.1%}",
+                f"{decode_seconds / sum(decode.values()):.1%}",
+            ]
+        )
     print(table(lines))
     share = found["share"]["python"]
     print(f"{rows} rows: Python is {share:.1%} of decoding with all layers in one call")
@@ -291,7 +351,7 @@ def profiling(job: Job, rows: int, busy: bool) -> dict[str, Any]:
 def run_engines(
     args: argparse.Namespace, job: Job
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Name -> the results of its runs, ours first; and of those that ran out of memory, why.
+    """Name -> the results of its runs, ours first; and name -> why it ran out of memory.
 
     The engines take turns; every second round goes through them in reverse.
     """
@@ -332,8 +392,9 @@ def own_answers(runs: dict[str, list[dict[str, Any]]]) -> list[list[int]]:
     answers = own[first][0]["answers"]
     for name, several in own.items():
         for result in several:
-            if at := diverging(result["answers"], answers):
-                sys.exit(f"{name} differs from {first}, row: position {at}")
+            differing = diverging(result["answers"], answers)
+            if differing:
+                sys.exit(f"{name} differs from {first}, row: position {differing}")
     return answers
 
 
@@ -377,7 +438,8 @@ def main() -> None:
     found = ratios(results)
 
     # 3. print and record
-    about, prompt_tokens = machine("cpu"), sum(len(prompt) for prompt in prompts)
+    about = machine("cpu")
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
     print(
         f"{about['device']}, {job['threads']} threads, load {load:.1f} before; product "
         f"{ceilings['flops'] / 1e9:.0f} GFLOP/s, read {ceilings['bytes'] / 1e9:.1f} GB/s; "

@@ -63,8 +63,11 @@ PEER = Path(__file__).resolve().parent / "peers" / "transformers_step.py"
 
 def row_lengths(args: argparse.Namespace) -> list[int]:
     """Rows of --row tokens, --tokens together; a last row of one token is left out."""
+    lengths = [args.row] * (args.tokens // args.row)
     rest = args.tokens % args.row
-    return [args.row] * (args.tokens // args.row) + ([rest] if rest > 1 else [])
+    if rest > 1:
+        lengths.append(rest)
+    return lengths
 
 
 # ---- training
@@ -74,7 +77,8 @@ class Trainer:
     """One adapter trained with one table of operations."""
 
     def __init__(self, model: Llama, args: argparse.Namespace) -> None:
-        self.model, self.policy = model, args.recompute
+        self.model = model
+        self.policy = args.recompute
         config = LoraConfig(args.rank, 2.0 * args.rank, modules=args.modules)
         self.lora = Lora.init(config, model.config, model.device, model.dtype)
         self.optimizer = Optimizer.fresh(self.lora, weight_decay=0.0)
@@ -98,8 +102,12 @@ class Trainer:
         loss = nll.mean().item()  # waits for the device
         if gpu:
             torch.cuda.synchronize()
-        result = {"seconds": time.perf_counter() - started, "loss": loss, "grad_norm": norm}
-        return result | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None}
+        return {
+            "seconds": time.perf_counter() - started,
+            "loss": loss,
+            "grad_norm": norm,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        }
 
 
 def attempt(runs: dict[str, Any], name: str, fn: Callable[[], dict]) -> None:
@@ -244,8 +252,9 @@ def compare(runs: dict[str, dict]) -> None:
 
 def report(document: dict[str, Any], args: argparse.Namespace) -> str:
     """A table of training and one of decoding, with notes."""
-    lines = [["training", "tokens/s", "step s", "TFLOP/s", "MFU", "of stated", "peak GiB", "loss"]]
-    lines[0] += ["grad norm", "first step s"]
+    columns = "training,tokens/s,step s,TFLOP/s,MFU,of stated,peak GiB,loss,grad norm,first step s"
+    lines = [columns.split(",")]
+    tokens = sum(row_lengths(args))
     notes = []
     for name, r in document["training"].items():
         if "seconds" not in r:
@@ -254,11 +263,22 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
         rate = document["operations"] / r["seconds"]
         stated = f"{100 * rate / document['stated']:.1f} %" if document["stated"] else "-"
         peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
-        cells = [f"{sum(row_lengths(args)) / r['seconds']:.0f}", f"{r['seconds']:.3f}"]
-        cells += [f"{rate / 1e12:.2f}", f"{100 * rate / document['ceilings']['flops']:.1f} %"]
-        cells += [stated, peak, f"{r['first_loss']:.4f}", f"{r['first_grad_norm']:.4f}"]
-        lines.append([name, *cells, f"{r['first_seconds']:.1f}"])
-        notes += [f"{name}: {r['how']}"] if "how" in r else []
+        lines.append(
+            [
+                name,
+                f"{tokens / r['seconds']:.0f}",
+                f"{r['seconds']:.3f}",
+                f"{rate / 1e12:.2f}",
+                f"{100 * rate / document['ceilings']['flops']:.1f} %",
+                stated,
+                peak,
+                f"{r['first_loss']:.4f}",
+                f"{r['first_grad_norm']:.4f}",
+                f"{r['first_seconds']:.1f}",
+            ]
+        )
+        if "how" in r:
+            notes.append(f"{name}: {r['how']}")
     text = [table(lines), *notes]
     lines = [["decoding", "tokens/s", "ms a step", "prefill tokens/s", "rows as the first"]]
     for name, forms in document["decoding"].items():
@@ -266,16 +286,24 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
             text.append(f"decoding, {name}: FAILED: {forms['failed']}")
             continue
         for kind, r in forms.items():
-            rates = [r["tokens_s"], r["ms_per_step"], r["prefill_tokens_s"]]
-            same = f"{r['rows_as_first']}/{args.rows}"
-            lines.append([f"{name}, {kind}", *(f"{x:.1f}" for x in rates), same])
+            lines.append(
+                [
+                    f"{name}, {kind}",
+                    f"{r['tokens_s']:.1f}",
+                    f"{r['ms_per_step']:.1f}",
+                    f"{r['prefill_tokens_s']:.1f}",
+                    f"{r['rows_as_first']}/{args.rows}",
+                ]
+            )
             if "replayed" in r:
                 text.append(
                     f"{name}, {kind}: {r['replayed']:.0%} of the steps replayed, captured in "
                     f"{r['capture_s']:.2f} s {r['not_captured']}; {r['rows_as_without']}/"
                     f"{args.rows} rows as without"
                 )
-    return "\n".join(text + (["", table(lines)] if len(lines) > 1 else []))
+    if len(lines) > 1:
+        text += ["", table(lines)]
+    return "\n".join(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -304,12 +332,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config = model_config(args.model)
-    about, rates = machine(args.device), ceilings(args.device, DTYPES[args.dtype])
+    about = machine(args.device)
+    rates = ceilings(args.device, DTYPES[args.dtype])
     print(header(about, rates, args.dtype))
-    document = {"benchmark": "step", "environment": about, "ceilings": rates, "ask": vars(args)}
-    document["operations"] = step_operations(config, row_lengths(args))
-    document["stated"] = stated_rate(about["device"])
-    document |= {"training": {}, "decoding": {}}
+    document = {
+        "benchmark": "step",
+        "environment": about,
+        "ceilings": rates,
+        "ask": vars(args),
+        "operations": step_operations(config, row_lengths(args)),
+        "stated": stated_rate(about["device"]),
+        "training": {},
+        "decoding": {},
+    }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the results so far are recorded
     try:
         measure(args, config, document)

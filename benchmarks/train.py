@@ -79,10 +79,10 @@ def worker(job: dict[str, Any]) -> None:
     lora = load_lora(job["adapter"])
     model.bind(lora)
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
-    steps = [
-        [Example(str(i), r["ids"], r["n_prompt"]) for i, r in enumerate(s)] for s in job["steps"]
-    ]
-    packing = job["micro_tokens"], job["policy"]
+    steps = []
+    for rows in job["steps"]:
+        steps.append([Example(str(i), row["ids"], row["n_prompt"]) for i, row in enumerate(rows)])
+    packing = (job["micro_tokens"], job["policy"])
     for line in sys.stdin:
         if line.startswith("floor"):
             answer = {"seconds": floor(model, steps[int(line.split()[1])], job["micro_tokens"])}
@@ -101,9 +101,13 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
     packed = pack([len(example.ids) for example in examples], micro_tokens)
     groups = [[examples[i] for i in indices] for indices in packed]
     batches = [MicroBatch.build(group, 1, model.device, share=True) for group in groups]
-    most = max(len(b.tokens) for b in batches)
-    widest = max(max(w.shape) for name, w in model.weights.items() if w.dim() == 2 and "." in name)
-    x, y = torch.randn(most, widest), torch.randn(most, widest)
+    most = max(len(batch.tokens) for batch in batches)
+    widest = 0
+    for name, weight in model.weights.items():
+        if "." in name and weight.dim() == 2:  # a matrix of a layer
+            widest = max(widest, *weight.shape)
+    x = torch.randn(most, widest)  # buffers for every input and output
+    y = torch.randn(most, widest)
     head = model.weights["head"]
     logits = torch.randn(160, len(head))
     seconds = 0.0
@@ -117,10 +121,11 @@ def floor(model: Llama, examples: list[Example], micro_tokens: int) -> float:
         started = time.perf_counter()
         for weight, needs_dx in shapes:
             n, k = weight.shape
-            a, b = x.flatten()[: tokens * k].view(tokens, k), y.flatten()[: tokens * n]
-            torch.mm(a, weight.T, out=b.view(tokens, n))
+            a = x.flatten()[: tokens * k].view(tokens, k)
+            b = y.flatten()[: tokens * n].view(tokens, n)
+            torch.mm(a, weight.T, out=b)
             if needs_dx:
-                torch.mm(b.view(tokens, n), weight, out=a)
+                torch.mm(b, weight, out=a)
         for begin in range(0, response, len(logits)):
             part = logits[: min(len(logits), response - begin)]
             hidden = x.flatten()[: len(part) * head.shape[1]].view(len(part), -1)
@@ -209,11 +214,19 @@ def write_adapter(path: Path, model: LlamaConfig, rank: int, modules: str) -> No
 def compare(args: argparse.Namespace, modules: str, steps: list[list[dict]]) -> dict[str, Any]:
     """All engines on one choice of modules, taking turns."""
     with tempfile.TemporaryDirectory() as folder:
-        adapter, file = Path(folder) / "adapter", Path(folder) / "job.json"
+        adapter = Path(folder) / "adapter"
+        file = Path(folder) / "job.json"
         write_adapter(adapter, LlamaConfig.from_dir(Path(args.model)), args.rank, modules)
-        job = {"model": str(Path(args.model).resolve()), "adapter": str(adapter), "steps": steps}
-        job |= {"lr": 1e-4, "clip": 1.0, "policy": args.recompute}
-        file.write_text(json.dumps(job | {"micro_tokens": args.micro_tokens}))
+        job = {
+            "model": str(Path(args.model).resolve()),
+            "adapter": str(adapter),
+            "steps": steps,
+            "lr": 1e-4,
+            "clip": 1.0,
+            "policy": args.recompute,
+            "micro_tokens": args.micro_tokens,
+        }
+        file.write_text(json.dumps(job))
         mine = [sys.executable, "-m", "benchmarks.train", "--model", args.model]
         engines = [Engine("ours", [*mine, "--worker", str(file)])]
         script = str(HERE / "peers" / "transformers_train.py")
@@ -253,9 +266,18 @@ def report(
                 worst = max(worst, abs(got[name] / want[name] - 1))
         timed = engine.steps[1:]
         rates = sorted(n / s["seconds"] for n, s in zip(counts, timed, strict=True))
-        rate, last = tokens / sum(s["seconds"] for s in timed), timed[-1]
-        cells = [f"{rate:.1f}", f"{rates[0]:.0f} .. {rates[-1]:.0f}", f"{last['rss'] / 1e9:.2f} GB"]
-        lines.append([engine.name, *cells, f"{last['loss']:.5f}", f"{last['grad_norm']:.5f}"])
+        rate = tokens / sum(s["seconds"] for s in timed)
+        last = timed[-1]
+        lines.append(
+            [
+                engine.name,
+                f"{rate:.1f}",
+                f"{rates[0]:.0f} .. {rates[-1]:.0f}",
+                f"{last['rss'] / 1e9:.2f} GB",
+                f"{last['loss']:.5f}",
+                f"{last['grad_norm']:.5f}",
+            ]
+        )
         result["engines"][engine.name] = {"tokens_s": rate, "steps": engine.steps}
     print(
         f"\n{modules}: {len(counts)} timed steps, {tokens} tokens; losses and gradient norms agree "
@@ -263,14 +285,21 @@ def report(
     )
     if worst > AGREE:
         sys.exit(f"they differ by more than {AGREE:g}: no speed is reported\n{result}")
-    print(table(lines + [[name, reason] + [""] * 4 for name, reason in lost.items()]))
-    peers = {e.name: result["engines"][e.name]["tokens_s"] for e in engines[1:]}
-    best = max(peers, key=peers.get)
-    mine = result["engines"]["ours"]["tokens_s"]
-    rss = engines[0].steps[-1]["rss"] / next(e for e in engines if e.name == best).steps[-1]["rss"]
-    result["lost"] = lost
-    result |= {"agree": worst, "ratio": mine / peers[best], "best_peer": best, "rss_ratio": rss}
-    result["share_of_floor"] = mine / result["floor_tokens_s"]
+    for name, reason in lost.items():
+        lines.append([name, reason, "", "", "", ""])
+    print(table(lines))
+    own_rate = result["engines"]["ours"]["tokens_s"]
+    peers = {engine.name: engine for engine in engines[1:]}
+    best = max(peers, key=lambda name: result["engines"][name]["tokens_s"])
+    rss = engines[0].steps[-1]["rss"] / peers[best].steps[-1]["rss"]
+    result |= {
+        "lost": lost,
+        "agree": worst,
+        "ratio": own_rate / result["engines"][best]["tokens_s"],
+        "best_peer": best,
+        "rss_ratio": rss,
+        "share_of_floor": own_rate / result["floor_tokens_s"],
+    }
     print(
         f"{result['ratio']:.2f}x {best} (its best), peak RSS {rss:.2f}x; "
         f"{result['share_of_floor']:.0%} of the matrix products alone "
@@ -293,9 +322,14 @@ def main() -> None:
     steps = [encoded[i : i + args.rows] for i in range(0, len(encoded), args.rows)]
     about = machine("cpu")
     print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['date']}")
-    document = {"benchmark": "train", "environment": about, "load_before": load}
-    document |= {"data": Path(args.data).name, "ask": vars(args)}
-    document["modules"] = {m: compare(args, m, steps) for m in args.modules.split(",")}
+    document = {
+        "benchmark": "train",
+        "environment": about,
+        "load_before": load,
+        "data": Path(args.data).name,
+        "ask": vars(args),
+        "modules": {m: compare(args, m, steps) for m in args.modules.split(",")},
+    }
     record(document, args.record)
 
 
