@@ -70,10 +70,13 @@ class Case:
         return rows_of(self.spec.name, self.shape)
 
     def work(self) -> float:
-        """Operations and bytes of its dearest call, for comparisons."""
-        return max(
-            sum(f(*self.shape, e=2)) for (name, _), f in WORK.items() if name == self.spec.name
-        )
+        """Operations and bytes together of its most expensive call: only for comparisons."""
+        most = 0.0
+        for (operation, _), work in WORK.items():
+            if operation == self.spec.name:
+                operations, size = work(*self.shape, e=2)
+                most = max(most, operations + size)
+        return most
 
     def inputs(self, place: Place) -> dict[str, Any]:
         """Fresh copies of the same inputs every time, for some are written into."""
@@ -147,25 +150,29 @@ def searches(
     proofs: dict[tuple[str, Spec, str], Case] = {}  # kernel, operation, table -> a small shape
     for spec in specs_for(patterns):
         small = sorted(spec.interpreter_shapes or spec.test_shapes, key=sum)
-        bench = [Case(spec, REFERENCE, s) for s in dict.fromkeys(spec.bench_shapes)]
-        bench = [case.shape for case in bench if not only_tokens or case.tokens() in only_tokens]
+        bench = []
+        for shape in dict.fromkeys(spec.bench_shapes):
+            if not only_tokens or rows_of(spec.name, shape) in only_tokens:
+                bench.append(shape)
         for n, ops in enumerate(tables(spec)):
             for shape in reversed(small) if place.dry else small:
                 case = Case(spec, ops, shape)
-                seen = case.looks_up(place, False)[0]
-                proofs.update({(kernel, spec, ops.name): case for kernel, *_ in seen})
+                lookups, _ = case.looks_up(place, False)
+                for lookup in lookups:
+                    proofs[lookup.kernel, spec, ops.name] = case
             shapes = small if place.dry else bench
-            if n:  # a variant: for what only it reaches
-                top = max((Case(spec, ops, s).tokens() for s in shapes), default=0)
-                shapes = [s for s in shapes if Case(spec, ops, s).tokens() == top]
+            if n:  # a variant: the shapes of most tokens are enough for the kernels only it reaches
+                top = max((rows_of(spec.name, shape) for shape in shapes), default=0)
+                shapes = [shape for shape in shapes if rows_of(spec.name, shape) == top]
             for shape in shapes:
                 case = Case(spec, ops, shape)
                 rehearsed = {kernel for kernel, _ in found} if place.dry else set()
-                for kernel, shape_class, config in case.looks_up(place)[0]:
-                    named = any(p in kernel or p in spec.name for p in patterns)
-                    proved = (kernel, spec, ops.name) in proofs
-                    if not named or not proved or kernel in rehearsed:
-                        continue  # what no small shape reaches cannot be proved
+                lookups, _ = case.looks_up(place)
+                for kernel, shape_class, config in lookups:
+                    is_named = any(part in kernel or part in spec.name for part in patterns)
+                    can_be_proved = (kernel, spec, ops.name) in proofs  # a small shape reaches it
+                    if not is_named or not can_be_proved or kernel in rehearsed:
+                        continue
                     new = Search(kernel, shape_class, config)
                     search = found.setdefault((kernel, shape_class), new)
                     if all(case.shape != other.shape for other in search.cases):
@@ -174,16 +181,23 @@ def searches(
         search.cases = largest(search.cases, most)
         settle_variants(search, place)
         for case in (*search.cases, *search.also):
-            if (proof := proofs[search.kernel, case.spec, case.ops.name]) not in search.proofs:
+            proof = proofs[search.kernel, case.spec, case.ops.name]
+            if proof not in search.proofs:
                 search.proofs.append(proof)
     return by_worth(list(found.values()))
 
 
 def specs_for(patterns: list[str]) -> list[Spec]:
     """The specs that reach a kernel, or a form, whose name or operation has one of `patterns`."""
-    found = {spec.name: spec for pattern in patterns for spec in specs_of(pattern)}
-    for form in (f for f in FORM_CALLS if any(pattern in f for pattern in patterns)):
-        found |= {name: spec for name, spec in SPECS.items() if form.startswith(f"{name}_")}
+    found = {}
+    for pattern in patterns:
+        for spec in specs_of(pattern):
+            found[spec.name] = spec
+    for form in FORM_CALLS:
+        if any(pattern in form for pattern in patterns):
+            for name, spec in SPECS.items():
+                if form.startswith(f"{name}_"):
+                    found[name] = spec
     return list(found.values())
 
 
@@ -191,9 +205,13 @@ def settle_variants(search: Search, place: Place) -> None:
     """Count the kernels that the largest case compiles; note the tables that compile others."""
 
     def made(case: Case) -> set[str]:
-        launches = [x for x in case.looks_up(place)[1] if x.kernel.__name__ in search.names]
-        mine = [x for x in launches if x.shape_class in (search.shape_class, "any")]
-        return {f"{x.kernel.__name__} {x.options}" for x in mine}
+        _, launches = case.looks_up(place)
+        found = set()
+        for launch in launches:
+            name = launch.kernel.__name__
+            if name in search.names and launch.shape_class in (search.shape_class, "any"):
+                found.add(f"{name} {launch.options}")
+        return found
 
     case = search.cases[0]
     first = made(case)
@@ -210,8 +228,10 @@ def by_worth(work: list[Search]) -> list[Search]:
 
     def key(search: Search) -> tuple:
         size = search.cases[0].work()
-        minor = size < top[search.kernel] / 4 or search.shape_class.startswith("fixed")
-        worth = next(n for n, name in enumerate(WORTH) if search.kernel.startswith(name))
-        return minor, worth, -size
+        is_minor = size < top[search.kernel] / 4 or search.shape_class.startswith("fixed")
+        rank = 0
+        while not search.kernel.startswith(WORTH[rank]):  # the last, "", begins every name
+            rank += 1
+        return is_minor, rank, -size
 
     return sorted(work, key=key)

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks._common import Launch, Pointer, jitted, record, recording, tables  # noqa: E402
 from benchmarks.clock import Clock  # noqa: E402
-from benchmarks.tuning import candidates, tune  # noqa: E402
+from benchmarks.tuning import candidates, exploring, measuring, searches, tune, turns  # noqa: E402
 from benchmarks.tuning import compile as aot  # noqa: E402
 from benchmarks.tuning.ahead import Target, Workers  # noqa: E402
 from kernels.launch import tile_config, triton_launch  # noqa: E402
@@ -289,9 +289,9 @@ def test_rehearsal_writes_configurations_that_launches_read(tmp_path, reread):
 
 def test_winners_are_written_where_launches_read_them(tmp_path, reread):
     present = {"BT": 1, "num_warps": 8, "num_stages": 1}
-    search = tune.Search("rms_norm_forward_kernel", "D4096", present)
+    search = searches.Search("rms_norm_forward_kernel", "D4096", present)
     best = present | {"BT": 2}
-    written = tune.keep([tune.Outcome(search, best, 0.9)], "sm_90", "measured", tmp_path)
+    written = tune.keep([exploring.Outcome(search, best, 0.9)], "sm_90", "measured", tmp_path)
     assert [path.name for path in written] == ["rms_norm.json"]
     before = tile_config.configurations()
     reread(tmp_path)
@@ -310,25 +310,26 @@ def explorer(monkeypatch):
     def make(times, ops=None):
         clock = Clock("cpu", 0.0)
         target = Target("interpreter", ("cuda", 90, 32), 232448)
-        place = tune.Place(torch.device("cpu"), torch.float32, clock, target)
-        search = next(s for s in tune.searches(["rms_norm_forward"], place))
+        place = searches.Place(torch.device("cpu"), torch.float32, clock, target)
+        search = next(s for s in searches.searches(["rms_norm_forward"], place))
         cases = [
-            tune.Case(SPECS["rms_norm"], ops or TRITON, shape) for shape in ((65, 64), (9, 64))
+            searches.Case(SPECS["rms_norm"], ops or TRITON, shape) for shape in ((65, 64), (9, 64))
         ]
         search = dataclasses.replace(search, cases=cases, proofs=cases[:1], also=[])
-        configs, real = [search.present | {"BT": n} for n in times], tune.run
+        configs = [search.present | {"BT": n} for n in times]
+        real = measuring.run
         measured = []
 
         def run(search, case, place, config):
-            return tune.Run(config, real(search, case, place, config).outputs)
+            return measuring.Run(config, real(search, case, place, config).outputs)
 
         def compare(ours, present, place):
             measured.append(ours.again["BT"])
             return times[ours.again["BT"]], 1.0
 
-        monkeypatch.setattr(tune, "run", run)
-        monkeypatch.setattr(tune, "compare", compare)
-        return tune.Explorer(search, place, configs), measured
+        monkeypatch.setattr(exploring, "run", run)
+        monkeypatch.setattr(exploring, "compare", compare)
+        return exploring.Explorer(search, place, configs), measured
 
     return make
 
@@ -336,7 +337,7 @@ def explorer(monkeypatch):
 def test_wrong_and_slow_candidates_lose(explorer):
     """What cannot run is refused; what is slow is not taken, or not even looked at twice."""
     one, measured = explorer({3: 0.1, 4: 0.5, 8: 0.99, 16: 1.3})  # 3 is no power of two
-    tune.explore([one], None, 1e6)
+    turns.explore([one], None, 1e6)
     found = one.outcome
     assert found.best["BT"] == 4 and found.ratio == pytest.approx(0.5) and found.ms == (1.0, 0.5)
     assert (found.tried, found.slower, sum(found.refused.values())) == (4, 1, 1)
@@ -354,7 +355,7 @@ def test_a_wrong_winner_is_rejected(explorer):
 
     ops = dataclasses.replace(TRITON, rms_norm_forward=broken)
     one, _ = explorer({4: 0.5, 16: 0.8}, ops)
-    tune.explore([one], None, 1e6)
+    turns.explore([one], None, 1e6)
     assert one.outcome.best["BT"] == 16 and one.outcome.refused == {"AssertionError": 1}
 
 
@@ -374,7 +375,7 @@ def test_refusals_of_workers_are_counted(explorer):
             pass
 
     one, measured = explorer({4: 0.5, 16: 0.8})
-    tune.explore([one], Refusing(), 1e6)
+    turns.explore([one], Refusing(), 1e6)
     assert one.outcome.best["BT"] == 16 and one.outcome.refused == {"spills": 1}
     assert 4 not in measured and one.outcome.tried == 1
 
@@ -382,12 +383,12 @@ def test_refusals_of_workers_are_counted(explorer):
 def test_candidates_without_time_are_counted(explorer):
     one, measured = explorer({4: 0.5, 16: 0.8})
     before = one.outcome.left
-    tune.explore([one], None, -1.0)
+    turns.explore([one], None, -1.0)
     assert measured == [] and one.outcome.left == before + 2
     work = [one.search, dataclasses.replace(one.search, launches=9)]
     lengths = [len(search.candidates()) for search in work]
-    assert tune.shares(work, 1e6, 2) == lengths
-    assert all(2 <= n < most for n, most in zip(tune.shares(work, 20, 2), lengths, strict=True))
+    assert turns.shares(work, 1e6, 2) == lengths
+    assert all(2 <= n < most for n, most in zip(turns.shares(work, 20, 2), lengths, strict=True))
 
 
 # In a process of its own, for triton must not be the interpreter there. It prints the outcomes of
