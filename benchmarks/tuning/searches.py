@@ -20,7 +20,7 @@ from benchmarks.tuning.candidates import FORM_CALLS, TIMED_WITH, WORTH, candidat
 from benchmarks.work import WORK, rows_of
 from kernels.launch import tile_config
 from kernels.launch.tile_config import Config, Lookup
-from kernels.registry import REFERENCE, SPECS, Ops
+from kernels.registry import SPECS, Ops
 from kernels.spec import Spec, cast
 
 
