@@ -19,9 +19,9 @@ class DistillConfig:
 
     template: str = "using"  # wording that shows the model the reference answer and asks for a
     #   rewrite: using, refer or gsm8k
-    verify: str = "none"  # what an answer must share with its reference to count as right: number
-    #   (the last one), call (function calls), code (passes the tests), json, exact, contains,
-    #   regex:PATTERN, module:function (your own), or none
+    verify: str = "none"  # how an answer is compared with its reference: number (the last one),
+    #   call (function calls), code (passes the tests), json, exact, contains, regex:PATTERN,
+    #   module:function (your own), or none
     cascade: str = "guided:1"  # tries per row, by kind: unguided (plain prompt), guided (shown the
     #   reference), cooler (guided, half the temperature), as in unguided:2,guided:1; a kind is
     #   tried if those before it failed; if all fail, the reference itself is used

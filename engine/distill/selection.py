@@ -16,7 +16,7 @@
     (the verifier's)  mismatch, no_number, no_call, reference_without_number, ...
     accepted
 
-An echo or a repetition that the reference has too is no fault of the response. Only "accepted" and
+A response may have an echo or a repetition that the reference has too. Only "accepted" and
 "identical" responses become targets (`data.KEPT`); with every other status the target is the
 reference. So a rule that is too strict costs a rewrite and never makes a wrong target. Verifiers
 are in engine/verify/verifiers.py.
@@ -161,9 +161,9 @@ def repeats(text: str, question: str) -> bool:
 def why_garbled(text: str, context: str) -> str | None:
     """Why `text` is not natural text; None where it is.
 
-    context    all that the model saw; characters and repetitions that occur there are no fault
+    context    all that the model saw; characters and repetitions that occur there are allowed
 
-    Three faults are looked for:
+    Each of these is a fault:
     - a replacement character (bytes that are not UTF-8) or a control character
     - a loop: up to 100 characters, a letter among them, ten times in a row
     - random tokens: ten letters or more, over a tenth of all letters, from scripts that the context

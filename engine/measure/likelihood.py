@@ -179,8 +179,8 @@ class Scorer:
 
     It works as the sampler's prefill does: a prompt and its first answer are one row of the paged
     cache, and the prompt's pages are copied for the other answers. A prefix that many `prompts`
-    share is computed once and copied too. In fp32 on a CPU a score does not depend on what is
-    scored with it (engine/sampling/sampler.py says why). Inside `with` the model's matrices are
+    share is computed once and copied too. In fp32 on a CPU a score does not depend on the batch
+    that it is in (engine/sampling/sampler.py says why). Inside `with` the model's matrices are
     packed for sampling (`for_sampling`).
     """
 

@@ -9,9 +9,9 @@ The value is exact. Numbers are read in English notation. Besides plain digits t
     units           20 cm^2, 20 m2, 9.8 m/s^2, 90^\circ are 20, 20, 9.8 and 90
     \boxed{...}     the last one is the answer, whatever follows it
 
-Where the last number is part of an expression that is no plain number (3\sqrt{2}, 20x^2, 2\pi,
-3:30), the expression is returned as text without spaces: it equals itself and nothing else. Number
-words ("two") are not read, nor are coordinates and intervals: of (2, 3) the 3 is taken.
+Where the last number is part of an expression that is not a plain number (3\sqrt{2}, 20x^2,
+2\pi, 3:30), the expression is returned as text without spaces: it equals itself and nothing else.
+Number words ("two") are not read, nor are coordinates and intervals: of (2, 3) the 3 is taken.
 
 Every pattern takes time linear in the text: each repetition is bounded, or can match in one way
 only.
@@ -95,7 +95,7 @@ _POWER = re.compile(
     r"(?<![\w.,^\u221a)])([0-9]{1,20}(?:\.[0-9]{1,20})?)\^\(?([-\u2212]?[0-9]{1,3})\)?"
     r"(?![\w^(\u221a\u03c0]|\.[0-9])"
 )
-# Signs of an expression that is no plain number: ^, root, pi, the bar of a fraction of expressions.
+# Signs of an expression that is not a plain number: ^, root, pi, the bar of a fraction.
 _NO_PLAIN_NUMBER = re.compile(r"[\^\u221a\u03c0\u2044]")
 _CLOCK = re.compile(r"(?:[0-9]{1,9}:){1,3}\Z")  # 3:30, and ratios
 # The text on both sides of a number that belongs to its expression: up to a space, an equals sign
@@ -108,8 +108,8 @@ _AFTER = re.compile(rf"[^{_BREAKS}]{{0,80}}(?: [-+\u2212\u00d7*/] [^{_BREAKS}]{{
 def last_number(text: str) -> Fraction | str | None:
     """The last number in the text; None if there is none.
 
-    A string where the number belongs to an expression that is no plain number: that expression
-    (see the top of this file).
+    A string where the number belongs to an expression that is not a plain number: the expression,
+    as described at the top of this file.
     """
     text = _normalised(_boxed(text))
     numbers = list(_NUMBER.finditer(text))
@@ -168,7 +168,7 @@ def _normalised(text: str) -> str:
 
 
 def _as_fraction(match: re.Match[str]) -> str:
-    """\\frac{a}{b} as a/b, 2\\frac{a}{b} as 2 a/b; (a)\u2044(b) if one of them is no number."""
+    """\\frac{a}{b} as a/b, 2\\frac{a}{b} as 2 a/b; (a)\u2044(b) if one of them is not a number."""
     whole = match[1]
     top = match[2].strip()
     bottom = match[3].strip()

@@ -135,7 +135,7 @@ def refuses(text: str) -> bool:
 
     It misses refusals that begin in another way or are in another language. An answer that only
     regrets ("I'm sorry to hear that"), states an impossibility ("I cannot believe it", "We cannot
-    create energy") or praises ("I can't recommend it enough") is no refusal.
+    create energy") or praises ("I can't recommend it enough") is not a refusal.
     """
     head = text[:HEAD].replace("\u2019", "'").lower()
     if _REFUSAL.match(head):

@@ -137,11 +137,11 @@ REASON_OF_EVENT = {
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def checked(what, result):
-    """The result of a C call; OSError naming the protection `what` where it failed."""
+def checked(protection, result):
+    """The result of a C call; OSError naming the protection where it failed."""
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
+        raise OSError(code, f"{protection}: {os.strerror(code)}")
     return result
 
 

@@ -114,7 +114,7 @@ def verify_call(row: Row, text: str) -> tuple[bool, str]:
 
 
 def _json_meanings(reference: str, reference_calls: Sequence[PythonCall]) -> set[object]:
-    """The meanings of the calls in JSON that are no arguments of calls in Python's notation."""
+    """The meanings of the calls in JSON, except arguments of calls in Python's notation."""
     spans = []
     for call in reference_calls:
         spans.append(range(call.position, call.position + len(call.source)))
@@ -295,8 +295,8 @@ VERIFIERS: dict[str, Verifier] = {
 def get_verifier(name: str) -> Verifier:
     """The verifier of a `--verify` name.
 
-    ValueError for an unknown name, a pattern that is no regular expression, and a user's function
-    that cannot be imported or called as a verifier.
+    ValueError for an unknown name, for a pattern that is not a regular expression, and for a user's
+    function that cannot be imported or called as a verifier.
 
     OSError for `code` on a system that cannot contain programs.
     """
@@ -311,7 +311,7 @@ def get_verifier(name: str) -> Verifier:
         try:
             return partial(verify_regex, re.compile(rest, re.MULTILINE))
         except re.error as error:
-            raise ValueError(f"--verify {name!r} is no regular expression: {error}") from None
+            raise ValueError(f"--verify {name!r} is not a regular expression: {error}") from None
     if colon:
         return _users_verifier(name, kind, rest)
     raise ValueError(

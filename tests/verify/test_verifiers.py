@@ -30,7 +30,7 @@ def row(reference: str, tests: str = "") -> Row:
 def test_verifiers_are_found_by_name_and_unknown_names_refused():
     with pytest.raises(ValueError, match="no verifier 'numbr'; expected one of none, number, call"):
         get_verifier("numbr")
-    with pytest.raises(ValueError, match="is no regular expression: unterminated character set"):
+    with pytest.raises(ValueError, match="is not a regular expression: unterminated character set"):
         get_verifier("regex:[a")
     assert get_verifier("number") is VERIFIERS["number"]
     assert get_verifier("none")(row("x"), "anything") == (True, "ok")
