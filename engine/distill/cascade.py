@@ -97,7 +97,7 @@ class AssistantTurn:
 
     row: Row
     number: int  # its place among the row's assistant turns, from 0
-    context: list[dict[str, str]]  # the messages before it; earlier answers are their targets
+    context: list[dict[str, str]]  # the messages before it, earlier answers replaced by targets
 
     @classmethod
     def first(cls, row: Row) -> AssistantTurn:
