@@ -45,9 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         default="number",
-        help="what an answer must share with its reference to count as right: number (the last "
-        "one), call (function calls), code (passes the tests), json, exact, contains, "
-        "regex:PATTERN, module:function (your own), or none",
+        help="how an answer is compared with its reference: number (the last one), call (function "
+        "calls), code (passes the tests), json, exact, contains, regex:PATTERN, module:function "
+        "(your own), or none",
     )
     parser.add_argument(
         "--out",

@@ -1,22 +1,22 @@
-"""The cascade: the attempts that a turn gets before its reference is taken
+"""The cascade: the attempts that a turn gets before its reference is taken as the target
 
-    unguided:2,guided:2,cooler:1
+    --cascade unguided:2,guided:2,cooler:1      (stage:tries, in this order)
 
-    unguided   the plain prompt and no forced beginning: the model does not see the reference
-    guided     the template shows the reference (the paper's only way)
+    unguided   the plain prompt without a forced beginning: the model does not see the reference
+    guided     the prompt shows the reference (the paper's only way)
     cooler     guided, at half the temperature
 
-(Mind the Gap, 2509.15157: own answers first, then guided ones, then the expert's; here with the
-paper's rules of selection.) A stage is asked only when all attempts of the stage before were
-rejected. The attempts of a stage are samples of one request, and their random numbers are named by
-(seed, turn, stage, sample, position): they do not depend on the other requests. Of several accepted
-attempts the winner is the one that the seed model finds likeliest under the plain prompt, end token
-included, or the first.
+A stage is asked only when all attempts of the stage before it were rejected. (Mind the Gap,
+2509.15157: own answers first, then guided ones, then the expert's; here with the paper's rules of
+selection.) The attempts of a stage are samples of one request. Their random numbers depend on
+(seed, turn, stage, sample, position) and on no other request. Of several accepted attempts the
+winner is the one that the seed model finds likeliest under the plain prompt, end token included,
+or the first.
 
     Stage           one part of `--cascade`
     AssistantTurn   a turn to be rewritten: its row, its context
-    Attempt         one response, judged
-    TurnAttempts    a turn with its attempts so far: which stage is asked, who wins
+    Attempt         one response with its status
+    TurnAttempts    a turn with its attempts so far: the current stage, the winner
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from engine.data.rows import Row
 from engine.measure.likelihood import Scorer, ScoringRequest
 from model.chat import Chat
 
-TEMPERATURE_SHARE = {"unguided": 1.0, "guided": 1.0, "cooler": 0.5}  # of --temperature, by stage
+# The temperature of a stage as a share of --temperature.
+TEMPERATURE_SHARE = {"unguided": 1.0, "guided": 1.0, "cooler": 0.5}
 MAX_TRIES = 64  # of a stage
 REFERENCE = "reference"  # the stage of a line whose attempts were all rejected
 
@@ -47,11 +48,14 @@ class Stage:
         return self.name != "unguided"
 
     def temperature(self, base: float) -> float:
-        """The temperature of its attempts; base: that of the run."""
+        """The temperature of its attempts; base: the temperature of the run."""
         return base * TEMPERATURE_SHARE[self.name]
 
     def request_id(self, turn_id: str) -> str:
-        """The id that names its random numbers; that of a guided request is the turn's own."""
+        """The id of its requests, from which their random numbers are derived.
+
+        A guided request has the id of its turn: the stages before it do not change its text.
+        """
         return turn_id if self.name == "guided" else f"{turn_id}#{self.name}"
 
 
@@ -59,22 +63,28 @@ def parse_cascade(text: str) -> tuple[Stage, ...]:
     """`unguided:2,guided:2` as stages; ValueError names the part that cannot be read."""
     stages: list[Stage] = []
     for part in text.split(","):
-        name, _, count = (piece.strip() for piece in part.partition(":"))
-        valid = name in TEMPERATURE_SHARE and count.isdecimal() and 1 <= int(count) <= MAX_TRIES
-        repeated = name in [stage.name for stage in stages]
-        if not valid or repeated:
+        name, _, tries = part.partition(":")
+        name = name.strip()
+        tries = tries.strip()
+        is_stage = name in TEMPERATURE_SHARE
+        is_repeated = name in [stage.name for stage in stages]
+        is_count = tries.isdecimal() and 1 <= int(tries) <= MAX_TRIES
+        if not is_stage or is_repeated or not is_count:
             raise ValueError(
                 f"cascade {text!r}: cannot read {part.strip()!r}; expected STAGE:TRIES, each stage "
                 f"once, stages being {', '.join(TEMPERATURE_SHARE)}, 1 to {MAX_TRIES} tries"
             )
-        stages.append(Stage(name, int(count)))
+        stages.append(Stage(name, int(tries)))
     return tuple(stages)
 
 
 def check_temperature(stages: Sequence[Stage], temperature: float) -> None:
-    """ValueError where two attempts would be the same text."""
-    guided = sum(stage.tries for stage in stages if stage.guided)
-    if not temperature and (guided > 1 or any(stage.tries > 1 for stage in stages)):
+    """ValueError where two attempts would be the same text: greedy samples of one prompt."""
+    if temperature != 0:
+        return
+    guided_tries = sum(stage.tries for stage in stages if stage.guided)
+    unguided_tries = sum(stage.tries for stage in stages if not stage.guided)
+    if guided_tries > 1 or unguided_tries > 1:
         raise ValueError(
             "temperature 0 writes the same text in every guided and in every unguided try; use "
             "one of each (--cascade unguided:1,guided:1), or a temperature above 0"
@@ -86,21 +96,25 @@ class AssistantTurn:
     """An assistant turn of a row, to be rewritten."""
 
     row: Row
-    number: int  # among the row's assistant turns, from 0
+    number: int  # its place among the row's assistant turns, from 0
     context: list[dict[str, str]]  # the messages before it, earlier answers replaced by targets
 
     @classmethod
     def first(cls, row: Row) -> AssistantTurn:
         """A row's first assistant turn."""
-        return cls(row, 0, list(row.messages[: row.turns[0]]))
+        position = row.turns[0]
+        return cls(row, 0, list(row.messages[:position]))
 
     @property
     def id(self) -> str:
+        """`row/turn`, the id of its line in the distilled file."""
         return f"{self.row.id}/{self.number}"
 
     @property
     def reference(self) -> str:
-        return self.row.messages[self.row.turns[self.number]]["content"]
+        """The answer of the data."""
+        position = self.row.turns[self.number]
+        return self.row.messages[position]["content"]
 
     @property
     def is_last(self) -> bool:
@@ -113,26 +127,31 @@ class AssistantTurn:
         return self.row.tests if self.is_last else ""
 
     def following(self, target: str) -> AssistantTurn | None:
-        """The row's next turn, in whose context `target` is this turn's answer."""
+        """The row's next turn, with `target` as this turn's answer in its context.
+
+        None where the row ends with this turn.
+        """
         if self.is_last:
             return None
-        here, there = self.row.turns[self.number : self.number + 2]
+        position = self.row.turns[self.number]
+        next_position = self.row.turns[self.number + 1]
         answer = {"role": "assistant", "content": target}
-        between = self.row.messages[here + 1 : there]
-        return AssistantTurn(self.row, self.number + 1, [*self.context, answer, *between])
+        between = self.row.messages[position + 1 : next_position]
+        context = [*self.context, answer, *between]
+        return AssistantTurn(self.row, self.number + 1, context)
 
 
 @dataclass
 class Attempt:
-    """One response of the seed model, judged."""
+    """One response of the seed model, with its status."""
 
-    sample: int
+    sample: int  # its number among the samples of its request
     ids: list[int]  # without the end token
     text: str
-    status: str
-    finish: str
+    status: str  # of selection.judge
+    finish: str  # of the sampler
     prompt_tokens: int
-    kept: bool  # whether the status accepts it
+    kept: bool  # whether the status is one of data.KEPT
 
 
 @dataclass
@@ -141,46 +160,62 @@ class TurnAttempts:
 
     turn: AssistantTurn
     stages: Sequence[Stage]
-    stage_number: int = 0  # the stage that is asked
-    attempts: list[Attempt] = field(default_factory=list)  # of this stage
+    stage_number: int = 0  # of the current stage
+    attempts: list[Attempt] = field(default_factory=list)  # of the current stage
     tries: dict[str, list[str]] = field(default_factory=dict)  # stage -> statuses by sample
 
     @property
     def stage(self) -> Stage:
+        """The current stage: the one whose attempts are being sampled."""
         return self.stages[self.stage_number]
 
-    def add(self, attempt: Attempt) -> bool:
-        """Add an attempt; whether it was the stage's last."""
-        self.attempts.append(attempt)
-        if len(self.attempts) < self.stage.tries:
-            return False
-        self.attempts.sort(key=lambda attempt: attempt.sample)
-        self.tries[self.stage.name] = [attempt.status for attempt in self.attempts]
-        return True
+    @property
+    def stage_is_complete(self) -> bool:
+        """Whether all attempts of the current stage are there."""
+        return len(self.attempts) == self.stage.tries
 
-    def next_stage(self) -> bool:
-        """Move to the next stage; whether there is one."""
-        if self.stage_number + 1 == len(self.stages):
-            return False
+    @property
+    def has_next_stage(self) -> bool:
+        return self.stage_number + 1 < len(self.stages)
+
+    def add(self, attempt: Attempt) -> None:
+        """Add an attempt of the current stage. They arrive in any order."""
+        self.attempts.append(attempt)
+        if self.stage_is_complete:
+            self.attempts.sort(key=lambda attempt: attempt.sample)
+            self.tries[self.stage.name] = [attempt.status for attempt in self.attempts]
+
+    def start_next_stage(self) -> None:
+        """Make the next stage the current one, without attempts."""
         self.stage_number += 1
         self.attempts = []
-        return True
 
     def winner(self, chat: Chat, scorer: Scorer | None) -> Attempt | None:
         """The accepted attempt that becomes the target, None where all were rejected.
 
-        Of several the likeliest under the plain prompt, in nats per token with the end token;
-        without a scorer the first.
+        Of several accepted ones, the likeliest; without a scorer, the first.
         """
         kept = [attempt for attempt in self.attempts if attempt.kept]
-        if len(kept) < 2 or scorer is None:
-            return kept[0] if kept else None
+        if not kept:
+            return None
+        if len(kept) == 1 or scorer is None:
+            return kept[0]
+        return self._likeliest(kept, chat, scorer)
+
+    def _likeliest(self, kept: Sequence[Attempt], chat: Chat, scorer: Scorer) -> Attempt:
+        """The attempt with the fewest nats per token under the plain prompt, end token included.
+
+        The first of equals. An attempt that does not fit behind the plain prompt comes last.
+        """
         prompt = chat.prompt_ids(self.turn.context)
         room = scorer.owner.config.max_position - len(prompt)
-        answers = []
+        answers: list[list[int]] = []
         for attempt in kept:
             answer = [*attempt.ids, chat.end_id]
-            answers.append(answer if len(answer) <= room else [])  # too long to be scored
-        (losses,) = scorer.losses([ScoringRequest(self.turn.id, prompt, answers)])
-        means = [math.fsum(nats) / len(nats) if nats else math.inf for nats in losses]
-        return kept[means.index(min(means))]  # the first of equals
+            answers.append(answer if len(answer) <= room else [])  # an empty one is not scored
+        request = ScoringRequest(self.turn.id, prompt, answers)
+        losses = scorer.losses([request])[0]  # [answer][token], nats
+        means = []
+        for nats in losses:
+            means.append(math.fsum(nats) / len(nats) if nats else math.inf)
+        return kept[means.index(min(means))]

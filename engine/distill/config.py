@@ -19,9 +19,9 @@ class DistillConfig:
 
     template: str = "using"  # wording that shows the model the reference answer and asks for a
     #   rewrite: using, refer or gsm8k
-    verify: str = "none"  # what an answer must share with its reference to count as right: number
-    #   (the last one), call (function calls), code (passes the tests), json, exact, contains,
-    #   regex:PATTERN, module:function (your own), or none
+    verify: str = "none"  # how an answer is compared with its reference: number (the last one),
+    #   call (function calls), code (passes the tests), json, exact, contains, regex:PATTERN,
+    #   module:function (your own), or none
     cascade: str = "guided:1"  # tries per row, by kind: unguided (plain prompt), guided (shown the
     #   reference), cooler (guided, half the temperature), as in unguided:2,guided:1; a kind is
     #   tried if those before it failed; if all fail, the reference itself is used
@@ -41,17 +41,19 @@ class DistillConfig:
 
     @property
     def verifier(self) -> str:
-        """The verifier's name: the published one of the same purpose under paper_exact."""
-        return PUBLISHED.get(self.verify, self.verify) if self.paper_exact else self.verify
+        """The verifier's name; under paper_exact the published verifier of the same purpose."""
+        if self.paper_exact:
+            return PUBLISHED.get(self.verify, self.verify)
+        return self.verify
 
     def check(self) -> None:
-        """ValueError for unknown names, and numbers that cannot be."""
+        """ValueError for unknown names, values out of range and settings that contradict."""
         if self.template not in TEMPLATES:
             raise ValueError(f"template {self.template!r}: expected one of {', '.join(TEMPLATES)}")
         get_verifier(self.verify)
         if self.choose not in ("likelihood", "first"):
             raise ValueError(f"choose {self.choose!r}: expected likelihood or first")
-        stages = self.stages  # ValueError where it cannot be read
+        stages = self.stages  # ValueError where the cascade cannot be read
         if self.paper_exact and stages != parse_cascade("guided:1"):
             raise ValueError(
                 f"paper_exact with cascade {self.cascade!r}: the published code asks once, shown "
@@ -62,7 +64,7 @@ class DistillConfig:
             raise ValueError(f"max_new_tokens {self.max_new_tokens!r}: expected a number or auto")
 
     def limit(self, reference_tokens: int) -> int:
-        """Most new tokens of a rewrite of a reference of that length."""
+        """The most new tokens of a rewrite, for a reference of `reference_tokens` tokens."""
         if self.max_new_tokens != "auto":
             return int(self.max_new_tokens)
         return max(128, 64 + 3 * reference_tokens)

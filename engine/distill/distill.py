@@ -2,19 +2,19 @@
 
     prompt = template(instruction, reference)       shown in the model's own chat format
     response ~ seed model                           status = selection.judge(response)
-    target = response where accepted, else the reference
+    target = response where it is accepted, else the reference
 
-    distill_file    read the rows, check all of them, distill_job
+    distill_file    read the rows, check all of them, call distill_job
     distill_job     distill, score (seed_likelihoods.py), print the report
-    distill         one line per assistant turn, into a file that any kill leaves whole
+    distill         write one line per assistant turn; a kill loses no finished line
     _rewrite        requests -> sampler -> judged attempts -> lines (writer.py)
 
-A turn gets one attempt, or the attempts of a cascade (cascade.py). Its line goes to FILE as soon as
-the turn is decided; a killed run is resumed from there. In a conversation the next turn is asked
-for with the earlier targets as context. When all turns are there the file is put into the order of
-the data: it does not depend on how many sequences or processes ran together, or on kills.
+A turn gets one attempt, or the attempts of a cascade (cascade.py). Its line is appended to FILE as
+soon as the turn is decided; a killed run is resumed from there. In a conversation the next turn is
+sampled with the earlier targets as its context. When all turns are there, the file is put into the
+order of the data: it does not depend on how many sequences or processes ran together, or on kills.
 
-    FILE             data.Distilled, one JSON object per line; texts without the space around them
+    FILE             data.Distilled, one JSON object per line; texts are stripped of outer space
     FILE.meta.json   settings, hashes of model and data
 """
 
@@ -48,7 +48,6 @@ from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from engine.session import Session
 from model.chat import Chat
-from model.llama import Llama
 
 
 def distill_file(
@@ -61,7 +60,10 @@ def distill_file(
     scoring: bool,
     resume: bool,
 ) -> None:
-    """Distil the rows of a file; unusable rows are reported before the first one is rewritten."""
+    """Distil the rows of a file into `out`. ValueError for unusable rows, before any is rewritten.
+
+    scoring: whether to score the lines too. resume: whether to continue `out` where it exists.
+    """
     config.check()
     rows = data.load(check=can_be_asked(session.chat, config))
     _print_long_prompts(session, rows)
@@ -78,18 +80,21 @@ def distill_job(
     scoring: bool,
     resume: bool,
 ) -> tuple[DistillReport, LikelihoodSums | None]:
-    """Distil and score the rows, and print both results. scoring: whether to score."""
-    settings, world = distill_settings(session, rows, config, sampling), session.world
-    check_rows(session.chat, rows)
+    """Distil the rows, score them where `scoring`, and print both results.
+
+    The second result is None where nothing was scored.
+    """
     model, chat = session.model, session.chat
-    report = distill(
-        model, chat, rows, out, config, sampling, settings=settings, resume=resume, world=world
-    )
+    world = session.world
+    settings = distill_settings(session, rows, config, sampling)
+    check_rows(chat, rows)
+    generator = ChatGenerator(model, chat, sampling)
+    report = distill(generator, rows, out, config, settings=settings, resume=resume, world=world)
     print(report.text())
     likelihoods = None
     if scoring:
-        scores = out.with_name(out.name + ".scores.jsonl")
-        likelihoods = score(model, chat, report.lines, scores, settings, world)
+        scores_file = out.with_name(out.name + ".scores.jsonl")
+        likelihoods = score(model, chat, report.lines, scores_file, settings, world)
         print(likelihoods.text())
     print(f"written: {out}")
     return report, likelihoods
@@ -97,52 +102,71 @@ def distill_job(
 
 @memory_for("distilling", SAMPLE_LESS)
 def distill(
-    model: Llama,
-    chat: Chat,
+    generator: ChatGenerator,
     rows: Sequence[Row],
     out: Path,
     config: DistillConfig,
-    sampling: SamplerConfig,
     *,
     settings: dict[str, Any],
     resume: bool = False,
     world: World | None = None,
 ) -> DistillReport:
-    """Write the distilled data of `rows` to `out`. settings: a run is resumed under equal ones.
+    """Rewrite the references of `rows` and write one line per assistant turn to `out`.
 
-    The first Ctrl-C or SIGTERM lets the running sequences end and starts no other (a turn whose
-    stage lacks attempts is asked again when resumed), then raises `Stopped` in every process of the
-    job; the second stops at once. ValueError where `out` exists without resume, or with it under
-    other settings.
+    generator   the seed model, its chat format and the sampling settings
+    settings    kept in FILE.meta.json; `out` is resumed only under equal settings
+    resume      continue `out` where it exists
+    world       the processes of the job; each rewrites its share of the rows
+
+    The first Ctrl-C or SIGTERM lets the running sequences end and starts no other, then raises
+    `Stopped` in every process of the job; the second stops at once. A turn that then lacks attempts
+    of a stage is sampled again when the run is resumed. ValueError for settings that contradict
+    each other, where `out` exists and `resume` is False, and where `out` was begun under other
+    settings.
     """
     config.check()
-    check_temperature(config.stages, sampling.temperature)
+    check_temperature(config.stages, generator.sampling.temperature)
     world = world or World()
-    work = Work(SamplerStats(), seconds=0.0, written=0)
+    work = SamplingWork(SamplerStats(), seconds=0.0, written=0)
     with (
         lock_file(out),
         ResumedLines(out, settings, resume=resume, wanted=LINE_FIELDS, world=world) as file,
         Stopping("the running rows are finished and kept") as stop,
     ):
-        finished = {id: distilled_line(record) for id, record in file.done.items()}
-        order = [f"{row.id}/{k}" for row in rows for k in range(len(row.turns))]
-        turns = list(_unfinished_turns(file.mine(list(rows)), finished))
+        finished = {name: distilled_line(record) for name, record in file.done.items()}
+        turn_ids = _turn_ids(rows)
+        own_rows = file.mine(list(rows))
+        turns = list(_unfinished_turns(own_rows, finished))
         if turns:
-            work = _rewrite(model, chat, turns, config, sampling, file, stop)
+            work = _rewrite(generator, turns, config, file, stop)
         world.barrier()  # another process may have hours of rows left
         if world.any_rank(stop.asked):
-            stop.end(_kept_text(out, order, file))
-        stop.kept = f"all {len(order)} turns are in {out}"
-        lines = [distilled_line(record) for record in file.finish(order)]
+            stop.end(_kept_text(out, turn_ids, file))
+        stop.kept = f"all {len(turn_ids)} turns are in {out}"
+        records = file.finish(turn_ids)
+        lines = [distilled_line(record) for record in records]
     return DistillReport(
-        lines, work.stats, work.seconds, work.written, len(finished), config.rules.cut_prompts
+        lines,
+        stats=work.stats,
+        seconds=work.seconds,
+        written=work.written,
+        before=len(finished),
+        cut_at=config.rules.cut_prompts,
     )
+
+
+def _turn_ids(rows: Sequence[Row]) -> list[str]:
+    """The ids of all assistant turns, in the order of the data."""
+    ids = []
+    for row in rows:
+        ids += [f"{row.id}/{number}" for number in range(len(row.turns))]
+    return ids
 
 
 def _unfinished_turns(
     rows: Sequence[Row], finished: dict[str, Distilled]
 ) -> Iterator[AssistantTurn]:
-    """Of every row the first turn that has no line yet; none where all have one."""
+    """The first turn without a line of every row that has such a turn."""
     for row in rows:
         turn: AssistantTurn | None = AssistantTurn.first(row)
         while turn is not None and turn.id in finished:
@@ -151,34 +175,33 @@ def _unfinished_turns(
             yield turn
 
 
-class Work(NamedTuple):
-    """The work of this process in this start."""
+class SamplingWork(NamedTuple):
+    """The sampling that this process has done since it started."""
 
     stats: SamplerStats
-    seconds: float  # of sampling
+    seconds: float
     written: int  # lines
 
 
 def _rewrite(
-    model: Llama,
-    chat: Chat,
+    generator: ChatGenerator,
     turns: Sequence[AssistantTurn],
     config: DistillConfig,
-    sampling: SamplerConfig,
     file: ResumedLines,
     stop: Stopping,
-) -> Work:
-    """Rewrite these turns and those that follow them in their rows."""
+) -> SamplingWork:
+    """Rewrite these turns and those that follow them in their rows, and write their lines."""
     total = sum(len(turn.row.turns) - turn.number for turn in turns)
-    several = any(stage.tries > 1 for stage in config.stages)
-    needs_scorer = config.choose == "likelihood" and several
+    has_choice = any(stage.tries > 1 for stage in config.stages)
+    needs_scorer = config.choose == "likelihood" and has_choice
+    is_quiet = not file.world.is_rank0
     with (
-        ChatGenerator(model, chat, sampling).sampler() as sampler,
-        Scorer(model, []) if needs_scorer else nullcontext() as scorer,
-        progress(total=total, desc="distill", unit="turn", disable=not file.world.is_rank0) as bar,
+        generator.sampler() as sampler,
+        Scorer(generator.model, []) if needs_scorer else nullcontext() as scorer,
+        progress(total=total, desc="distill", unit="turn", disable=is_quiet) as bar,
     ):
-        stop.finish = sampler.drain
-        writer = DistilledWriter(chat, config, sampler, scorer, file)
+        stop.finish = sampler.drain  # called at the first Ctrl-C or SIGTERM
+        writer = DistilledWriter(generator.chat, config, sampler, scorer, file)
         # 1. submit the first stage of every turn
         for turn in turns:
             writer.start(turn)
@@ -188,31 +211,37 @@ def _rewrite(
                 f"the model's {writer.context_tokens} tokens: their references stay "
                 "(prompt_too_long)"
             )
-        # 2. sample; verify, select and write what is finished; submit what follows from it
+        # 2. sample; judge every finished attempt, write decided lines, submit what follows them
         started = time.perf_counter()
         for completion in sampler.run():
             writer.take(completion)
-            tokens_s = sampler.stats.new_tokens / (time.perf_counter() - started)
-            bar.set_postfix_str(
-                f"{tokens_s:.0f} tokens/s, {len(sampler.scheduler.running)} running", refresh=False
-            )
+            tokens_per_second = sampler.stats.new_tokens / (time.perf_counter() - started)
+            running = len(sampler.scheduler.running)
+            speed = f"{tokens_per_second:.0f} tokens/s, {running} running"
+            bar.set_postfix_str(speed, refresh=False)
             bar.update(writer.written - bar.n)
-        return Work(sampler.stats, time.perf_counter() - started, writer.written)
+        seconds = time.perf_counter() - started
+        return SamplingWork(sampler.stats, seconds, writer.written)
 
 
-def _kept_text(out: Path, order: Sequence[str], file: ResumedLines) -> str:
+def _kept_text(out: Path, turn_ids: Sequence[str], file: ResumedLines) -> str:
     """The message of a run that was stopped: how many turns are in the file."""
     if file.world.size > 1:
-        return f"what was finished is in {out} and its parts"
-    finished = sum(name in file.done for name in order)
-    return f"{finished} of {len(order)} turns are in {out}"
+        return f"the finished turns are in {out} and its parts"
+    finished = [name for name in turn_ids if name in file.done]
+    return f"{len(finished)} of {len(turn_ids)} turns are in {out}"
 
 
 def distill_settings(
     session: Session, rows: Rows, config: DistillConfig, sampling: SamplerConfig
 ) -> dict[str, Any]:
-    """The settings of a distillation in FILE.meta.json."""
-    data = {"sha256": rows.sha256, "rows": len(rows), "first": rows[0].id, "last": rows[-1].id}
+    """The content of FILE.meta.json: the settings and data on which the distilled file depends."""
+    data = {
+        "sha256": rows.sha256,
+        "rows": len(rows),
+        "first": rows[0].id,
+        "last": rows[-1].id,
+    }
     return session.settings | {
         "data": data,
         "distill": dataclasses.asdict(config),
@@ -224,14 +253,18 @@ def distill_settings(
 
 
 def can_be_asked(chat: Chat, config: DistillConfig) -> Callable[[Row], None]:
-    """A check for `load_rows`: ValueError for a row where the chat template refuses a plain prompt,
-    or a prompt that asks for a rewrite."""
-    check_plain, template = template_takes(chat), TEMPLATES[config.template]
-    guided = any(stage.guided for stage in config.stages)
+    """A check for `load_rows`, to be called with every row.
+
+    It raises ValueError for a row where the chat template refuses the plain prompt of a turn, or
+    the prompt that asks for its rewrite.
+    """
+    check_plain_prompts = template_takes(chat)
+    template = TEMPLATES[config.template]
+    shows_reference = any(stage.guided for stage in config.stages)
 
     def check(row: Row) -> None:
-        check_plain(row)
-        if not guided:
+        check_plain_prompts(row)
+        if not shows_reference:
             return
         for messages in prompts_of(row):
             reference = row.messages[len(messages)]["content"]
@@ -250,29 +283,33 @@ def check_rows(chat: Chat, rows: Rows) -> None:
     """ValueError naming the turns that cannot be encoded as training examples."""
     faults = []
     for row in rows:
-        for number, at in enumerate(row.turns):
+        for number, position in enumerate(row.turns):
+            answer = row.messages[position]["content"]
             try:
-                chat.target(row.messages[:at], row.messages[at]["content"])
+                chat.target(row.messages[:position], answer)
             except ValueError as error:
                 faults.append(f"{row.id}/{number}: {error}")
     if faults:
-        fault = f"{len(faults)} turns cannot be asked of this model"
+        fault = f"{len(faults)} turns cannot be encoded for this model"
         raise ValueError(listing(fault, faults, "remove or change them"))
 
 
 def _print_long_prompts(session: Session, rows: Sequence[Row]) -> None:
     """Print how many turns training will refuse for the length of their prompts."""
-    context = session.model.config.max_position
-    limit = min(MAX_LENGTH, context)
-    prompts = [messages for row in rows for messages in prompts_of(row)]
-    lengths = [len(session.chat.prompt_ids(messages)) for messages in prompts]
-    too_long = sum(length >= limit for length in lengths)
+    context_tokens = session.model.config.max_position
+    limit = min(MAX_LENGTH, context_tokens)
+    lengths: list[int] = []  # tokens of the prompt of every turn
+    for row in rows:
+        for messages in prompts_of(row):
+            lengths.append(len(session.chat.prompt_ids(messages)))
+    too_long = [length for length in lengths if length >= limit]
     if not too_long:
         return
-    fill_context = sum(length >= context for length in lengths)
-    higher = "a higher --max-length, " if context > MAX_LENGTH else ""
+    filling = [length for length in lengths if length >= context_tokens]
+    longer = "a higher --max-length, " if context_tokens > MAX_LENGTH else ""
     print(
-        f"NOTE: {too_long} of {len(lengths)} turns have prompts of {limit} tokens or more "
-        f"({fill_context} of them fill the model's {context}): scripts/train.py stops at them, but "
-        f"under {higher}--drop-long (which --preset yang2024-* sets) or --cut-in-proportion"
+        f"NOTE: {len(too_long)} of {len(lengths)} turns have prompts of {limit} tokens or more "
+        f"({len(filling)} of them fill the model's {context_tokens}): scripts/train.py stops at "
+        f"them, except under {longer}--drop-long (which --preset yang2024-* sets) or "
+        "--cut-in-proportion"
     )

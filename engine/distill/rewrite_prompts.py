@@ -10,13 +10,13 @@ from model.chat import Chat
 
 @dataclass(frozen=True)
 class Template:
-    """The wording of such a prompt."""
+    """The wording of a prompt that asks for a rewrite."""
 
     system: str  # the instruction
     between: str  # text between the user's message and the reference
     prefix: str = ""  # forced beginning of the answer; it becomes part of the target
-    inline: bool = False  # the instruction goes into the user's message, under Alpaca headers
-    plain: str = ""  # the task's system message without a reference; `system` replaces it
+    inline: bool = False  # the instruction goes into the user's message, with Alpaca headers
+    plain: str = ""  # the task's plain system message, in whose place `system` is used
 
 
 _USING = (
@@ -46,21 +46,23 @@ def prompt(
 ) -> list[dict[str, str]]:
     """The messages that ask for a rewrite; `context` ends with the user's message.
 
-    In the `alpaca` chat format the template's instruction replaces the format's own, which gives
-    the paper's raw form; in other formats that raw form is the user's message.
+    An inline template puts the paper's raw Alpaca prompt into the user's message. In the `alpaca`
+    chat format, which has these headers itself, its instruction replaces the format's own instead.
     """
     earlier, last = context[:-1], context[-1]
     user = last["content"] + template.between + reference
-    system = [
-        message["content"]
-        for message in earlier
-        if message["role"] == "system" and message["content"] != template.plain
-    ]
+    system_texts: list[str] = []
+    conversation: list[dict[str, str]] = []
+    for message in earlier:
+        if message["role"] != "system":
+            conversation.append(message)
+        elif message["content"] != template.plain:
+            system_texts.append(message["content"])
     if template.inline and chat.name != "alpaca":
         user = f"{template.system}\n\n### Instruction:\n{user}\n\n### Response:\n"
     else:
-        system.append(template.system)
-    messages = [message for message in earlier if message["role"] != "system"]
-    if system:
-        messages.insert(0, {"role": "system", "content": "\n\n".join(system)})
-    return [*messages, {"role": "user", "content": user}]
+        system_texts.append(template.system)
+    messages = [*conversation, {"role": "user", "content": user}]
+    if system_texts:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(system_texts)})
+    return messages

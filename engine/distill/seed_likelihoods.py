@@ -1,9 +1,9 @@
 """Seed likelihoods: how likely references and rewrites are under the seed model itself
 
-For every distilled line, the mean negative log-likelihood in nats per token, end token included, of
-the reference and of the response, both under the plain prompt (no reference shown). The prompt is
-computed once for both; in fp32 on a CPU a number does not depend on the lines scored beside it.
-FILE.scores.jsonl grows line by line and is resumed like the distilled file:
+For every distilled line, the mean negative log-likelihood (NLL) in nats per token, end token
+included, of the reference and of the response, both under the plain prompt (no reference shown).
+The prompt is computed once for both. In fp32 on a CPU a number does not depend on the lines scored
+beside it. FILE.scores.jsonl grows line by line and is resumed like the distilled file:
 
     {"id", "reference_nll", "reference_tokens", "response_nll", "response_tokens"}
 
@@ -45,14 +45,14 @@ SCORE_FIELDS = {  # name -> type, beside the id
 
 @dataclass
 class LikelihoodSums:
-    """Sums over the scored lines, in nats and tokens."""
+    """Sums over the scored lines."""
 
-    reference: float = 0.0
+    reference: float = 0.0  # nats
     reference_tokens: int = 0
-    response: float = 0.0
+    response: float = 0.0  # nats
     response_tokens: int = 0
-    scored: int = field(default=0, compare=False)  # answer tokens scored by this process ...
-    seconds: float = field(default=0.0, compare=False)  # ... in this time
+    scored: int = field(default=0, compare=False)  # answer tokens that this process has scored
+    seconds: float = field(default=0.0, compare=False)  # that this process took for them
 
     def add(self, record: dict[str, Any]) -> None:
         """Add one line of the scores file."""
@@ -64,7 +64,7 @@ class LikelihoodSums:
             self.response_tokens += record["response_tokens"]
 
     def text(self) -> str:
-        """Nats per token of both, and the speed."""
+        """The printed line: nats per token of both, and the speed."""
         reference = self.reference / max(1, self.reference_tokens)
         response = self.response / max(1, self.response_tokens)
         text = (
@@ -88,23 +88,27 @@ def score(
 ) -> LikelihoodSums:
     """Score every line that is trained on into `out` (FILE.scores.jsonl); returns the sums.
 
-    Lines that are there already are kept. settings: a file is resumed under equal ones.
+    Lines that are in `out` already are kept. settings: those of the distilled file; ValueError
+    where `out` was begun under others.
     """
-    lines = [line for line in lines if line.status != CONTEXT]
-    sums, started = LikelihoodSums(), time.perf_counter()
+    trained = [line for line in lines if line.status != CONTEXT]
+    sums = LikelihoodSums()
+    started = time.perf_counter()
     with (
         lock_file(out),
         ResumedLines(out, settings, resume=True, wanted=SCORE_FIELDS, world=world) as file,
     ):
-        missing = [line for line in file.mine(list(lines)) if line.id not in file.done]
+        missing = [line for line in file.mine(trained) if line.id not in file.done]
         requests = [_scoring_request(model, chat, line) for line in missing]
+        with_answers = []
         for request in requests:
-            if not any(request.answers):  # nothing to score: its prompt may not even fit the model
+            if any(request.answers):
+                with_answers.append(request)
+            else:  # nothing to score: its prompt may not even fit the model
                 file.write(_score_record(request, request.answers))
-        requests = [request for request in requests if any(request.answers)]
-        sums.scored = _score_requests(model, requests, file)
+        sums.scored = _score_requests(model, with_answers, file)
         sums.seconds = time.perf_counter() - started
-        for record in file.finish([line.id for line in lines]):
+        for record in file.finish([line.id for line in trained]):
             sums.add(record)
     return sums
 
@@ -113,24 +117,26 @@ def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: Resu
     """Score the requests and write their records; returns the answer tokens scored."""
     batches = list(scoring_batches(requests))
     rounds = collective_rounds(model, file.world, len(batches))
-    batches += [[]] * (rounds - len(batches))  # an empty batch takes part in the gathering
+    while len(batches) < rounds:
+        batches.append([])  # this rank has no work left, but joins the others' collectives
     if not batches:
         return 0
     scored = 0
     prompts = [request.prompt for request in requests]
+    is_quiet = not file.world.is_rank0
     with (
         file.world.report_lost_rank(),
         scorer_for(model, prompts) as scorer,
-        progress(
-            total=len(requests), desc="score", unit="turn", disable=not file.world.is_rank0
-        ) as bar,
+        progress(total=len(requests), desc="score", unit="turn", disable=is_quiet) as bar,
     ):
         for batch in batches:
-            for request, losses in zip(batch, scorer.losses(batch), strict=True):
-                # the tokens of each answer's own prompt are not the answer's
-                own = [nats[n:] for nats, n in zip(losses, request.skip, strict=True)]
-                file.write(_score_record(request, own))
-                scored += sum(len(nats) for nats in own)
+            all_losses = scorer.losses(batch)  # [request][answer][token], nats
+            for request, losses in zip(batch, all_losses, strict=True):
+                answer_losses = []
+                for nats, prompt_tokens in zip(losses, request.skip, strict=True):
+                    answer_losses.append(nats[prompt_tokens:])
+                file.write(_score_record(request, answer_losses))
+                scored += sum(len(nats) for nats in answer_losses)
                 bar.update()
     return scored
 
@@ -138,28 +144,33 @@ def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: Resu
 def _scoring_request(model: Llama, chat: Chat, line: Distilled) -> ScoringRequest:
     """The reference and the response of a line, each with its end token if it has one.
 
-    Each follows the prompt it is trained on. The two prompts differ where the template begins a
-    finished answer otherwise than it prompts for one: then the request's prompt is their common
-    beginning, and `skip` counts the rest of each.
+    Each follows the prompt it is trained on. A chat template may begin a finished answer otherwise
+    than it prompts for one; then the two prompts differ. The request's prompt is their common
+    beginning, the rest of each prompt stands before its answer, and `skip` counts that rest.
     """
     reference = chat.target(line.messages, line.reference)
-    reference_answer = [*reference.answer, chat.end_id] if reference.answer else []
+    reference_answer: list[int] = []
+    if reference.answer:
+        reference_answer = [*reference.answer, chat.end_id]
+
     chat.check_ids(line.response_ids)
     response_prompt = chat.prompt_ids(line.messages)
-    response_end = [] if line.finish == "length" else [chat.end_id]
-    response_answer = [*line.response_ids, *response_end] if line.response_ids else []
+    response_answer = list(line.response_ids)
+    if response_answer and line.finish != "length":
+        response_answer.append(chat.end_id)
 
     shared = _common_length(reference.prompt, response_prompt)
+    pairs = ((reference.prompt, reference_answer), (response_prompt, response_answer))
     answers: list[list[int]] = []
     skip: list[int] = []
-    for own_prompt, answer in (
-        (reference.prompt, reference_answer),
-        (response_prompt, response_answer),
-    ):
-        rest_of_prompt = own_prompt[shared:]
-        fits = len(own_prompt) + len(answer) <= model.config.max_position
-        answers.append([*rest_of_prompt, *answer] if answer and fits else [])
+    for prompt, answer in pairs:
+        rest_of_prompt = prompt[shared:]
         skip.append(len(rest_of_prompt))
+        fits = len(prompt) + len(answer) <= model.config.max_position
+        if answer and fits:
+            answers.append([*rest_of_prompt, *answer])
+        else:
+            answers.append([])  # not scored
     return ScoringRequest(line.id, reference.prompt[:shared], answers, tuple(skip))
 
 
@@ -172,7 +183,10 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _score_record(request: ScoringRequest, losses: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The line of the scores file; losses: nats of the reference's tokens and of the response's."""
+    """The line of the scores file.
+
+    losses: [answer][token] in nats, first the reference, then the response; empty: not scored.
+    """
     record: dict[str, Any] = {"id": request.id}
     for name, nats in zip(("reference", "response"), losses, strict=True):
         record[f"{name}_nll"] = math.fsum(nats) / len(nats) if nats else None

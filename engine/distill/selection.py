@@ -5,21 +5,21 @@
     prompt_too_long   the sampler could not start
     empty             no text
     identical         the reference itself (whitespace around it aside), whatever else it breaks
-    garbled           see `garbled`: it is no text
+    garbled           it is not natural text: see `why_garbled`
     truncated         it hit the token limit, so its end is missing
     banned            it talks about the task of rewriting (the ban list of the paper, 2402.13669)
     echo              it repeats the template's headers or the chat format's marks
-    repeats_prompt    it repeats the user's whole message (of PROMPT_WORDS words or more; a shorter
-                      one only where it says nothing else)
+    repeats_prompt    it repeats the user's whole message (a message of fewer than PROMPT_WORDS
+                      words counts only where the response says nothing else)
     refusal           it refuses (engine/verify/refusals.py) and the reference does not
     not_refused       the reference refuses and it does not
     (the verifier's)  mismatch, no_number, no_call, reference_without_number, ...
     accepted
 
-Where the reference has the same echo or repetition, the response may have it. Only "accepted" and
+A response may have an echo or a repetition that the reference has too. Only "accepted" and
 "identical" responses become targets (`data.KEPT`); with every other status the target is the
-reference, so a rule that is too strict costs a rewrite, never a wrong target. Verifiers are in
-engine/verify/verifiers.py.
+reference. So a rule that is too strict costs a rewrite and never makes a wrong target. Verifiers
+are in engine/verify/verifiers.py.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ PROMPT_WORDS = 12
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules for rewrites, beside the verifier: OURS, or PAPER with the published defects that
-    change results (engine/presets.py lists all)."""
+    """Rules for rewrites, beside the verifier.
+
+    OURS, or PAPER with the published defects that change results (engine/presets.py lists all).
+    """
 
     guards: bool = True  # all rules above; False: the ban list and the verifier only
     cut_prompts: int = 0  # tokens to which prompts that ask for a rewrite are cut; 0: not cut
@@ -62,10 +64,12 @@ def judge(
     rules: Rules = OURS,
     tests: str = "",
 ) -> str:
-    """The status of a response to `messages`, which end with the user's; the rules are above.
+    """The status of a response; the rules are listed at the top of this file.
 
-    finish: the sampler's, "stop", "stop_string", "length" or "prompt_too_long". tests: the row's,
-    for the verifier. Without `rules.guards` a response that hit the limit can be accepted.
+    messages    the context; it ends with the user's message
+    finish      how sampling ended: "stop", "stop_string", "length" or "prompt_too_long"
+    rules       without `rules.guards` a response that hit the token limit can be accepted
+    tests       the row's tests, for the verifier
     """
     if finish == "prompt_too_long":
         return "prompt_too_long"
@@ -92,17 +96,20 @@ def judge(
 def _why_incomplete(
     messages: Sequence[dict[str, str]], reference: str, response: str, finish: str
 ) -> str | None:
-    """The status of a response that is no complete text, None for one that is."""
-    context = "\n".join([*(message["content"] for message in messages), reference])
-    if garbled(response, context):
+    """The status of a response that is not a complete text; None for one that is."""
+    seen = [message["content"] for message in messages]
+    context = "\n".join([*seen, reference])
+    if why_garbled(response, context) is not None:
         return "garbled"
-    return "truncated" if finish == "length" else None
+    if finish == "length":
+        return "truncated"
+    return None
 
 
 def _why_unlike_reference(
     messages: Sequence[dict[str, str]], reference: str, response: str
 ) -> str | None:
-    """The status of a complete text that does not answer as the reference does, else None."""
+    """The status of a complete text that does not answer as the reference does; None if it does."""
     if _ECHO.search(response) and not _ECHO.search(reference):
         return "echo"
     question = messages[-1]["content"]
@@ -129,7 +136,7 @@ _ECHO = re.compile(
     r"^\s*#{2,}\s*(?:instruction|reference answer|response)\b|\[/?INST\]|<</?SYS>>",
     re.IGNORECASE | re.MULTILINE,
 )
-_RUN = re.compile(r"(.{1,100}?)\1{9,}", re.DOTALL)
+_LOOP = re.compile(r"(.{1,100}?)\1{9,}", re.DOTALL)  # the same characters ten times in a row
 
 
 def banned(text: str) -> bool:
@@ -139,37 +146,51 @@ def banned(text: str) -> bool:
 
 
 def repeats(text: str, question: str) -> bool:
-    """Whether the text repeats the whole question, letter case and spaces aside."""
-    answer_words, question_words = text.casefold().split(), question.casefold().split()
-    answer, whole = " ".join(answer_words), " ".join(question_words)
-    return answer == whole or (len(question_words) >= PROMPT_WORDS and whole in answer)
+    """Whether the text repeats the whole question; letter case and spaces do not count.
+
+    A question of fewer than PROMPT_WORDS words must be the whole text.
+    """
+    question_words = question.casefold().split()
+    whole_question = " ".join(question_words)
+    answer = " ".join(text.casefold().split())
+    if len(question_words) < PROMPT_WORDS:
+        return answer == whole_question
+    return whole_question in answer
 
 
-def garbled(text: str, context: str) -> str:
-    """Why `text` is no text, "" if it is one. context: all that the model saw; characters and
-    repetitions that occur there are no fault.
+def why_garbled(text: str, context: str) -> str | None:
+    """Why `text` is not natural text; None where it is.
 
-    - a replacement character (bytes that are no UTF-8) or a control character
-    - up to 100 characters, a letter among them, ten times in a row: a loop
-    - ten letters or more, over a tenth of all, from scripts that the context does not use: random
-      tokens. This also rejects an honest answer in a script that the context does not use
+    context    all that the model saw; characters and repetitions that occur there are allowed
+
+    Each of these is a fault:
+    - a replacement character (bytes that are not UTF-8) or a control character
+    - a loop: up to 100 characters, a letter among them, ten times in a row
+    - random tokens: ten letters or more, over a tenth of all letters, from scripts that the context
+      does not use. This also rejects an honest answer in a script that the context does not use
     """
     for char in sorted(set(text) - set(context)):
-        if char == "\ufffd" or (unicodedata.category(char) == "Cc" and char not in "\n\r\t"):
+        is_control = unicodedata.category(char) == "Cc" and char not in "\n\r\t"
+        if char == "\ufffd" or is_control:
             return f"holds U+{ord(char):04X}"
-    for run in _RUN.finditer(text):
-        if any(char.isalpha() for char in run[1]) and run[1] * 10 not in context:
-            return f"repeats {run[1]!r}"
-    scripts = {_script(char) for char in context if char.isalpha()}
+    for loop in _LOOP.finditer(text):
+        unit = loop[1]
+        has_letter = any(char.isalpha() for char in unit)
+        if has_letter and unit * 10 not in context:
+            return f"repeats {unit!r}"
+    context_scripts = {_script(char) for char in context if char.isalpha()}
     letters = [char for char in text if char.isalpha()]
-    foreign = [char for char in letters if _script(char) not in scripts]
-    if scripts and len(foreign) >= 10 and 10 * len(foreign) > len(letters):
-        return f"{len(foreign)} of {len(letters)} letters are foreign: {''.join(foreign[:10])}"
-    return ""
+    foreign = [char for char in letters if _script(char) not in context_scripts]
+    if context_scripts and len(foreign) >= 10 and 10 * len(foreign) > len(letters):
+        first = "".join(foreign[:10])
+        return f"{len(foreign)} of {len(letters)} letters are foreign: {first}"
+    return None
 
 
 @lru_cache(maxsize=4096)
 def _script(char: str) -> str:
     """The first word of a letter's Unicode name: LATIN, CYRILLIC, HANGUL, ..."""
     script = unicodedata.name(char, "?").split()[0]
-    return "CJK" if script in ("HIRAGANA", "KATAKANA") else script  # Japanese mixes the three
+    if script in ("HIRAGANA", "KATAKANA"):
+        return "CJK"  # Japanese mixes the three
+    return script

@@ -1,10 +1,11 @@
-"""From turns to distilled lines: requests, judged attempts, the choice, the line
+"""From turns to distilled lines: requests, judged attempts, the winner, the line
 
     DistilledWriter.start    submit the requests of a turn's first stage
-    DistilledWriter.take     judge a completion; after a stage's last one write the turn's line and
-                             start the row's next turn, or submit the next stage
+    DistilledWriter.take     judge a completion; after the last one of a stage, write the turn's
+                             line and start the row's next turn, or submit the next stage
 
-The functions below are the steps: stage_requests, judged_attempt, decided_line, unasked_line.
+The functions below the class are its steps: stage_requests, judged_attempt, decided_line,
+unasked_line.
 """
 
 from __future__ import annotations
@@ -14,12 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, Distilled
-from engine.distill.cascade import (
-    REFERENCE,
-    AssistantTurn,
-    Attempt,
-    TurnAttempts,
-)
+from engine.distill.cascade import REFERENCE, AssistantTurn, Attempt, TurnAttempts
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.selection import judge
@@ -30,11 +26,11 @@ from engine.sampling.sampler import Sampler
 from engine.verify.verifiers import get_verifier
 from model.chat import Chat
 
-NOT_ASKED = "not_asked"  # the status of a turn that the published code leaves as it is
+NOT_ASKED = "not_asked"  # the status of a turn that the published code does not rewrite
 
 FIELDS = tuple(part.name for part in dataclasses.fields(Distilled))
 # name -> type of the fields that a line of the file must have; older lines have no `tries`
-LINE_FIELDS = dict.fromkeys(set(FIELDS) - {"tries"}, str) | {
+LINE_FIELDS = {name: str for name in FIELDS if name != "tries"} | {
     "messages": list,
     "response_ids": list,
     "prompt_tokens": int,
@@ -43,8 +39,9 @@ LINE_FIELDS = dict.fromkeys(set(FIELDS) - {"tries"}, str) | {
 
 
 def distilled_line(record: dict[str, Any]) -> Distilled:
-    """A parsed line of the file, which has LINE_FIELDS, as Distilled."""
-    return Distilled(**{name: record[name] for name in FIELDS if name in record})
+    """A parsed line of the file, which has LINE_FIELDS, as Distilled. Unknown keys are left out."""
+    known = {name: record[name] for name in FIELDS if name in record}
+    return Distilled(**known)
 
 
 @dataclass
@@ -54,9 +51,9 @@ class DistilledWriter:
     chat: Chat
     config: DistillConfig
     sampler: Sampler
-    scorer: Scorer | None  # chooses the likeliest of several accepted attempts; None: the first
+    scorer: Scorer | None  # finds the likeliest of several accepted attempts; None: the first wins
     file: ResumedLines
-    asked: dict[str, TurnAttempts] = field(default_factory=dict)  # by request id
+    sampling: dict[str, TurnAttempts] = field(default_factory=dict)  # turns by request id
     written: int = 0  # lines
     no_room: int = 0  # stages whose prompt fills the model's context
 
@@ -66,32 +63,36 @@ class DistilledWriter:
         return self.sampler.owner.config.max_position
 
     def start(self, turn: AssistantTurn | None) -> None:
-        """Ask for a turn. The line of one that is not asked for is written at once, and the row's
-        next turn started."""
+        """Submit the first stage of a turn; None, which follows a row's last turn, does nothing.
+
+        The line of a turn that is not rewritten is written at once, and the row's next turn is
+        started in its place.
+        """
         while turn is not None:
-            status = self._status_unasked(turn)
+            status = self._status_if_unasked(turn)
             if status is None:
                 self._submit(TurnAttempts(turn, self.config.stages))
                 return
             turn = self._write(turn, unasked_line(turn, status))
 
     def take(self, completion: Completion) -> None:
-        """Judge a completion. With a stage's last one the turn is decided, or the next stage is
-        asked."""
-        attempts = self.asked[completion.id]
+        """Judge a completion. After the last one of a stage, write the line or submit the next."""
+        attempts = self.sampling[completion.id]
         attempt = judged_attempt(self.chat, self.config, attempts, completion)
-        if not attempts.add(attempt):
+        attempts.add(attempt)
+        if not attempts.stage_is_complete:
             return
-        del self.asked[completion.id]
+        del self.sampling[completion.id]
         winner = attempts.winner(self.chat, self.scorer)
-        if winner is None and attempts.next_stage():
+        if winner is None and attempts.has_next_stage:
+            attempts.start_next_stage()
             self._submit(attempts)
             return
-        following = self._write(attempts.turn, decided_line(attempts, winner))
-        self.start(following)
+        next_turn = self._write(attempts.turn, decided_line(attempts, winner))
+        self.start(next_turn)
 
-    def _status_unasked(self, turn: AssistantTurn) -> str | None:
-        """The status of a turn that is not asked for, None for all others."""
+    def _status_if_unasked(self, turn: AssistantTurn) -> str | None:
+        """The status of a turn that is not rewritten; None for a turn that is."""
         if turn.number in turn.row.context_only:
             return CONTEXT
         if not turn.is_last and not self.config.rules.every_turn:
@@ -99,15 +100,18 @@ class DistilledWriter:
         return None
 
     def _submit(self, attempts: TurnAttempts) -> None:
-        """Submit all attempts of the turn's stage."""
-        requests = stage_requests(self.chat, self.config, attempts, self.sampler.config.temperature)
-        self.no_room += len(requests[0].prompt) >= self.context_tokens
-        self.asked[requests[0].id] = attempts
+        """Submit all attempts of the turn's current stage."""
+        temperature = self.sampler.config.temperature
+        requests = stage_requests(self.chat, self.config, attempts, temperature)
+        first = requests[0]  # they differ in their sample number only
+        if len(first.prompt) >= self.context_tokens:
+            self.no_room += 1
+        self.sampling[first.id] = attempts
         for request in requests:
             self.sampler.submit(request)
 
     def _write(self, turn: AssistantTurn, line: Distilled) -> AssistantTurn | None:
-        """Write a line; returns the row's next turn."""
+        """Write a turn's line; returns the row's next turn, None where there is none."""
         self.file.write(dataclasses.asdict(line))
         self.written += 1
         return turn.following(line.target)
@@ -116,9 +120,10 @@ class DistilledWriter:
 def stage_requests(
     chat: Chat, config: DistillConfig, attempts: TurnAttempts, temperature: float
 ) -> list[Request]:
-    """The requests of the stage that is asked: samples of one prompt under one id.
+    """The requests of the current stage: samples of one prompt under one id.
 
-    temperature: that of the run. ValueError where the chat template refuses the conversation.
+    temperature: that of the run; the stage takes its share of it. ValueError where the chat
+    template refuses the conversation.
     """
     turn, stage = attempts.turn, attempts.stage
     template = TEMPLATES[config.template]
@@ -136,8 +141,9 @@ def stage_requests(
     limit = config.limit(len(reference_ids))
     # rewrites are about twice as long as their references (2.4 times in the paper's Alpaca)
     expected = min(limit, 16 + 2 * len(reference_ids))
-    return [
-        Request(
+    requests = []
+    for sample in range(stage.tries):
+        request = Request(
             stage.request_id(turn.id),
             prompt_ids,
             limit,
@@ -146,19 +152,23 @@ def stage_requests(
             expected_tokens=expected,
             draft_source=reference_ids,
         )
-        for sample in range(stage.tries)
-    ]
+        requests.append(request)
+    return requests
 
 
 def judged_attempt(
     chat: Chat, config: DistillConfig, attempts: TurnAttempts, completion: Completion
 ) -> Attempt:
-    """A completion with its status. The answer's forced beginning is a part of it (in the published
-    code it is not)."""
+    """A completion with its status.
+
+    The forced beginning of a guided answer becomes part of the attempt (in the published code it
+    does not: `rules.prefix_in_target`).
+    """
     turn, rules = attempts.turn, config.rules
     ids = list(completion.ids)
     if ids and attempts.stage.guided and rules.prefix_in_target:
-        ids = [*chat.prefix_ids(TEMPLATES[config.template].prefix), *ids]
+        prefix = TEMPLATES[config.template].prefix
+        ids = [*chat.prefix_ids(prefix), *ids]
     text = chat.tokenizer.decode(ids).strip()
     status = judge(
         turn.context,
@@ -181,18 +191,29 @@ def judged_attempt(
 
 
 def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
-    """The line of a decided turn. Without a winner it shows the first attempt of the last stage,
-    and the target is the reference."""
-    turn, shown = attempts.turn, winner or attempts.attempts[0]
+    """The line of a decided turn.
+
+    Without a winner, the response is the first attempt of the last stage, and the target is the
+    reference.
+    """
+    turn = attempts.turn
+    if winner is None:
+        shown = attempts.attempts[0]
+        target = turn.reference
+        stage = REFERENCE
+    else:
+        shown = winner
+        target = winner.text
+        stage = attempts.stage.name
     return Distilled(
         id=turn.id,
         messages=turn.context,
         reference=turn.reference,
         response=shown.text,
         response_ids=shown.ids,
-        target=turn.reference if winner is None else winner.text,
+        target=target,
         status=shown.status,
-        stage=REFERENCE if winner is None else attempts.stage.name,
+        stage=stage,
         finish=shown.finish,
         prompt_tokens=shown.prompt_tokens,
         response_tokens=len(shown.ids),
@@ -201,7 +222,7 @@ def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
 
 
 def unasked_line(turn: AssistantTurn, status: str) -> Distilled:
-    """The line of a turn that is not asked for: its target is the reference."""
+    """The line of a turn that is not rewritten: its target is the reference."""
     return Distilled(
         id=turn.id,
         messages=turn.context,

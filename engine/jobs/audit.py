@@ -28,6 +28,7 @@ from engine.jobs.audit_model import write_tiny_llama
 from engine.jobs.audit_page import Counts, count_table, render_page, render_text, text_table
 from engine.jobs.audit_trace import Trace, Tracer
 from engine.runtime.files import write_text
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
@@ -171,18 +172,11 @@ def trace_step(session: Session) -> Trace:
 def trace_distill(session: Session) -> Trace:
     """One row: prompt, sampling, selection, its line in the file."""
     config = DistillConfig(max_new_tokens=NEW_TOKENS)
+    generator = ChatGenerator(session.model, session.chat, SamplerConfig())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "distilled.jsonl"
         with tracer_for(session.model) as tracer:
-            distill(
-                session.model,
-                session.chat,
-                rows()[1:2],
-                out,
-                config,
-                SamplerConfig(),
-                settings={"audit": "one row"},
-            )
+            distill(generator, rows()[1:2], out, config, settings={"audit": "one row"})
     return tracer.trace
 
 

@@ -33,7 +33,7 @@ from engine.distill.config import DistillConfig
 from engine.distill.distill import can_be_asked, distill
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.seed_likelihoods import score
-from engine.distill.selection import garbled
+from engine.distill.selection import why_garbled
 from engine.evaluate.arms import ARM_TARGETS
 from engine.jobs.job_config import JobConfig
 from engine.jobs.preflight_reasons import NGRAM, reasons_that_hold, report_text
@@ -141,7 +141,7 @@ def figures_of_answers(sample: Sequence[Row], answers: Sequence[Completion]) -> 
     return {
         "own_nll": -sum(logprobs) / max(1, len(logprobs)),
         "ended": _share(answer.finish == "stop" for answer in answers),
-        "garbled": _share(garbled(answer.text, text) for answer, text in pairs),
+        "garbled": _share(why_garbled(answer.text, text) is not None for answer, text in pairs),
     }
 
 
@@ -165,7 +165,8 @@ def rewrite(session: Session, config: Config, sample: Rows) -> Rewriting:
     model, chat = session.model, session.chat
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "distilled.jsonl"
-        report = distill(model, chat, sample, file, config.distill, config.sampling, settings={})
+        generator = ChatGenerator(model, chat, config.sampling)
+        report = distill(generator, sample, file, config.distill, settings={})
         means = score(model, chat, report.lines, Path(directory) / "scores.jsonl", {})
         size = sum(f.stat().st_size for f in Path(directory).glob("*.jsonl"))
     return Rewriting(

@@ -199,12 +199,10 @@ def load_inputs(session: Session, config: Config) -> Inputs:
 def distil_rows(session: Session, config: Config, out: Path, rows: Rows) -> DistillReport:
     """Rewrite the references into OUT/distilled.jsonl."""
     return distill(
-        session.model,
-        session.chat,
+        ChatGenerator(session.model, session.chat, config.sampling),
         rows,
         out / "distilled.jsonl",
         config.distill,
-        config.sampling,
         settings=distill_settings(session, rows, config.distill, config.sampling),
         resume=True,
     )

@@ -1,4 +1,4 @@
-"""Answers that a file of results lacks: sampled, and appended one by one as they are finished."""
+"""Sample the answers that a file of results lacks, and append each as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ def answer_missing(
     to_line: Callable[[Completion], dict[str, Any]],
     label: str,
 ) -> None:
-    """Answer those of `requests` whose line `file` lacks; nothing is loaded where none is missing.
+    """Answer those of `requests` whose line `file` lacks; no sampler is opened where none does.
 
+    lora        the adapter to sample with; None: the seed model
     requests    by the key of their line in `file`
-    to_line     makes the line that is kept of a finished answer
+    to_line     makes the line of a finished answer
     label       text before the progress bar
     """
     missing = [request for key, request in requests.items() if key not in file.done]

@@ -1,6 +1,12 @@
-"""Divergence of a tuned model from its seed, token by token, over the same answers."""
+"""Divergence of a tuned model from its seed, token by token, over the same answers
 
-# N = positions (answer tokens), D = hidden size, V = vocabulary
+At every position p is the seed's distribution over the vocabulary and q the tuned model's:
+
+    KL(seed || tuned) = sum p (log p - log q)
+    KL(tuned || seed) = sum q (log q - log p)
+"""
+
+# N = positions (answer tokens), D = hidden size, V = vocabulary, C = positions at a time (CHUNK)
 
 from __future__ import annotations
 
@@ -26,53 +32,65 @@ class Drift:
     kl: float  # KL(seed || tuned)
     reverse_kl: float  # KL(tuned || seed)
     agree: int  # positions at which both have the same likeliest token
-    nll: float  # of the answer's tokens under the tuned model
+    nll: float  # negative log-likelihood of the answer's tokens under the tuned model
     seed_nll: float  # and under the seed
 
 
 def hidden_states(model: Llama, ids: Sequence[int], start: int, lora: Lora | None) -> Tensor:
-    """Hidden states (N, D) from which the tokens ids[start:] are predicted."""
+    """Hidden states (N, D) from which the N tokens ids[start:] are predicted."""
     tokens = torch.tensor(ids, device=model.device)
     packed = Packed.from_lengths([len(ids)], model.device)
-    return model.forward(tokens, packed, lora=lora)[start - 1 : -1]
+    hidden = model.forward(tokens, packed, lora=lora)  # (len(ids), D)
+    return hidden[start - 1 : -1]
 
 
 def compare(model: Llama, seed: Tensor, tuned: Tensor, ids: Sequence[int]) -> Drift:
-    """Two models, or two contexts of one, over the same tokens.
+    """The divergence of two models over the same N tokens, or of one model in two contexts.
 
-    seed, tuned: hidden states (N, D); ids: the N tokens. The distributions are taken in fp32 at
-    least, the sums over positions in fp64.
+    model         gives the head, which both share
+    seed, tuned   hidden states (N, D)
+    ids           the N tokens
+
+    The distributions are computed in fp32 at least, the sums over positions in fp64.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=seed.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=seed.device)  # in the order of Drift
     targets = torch.tensor(ids, device=seed.device)[:, None]  # (N, 1)
     for start in range(0, len(seed), CHUNK):
         chunk = slice(start, start + CHUNK)
-        log_p = _log_softmax(model.head(seed[chunk]))  # (chunk, V)
-        log_q = _log_softmax(model.head(tuned[chunk]))
+        log_p = _log_softmax(model.head(seed[chunk]))  # (C, V)
+        log_q = _log_softmax(model.head(tuned[chunk]))  # (C, V)
         difference = log_p - log_q
-        by_position = (
-            (log_p.exp() * difference).sum(-1),
-            -(log_q.exp() * difference).sum(-1),
-            log_p.argmax(-1) == log_q.argmax(-1),
-            -log_q.gather(1, targets[chunk]),
-            -log_p.gather(1, targets[chunk]),
-        )
+        kl = (log_p.exp() * difference).sum(-1)  # (C,)
+        reverse_kl = -(log_q.exp() * difference).sum(-1)  # (C,)
+        agree = log_p.argmax(-1) == log_q.argmax(-1)  # (C,)
+        nll = -log_q.gather(1, targets[chunk])  # (C, 1)
+        seed_nll = -log_p.gather(1, targets[chunk])  # (C, 1)
+        by_position = (kl, reverse_kl, agree, nll, seed_nll)
         sums += torch.stack([values.double().sum() for values in by_position])
-    kl, reverse_kl, agree, nll, seed_nll = sums.tolist()
-    return Drift(kl, reverse_kl, int(agree), nll, seed_nll)
+    total_kl, total_reverse_kl, total_agree, total_nll, total_seed_nll = sums.tolist()
+    return Drift(
+        kl=total_kl,
+        reverse_kl=total_reverse_kl,
+        agree=int(total_agree),
+        nll=total_nll,
+        seed_nll=total_seed_nll,
+    )
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """In fp32 at least."""
-    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    """Log probabilities (C, V) of logits (C, V), in fp32 at least."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits.to(dtype), dim=-1)
 
 
 def mean_drift(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means per token over answers, all together and by category.
 
-    lines: one per answer, with `category`, `tokens` and the fields of `Drift`. The result has kl,
-    kl_interval (95 %, bootstrap over answers), reverse_kl, agreement, nll, seed_nll (nats per
-    token), tokens and prompts; and the same for each category under `categories`.
+    lines: one per answer, with `category`, `tokens` and the fields of `Drift`.
+
+    The result has the means kl, reverse_kl, nll and seed_nll in nats per token, kl_interval (95 %,
+    bootstrap over answers), agreement (a share of positions), and the counts tokens and prompts;
+    under `categories` the same for each category.
     """
     by_category: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
@@ -83,11 +101,13 @@ def mean_drift(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _means(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of one group of lines: sums over all answers by the number of all tokens."""
+    kl = [line["kl"] for line in lines]
     tokens = [line["tokens"] for line in lines]
-    total = sum(tokens)
+    total_tokens = sum(tokens)
 
     def per_token(name: str) -> float:
-        return sum(line[name] for line in lines) / total
+        return sum(line[name] for line in lines) / total_tokens
 
     return {
         "kl": per_token("kl"),
@@ -95,7 +115,7 @@ def _means(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "agreement": per_token("agree"),
         "nll": per_token("nll"),
         "seed_nll": per_token("seed_nll"),
-        "kl_interval": bootstrap([line["kl"] for line in lines], tokens),
-        "tokens": total,
+        "kl_interval": bootstrap(kl, tokens),
+        "tokens": total_tokens,
         "prompts": len(lines),
     }

@@ -1,10 +1,10 @@
-"""General prompts for measuring what fine-tuning does to everything else.
+"""General prompts, over whose answers the side effects of fine-tuning are measured
 
-Written for this project, taken from no benchmark, to be kept out of training data: 64 prompts, 8
-of each category, short enough for a small model. Drift is measured over answers that the seed model
-writes to them, so there are no reference answers. `careful` holds requests that a considerate
-assistant declines, or answers with care. Figures compare only over the same prompts: a change here
-starts a new series.
+64 prompts, 8 of each category, short enough for a small model. They were written for this project,
+are taken from no benchmark, and are to be kept out of training data. Drift is measured over answers
+that the seed model writes to them, so there are no reference answers. The category `careful` holds
+requests that a considerate assistant declines, or answers with care. Figures can be compared only
+over the same prompts: a change here starts a new series.
 """
 
 PROMPTS: tuple[tuple[str, str], ...] = (  # (category, prompt)

@@ -1,13 +1,19 @@
 """Is a difference real? Intervals and tests for few items and few seeds
 
-wilson              interval of a share of right answers, also where all or none are (Wilson 1927)
-bootstrap           interval of the ratio of two sums, items resampled (percentile, Efron 1979)
-crossed_bootstrap   the same over several seeds on the same items: items and seeds are resampled
-mcnemar             test of two arms on the same items, right or wrong (exact, McNemar 1947)
-sign_flip_test      the same over several seeds: signs of differences flipped (exact, Fisher 1935)
-t_interval          interval of the mean over a few seeds (Student's t)
+    wilson              interval of a share of right answers, also where all or none are right
+    bootstrap           interval of the ratio of two sums: items are resampled
+    crossed_bootstrap   the same over several seeds on the same items: both are resampled
+    mcnemar             test of two arms on the same items, each right or wrong
+    sign_flip_test      the same over several seeds: the signs of differences are flipped
+    t_interval          interval of the mean over a few seeds
 
-All intervals are of 95 %, all p values two-sided.
+All intervals are of 95 %, all p values two-sided. An interval of too few items is nan.
+
+    Wilson 1927       Probable inference, the law of succession, and statistical inference
+    Fisher 1935       The design of experiments, section 21 (the randomisation test)
+    McNemar 1947      Note on the sampling error of the difference between correlated proportions
+    Efron 1979        Bootstrap methods: another look at the jackknife (percentile intervals)
+    Owen 2007         The pigeonhole bootstrap, arXiv 0712.1111
 """
 
 from __future__ import annotations
@@ -18,38 +24,55 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2000
-# 97.5 % points of Student's t by degrees of freedom; beyond the table the normal's, a little small.
+# 97.5 % points of Student's t for 1, 2, ... 12 degrees of freedom. Beyond the table the normal
+# distribution's is taken, which is a little too small.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 Z_975 = 1.96
 
 
 def wilson(share: float, n: int, z: float = Z_975) -> tuple[float, float]:
-    """Score interval of a share of n items; (nan, nan) for none."""
-    if not n:
+    """The ends of the score interval of a share p of n items (Wilson 1927).
+
+        (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    (nan, nan) where n is 0.
+    """
+    if n == 0:
         return math.nan, math.nan
     scale = 1 + z * z / n
     center = (share + z * z / (2 * n)) / scale
-    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    variance = share * (1 - share) / n + z * z / (4 * n * n)
+    half_width = z * math.sqrt(variance) / scale
+    low = max(0.0, center - half_width)
+    high = min(1.0, center + half_width)
+    return low, high
 
 
 def bootstrap(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Interval of sum(sums) / sum(weights), the items resampled with replacement.
+    """The ends of the percentile interval of sum(sums) / sum(weights) (Efron 1979).
 
-    The same items give the same interval. (nan, nan) for fewer than two items.
+    The n items are resampled with replacement, always by the same draws: the same items give the
+    same interval. (nan, nan) for fewer than two items.
     """
     n = len(sums)
     if n < 2:
         return math.nan, math.nan
-    values, w = np.array([sums, weights], dtype=np.float64)
-    draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
-    ratios = values[draws].sum(1) / w[draws].sum(1)  # (RESAMPLES,)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    values = np.array(sums, dtype=np.float64)  # (n,)
+    w = np.array(weights, dtype=np.float64)  # (n,)
+    draws = np.random.default_rng(0).integers(n, size=(RESAMPLES, n))  # numbers of items
+    drawn_values = values[draws].sum(1)  # (RESAMPLES,)
+    drawn_weights = w[draws].sum(1)  # (RESAMPLES,)
+    return _percentile_interval(drawn_values / drawn_weights)
+
+
+def _percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % points of resampled values (RESAMPLES,)."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 
 
 def lost_won(before: Sequence[float], after: Sequence[float]) -> tuple[int, int]:
-    """Items on which `after` is worse than `before`, and on which it is better."""
+    """The number of items on which `after` is worse than `before`, and on which it is better."""
     pairs = list(zip(before, after, strict=True))
     lost = sum(a > b for a, b in pairs)
     won = sum(a < b for a, b in pairs)
@@ -57,26 +80,34 @@ def lost_won(before: Sequence[float], after: Sequence[float]) -> tuple[int, int]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """p of the counts of items that only one of two arms got right, if the arms are equally good.
+    """The exact p value of McNemar's test (1947): are two arms equally good?
 
-    1.0 where they differ on no item.
+    only_first, only_second: items that only one of the two arms got right. If the arms are equally
+    good, each of these n items is a fair coin:
+
+        p = 2 P(K <= min(only_first, only_second)),  K ~ Binomial(n, 1/2)
+
+    1.0 where the arms differ on no item.
     """
     n = only_first + only_second
     k = min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    ways = sum(math.comb(n, i) for i in range(k + 1))
+    tail = ways / 2**n
     return min(1.0, 2 * tail)
 
 
 def crossed_bootstrap(
     sums: Sequence[Sequence[float]], weights: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Mean over S seeds of sum(sums[s]) / sum(weights), and the ends of its interval.
+    """The mean over S seeds of sum(sums[s]) / sum(weights), and the ends of its interval.
 
-    sums (S, n): n items under S seeds; weights (n,). Items are resampled with replacement, the
-    same for all seeds, and, where there are several, seeds independently of them (Owen 2007). To
-    compare two arms on the same items give the differences of their sums: every draw then holds
-    both. With few seeds the seeds' part is too small, by (S - 1) / S. The interval is nan for fewer
-    than two items.
+    sums      (S, n): n items under S seeds
+    weights   (n,)
+
+    Items are resampled with replacement, the same for all seeds, and the seeds independently of the
+    items (Owen 2007). To compare two arms on the same items, give the differences of their sums:
+    every draw then holds both arms. With few seeds the variance between seeds is estimated too
+    small, by (S - 1) / S. The interval is nan for fewer than two items.
     """
     values = np.array(sums, dtype=np.float64)
     w = np.array(weights, dtype=np.float64)
@@ -85,40 +116,54 @@ def crossed_bootstrap(
     if n < 2:
         return mean, math.nan, math.nan
     random = np.random.default_rng(0)
-    # how often each item, and each seed, is drawn
-    items = random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # (RESAMPLES, n)
-    drawn = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)  # (RESAMPLES, S)
-    ratios = ((drawn @ values) * items).sum(1) / (seeds * (items @ w))  # (RESAMPLES,)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return mean, float(low), float(high)
+    item_shares = np.full(n, 1 / n)
+    seed_shares = np.full(seeds, 1 / seeds)
+    item_counts = random.multinomial(n, item_shares, size=RESAMPLES)  # (RESAMPLES, n)
+    seed_counts = random.multinomial(seeds, seed_shares, size=RESAMPLES)  # (RESAMPLES, S)
+    item_sums = seed_counts @ values  # (RESAMPLES, n), over the drawn seeds
+    drawn_values = (item_sums * item_counts).sum(1)  # (RESAMPLES,)
+    drawn_weights = seeds * (item_counts @ w)  # (RESAMPLES,)
+    low, high = _percentile_interval(drawn_values / drawn_weights)
+    return mean, low, high
 
 
 def sign_flip_test(differences: Sequence[int]) -> float:
-    """p of the sum of the items' differences if each difference's sign is a coin's, exactly.
+    """The exact p value of the sum of differences, if each one's sign is a fair coin (Fisher 1935).
 
-    An item's difference is the number of seeds at which one arm was right, less those at which the
-    other was: an item's answers under several seeds depend on each other and are flipped together.
-    With one seed this is `mcnemar`.
+    An item's difference is the number of seeds at which one arm was right, less the number at which
+    the other was: an item's answers under several seeds depend on each other, so they are flipped
+    together. With one seed this is `mcnemar`.
+
+        p = P(|sum of +-|d_i|| >= |sum of d_i|)
+
+    The distribution of the sum is built item by item: a sum x is reached from x - |d| or x + |d|.
     """
-    sizes = [abs(d) for d in differences if d]
+    sizes = [abs(d) for d in differences if d != 0]
     largest = sum(sizes)
-    probabilities = np.ones(1)  # of the sums -s, ..., s of the s = sum of the sizes so far
+    probabilities = np.ones(1)  # of the sums -s, -s + 1, ..., s, where s is the sum of sizes so far
     for size in sizes:
         minus = np.pad(probabilities, (0, 2 * size))
         plus = np.pad(probabilities, (2 * size, 0))
         probabilities = (minus + plus) / 2
-    distance = np.abs(np.arange(len(probabilities)) - largest)
-    extreme = distance >= abs(sum(differences))
-    return min(1.0, float(probabilities[extreme].sum()))
+    flipped_sums = np.arange(len(probabilities)) - largest  # -largest, ..., largest
+    is_extreme = np.abs(flipped_sums) >= abs(sum(differences))
+    return min(1.0, float(probabilities[is_extreme].sum()))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of a few values and the ends of its interval; nan for a single value."""
+    """The mean of n values and the ends of its interval (Student's t).
+
+        mean +- t s / sqrt(n),  s^2 = sum (v - mean)^2 / (n - 1),  t of n - 1 degrees of freedom
+
+    The interval is nan for a single value.
+    """
     n = len(values)
     mean = sum(values) / n
     if n < 2:
         return mean, math.nan, math.nan
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    t = T_975[n - 2] if n - 2 < len(T_975) else Z_975
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
+    deviation = math.sqrt(variance)
+    row = n - 2  # of the table, which begins at one degree of freedom
+    t = T_975[row] if row < len(T_975) else Z_975
     half_width = t * deviation / math.sqrt(n)
     return mean, mean - half_width, mean + half_width

@@ -1,15 +1,19 @@
-"""Likelihoods of given answers under a model: nats per token, with the prompt computed once
+"""Likelihoods of given answers under a model: the negative log-likelihood of every token, in nats
 
-`nll`            one prompt and one answer, a packed forward
-`Scorer`         many prompts with several answers each, over a paged cache
-`PackedScorer`   the same without a cache, for weights that are sharded over processes
+    nll            one prompt and one answer, a packed forward
+    Scorer         many prompts with several answers each, over a paged cache: a prompt is computed
+                   once for all of its answers
+    PackedScorer   the same without a cache, for weights that are sharded over processes
+
+The hidden state of a token predicts the token after it. So the first token of an answer is
+predicted by the last token of the prompt, and the last token of an answer predicts nothing.
 """
 
-# T = tokens of a forward, A = answer tokens, D = hidden size
+# T = tokens of a forward, A = answer tokens, D = hidden size, V = vocabulary
+# C = rows of logits computed at a time, at most HEAD_ROWS
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -30,17 +34,20 @@ from model.sampling_weights import for_sampling, restore_weights
 BATCH_TOKENS = 1024  # tokens of prompts and answers scored together
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 def nll(
     model: Llama, prompt: Sequence[int], answer: Sequence[int], lora: Lora | None = None
 ) -> Tensor:
-    """Negative log-likelihood of every answer token: (len(answer),) in nats."""
-    ids = torch.tensor([*prompt, *answer], device=model.device)
-    hidden = model.forward(ids, Packed.from_lengths([len(ids)], model.device), lora=lora)
+    """Negative log-likelihood of every answer token behind the prompt: (A,) in nats."""
+    ids = torch.tensor([*prompt, *answer], device=model.device)  # (T,)
+    packed = Packed.from_lengths([len(ids)], model.device)
+    hidden = model.forward(ids, packed, lora=lora)  # (T, D)
     start = len(prompt)
-    return model.nll(hidden[start - 1 : -1], ids[start:], need_grad=False)[0]
+    predicting = hidden[start - 1 : -1]  # (A, D)
+    nats, _ = model.nll(predicting, ids[start:], need_grad=False)  # (A,)
+    return nats
 
 
 @dataclass
@@ -49,7 +56,7 @@ class ScoringRequest:
 
     id: str
     prompt: list[int]
-    answers: list[list[int]]  # an empty one is not scored
+    answers: list[list[int]]  # one or more; an empty one is not scored
     skip: tuple[int, ...] = ()  # by answer: tokens at its beginning that belong to its prompt
 
 
@@ -57,18 +64,22 @@ class TokenScore(NamedTuple):
     """The score of one answer token."""
 
     nats: float  # negative log-likelihood
-    greedy: bool  # whether it is the likeliest of the vocabulary
+    greedy: bool  # whether no token of the vocabulary is likelier
 
 
 def scoring_batches(requests: Sequence[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
-    """Requests to score together: up to BATCH_TOKENS tokens, never a part of a request."""
+    """Groups of whole requests to score together, of up to BATCH_TOKENS tokens.
+
+    A request of more tokens is a group of its own.
+    """
     batch: list[ScoringRequest] = []
     total = 0
     for request in requests:
         tokens = len(request.prompt) + sum(len(answer) for answer in request.answers)
         if batch and total + tokens > BATCH_TOKENS:
             yield batch
-            batch, total = [], 0
+            batch = []
+            total = 0
         batch.append(request)
         total += tokens
     if batch:
@@ -76,35 +87,41 @@ def scoring_batches(requests: Sequence[ScoringRequest]) -> Iterator[list[Scoring
 
 
 def collective_rounds(model: Llama, world: World, rounds: int) -> int:
-    """Forwards this process has to make when it has `rounds` of its own to do.
+    """The number of forwards that this process has to make when it has work for `rounds`.
 
     Sharded weights are gathered by all processes together: each makes as many forwards as the one
-    that has most (with dummy tokens where its own are done).
+    with the most work, with a dummy token where it has no work left.
     """
-    return world.max_over_ranks(rounds) if model.is_sharded else rounds
+    if model.is_sharded:
+        return world.max_over_ranks(rounds)
+    return rounds
 
 
 def scorer_for(model: Llama, prompts: Sequence[Sequence[int]]) -> Scorer | PackedScorer:
     """The scorer that fits the model's weights, to be used in a `with` block."""
-    return PackedScorer(model) if model.is_sharded else Scorer(model, prompts)
+    if model.is_sharded:
+        return PackedScorer(model)
+    return Scorer(model, prompts)
 
 
-def by_answer(values: Sequence[T], batch: Sequence[ScoringRequest]) -> list[list[list[T]]]:
-    """Values of all answer tokens, one behind the other -> [request][answer][token]."""
-    found, start = [], 0
+def by_answer(values: Sequence[Value], batch: Sequence[ScoringRequest]) -> list[list[list[Value]]]:
+    """Values of all answer tokens of a batch, in order (A,), as [request][answer][token]."""
+    by_request = []
+    start = 0
     for request in batch:
         of_request = []
         for answer in request.answers:
-            of_request.append(list(values[start : start + len(answer)]))
-            start += len(answer)
-        found.append(of_request)
-    return found
+            end = start + len(answer)
+            of_request.append(list(values[start:end]))
+            start = end
+        by_request.append(of_request)
+    return by_request
 
 
 class PackedScorer:
-    """Likelihoods without a cache, each answer behind a prompt of its own: for sharded weights.
+    """Likelihoods without a cache, each answer behind its own copy of the prompt.
 
-    Used in a `with` block, as `Scorer` is.
+    For weights that are sharded over processes. Used in a `with` block, as `Scorer` is.
     """
 
     def __init__(self, model: Llama) -> None:
@@ -119,60 +136,75 @@ class PackedScorer:
     def losses(self, batch: Sequence[ScoringRequest]) -> list[list[list[float]]]:
         """Negative log-likelihood in nats of every token of every answer: [request][answer][token].
 
-        One forward. An empty batch is a dummy token, so that all ranks join the collective.
+        It makes one forward, also for an empty batch: then of one dummy token, so that this rank
+        joins the collectives of the others.
         """
-        rows = [
-            (request.prompt, answer) for request in batch for answer in request.answers if answer
-        ]
-        rows = rows or [([0], [])]
-        tokens: list[int] = []
-        logits_indices: list[int] = []  # (A,) the tokens before those of the answers
+        rows: list[tuple[list[int], list[int]]] = []  # (prompt, answer)
+        for request in batch:
+            for answer in request.answers:
+                if answer:
+                    rows.append((request.prompt, answer))
+        if not rows:
+            rows.append(([0], []))
+        tokens: list[int] = []  # (T,)
+        lengths: list[int] = []  # by row
+        logits_indices: list[int] = []  # (A,) indices of the tokens that predict the answers
         targets: list[int] = []  # (A,)
         for prompt, answer in rows:
-            first = len(tokens) + len(prompt) - 1
+            last_of_prompt = len(tokens) + len(prompt) - 1
             tokens += [*prompt, *answer]
-            logits_indices += range(first, first + len(answer))
+            lengths.append(len(prompt) + len(answer))
+            logits_indices += range(last_of_prompt, last_of_prompt + len(answer))
             targets += answer
-        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         device = self.model.device
-        hidden = self.model.forward(
-            torch.tensor(tokens, dtype=torch.int64, device=device),
-            Packed.from_lengths(lengths, device),
-        )  # (T, D)
-        index = torch.tensor(logits_indices, dtype=torch.int64, device=device)
-        target_ids = torch.tensor(targets, dtype=torch.int64, device=device)
+        token_ids = torch.tensor(tokens, dtype=torch.int64, device=device)  # (T,)
+        index = torch.tensor(logits_indices, dtype=torch.int64, device=device)  # (A,)
+        target_ids = torch.tensor(targets, dtype=torch.int64, device=device)  # (A,)
+        hidden = self.model.forward(token_ids, Packed.from_lengths(lengths, device))  # (T, D)
         nats, _ = self.model.nll(hidden[index], target_ids, need_grad=False)  # (A,)
         return by_answer(nats.tolist(), batch)
+
+
+class CachedRow(NamedTuple):
+    """A row of a forward over the paged cache."""
+
+    tokens: list[int]  # its new tokens
+    context: int  # number of tokens before them, which the cache holds already
+    pages: list[int]  # its block table
+    first: int  # index of the first new token whose hidden state is returned
 
 
 class Scorer:
     """Likelihoods of several answers to each of many prompts, every prompt computed once.
 
-    It is the sampler's prefill: a prompt and its first answer are one row of the paged cache, and
-    the prompt's pages are copied for the other answers. The prefix that all `prompts` share is
-    computed once and copied too. In fp32 on a CPU a score does not depend on what is scored with it
-    (engine/sampling/sampler.py says why). Inside `with` the model lends its matrices.
+    It works as the sampler's prefill does: a prompt and its first answer are one row of the paged
+    cache, and the prompt's pages are copied for the other answers. A prefix that many `prompts`
+    share is computed once and copied too. In fp32 on a CPU a score does not depend on the batch
+    that it is in (engine/sampling/sampler.py says why). Inside `with` the model's matrices are
+    packed for sampling (`for_sampling`).
     """
 
     def __init__(
         self,
         model: Llama,
-        prompts: Sequence[Sequence[int]],  # those to come, for the prefix they share
+        prompts: Sequence[Sequence[int]],  # all that will be scored: for the prefix they share
         page_size: int = 64,
         lora: Lora | None = None,
     ) -> None:
-        self.owner, self.page_size, self.adapter = model, page_size, lora
+        self.owner = model
+        self.page_size = page_size
+        self.adapter = lora
         self.prefix = common_prefix(prompts)
 
     def __enter__(self) -> Scorer:
         self.model, self.lora = for_sampling(self.owner, self.adapter, release=True)
-        m = self.model
-        self.cache = KVCache(m.config, 1, self.page_size, m.device, m.dtype)
+        model = self.model
+        self.cache = KVCache(model.config, 1, self.page_size, model.device, model.dtype)
         self.prefix_pages: list[int] = []
         if self.prefix:
-            (self.prefix_pages,) = self._take_pages([len(self.prefix)])
-            last = len(self.prefix) - 1
-            self._forward([self.prefix], [0], [self.prefix_pages], [last])
+            self.prefix_pages = self._take_pages([len(self.prefix)])[0]
+            last = len(self.prefix) - 1  # its states are not used; a forward returns one at least
+            self._forward([CachedRow(self.prefix, 0, self.prefix_pages, last)])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,10 +214,12 @@ class Scorer:
     def losses(self, batch: Sequence[ScoringRequest]) -> list[list[list[float]]]:
         """Negative log-likelihood in nats of every token of every answer: [request][answer][token].
 
-        The number of forwards is one or two, whatever the batch.
+        It makes one or two forwards, whatever the batch.
         """
-        scores = self.token_scores(batch)
-        return [[[score.nats for score in answer] for answer in answers] for answers in scores]
+        losses = []
+        for answers in self.token_scores(batch):
+            losses.append([[score.nats for score in answer] for answer in answers])
+        return losses
 
     def token_scores(self, batch: Sequence[ScoringRequest]) -> list[list[list[TokenScore]]]:
         """The score of every token of every answer: [request][answer][token]."""
@@ -195,85 +229,105 @@ class Scorer:
         copied_tables, answer_states = self._extend(batch, prompt_tables)
         for i, states in enumerate(prompt_states):
             answer_states[i, 0] = states[1:]
-        # 3. the product with the head, for answer tokens alone
-        states: list[Tensor] = []
-        targets: list[int] = []
+        # 3. the product with the head, for the states that predict answer tokens
+        predicting: list[Tensor] = []  # together (A, D)
+        targets: list[int] = []  # (A,)
         for i, request in enumerate(batch):
             for number, answer in enumerate(request.answers):
                 if answer:
-                    states.append(prompt_states[i][:1])  # predicts the first token
+                    predicting.append(prompt_states[i][:1])  # predicts the first token
                 if len(answer) > 1:
-                    states.append(answer_states[i, number])  # predict the others
+                    predicting.append(answer_states[i, number])  # predict the others
                 targets += answer
-        scores = self._score(torch.cat(states), targets) if targets else []
+        scores: list[TokenScore] = []
+        if targets:
+            scores = self._score(torch.cat(predicting), targets)
         for pages in (*prompt_tables, *copied_tables):
             self.cache.give_back(pages)
         return by_answer(scores, batch)
 
     def _prefill(self, batch: Sequence[ScoringRequest]) -> tuple[list[list[int]], list[Tensor]]:
-        """Every prompt with its first answer: block tables, and hidden states (1 + n, D) of the
-        prompt's last token and of the answer's n tokens but its last, which predicts nothing."""
-        rows = [[*request.prompt, *request.answers[0][:-1]] for request in batch]
-        tables = self._take_pages([len(row) for row in rows])
-        known = [shared_tokens(self.prefix, request.prompt) for request in batch]
-        for n, pages in zip(known, tables, strict=True):
-            copied = self.cache.pages_for(n)
-            self.cache.copy(self.prefix_pages[:copied], pages[:copied])
-        new = [row[n:] for row, n in zip(rows, known, strict=True)]
-        first = [len(request.prompt) - 1 - n for request, n in zip(batch, known, strict=True)]
-        return tables, self._forward(new, known, tables, first)
+        """Compute every prompt with its first answer behind it.
+
+        Returns by request the block table, and the hidden states (n, D) of the prompt's last token
+        and of the answer's tokens but its last.
+        """
+        token_rows = [[*request.prompt, *request.answers[0][:-1]] for request in batch]
+        tables = self._take_pages([len(tokens) for tokens in token_rows])
+        rows = []
+        for request, tokens, pages in zip(batch, token_rows, tables, strict=True):
+            context = shared_tokens(self.prefix, request.prompt)
+            self._copy_pages(self.prefix_pages, pages, context)
+            last_of_prompt = len(request.prompt) - 1 - context  # index among the new tokens
+            rows.append(CachedRow(tokens[context:], context, pages, last_of_prompt))
+        return tables, self._forward(rows)
 
     def _extend(
         self, batch: Sequence[ScoringRequest], prompt_tables: Sequence[list[int]]
     ) -> tuple[list[list[int]], dict[tuple[int, int], Tensor]]:
-        """The answers behind the first of each prompt: block tables, and by (request, answer
-        number) the hidden states (n, D) of the answer's n tokens but its last."""
-        keys: list[tuple[int, int]] = []
-        new: list[list[int]] = []
+        """Compute the other answers of every prompt, behind copies of the prompt's pages.
+
+        Returns their block tables, and by (request, answer number) the hidden states (n, D) of the
+        answer's tokens but its last. An answer of one token needs none.
+        """
+        keys: list[tuple[int, int]] = []  # (request, answer number)
+        token_rows: list[list[int]] = []
+        lengths: list[int] = []  # of the prompt and the new tokens
         for i, request in enumerate(batch):
             for number, answer in enumerate(request.answers):
                 if number > 0 and len(answer) > 1:
+                    tokens = answer[:-1]
                     keys.append((i, number))
-                    new.append(answer[:-1])
+                    token_rows.append(tokens)
+                    lengths.append(len(request.prompt) + len(tokens))
         if not keys:
             return [], {}
-        contexts = [len(batch[i].prompt) for i, _ in keys]
-        tables = self._take_pages([n + len(ids) for n, ids in zip(contexts, new, strict=True)])
-        for (i, _), n, pages in zip(keys, contexts, tables, strict=True):
-            copied = self.cache.pages_for(n)
-            self.cache.copy(prompt_tables[i][:copied], pages[:copied])
-        states = self._forward(new, contexts, tables, [0] * len(new))
+        tables = self._take_pages(lengths)
+        rows = []
+        for (i, _), tokens, pages in zip(keys, token_rows, tables, strict=True):
+            context = len(batch[i].prompt)
+            self._copy_pages(prompt_tables[i], pages, context)
+            rows.append(CachedRow(tokens, context, pages, first=0))
+        states = self._forward(rows)
         return tables, dict(zip(keys, states, strict=True))
 
-    def _take_pages(self, tokens: Sequence[int]) -> list[list[int]]:
-        """Block tables for rows of so many tokens."""
-        counts = [self.cache.pages_for(n) for n in tokens]
-        self.cache.grow(self.cache.pages - len(self.cache.free) + sum(counts))
+    def _take_pages(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Block tables for rows of these lengths, in tokens. The cache grows once for all."""
+        counts = [self.cache.pages_for(length) for length in lengths]
+        in_use = self.cache.pages - len(self.cache.free)
+        self.cache.grow(in_use + sum(counts))
         return [self.cache.take(count) for count in counts]
 
-    def _forward(
-        self,
-        new: Sequence[Sequence[int]],  # the new tokens of each row
-        contexts: Sequence[int],  # tokens of each row that the cache holds
-        tables: Sequence[Sequence[int]],
-        first: Sequence[int],  # of each row's new tokens: the first whose hidden state is returned
-    ) -> list[Tensor]:
-        """For every row the hidden states (n, D) of its new tokens from `first` on."""
+    def _copy_pages(self, source: Sequence[int], target: Sequence[int], tokens: int) -> None:
+        """Copy the pages with the first `tokens` tokens of one block table to another's."""
+        count = self.cache.pages_for(tokens)
+        self.cache.copy(source[:count], target[:count])
+
+    def _forward(self, rows: Sequence[CachedRow]) -> list[Tensor]:
+        """By row, the hidden states (n, D) of its new tokens from `first` on.
+
+        The keys and values of all new tokens are in the cache afterwards.
+        """
         model = self.model
-        lengths = [len(row) for row in new]
+        tokens: list[int] = []  # (T,)
+        logits_indices: list[int] = []  # of the tokens whose states are returned
+        counts: list[int] = []  # by row: number of these tokens
+        for row in rows:
+            start = len(tokens)
+            tokens += row.tokens
+            logits_indices += range(start + row.first, len(tokens))
+            counts.append(len(row.tokens) - row.first)
+        lengths = [len(row.tokens) for row in rows]
+        contexts = [row.context for row in rows]
+        tables = [row.pages for row in rows]
         cached = Cached.build(lengths, contexts, tables, self.page_size, model.device, decode=False)
-        row_starts = [0, *itertools.accumulate(lengths)]
-        logits_indices: list[int] = []
-        for i, length in enumerate(lengths):
-            logits_indices += range(row_starts[i] + first[i], row_starts[i] + length)
         hidden = model.forward(
-            torch.tensor([token for row in new for token in row], device=model.device),
+            torch.tensor(tokens, device=model.device),
             cached,
             lora=self.lora,
             cache=self.cache,
             logits_indices=torch.tensor(logits_indices, device=model.device),
         )
-        counts = [length - skipped for length, skipped in zip(lengths, first, strict=True)]
         return list(hidden.split(counts))
 
     def _score(self, hidden: Tensor, targets: Sequence[int]) -> list[TokenScore]:
@@ -281,10 +335,12 @@ class Scorer:
         nats: list[float] = []
         greedy: list[bool] = []
         target_ids = torch.tensor(targets, device=hidden.device)[:, None]  # (A, 1)
-        parts = zip(hidden.split(HEAD_ROWS), target_ids.split(HEAD_ROWS), strict=True)
-        for h, t in parts:
-            logits = self.model.head(h)
+        chunks = zip(hidden.split(HEAD_ROWS), target_ids.split(HEAD_ROWS), strict=True)
+        for states, ids in chunks:  # (C, D), (C, 1)
+            logits = self.model.head(states)  # (C, V)
             logprobs = torch.log_softmax(logits.to(accumulate_dtype(logits.dtype)), dim=-1)
-            nats += logprobs.gather(1, t)[:, 0].neg().double().tolist()
-            greedy += (logits.argmax(-1) == t[:, 0]).tolist()
+            target_logprobs = logprobs.gather(1, ids)[:, 0]  # (C,)
+            nats += target_logprobs.neg().double().tolist()
+            is_greedy = logits.argmax(-1) == ids[:, 0]  # (C,)
+            greedy += is_greedy.tolist()
         return [TokenScore(n, g) for n, g in zip(nats, greedy, strict=True)]

@@ -49,12 +49,15 @@ def seed_answers(
     settings: dict[str, Any],
     prompts: Prompts = PROMPTS,
 ) -> list[SeedAnswer]:
-    """The seed's answers, kept in `out` (a line per prompt); those there are not made again.
+    """The seed's answers to (category, prompt) pairs, kept in `out`, a line per prompt.
 
-    ValueError where the file was begun under other settings, or no prompt leaves room to answer.
+    Answers that are in `out` already are not made again. A prompt that leaves no room for an answer
+    is left out, with a note. ValueError where `out` was begun under other settings, or no prompt
+    leaves room.
     """
     settings = settings | {"prompts": sha256(repr(list(prompts)))}
-    requests = {text: Request(text, generator.prompt_ids(text)) for _, text in prompts}
+    texts = [text for _, text in prompts]
+    requests = {text: Request(text, generator.prompt_ids(text)) for text in texts}
 
     def to_line(completion: Completion) -> dict[str, Any]:
         return {
@@ -66,20 +69,25 @@ def seed_answers(
 
     with ResumedLines(out, settings, key=itemgetter("prompt"), wanted=FIELDS) as file:
         answer_missing(generator, None, requests, file, to_line, "seed's answers")
-        lines = file.finish([text for _, text in prompts])
-    found = []
+        lines = file.finish(texts)
+    answers = []
     for (category, text), line in zip(prompts, lines, strict=True):
-        prompt_ids = list(requests[text].prompt)
-        if line["ids"]:
-            ids = [*prompt_ids, *line["ids"]]
-            found.append(SeedAnswer(category, text, line["answer"], ids, len(prompt_ids)))
-    if not found:
-        raise ValueError("the seed has no room to answer any of the prompts; give shorter ones")
-    if len(found) < len(prompts):
-        print(f"{len(prompts) - len(found)} prompts left out: the seed has no room to answer")
-    return found
+        if not line["ids"]:
+            continue
+        prompt_ids = requests[text].prompt
+        ids = [*prompt_ids, *line["ids"]]
+        answers.append(SeedAnswer(category, text, line["answer"], ids, len(prompt_ids)))
+    if not answers:
+        raise ValueError(
+            f"none of the {len(prompts)} prompts leaves room for an answer in the model's context; "
+            "give shorter ones"
+        )
+    left_out = len(prompts) - len(answers)
+    if left_out:
+        print(f"{left_out} prompts left out: the seed has no room to answer")
+    return answers
 
 
 def seed_file(out: Path) -> Path:
-    """The file of the seed's answers, beside the file of figures measured over them."""
+    """The file of the seed's answers, beside `out`, the file of figures measured over them."""
     return out.with_name(out.name + ".seed.jsonl")

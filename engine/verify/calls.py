@@ -1,14 +1,14 @@
 """Function calls in a text: find them, and compare two by meaning
 
-    python_calls(text), json_calls(text)    every outermost call with its place in the text
+    python_calls(text), json_calls(text)    every outermost call with its position in the text
     call_meaning(source)                    a value that is equal for equal calls
 
 Two notations, which are never equal to each other:
 
     Python     name(...) with all that follows it: .method(...), [index], (...), .attribute
     JSON       {"name": ..., "arguments": {...}}, also "parameters" for "arguments", the arguments
-               as JSON in a string, wrapped in {"function": {...}}, in lists or in "tool_calls";
-               tags or fences around them (<tool_call>) do not matter
+               as JSON in a string; also wrapped in {"function": {...}}, in lists or in
+               "tool_calls"; tags or fences around them (<tool_call>) do not matter
 
 Python calls are compared as Python parses them: spaces, comments, kind of quotes and the order of
 keyword arguments, dictionary keys and set elements do not count, the order of positional arguments
@@ -23,36 +23,44 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 _CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*(?=\()")
 _ATTRIBUTE = re.compile(r"(\s*)\.[A-Za-z_]\w*([ \t]*\()?")
 _JSON_START = re.compile(r"[{\[]")
-_JSON_NAMES = {"true": True, "false": False, "null": None}
+_JSON_NAMES = {"true": True, "false": False, "null": None}  # read as Python's constants
 _PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 # Limits that no real text reaches; without them hostile texts take time quadratic in their length.
 # Past a limit no further call is found, so such a text is not accepted.
 MAX_UNCLOSED = 100  # calls whose parenthesis is never closed
 MAX_PARTS = 50  # of one chain: f(...).g[...].h(...)
-MAX_JSON_STARTS = 1000  # places at which a JSON value may begin
+MAX_JSON_STARTS = 1000  # positions at which a JSON value may begin
 
 
 # ---- Python's notation
 
 
-def python_calls(text: str, names: set[str] | None = None) -> Iterator[tuple[int, str, str]]:
-    """(place, name, source) of every outermost call; `names` limits them to these functions.
+class PythonCall(NamedTuple):
+    """A call in Python's notation."""
+
+    position: int  # of its first character in the text
+    name: str  # of the function, with its modules: "shop.find"
+    source: str  # the longest expression that begins with the call, with all chained to it
+
+
+def python_calls(text: str, names: set[str] | None = None) -> Iterator[PythonCall]:
+    """Every outermost call, in the order of the text; `names` limits them to these functions.
 
     The source is the longest expression that begins with the call: chained calls, indices and
     attributes belong to it.
     """
-    at = 0
+    position = 0
     unclosed = 0
     while unclosed < MAX_UNCLOSED:
-        call = _CALL.search(text, at)
+        call = _CALL.search(text, position)
         if call is None:
             return
-        at = call.end()
+        position = call.end()
         name = call[1]
         if names is not None and name not in names:
             continue
@@ -60,20 +68,20 @@ def python_calls(text: str, names: set[str] | None = None) -> Iterator[tuple[int
         if source is None:
             unclosed += 1
         else:
-            yield call.start(), name, source
-            at = call.start() + len(source)
+            yield PythonCall(call.start(), name, source)
+            position = call.start() + len(source)
 
 
 def _expression(text: str, start: int, parenthesis: int) -> str | None:
     """The longest expression that begins at `start`; its first parenthesis is at `parenthesis`.
 
-    Where no prefix parses, the longest that looks like a chain of calls. None where the parenthesis
+    Where none parses, the longest text that looks like a chain of calls. None where the parenthesis
     is never closed.
     """
     end = _closing(text, parenthesis)
     if end is None:
         return None
-    prefixes = [text[start:end]]
+    prefixes = [text[start:end]]  # the call alone, then with each further part of its chain
     while len(prefixes) < MAX_PARTS:
         end = _end_of_next_part(text, end)
         if end is None:
@@ -98,14 +106,16 @@ def _end_of_next_part(text: str, end: int) -> int | None:
     space, parenthesis = attribute.groups()
     if parenthesis:
         return _closing(text, attribute.end() - 1)
-    return None if space else attribute.end()
+    if space:
+        return None
+    return attribute.end()
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The place past the bracket that closes the one at `start`; None where none does.
+    """The position past the bracket that closes the one at `start`; None where none does.
 
-    Read as Python where the result parses; else without comments (`f(color=#fff)` has none) and
-    without triple quotes.
+    Read as Python where the result parses; else as a text without comments (the # in
+    `f(color=#fff)` begins none) and without triple quotes.
     """
     as_python = _scan(text, start, python=True)
     as_plain = _scan(text, start, python=False)
@@ -117,7 +127,7 @@ def _closing(text: str, start: int) -> int | None:
 
 
 def _scan(text: str, start: int, python: bool) -> int | None:
-    """The place past the bracket that closes the one at `start`; None where none does.
+    """The position past the bracket that closes the one at `start`; None where none does.
 
     Brackets in strings do not count; with `python`, neither do those in comments and triple quotes.
     """
@@ -125,28 +135,29 @@ def _scan(text: str, start: int, python: bool) -> int | None:
     closes = {"(": ")", "[": "]"}[opens]
     depth = 0
     quote = ""  # the sign that ends the string we are in, "" outside of strings
-    at = start
-    while at < len(text):
-        char = text[at]
+    position = start
+    while position < len(text):
+        char = text[position]
         if quote:
             if char == "\\":
-                at += 1
-            elif text.startswith(quote, at):
-                at += len(quote) - 1
+                position += 1  # the escaped character
+            elif text.startswith(quote, position):
+                position += len(quote) - 1
                 quote = ""
         elif char in "'\"":
-            quote = char * 3 if python and text.startswith(char * 3, at) else char
-            at += len(quote) - 1
+            is_triple = python and text.startswith(char * 3, position)
+            quote = char * 3 if is_triple else char
+            position += len(quote) - 1
         elif char == "#" and python:
-            newline = text.find("\n", at)
-            at = len(text) if newline < 0 else newline
+            newline = text.find("\n", position)
+            position = len(text) if newline < 0 else newline
         elif char == opens:
             depth += 1
         elif char == closes:
             depth -= 1
             if depth == 0:
-                return at + 1
-        at += 1
+                return position + 1
+        position += 1
     return None
 
 
@@ -155,8 +166,8 @@ def _parsed(source: str) -> ast.expr | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a string literal warns
-            # in parentheses, so that it may go over several lines
-            return ast.parse(f"({source.strip()}\n)", mode="eval").body
+            in_parentheses = f"({source.strip()}\n)"  # so that it may go over several lines
+            return ast.parse(in_parentheses, mode="eval").body
     except _PARSE_ERRORS:
         return None
 
@@ -173,11 +184,12 @@ def call_meaning(source: str) -> object:
 
 
 def _canonical(node: ast.expr) -> object:
-    """A node as nested tuples and frozensets, without what does not count."""
+    """A node as nested tuples and frozensets, which are equal where the meaning is equal."""
     match node:
         case ast.Call(func=func, args=args, keywords=keywords):
+            positional = tuple(map(_canonical, args))
             named = frozenset((keyword.arg, _canonical(keyword.value)) for keyword in keywords)
-            return ("call", _canonical(func), tuple(map(_canonical, args)), named)
+            return ("call", _canonical(func), positional, named)
         case ast.Attribute(value=value, attr=attribute):
             return ("attribute", _canonical(value), attribute)
         case ast.Subscript(value=value, slice=index):
@@ -187,9 +199,11 @@ def _canonical(node: ast.expr) -> object:
         case ast.Set(elts=parts):
             return ("set", frozenset(map(_canonical, parts)))
         case ast.Dict(keys=keys, values=values):
-            pairs = zip(keys, values, strict=True)  # the key of `**other` is None
-            canonical = ((k and _canonical(k), _canonical(v)) for k, v in pairs)
-            return ("dict", frozenset(canonical))
+            items = []
+            for key, value in zip(keys, values, strict=True):
+                canonical_key = None if key is None else _canonical(key)  # None: **other
+                items.append((canonical_key, _canonical(value)))
+            return ("dict", frozenset(items))
         case ast.Name(id=name) if name in _JSON_NAMES:
             return ("constant", str(_JSON_NAMES[name]))
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
@@ -204,40 +218,48 @@ def _canonical(node: ast.expr) -> object:
 # ---- JSON
 
 
-def json_calls(text: str) -> list[tuple[int, object]]:
-    """(place, meaning) of every call in JSON; the meanings of equal calls are equal."""
+class JsonCall(NamedTuple):
+    """A call in JSON."""
+
+    position: int  # of the JSON value that holds it
+    meaning: object  # a hashable value that is equal for equal calls
+
+
+def json_calls(text: str) -> list[JsonCall]:
+    """Every call in JSON, in the order of the text."""
     calls = []
     decoder = json.JSONDecoder()
-    at = 0
+    position = 0
     for _ in range(MAX_JSON_STARTS):
-        bracket = _JSON_START.search(text, at)
+        bracket = _JSON_START.search(text, position)
         if bracket is None:
             break
         start = bracket.start()
         try:
-            value, at = decoder.raw_decode(text, start)
-            calls += [(start, call) for call in _calls_of(value)]
+            value, position = decoder.raw_decode(text, start)
+            calls += [JsonCall(start, meaning) for meaning in _meanings_of_calls(value)]
         except ValueError:
-            at = start + 1
+            position = start + 1
         except RecursionError:  # nested deeper than any call
             break
     return calls
 
 
-def _calls_of(value: Any) -> Iterator[object]:
+def _meanings_of_calls(value: Any) -> Iterator[object]:
     """The meaning of every call that a JSON value is, or holds in lists and wrappers."""
     if isinstance(value, list):
         for part in value:
-            yield from _calls_of(part)
+            yield from _meanings_of_calls(part)
     elif isinstance(value, dict):
         if isinstance(value.get("tool_calls"), list):
-            yield from _calls_of(value["tool_calls"])
+            yield from _meanings_of_calls(value["tool_calls"])
         elif isinstance(value.get("function"), dict):
-            yield from _calls_of(value["function"])
+            yield from _meanings_of_calls(value["function"])
         elif isinstance(value.get("name"), str):
             for key in ("arguments", "parameters"):
                 if key in value:
-                    yield (value["name"], _json_meaning(_arguments(value[key])))
+                    arguments = _arguments(value[key])
+                    yield (value["name"], _json_meaning(arguments))
                     return
 
 

@@ -1,10 +1,10 @@
 """The rules of the published code (2402.13669), with its defects
 
-It has two sets of rules: verifiers that select rewrites for training, and scorers of the
-evaluation. They read numbers and calls differently.
+It has two sets of rules: verifiers that select rewrites for training, and scorers that judge the
+answers of the evaluation. The two read numbers and calls differently.
 
     selection    paper_number, paper_call, paper_code: verifiers, (row, text) -> (ok, reason)
-    evaluation   scores_number, scores_call: (reference, answer) -> right or wrong
+    evaluation   scores_number, scores_call: (reference, answer) -> whether the answer is right
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import re
 
 from engine.data.rows import Row
 
-# digits that only a space or a comma parts are one number: "3, 4" is 34, "10-5" ends in -5
+# Digits that only a space or a comma separates are one number: "3,4" is 34; "10-5" ends in -5.
 _NUMBER = re.compile(r"-?\d+(?:[,\s]\d+)*(?:\.\d+)?")
 INVALID = -999999999  # stands for "no integer": two texts without one are equal
 
+# A call at the beginning of a text: name(...) up to the last closing parenthesis of the line.
 _LABEL = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\(.*\)", re.ASCII)
 
 
@@ -41,27 +42,33 @@ def selection_integer(text: str) -> int:
 
 
 def paper_number(row: Row, text: str) -> tuple[bool, str]:
-    """Both end in the same integer, or both in none."""
-    same = selection_integer(text) == selection_integer(row.reference)
-    return (True, "ok") if same else (False, "mismatch")
+    """Accepts a text that ends in the same integer as the reference, or where both end in none."""
+    if selection_integer(text) == selection_integer(row.reference):
+        return True, "ok"
+    return False, "mismatch"
 
 
 def paper_call(row: Row, text: str) -> tuple[bool, str]:
-    """The reference's `name(args)`, without spaces and with one kind of quotes, as a substring."""
+    """Accepts a text that holds the reference's `name(args)`; spaces and kind of quotes aside."""
 
-    def normal(part: str) -> str:
-        return re.sub(r"\s", "", part).replace("'", '"')
+    def standard(part: str) -> str:
+        without_spaces = re.sub(r"\s", "", part)
+        return without_spaces.replace("'", '"')
 
-    label = normal(row.reference)
-    call = re.search(r"[\w.]+\(.*\)", label)
-    same = (call[0] if call else label) in normal(text)
-    return (True, "ok") if same else (False, "mismatch")
+    reference = standard(row.reference)
+    call = re.search(r"[\w.]+\(.*\)", reference)
+    expected = call[0] if call else reference
+    if expected in standard(text):
+        return True, "ok"
+    return False, "mismatch"
 
 
 def paper_code(row: Row, text: str) -> tuple[bool, str]:
-    """A ```python block behind one of three beginnings; the reference is not looked at."""
+    """Accepts a ```python block behind one of three beginnings; the reference is not read."""
     begins = text.strip().startswith(("I have", "Here is", "I implemented"))
-    return (True, "ok") if begins and "```python" in text else (False, "mismatch")
+    if begins and "```python" in text:
+        return True, "ok"
+    return False, "mismatch"
 
 
 # our verifier -> the published code's for the same data
@@ -89,19 +96,27 @@ def evaluation_integer(text: str) -> int | None:
 
 
 def scores_number(reference: str, answer: str) -> bool:
-    """The same integer at the end of both, or none in both; a number over a line break is wrong."""
-    expected, found = evaluation_integer(reference), evaluation_integer(answer.strip())
-    return expected is not None and found is not None and expected == found
+    """Whether both end in the same integer, or both in none; one over a line break is wrong."""
+    expected = evaluation_integer(reference)
+    found = evaluation_integer(answer.strip())
+    if expected is None or found is None:
+        return False
+    return expected == found
 
 
 def scores_call(reference: str, answer: str) -> bool:
-    """The reference's call in the answer, letter for letter once spaces and quotes are standard.
+    """Whether the answer holds the reference's call, letter for letter.
 
-    A reference that does not begin with a call cannot be met.
+    Spaces and kind of quotes are made the same first. Where the reference does not begin with a
+    call, no answer is right.
     """
 
     def standard(text: str) -> str:
-        return re.sub(r"\s+", " ", text.strip()).replace("'", '"').replace(", ", ",")
+        with_single_spaces = re.sub(r"\s+", " ", text.strip())
+        return with_single_spaces.replace("'", '"').replace(", ", ",")
 
     label = _LABEL.match(standard(reference))
-    return bool(label and re.search(r"\b" + re.escape(label[0]), standard(answer)))
+    if label is None:
+        return False
+    expected = r"\b" + re.escape(label[0])
+    return re.search(expected, standard(answer)) is not None

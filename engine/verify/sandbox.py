@@ -1,4 +1,4 @@
-"""The sandbox: the only place where programs that a model wrote are run
+"""The sandbox, in which alone programs that a model wrote are run
 
     run_program(source, seconds=5, memory_mb=256) -> Outcome(ok, reason, output)
 
@@ -7,20 +7,21 @@ directory, in which it may keep files and directories. Before its first line the
 its rights (sandbox_child.py), and this process watches it:
 
     Landlock        reads Python's libraries and its own directory, writes in that directory
-    seccomp         no new process, no other program, no socket but a pair, no signal to others
+    seccomp         no new process, no other program, no sockets but pairs, no signal to others
     limits          address space, CPU time, size of a file, open files, no core file
     capabilities    none, also for root; no new privileges; dies with its parent
     from outside    every CHECK_SECONDS: wall clock, amount of output, threads, files and their
                     bytes (those removed and still open too); past a limit it gets SIGKILL
 
-None of this needs root, a container or a namespace. All of it is requested in every run; where the
-system lacks one part (Linux before 5.13, a container that forbids it, not x86-64), nothing is run:
-`Unprotected`. No behaviour of a program raises here; an ending that is not understood is "exit".
+None of this needs root, a container or a namespace. All of it is requested in every run. Where the
+system lacks one part (Linux before 5.13, a container that forbids it, not x86-64), nothing is run,
+and `Unprotected` is raised. Nothing that a program does raises an exception here; an ending that is
+not understood is "exit".
 
-The limits of this. A program may read the system's libraries and use its seconds. Between two
-checks it may write as much as the disk takes in CHECK_SECONDS, and as much as its memory limit by
-mapping files that it has removed and closed. It is judged in its own process: a program written
-against these two files can claim to have passed, and a value with an `__eq__` of its own
+Known limits. A program may read the system's libraries and use its seconds. Between two checks it
+may write as much as the disk takes in CHECK_SECONDS, and as much as its memory limit by mapping
+files that it has removed and closed. Its tests run in its own process: a program written against
+these two files can claim to have passed, and a value with an `__eq__` of its own
 (`unittest.mock.ANY`) equals any expected value. So a pass says that the tests ran to their end,
 unless the program was made to deceive.
 """
@@ -82,7 +83,7 @@ class Outcome:
 
 
 def run_program(source: str, *, seconds: float = 5.0, memory_mb: int = 256) -> Outcome:
-    """Run Python source as a program of its own and say how it ended.
+    """Run Python source as a program in the sandbox; returns how it ended.
 
     seconds      wall clock, including the start of the interpreter (50 ms)
     memory_mb    address space, including the interpreter's own 40 MB or so
@@ -103,13 +104,13 @@ def run_program(source: str, *, seconds: float = 5.0, memory_mb: int = 256) -> O
         program.seek(0)
         child, report_fd = _start_child(program, directory, token, seconds, memory_mb << 20)
         try:
-            reason, output, report = _watch(child, report_fd, directory, seconds)
+            limit, output, report = _watch(child, report_fd, directory, seconds)
         finally:
             child.kill()  # and its threads; it has no children, which seccomp forbids
             child.wait()
             child.stdout.close()
             os.close(report_fd)
-    return _outcome(child.returncode, reason, output, report, token)
+    return _outcome(child.returncode, limit, output, report, token)
 
 
 def check_sandbox() -> None:
@@ -129,12 +130,12 @@ def _start_child(
 
     Returns the process, whose stdout has its stderr too, and the descriptor of its report.
     """
-    token_fd, token_in = os.pipe()
-    report_fd, report_out = os.pipe()
-    os.write(token_in, token)
-    os.close(token_in)
+    token_fd, token_write_fd = os.pipe()
+    report_fd, report_write_fd = os.pipe()
+    os.write(token_write_fd, token)
+    os.close(token_write_fd)
     launcher = Path(__file__).with_name("sandbox_child.py")
-    arguments = (token_fd, report_out, seconds, memory_bytes, MAX_FILE_BYTES)
+    arguments = (token_fd, report_write_fd, seconds, memory_bytes, MAX_FILE_BYTES)
     command = [sys.executable, "-s", "-S", "-B", str(launcher)]
     command += [str(argument) for argument in arguments]
     child = subprocess.Popen(
@@ -144,20 +145,20 @@ def _start_child(
         stderr=subprocess.STDOUT,
         cwd=directory,
         env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONCOERCECLOCALE": "0"},
-        pass_fds=(token_fd, report_out),
+        pass_fds=(token_fd, report_write_fd),
         start_new_session=True,
     )
     os.close(token_fd)
-    os.close(report_out)
+    os.close(report_write_fd)
     return child, report_fd
 
 
 def _watch(
     child: subprocess.Popen, report_fd: int, directory: str, seconds: float
-) -> tuple[str, bytes, bytes]:
-    """Read until both pipes end or a limit is passed: (reason or "", output, report).
+) -> tuple[str | None, bytes, bytes]:
+    """Read until both pipes end or a limit is passed: (reason, output, report).
 
-    The reason is that of the limit which was passed, "" where the process ended by itself.
+    The reason names the limit that was passed; None where the process ended by itself.
     """
     output = bytearray()
     report = bytearray()
@@ -173,24 +174,24 @@ def _watch(
                 if not part:
                     pipes.unregister(key.fileobj)
             now = time.monotonic()
-            reason = ""
+            reason = None
             if len(output) + len(report) > MAX_OUTPUT_BYTES:
                 reason = "output"
             elif now >= next_check:
                 next_check = now + CHECK_SECONDS
                 reason = _limit_passed(child.pid, directory)
-            if not reason and now > deadline:
+            if reason is None and now > deadline:
                 reason = "timeout"
-            if reason:
+            if reason is not None:
                 return reason, bytes(output), bytes(report)
-    return "", bytes(output), bytes(report)
+    return None, bytes(output), bytes(report)
 
 
-def _limit_passed(pid: int, directory: str) -> str:
-    """ "process" past the limit of threads, "files" past one of files; "" otherwise."""
+def _limit_passed(pid: int, directory: str) -> str | None:
+    """The limit that the process has passed: "process" (threads), "files", or None for no limit."""
     try:
         threads = len(os.listdir(f"/proc/{pid}/task"))
-        if threads > MAX_THREADS + 1:
+        if threads > MAX_THREADS + 1:  # and the main thread
             return "process"
         size = _bytes_of_removed_files(pid)
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -204,7 +205,9 @@ def _limit_passed(pid: int, directory: str) -> str:
                 return "files"
     except OSError:  # a path that is too long, a directory without the right to list it
         return "files"
-    return "files" if size > MAX_ALL_FILES_BYTES else ""
+    if size > MAX_ALL_FILES_BYTES:
+        return "files"
+    return None
 
 
 def _bytes_of_removed_files(pid: int) -> int:
@@ -253,8 +256,8 @@ def _remove(directory: str) -> None:
     """Remove a directory and all below it, however deep it goes and whatever its modes.
 
     `shutil.rmtree` cannot: a program may nest directories beyond Python's recursion and beyond the
-    longest path. So the directories of a directory are moved up here before it is removed, until
-    none is left.
+    longest path. So before a directory is removed, the directories in it are moved up into this
+    one, until none is left.
     """
     root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -289,20 +292,23 @@ def _empty_into(root: int, name: str) -> None:
 
 def _is_directory(name: str, folder: int) -> bool:
     """Whether `name` in the open directory `folder` is a directory, and no link to one."""
-    return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    file = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return stat.S_ISDIR(file.st_mode)
 
 
-def _outcome(code: int, reason: str, output: bytes, report: bytes, token: bytes) -> Outcome:
+def _outcome(code: int, limit: str | None, output: bytes, report: bytes, token: bytes) -> Outcome:
     """The outcome of a process; Unprotected if it ended before it was protected.
 
     code      its exit status, -SIGNAL where a signal ended it
-    reason    the limit that it passed, "" if none
+    limit     the limit that it passed, None if none
     report    "PROTECTED", a newline, then `token` and the reason that the process reports
     """
     text = output[:KEPT_BYTES].decode("utf-8", "replace")
     first, _, last = report.partition(b"\n")
-    if first != b"PROTECTED" and not reason and code >= 0:
-        why = first.decode("utf-8", "replace") or f"it did not start: {text.strip()[-300:]!r}"
+    if first != b"PROTECTED" and limit is None and code >= 0:
+        why = first.decode("utf-8", "replace")
+        if not why:
+            why = f"it did not start: {text.strip()[-300:]!r}"
         raise Unprotected(
             f"the sandbox for model-written programs is not available here: {why}; nothing was "
             "run. It needs Linux 5.13 with Landlock and seccomp (a container may forbid them); "
@@ -311,8 +317,8 @@ def _outcome(code: int, reason: str, output: bytes, report: bytes, token: bytes)
     reported = ""
     if last.startswith(token):
         reported = last[len(token) :].decode("ascii", "replace")
-    if reason:
-        pass
+    if limit is not None:
+        reason = limit
     elif reported in REPORTED_REASONS:
         reason = reported
     elif code < 0:
@@ -323,7 +329,7 @@ def _outcome(code: int, reason: str, output: bytes, report: bytes, token: bytes)
 
 
 def _signal_name(number: int) -> str:
-    """Its name, such as SIGSEGV; "signal 40" for one without a name."""
+    """The name of a signal, such as SIGSEGV; "signal 40" for one without a name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -12,16 +12,17 @@ rejected rewrite. `--verify` takes one of these names, or `module:function` for 
     exact            the reference itself
     contains         the reference is part of the text
 
-Amounts of white space do not count for the last two, nor letter case for `contains`.
+For `exact` and `contains` amounts of white space do not count, for `contains` letter case neither.
 
 The tests of `code` are the row's `tests` field (`--columns tests=FIELD`) where it has one, else the
 top-level `assert`s of the reference's program. Tests that run nothing (only definitions) accept
 nothing. A pattern that takes longer than PATTERN_SECONDS on one text is `too_slow`, so that endless
-backtracking does not stop the job (in the main thread only: Python has signals nowhere else).
+backtracking does not stop the job. (This works in the main thread only: Python delivers signals
+nowhere else.)
 
-`--paper-exact` takes the rules of the published code instead (paper.md 1.3), with their mistakes:
+`--paper-exact` takes the rules of the published code instead (paper_rules.py), with their mistakes:
 
-    paper_number     two texts without an integer at their end are equal; "1, 2" is 12, "5-3" is -3
+    paper_number     two texts without an integer at their end are equal; "1,2" is 12, "5-3" is -3
     paper_call       the call must be there letter by letter, spaces and kind of quotes aside: other
                      order of arguments fails, "my_f(1)" passes for "f(1)", 'San Jose' for 'SanJose'
     paper_code       "```python" and one of three beginnings: the program is not run
@@ -37,7 +38,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from types import FrameType
 from engine.data.distilled import KEPT
 from engine.data.rows import Row
 from engine.verify.answer_numbers import last_number
-from engine.verify.calls import call_meaning, json_calls, python_calls
+from engine.verify.calls import PythonCall, call_meaning, json_calls, python_calls
 from engine.verify.paper_rules import paper_call, paper_code, paper_number
 from engine.verify.programs import (
     compiles,
@@ -64,6 +65,11 @@ PROGRAM_MEMORY_MB = 512
 PATTERN_SECONDS = 5.0  # of a user's regular expression on one text
 
 
+def _verdict(is_same: bool) -> tuple[bool, str]:
+    """The answer of a verifier that has compared a text with the reference."""
+    return (True, "ok") if is_same else (False, "mismatch")
+
+
 def verify_none(row: Row, text: str) -> tuple[bool, str]:
     """Accepts every text."""
     return True, "ok"
@@ -72,14 +78,15 @@ def verify_none(row: Row, text: str) -> tuple[bool, str]:
 def verify_number(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text whose last number equals the reference's last: 3 = 3.0, 1,234 = 1234.
 
-    See engine/verify/answer_numbers.py for how numbers are read."""
+    See engine/verify/answer_numbers.py for how numbers are read.
+    """
     expected = last_number(row.reference)
     got = last_number(text)
     if expected is None:
         return False, "reference_without_number"
     if got is None:
         return False, "no_number"
-    return (True, "ok") if got == expected else (False, "mismatch")
+    return _verdict(got == expected)
 
 
 def verify_call(row: Row, text: str) -> tuple[bool, str]:
@@ -89,26 +96,34 @@ def verify_call(row: Row, text: str) -> tuple[bool, str]:
     Where the reference calls in JSON, the text must too, and must make no other call in JSON.
     """
     reference_calls = list(python_calls(row.reference))
-    spans = [range(place, place + len(source)) for place, _, source in reference_calls]
-    expected_json = set()
-    for place, call in json_calls(row.reference):
-        is_an_argument = any(place in span for span in spans)  # of a call in Python's notation
-        if not is_an_argument:
-            expected_json.add(call)
+    expected_json = _json_meanings(row.reference, reference_calls)
     if expected_json:
-        made = {call for _, call in json_calls(text)}
-        if not made:
+        made_json = {call.meaning for call in json_calls(text)}
+        if not made_json:
             return False, "no_call"
-        return (True, "ok") if made == expected_json else (False, "mismatch")
+        return _verdict(made_json == expected_json)
     if not reference_calls:
         return False, "reference_without_call"
-    functions = {name for _, name, _ in reference_calls}
+    functions = {call.name for call in reference_calls}
     calls = list(python_calls(text, functions))
     if not calls:
         return False, "no_call"
-    expected = {call_meaning(source) for _, _, source in reference_calls}
-    made = {call_meaning(source) for _, _, source in calls}
-    return (True, "ok") if made == expected else (False, "mismatch")
+    expected = {call_meaning(call.source) for call in reference_calls}
+    made = {call_meaning(call.source) for call in calls}
+    return _verdict(made == expected)
+
+
+def _json_meanings(reference: str, reference_calls: Sequence[PythonCall]) -> set[object]:
+    """The meanings of the calls in JSON, except arguments of calls in Python's notation."""
+    spans = []
+    for call in reference_calls:
+        spans.append(range(call.position, call.position + len(call.source)))
+    meanings = set()
+    for call in json_calls(reference):
+        is_argument = any(call.position in span for span in spans)
+        if not is_argument:
+            meanings.add(call.meaning)
+    return meanings
 
 
 # ---- programs, patterns, plain text
@@ -139,31 +154,39 @@ def verify_code(row: Row, text: str) -> tuple[bool, str]:
 
 
 def _asserts(reference: str) -> str:
-    """The top-level asserts and imports of the reference's last program that has asserts; "" if
-    none has."""
+    """The top-level asserts and imports of the reference's last program that has asserts.
+
+    Empty, which is a program that tests nothing, where none has.
+    """
     sources = [block.code for block in reversed(fenced_blocks(reference))]
     sources.append(reference)
     for source in sources:
         tree = parsed(source)
-        nodes = tree.body if tree else []
-        if any(isinstance(node, ast.Assert) for node in nodes):
+        if tree is None:
+            continue
+        if any(isinstance(node, ast.Assert) for node in tree.body):
             kept = (ast.Assert, ast.Import, ast.ImportFrom)
-            return "\n".join(ast.unparse(node) for node in nodes if isinstance(node, kept))
+            nodes = [node for node in tree.body if isinstance(node, kept)]
+            return "\n".join(ast.unparse(node) for node in nodes)
     return ""
 
 
 def _run_something(tests: str) -> bool:
-    """Whether tests do more than define functions: those would accept every program.
+    """Whether tests do more than define functions and classes, which would accept every program.
 
     True for tests that do not compile, since running them fails.
     """
     tree = parsed(tests)
     if tree is None:
         return True
-    calls = (ast.Call, ast.Assert, ast.Raise)
-    defines = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    nodes = [node for node in tree.body if not isinstance(node, defines)]
-    return any(isinstance(inner, calls) for node in nodes for inner in ast.walk(node))
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    actions = (ast.Call, ast.Assert, ast.Raise)
+    for node in tree.body:
+        if isinstance(node, definitions):
+            continue
+        if any(isinstance(inner, actions) for inner in ast.walk(node)):
+            return True
+    return False
 
 
 class _TooSlow(Exception):
@@ -172,7 +195,7 @@ class _TooSlow(Exception):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """_TooSlow where the block takes longer; without effect outside of the main thread."""
+    """Inside `with`, _TooSlow where it takes longer; without effect outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -192,7 +215,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text in which the pattern's last match is the reference's last match.
 
-    Compared is the pattern's first group if it has one, else the whole match.
+    The pattern's first group is compared if it has one, else the whole match.
     """
     group = 1 if pattern.groups else 0
 
@@ -210,18 +233,22 @@ def verify_regex(pattern: re.Pattern[str], row: Row, text: str) -> tuple[bool, s
         return False, "reference_without_match"
     if got is None:
         return False, "no_match"
-    return (True, "ok") if got == expected else (False, "mismatch")
+    return _verdict(got == expected)
 
 
 def verify_json(row: Row, text: str) -> tuple[bool, str]:
     """Accepts valid JSON, whatever its content; the reference is not read."""
-    blocks = [b.code for b in fenced_blocks(text, _is_json) if b.info.lower().startswith("json")]
-    source = blocks[-1] if blocks else text
-    return (True, "ok") if _is_json(source) else (False, "no_json")
+    source = text
+    for block in fenced_blocks(text, _is_json):
+        if block.info.lower().startswith("json"):
+            source = block.code  # the last one stays
+    if _is_json(source):
+        return True, "ok"
+    return False, "no_json"
 
 
 def _is_json(text: str) -> bool:
-    """Whether the text is one JSON value; NaN and Infinity, which Python reads, are none."""
+    """Whether the text is one JSON value; NaN and Infinity, which Python reads, are not JSON."""
     try:
         json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -239,14 +266,13 @@ def _with_single_spaces(text: str) -> str:
 
 def verify_exact(row: Row, text: str) -> tuple[bool, str]:
     """Accepts the reference itself; amounts of white space do not count."""
-    same = _with_single_spaces(text) == _with_single_spaces(row.reference)
-    return (True, "ok") if same else (False, "mismatch")
+    return _verdict(_with_single_spaces(text) == _with_single_spaces(row.reference))
 
 
 def verify_contains(row: Row, text: str) -> tuple[bool, str]:
     """Accepts a text that holds the whole reference, in any letter case."""
-    holds = _with_single_spaces(row.reference).casefold() in _with_single_spaces(text).casefold()
-    return (True, "ok") if holds else (False, "mismatch")
+    reference = _with_single_spaces(row.reference).casefold()
+    return _verdict(reference in _with_single_spaces(text).casefold())
 
 
 # ---- by name
@@ -267,7 +293,10 @@ VERIFIERS: dict[str, Verifier] = {
 
 @lru_cache(maxsize=64)
 def get_verifier(name: str) -> Verifier:
-    """The verifier of that name; ValueError for an unknown name or a function that cannot be one.
+    """The verifier of a `--verify` name.
+
+    ValueError for an unknown name, for a pattern that is not a regular expression, and for a user's
+    function that cannot be imported or called as a verifier.
 
     OSError for `code` on a system that cannot contain programs.
     """
@@ -282,7 +311,7 @@ def get_verifier(name: str) -> Verifier:
         try:
             return partial(verify_regex, re.compile(rest, re.MULTILINE))
         except re.error as error:
-            raise ValueError(f"--verify {name!r} is no regular expression: {error}") from None
+            raise ValueError(f"--verify {name!r} is not a regular expression: {error}") from None
     if colon:
         return _users_verifier(name, kind, rest)
     raise ValueError(
@@ -293,7 +322,7 @@ def get_verifier(name: str) -> Verifier:
 
 def _users_verifier(name: str, module: str, function: str) -> Verifier:
     """The user's function `module.function`, with its answers checked on every call."""
-    sys.path.append(str(Path.cwd()))  # it holds the script's directory, but not the user's
+    sys.path.append(str(Path.cwd()))  # sys.path has the script's directory, but not the user's
     try:
         code = importlib.import_module(module)
     except Exception as error:
@@ -305,10 +334,13 @@ def _users_verifier(name: str, module: str, function: str) -> Verifier:
         sys.path.pop()
     verify = getattr(code, function, None)
     if not callable(verify):
-        own = [n for n, v in vars(code).items() if inspect.isfunction(v) and n[0] != "_"]
+        public = []
+        for known, value in vars(code).items():
+            if inspect.isfunction(value) and not known.startswith("_"):
+                public.append(known)
         raise ValueError(
             f"--verify {name!r}: {module} has no function {function!r}; it has "
-            f"{', '.join(sorted(own)) or 'none'}"
+            f"{', '.join(sorted(public)) or 'none'}"
         )
     try:
         inspect.signature(verify).bind(None, "")
@@ -324,13 +356,16 @@ def _checked(name: str, verify: Verifier, row: Row, text: str) -> tuple[bool, st
     try:
         answer = verify(row, text)
     except Exception as error:
+        question = row.messages[0]["content"]
         raise ValueError(
-            f"--verify {name!r} failed on the row that asks {row.messages[0]['content'][:60]!r}"
+            f"--verify {name!r} failed on the row that asks {question[:60]!r}"
             f": {type(error).__name__}: {error}"
         ) from error
     match answer:
-        case (bool() as ok, str() as reason) if ok or (reason.strip() and reason not in KEPT):
-            return ok, reason
+        case (bool() as ok, str() as reason):
+            is_status = reason.strip() and reason not in KEPT
+            if ok or is_status:
+                return ok, reason
     raise ValueError(
         f"--verify {name!r} answered {answer!r}; expected (True or False, reason), where the "
         f"reason says in words why not, and is none of {', '.join(KEPT)}"

@@ -1,4 +1,4 @@
-"""Distillation: the templates, what a line says, and that a kill at any moment loses nothing."""
+"""Distillation: the templates, the content of lines, and that kills at any moment lose nothing."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from engine.data.distilled import load_distilled
 from engine.data.encode import encode
@@ -20,6 +21,7 @@ from engine.distill.distill_report import DistillReport
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
 from engine.distill.seed_likelihoods import score
 from engine.runtime.stopping import Stopped
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from model.chat import Chat
 from model.llama import Llama
@@ -34,42 +36,41 @@ def tiny(tiny_llama_dir):
     return tiny_llama_dir(tokenizer=True)
 
 
-def test_templates_are_the_papers():
-    """paper.md 1.2, in the raw Alpaca form and in a model's own chat format."""
+INSTRUCTION = (
+    "Below are an instruction that describes a task along with a reference answer. Using the "
+    "reference answer as a guide, write your own response."
+)
 
-    class Fake:
+
+def test_templates_have_the_wording_of_the_paper():
+    """2402.13669, section 3, in the raw Alpaca form and in a model's own chat format."""
+
+    class AlpacaChat:
         name = "alpaca"
 
+    class OtherChat:
+        name = "checkpoint"
+
     context = [{"role": "user", "content": "Add {2} and 3."}]
-    sentence = (
-        "Below are an instruction that describes a task along with a reference answer. Using the "
-        "reference answer as a guide, write your own response."
-    )
     body = "Add {2} and 3.\n\n### Reference Answer:\n5"
-    assert prompt(Fake, TEMPLATES["using"], context, "5") == [
-        {"role": "system", "content": sentence},
+    assert prompt(AlpacaChat, TEMPLATES["using"], context, "5") == [
+        {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": body},
     ]
-    Fake.name = "checkpoint"
-    assert prompt(Fake, TEMPLATES["using"], context, "5") == [
-        {
-            "role": "user",
-            "content": f"{sentence}\n\n### Instruction:\n{body}\n\n### Response:\n",
-        }
-    ]
-    (refer,) = prompt(Fake, TEMPLATES["refer"], context, "5")
+    raw = f"{INSTRUCTION}\n\n### Instruction:\n{body}\n\n### Response:\n"
+    assert prompt(OtherChat, TEMPLATES["using"], context, "5") == [{"role": "user", "content": raw}]
+    (refer,) = prompt(OtherChat, TEMPLATES["refer"], context, "5")
     assert "Refer to the reference answer and write your own response." in refer["content"]
-    system, user = prompt(Fake, TEMPLATES["gsm8k"], context, "5")
+    system, user = prompt(OtherChat, TEMPLATES["gsm8k"], context, "5")
     assert system["content"].startswith("You are an expert in math. Below are a math question")
     assert user["content"] == "Add {2} and 3.\n\n5"
 
 
-def test_raw_alpaca_prompt_is_the_papers_text(tiny):
+def test_the_rendered_alpaca_prompt_is_the_text_of_the_paper(tiny):
     chat = Chat.from_dir(tiny, load_tokenizer(tiny), "alpaca")
     messages = prompt(chat, TEMPLATES["using"], [{"role": "user", "content": "Hi?"}], "Hello.")
     assert chat.render(messages, add_generation_prompt=True).endswith(
-        "Below are an instruction that describes a task along with a reference answer. Using the "
-        "reference answer as a guide, write your own response.\n\n### Instruction:\nHi?\n\n"
+        f"{INSTRUCTION}\n\n### Instruction:\nHi?\n\n"
         "### Reference Answer:\nHello.\n\n### Response:\n"
     )
 
@@ -77,19 +78,23 @@ def test_raw_alpaca_prompt_is_the_papers_text(tiny):
 def test_lines_are_valid_and_in_the_order_of_the_data(tiny, tmp_path):
     report = run_distillation(tiny, tmp_path / "d.jsonl")
     lines = load_distilled(tmp_path / "d.jsonl")
-    want = [f"{row.id}/{k}" for row in rows() for k in range(len(row.turns))]
-    assert [line.id for line in lines] == want == [line.id for line in report.lines]
-    assert sum(report.counts.values()) == len(want)
+    turn_ids = []
+    for row in rows():
+        turn_ids += [f"{row.id}/{number}" for number in range(len(row.turns))]
+    assert [line.id for line in lines] == turn_ids
+    assert [line.id for line in report.lines] == turn_ids
+    assert sum(report.counts.values()) == len(turn_ids)
     by_id = {line.id: line for line in lines}
     for row in rows():
-        for k, at in enumerate(row.turns):
-            line = by_id[f"{row.id}/{k}"]
-            assert line.reference == row.messages[at]["content"]
-            earlier = [m["content"] for m in line.messages if m["role"] == "assistant"]
-            assert earlier == [by_id[f"{row.id}/{j}"].target for j in range(k)], "rewritten context"
+        for number, position in enumerate(row.turns):
+            line = by_id[f"{row.id}/{number}"]
+            assert line.reference == row.messages[position]["content"]
+            answers = [m["content"] for m in line.messages if m["role"] == "assistant"]
+            targets = [by_id[f"{row.id}/{earlier}"].target for earlier in range(number)]
+            assert answers == targets, "earlier answers are replaced by their targets"
 
 
-def test_gsm8k_prefix_is_carried_into_text_and_ids(tiny, tmp_path):
+def test_the_forced_beginning_is_part_of_the_text_and_the_ids(tiny, tmp_path):
     _, chat = load(tiny)
     config = DistillConfig(template="gsm8k", max_new_tokens="9")
     for line in run_distillation(tiny, tmp_path / "d.jsonl", config=config).lines:
@@ -99,7 +104,8 @@ def test_gsm8k_prefix_is_carried_into_text_and_ids(tiny, tmp_path):
 
 def test_auto_max_new_tokens_follows_the_reference():
     auto = DistillConfig()
-    assert auto.limit(5) == 128 and auto.limit(400) == 1264
+    assert auto.limit(5) == 128
+    assert auto.limit(400) == 64 + 3 * 400
     assert DistillConfig(max_new_tokens="40").limit(400) == 40
     for bad in ({"max_new_tokens": "-3"}, {"template": "x"}, {"verify": "y"}):
         with pytest.raises(ValueError):
@@ -112,10 +118,10 @@ sys.path.insert(0, {root!r})
 from engine.distill import writer
 from tests.helpers.distillation import run_distillation
 decided_line = writer.decided_line
-count = []
+calls = []
 def killed_line(*args):
-    count.append(1)
-    if len(count) == {kill}:
+    calls.append(1)
+    if len(calls) == {kill}:
         if {torn}:
             with open({out!r}, "a") as file:
                 file.write('{{"id": "r0')
@@ -128,13 +134,14 @@ run_distillation({model!r}, {out!r}, resume=os.path.exists({out!r}))
 
 @pytest.mark.parametrize("kills", [[1, 1], [2, 9, 3], [5, 6, 4, 2], [20, 3]], ids=str)
 def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, kills):
-    """SIGKILL while the n-th line of each attempt is made, every other time with a torn line."""
+    """SIGKILL while the n-th line of each start is made, every other time with a torn line."""
     run_distillation(tiny, tmp_path / "whole.jsonl")
     out = tmp_path / "killed.jsonl"
-    for n, kill in enumerate([*kills, 0]):
-        script = KILLED.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill, torn=n % 2)
+    paths = {"root": str(ROOT), "model": str(tiny), "out": str(out)}
+    for number, kill in enumerate([*kills, 0]):  # 0: not killed
+        script = KILLED.format(**paths, kill=kill, torn=number % 2)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
+        assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-2000:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -147,19 +154,21 @@ from engine.distill import writer
 from engine.distill.distill import distill
 from engine.distill.seed_likelihoods import score
 from engine.runtime.distributed import start
+from engine.sampling.chat_generator import ChatGenerator
 from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
 torch.set_num_threads(1)
 world = start()
-decided_line, count = writer.decided_line, []
+decided_line = writer.decided_line
+calls = []
 def killed_line(*args):
-    count.append(1)
-    if world.rank == 1 and len(count) == {kill}:
+    calls.append(1)
+    if world.rank == 1 and len(calls) == {kill}:
         os.kill(os.getpid(), signal.SIGKILL)
     return decided_line(*args)
 writer.decided_line = killed_line
 model, chat = load({model!r})
 out = Path({out!r})
-report = distill(model, chat, rows(), out, CONFIG, SAMPLING,
+report = distill(ChatGenerator(model, chat, SAMPLING), rows(), out, CONFIG,
     settings={{"sampling": "as above"}}, resume=True, world=world)
 score(model, chat, report.lines, Path({out!r} + ".scores.jsonl"), {{}}, world)
 """
@@ -170,78 +179,82 @@ def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
     model, chat = load(tiny)
     whole = run_distillation(tiny, tmp_path / "one.jsonl")
     score(model, chat, whole.lines, tmp_path / "one.jsonl.scores.jsonl", {})
-    out, script = tmp_path / "two.jsonl", tmp_path / "job.py"
+    out = tmp_path / "two.jsonl"
+    script = tmp_path / "job.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for kill in (3, 0):
-        script.write_text(
-            PROCESSES.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill)
-        )
+    paths = {"root": str(ROOT), "model": str(tiny), "out": str(out)}
+    for kill in (3, 0):  # 0: not killed
+        script.write_text(PROCESSES.format(**paths, kill=kill))
         done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
         assert (done.returncode == 0) == (kill == 0), done.stderr[-2000:]
         parts = list(tmp_path.glob("two.jsonl.part*"))
         assert len(parts) == (2 if kill else 0)
         if kill:
             assert len((tmp_path / "two.jsonl.part1").read_text().splitlines()) == 2
-    for name in ("", ".scores.jsonl"):
-        one, two = (tmp_path / f"{n}.jsonl{name}" for n in ("one", "two"))
+    for ending in (".jsonl", ".jsonl.scores.jsonl"):
+        one = tmp_path / f"one{ending}"
+        two = tmp_path / f"two{ending}"
         assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.fixture
-def not_ignored():
-    """Ctrl-C has its own handler, also where a shell started this behind itself."""
+def ctrl_c_is_handled():
+    """Ctrl-C has Python's handler, also where a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_running_turns_and_a_resume_the_rest(
-    tiny, tmp_path, monkeypatch, not_ignored, by
+    tiny, tmp_path, monkeypatch, ctrl_c_is_handled, number
 ):
-    before = signal.getsignal(by)
+    handler = signal.getsignal(number)
     run_distillation(tiny, tmp_path / "whole.jsonl")
-    out, made, written = tmp_path / "d.jsonl", writer_module.decided_line, []
+    out = tmp_path / "d.jsonl"
+    decided_line = writer_module.decided_line
+    written = []
 
-    def line(*args):
+    def line_after_signal(*args):
         if not written:
-            signal.raise_signal(by)
+            signal.raise_signal(number)
         written.append(1)
-        return made(*args)
+        return decided_line(*args)
 
-    monkeypatch.setattr(writer_module, "decided_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line_after_signal)
     with pytest.raises(Stopped, match="3 of 24 turns are in") as stopped:
         run_distillation(tiny, out)
-    assert stopped.value.code == 128 + by
-    assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "what was in flight, no more"
-    assert signal.getsignal(by) is before
+    assert stopped.value.code == 128 + number
+    assert len(load_distilled(out)) == len(written) == SAMPLING.rows, "the running turns alone"
+    assert signal.getsignal(number) is handler
     monkeypatch.undo()
     run_distillation(tiny, out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_signal_during_the_last_running_turns_stops_the_job(
-    tiny, tmp_path, monkeypatch, not_ignored
+    tiny, tmp_path, monkeypatch, ctrl_c_is_handled
 ):
-    """All rows are in flight, so nothing is left to do: whoever called must hear of it all the same
-    (the main job went on to both trainings)."""
-    everything, made = dataclasses.replace(SAMPLING, rows=64), writer_module.decided_line
+    """All turns are running, so no turn is left; the caller must be stopped all the same, or it
+    would go on to training."""
+    everything = dataclasses.replace(SAMPLING, rows=64)
+    decided_line = writer_module.decided_line
 
-    def line(*args):
+    def line_after_signal(*args):
         signal.raise_signal(signal.SIGINT)
-        monkeypatch.setattr(writer_module, "decided_line", made)
-        return made(*args)
+        monkeypatch.setattr(writer_module, "decided_line", decided_line)
+        return decided_line(*args)
 
-    monkeypatch.setattr(writer_module, "decided_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line_after_signal)
     out = tmp_path / "d.jsonl"
     single = [row for row in rows() if len(row.turns) == 1]
     model, chat = load(tiny)
     with pytest.raises(Stopped, match=f"{len(single)} of {len(single)} turns are in"):
-        distill(model, chat, single, out, CONFIG, everything, settings={})
+        distill(ChatGenerator(model, chat, everything), single, out, CONFIG, settings={})
     assert len(load_distilled(out)) == len(single)
 
 
-def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
+def test_a_full_disk_keeps_the_finished_lines(tiny, tmp_path):
     run_distillation(tiny, tmp_path / "whole.jsonl")
     disk = tmp_path / "small"
     disk.mkdir()
@@ -263,15 +276,17 @@ def test_a_full_disk_keeps_what_was_finished(tiny, tmp_path):
 
 
 def test_a_directory_that_vanishes_stops_the_run(tiny, tmp_path, monkeypatch):
-    out, made, written = tmp_path / "run" / "d.jsonl", writer_module.decided_line, []
+    out = tmp_path / "run" / "d.jsonl"
+    decided_line = writer_module.decided_line
+    written = []
 
-    def line(*args):
+    def line_after_renaming(*args):
         written.append(1)
         if len(written) == 5:
             (tmp_path / "run").rename(tmp_path / "elsewhere")
-        return made(*args)
+        return decided_line(*args)
 
-    monkeypatch.setattr(writer_module, "decided_line", line)
+    monkeypatch.setattr(writer_module, "decided_line", line_after_renaming)
     with pytest.raises(OSError, match="no longer there"):
         run_distillation(tiny, out)
     assert len(load_distilled(tmp_path / "elsewhere" / "d.jsonl")) == 4
@@ -282,12 +297,14 @@ def test_a_prompt_that_is_too_long_keeps_its_reference(tiny, tmp_path):
     question = {"role": "user", "content": "x" * 600}
     long = Row("long", (question, {"role": "assistant", "content": "y"}))
     out = tmp_path / "d.jsonl"
-    report = distill(model, chat, [*rows(2), long], out, CONFIG, SAMPLING, settings={})
+    generator = ChatGenerator(model, chat, SAMPLING)
+    report = distill(generator, [*rows(2), long], out, CONFIG, settings={})
     assert report.lines[-1].status == "prompt_too_long"
-    assert report.lines[-1].target == "y" and report.counts["prompt_too_long"] == 1
+    assert report.lines[-1].target == "y"
+    assert report.counts["prompt_too_long"] == 1
 
 
-def test_rows_run_together_do_not_change_the_file(tiny, tmp_path):
+def test_the_number_of_running_sequences_does_not_change_the_file(tiny, tmp_path):
     run_distillation(tiny, tmp_path / "three.jsonl")
     for count in (1, 16):
         sampling = SamplerConfig(rows=count, temperature=1.0, top_k=60, seed=1)
@@ -304,10 +321,10 @@ def test_resume_is_refused_under_other_settings_naming_them(tiny, tmp_path):
     with pytest.raises(ValueError, match="template.name: 'a' -> 'b'"):
         run_distillation(tiny, out, resume=True, settings={"seed": 1, "template": {"name": "b"}})
     before = out.read_bytes()
-    report = run_distillation(
-        tiny, out, resume=True, settings={"seed": 1, "template": {"name": "a"}}
-    )
-    assert report.written == 0 and out.read_bytes() == before
+    same_settings = {"seed": 1, "template": {"name": "a"}}
+    report = run_distillation(tiny, out, resume=True, settings=same_settings)
+    assert report.written == 0
+    assert out.read_bytes() == before
 
 
 def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
@@ -317,38 +334,45 @@ def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
         "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    chat, model = Chat(template, tokenizer), Llama.from_pretrained(tiny)
+    chat = Chat(template, tokenizer)
+    model = Llama.from_pretrained(tiny)
+    good = rows(2)
     system = {"role": "system", "content": "Be brief."}
-    bad = [*rows(2), Row("bad", (system, *rows(1)[0].messages))]
+    bad = [*good, Row("bad", (system, *good[0].messages))]
     with pytest.raises(ValueError, match="bad/0.*no system"):
         encode(bad, chat, max_length=400)
+    generator = ChatGenerator(model, chat, SAMPLING)
     with pytest.raises(ValueError, match="row bad/0.*no system"):
-        distill(model, chat, bad, tmp_path / "d.jsonl", CONFIG, SAMPLING, settings={})
+        distill(generator, bad, tmp_path / "d.jsonl", CONFIG, settings={})
 
 
-def test_targets_that_hardly_differ_are_warned_of(tiny, tmp_path):
+def test_the_report_warns_where_targets_hardly_differ(tiny, tmp_path):
     report = run_distillation(tiny, tmp_path / "d.jsonl")
-    same = [line.__class__(**{**line.__dict__, "target": line.reference}) for line in report.lines]
-    text = DistillReport(same, SamplerStats(), 1.0, 0).text()
-    assert "differ from the reference: 0.0%" in text and "nearly be the same run" in text
+    same = [dataclasses.replace(line, target=line.reference) for line in report.lines]
+    text = DistillReport(same, SamplerStats(), seconds=1.0, written=0).text()
+    assert "differ from the reference: 0.0%" in text
+    assert "nearly be the same run" in text
 
 
-def test_scores_are_the_plain_prompts_nll_and_resume(tiny, tmp_path):
+def test_scores_are_the_nll_under_the_plain_prompt_and_are_resumed(tiny, tmp_path):
     model, chat = load(tiny)
     report = run_distillation(tiny, tmp_path / "d.jsonl")
     out = tmp_path / "d.jsonl.scores.jsonl"
-    means = score(model, chat, report.lines, out, {})
+    sums = score(model, chat, report.lines, out, {})
     whole = out.read_bytes()
-    total, tokens = 0.0, 0
+    total = 0.0  # nats
+    tokens = 0
     for line, text in zip(report.lines, out.read_text().splitlines(), strict=True):
-        got = json.loads(text)
+        record = json.loads(text)
         answer = [*chat.response_ids(line.reference), chat.end_id]
         ids = torch.tensor([*chat.prompt_ids(line.messages), *answer])
-        logits = model.logits(ids)[-len(answer) - 1 : -1]
-        want = torch.nn.functional.cross_entropy(logits, ids[-len(answer) :], reduction="sum")
-        assert got["reference_nll"] == pytest.approx(want.item() / len(answer), rel=1e-5)
-        total, tokens = total + want.item(), tokens + len(answer)
-    assert means.reference / means.reference_tokens == pytest.approx(total / tokens, rel=1e-5)
-    out.write_bytes(whole[: len(whole) // 2])  # as a kill leaves it: a torn line
+        logits = model.logits(ids)[-len(answer) - 1 : -1]  # (A, V)
+        nats = cross_entropy(logits, ids[-len(answer) :], reduction="sum").item()
+        assert record["reference_nll"] == pytest.approx(nats / len(answer), rel=1e-5)
+        total += nats
+        tokens += len(answer)
+    assert sums.reference / sums.reference_tokens == pytest.approx(total / tokens, rel=1e-5)
+    out.write_bytes(whole[: len(whole) // 2])  # a kill leaves a torn line
     again = score(model, chat, report.lines, out, {})
-    assert out.read_bytes() == whole and again == means
+    assert out.read_bytes() == whole
+    assert again == sums

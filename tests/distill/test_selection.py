@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from engine.data.rows import Row, load_rows
-from engine.distill.selection import PAPER, banned, garbled, judge, repeats
+from engine.distill.selection import PAPER, banned, judge, repeats, why_garbled
 from engine.verify.verifiers import VERIFIERS
 
 # ---- the rules on text
@@ -31,7 +31,7 @@ from engine.verify.verifiers import VERIFIERS
         ("The reference and the answer", False),
     ],
 )
-def test_ban_list(text, verdict):
+def test_banned_phrases_are_found_in_any_case(text, verdict):
     assert banned(text) is verdict
 
 
@@ -40,40 +40,45 @@ HELLO = "\u043f\u0440\u0438\u0432\u0435\u0442"  # in Russian
 KANA, KANJI = "\u3053\u3093\u306b\u3061\u306f", "\u6f22\u5b57"
 GARBLED = [
     ("a \ufffd b", "", "U+FFFD"),
-    ("a \ufffd b", "see \ufffd", ""),
+    ("a \ufffd b", "see \ufffd", None),
     ("bell \x07", "", "U+0007"),
     ("c1 \x85", "", "U+0085"),
-    ("tab\tand\r\nlines", "", ""),
+    ("tab\tand\r\nlines", "", None),
     ("no " * 10, "say no", "repeats 'no '"),
-    ("no " * 9, "say no", ""),
+    ("no " * 9, "say no", None),
     ("Sure. " + "I love apples and pears.\n" * 12, "", "repeats"),
-    ("\n".join(f"{i}. Buy milk" for i in range(1, 40)), "", ""),
-    ("-" * 300 + "\n" + "| --- " * 30 + "_" * 50 + " 1000000000000", "", ""),
-    ("hello " * 12, "Write hello 12 times: " + "hello " * 12, ""),
+    ("\n".join(f"{i}. Buy milk" for i in range(1, 40)), "", None),
+    ("-" * 300 + "\n" + "| --- " * 30 + "_" * 50 + " 1000000000000", "", None),
+    ("hello " * 12, "Write hello 12 times: " + "hello " * 12, None),
     (SOUP, "Write a poem", "letters are foreign"),
-    (f"{HELLO}, {HELLO}!", f"say {HELLO}", ""),
+    (f"{HELLO}, {HELLO}!", f"say {HELLO}", None),
     (f"{HELLO}, {HELLO}!", "say hello", "letters are foreign"),
-    (f"{HELLO}, {HELLO}!" + " and more" * 9 + " plain words" * 5, "say hello", ""),
-    ("A = \u03c0r\u00b2", "area of a circle", ""),
-    (f"{KANA} means hello", "Hello in Japanese?", ""),
-    (f"{KANA}, {KANA}, {KANA}", KANJI, ""),
+    (f"{HELLO}, {HELLO}!" + " and more" * 9 + " plain words" * 5, "say hello", None),
+    ("A = \u03c0r\u00b2", "area of a circle", None),
+    (f"{KANA} means hello", "Hello in Japanese?", None),
+    (f"{KANA}, {KANA}, {KANA}", KANJI, None),
     ("x" * 10, "12345 ?", "repeats"),
-    ("all letters", "12345 ?", ""),
-    ("\U0001f600 " * 20, "cheer", ""),
+    ("all letters", "12345 ?", None),
+    ("\U0001f600 " * 20, "cheer", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, context, reason", GARBLED)
-def test_garbled(text, context, reason):
-    why = garbled(text, context)
-    assert reason in why if reason else not why
+def test_a_garbled_text_is_named_with_its_fault(text, context, reason):
+    why = why_garbled(text, context)
+    if reason is None:
+        assert why is None
+    else:
+        assert reason in why
 
 
-def test_garbled_is_quick_on_long_texts():
+def test_long_texts_are_checked_quickly():
     letters = random.Random(0).choices("abcdefgh \n", k=20_000)
+    noise = "".join(letters)
+    texts = (noise, "_" * 20_000, "ab" * 4 + "-" * 20_000, " x y" * 4999 + "z")
     start = time.perf_counter()
-    for text in ("".join(letters), "_" * 20_000, "ab" * 4 + "-" * 20_000, " x y" * 4999 + "z"):
-        garbled(text, "abcdefgh")
+    for text in texts:
+        why_garbled(text, "abcdefgh")
     assert time.perf_counter() - start < 5
 
 
@@ -108,18 +113,18 @@ LOOP = "the " * 20
         ("It is \ufffd 4.", "stop", "garbled"),
     ],
 )
-def test_judge(response, finish, status):
+def test_every_response_gets_its_status(response, finish, status):
     assert judge(PROMPT, "There are 4.", response, finish, VERIFIERS["number"]) == status
 
 
 def test_text_of_the_prompt_or_reference_is_no_fault():
-    def none(reference, response):
+    def status(reference, response):
         return judge(PROMPT, reference, response, "stop", VERIFIERS["none"])
 
-    assert none(LOOP, LOOP + "end") == "accepted"
-    assert none("### Response: 4", "Sure. \n### Response: 4") == "accepted"
-    assert none("See your response.", "See your response.") == "identical"
-    assert none("See your response.", "Look at your response.") == "banned"
+    assert status(LOOP, LOOP + "end") == "accepted"
+    assert status("### Response: 4", "Sure. \n### Response: 4") == "accepted"
+    assert status("See your response.", "See your response.") == "identical"
+    assert status("See your response.", "Look at your response.") == "banned"
 
 
 def test_the_verifier_gets_the_judged_turn():
@@ -152,13 +157,16 @@ NO = "I'm sorry, but I can't help with that."
         ("Bake a cake", "Take flour.", "Sorry about the mess: take flour.", "accepted"),
     ],
 )
-def test_repetition_of_the_prompt_and_refusals(asked, reference, response, status):
+def test_a_repeated_prompt_and_a_refusal_are_rejected_unless_the_reference_has_them(
+    asked, reference, response, status
+):
     prompt = [{"role": "user", "content": asked}]
     assert judge(prompt, reference, response, "stop", VERIFIERS["none"]) == status
 
 
 def test_repeats_needs_the_whole_of_a_long_message():
-    assert repeats(f"So: {LONG}", LONG) and not repeats(f"So: {LONG[:-2]}", LONG)
+    assert repeats(f"So: {LONG}", LONG)
+    assert not repeats(f"So: {LONG[:-2]}", LONG)
 
 
 @pytest.mark.parametrize(
@@ -186,18 +194,20 @@ def test_the_papers_only_rule_is_the_ban_list(response, finish, ours, paper):
 
 
 def test_published_rewrites_pass_the_guards(shared_data):
-    """All 2,000 targets that the authors trained on, as if they had ended by themselves."""
-    given = load_rows(shared_data / "alpaca_train.json")
-    written = load_rows(shared_data / "distilled_alpaca.json")
-    statuses = Counter(
-        judge(r.messages[:-1], r.reference, w.reference, "stop", VERIFIERS["none"])
-        for r, w in zip(given, written, strict=True)
-    )
+    """All 2,000 targets that the authors trained on, judged as if their sampling had ended."""
+    rows = load_rows(shared_data / "alpaca_train.json")
+    rewrites = load_rows(shared_data / "distilled_alpaca.json")
+    statuses = Counter()
+    for row, rewrite in zip(rows, rewrites, strict=True):
+        prompt = row.messages[:-1]
+        status = judge(prompt, row.reference, rewrite.reference, "stop", VERIFIERS["none"])
+        statuses[status] += 1
     # two refuse what the reference does, two begin with the whole instruction
     assert statuses == {"accepted": 1644, "identical": 352, "refusal": 2, "repeats_prompt": 2}
 
 
 def test_no_reference_is_garbled(shared_data):
     for name in ("alpaca_eval", "dolly_train", "gsm8k_train", "openfunction_train"):
-        for r in load_rows(shared_data / f"{name}.json", limit=500):
-            assert not garbled(r.reference, r.messages[0]["content"])
+        for row in load_rows(shared_data / f"{name}.json", limit=500):
+            question = row.messages[0]["content"]
+            assert why_garbled(row.reference, question) is None

@@ -1,5 +1,6 @@
-"""A small distillation for tests: made rows, settings, a loaded model with its chat, and a stand-in
-for `judge` that accepts a fifth of the noise that a tiny model writes."""
+"""A small distillation for tests: made rows, settings, a model with its chat format, and a stand-in
+for `judge`, which accepts a fifth of the noise that a tiny model writes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from engine.distill.config import DistillConfig
 from engine.distill.distill import distill
 from engine.distill.distill_report import DistillReport
 from engine.runtime.distributed import World
+from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from model.chat import Chat
 from model.llama import Llama
@@ -26,15 +28,15 @@ CASCADE = DistillConfig(max_new_tokens="9", cascade="unguided:3,guided:2,cooler:
 
 def rows(count: int = 14) -> list[Row]:
     """Single questions, and every third a conversation of three turns."""
-    rng, made = random.Random(0), []
+    rng = random.Random(0)
+    made = []
     for i in range(count):
+        turns = 3 if i % 3 == 0 else 1
         messages = []
-        for turn in range(3 if i % 3 == 0 else 1):
+        for turn in range(turns):
             words = " ".join(rng.choice(["red", "two", "sky", "why"]) for _ in range(4))
-            messages += [
-                {"role": "user", "content": f"{words} {i} {turn}?"},
-                {"role": "assistant", "content": f"{words}."},
-            ]
+            messages.append({"role": "user", "content": f"{words} {i} {turn}?"})
+            messages.append({"role": "assistant", "content": f"{words}."})
         made.append(Row(f"r{i:02}", tuple(messages)))
     return made
 
@@ -55,15 +57,13 @@ def run_distillation(
     resume: bool = False,
     world: World | None = None,
 ) -> DistillReport:
-    """Distil `given` (`rows()`) with the model of a directory."""
+    """Distil `given`, else `rows()`, with the model of a directory."""
     model, chat = load(path)
     return distill(
-        model,
-        chat,
+        ChatGenerator(model, chat, sampling),
         given or rows(),
         Path(out),
         config,
-        sampling,
         settings=settings or {"sampling": "as above"},
         resume=resume,
         world=world,
@@ -73,7 +73,7 @@ def run_distillation(
 def judge_by_hash(
     context: object, reference: str, text: str, finish: str, verifier: object, **_: object
 ) -> str:
-    """In place of `judge`: accepts a fifth, rejects the others for one of two reasons."""
+    """In place of `judge`: accepts a fifth of all texts, rejects the others for two reasons."""
     number = hashlib.sha256(repr((context, text)).encode()).digest()[0]
     if number < 52:
         return "accepted"

@@ -19,19 +19,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTILL = str(ROOT / "scripts" / "distill.py")
-SETTINGS = {  # name -> (what starts it, flags)
-    "64 rows together": ([], ["--rows", "64"]),
-    "as it is": ([], []),
-    "7 rows, no drafts": ([], ["--rows", "7", "--draft", "off"]),
-    "24 rows, every draft": ([], ["--rows", "24", "--draft", "always"]),
-    "3 steps a synchronisation": ([], ["--rows", "16", "--draft", "off", "--steps", "3"]),
-    "short of memory": ([], ["--kv-memory", "0.1"]),
-    "short chunks": ([], ["--prefill-tokens", "64"]),
-    "1 thread": ([], ["--threads", "1"]),
-    "2 processes": (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        [],
-    ),
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SETTINGS = {  # name -> flags
+    "64 rows together": ["--rows", "64"],
+    "as it is": [],
+    "7 rows, no drafts": ["--rows", "7", "--draft", "off"],
+    "24 rows, every draft": ["--rows", "24", "--draft", "always"],
+    "3 steps a synchronisation": ["--rows", "16", "--draft", "off", "--steps", "3"],
+    "short of memory": ["--kv-memory", "0.1"],
+    "short chunks": ["--prefill-tokens", "64"],
+    "1 thread": ["--threads", "1"],
+    "2 processes": [],
 }
 
 
@@ -45,20 +43,26 @@ def main() -> None:
     args = parser.parse_args()
     common = ["--model", args.model, "--data", args.data, "--limit", str(args.rows), "--no-score"]
     common += ["--ops", args.ops, "--max-new-tokens", "64", *args.flags.split()]
-    first, differ = None, []
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    expected = b""  # the file of the first setting
+    differing = []  # names of the settings with another file
     with tempfile.TemporaryDirectory() as folder:
-        for name, (start, flags) in SETTINGS.items():
+        for name, flags in SETTINGS.items():
             out = Path(folder, f"{name}.jsonl".replace(" ", "_"))
-            command = [sys.executable, *start, DISTILL, *common, "--out", str(out), *flags]
-            env = os.environ | {"PYTHONPATH": str(ROOT)}
+            launcher = TORCHRUN if name == "2 processes" else []
+            command = [sys.executable, *launcher, DISTILL, *common, "--out", str(out), *flags]
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True, env=env)
+            seconds = time.perf_counter() - started
             text = out.read_bytes()
-            first = first or text
-            same = text == first
-            differ += [] if same else [name]
-            print(f"{name}: {time.perf_counter() - started:.0f} s, {len(text)} bytes, same: {same}")
-    assert first.count(b"\n") == args.rows and not differ, f"other texts with: {differ}"
+            if not expected:
+                expected = text
+            same = text == expected
+            if not same:
+                differing.append(name)
+            print(f"{name}: {seconds:.0f} s, {len(text)} bytes, same: {same}")
+    assert expected.count(b"\n") == args.rows, f"expected {args.rows} lines"
+    assert not differing, f"other texts with: {differing}"
     print(f"{args.rows} rows, {len(SETTINGS)} settings: byte-identical")
 
 

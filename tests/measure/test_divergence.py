@@ -2,41 +2,68 @@
 
 import pytest
 import torch
+from torch.nn.functional import kl_div, nll_loss
 
 from engine.measure.divergence import compare, mean_drift
 from engine.measure.intervals import bootstrap
 from model.llama import Llama
 
+POSITIONS = 150  # more than two chunks
+WIDTH = 64
+VOCABULARY = 320
 
-def test_drift_against_the_formulas_in_fp64(tiny_llama_dir):
-    """And: zero for the seed itself; over more than one chunk of positions."""
+
+def test_drift_equals_the_formulas_in_fp64_and_is_zero_for_the_seed_itself(tiny_llama_dir):
     model = Llama.from_pretrained(tiny_llama_dir())
     generator = torch.Generator().manual_seed(0)
-    seed, tuned = (torch.randn(150, 64, generator=generator) for _ in range(2))
-    ids = torch.randint(320, (150,), generator=generator)
+    seed = torch.randn(POSITIONS, WIDTH, generator=generator)
+    tuned = torch.randn(POSITIONS, WIDTH, generator=generator)
+    ids = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
     head = model.weights["head"].double()
-    p, q = (torch.log_softmax(h.double() @ head.T, -1) for h in (seed, tuned))
-    found = compare(model, seed, tuned, ids.tolist())
-    kl_div = torch.nn.functional.kl_div
-    assert found.kl == pytest.approx(kl_div(q, p.exp(), reduction="sum").item(), rel=1e-5)
-    assert found.reverse_kl == pytest.approx(kl_div(p, q.exp(), reduction="sum").item(), rel=1e-5)
-    assert abs(found.kl / found.reverse_kl - 1) > 1e-3  # the two are not one
-    assert found.agree == (p.argmax(-1) == q.argmax(-1)).sum()
-    nll = torch.nn.functional.nll_loss
-    assert found.nll == pytest.approx(nll(q, ids, reduction="sum").item(), rel=1e-6)
-    assert found.seed_nll == pytest.approx(nll(p, ids, reduction="sum").item(), rel=1e-6)
+    log_p = torch.log_softmax(seed.double() @ head.T, -1)
+    log_q = torch.log_softmax(tuned.double() @ head.T, -1)
+
+    drift = compare(model, seed, tuned, ids.tolist())
+    kl = kl_div(log_q, log_p.exp(), reduction="sum").item()
+    reverse_kl = kl_div(log_p, log_q.exp(), reduction="sum").item()
+    assert drift.kl == pytest.approx(kl, rel=1e-5)
+    assert drift.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)
+    assert abs(drift.kl / drift.reverse_kl - 1) > 1e-3, "the two directions differ"
+    assert drift.agree == (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    nll = nll_loss(log_q, ids, reduction="sum").item()
+    seed_nll = nll_loss(log_p, ids, reduction="sum").item()
+    assert drift.nll == pytest.approx(nll, rel=1e-6)
+    assert drift.seed_nll == pytest.approx(seed_nll, rel=1e-6)
+
     same = compare(model, seed, seed, ids.tolist())
-    assert same.kl == same.reverse_kl == 0 and same.agree == 150 and same.nll == same.seed_nll
+    assert same.kl == same.reverse_kl == 0
+    assert same.agree == POSITIONS
+    assert same.nll == same.seed_nll
+
+
+def line(category: str, tokens: int, kl: float) -> dict:
+    """A line of a retention file."""
+    return {
+        "category": category,
+        "tokens": tokens,
+        "kl": kl,
+        "reverse_kl": 2 * kl,
+        "agree": tokens // 2,
+        "nll": tokens,
+        "seed_nll": tokens / 2,
+    }
 
 
 def test_means_are_per_token_and_by_category():
-    lines = [
-        {"category": c, "tokens": n, "kl": kl, "reverse_kl": 2 * kl, "agree": n // 2, "nll": n,
-         "seed_nll": n / 2}
-        for c, n, kl in (("a", 10, 1.0), ("a", 30, 7.0), ("b", 10, 12.0))
-    ]  # fmt: skip
-    found = mean_drift(lines)
-    assert found["kl"] == 20 / 50 and found["reverse_kl"] == 40 / 50 and found["agreement"] == 0.5
-    assert (found["nll"], found["seed_nll"], found["tokens"], found["prompts"]) == (1, 0.5, 50, 3)
-    assert found["categories"]["a"]["kl"] == 8 / 40 and found["categories"]["b"]["kl"] == 1.2
-    assert found["kl_interval"] == bootstrap([1.0, 7.0, 12.0], [10, 30, 10])
+    lines = [line("a", 10, 1.0), line("a", 30, 7.0), line("b", 10, 12.0)]
+    means = mean_drift(lines)
+    assert means["kl"] == 20 / 50
+    assert means["reverse_kl"] == 40 / 50
+    assert means["agreement"] == 0.5
+    assert means["nll"] == 1
+    assert means["seed_nll"] == 0.5
+    assert means["tokens"] == 50
+    assert means["prompts"] == 3
+    assert means["categories"]["a"]["kl"] == 8 / 40
+    assert means["categories"]["b"]["kl"] == 1.2
+    assert means["kl_interval"] == bootstrap([1.0, 7.0, 12.0], [10, 30, 10])

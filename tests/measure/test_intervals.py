@@ -16,56 +16,92 @@ from engine.measure.intervals import (
 )
 
 
-def test_wilson():
+def test_wilson_gives_the_values_of_the_paper_and_nan_for_no_items():
     """Wilson (1927): 8 of 10 gives 0.490 to 0.943."""
     low, high = wilson(0.8, 10)
-    assert (round(low, 3), round(high, 3)) == (0.490, 0.943)
+    assert round(low, 3) == 0.490
+    assert round(high, 3) == 0.943
     low, high = wilson(0.0, 20)
-    assert low == 0 and 0.15 < high < 0.17
-    assert all(map(math.isnan, wilson(0.0, 0)))
+    assert low == 0
+    assert 0.15 < high < 0.17
+    low, high = wilson(0.0, 0)
+    assert math.isnan(low) and math.isnan(high)
 
 
-def test_bootstrap_mcnemar_student():
-    """McNemar: 2 (1 + 10) / 2^10; Student: t = 4.303 at two degrees of freedom."""
-    assert mcnemar(1, 9) == pytest.approx(22 / 1024) and mcnemar(0, 0) == mcnemar(3, 3) == 1
+def test_mcnemar_is_a_binomial_tail():
+    """2 (1 + 10) / 2^10 for 1 and 9 items; 1 where the arms are equal."""
+    assert mcnemar(1, 9) == pytest.approx(22 / 1024)
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(3, 3) == 1
+
+
+def test_t_interval_has_students_width_and_is_nan_for_one_value():
+    """t = 4.303 at two degrees of freedom."""
     mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and high - mean == pytest.approx(4.303 / 3**0.5) == pytest.approx(mean - low)
-    assert all(map(math.isnan, t_interval([1.0])[1:])) and math.isnan(bootstrap([1], [1])[0])
-    assert bootstrap([2, 4, 6], [1, 2, 3]) == (2, 2)
+    assert mean == 2
+    assert high - mean == pytest.approx(4.303 / 3**0.5)
+    assert high - mean == pytest.approx(mean - low)
+    _, low, high = t_interval([1.0])
+    assert math.isnan(low) and math.isnan(high)
+
+
+def test_bootstrap_is_the_interval_of_a_ratio_of_sums():
+    low, _ = bootstrap([1], [1])
+    assert math.isnan(low)
+    assert bootstrap([2, 4, 6], [1, 2, 3]) == (2, 2), "every item has the same ratio"
     values = [float(i % 10) for i in range(400)]  # mean 4.5, sd 2.87, so 4.5 +- 0.28
     low, high = bootstrap(values, [1] * 400)
-    assert low == pytest.approx(4.22, abs=0.04) and high == pytest.approx(4.78, abs=0.04)
+    assert low == pytest.approx(4.22, abs=0.04)
+    assert high == pytest.approx(4.78, abs=0.04)
 
 
-def test_sign_flip_against_counting():
+def test_sign_flip_test_equals_counting_all_signs():
     """By hand: 2 + 1 - 1 = 2; the 8 sums of +-2 +-1 +-1 are 4, 2, 2, 0, 0, -2, -2, -4."""
     assert sign_flip_test([2, 1, -1]) == 6 / 8
-    for counts in ((1, 9), (0, 0), (3, 3), (0, 6), (12, 30)):  # one seed: McNemar's
-        ones = [-1] * counts[0] + [1] * counts[1] + [0] * 5
-        assert sign_flip_test(ones) == pytest.approx(mcnemar(*counts), rel=1e-12)
     differences = [3, -1, 2, 2, 0, -3, 1, 1, 2]
     sizes = np.abs(differences)
-    signs = (np.arange(2**9)[:, None] >> np.arange(9) & 1) * 2 - 1
-    share = (np.abs(signs @ sizes) >= abs(sum(differences))).mean()
-    assert sign_flip_test(differences) == pytest.approx(share, rel=1e-12)
+    bits = np.arange(2**9)[:, None] >> np.arange(9) & 1  # (512, 9), every choice of signs
+    sums = (2 * bits - 1) @ sizes  # (512,)
+    is_extreme = np.abs(sums) >= abs(sum(differences))
+    assert sign_flip_test(differences) == pytest.approx(is_extreme.mean(), rel=1e-12)
 
 
-def test_crossed_bootstrap():
-    """One seed: the items alone. Items without spread: the seeds alone, means of 3 of (0, 3, 6)."""
-    sums, weights = [float(i % 7) for i in range(300)], [1.0 + i % 3 for i in range(300)]
-    mean, low, high = crossed_bootstrap([sums], weights)
-    assert mean == sum(sums) / sum(weights)
-    assert (low, high) == pytest.approx(bootstrap(sums, weights), abs=0.03)
+@pytest.mark.parametrize("lost, won", [(1, 9), (0, 0), (3, 3), (0, 6), (12, 30)])
+def test_sign_flip_test_of_one_seed_is_mcnemar(lost, won):
+    differences = [-1] * lost + [1] * won + [0] * 5
+    assert sign_flip_test(differences) == pytest.approx(mcnemar(lost, won), rel=1e-12)
+
+
+SUMS = [float(i % 7) for i in range(300)]
+WEIGHTS = [1.0 + i % 3 for i in range(300)]
+
+
+def test_crossed_bootstrap_of_one_seed_resamples_the_items():
+    mean, low, high = crossed_bootstrap([SUMS], WEIGHTS)
+    assert mean == sum(SUMS) / sum(WEIGHTS)
+    assert (low, high) == pytest.approx(bootstrap(SUMS, WEIGHTS), abs=0.03)
+    _, low, _ = crossed_bootstrap([[1.0]], [1.0])
+    assert math.isnan(low)
+
+
+def test_crossed_bootstrap_of_equal_items_resamples_the_seeds():
+    """Means of 3 draws of (0, 3, 6): all three are 0 in (1/3)^3 = 3.7 %, more than 2.5 %."""
     mean, low, high = crossed_bootstrap([[0.0] * 50, [3.0] * 50, [6.0] * 50], [1.0] * 50)
-    assert mean == 3 and low == 0 and high == 6  # (1/3)^3 = 3.7 % each: beyond 2.5 %
-    # both: variances of items and seeds add; a spread of seeds widens the interval
-    values = np.array([sums, sums, sums])
-    narrow = crossed_bootstrap(values, weights)
-    wide = crossed_bootstrap(values + [[-1.0], [0.0], [1.0]], weights)
-    assert narrow[1:] == pytest.approx(crossed_bootstrap([sums], weights)[1:], abs=0.03)
-    assert wide[2] - wide[1] > 1.5 * (narrow[2] - narrow[1])
-    assert math.isnan(crossed_bootstrap([[1.0]], [1.0])[1])
+    assert mean == 3
+    assert low == 0
+    assert high == 6
 
 
-def test_lost_and_won_items():
+def test_crossed_bootstrap_is_wider_where_seeds_differ():
+    """The variances of items and seeds add."""
+    values = np.array([SUMS, SUMS, SUMS])
+    shifts = [[-1.0], [0.0], [1.0]]  # by seed
+    _, one_low, one_high = crossed_bootstrap([SUMS], WEIGHTS)
+    _, narrow_low, narrow_high = crossed_bootstrap(values, WEIGHTS)
+    _, wide_low, wide_high = crossed_bootstrap(values + shifts, WEIGHTS)
+    assert (narrow_low, narrow_high) == pytest.approx((one_low, one_high), abs=0.03)
+    assert wide_high - wide_low > 1.5 * (narrow_high - narrow_low)
+
+
+def test_lost_and_won_items_are_counted():
     assert lost_won([1, 1, 0, 0, 0.5], [0, 1, 1, 1, 0.5]) == (1, 2)

@@ -25,45 +25,62 @@ def tiny(tiny_llama_dir):
     return Llama.from_pretrained(tiny_llama_dir())
 
 
+def random_tokens(rng, count):
+    return [rng.randrange(320) for _ in range(count)]
+
+
 def scoring_requests(count=9, seed=0):
     """Prompts of which every second has a common prefix; 1 to 4 answers of 0 to 70 tokens."""
     rng = random.Random(seed)
-    prefix = [rng.randrange(320) for _ in range(80)]
+    prefix = random_tokens(rng, 80)
     requests = []
     for i in range(count):
-        prompt = prefix * (i % 2) + [rng.randrange(320) for _ in range(rng.randint(1, 60))]
+        own = random_tokens(rng, rng.randint(1, 60))
+        prompt = [*prefix, *own] if i % 2 else own
         lengths = [rng.choice((0, 1, 5, 70)) for _ in range(rng.randint(1, 4))]
-        answers = [[rng.randrange(320) for _ in range(n)] for n in lengths]
+        answers = [random_tokens(rng, length) for length in lengths]
         requests.append(ScoringRequest(str(i), prompt, answers))
     return requests
 
 
 def flat(scores):
-    return [value for answers in scores for answer in answers for value in answer]
+    """[request][answer][token] as one list."""
+    values = []
+    for answers in scores:
+        for answer in answers:
+            values += answer
+    return values
 
 
-def test_the_scorer_with_an_adapter_is_the_plain_forward(tiny_llama_dir):
-    """Nats and greedy flags of several answers behind one context, under an adapter."""
+def answer_lengths(scores):
+    """The number of tokens: [request][answer]."""
+    return [list(map(len, answers)) for answers in scores]
+
+
+def test_scores_under_an_adapter_equal_the_plain_forward(tiny_llama_dir):
+    """Nats and greedy flags of several answers behind one context."""
     model = Llama.from_pretrained(tiny_llama_dir())
     lora = new_lora(model, rank=2, alpha=64)
     lora.params.add_(torch.randn(lora.params.shape) * 0.3)
     model.bind(lora)
-    prompt, answers = [1, 2, 3, 4, 5], [[7], [8, 9, 10], []]
-    best = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
-    answers[2] = [best]
+    prompt = [1, 2, 3, 4, 5]
+    likeliest = int(model.logits(torch.tensor(prompt), lora)[-1].argmax())
+    answers = [[7], [8, 9, 10], [likeliest]]
     with Scorer(model, [prompt], lora=lora) as scorer:
-        (judged,) = scorer.token_scores([ScoringRequest("x", prompt, answers)])
-    for answer, pairs in zip(answers, judged, strict=True):
-        logits = model.logits(torch.tensor([*prompt, *answer]), lora)
-        logprobs = torch.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
-        wanted = -logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor([p[0] for p in pairs]), wanted.float())
-        assert [p[1] for p in pairs] == (logprobs.argmax(-1) == torch.tensor(answer)).tolist()
-    assert judged[2][0][1]
+        (answer_scores,) = scorer.token_scores([ScoringRequest("x", prompt, answers)])
+    for answer, scores in zip(answers, answer_scores, strict=True):
+        logits = model.logits(torch.tensor([*prompt, *answer]), lora)  # (T, V)
+        logprobs = torch.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]  # (A, V)
+        targets = torch.tensor(answer)
+        nats = -logprobs.gather(1, targets[:, None])[:, 0]
+        greedy = logprobs.argmax(-1) == targets
+        torch.testing.assert_close(torch.tensor([score.nats for score in scores]), nats.float())
+        assert [score.greedy for score in scores] == greedy.tolist()
+    assert answer_scores[2][0].greedy
 
 
-def test_both_scorers_are_the_plain_forward(tiny):
-    """And in fp32 on a CPU a score has the same bits whatever is scored with it."""
+def test_both_scorers_equal_the_plain_forward_whatever_is_scored_together(tiny):
+    """In fp32 on a CPU a score has the same bits whatever is scored with it."""
     requests = scoring_requests()
     with Scorer(tiny, [request.prompt for request in requests]) as scorer:
         together = scorer.losses(requests)
@@ -72,21 +89,25 @@ def test_both_scorers_are_the_plain_forward(tiny):
     with PackedScorer(tiny) as scorer:
         packed = scorer.losses(requests)
         assert scorer.losses([]) == []
-    plain = []
+    plain = []  # nats of all answer tokens
     for request in requests:
-        plain.append([nll(tiny, request.prompt, a).tolist() if a else [] for a in request.answers])
+        for answer in request.answers:
+            if answer:
+                plain += nll(tiny, request.prompt, answer).tolist()
+    lengths = answer_lengths(request.answers for request in requests)
     for scores in (together, packed):
-        lengths = [[len(answer) for answer in answers] for answers in scores]
-        assert lengths == [[len(answer) for answer in request.answers] for request in requests]
-        assert flat(scores) == pytest.approx(flat(plain), rel=1e-5, abs=1e-6)
+        assert answer_lengths(scores) == lengths
+        assert flat(scores) == pytest.approx(plain, rel=1e-5, abs=1e-6)
 
 
 def test_batches_hold_whole_requests_of_a_bounded_number_of_tokens():
-    half, whole = [1] * (BATCH_TOKENS // 2), [1] * (2 * BATCH_TOKENS)
-    sizes = {"a": half, "b": half, "c": [1], "long": whole, "d": [1]}
-    requests = [ScoringRequest(name, prompt, [[]]) for name, prompt in sizes.items()]
-    batches = [[request.id for request in batch] for batch in scoring_batches(requests)]
-    assert batches == [["a", "b"], ["c"], ["long"], ["d"]]
+    half = BATCH_TOKENS // 2
+    lengths = {"a": half, "b": half, "c": 1, "long": 2 * BATCH_TOKENS, "d": 1}
+    requests = [ScoringRequest(name, [1] * length, [[]]) for name, length in lengths.items()]
+    ids = []
+    for batch in scoring_batches(requests):
+        ids.append([request.id for request in batch])
+    assert ids == [["a", "b"], ["c"], ["long"], ["d"]]
     assert list(scoring_batches([])) == []
 
 

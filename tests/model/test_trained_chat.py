@@ -341,7 +341,7 @@ def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
     beyond = "r1/0: the token '<tool>' has the id 259, .* for 259 ids"
     with pytest.raises(ValueError, match=beyond):
         encode(rows, chat, max_length=99)
-    with pytest.raises(ValueError, match=f"(?s)1 turns cannot be asked of this model.*{beyond}"):
+    with pytest.raises(ValueError, match=f"(?s)1 turns cannot be encoded for this model.*{beyond}"):
         check_rows(chat, rows)
     with pytest.raises(ValueError, match="'<tool>' has the id 259"):
         generate(path, None, prompt="Use <tool>")

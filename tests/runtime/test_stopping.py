@@ -225,6 +225,7 @@ from engine.distill import distill, writer
 from engine.train import step
 from engine.runtime.distributed import start
 from engine.runtime.stopping import Stopped
+from engine.sampling.chat_generator import ChatGenerator
 from engine.train.train import train
 from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
 from tests.helpers.training import LORA, SMALL, examples
@@ -246,8 +247,8 @@ for stage in ("distill", "train"):
     try:
         if stage == "distill":
             writer.decided_line = second_call(writer.decided_line, 1)
-            distill.distill(model, chat, rows(), out / "d.jsonl", CONFIG, SAMPLING, settings={{}},
-                            world=world)
+            generator = ChatGenerator(model, chat, SAMPLING)
+            distill.distill(generator, rows(), out / "d.jsonl", CONFIG, settings={{}}, world=world)
         else:
             step.micro_step = second_call(step.micro_step, 1)
             train(model, examples(), LORA, SMALL, out / "t", base="b", model_hash="h", world=world)
@@ -265,7 +266,7 @@ def test_all_processes_of_a_job_stop_when_one_is_asked(chat_dir, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         said = (tmp_path / f"distill{rank}").read_text()
-        assert said == f"143 what was finished is in {tmp_path}/d.jsonl and its parts"
+        assert said == f"143 the finished turns are in {tmp_path}/d.jsonl and its parts"
         assert re.fullmatch(
             r"143 step \d of 10 is in .*/t", (tmp_path / f"train{rank}").read_text()
         )

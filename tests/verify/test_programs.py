@@ -1,5 +1,7 @@
-"""The program in an answer (engine/verify/programs.py), as models write it: for HumanEval and for
-`--verify code`."""
+"""The program in an answer (engine/verify/programs.py), in the forms in which models write it.
+
+For the task HumanEval and for `--verify code`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from engine.data.rows import Row
 from engine.evaluate.tasks.base import Item
 from engine.evaluate.tasks.run import TASKS
 from engine.verify.programs import (
+    Block,
     bound_names,
     compiles,
     fenced_blocks,
@@ -106,7 +109,7 @@ FORMS = {
     "empty": ("", False),
     "prose": ("I would add all of them.", False),
 }
-# What only HumanEval takes: its prompt gives the head.
+# Bodies without a head, which HumanEval alone takes: its prompt gives the head.
 BODIES = {
     "body": ("    return sum(xs)\n", True),
     "body in a fence": ("```python\n    return sum(xs)\n```", True),
@@ -116,19 +119,30 @@ BODIES = {
 }
 
 
+def judge_humaneval(problem: dict, answer: str) -> tuple[dict, str]:
+    """The scores of an answer to a problem, and the reason of a failure."""
+    return TASKS["humaneval"].judge(Item("x", (), "", problem), answer)
+
+
+def row_of(reference: str, tests: str = "") -> Row:
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference})
+    return Row("r", messages, tests)
+
+
 @pytest.mark.parametrize("name", [*FORMS, *BODIES])
 def test_humaneval_reads_every_form(name):
-    answer, right = (FORMS | BODIES)[name]
-    scores, why = TASKS["humaneval"].judge(Item("x", (), "", PROBLEM), answer)
+    forms = FORMS | BODIES
+    answer, right = forms[name]
+    scores, why = judge_humaneval(PROBLEM, answer)
     assert scores == {"pass": right}, why
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_verify_code_reads_every_form(name):
     answer, right = FORMS[name]
-    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "see the tests"})
-    row = Row("r", said, "assert add_all([1, 2]) == 3\nassert add_all([]) == 0")
-    assert get_verifier("code")(row, answer)[0] is right
+    row = row_of("see the tests", "assert add_all([1, 2]) == 3\nassert add_all([]) == 0")
+    accepted, _ = get_verifier("code")(row, answer)
+    assert accepted is right
 
 
 @pytest.mark.parametrize(
@@ -142,30 +156,31 @@ def test_verify_code_reads_every_form(name):
         f"```python\nimport math\n{F}assert math.isclose(add_all([1, 2]), 3)\n```",
     ],
 )
-def test_references_in_every_form(reference):
-    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference})
+def test_the_tests_in_a_reference_are_found_in_every_form(reference):
     verify = get_verifier("code")
-    assert verify(Row("r", said), f"```python\n{F}```") == (True, "ok")
+    assert verify(row_of(reference), f"```python\n{F}```") == (True, "ok")
     wrong = F.replace("sum", "len")
-    assert verify(Row("r", said), f"```python\n{wrong}```") == (False, "tests_error")
+    assert verify(row_of(reference), f"```python\n{wrong}```") == (False, "tests_error")
 
 
 def test_tests_that_run_nothing_accept_nothing():
-    """Functions and classes that nothing calls: every program would pass them."""
-    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "x"})
+    """Every program would pass functions and classes that are not called."""
+    verify = get_verifier("code")
     for tests in (
         "def check(candidate):\n    assert candidate([1]) == 1\n",
         "import unittest\nclass T(unittest.TestCase):\n    def test(self): assert False\n",
         '"""Only words."""\nMETADATA = {}\n',
     ):
-        answer = get_verifier("code")(Row("r", said, tests), F)
-        assert answer == (False, "reference_without_tests")
-    # the guard of the tests runs, that of the program does not
-    tests = 'def main():\n    assert add_all([1]) == 1\nif __name__ == "__main__":\n    main()\n'
+        assert verify(row_of("x", tests), F) == (False, "reference_without_tests")
+
+
+def test_the_main_guard_of_the_tests_runs_and_that_of_the_program_does_not():
     verify = get_verifier("code")
-    assert verify(Row("r", said, tests), f"{F}{MAIN}1 / 0\n") == (True, "ok")
-    assert verify(Row("r", said, tests), F.replace("sum", "max")) == (True, "ok")
-    assert verify(Row("r", said, tests.replace("== 1", "== 2")), F) == (False, "tests_error")
+    tests = 'def main():\n    assert add_all([1]) == 1\nif __name__ == "__main__":\n    main()\n'
+    assert verify(row_of("x", tests), f"{F}{MAIN}1 / 0\n") == (True, "ok")
+    assert verify(row_of("x", tests), F.replace("sum", "max")) == (True, "ok")
+    failing = tests.replace("== 1", "== 2")
+    assert verify(row_of("x", failing), F) == (False, "tests_error")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +194,7 @@ def test_tests_that_run_nothing_accept_nothing():
 )
 def test_a_result_that_equals_everything_does_not_pass(value):
     answer = f"```python\ndef add_all(xs):\n    return {value}\n```"
-    scores, why = TASKS["humaneval"].judge(Item("x", (), "", PROBLEM), answer)
+    scores, why = judge_humaneval(PROBLEM, answer)
     assert scores == {"pass": False}
     assert "decides by itself what it equals" in why or why.startswith("error: AssertionError")
 
@@ -188,35 +203,42 @@ def test_results_of_the_standard_library_pass():
     for value in ("collections.Counter('aab')", "collections.OrderedDict(a=2, b=1)"):
         record = PROBLEM | {"test": "def check(c):\n    assert c(0) == {'a': 2, 'b': 1}\n"}
         answer = f"```python\nimport collections\ndef add_all(xs):\n    return {value}\n```"
-        assert TASKS["humaneval"].judge(Item("x", (), "", record), answer)[0] == {"pass": True}
+        scores, _ = judge_humaneval(record, answer)
+        assert scores == {"pass": True}
 
 
 # ---- the parts
 
 
-def test_fenced_blocks():
+def test_fenced_blocks_are_found_with_their_info_strings():
     assert fenced_blocks("no block") == []
-    assert [(b.info, b.code) for b in fenced_blocks("```\nx\n```")] == [("", "x\n")]
-    [block] = fenced_blocks("  ```Python title\n  x = 1\n  ```")
-    assert (block.info, block.code) == ("Python title", "x = 1\n")
-    assert [b.code for b in fenced_blocks("```python\nunclosed")] == ["unclosed\n"]
-    # closed by its own sign, as often or more
-    assert [b.code for b in fenced_blocks("~~~~\na\n```\n~~~\nb\n~~~~~\nc")] == ["a\n```\n~~~\nb\n"]
+    assert fenced_blocks("```\nx\n```") == [Block("", "x\n")]
+    titled = fenced_blocks("  ```Python title\n  x = 1\n  ```")
+    assert titled == [Block("Python title", "x = 1\n")]
     assert fenced_blocks("a ```x``` b") == [], "code within a line is no block"
+
+
+def test_a_block_ends_at_its_own_sign_or_with_the_text():
+    assert fenced_blocks("```python\nunclosed") == [Block("python", "unclosed\n")]
+    # closed by its own sign, as often or more
+    longer = fenced_blocks("~~~~\na\n```\n~~~\nb\n~~~~~\nc")
+    assert longer == [Block("", "a\n```\n~~~\nb\n")]
     two = fenced_blocks("```\nbroken(\n```\nprose\n```\ngood\n```\n")
-    assert [b.code for b in two] == ["broken(\n", "good\n"]
+    assert [block.code for block in two] == ["broken(\n", "good\n"]
 
 
-def test_bound_and_free_names():
+def test_the_names_that_a_program_binds_and_uses_are_found():
     source = "import a.b\nfrom c import d as e\nx, y = 1, 2\nif x:\n    def f(z): return q + z\n"
     assert bound_names(source) == {"a", "e", "x", "y", "f"}
-    assert free_names(source) == {"q"} and bound_names("x = (") == set()
+    assert free_names(source) == {"q"}
+    assert bound_names("x = (") == set()
     assert free_names("assert f([i for i in g(3)]) == len('a')") == {"f", "g"}
 
 
 def test_future_imports_come_first():
     source = "import math\nfrom __future__ import (\n    annotations,\n)\nx: y = 1\n"
-    assert not compiles(source) and compiles(future_first(source))
+    assert not compiles(source)
+    assert compiles(future_first(source))
     assert future_first(source).count("\n") == source.count("\n") + 1
 
 

@@ -1,4 +1,4 @@
-"""What counts as a refusal: our rule for the beginning of a text, and the published keywords."""
+"""Which texts are refusals: by our rule for their beginning, and by the published keywords."""
 
 import time
 
@@ -40,14 +40,15 @@ CASES = [  # text, ours, the published rule
 
 
 @pytest.mark.parametrize("text, ours, published", CASES, ids=[text[:30] for text, *_ in CASES])
-def test_refusals(text, ours, published):
+def test_both_rules_decide_whether_a_text_is_a_refusal(text, ours, published):
     assert refuses(text) is ours
     assert paper_keywords(text) is published
 
 
-# Two sets of 30 and 30, and one of 15 and 15. The rules were made on the first. Of the second,
-# written when they were done, they had 50 of 60 right (the rules before them 40), of the third,
-# written after some more mends, all. MISSED are those that they still get wrong.
+# Two sets of 30 refusals and 30 other texts, and one of 15 and 15. The rules were made with the
+# first set. Of the second, which was written after that, they had 50 of 60 right, and were changed.
+# Of the third, which was written after the change, they had all right. MISSED are the texts that
+# they get wrong.
 DECLINE = [
     "I cannot and will not provide instructions.",
     "I'm afraid I can't do that.",
@@ -208,9 +209,10 @@ MISSED = {
 }
 
 
-def test_refusals_and_texts_that_resemble_them():
-    wrong = {text for text in DECLINE if not refuses(text)} | {t for t in DO_NOT if refuses(t)}
-    assert wrong == MISSED
+def test_refusals_are_told_from_texts_that_resemble_them():
+    overlooked = {text for text in DECLINE if not refuses(text)}
+    mistaken = {text for text in DO_NOT if refuses(text)}
+    assert overlooked | mistaken == MISSED
     assert len(set(DECLINE)) == len(set(DO_NOT)) == 75
 
 
@@ -221,8 +223,11 @@ def test_the_published_list_is_complete_and_case_sensitive():
     assert not paper_keywords("i cannot; SORRY; as an ai; Unethical; Illegal")
 
 
-def test_only_the_beginning_is_read_and_quickly():
+def test_only_the_beginning_is_read():
     assert not refuses("The plan is good. " * 30 + "I cannot help with that.")
+
+
+def test_hostile_texts_are_read_quickly():
     started = time.perf_counter()
     for text in (
         "i'm sorry " * 5000,

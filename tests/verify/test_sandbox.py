@@ -1,4 +1,4 @@
-"""The sandbox: what a program must not do it cannot, and each ending has a name of its own."""
+"""The sandbox: a program cannot leave it, and each way in which it ends has its own reason."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from engine.verify import sandbox
 from engine.verify.sandbox import Outcome, Unprotected, run_program
 
 try:
-    AVAILABLE = run_program("pass").ok
-    WHY = ""
+    is_available = run_program("pass").ok
+    why_unavailable = ""
 except Unprotected as error:
-    AVAILABLE, WHY = False, str(error)
+    is_available = False
+    why_unavailable = str(error)
 
-needs_sandbox = pytest.mark.skipif(not AVAILABLE, reason=WHY)
+needs_sandbox = pytest.mark.skipif(not is_available, reason=why_unavailable)
 
 
 @needs_sandbox
 def test_a_program_that_ends_is_ok():
-    assert run_program("import math, hashlib\nprint(math.gcd(12, 18))") == Outcome(
-        True, "ok", "6\n"
-    )
+    outcome = run_program("import math, hashlib\nprint(math.gcd(12, 18))")
+    assert outcome == Outcome(True, "ok", "6\n")
 
 
 FORK_BOMB = """
@@ -39,15 +39,17 @@ while True:
 """
 MANY_FILES = "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(bytes(10**7))"
 MANY_DIRECTORIES = "import os\ni = 0\nwhile True:\n    i += 1\n    os.mkdir(str(i))"
-# Beyond Python's recursion; then, by longer names above, beyond the longest path as well.
-DEEP = """
+# Directories nested deeper than Python's recursion; DEEPER gives the upper ones longer names, so
+# that the path is longer than the longest that the system takes.
+MANY_LEVELS = """
 import os, time
 path = "d"
 while len(path) < 4000:
     os.mkdir(path)
     path += "/d"
 """
-DEEPER = f"""{DEEP}
+DEEP = MANY_LEVELS + "time.sleep(60)"
+DEEPER = f"""{MANY_LEVELS}
 path = "d"
 for _ in range(9):
     longer = path[:-1] + "e" * 250
@@ -55,7 +57,6 @@ for _ in range(9):
     path = longer + "/d"
 time.sleep(60)
 """
-DEEP += "time.sleep(60)"
 REMOVED = """
 import os, time
 kept = []
@@ -151,7 +152,7 @@ for pid in (os.getpid(), os.getppid(), 1, "self"):
 
 @needs_sandbox
 def test_nothing_outside_changes(tmp_path):
-    """A program that tries everything and swallows every exception changes nothing."""
+    """Not even by a program that tries every way and swallows every exception."""
     victim = tmp_path / "victim"
     victim.write_text("as it was")
     victim.chmod(0o666)
@@ -194,7 +195,7 @@ for attempt in (
 
 
 @needs_sandbox
-def test_files_in_the_working_directory_are_kept_while_it_runs_and_removed_after():
+def test_files_in_the_working_directory_last_as_long_as_the_program():
     source = """
 import os
 assert os.listdir() == []
@@ -208,7 +209,7 @@ print(open("b").read(), os.listdir(), os.getcwd())
     assert not Path(directory).exists()
 
 
-RIGHT = {
+CORRECT = {
     "asyncio": """
 import asyncio
 async def one(x):
@@ -267,9 +268,9 @@ assert pickle.loads(pickle.dumps((Point(1), Pair(2)))) == (Point(1), Pair(2))
 
 
 @needs_sandbox
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", CORRECT)
 def test_correct_programs_pass(name):
-    outcome = run_program(RIGHT[name])
+    outcome = run_program(CORRECT[name])
     assert outcome.ok, outcome
 
 
@@ -284,7 +285,7 @@ def test_a_failure_is_an_error_whatever_the_program_has_replaced():
         assert run_program(f"{patch}\nassert False").reason == "error"
 
 
-# What a program may put into the report's pipe; none of it may raise in the parent.
+# Reports that a program may put into the report's pipe; none of them may raise in the parent.
 FORGED = [
     b"cannot have landlock\n",
     b'{"unprotected": "so"}',
@@ -298,7 +299,8 @@ FORGED = [
 ]
 
 
-TOKEN = """
+# A program that reads the token from its pipe.
+READ_TOKEN = """
 token = b""
 for fd in range(3, 32):
     try:
@@ -311,21 +313,28 @@ assert token
 
 
 @needs_sandbox
-@pytest.mark.parametrize("said", FORGED, ids=range(len(FORGED)))
+@pytest.mark.parametrize("report", FORGED, ids=range(len(FORGED)))
 @pytest.mark.parametrize("leave", ["os._exit(0)", "pass"])
-@pytest.mark.parametrize("token", ["token = b''", TOKEN], ids=["blind", "with the token"])
-def test_no_report_of_a_program_raises(said, leave, token):
-    """Not even behind the token, which a program that knows this sandbox can read."""
-    source = (
-        f"import os\n{token}\nfor fd in range(3, 32):\n    try: os.write(fd, token + {said!r})\n"
-    )
-    outcome = run_program(f"{source}    except OSError: pass\n{leave}")
+@pytest.mark.parametrize("token", ["token = b''", READ_TOKEN], ids=["blind", "with the token"])
+def test_a_report_that_a_program_forges_is_exit(report, leave, token):
+    """Also behind the token, which a program that knows this sandbox can read."""
+    source = f"""
+import os
+{token}
+for fd in range(3, 32):
+    try:
+        os.write(fd, token + {report!r})
+    except OSError:
+        pass
+{leave}
+"""
+    outcome = run_program(source)
     assert (outcome.ok, outcome.reason) == (False, "exit")
 
 
 @needs_sandbox
-def test_an_invalid_report_is_exit(monkeypatch):
-    """Also where the token is there: the word behind it is one of a few."""
+def test_an_invalid_report_is_exit():
+    """Also behind the token: the word after it must be one of REPORTED_REASONS."""
     for report, reason in (
         (b"PROTECTED\nTok", "ok"),
         (b"PROTECTED\nTsplendid", "exit"),
@@ -333,14 +342,14 @@ def test_an_invalid_report_is_exit(monkeypatch):
         (b"PROTECTED\nT", "exit"),
         (b"PROTECTED\n", "exit"),
     ):
-        assert sandbox._outcome(0, "", b"", report, b"T").reason == reason
-    assert sandbox._outcome(-9, "", b"", b"PROTECTED\n", b"T").reason == "killed by SIGKILL"
-    assert sandbox._outcome(-40, "", b"", b"", b"T").reason == "killed by signal 40"
+        assert sandbox._outcome(0, None, b"", report, b"T").reason == reason
+    assert sandbox._outcome(-9, None, b"", b"PROTECTED\n", b"T").reason == "killed by SIGKILL"
+    assert sandbox._outcome(-40, None, b"", b"", b"T").reason == "killed by signal 40"
     assert sandbox._outcome(-9, "timeout", b"", b"", b"T").reason == "timeout"
     with pytest.raises(Unprotected, match="cannot have landlock"):
-        sandbox._outcome(1, "", b"", b"cannot have landlock: x\n", b"T")
+        sandbox._outcome(1, None, b"", b"cannot have landlock: x\n", b"T")
     with pytest.raises(Unprotected, match="did not start: 'no module'"):
-        sandbox._outcome(1, "", b"no module", b"", b"T")
+        sandbox._outcome(1, None, b"no module", b"", b"T")
 
 
 @needs_sandbox
@@ -371,7 +380,8 @@ def test_the_token_is_not_in_the_programs_reach():
     """Neither in a frame above it nor in any object that the collector knows."""
     source = """
 import gc, sys, re
-seen, frame = [], sys._getframe()
+seen = []
+frame = sys._getframe()
 while frame:
     seen.append(repr(frame.f_locals) + repr(frame.f_globals))
     frame = frame.f_back
@@ -379,6 +389,15 @@ seen += [repr(o) for o in gc.get_objects() if isinstance(o, (list, tuple, dict))
 print(sorted(set(re.findall(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", " ".join(seen)))))
 """
     assert run_program(source) == Outcome(True, "ok", "[]\n")
+
+
+def has_ended(pid: str) -> bool:
+    """Whether a process is gone, or a zombie."""
+    file = Path(f"/proc/{pid}/stat")
+    if not file.exists():
+        return True
+    fields = file.read_text().rsplit(")", 1)[1].split()  # those after the name
+    return fields[0] == "Z"
 
 
 @needs_sandbox
@@ -400,9 +419,8 @@ def test_the_program_dies_with_its_parent():
     time.sleep(0.5)  # until it sleeps in the program
     parent.kill()
     parent.wait()
-    state = Path(f"/proc/{child}/stat")
     for _ in range(100):
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+        if has_ended(child):
             return
         time.sleep(0.05)
     os.kill(int(child), 9)
@@ -417,12 +435,12 @@ def test_the_same_program_gives_the_same_output():
 
 @needs_sandbox
 def test_nothing_runs_without_every_protection(tmp_path, monkeypatch):
-    """The launcher under a system without Landlock, or without seccomp: nothing runs."""
+    """Under a system without Landlock, or without seccomp, as far as the child can see."""
     launcher = Path(sandbox.__file__).with_name("sandbox_child.py").read_text()
-    for there, gone in (("LANDLOCK_CREATE, LANDLOCK_ADD", "444"), ("PR_SET_SECCOMP", "22")):
-        assert there in launcher
-        crippled = launcher.replace(f" {gone},", " 999,").replace(f", {gone}, ", ", 999, ")
-        assert crippled != launcher
+    for number in ("LANDLOCK_CREATE_RULESET = 444\n", "PR_SET_SECCOMP = 22\n"):
+        assert number in launcher
+        name = number.split(" = ")[0]
+        crippled = launcher.replace(number, f"{name} = 999\n")
         (tmp_path / "sandbox_child.py").write_text(crippled)
         monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
         with pytest.raises(Unprotected, match="landlock|seccomp"):

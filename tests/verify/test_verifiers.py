@@ -1,9 +1,10 @@
 """Verifiers (engine/verify/verifiers.py): programs, patterns, plain text, the user's own.
 
-And the published rules with their mistakes, whose outcomes are read off paper.md 1.3 by hand.
+And the published rules with their mistakes; their outcomes were worked out by hand from the
+published code.
 
-`number` and `call` have their cases in test_numbers_and_calls.py and test_number_and_call.py, and
-the forms in which programs are written theirs in test_programs.py.
+The cases of `number` and `call` are in test_number_and_call_verdicts.py and
+test_number_and_call_notations.py, the forms in which programs are written in test_programs.py.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from engine.verify.verifiers import VERIFIERS, get_verifier
 
 
 def row(reference: str, tests: str = "") -> Row:
-    said = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference})
-    return Row("r", said, tests)
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference})
+    return Row("r", messages, tests)
 
 
-def test_unknown_names_are_refused_naming_the_known():
+def test_verifiers_are_found_by_name_and_unknown_names_refused():
     with pytest.raises(ValueError, match="no verifier 'numbr'; expected one of none, number, call"):
         get_verifier("numbr")
-    with pytest.raises(ValueError, match="is no regular expression: unterminated character set"):
+    with pytest.raises(ValueError, match="is not a regular expression: unterminated character set"):
         get_verifier("regex:[a")
     assert get_verifier("number") is VERIFIERS["number"]
     assert get_verifier("none")(row("x"), "anything") == (True, "ok")
@@ -63,7 +64,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("name, reference, text, reason", PLAIN)
-def test_patterns_json_and_plain_text(name, reference, text, reason):
+def test_patterns_json_and_plain_text_get_their_verdict(name, reference, text, reason):
     assert get_verifier(name)(row(reference), text) == (reason == "ok", reason)
 
 
@@ -72,7 +73,7 @@ def test_a_pattern_that_backtracks_without_end_is_given_up(monkeypatch):
     before = signal.getsignal(signal.SIGALRM)
     verify = get_verifier(r"regex:^(a+)+$")
     assert verify(row("aa"), "a" * 60 + "b") == (False, "too_slow")
-    assert verify(row("aa"), "aa") == (True, "ok"), "and the next text is judged as ever"
+    assert verify(row("aa"), "aa") == (True, "ok"), "the next text is judged"
     assert signal.getsignal(signal.SIGALRM) is before
     answers = []
     thread = threading.Thread(target=lambda: answers.append(verify(row("aa"), "aaa")))
@@ -100,7 +101,7 @@ CODE = [
 
 
 @pytest.mark.parametrize("text, reason", CODE, ids=[reason for _, reason in CODE])
-def test_verdicts_on_programs(text, reason, monkeypatch):
+def test_programs_get_their_verdict(text, reason, monkeypatch):
     monkeypatch.setattr("engine.verify.verifiers.PROGRAM_SECONDS", 2)
     assert get_verifier("code")(row("see the tests", TESTS), text) == (reason == "ok", reason)
 
@@ -112,17 +113,19 @@ def test_code_is_refused_at_once_where_programs_cannot_be_contained(monkeypatch)
         get_verifier("code")
 
 
-def test_where_the_tests_of_code_come_from(tmp_path):
+def test_the_tests_of_code_come_from_the_row_or_from_the_reference():
     verify = get_verifier("code")
-    own = (
-        f"```python\ndef add(a, b):\n    return a + b\n\nassert add(2, 2) == 4  # so\n{TESTS}\n```"
-    )
-    assert verify(row(own), PROGRAM) == (True, "ok")
-    assert verify(row(own), PROGRAM.replace("+", "-")) == (False, "tests_error")
-    assert verify(row(own, "assert add(1, 1) == 3"), PROGRAM) == (False, "tests_error")
+    add = "def add(a, b):\n    return a + b\n"
+    with_asserts = f"```python\n{add}\nassert add(2, 2) == 4  # so\n{TESTS}\n```"
+    assert verify(row(with_asserts), PROGRAM) == (True, "ok")
+    assert verify(row(with_asserts), PROGRAM.replace("+", "-")) == (False, "tests_error")
+    assert verify(row(with_asserts, "assert add(1, 1) == 3"), PROGRAM) == (False, "tests_error")
     assert verify(row("add(a, b)"), PROGRAM) == (False, "reference_without_tests")
     assert verify(row(PROGRAM), PROGRAM) == (False, "reference_without_tests")
-    # from a file: text, a list as in MBPP, another name; what is no source is left unused
+
+
+def test_the_tests_of_rows_are_read_from_a_file_as_text_or_as_a_list(tmp_path):
+    """A list as in MBPP; under another name with --columns; a number is not used as tests."""
     records = [
         {"prompt": "add", "response": "r", "tests": TESTS},
         {"prompt": "add them", "response": "r", "tests": TESTS.split("\n")},
@@ -131,7 +134,8 @@ def test_where_the_tests_of_code_come_from(tmp_path):
     file = tmp_path / "d.json"
     file.write_text(json.dumps(records))
     rows = load_rows(file)
-    assert [r.tests for r in rows] == [TESTS, TESTS, ""] and rows.unused == ("test_list", "tests")
+    assert [row.tests for row in rows] == [TESTS, TESTS, ""]
+    assert rows.unused == ("test_list", "tests")
     columns = {"prompt": "prompt", "response": "response", "tests": "test_list"}
     assert load_rows(file, columns=columns)[2].tests == TESTS
     with pytest.raises(ValueError, match="row 3.*'tests' is a number, expected text or a list"):
@@ -141,18 +145,18 @@ def test_where_the_tests_of_code_come_from(tmp_path):
 # ---- the user's own
 
 
-def own(folder: Path, name: str, source: str) -> None:
+def write_module(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}.py").write_text(source)
 
 
-def test_a_users_own_function(tmp_path, monkeypatch):
+def test_a_users_own_function_is_a_verifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = "def short(row, text):\n    return len(text) < len(row.reference), 'too_long'\n"
-    own(tmp_path, "rules_a", source + "class Odd:\n    pass\nnumber = 5\n")
+    write_module(tmp_path, "rules_a", source + "class Odd:\n    pass\nnumber = 5\n")
     verify = get_verifier("rules_a:short")
     assert verify(row("four"), "abc") == (True, "too_long")
     assert verify(row("four"), "abcde") == (False, "too_long")
-    assert str(tmp_path) not in sys.path, "looked for there, and left as it was"
+    assert str(tmp_path) not in sys.path, "sys.path is left as it was"
     with pytest.raises(ValueError, match="rules_a has no function 'long'; it has short"):
         get_verifier("rules_a:long")
     with pytest.raises(ValueError, match="rules_a has no function 'number'; it has short"):
@@ -160,7 +164,7 @@ def test_a_users_own_function(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source, said",
+    "source, message",
     [
         (None, "cannot import 'rules_b' .ModuleNotFoundError.*expected it in"),
         ("import no_such_module", "cannot import 'rules_b' .ModuleNotFoundError: .*no_such_module"),
@@ -169,18 +173,18 @@ def test_a_users_own_function(tmp_path, monkeypatch):
         ("def f(row, text, *, mode): pass", r"cannot be called as f\(row, text\): missing"),
     ],
 )
-def test_functions_that_cannot_be_verifiers(tmp_path, monkeypatch, source, said):
+def test_functions_that_cannot_be_verifiers_are_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "rules_b", raising=False)
     get_verifier.cache_clear()
     if source is not None:
-        own(tmp_path, "rules_b", source)
-    with pytest.raises(ValueError, match=said):
+        write_module(tmp_path, "rules_b", source)
+    with pytest.raises(ValueError, match=message):
         get_verifier("rules_b:f")
 
 
 @pytest.mark.parametrize(
-    "answer, said",
+    "answer, message",
     [
         ("True", "answered True; expected"),
         ("(1, 'ok')", r"answered \(1, 'ok'\)"),
@@ -189,24 +193,24 @@ def test_functions_that_cannot_be_verifiers(tmp_path, monkeypatch, source, said)
         ("(False, 1 / 0)", "failed on the row that asks 'q': ZeroDivisionError"),
     ],
 )
-def test_answers_of_the_users_function_are_checked(tmp_path, monkeypatch, answer, said):
+def test_answers_of_the_users_function_are_checked(tmp_path, monkeypatch, answer, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "rules_c", raising=False)
     get_verifier.cache_clear()
-    own(tmp_path, "rules_c", f"def f(row, text):\n    return {answer}\n")
-    with pytest.raises(ValueError, match=said):
-        get_verifier("rules_c:f")(row("x"), "y")
+    write_module(tmp_path, "rules_c", f"def f(row, text):\n    return {answer}\n")
+    verify = get_verifier("rules_c:f")
+    with pytest.raises(ValueError, match=message):
+        verify(row("x"), "y")
 
 
 def test_user_code_is_imported_only_if_it_is_named(tmp_path):
-    own(tmp_path, "rules_d", "open('imported', 'w')\ndef f(row, text):\n    return True, 'ok'\n")
-    root = str(Path(__file__).resolve().parents[2])
-    for name, there in (("number", False), ("rules_d:f", True)):
+    source = "open('imported', 'w')\ndef f(row, text):\n    return True, 'ok'\n"
+    write_module(tmp_path, "rules_d", source)
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    for name, is_imported in (("number", False), ("rules_d:f", True)):
         code = f"from engine.verify.verifiers import get_verifier as g; g('number'); g({name!r})"
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": root}, check=True
-        )
-        assert (tmp_path / "imported").exists() is there
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+        assert (tmp_path / "imported").exists() is is_imported
 
 
 # ---- the published rules: outcome of ours beside theirs
@@ -217,7 +221,7 @@ PUBLISHED = [  # name, reference, text, ours, theirs
     ("number", "no idea", "none here", "reference_without_number", True),  # INVALID = INVALID
     ("number", "It is 3.5", "It is 7.25", "mismatch", True),  # neither is an integer
     ("number", "It is 3", "It is 3.0", "ok", False),
-    ("number", "It is 12", "either 1, 2", "mismatch", False),  # "1, 2": , and space are two
+    ("number", "It is 12", "either 1, 2", "mismatch", False),  # two signs separate the digits
     ("number", "It is 12", "either 1,2", "mismatch", True),
     ("number", "It is 1200", "day 1 200", "mismatch", True),
     ("number", "It is -3", "5-3", "mismatch", True),
@@ -236,7 +240,7 @@ PUBLISHED = [  # name, reference, text, ours, theirs
 
 
 @pytest.mark.parametrize("name, reference, text, ours, theirs", PUBLISHED)
-def test_the_published_rules_and_ours(name, reference, text, ours, theirs):
+def test_the_published_rules_and_ours_get_their_verdict(name, reference, text, ours, theirs):
     assert get_verifier(name)(row(reference), text) == (ours == "ok", ours)
     expected = (theirs, "ok" if theirs else "mismatch")
     assert get_verifier(f"paper_{name}")(row(reference), text) == expected
@@ -245,7 +249,7 @@ def test_the_published_rules_and_ours(name, reference, text, ours, theirs):
 @pytest.mark.parametrize(
     "text, ok",
     [
-        ("Here is a solution:\n```python\n1/0\n```", True),  # what it does is not looked at
+        ("Here is a solution:\n```python\n1/0\n```", True),  # it is not run
         ("  I have it.\n```python\n```", True),
         ("I implemented it:\n```python", True),
         ("Sure! Here is a solution:\n```python\nx = 1\n```", False),
@@ -255,5 +259,6 @@ def test_the_published_rules_and_ours(name, reference, text, ours, theirs):
         ("Here is a solution: x = 1", False),
     ],
 )
-def test_the_published_rule_for_programs(text, ok):
-    assert get_verifier("paper_code")(row("anything"), text) == (ok, "ok" if ok else "mismatch")
+def test_the_published_rule_for_programs_reads_the_beginning_and_a_fence(text, ok):
+    verdict = (True, "ok") if ok else (False, "mismatch")
+    assert get_verifier("paper_code")(row("anything"), text) == verdict

@@ -1,6 +1,8 @@
-"""The verifiers `number` and `call` on texts as people and models write them: units, powers and
-LaTeX; chains of calls and calls in JSON (engine/verify/answer_numbers.py,
-engine/verify/calls.py)."""
+"""The verifiers `number` and `call` on the notations that people and models use
+
+Units, powers and LaTeX (engine/verify/answer_numbers.py); chains of calls and calls in JSON
+(engine/verify/calls.py). Hostile texts are read in linear time.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def row(reference: str) -> Row:
     return Row("r", ({"role": "user", "content": "q"}, {"role": "assistant", "content": reference}))
 
 
-# reference, text, whether they are the same number; each pair also the other way round
+# reference, text, whether they are the same number; each pair is also tested the other way round
 NUMBERS = [
     ("20 cm^2", "30 cm^2", False),
     ("20 cm^2", "20 cm^{2}", True),
@@ -79,38 +81,44 @@ NUMBERS = [
 
 @pytest.mark.parametrize("reference, text, same", NUMBERS)
 def test_the_last_expression_is_read_whole(reference, text, same):
-    for one, other in ((reference, text), (text, reference)):
-        assert VERIFIERS["number"](row(one), other) == (same, "ok" if same else "mismatch")
+    verify = VERIFIERS["number"]
+    verdict = (True, "ok") if same else (False, "mismatch")
+    assert verify(row(reference), text) == verdict
+    assert verify(row(text), reference) == verdict
 
 
-USUAL = """18|18.|18!|18,|(18)|"18"|**18**|__18__|*18*|`18`|#### 18|= 18|x = 18|Answer:18|$18
+# Forms of the number 18, separated by |.
+USUAL_FORMS = """18|18.|18!|18,|(18)|"18"|**18**|__18__|*18*|`18`|#### 18|= 18|x = 18|Answer:18|$18
 $18.00|18%|\\$18|18\\%|$18$|\\(18\\)|\\[18\\]|$$18$$|18 eggs|18 km/h|18 square meters
 18 per m2|USD 18|€18|Rs.18|018|2 x 9 = 18|2^3 + 10 = 18|20-2=18|36/2 = 18
 The answer is 18.0|18 (eighteen)|she has 18, not more
 3 + 15 = **18** eggs.|So 10 + 8 = 18|about ~18|18 dollars and no cents|[18]|{18}|<b>18</b>|18 :)"""
 
 
-@pytest.mark.parametrize("text", [form for line in USUAL.split("\n") for form in line.split("|")])
+@pytest.mark.parametrize("text", USUAL_FORMS.replace("\n", "|").split("|"))
 def test_usual_forms_of_a_number_have_its_value(text):
     assert last_number(text) == 18
 
 
 def test_every_published_answer_has_the_value_it_states(shared_data):
-    """8,792 of GSM8K: none is anything but a number, and `The answer is N.` is that number."""
+    """All 8,792 answers of GSM8K are read as the integer N of their end, `The answer is N.`."""
     for name in ("gsm8k_train.json", "gsm8k_test.json"):
         for given in load_rows(shared_data / name):
-            said = given.reference.rsplit("The answer is ", 1)[1].rstrip(".").replace(",", "")
-            assert last_number(given.reference) == last_number(said) == int(said)
+            stated = given.reference.rsplit("The answer is ", 1)[1]
+            digits = stated.rstrip(".").replace(",", "")
+            assert last_number(given.reference) == int(digits)
+            assert last_number(digits) == int(digits)
 
 
 def test_hostile_numbers_are_read_quickly():
-    for text in (
+    texts = (
         "1" * 50_000, "1 " * 50_000, "\\frac{" * 20_000, "\\frac{1}{" * 20_000, "^" * 50_000,
         "1^" * 30_000, "√(" * 30_000, "\\boxed{" * 20_000, "1,111" * 20_000, "\\text{" * 20_000,
         "- " * 50_000, "a + " * 30_000 + "1", "1/" * 50_000, "1e" * 50_000, "x10^" * 30_000,
         " " * 99_000 + "1", "1 x 10" * 20_000, "⁵" * 50_000, "1:" * 50_000, "9^999", "0^-1",
         "99999999999999999999^300", "1e999",
-    ):  # fmt: skip
+    )  # fmt: skip
+    for text in texts:
         started = time.process_time()
         last_number(text)
         assert time.process_time() - started < 2, text[:20]
@@ -164,26 +172,31 @@ CALLS = [
 
 
 @pytest.mark.parametrize("reference, text, reason", CALLS)
-def test_calls(reference, text, reason):
-    assert VERIFIERS["call"](row(reference), text) == (reason == "ok", reason)
+def test_chains_and_json_are_compared_as_whole_calls(reference, text, reason):
+    verify = VERIFIERS["call"]
+    assert verify(row(reference), text) == (reason == "ok", reason)
     if reason != "reference_without_call":
-        assert VERIFIERS["call"](row(reference), f"So: {reference}") == (True, "ok")
+        assert verify(row(reference), f"So: {reference}") == (True, "ok")
 
 
 def test_every_published_call_passes_for_itself(shared_data):
+    verify = VERIFIERS["call"]
     for name, count in (("openfunction_train.json", 2211), ("openfunction_test.json", 112)):
         rows = load_rows(shared_data / name)
-        right = [VERIFIERS["call"](given, f"So: {given.reference}")[0] for given in rows]
-        assert right == [True] * count
+        assert len(rows) == count
+        for given in rows:
+            assert verify(given, f"So: {given.reference}") == (True, "ok")
 
 
 def test_hostile_calls_are_read_quickly():
-    for text in (
+    texts = (
         "f(" * 10_000, "f(a" * 5000, "[" * 50_000, '{"a":' * 900 + "1", "f('" * 5000, "{" * 9000,
         '["a",' * 900, "f(x)" * 3000, "f(x)(x)" * 1500, "f" + "(x)" * 4000, "f" + ".f(" * 5000,
         '{"name": "f", "arguments": ' + "[" * 900 + "]" * 900 + "}", "f(" + "1" * 9000 + ")",
-    ):  # fmt: skip
+    )  # fmt: skip
+    for text in texts:
         for reference in ("f(a=1)", JSON):
             started = time.process_time()
-            assert not VERIFIERS["call"](row(reference), text)[0]
+            accepted, _ = VERIFIERS["call"](row(reference), text)
+            assert not accepted
             assert time.process_time() - started < 5, text[:20]

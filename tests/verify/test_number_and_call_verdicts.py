@@ -1,6 +1,6 @@
 """The verifiers `number` and `call` (engine/verify/answer_numbers.py, engine/verify/calls.py).
 
-Every mistake of the published verifiers has a case here. Both also run over all rows of
+Every mistake of the published verifiers has a case here. Both verifiers also run over all rows of
 ../shared/data where present.
 """
 
@@ -28,11 +28,11 @@ NUMBERS = [
     ("$1,234.50", Fraction("1234.5")),
     ("109,200,000.", 109_200_000),
     ("1\u202f234\u00a0567", 1_234_567),
-    ("between 1, 2", 2),  # the published regular expression reads 12
-    ("day 1 200 people", 200),  # and 1200 here
+    ("between 1, 2", 2),
+    ("day 1 200 people", 200),  # the published regular expression reads 1200
     ("1,2345", 2345),
     ("0,500,1", 1),
-    ("5-3", 3),  # and -3 here
+    ("5-3", 3),  # the published one reads -3
     ("(2+1)-3", 3),
     ("10%-20%", 20),
     ("x = -5", -5),
@@ -56,7 +56,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("text, number", NUMBERS, ids=[text[:20] for text, _ in NUMBERS])
-def test_last_number(text, number):
+def test_the_last_number_is_read_exactly(text, number):
     assert last_number(text) == number
 
 
@@ -78,7 +78,7 @@ def test_last_number(text, number):
         ("unknown", "-999999999", "reference_without_number"),
     ],
 )
-def test_number(reference, text, expected):
+def test_the_verifier_number_compares_values(reference, text, expected):
     assert VERIFIERS["number"](row(reference), text) == (expected == "ok", expected)
 
 
@@ -88,14 +88,12 @@ def test_numbers_are_read_in_many_notations():
         value = rng.choice([rng.randint(-20, 20), rng.randint(-(10**9), 10**9)])
         decimals = rng.choice(["", ".0", ".00", f".{rng.randint(1, 99):02}"])
         exact = Fraction(f"{value}{decimals}")
-        sign, digits = ("-" if value < 0 else ""), f"{abs(value)}"
+        sign = "-" if value < 0 else ""
+        digits = f"{abs(value)}"
         grouped = f"{abs(value):,}"
         for body in (digits, grouped, grouped.replace(",", "\u00a0"), "0" + digits):
-            for text in (
-                f"{sign}{body}{decimals}",
-                f"7 {sign}${body}{decimals}.",
-                f"({sign}{body}{decimals})%",
-            ):
+            number = f"{body}{decimals}"
+            for text in (f"{sign}{number}", f"7 {sign}${number}.", f"({sign}{number})%"):
                 assert last_number(text) == exact, text
 
 
@@ -158,7 +156,7 @@ REFERENCE = 'shop.find(location="San Jose, CA", amenities=["Wi-Fi", \'tea\'], op
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_call(reference, text, expected):
+def test_the_verifier_call_compares_calls_as_python_reads_them(reference, text, expected):
     assert VERIFIERS["call"](row(reference), text) == (expected == "ok", expected)
 
 
@@ -169,13 +167,16 @@ def test_call(reference, text, expected):
 def test_every_gsm8k_reference_passes_as_itself_only(shared_data, name, count):
     rows = load_rows(shared_data / f"{name}.json")
     verify = VERIFIERS["number"]
-    assert [verify(r, r.reference)[1] for r in rows] == ["ok"] * count
-    for r, other in zip(rows, rows[1:], strict=False):
-        stated = [
-            Fraction(x.reference.rsplit("The answer is ")[-1].rstrip(".").replace(",", ""))
-            for x in (r, other)
-        ]
-        assert verify(r, other.reference)[0] == (stated[0] == stated[1])
+    assert [verify(row, row.reference)[1] for row in rows] == ["ok"] * count
+
+    def stated(row):
+        """The N of "The answer is N."."""
+        answer = row.reference.rsplit("The answer is ")[-1]
+        return Fraction(answer.rstrip(".").replace(",", ""))
+
+    for row, other in zip(rows, rows[1:], strict=False):
+        accepted, _ = verify(row, other.reference)
+        assert accepted == (stated(row) == stated(other))
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
@@ -183,19 +184,21 @@ def test_every_gsm8k_reference_passes_as_itself_only(shared_data, name, count):
 def test_every_openfunctions_reference_passes_in_other_notations(shared_data, name, count):
     rows = load_rows(shared_data / f"{name}.json")
     verify = VERIFIERS["call"]
-    assert [verify(r, r.reference)[1] for r in rows] == ["ok"] * count
+    assert [verify(row, row.reference)[1] for row in rows] == ["ok"] * count
     changed = 0
-    for r in rows:
+    for row in rows:
         try:
-            call = ast.parse(r.reference.strip(), mode="eval").body
+            call = ast.parse(row.reference.strip(), mode="eval").body
         except SyntaxError:  # three rows hold a <placeholder>
             continue
+        # the same call with other spaces, quotes and order of keyword arguments
         call.keywords.reverse()
         arguments = ",\n  ".join(map(ast.unparse, [*call.args, *call.keywords]))
         rewritten = f"{ast.unparse(call.func)}({arguments} )"
-        assert verify(r, f"Sure: `{rewritten}`.") == (True, "ok")
+        assert verify(row, f"Sure: `{rewritten}`.") == (True, "ok")
+        # another call
         if call.keywords:
             call.keywords[0].value = ast.Constant("another value")
-            assert verify(r, ast.unparse(call)) == (False, "mismatch")
+            assert verify(row, ast.unparse(call)) == (False, "mismatch")
             changed += 1
     assert changed > 0.9 * count
