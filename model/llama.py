@@ -92,8 +92,7 @@ class Llama:
         self.cos_sin: Tensor | None = None
         # for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
         self.fused_layers = None
-        is_packed = not isinstance(weights["0.qkv"], Tensor)
-        if is_packed and self.ops.layers is not None:
+        if self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor):
             self.fused_layers = self.ops.layers(weights, config.num_layers)
 
     @classmethod
@@ -150,13 +149,14 @@ class Llama:
         lora.bind(self.config, self.device, self.dtype)
 
     def ensure_bound(self, lora: Lora) -> None:
-        """Bind if that was not done yet; an adapter bound to another kind of model is an error."""
+        """Bind an adapter that is not bound yet; ValueError where it is bound to another model."""
         if lora.bound is None:
             self.bind(lora)
         elif lora.bound != (self.config, self.device, self.dtype):
+            _, device, dtype = lora.bound
             raise ValueError(
-                f"the adapter is bound to {lora.bound[1:]}, the model is on "
-                f"{(self.device, self.dtype)}; call model.bind(lora)"
+                f"the adapter is bound to another model ({device}, {dtype}), this one is on "
+                f"{self.device} in {self.dtype}; call model.bind(lora)"
             )
 
     def _adapters(
