@@ -418,7 +418,7 @@ def test_tensor_is_refused_by_name(tmp_path, change, named):
 def test_a_pattern_that_is_not_a_regular_expression_is_refused(tmp_path):
     for setting in ({"rank_pattern": {"q_(": 4}}, {"target_modules": "*"}):
         path = edited(tmp_path, setting)
-        with pytest.raises(ValueError, match=r"adapter_config.json: .* is no regular expression"):
+        with pytest.raises(ValueError, match=r"adapter_config.json: .* is not a regular expression"):
             load_lora(path)
         shutil.rmtree(path)
 
@@ -541,7 +541,7 @@ def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, t
     for copies in (own, half, {head: own[head]}, base_layer):
         lora = adapter(copies)
         assert torch.equal(model.logits(TOKENS, lora), want)
-        assert f"the model's own {head} as well" in capsys.readouterr().out
+        assert f"holds an unchanged copy of the model's {head}" in capsys.readouterr().out
         sampling, _ = for_sampling(model, release=True)  # bound while the matrices are packed
         model.bind(load_lora(where))
         restore_weights(model)
