@@ -79,9 +79,12 @@ class LoraConfig:
             elif name:
                 unknown.append(name)
         if unknown or not chosen:
+            problem = "no module is named"
+            if unknown:
+                problem = f"a Llama layer has no {', '.join(unknown)}"
             raise ValueError(
-                f"modules {self.modules!r}: {unknown or 'nothing'} named; expected one of "
-                f"{', '.join(PRESETS)} or a list out of {', '.join(by_short_name)}"
+                f"modules {self.modules!r}: {problem}; expected one of {', '.join(PRESETS)}, or a "
+                f"list of {', '.join(by_short_name)}"
             )
         return tuple(module for module in MODULES if module in chosen)
 
