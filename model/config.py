@@ -11,13 +11,14 @@ from typing import Any
 from kernels.spec import Widths
 from model.file_checks import check_file, check_links
 
-ROPE_TYPES = ("default", "linear", "llama3")
-_LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+ROPE_TYPES = {  # the numbers that each kind of scaling needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT),
+}
+LARGEST_SIZE = 1 << 28  # of a number in config.json
+LARGEST_LAYERS = 4096  # layers are looped over
 
 
 def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -34,29 +35,27 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         if default is not None:
             return default
         raise ValueError(f"{path} is missing") from None
-    except ValueError as error:  # no JSON, no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
 
 
-LARGEST = {"num_hidden_layers": 4096}  # layers are looped over; other sizes: at most 2^28
-
-
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model; names as in the field, values from config.json."""
+    """The shape of a Llama model, from its config.json."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    vocab_size: int  # V
+    hidden_size: int  # D, model width
+    intermediate_size: int  # F, feed-forward width
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # G, key/value heads
+    head_dim: int  # d, head size
     rms_norm_eps: float
-    rope_theta: float
+    rope_theta: float  # base of the rotary frequencies
+    # "rope_type" (a key of ROPE_TYPES) and the numbers that it needs
     rope_scaling: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
     max_position: int = 2048  # tokens the model was made for; longer rows are refused
     tie_embeddings: bool = False  # lm_head is the embedding matrix
@@ -65,14 +64,21 @@ class LlamaConfig:
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
         """Rows of the q, k and v weights, in the order they are concatenated."""
-        kv = self.num_kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, kv, kv
+        query_size = self.num_heads * self.head_dim  # H d
+        kv_size = self.num_kv_heads * self.head_dim  # G d
+        return query_size, kv_size, kv_size
 
     @property
     def widths(self) -> Widths:
         """The sizes that decide which kernels are compiled for the model."""
-        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        return Widths(self.hidden_size, self.intermediate_size, *heads, self.vocab_size)
+        return Widths(
+            D=self.hidden_size,
+            F=self.intermediate_size,
+            H=self.num_heads,
+            G=self.num_kv_heads,
+            d=self.head_dim,
+            V=self.vocab_size,
+        )
 
     @classmethod
     def from_dir(cls, path: str | Path) -> LlamaConfig:
@@ -89,96 +95,122 @@ class LlamaConfig:
                 "*.safetensors, tokenizer.json or tokenizer.model)"
             )
         raw = read_json(file)
-        _refuse(file, raw)
-
-        def number(key: str, kind: type = int, default: Any = None) -> Any:
-            value = raw.get(key)
-            if value is None:
-                value = default
-            if not _positive(value) or not isinstance(value, (int, kind)):
-                expected = "a positive integer" if kind is int else "a positive number"
-                raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
-            if kind is int and value > LARGEST.get(key, 1 << 28):
-                raise ValueError(f"{file}: {key} is {value}: no model is that large")
-            return kind(value)
-
-        heads = number("num_attention_heads")
-        kv_heads = number("num_key_value_heads", default=heads)
-        hidden = number("hidden_size")
-        head_dim = number("head_dim", default=hidden // heads)
-        if heads % kv_heads or head_dim % 2:
+        _check_architecture(file, raw)
+        heads = _integer(file, raw, "num_attention_heads")
+        kv_heads = _integer(file, raw, "num_key_value_heads", default=heads)
+        hidden = _integer(file, raw, "hidden_size")
+        head_dim = _integer(file, raw, "head_dim", default=hidden // heads)
+        if heads % kv_heads != 0 or head_dim % 2 != 0:
             raise ValueError(
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
                 "expected whole groups of an even head size"
             )
         theta, scaling = _rope(file, raw)
-        longest = number("max_position_embeddings", default=2048)
+        eps = raw.get("rms_norm_eps")
+        if eps is None:
+            eps = 1e-6
+        longest = _integer(file, raw, "max_position_embeddings", default=2048)
         if scaling["rope_type"] == "linear":
-            longest = _stretched(file, raw, longest, scaling["factor"])
+            longest = _scaled_context(file, raw, longest, scaling["factor"])
         return cls(
-            vocab_size=number("vocab_size"),
+            vocab_size=_integer(file, raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size"),
-            num_layers=number("num_hidden_layers"),
+            intermediate_size=_integer(file, raw, "intermediate_size"),
+            num_layers=_integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+            rms_norm_eps=_positive_number(file, "rms_norm_eps", eps),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position=longest,
-            tie_embeddings=_switch(file, raw, "tie_word_embeddings"),
-            quantised=_quantised(raw.get("quantization_config")),
+            tie_embeddings=_boolean(file, raw, "tie_word_embeddings"),
+            quantised=_quantisation(raw.get("quantization_config")),
         )
 
 
-def _positive(value: Any) -> bool:
+# ---- single values; `raw` is the object in config.json
+
+
+def _is_positive(value: Any) -> bool:
     """Whether a JSON value is a finite number over zero (true is not a number here)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return 0 < value <= sys.float_info.max  # an integer of 400 digits is no float
+    return 0 < value <= sys.float_info.max  # an integer of 400 digits exceeds every float
 
 
-def _switch(file: Path, raw: dict[str, Any], key: str) -> bool:
-    """A value that is true or false; absent or null, false."""
+def _integer(
+    file: Path,
+    raw: dict[str, Any],
+    key: str,
+    default: int | None = None,  # where the key is absent or null; None: it must be there
+    largest: int = LARGEST_SIZE,
+) -> int:
+    """A positive integer; ValueError where it is something else, or over `largest`."""
+    value = raw.get(key)
+    if value is None:
+        value = default
+    if not _is_positive(value) or not isinstance(value, int):
+        raise ValueError(f"{file}: {key} is {value!r}, expected a positive integer")
+    if value > largest:
+        raise ValueError(f"{file}: {key} is {value}: no model is that large")
+    return value
+
+
+def _positive_number(file: Path, key: str, value: Any) -> float:
+    """The value as a float; ValueError naming the key unless it is a positive number."""
+    if not _is_positive(value):
+        raise ValueError(f"{file}: {key} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _boolean(file: Path, raw: dict[str, Any], key: str) -> bool:
+    """A value that is true or false; false where it is absent or null."""
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{file}: {key} is {value!r}, expected true or false")
     return bool(value)
 
 
-def _quantised(found: Any) -> str:
-    """How a quantization_config names its method, "" where there is none."""
+def _quantisation(found: Any) -> str:
+    """The method that a quantization_config names, "" where there is none."""
     if not found:
         return ""
     method = found.get("quant_method") if isinstance(found, dict) else found
     return str(method or "its method is not named")
 
 
-def _stretched(file: Path, raw: dict[str, Any], longest: int, factor: float) -> int:
+# ---- the parts of config.json
+
+
+def _scaled_context(file: Path, raw: dict[str, Any], longest: int, factor: float) -> int:
     """The context of a linearly scaled model, in tokens.
 
     Some config.json keep the length before scaling in max_position_embeddings (vicuna-v1.5-16k) and
-    some the one after it (deepseek-coder), so the factor alone tells nothing. A larger length that
-    the checkpoint names elsewhere is taken, up to the original one times the factor.
+    some the one after it (deepseek-coder), so the factor alone does not decide. A larger length
+    that the checkpoint names elsewhere is taken, up to `longest` times the factor.
     """
     tokenizer = read_json(file.parent / "tokenizer_config.json", {})
-    named = (raw.get("max_sequence_length"), tokenizer.get("model_max_length"))
-    sane = [int(n) for n in named if _positive(n) and n <= 1 << 28]  # 1e30: without a limit
-    return max(longest, min(max(sane, default=0), int(longest * factor)))
+    longest_named = 0
+    for length in (raw.get("max_sequence_length"), tokenizer.get("model_max_length")):
+        if _is_positive(length) and length <= LARGEST_SIZE:  # 1e30 stands for "no limit"
+            longest_named = max(longest_named, int(length))
+    longest_scaled = int(longest * factor)
+    return max(longest, min(longest_named, longest_scaled))
 
 
-def _refuse(file: Path, raw: dict[str, Any]) -> None:
+def _check_architecture(file: Path, raw: dict[str, Any]) -> None:
     """ValueError for a setting with which the model would compute something that we do not."""
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
-    listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
-    if kind != "llama" or not listed:
+    model_type = raw.get("model_type")
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    is_listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
+    if model_type != "llama" or not is_listed:
         raise ValueError(
-            f"{file}: model_type {kind!r}, architectures {architectures}; only Llama "
+            f"{file}: model_type {model_type!r}, architectures {architectures}; only Llama "
             "(LlamaForCausalLM: Llama 2 and 3, TinyLlama, SmolLM2, ...) is supported"
         )
     for key in ("attention_bias", "mlp_bias"):
-        if _switch(file, raw, key):
+        if _boolean(file, raw, key):
             raise ValueError(f"{file}: {key} is true; Llama models with biases are not supported")
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
@@ -186,41 +218,51 @@ def _refuse(file: Path, raw: dict[str, Any]) -> None:
 
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """theta and scaling from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
+    """theta and scaling, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
-    Exporters write both spellings on purpose; their meanings are compared, not their texts.
+    Exporters write both spellings on purpose: where both are there, their meanings must be equal.
     """
-    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    new = raw.get("rope_parameters") or {}
+    old = raw.get("rope_scaling") or {}
     for key, value in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(value, dict):
             raise ValueError(f"{file}: {key} is {value!r}, expected an object or null")
-    part = {**old, **new}.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if part not in (None, 1):
+    rotated = (old | new).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if rotated not in (None, 1):
         raise ValueError(
-            f"{file}: partial_rotary_factor {part!r}; only heads rotated whole are supported"
+            f"{file}: partial_rotary_factor {rotated!r}; only heads rotated whole are supported"
         )
-    thetas = {
+    theta = _rope_theta(file, raw, new, old)
+    meanings = [_scaling(file, raw, spelling) for spelling in (new, old) if spelling]
+    if not meanings:
+        return theta, {"rope_type": "default"}
+    if meanings[0] != meanings[-1]:
+        raise ValueError(
+            f"{file}: rope_parameters {new} and rope_scaling {old} disagree; remove the wrong one"
+        )
+    return theta, meanings[0]
+
+
+def _rope_theta(
+    file: Path,
+    raw: dict[str, Any],
+    new: dict[str, Any],  # rope_parameters
+    old: dict[str, Any],  # rope_scaling
+) -> float:
+    """The base of the rotary frequencies, 10000 where none is stated; ValueError for two bases."""
+    places = {
         "rope_parameters.rope_theta": new.get("rope_theta"),
         "rope_scaling.rope_theta": old.get("rope_theta"),
         "rope_theta": raw.get("rope_theta"),
     }
-    thetas = {key: value for key, value in thetas.items() if value is not None}
-    for key, value in thetas.items():
-        if not _positive(value):
-            raise ValueError(f"{file}: {key} is {value!r}, expected a positive number")
-    if len(set(map(float, thetas.values()))) > 1:
-        raise ValueError(
-            f"{file} gives the rotation two bases: "
-            + ", ".join(f"{key} {value!r}" for key, value in thetas.items())
-            + "; remove the wrong one"
-        )
-    meanings = [_scaling(file, raw, spelled) for spelled in (new, old) if spelled]
-    if len(meanings) == 2 and meanings[0] != meanings[1]:
-        raise ValueError(
-            f"{file}: rope_parameters {new} and rope_scaling {old} disagree; remove the wrong one"
-        )
-    theta = next(iter(thetas.values()), 10000.0)
-    return float(theta), meanings[0] if meanings else {"rope_type": "default"}
+    stated = {key: value for key, value in places.items() if value is not None}
+    thetas = [_positive_number(file, key, value) for key, value in stated.items()]
+    if not thetas:
+        return 10000.0
+    if any(theta != thetas[0] for theta in thetas):
+        statements = ", ".join(f"{key} {value!r}" for key, value in stated.items())
+        raise ValueError(f"{file} gives the rotation two bases: {statements}; remove the wrong one")
+    return thetas[0]
 
 
 def _scaling(file: Path, raw: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
@@ -231,22 +273,19 @@ def _scaling(file: Path, raw: dict[str, Any], scaling: dict[str, Any]) -> dict[s
             f"{file}: rope_type {kinds[0]!r} and type {kinds[1]!r} disagree; remove the wrong one"
         )
     kind = kinds[0] if kinds else "default"
-    if kind not in ROPE_TYPES:
-        raise ValueError(
-            f"{file}: rope type {kind!r} is not supported; expected one of {', '.join(ROPE_TYPES)}"
-        )
-    if not kinds and scaling.get("factor") not in (None, 1):
-        raise ValueError(
-            f"{file}: a rope factor {scaling['factor']!r} without a type; name one of "
-            f"{', '.join(ROPE_TYPES)}"
-        )
-    needed = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_KEYS}[kind]
+    known = ", ".join(ROPE_TYPES)
+    if kind not in tuple(ROPE_TYPES):  # a tuple, for the kind may be any JSON value
+        raise ValueError(f"{file}: rope type {kind!r} is not supported; expected one of {known}")
+    factor = scaling.get("factor")
+    if not kinds and factor not in (None, 1):
+        raise ValueError(f"{file}: a rope factor {factor!r} without a type; name one of {known}")
+    needed = ROPE_TYPES[kind]
     values = {key: scaling.get(key) for key in needed}
-    original = "original_max_position_embeddings"
-    if original in needed and raw.get(original) is not None:
-        values[original] = raw[original]  # where both are given, transformers follows the outer one
+    if ORIGINAL_CONTEXT in needed and raw.get(ORIGINAL_CONTEXT) is not None:
+        # where both are given, transformers follows the outer one
+        values[ORIGINAL_CONTEXT] = raw[ORIGINAL_CONTEXT]
     for key, value in values.items():
-        if not _positive(value):
+        if not _is_positive(value):
             raise ValueError(
                 f"{file}: rope type {kind!r} needs {key}, a positive number; got {value!r}"
             )

@@ -21,20 +21,22 @@ _ADVICE = {
 
 def why(error: Exception) -> str:
     """The cause in the system's words, and advice: "No space left on device; make room ..."."""
-    code = re.search(r"os error (\d+)", str(error))  # safetensors has its own kind of error
+    code = re.search(r"os error (\d+)", str(error))  # safetensors states errno in its text
     number = int(code[1]) if code else getattr(error, "errno", None)
     if number is None:
         return str(error)
-    advice = _ADVICE.get(number)
-    return os.strerror(number) + (f"; {advice}" if advice else "")
+    cause = os.strerror(number)
+    if number in _ADVICE:
+        return f"{cause}; {_ADVICE[number]}"
+    return cause
 
 
 @contextlib.contextmanager
 def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Inside `with`, a write that fails is an OSError that names `path`, the cause and advice.
+    """Inside `with`, a write that fails raises an OSError naming `path`, the cause and advice.
 
-    `beside` is the place where `path` is written first. An OSError about another file is passed on
-    unchanged.
+    `beside` is the hidden file or directory that becomes `path`. An OSError about another file is
+    passed on unchanged.
     """
     try:
         yield
@@ -47,20 +49,23 @@ def writing(path: Path, beside: Path | None = None) -> Iterator[None]:
 
 
 def _is_about(error: OSError, path: Path, beside: Path | None) -> bool:
-    """Whether an error is about one of these, a folder on the way, or about no file by name."""
+    """Whether an error names `path`, a folder above it, something in `beside`, or no file."""
     if error.filename is None:
         return True
     named = Path(os.fsdecode(error.filename))
-    return path.is_relative_to(named) or (beside is not None and named.is_relative_to(beside))
+    if path.is_relative_to(named):
+        return True
+    return beside is not None and named.is_relative_to(beside)
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file's content, or a directory's names, on the disk."""
+    """Write a file's content, or the list of a directory's files, from memory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some have no sync of directories
+        # some file systems cannot sync a directory
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
@@ -80,14 +85,16 @@ def put_in_place(beside: Path, path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """The hidden name under which this process writes `path`. A killed process leaves it behind;
-    engine/runtime/locking.py removes it."""
+    """The hidden name under which this process writes `path`.
+
+    A killed process leaves it behind; engine/runtime/locking.py removes it.
+    """
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
-    """A new name beside `path`, which becomes `path` when the file under it is written.
+    """A hidden file name beside `path`; the file written there is renamed to `path` at the end.
 
     OSError names `path`, the cause and advice where it cannot be written.
     """
@@ -103,7 +110,7 @@ def file_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def directory_beside(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` only when everything in it is written, on the disk.
+    """A hidden new directory, renamed to `out` at the end, once all its files are on the disk.
 
     ValueError where `out` exists; OSError names `out`, the cause and advice where it cannot be
     written.

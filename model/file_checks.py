@@ -18,9 +18,10 @@ READ_SUFFIXES = (".json", ".safetensors", ".model", ".jinja")  # of the files of
 
 
 def why_not_the_file(path: Path) -> str | None:
-    """Why `path` cannot be the file that its name promises, or None. Absent files: None.
+    """Why `path` is not the file that its name says: what is there instead. None where it may be.
 
-    A directory, a pipe or a device, a Git LFS pointer, a web page saved in the file's place.
+    It may be a directory, a pipe or a device, a Git LFS pointer, or a web page saved in the file's
+    place. An absent file gives None.
     """
     try:
         mode = path.stat().st_mode
@@ -30,7 +31,8 @@ def why_not_the_file(path: Path) -> str | None:
         return "is a directory, expected a file"
     if not stat.S_ISREG(mode):
         return (
-            "is a pipe or a device, which can be read only once; write its content to a file first"
+            "is a pipe or a device, which can be read only once; expected a file: write its "
+            "content to one first"
         )
     with path.open("rb") as file:
         beginning = file.read(BYTES_READ)
@@ -56,14 +58,18 @@ def check_file(path: Path) -> None:
 
 
 def leads_out(path: Path) -> Path | None:
-    """Where `path` leads if it is a link out of its directory, else None.
+    """The target of `path` if that is a link out of its directory, else None.
 
     Links into the Hugging Face cache count as inside: its snapshots consist of them, and so did
     the large files of its downloads elsewhere. They lead to .../models--OWNER--NAME/blobs/HASH.
     """
-    home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    return None if cached or target.is_relative_to(home) else target
+    home = Path(os.path.realpath(path.parent))
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to(home):
+        return None
+    folder = target.parent
+    is_cached = folder.name == "blobs" and folder.parent.name.startswith("models--")
+    return None if is_cached else target
 
 
 def check_links(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Keys and values of the running sequences, in pages: [layer, page, kv head, token, d]
 
 A sequence's tokens fill its pages in order; pages come from one pool, lowest number first, so that
-the pages in use lie together. A page is zeroed when it is handed out, so that numbers of an earlier
+the pages in use lie together. A page is zeroed when it is handed out, so that values of an earlier
 sequence (a NaN, say) never reach another one.
 """
 
@@ -18,8 +18,11 @@ from model.config import LlamaConfig
 
 
 class KVCache:
-    """A pool of pages, and the numbers of the free ones (a heap); the host's lists are
-    authoritative."""
+    """A pool of pages, and the numbers of the free ones.
+
+    k, v  (layers, pages, G, page_size, d) in the model's dtype, G = key/value heads, d = head size
+    free  the numbers of the free pages, a heap on the host
+    """
 
     def __init__(
         self,
@@ -40,20 +43,20 @@ class KVCache:
     @staticmethod
     def page_bytes(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:
         """Bytes of one page, keys and values of all layers."""
-        numbers = config.num_layers * config.num_kv_heads * page_size * config.head_dim
-        return 2 * numbers * dtype.itemsize
+        numbers_per_token = config.num_layers * config.num_kv_heads * config.head_dim
+        return 2 * numbers_per_token * page_size * dtype.itemsize
 
     @property
     def pages(self) -> int:
-        """Pages in all."""
+        """Pages of the pool, free or in use."""
         return self.shape[1]
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that a sequence of so many tokens needs."""
+        """Pages that a sequence of `tokens` tokens needs."""
         return cdiv(tokens, self.page_size)
 
     def take(self, count: int) -> list[int]:
-        """`count` zeroed pages; the caller has checked `free` before."""
+        """Numbers of `count` zeroed pages; the caller has checked `free` before."""
         assert count <= len(self.free), f"{count} pages asked for, {len(self.free)} are free"
         taken = [heapq.heappop(self.free) for _ in range(count)]
         for page in taken:
@@ -62,13 +65,13 @@ class KVCache:
         return taken
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Return a finished sequence's pages."""
+        """Put the pages of a finished or preempted sequence back into the pool."""
         for page in pages:
             heapq.heappush(self.free, page)
 
     def copy(self, source: Sequence[int], to: Sequence[int]) -> None:
-        """Copy whole pages: a prefix that is computed once begins many sequences."""
-        assert len(source) == len(to), f"{len(source)} pages onto {len(to)}"
+        """Copy whole pages, for a prefix that is computed once and begins many sequences."""
+        assert len(source) == len(to), f"cannot copy {len(source)} pages onto {len(to)}"
         if source:
             self.k[:, list(to)] = self.k[:, list(source)]
             self.v[:, list(to)] = self.v[:, list(source)]
@@ -79,15 +82,21 @@ class KVCache:
         The lists are changed in place. torch's attention on a CPU reads the pool up to the highest
         page in use; after many sequences have ended most of those pages would be free.
         """
-        used = sum(map(len, tables))
-        assert used + len(self.free) == self.pages, f"{used} pages in use, {len(self.free)} free"
-        holes = sorted(page for page in self.free if page < used)
-        moves = {}
+        used = sum(len(table) for table in tables)
+        assert used + len(self.free) == self.pages, (
+            f"{used} pages in use and {len(self.free)} free ones, but the pool has {self.pages}"
+        )
+        holes = sorted(page for page in self.free if page < used)  # as many as pages move
+        source: list[int] = []
+        target: list[int] = []
         for table in tables:
             for i, page in enumerate(table):
                 if page >= used:
-                    moves[page] = table[i] = holes[len(moves)]
-        self.copy(list(moves), list(moves.values()))
+                    hole = holes[len(target)]
+                    source.append(page)
+                    target.append(hole)
+                    table[i] = hole
+        self.copy(source, target)
         self.free = list(range(used, self.pages))
 
     def grow(self, pages: int) -> None:
@@ -96,15 +105,18 @@ class KVCache:
         The old pool is held beside the new one until its content is copied. Where memory does not
         suffice for that, torch's error is raised and the pool stays as it was.
         """
-        old = self.pages
-        if pages <= old:
+        old_pages = self.pages
+        if pages <= old_pages:
             return
-        shape = (self.shape[0], pages, *self.shape[2:])
-        bigger = {name: self.k.new_empty(shape) for name in ("k", "v")}
+        layers, _, kv_heads, page_size, head_dim = self.shape
+        shape = (layers, pages, kv_heads, page_size, head_dim)
+        k = self.k.new_empty(shape)
+        v = self.v.new_empty(shape)
         self.shape = shape
-        while bigger:  # each old tensor is freed as soon as it is copied
-            name, tensor = bigger.popitem()
-            tensor[:, :old] = getattr(self, name)
-            setattr(self, name, tensor)
-        for page in range(old, pages):
+        # one after the other: each old tensor is freed as soon as it is copied
+        v[:, :old_pages] = self.v
+        self.v = v
+        k[:, :old_pages] = self.k
+        self.k = k
+        for page in range(old_pages, pages):
             heapq.heappush(self.free, page)

@@ -1,7 +1,8 @@
-"""The weights of a Llama: names, shapes and which matrices are held as one. Stated once, here
+"""The weights of a Llama: their names, their shapes, and which matrices are held as one.
 
-Matrices that read the same input form a group. We hold a group as one matrix, its members one
-below the other, so that one product serves them all:
+Loading, merging, adapters and the memory plan all read it here. Matrices that read the same input
+form a group. We hold a group as one matrix, its members one below the other, so that one product
+computes them all:
 
     group      members, in this order      input                 weight
     qkv        q_proj, k_proj, v_proj      norm(h) (T, D)        ((H + 2G) d, D)
@@ -23,9 +24,13 @@ from dataclasses import dataclass
 
 from model.config import LlamaConfig
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# names on disk of the weights that belong to no layer
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+OUR_NAMES = {EMBEDDING: "embed", FINAL_NORM: "norm", HEAD: "head"}
 
-GROUPS = {  # group -> members in the order of the fused weight
+GROUPS = {  # group -> members in the order of the group's matrix
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -33,12 +38,21 @@ GROUPS = {  # group -> members in the order of the fused weight
 }
 MODULES = tuple(member for members in GROUPS.values() for member in members)
 GROUP_OF = {member: group for group, members in GROUPS.items() for member in members}
-# (our name of a norm, its name on disk, the groups behind it), in the order of the forward
-BRANCHES = (
-    ("attn_norm", "input_layernorm", ("qkv", "o")),
-    ("mlp_norm", "post_attention_layernorm", ("gate_up", "down")),
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the two residual branches of a layer: a norm and the groups of matrices after it."""
+
+    norm: str  # our name of the norm
+    norm_on_disk: str
+    groups: tuple[str, ...]
+
+
+BRANCHES = (  # in the order of the forward
+    Branch("attn_norm", "input_layernorm", ("qkv", "o")),
+    Branch("mlp_norm", "post_attention_layernorm", ("gate_up", "down")),
 )
-NOT_IN_A_LAYER = {EMBEDDING: "embed", FINAL_NORM: "norm", HEAD: "head"}
 
 
 @dataclass(frozen=True)
@@ -51,69 +65,79 @@ class GroupShape:
 
 def group_shapes(config: LlamaConfig) -> dict[str, GroupShape]:
     """The shape of every group; all layers are alike."""
-    d, f = config.hidden_size, config.intermediate_size
-    q = config.qkv_sizes[0]
+    D = config.hidden_size
+    F = config.intermediate_size
+    query_size = config.qkv_sizes[0]  # H d
     return {
-        "qkv": GroupShape(d, config.qkv_sizes),
-        "o": GroupShape(q, (d,)),
-        "gate_up": GroupShape(d, (f, f)),
-        "down": GroupShape(f, (d,)),
+        "qkv": GroupShape(D, config.qkv_sizes),
+        "o": GroupShape(query_size, (D,)),
+        "gate_up": GroupShape(D, (F, F)),
+        "down": GroupShape(F, (D,)),
     }
 
 
 def module_name(layer: int, module: str) -> str:
-    """The whole name of a layer's module: "model.layers.3.self_attn.q_proj"."""
+    """The full name of a layer's module: "model.layers.3.self_attn.q_proj"."""
     return f"model.layers.{layer}.{module}"
 
 
 def checkpoint_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, by its Hugging Face name. Tied embeddings have no head."""
-    vocab, d = config.vocab_size, config.hidden_size
+    """Shape of every tensor of the checkpoint, by its Hugging Face name.
+
+    With tied embeddings there is no head.
+    """
+    V = config.vocab_size
+    D = config.hidden_size
     groups = group_shapes(config)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, d), FINAL_NORM: (d,)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D), FINAL_NORM: (D,)}
     for layer in range(config.num_layers):
-        for _, norm, branch in BRANCHES:
-            shapes[f"{module_name(layer, norm)}.weight"] = (d,)
-            for group in branch:
+        for branch in BRANCHES:
+            norm = module_name(layer, branch.norm_on_disk)
+            shapes[f"{norm}.weight"] = (D,)
+            for group in branch.groups:
                 shape = groups[group]
-                for module, outputs in zip(GROUPS[group], shape.outputs, strict=True):
-                    shapes[f"{module_name(layer, module)}.weight"] = (outputs, shape.inputs)
+                for member, outputs in zip(GROUPS[group], shape.outputs, strict=True):
+                    module = module_name(layer, member)
+                    shapes[f"{module}.weight"] = (outputs, shape.inputs)
     if not config.tie_embeddings:
-        shapes[HEAD] = (vocab, d)
+        shapes[HEAD] = (V, D)
     return shapes
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight as we hold it, by our name. Tied embeddings have no head."""
-    vocab, d = config.vocab_size, config.hidden_size
+    """Shape of every weight as we hold it, by our name. With tied embeddings there is no head."""
+    V = config.vocab_size
+    D = config.hidden_size
     groups = group_shapes(config)
-    shapes: dict[str, tuple[int, ...]] = {"embed": (vocab, d), "norm": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (V, D), "norm": (D,)}
     for layer in range(config.num_layers):
-        for norm, _, branch in BRANCHES:
-            shapes[f"{layer}.{norm}"] = (d,)
-            for group in branch:
-                shapes[f"{layer}.{group}"] = (sum(groups[group].outputs), groups[group].inputs)
+        for branch in BRANCHES:
+            shapes[f"{layer}.{branch.norm}"] = (D,)
+            for group in branch.groups:
+                shape = groups[group]
+                shapes[f"{layer}.{group}"] = (sum(shape.outputs), shape.inputs)
     if not config.tie_embeddings:
-        shapes["head"] = (vocab, d)
+        shapes["head"] = (V, D)
     return shapes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of the checkpoint stands in our weights."""
+    """Where a tensor of the checkpoint lies in our weights."""
 
-    name: str  # of our weight
-    first_row: int  # in it
+    name: str  # our name of the weight that contains it
+    first_row: int  # row of that weight at which the tensor begins
 
 
 def place_of(name: str, config: LlamaConfig) -> Place:
     """The place of a checkpoint tensor, given its Hugging Face name."""
-    if name in NOT_IN_A_LAYER:
-        return Place(NOT_IN_A_LAYER[name], 0)
-    _, _, layer, module = name.removesuffix(".weight").split(".", 3)
-    for norm, norm_on_disk, _ in BRANCHES:
-        if module == norm_on_disk:
-            return Place(f"{layer}.{norm}", 0)
+    if name in OUR_NAMES:
+        return Place(OUR_NAMES[name], 0)
+    _, _, layer, module = name.removesuffix(".weight").split(".", 3)  # model, layers, 3, ...
+    for branch in BRANCHES:
+        if module == branch.norm_on_disk:
+            return Place(f"{layer}.{branch.norm}", 0)
     group = GROUP_OF[module]
     members_before = GROUPS[group].index(module)
-    return Place(f"{layer}.{group}", sum(group_shapes(config)[group].outputs[:members_before]))
+    outputs_before = group_shapes(config)[group].outputs[:members_before]
+    return Place(f"{layer}.{group}", sum(outputs_before))

@@ -1,11 +1,23 @@
 """Llama, forward and backward, written out.
 
-    residual stream h (T, D); per layer
-        y1 = norm(h)            qkv = y1 Wqkv     rotate q, k      o = attention(qkv)    a = o Wo
-        h  = h + a
-        y2 = norm(h)            gu = y2 Wgu       m = swiglu(gu)                         x = m Wd
-        h  = h + x
-    hidden = norm(h)            logits = hidden head^T
+    h = embed(tokens)                     (T, D)   residual stream
+    in every layer
+        y1 = rms_norm(h)                  (T, D)
+        qkv = y1 Wqkv^T                   (T, (H + 2G) d)
+        rope(qkv)                         queries and keys rotated by their positions
+        o = attention(qkv)                (T, H d)
+        a = o Wo^T                        (T, D)
+        h_mid = h + a                     (T, D)
+        y2 = rms_norm(h_mid)              (T, D)
+        gate_up = y2 Wgate_up^T           (T, 2F)
+        m = silu(gate) * up               (T, F)
+        x = m Wdown^T                     (T, D)
+        h = h_mid + x                     (T, D)
+    hidden = rms_norm(h)                  (T, D)
+    logits = hidden head^T                (T, V)
+
+A sum and the norm after it are one operation (`add_rms_norm_forward`): a layer therefore returns x
+and h_mid, and the next norm adds them. Each of the four products may have a LoRA adapter.
 
 No batch dimension and no padding: the tokens of all rows lie end to end, and a `Packed` or `Cached`
 says who attends to whom. No autograd: `forward(..., tape=...)` records what the recomputation
@@ -19,7 +31,7 @@ policy keeps (model/tape.py) and `backward` walks the layers back, adding adapte
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,16 +50,17 @@ from model.layout import GROUPS, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
 from model.rope import cos_sin_table
-from model.tape import Adapters, Saved, Tape
+from model.tape import Adapters, GroupAdapter, Saved, Tape
 from model.weights import Weights, load_weights
 
-NO_ADAPTERS: Adapters = {group: (None, None) for group in GROUPS}  # the seed model's
+NO_ADAPTERS: Adapters = {group: GroupAdapter(None, None) for group in GROUPS}  # the seed model's
 
 
 def has_bf16_units(device: str | torch.device) -> bool:
     """Whether this is a GPU that computes in bf16; others (T4, V100) emulate it, slowly."""
-    cuda = torch.device(device).type == "cuda"
-    return cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.device(device).type != "cuda":
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -55,20 +68,32 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
 
 
+@dataclass(frozen=True)
+class ForwardInputs:
+    """The inputs of one forward that every layer reads."""
+
+    context: Packed | Cached  # who attends to whom
+    cache: KVCache | None = None  # the pages of a Cached context
+    logits_indices: Tensor | None = None  # (n,) int64: the tokens that are needed after the last
+    #   layer's attention; None: all
+
+
 class Llama:
     """A frozen Llama. `forward(lora=None)` is the seed model; adapters come in as data."""
 
     def __init__(self, config: LlamaConfig, weights: Weights, ops: Ops | None = None) -> None:
-        self.config, self.weights = config, weights
+        self.config = config
+        self.weights = weights
         if self.device.type == "cuda":
             sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
-        # forward must hold the one that it reads
+        # CUDA graph must keep a reference to the table that it reads
         self.cos_sin: Tensor | None = None
         # for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
-        packed = self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor)
-        self.fused_layers = self.ops.layers(weights, config.num_layers) if packed else None
+        self.fused_layers = None
+        if self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor):
+            self.fused_layers = self.ops.layers(weights, config.num_layers)
 
     @classmethod
     def from_pretrained(
@@ -124,13 +149,14 @@ class Llama:
         lora.bind(self.config, self.device, self.dtype)
 
     def ensure_bound(self, lora: Lora) -> None:
-        """Bind if that was not done yet; an adapter bound to another kind of model is an error."""
+        """Bind an adapter that is not bound yet; ValueError where it is bound to another model."""
         if lora.bound is None:
             self.bind(lora)
         elif lora.bound != (self.config, self.device, self.dtype):
+            _, device, dtype = lora.bound
             raise ValueError(
-                f"the adapter is bound to {lora.bound[1:]}, the model is on "
-                f"{(self.device, self.dtype)}; call model.bind(lora)"
+                f"the adapter is bound to another model ({device}, {dtype}), this one is on "
+                f"{self.device} in {self.dtype}; call model.bind(lora)"
             )
 
     def _adapters(
@@ -140,14 +166,15 @@ class Llama:
         if lora is None:
             return NO_ADAPTERS
         rate = lora.config.dropout if training else 0.0
-        adapters: dict = {}
+        adapters: dict[str, GroupAdapter] = {}
         for name in GROUPS:
-            group, dropout = lora.group(i, name), None
+            group = lora.group(i, name)
+            dropout = None
             if group is not None and rate > 0:
                 assert context.row_keys is not None, "dropout needs row keys in the Packed"
                 key = mix("dropout", lora.config.seed, i, name)
                 dropout = Dropout(rate, key, context.positions, context.row_keys, context.step)
-            adapters[name] = (group, dropout)
+            adapters[name] = GroupAdapter(group, dropout)
         return adapters
 
     # ---- forward
@@ -160,55 +187,62 @@ class Llama:
         lora: Lora | None = None,
         tape: Tape | None = None,
         cache: KVCache | None = None,
-        logits_indices: Tensor | None = None,  # (n,) int64, rising
+        logits_indices: Tensor | None = None,  # (n,) int64, increasing
     ) -> Tensor:
-        """Hidden states (T, D) after the last norm, or (n, D) of the tokens `logits_indices` alone.
+        """Hidden states (T, D) after the last norm; with `logits_indices` (n, D) of those tokens.
 
-        With a `Tape` (training; needs a Packed) the tensors for the backward are recorded and
-        dropout is on; with a `Cached` the new keys and values are written into `cache`. After the
-        last layer's attention only the tokens `logits_indices` are computed: of a prompt, its last.
+        With a `tape` (training; the context must be a Packed) the tensors for the backward are
+        recorded and dropout is on. With a Cached context the new keys and values are written into
+        `cache`. `logits_indices` names the tokens whose results are needed (the last one of a
+        prompt): after the last layer's attention only these are computed.
         """
         assert (cache is None) == isinstance(context, Packed), "a Cached context needs a cache"
         assert tape is None or cache is None, "only packed rows can be trained on"
         assert logits_indices is None or tape is None, "a backward needs every token"
         if lora is not None:
             self.ensure_bound(lora)
-        ops, eps = self.ops, self.config.rms_norm_eps
+        eps = self.config.rms_norm_eps
         self._grow_rope_table(context)
         h = self.weights.embed(tokens)  # (T, D)
         if self.fused_layers is not None and cache is not None and lora is None:
             x, h = self.fused_layers(
                 h, context, self.cos_sin, cache.k, cache.v, eps, logits_indices
-            )
+            )  # (n, D), (n, D)
         else:
-            x, h = self._run_layers(h, context, lora, tape, cache, logits_indices)
-        y, h, rstd = ops.add_rms_norm_forward(x, h, self.weights["norm"], eps)
+            inputs = ForwardInputs(context, cache, logits_indices)
+            x, h = self._run_layers(h, inputs, lora, tape)  # (n, D), (n, D)
+        norm = self.weights["norm"]  # (D,)
+        hidden, h, rstd = self.ops.add_rms_norm_forward(x, h, norm, eps)  # (n, D), (n, D), (n,)
         if tape is not None:
-            tape.packed, tape.lora, tape.h, tape.rstd = context, lora, h, rstd
-        return y  # (T, D) or (n, D)
+            tape.packed = context
+            tape.lora = lora
+            tape.h = h
+            tape.rstd = rstd
+        return hidden  # (T, D) or (n, D)
 
     def _run_layers(
         self,
         h: Tensor,  # (T, D) embedded tokens
-        context: Packed | Cached,
+        inputs: ForwardInputs,
         lora: Lora | None,
         tape: Tape | None,
-        cache: KVCache | None,
-        logits_indices: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The last layer's feed-forward output x and the residual stream h, to be added to it."""
-        ops, w, eps = self.ops, self.weights, self.config.rms_norm_eps
-        last = self.config.num_layers - 1
+        ops = self.ops
+        w = self.weights
+        eps = self.config.rms_norm_eps
         x = None
         for i in self._gathered_layers(range(self.config.num_layers)):
             if i == 0:
-                y, rstd = ops.rms_norm_forward(h, w["0.attn_norm"], eps)
+                y1, rstd1 = ops.rms_norm_forward(h, w["0.attn_norm"], eps)  # (T, D), (T,)
             else:
-                y, h, rstd = ops.add_rms_norm_forward(x, h, w[f"{i}.attn_norm"], eps)
-            adapters = self._adapters(i, lora, context, training=tape is not None)
-            saved = None if tape is None else Saved(adapters, h=h, rstd1=rstd)
-            indices = logits_indices if i == last else None
-            x, h = self._layer(i, y, h, context, adapters, saved, cache, indices)
+                attn_norm = w[f"{i}.attn_norm"]  # (D,)
+                y1, h, rstd1 = ops.add_rms_norm_forward(x, h, attn_norm, eps)
+            adapters = self._adapters(i, lora, inputs.context, training=tape is not None)
+            saved = None
+            if tape is not None:
+                saved = Saved(adapters, h=h, rstd1=rstd1)
+            x, h = self._layer(i, y1, h, inputs, adapters, saved)  # (T, D), (T, D)
             if tape is not None:
                 saved.drop(tape.policy)
                 tape.layers.append(saved)
@@ -216,59 +250,78 @@ class Llama:
 
     def _gathered_layers(self, order: Sequence[int]) -> Iterator[int]:
         """Layer numbers, in this order; a layer's weights are whole until the next is asked for."""
-        for i, following in pairwise([*order, None]):
-            with self.weights.layer(i, following):
+        following = [*order[1:], None]
+        for i, next_layer in zip(order, following, strict=True):
+            with self.weights.layer(i, next_layer):
                 yield i
 
     def _layer(
         self,
         i: int,
-        y: Tensor,  # (T, D) normed
+        y1: Tensor,  # (T, D) rms_norm(h)
         h: Tensor,  # (T, D) residual stream
-        context: Packed | Cached,
+        inputs: ForwardInputs,
         adapters: Adapters,
-        saved: Saved | None,
-        cache: KVCache | None = None,
-        logits_indices: Tensor | None = None,  # (n,) the tokens that are needed after attention
+        saved: Saved | None,  # receives the tensors that the backward needs
     ) -> tuple[Tensor, Tensor]:
-        """The feed-forward branch's output x and the residual stream h it is to be added to."""
-        c, ops, w = self.config, self.ops, self.weights
-        H, G = c.num_heads, c.num_kv_heads
+        """The feed-forward output x and the residual stream h_mid that it is to be added to.
+
+        Both are (T, D), after the last layer (n, D) where `inputs` have `logits_indices`.
+        """
+        ops = self.ops
+        w = self.weights
+        context = inputs.context
+        cache = inputs.cache
+        eps = self.config.rms_norm_eps
+        H = self.config.num_heads
+        G = self.config.num_kv_heads
 
         # 1. attention
-        qkv, s_qkv = ops.lora_linear_forward(y, w[f"{i}.qkv"], *adapters["qkv"])
-        qkv = ops.rope_(qkv, context.positions, self.cos_sin, H, G)  # (T, (H + 2G) d)
+        qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
+        qkv = ops.rope_(qkv, context.positions, self.cos_sin, H, G)
         lse = None
         if cache is None:
             o, lse = ops.attention_forward(qkv, context, H, G)  # (T, H d), (T, H)
         else:
             ops.kv_write_(qkv, cache.k[i], cache.v[i], context)
             o = ops.cached_attention(qkv, cache.k[i], cache.v[i], context)  # (T, H d)
-        if logits_indices is not None:
-            o, h = o[logits_indices], h[logits_indices]
-        a, s_o = ops.lora_linear_forward(o, w[f"{i}.o"], *adapters["o"])  # (T, D)
+        is_last = i == self.config.num_layers - 1
+        if is_last and inputs.logits_indices is not None:
+            o = o[inputs.logits_indices]  # (n, H d)
+            h = h[inputs.logits_indices]  # (n, D)
+        a, s_o = self._linear(i, "o", o, adapters)  # (T, D), (T, R)
 
         # 2. feed-forward
-        y, h, rstd = ops.add_rms_norm_forward(a, h, w[f"{i}.mlp_norm"], c.rms_norm_eps)
-        gate_up, s_gate_up = ops.lora_linear_forward(
-            y, w[f"{i}.gate_up"], *adapters["gate_up"]
-        )  # (T, 2F)
+        mlp_norm = w[f"{i}.mlp_norm"]  # (D,)
+        y2, h_mid, rstd2 = ops.add_rms_norm_forward(a, h, mlp_norm, eps)  # (T, D), (T, D), (T,)
+        gate_up, s_gate_up = self._linear(i, "gate_up", y2, adapters)  # (T, 2F), (T, R)
         m = ops.swiglu_forward(gate_up)  # (T, F)
-        x, s_down = ops.lora_linear_forward(m, w[f"{i}.down"], *adapters["down"])  # (T, D)
+        x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
 
         if saved is not None:
-            saved.qkv, saved.o, saved.lse, saved.h_mid, saved.rstd2 = qkv, o, lse, h, rstd
+            saved.qkv = qkv
+            saved.o = o
+            saved.lse = lse
+            saved.h_mid = h_mid
+            saved.rstd2 = rstd2
             saved.gate_up = gate_up
             saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up, "down": s_down}
-        return x, h
+        return x, h_mid
+
+    def _linear(
+        self, i: int, group: str, x: Tensor, adapters: Adapters
+    ) -> tuple[Tensor, Tensor | None]:
+        """One product of layer i: W x + s B A x (T, N) of x (T, K), and A x (T, R) of its adapter.
+
+        Without an adapter it is W x, and None.
+        """
+        weight = self.weights[f"{i}.{group}"]  # (N, K)
+        adapter = adapters[group]
+        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout)
 
     def _grow_rope_table(self, context: Packed | Cached) -> None:
         """Make `cos_sin` long enough for this forward; built once and doubled when outgrown."""
-        if isinstance(context, Packed):
-            longest = max((b - a for a, b in context.rows), default=0) + context.prefix
-        else:
-            pairs = zip(context.query_lens, context.context_lens, strict=True)
-            longest = max((q + c for q, c in pairs), default=0)
+        longest = _longest_row(context)
         most = self.config.max_position
         assert longest <= most, f"a row of {longest} tokens, but the model was made for {most}"
         have = 0 if self.cos_sin is None else self.cos_sin.shape[0]
@@ -288,15 +341,23 @@ class Llama:
         lora = tape.lora
         assert lora is not None and tape.h is not None, "the tape has no adapted forward"
         self._grow_rope_table(tape.packed)
-        dh = self.ops.rms_norm_backward(dhidden, tape.h, self.weights["norm"], tape.rstd)
+        dh = self.ops.rms_norm_backward(dhidden, tape.h, self.weights["norm"], tape.rstd)  # (T, D)
         tape.h = None
-        layers = range(self.config.num_layers)
-        groups = [(i, group) for i in layers for group in GROUPS]  # in the order of the forward
-        first = next(place for place in groups if lora.group(*place) is not None)
-        for i in self._gathered_layers(reversed(layers[first[0] :])):
+        first_layer, first_group = self._first_adapter(lora)
+        last_layer = self.config.num_layers - 1
+        for i in self._gathered_layers(range(last_layer, first_layer - 1, -1)):
             saved = tape.layers.pop()
-            dh = self._layer_backward(i, dh, saved, tape.packed, first, tape.policy)
+            stop_at = first_group if i == first_layer else None
+            dh = self._layer_backward(i, dh, saved, tape.packed, tape.policy, stop_at)
         tape.layers.clear()
+
+    def _first_adapter(self, lora: Lora) -> tuple[int, str]:
+        """Layer and group of the first adapter in the order of the forward."""
+        for i in range(self.config.num_layers):
+            for group in GROUPS:
+                if lora.group(i, group) is not None:
+                    return i, group
+        raise AssertionError("the adapter has no matrices")
 
     def _layer_backward(
         self,
@@ -304,99 +365,139 @@ class Llama:
         dh: Tensor,  # (T, D) gradient of the residual stream after the layer
         saved: Saved,
         packed: Packed,
-        first_adapted: tuple[int, str],  # (layer, group): nothing below needs a gradient
         policy: str,
+        stop_at: str | None,  # the group of the model's first adapter, where this layer has it
     ) -> Tensor | None:
-        """The gradient (T, D) of the residual stream before the layer, None below the first
-        adapter. Uses up `saved`."""
-        ops, w = self.ops, self.weights
-        H, G = self.config.num_heads, self.config.num_kv_heads
+        """The gradient (T, D) of the residual stream before the layer. Uses up `saved`.
 
-        def linear_backward(
-            group: str, dy: Tensor, x: Tensor | None, need_dx: bool
-        ) -> Tensor | None:
-            adapter, dropout = saved.adapters[group]
-            weight, s = w[f"{i}.{group}"], saved.s[group]
-            return ops.lora_linear_backward(dy, x, weight, s, adapter, need_dx, dropout)
+        Nothing before `stop_at` needs a gradient: the walk ends there, with None.
+        """
+        ops = self.ops
+        w = self.weights
+        H = self.config.num_heads
+        G = self.config.num_kv_heads
 
         # 1. tensors that the forward did not keep
-        y1, y2, m = self._recompute(i, saved, packed, policy)
+        y1, y2, m = self._recompute(i, saved, packed, policy)  # (T, D), (T, D), (T, F)
 
-        # 2. feed-forward; x and h both receive dh
-        need_dx = first_adapted != (i, "down")
-        dm = linear_backward("down", dh, m, need_dx)  # (T, F)
+        # 2. feed-forward; h = h_mid + x, so h_mid and x both receive dh
+        need_dx = stop_at != "down"
+        dm = self._linear_backward(i, "down", dh, m, saved, need_dx)  # (T, F)
         if not need_dx:
             return None
         dgate_up = ops.swiglu_backward(dm, saved.gate_up)  # (T, 2F)
-        saved.gate_up = m = dm = None  # freed before the next product
-        need_dx = first_adapted != (i, "gate_up")
-        dy = linear_backward("gate_up", dgate_up, y2, need_dx)  # (T, D)
+        saved.gate_up = None
+        del m, dm  # free memory before the next product
+        need_dx = stop_at != "gate_up"
+        dy = self._linear_backward(i, "gate_up", dgate_up, y2, saved, need_dx)  # (T, D) of y2
         if not need_dx:
             return None
-        dh = ops.add_rms_norm_backward(dy, dh, saved.h_mid, w[f"{i}.mlp_norm"], saved.rstd2)
+        mlp_norm = w[f"{i}.mlp_norm"]  # (D,)
+        dh = ops.add_rms_norm_backward(dy, dh, saved.h_mid, mlp_norm, saved.rstd2)  # (T, D)
 
-        # 3. attention; a and h both receive dh
-        need_dx = first_adapted != (i, "o")
-        do = linear_backward("o", dh, saved.o, need_dx)  # (T, H d)
+        # 3. attention; h_mid = h + a, so h and a both receive dh
+        need_dx = stop_at != "o"
+        do = self._linear_backward(i, "o", dh, saved.o, saved, need_dx)  # (T, H d)
         if not need_dx:
             return None
+        # (T, (H + 2G) d)
         dqkv = ops.attention_backward(do, saved.qkv, saved.o, saved.lse, packed, H, G)
         dqkv = ops.rope_(dqkv, packed.positions, self.cos_sin, H, G, inverse=True)
-        need_dx = first_adapted != (i, "qkv")
-        dy = linear_backward("qkv", dqkv, y1, need_dx)  # (T, D)
+        need_dx = stop_at != "qkv"
+        dy = self._linear_backward(i, "qkv", dqkv, y1, saved, need_dx)  # (T, D) of y1
         if not need_dx:
             return None
-        return ops.add_rms_norm_backward(dy, dh, saved.h, w[f"{i}.attn_norm"], saved.rstd1)
+        attn_norm = w[f"{i}.attn_norm"]  # (D,)
+        return ops.add_rms_norm_backward(dy, dh, saved.h, attn_norm, saved.rstd1)  # (T, D)
+
+    def _linear_backward(
+        self, i: int, group: str, dy: Tensor, x: Tensor | None, saved: Saved, need_dx: bool
+    ) -> Tensor | None:
+        """Add the gradients of A and B of one product of layer i; its dx (T, K) if that is needed.
+
+        dy (T, N) is the gradient of its output, x (T, K) its input, which only the gradient of A
+        needs: it may be None where the group has no adapter.
+        """
+        weight = self.weights[f"{i}.{group}"]  # (N, K)
+        s = saved.s[group]  # (T, R)
+        adapter = saved.adapters[group]
+        return self.ops.lora_linear_backward(
+            dy, x, weight, s, adapter.lora, need_dx, adapter.dropout
+        )
 
     def _recompute(
         self, i: int, saved: Saved, packed: Packed, policy: str
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Compute again, into `saved`, the tensors that the policy dropped.
 
-        Returns the inputs of qkv (T, D), gate_up (T, D) and down (T, F). An input is needed for the
-        gradient of A alone: it may be None where the group has no adapter.
+        Returns the inputs of qkv (T, D), gate_up (T, D) and down (T, F), each None where neither an
+        adapter nor a recomputation needs it.
         """
-        ops, w, eps = self.ops, self.weights, self.config.rms_norm_eps
-        adapted = {group for group, (adapter, _) in saved.adapters.items() if adapter is not None}
-        y1 = y2 = m = None
-        if policy == "full" or "qkv" in adapted:
+        ops = self.ops
+        w = self.weights
+        eps = self.config.rms_norm_eps
+        adapters = saved.adapters
+        y1 = None
+        if policy == "full" or adapters["qkv"].lora is not None:
             y1, _ = ops.rms_norm_forward(saved.h, w[f"{i}.attn_norm"], eps)  # (T, D)
         if policy == "full":
-            self._layer(i, y1, saved.h, packed, saved.adapters, saved)
-        if policy == "selective" or "gate_up" in adapted:
+            self._layer(i, y1, saved.h, ForwardInputs(packed), adapters, saved)
+        y2 = None
+        if policy == "selective" or adapters["gate_up"].lora is not None:
             y2, _ = ops.rms_norm_forward(saved.h_mid, w[f"{i}.mlp_norm"], eps)  # (T, D)
         if policy == "selective":
-            saved.gate_up, _ = ops.lora_linear_forward(
-                y2, w[f"{i}.gate_up"], *saved.adapters["gate_up"]
-            )  # (T, 2F)
-        if "down" in adapted:
+            saved.gate_up, _ = self._linear(i, "gate_up", y2, adapters)  # (T, 2F)
+        m = None
+        if adapters["down"].lora is not None:
             m = ops.swiglu_forward(saved.gate_up)  # (T, F)
         return y1, y2, m
 
     # ---- use
 
     def logits(self, tokens: Tensor, lora: Lora | None = None) -> Tensor:
-        """(T, V) logits of one sequence (T,) of token ids."""
+        """(T, V) logits of one sequence (T,) of token ids, in the model's dtype.
+
+        ValueError where tokens has another shape, is longer than the model was made for, or holds
+        an id that is not in the vocabulary.
+        """
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
-        vocab, longest = self.config.vocab_size, self.config.max_position
+        vocab = self.config.vocab_size
+        longest = self.config.max_position
         if tokens.dim() != 1 or len(tokens) > longest:
             raise ValueError(
                 f"tokens {tuple(tokens.shape)}: expected one sequence (T,) of at most {longest}"
             )
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+        lengths = []
+        if len(tokens) > 0:
             low, high = int(tokens.min()), int(tokens.max())
-            raise ValueError(f"token ids {low} to {high}: expected 0 to {vocab - 1}")
-        packed = Packed.from_lengths([len(tokens)] if len(tokens) else [], self.device)
-        return self.head(self.forward(tokens, packed, lora=lora))
+            if low < 0 or high >= vocab:
+                raise ValueError(f"token ids {low} to {high}: expected 0 to {vocab - 1}")
+            lengths = [len(tokens)]
+        packed = Packed.from_lengths(lengths, self.device)
+        hidden = self.forward(tokens, packed, lora=lora)  # (T, D)
+        return self.head(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (N, V) of hidden states (N, D)."""
-        with self.weights.head() as head:
+        with self.weights.head() as head:  # (V, D)
             return self.ops.linear(hidden, head)
 
     def nll(
         self, hidden: Tensor, targets: Tensor, need_grad: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """-log p of targets (N,) at hidden states (N, D), and the gradient of their sum (N, D)."""
-        with self.weights.head() as head:
+        """Cross-entropy (N,) in nats of targets (N,) int64, predicted from hidden states (N, D).
+
+        The second result is the gradient (N, D) of its sum with respect to `hidden`, None without
+        `need_grad`.
+        """
+        with self.weights.head() as head:  # (V, D)
             return self.ops.linear_cross_entropy(hidden, head, targets, need_grad)
+
+
+def _longest_row(context: Packed | Cached) -> int:
+    """Tokens of the longest row of a forward, those before the forward included; 0 without rows."""
+    if isinstance(context, Packed):
+        lengths = [end - start for start, end in context.rows]
+        return max(lengths, default=0) + context.prefix
+    pairs = zip(context.context_lens, context.query_lens, strict=True)
+    return max((before + new for before, new in pairs), default=0)

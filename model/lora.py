@@ -2,14 +2,15 @@
 
     y_i = W_i x + (alpha / rank) B_i A_i x        (Hu et al. 2021; rsLoRA: alpha / sqrt(rank))
 
-Inside a group that shares its input (q, k, v; o; gate, up; down) the A matrices lie one below the
-other, so that one (R, K) view serves the group. Layout of the flat buffer, layer by layer and group
-by group:    A of every adapted member, then B of every adapted member.
-On disk: PEFT's layout and names (model/peft_format.py).
+In the flat buffer the layers follow each other, in a layer its groups (qkv, o, gate_up, down), and
+in a group    A of every adapted member, then B of every adapted member.
+The A matrices of a group, which read the same input, so lie one below the other: one (R, K) view
+computes A x for all of them. On disk: PEFT's layout and names (model/peft_format.py).
 
 An adapter made elsewhere may give modules a rank and an alpha of their own (`rank_pattern`,
 `alpha_pattern`) and leave layers out. Where members of a group differ, the lower ranks are filled
-up with zeros, whose products and gradients are zeros, and B carries the quotient of the scales.
+up with zeros, whose products and gradients are zeros, and B is multiplied by the quotient of the
+module's scale and the group's.
 """
 
 # P = numbers of the adapter, K = inputs of a linear layer, N = its outputs, r = rank
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from torch import Tensor
 from kernels.dtypes import accumulate_dtype
 from kernels.lora_linear.group import LoraGroup
 from model.config import LlamaConfig
-from model.layout import GROUP_OF, GROUPS, MODULES, group_shapes, module_name
+from model.hf_checkpoint import StoredTensor
+from model.layout import GROUP_OF, GROUPS, MODULES, GroupShape, group_shapes, module_name
 from model.peft_config import Patterns
 
 PRESETS = {
@@ -54,32 +56,46 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """s in y = Wx + s B A x."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """s in y = W x + s B A x."""
+        if self.rslora:
+            return self.alpha / math.sqrt(self.rank)
+        return self.alpha / self.rank
 
     def module_names(self) -> tuple[str, ...]:
-        """The adapted modules in layout order; ValueError for a name no Llama layer has."""
+        """The adapted modules of a layer ("self_attn.q_proj"), in layout order.
+
+        ValueError for a name that no layer of a Llama has.
+        """
         if self.modules in PRESETS:
             return PRESETS[self.modules]
-        short = {m.split(".")[1]: m for m in MODULES}
-        names = [n.strip() for n in self.modules.split(",") if n.strip()]
-        unknown = [n for n in names if n not in short and n not in MODULES]
-        if unknown or not names:
+        by_short_name = {module.split(".")[1]: module for module in MODULES}  # "q_proj" -> module
+        chosen = set()
+        unknown = []
+        for part in self.modules.split(","):
+            name = part.strip()
+            module = by_short_name.get(name, name)
+            if module in MODULES:
+                chosen.add(module)
+            elif name:
+                unknown.append(name)
+        if unknown or not chosen:
+            problem = "no module is named"
+            if unknown:
+                problem = f"a Llama layer has no {', '.join(unknown)}"
             raise ValueError(
-                f"modules {self.modules!r}: {unknown or 'nothing'} named; expected one of "
-                f"{', '.join(PRESETS)} or a list out of {', '.join(short)}"
+                f"modules {self.modules!r}: {problem}; expected one of {', '.join(PRESETS)}, or a "
+                f"list of {', '.join(by_short_name)}"
             )
-        chosen = {short.get(n, n) for n in names}
-        return tuple(m for m in MODULES if m in chosen)
+        return tuple(module for module in MODULES if module in chosen)
 
     def check(self) -> None:
-        """ValueError for numbers that make no adapter."""
+        """ValueError for a rank, alpha, dropout, seed or module name outside its range."""
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: expected "
                 "rank >= 1, alpha > 0 and 0 <= dropout < 1"
             )
-        if not self.alpha <= LARGEST_ALPHA or self.rank > LARGEST_RANK:
+        if not self.alpha <= LARGEST_ALPHA or self.rank > LARGEST_RANK:  # "not <=": NaN too
             raise ValueError(
                 f"rank {self.rank}, alpha {self.alpha}: expected a rank of at most "
                 f"{LARGEST_RANK:,} and an alpha of at most {LARGEST_ALPHA:,}"
@@ -90,39 +106,48 @@ class LoraConfig:
 
 
 def a_name(module: str) -> str:
-    """PEFT's name, less its prefix, of the A matrix (r, K) of a module by its whole name."""
+    """PEFT's name, less its prefix, of the A matrix (r, K) of a module, given its full name."""
     return f"{module}.lora_A.weight"
 
 
 def b_name(module: str) -> str:
-    """PEFT's name, less its prefix, of the B matrix (N, r) of a module by its whole name."""
+    """PEFT's name, less its prefix, of the B matrix (N, r) of a module, given its full name."""
     return f"{module}.lora_B.weight"
 
 
 def adapter_shapes(config: LoraConfig, model: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Every adapter tensor (PEFT's name less its prefix) and its shape, in layout order."""
     shapes: dict[str, tuple[int, int]] = {}
-    modules = config.module_names()
+    adapted = config.module_names()
     for layer in range(model.num_layers):
         for group, shape in group_shapes(model).items():
-            outputs = {
-                module_name(layer, module): n
-                for module, n in zip(GROUPS[group], shape.outputs, strict=True)
-                if module in modules
-            }
-            shapes |= {a_name(module): (config.rank, shape.inputs) for module in outputs}
-            shapes |= {b_name(module): (n, config.rank) for module, n in outputs.items()}
+            outputs: dict[str, int] = {}  # adapted module -> N
+            for member, n in zip(GROUPS[group], shape.outputs, strict=True):
+                if member in adapted:
+                    outputs[module_name(layer, member)] = n
+            for module in outputs:
+                shapes[a_name(module)] = (config.rank, shape.inputs)
+            for module, n in outputs.items():
+                shapes[b_name(module)] = (n, config.rank)
     return shapes
+
+
+class Slot(NamedTuple):
+    """Where a matrix lies in the flat buffers."""
+
+    offset: int  # of its first number
+    shape: tuple[int, int]
 
 
 class Lora:
     """One adapter: `init` makes a fresh one, `load_lora` (model/peft_format.py) reads one.
 
-    params  (P,) masters, fp32 (fp64 beside an fp64 model)      grads  (P,) the same dtype
-    compute (P,) read by the forward: params itself, or a copy in the model's dtype
+    params   (P,) master parameters, fp32 (fp64 beside an fp64 model)
+    grads    (P,) their gradients, in the same dtype
+    compute  (P,) read by the forward: `params` itself, or a copy in the model's dtype
 
     `bind` puts the buffers on a model's device and makes the views that its forward reads.
-    `Llama.bind(lora)` does that for a model, and a forward for an adapter that is not bound yet.
+    `Llama.bind(lora)` calls it, and so does a forward with an adapter that is not bound yet.
     """
 
     def __init__(
@@ -132,18 +157,20 @@ class Lora:
         patterns: Patterns | None = None,
     ) -> None:
         config.check()
-        self.config, self.patterns = config, patterns or Patterns()
-        # copies of the base's own matrices in the adapter's file: checkpoint name -> file and name
-        self.copies: dict[str, tuple[Path, str]] = {}
-        self.slots: dict[str, tuple[int, tuple[int, int]]] = {}  # name -> offset, shape
+        self.config = config
+        self.patterns = patterns or Patterns()
+        # copies of the base model's own matrices in the adapter's file, by their checkpoint names
+        self.copies: dict[str, StoredTensor] = {}
+        self.slots: dict[str, Slot] = {}  # PEFT's name less its prefix -> place in the buffers
         size = 0
         for name, shape in shapes.items():
-            self.slots[name] = (size, shape)
+            self.slots[name] = Slot(size, shape)
             size += shape[0] * shape[1]
         self.params = torch.zeros(size)
-        self.compute = self.grads = self.params.new_empty(0)
+        self.compute = self.params.new_empty(0)  # made by `bind`, as `grads` and `_groups` are
+        self.grads = self.params.new_empty(0)
         self.bound: tuple[LlamaConfig, torch.device, torch.dtype] | None = None
-        self._groups: dict[tuple[int, str], LoraGroup] = {}
+        self._groups: dict[tuple[int, str], LoraGroup] = {}  # (layer, group) -> its views
 
     @classmethod
     def init(
@@ -151,35 +178,41 @@ class Lora:
         config: LoraConfig,
         model_config: LlamaConfig,
         device: str | torch.device,
-        dtype: torch.dtype,  # of the model; the masters have at least fp32
+        dtype: torch.dtype,  # of the model; the master parameters are at least fp32
     ) -> Lora:
-        """A fresh adapter, bound: A uniform in +-1/sqrt(K) (PEFT's Kaiming form), B zero."""
+        """A fresh adapter, bound: A uniform in +-1/sqrt(K) (PEFT's Kaiming initialisation), B zero.
+
+        ValueError for settings outside their range.
+        """
         lora = cls(config, adapter_shapes(config, model_config))
         generator = torch.Generator().manual_seed(config.seed)
         for name, view in lora.views(lora.params).items():
             if ".lora_A." in name:
-                bound = view.shape[1] ** -0.5
-                view.copy_(torch.rand(view.shape, generator=generator) * (2 * bound) - bound)
+                limit = view.shape[1] ** -0.5
+                uniform = torch.rand(view.shape, generator=generator)  # (r, K) in [0, 1)
+                view.copy_(uniform * (2 * limit) - limit)
         lora.bind(model_config, torch.device(device), dtype)
         return lora
 
     # ---- views
 
     def view(self, flat: Tensor, name: str) -> Tensor:
-        """One tensor of a flat buffer of this layout."""
+        """The matrix `name` (PEFT's name less its prefix) of a flat buffer (P,), as a view."""
         offset, shape = self.slots[name]
-        return flat[offset : offset + shape[0] * shape[1]].view(shape)
+        end = offset + shape[0] * shape[1]
+        return flat[offset:end].view(shape)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Named views (PEFT's names less its prefix) of a flat buffer of this layout."""
+        """All matrices of a flat buffer (P,) by name, as views."""
         return {name: self.view(flat, name) for name in self.slots}
 
     def check_fits(self, model: LlamaConfig) -> None:
         """ValueError naming the first tensor that does not fit a model of this shape."""
         needed = self._needed_shapes(model)
-        for name in {**needed, **self.slots}:
-            own = self.slots[name][1] if name in self.slots else None
-            if own is None and self.patterns.leaves_out(name.partition(".lora_")[0]):
+        for name in [*needed, *self.slots]:
+            own = self.slots[name].shape if name in self.slots else None
+            module, _, _ = name.partition(".lora_")
+            if own is None and self.patterns.leaves_out(module):
                 continue
             if own != needed.get(name):
                 raise ValueError(
@@ -188,19 +221,21 @@ class Lora:
                 )
 
     def _needed_shapes(self, model: LlamaConfig) -> dict[str, tuple[int, int]]:
-        """The shapes that a model asks for; ranks are this adapter's own, module by module."""
+        """The shapes that a model needs; ranks are this adapter's own, module by module."""
         shapes: dict[str, tuple[int, int]] = {}
-        modules = self.config.module_names()
+        adapted = self.config.module_names()
         for layer in range(model.num_layers):
             for group, shape in group_shapes(model).items():
-                for short, n in zip(GROUPS[group], shape.outputs, strict=True):
-                    if short not in modules:
+                for member, n in zip(GROUPS[group], shape.outputs, strict=True):
+                    if member not in adapted:
                         continue
-                    module = module_name(layer, short)
-                    a, rank = a_name(module), self.config.rank
+                    module = module_name(layer, member)
+                    a, b = a_name(module), b_name(module)
+                    rank = self.config.rank
                     if a in self.slots:
-                        rank = self.slots[a][1][0]
-                    shapes |= {a: (rank, shape.inputs), b_name(module): (n, rank)}
+                        rank, _ = self.slots[a].shape
+                    shapes[a] = (rank, shape.inputs)
+                    shapes[b] = (n, rank)
         return shapes
 
     def bind(self, model_config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -210,46 +245,60 @@ class Lora:
         compared by `Llama.bind`, which has the base's matrices.
         """
         self.check_fits(model_config)
-        master = accumulate_dtype(dtype)
-        self.params = self.params.to(device, master)
-        self.compute = self.params if dtype == master else self.params.to(dtype)
+        master_dtype = accumulate_dtype(dtype)
+        self.params = self.params.to(device, master_dtype)
+        self.compute = self.params if dtype == master_dtype else self.params.to(dtype)
         self.grads = torch.zeros_like(self.params)
         self.bound = (model_config, device, dtype)
         self.make_groups(model_config)
 
     def make_groups(self, model: LlamaConfig) -> None:
-        """The views that a forward reads and a backward adds into."""
-        compute, grads = self.views(self.compute), self.views(self.grads)
+        """Make the views that a forward reads and a backward adds into."""
         self._groups = {}
         for layer in range(model.num_layers):
             for group, shape in group_shapes(model).items():
                 adapted = self._adapted(layer, group)
-                if not adapted:
-                    continue
-                modules = [module_name(layer, module) for module in GROUPS[group]]
-                offset, (rank, k) = self.slots[a_name(adapted[0])]
-                ranks = rank * len(adapted)
-                span = slice(offset, offset + ranks * k)  # the A matrices: one below the other
-                self._groups[layer, group] = LoraGroup(
-                    a=self.compute[span].view(ranks, k),
-                    b=tuple(compute.get(b_name(module)) for module in modules),
-                    da=self.grads[span].view(ranks, k),
-                    db=tuple(grads.get(b_name(module)) for module in modules),
-                    sizes=shape.outputs,
-                    rank=rank,
-                    scale=self.module_scale(adapted[0]),
-                )
+                if adapted:
+                    self._groups[layer, group] = self._make_group(layer, group, shape, adapted)
+
+    def _make_group(
+        self,
+        layer: int,
+        group: str,
+        shape: GroupShape,
+        adapted: list[str],  # full names of the adapted members, at least one
+    ) -> LoraGroup:
+        """The views of one group of one layer."""
+        offset, (rank, k) = self.slots[a_name(adapted[0])]
+        ranks = rank * len(adapted)
+        a_matrices = slice(offset, offset + ranks * k)  # one below the other
+        b: list[Tensor | None] = []
+        db: list[Tensor | None] = []
+        for member in GROUPS[group]:
+            name = b_name(module_name(layer, member))
+            is_adapted = name in self.slots
+            b.append(self.view(self.compute, name) if is_adapted else None)  # (N, r)
+            db.append(self.view(self.grads, name) if is_adapted else None)  # (N, r)
+        return LoraGroup(
+            a=self.compute[a_matrices].view(ranks, k),
+            b=tuple(b),
+            da=self.grads[a_matrices].view(ranks, k),
+            db=tuple(db),
+            sizes=shape.outputs,
+            rank=rank,
+            scale=self.module_scale(adapted[0]),
+        )
 
     def group(self, layer: int, name: str) -> LoraGroup | None:
         """The adapters of one group of one layer, None where it has none."""
         return self._groups.get((layer, name))
 
     def _adapted(self, layer: int, group: str) -> list[str]:
-        """The modules of one group of one layer that have an adapter, by their whole names."""
-        modules = [module_name(layer, module) for module in GROUPS[group]]
+        """The full names of the modules of one group of one layer that have an adapter."""
+        modules = [module_name(layer, member) for member in GROUPS[group]]
         return [module for module in modules if a_name(module) in self.slots]
 
-    # ---- single modules, by their whole names
+    # ---- single modules, by their full names
 
     def module_rank(self, module: str) -> int:
         """The rank r of a module; its group may fill it up to a higher one."""
@@ -263,11 +312,12 @@ class Lora:
 
     def group_scale(self, module: str) -> float:
         """The scale that the group of an adapted module uses: that of its first adapted member."""
-        _, _, layer, short = module.split(".", 3)
-        return self.module_scale(self._adapted(int(layer), GROUP_OF[short])[0])
+        _, _, layer, member = module.split(".", 3)  # model, layers, 3, self_attn.q_proj
+        adapted = self._adapted(int(layer), GROUP_OF[member])
+        return self.module_scale(adapted[0])
 
     def delta(self, name: str) -> Tensor | None:
-        """s B A (N, K) in the master dtype for a weight's name, None if it is not adapted."""
+        """s B A (N, K) in the master dtype for a weight's checkpoint name, None if not adapted."""
         module = name.removesuffix(".weight")
         if a_name(module) not in self.slots:
             return None

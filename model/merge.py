@@ -1,4 +1,4 @@
-"""An adapter merged into the weights of a checkpoint."""
+"""An adapter merged into the weights of a checkpoint: W + s B A in place of every adapted W."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def merge(
     stated = LlamaConfig.from_dir(model_dir)
     lora.check_fits(stated)
     checkpoint = locate(model_dir, stated)  # a model that does not load is not copied either
-    config, settings = checkpoint.config, {}
+    config = checkpoint.config
+    settings: dict[str, Any] = {}  # of config.json, to be corrected
     if config.tie_embeddings != stated.tie_embeddings:
         settings["tie_word_embeddings"] = config.tie_embeddings
     if config.quantised != stated.quantised:
@@ -59,7 +60,7 @@ def merge(
 
     def change(name: str, weight: Tensor) -> Tensor:
         check_finite(weight, name, model_dir)
-        delta = lora.delta(name)
+        delta = lora.delta(name)  # (N, K), as the weight
         if delta is None:
             return weight
         merged = (weight.float() + delta.cpu().float()).to(weight.dtype)
@@ -87,18 +88,13 @@ def rewrite_checkpoint(
     reasons: directories, weights in other forms, links out of the directory.
     """
     shards = checkpoint_files(source)
+    is_sharded = source / "model.safetensors" not in shards
+    left_out = []
     with directory_beside(out) as beside:
         for shard in shards:
-            with open_safetensors(shard) as opened:
-                metadata = opened.metadata()
-                tensors = {}
-                for name in opened.keys():
-                    old = opened.get_tensor(name)
-                    tensors[name] = change(name, old).to(old.dtype).contiguous()
-            save_file(tensors, beside / shard.name, metadata=metadata or {"format": "pt"})
-        left_out = []
+            _rewrite_shard(shard, beside / shard.name, change)
         for file in sorted(set(source.iterdir()) - set(shards)):
-            reason = _why_not_copied(file, sharded=source / "model.safetensors" not in shards)
+            reason = _why_not_copied(file, is_sharded)
             if reason is None:
                 shutil.copyfile(file, beside / file.name)
             else:
@@ -115,8 +111,23 @@ def rewrite_checkpoint(
     return left_out
 
 
-def _why_not_copied(file: Path, sharded: bool) -> str | None:
-    """Why a file beside the shards does not go into a rewritten directory, None where it does."""
+def _rewrite_shard(source: Path, out: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Write one safetensors file with every tensor passed through `change`, in its old dtype."""
+    tensors = {}
+    with open_safetensors(source) as opened:
+        metadata = opened.metadata() or {"format": "pt"}
+        for name in opened.keys():
+            old = opened.get_tensor(name)
+            new = change(name, old).to(old.dtype)
+            tensors[name] = new.contiguous()
+    save_file(tensors, out, metadata=metadata)
+
+
+def _why_not_copied(file: Path, is_sharded: bool) -> str | None:
+    """Why a file beside the weights is not copied into a rewritten directory, None where it is.
+
+    `is_sharded`: the weights are shards, which model.safetensors.index.json lists.
+    """
     target = leads_out(file)
     if target is not None:
         return f"a link to {target}"
@@ -126,6 +137,7 @@ def _why_not_copied(file: Path, sharded: bool) -> str | None:
         return "a broken link, a pipe or a device"
     if file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"):
         return "other weights, without the adapter"
-    if file.name.endswith(".index.json") and not (sharded and file.name == INDEX):
+    is_index_of_the_shards = is_sharded and file.name == INDEX
+    if file.name.endswith(".index.json") and not is_index_of_the_shards:
         return "an index of other weights"
     return None

@@ -1,6 +1,7 @@
 """PEFT's adapter_config.json, and the refusal of settings that are not computed here.
 
-Which modules of which layers are adapted is read from the tensors (model/peft_format.py).
+Which modules of which layers have an adapter is read from the tensors (model/peft_format.py), not
+from these settings.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ PATTERNS = {
     "target_modules",
 }
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+EMPTY = (None, {}, [], "")  # values of a setting that is not used
+OFF = (None, False, {}, [], "")  # 0 too, which equals False: only for settings without a number
+SETTING_TYPES = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Patterns:
     alphas: Mapping[str, float] = field(default_factory=dict)  # pattern -> alpha
     targets: str | Sequence[str] | None = None  # a regular expression, or ends of names
     excluded: str | Sequence[str] = ()  # the same
-    layers: Sequence[int] = ()  # of the targets, where these are ends; empty: all
-    stated: Mapping[str, Any] = field(default_factory=dict)  # all these as the file has them
+    layers: Sequence[int] = ()  # the adapted layers, where `targets` are ends; empty: all
+    stated: Mapping[str, Any] = field(default_factory=dict)  # the settings as they are in the file
 
     def rank(self, module: str, otherwise: int) -> int:
         """The rank of a module: that of the first pattern that matches, as in PEFT."""
@@ -66,13 +75,15 @@ class Patterns:
         return _first_match(self.alphas, module, otherwise)
 
     def leaves_out(self, module: str) -> bool:
-        """Whether these settings leave a module out that is adapted in other layers."""
+        """Whether these settings exclude a module of this layer that other layers adapt."""
         if self.targets is None:
             return False
-        if not _names(self.targets, module) or _names(self.excluded, module):
+        if not _is_named(module, self.targets) or _is_named(module, self.excluded):
             return True
+        if isinstance(self.targets, str) or not self.layers:
+            return False
         layer = int(module.split(".")[2])
-        return bool(self.layers) and not isinstance(self.targets, str) and layer not in self.layers
+        return layer not in self.layers
 
 
 def _first_match(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
@@ -83,48 +94,57 @@ def _first_match(patterns: Mapping[str, Any], module: str, otherwise: Any) -> An
     return otherwise
 
 
-def _names(targets: str | Sequence[str], module: str) -> bool:
-    """Whether a regular expression, or a list of ends, names a module."""
+def _is_named(module: str, targets: str | Sequence[str]) -> bool:
+    """Whether a regular expression, or one of a list of ends of names, matches a module."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, module) is not None
     return any(module == end or module.endswith(f".{end}") for end in targets)
 
 
 def read_peft_config(file: Path) -> tuple[dict[str, Any], Patterns]:
-    """The values of r, lora_alpha, lora_dropout and use_rslora in an adapter_config.json, and its
-    settings of single modules; ValueError naming a setting that is not supported."""
-    raw = read_json(file)
+    """Read an adapter_config.json; ValueError naming a setting that is not supported.
 
-    def refuse(key: str) -> ValueError:
+    Returns r, lora_alpha, lora_dropout and use_rslora by name, and the settings of single modules.
+    """
+    raw = read_json(file)
+    _check_plain_lora(file, raw)
+    values = {"lora_dropout": 0.0, "use_rslora": False} | raw
+    settings: dict[str, Any] = {}
+    for key, kinds in SETTING_TYPES.items():
+        value = values.get(key)
+        if type(value) not in kinds:  # not isinstance: true would be an int
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{file}: {key} is {value!r}, expected {expected}")
+        settings[key] = value
+    for key in ("r", "lora_alpha"):
+        if not 0 < settings[key] <= LARGEST:  # false for NaN
+            raise ValueError(f"{file}: {key} is {settings[key]}, expected a positive number")
+    dropout = settings["lora_dropout"]
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{file}: lora_dropout is {dropout}, expected a share from 0 to below 1")
+    stated = {key: raw[key] for key in sorted(PATTERNS) if raw.get(key) not in EMPTY}
+    return settings, _patterns(file, stated)
+
+
+def _check_plain_lora(file: Path, raw: dict[str, Any]) -> None:
+    """ValueError for a setting that would change the result in a way that we do not compute."""
+
+    def unsupported(key: str) -> ValueError:
         return ValueError(
             f"{file}: {key} = {raw.get(key)!r} is not supported; expected a plain LoRA adapter "
             "(no DoRA, biases or saved modules)"
         )
 
     if raw.get("peft_type") != "LORA":
-        raise refuse("peft_type")
+        raise unsupported("peft_type")
     if raw.get("bias", "none") != "none":
-        raise refuse("bias")
+        raise unsupported("bias")
     if raw.get("init_lora_weights", True) not in PLAIN_INITS:
-        raise refuse("init_lora_weights")  # PiSSA and similar inits change the base weights
+        raise unsupported("init_lora_weights")  # PiSSA and similar inits change the base weights
+    known = HARMLESS | READ | PATTERNS
     for key, value in raw.items():
-        if key not in HARMLESS | READ | PATTERNS and value not in (None, False, {}, [], ""):
-            raise refuse(key)
-    kinds = {"r": (int,), "lora_alpha": (int, float), "lora_dropout": (int, float)}
-    values = {"lora_dropout": 0.0, "use_rslora": False, **raw}
-    for key, types in {**kinds, "use_rslora": (bool,)}.items():
-        if type(values.get(key)) not in types:  # not isinstance: true would be an int
-            names = " or ".join(kind.__name__ for kind in types)
-            raise ValueError(f"{file}: {key} is {values.get(key)!r}, expected {names}")
-    for key in ("r", "lora_alpha"):
-        if not 0 < values[key] <= LARGEST:  # NaN is not
-            raise ValueError(f"{file}: {key} is {values[key]}, expected a positive number")
-    if not 0 <= values["lora_dropout"] < 1:
-        raise ValueError(
-            f"{file}: lora_dropout is {values['lora_dropout']}, expected a share from 0 to below 1"
-        )
-    stated = {key: raw[key] for key in sorted(PATTERNS) if raw.get(key) not in (None, {}, [], "")}
-    return {key: values[key] for key in (*kinds, "use_rslora")}, _patterns(file, stated)
+        if key not in known and value not in OFF:
+            raise unsupported(key)
 
 
 def _patterns(file: Path, stated: dict[str, Any]) -> Patterns:
@@ -133,13 +153,15 @@ def _patterns(file: Path, stated: dict[str, Any]) -> Patterns:
     def unexpected(key: str, expected: str) -> ValueError:
         return ValueError(f"{file}: {key} is {stated[key]!r}, expected {expected}")
 
-    expressions: list[str] = []
-    for key, kinds in {"rank_pattern": (int,), "alpha_pattern": (int, float)}.items():
+    expressions: list[str] = []  # regular expressions, to be checked
+    for key, kinds in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
         patterns = stated.get(key, {})
-        values = patterns.values() if isinstance(patterns, dict) else [None]
-        if not all(type(value) in kinds and 0 < value <= LARGEST for value in values):
+        if not isinstance(patterns, dict):
             raise unexpected(key, "an object of patterns and positive numbers")
-        expressions += patterns
+        for value in patterns.values():
+            if type(value) not in kinds or not 0 < value <= LARGEST:
+                raise unexpected(key, "an object of patterns and positive numbers")
+        expressions.extend(patterns)
     for key in ("target_modules", "exclude_modules"):
         modules = stated.get(key, [])
         if isinstance(modules, str):
@@ -147,14 +169,17 @@ def _patterns(file: Path, stated: dict[str, Any]) -> Patterns:
         elif not _is_list_of(str, modules):
             raise unexpected(key, "a regular expression or a list of names")
     layers = stated.get("layers_to_transform", [])
-    layers = [layers] if type(layers) is int else layers
+    if type(layers) is int:
+        layers = [layers]
     if not _is_list_of(int, layers):
         raise unexpected("layers_to_transform", "a number or a list of numbers")
     for expression in expressions:
         try:
             re.compile(f"({expression})")
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{file}: {expression!r} is no regular expression: {error}") from None
+            raise ValueError(
+                f"{file}: {expression!r} is not a regular expression: {error}"
+            ) from None
     return Patterns(
         ranks=stated.get("rank_pattern", {}),
         alphas=stated.get("alpha_pattern", {}),
@@ -166,5 +191,5 @@ def _patterns(file: Path, stated: dict[str, Any]) -> Patterns:
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    """Whether a JSON value is a list of `kind` alone."""
+    """Whether a JSON value is a list whose items are all of type `kind`."""
     return isinstance(value, list) and all(type(item) is kind for item in value)

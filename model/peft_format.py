@@ -4,9 +4,9 @@
     DIRECTORY/adapter_model.safetensors    A (r, K) and B (N, r) of every adapted module in fp32:
                                            base_model.model.MODULE.lora_A.weight, lora_B.weight
 
-Written files are plain: one rank and one scale per module, as the settings state them. In memory a
-group shares a rank and a scale (model/lora.py), so loading fills lower ranks up with zeros and
-scales B, and writing undoes both.
+A file holds each module at its own rank and scale, as the settings state them. In memory the
+modules of a group have one rank and one scale (model/lora.py), so loading fills lower ranks up with
+zeros and scales B, and writing undoes both.
 """
 
 # K = inputs of a linear layer, N = its outputs, r = rank
@@ -24,14 +24,21 @@ from torch import Tensor
 from model.config import LlamaConfig
 from model.durable import directory_beside
 from model.file_checks import check_links
-from model.hf_checkpoint import ROWS_AT_ONCE, check_finite, open_safetensors, read_rows
+from model.hf_checkpoint import (
+    ROWS_AT_ONCE,
+    StoredTensor,
+    check_finite,
+    open_safetensors,
+    read_rows,
+)
 from model.layout import EMBEDDING, GROUPS, HEAD, MODULES, module_name
 from model.lora import Lora, LoraConfig, a_name, b_name
 from model.peft_config import Patterns, read_peft_config
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-MAY_BE_COPIED = (EMBEDDING, HEAD)  # of the base's matrices, by peft into an adapter's file
+WEIGHTS = "adapter_model.safetensors"
+SETTINGS = "adapter_config.json"
+PREFIX = "base_model.model."  # of every name in an adapter's file
+MAY_BE_COPIED = (EMBEDDING, HEAD)  # the base's matrices that peft may copy into an adapter's file
 
 # ---- writing
 
@@ -58,24 +65,24 @@ def write_lora(lora: Lora, directory: Path, base: str) -> None:
         "inference_mode": True,
         **lora.patterns.stated,
     }
-    tensors = {
-        f"{PREFIX}{name}": _plain(lora, name, view.detach()).float().cpu().contiguous()
-        for name, view in lora.views(lora.params).items()
-    }
+    tensors = {}
+    for name, view in lora.views(lora.params).items():
+        stored = _without_padding(lora, name, view.detach())
+        tensors[f"{PREFIX}{name}"] = stored.float().cpu().contiguous()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (directory / SETTINGS).write_text(text, encoding="utf-8")
 
 
-def _plain(lora: Lora, name: str, view: Tensor) -> Tensor:
-    """A tensor without the zeros and the quotient of scales that its group adds."""
+def _without_padding(lora: Lora, name: str, view: Tensor) -> Tensor:
+    """A (r, K) or B (N, r) at the module's own rank r and scale, of a view at its group's."""
     module, _, half = name.partition(".lora_")
     rank = lora.module_rank(module)
     if half.startswith("A"):
         return view[:rank]
+    b = view[:, :rank]
     quotient = lora.module_scale(module) / lora.group_scale(module)
-    view = view[:, :rank]
-    return view if quotient == 1 else view / quotient
+    return b if quotient == 1 else b / quotient
 
 
 # ---- reading
@@ -87,33 +94,38 @@ def load_lora(path: str | Path) -> Lora:
     ValueError names a tensor that is not a LoRA matrix of Llama's linear layers, a setting of
     adapter_config.json that would change the result and is not computed here, and a tensor
     that holds NaN or an infinite number. Copies of the base's own embeddings are compared with
-    them when the adapter is bound. Loaded adapters are for use: training starts afresh.
+    them when the adapter is bound. A loaded adapter is for inference: training starts a new one.
     """
     path = Path(path)
     file = path / WEIGHTS
     check_links(path)
     if not file.exists():
-        pickled = (path / "adapter_model.bin").exists()
-        raise ValueError(
-            f"{file} is missing; expected a PEFT adapter directory"
-            + (" (adapter_model.bin is a pickle and is never opened)" if pickled else "")
-        )
-    numbers, patterns = read_peft_config(path / SETTINGS)
+        message = f"{file} is missing; expected a PEFT adapter directory"
+        if (path / "adapter_model.bin").exists():
+            message += " (adapter_model.bin is a pickle and is never opened)"
+        raise ValueError(message)
+    settings, patterns = read_peft_config(path / SETTINGS)
     tensors, copies = _read_tensors(file)
-    places = {_place(file, name) for name in tensors}  # (layer, module)
-    adapted = {module for _, module in places}
+    adapted: dict[int, set[str]] = {}  # layer -> its adapted modules
+    for name in tensors:
+        layer, module = _layer_and_module(file, name)
+        adapted.setdefault(layer, set()).add(module)
+    adapted_anywhere = set().union(*adapted.values())
     config = LoraConfig(
-        rank=numbers["r"],
-        alpha=float(numbers["lora_alpha"]),
-        dropout=float(numbers["lora_dropout"]),
-        modules=",".join(module for module in MODULES if module in adapted),
-        rslora=numbers["use_rslora"],
+        rank=settings["r"],
+        alpha=float(settings["lora_alpha"]),
+        dropout=float(settings["lora_dropout"]),
+        modules=",".join(module for module in MODULES if module in adapted_anywhere),
+        rslora=settings["use_rslora"],
     )
     shapes: dict[str, tuple[int, int]] = {}
-    for layer in sorted({layer for layer, _ in places}):
+    for layer in sorted(adapted):
         for members in GROUPS.values():
-            modules = [module_name(layer, m) for m in members if (layer, m) in places]
-            ranks = {module: patterns.rank(module, config.rank) for module in modules}
+            ranks: dict[str, int] = {}  # full name of an adapted member -> its rank
+            for member in members:
+                if member in adapted[layer]:
+                    module = module_name(layer, member)
+                    ranks[module] = patterns.rank(module, config.rank)
             shapes |= _group_shapes(file, tensors, ranks)
     lora = Lora(config, shapes, patterns)
     lora.copies = copies
@@ -121,14 +133,15 @@ def load_lora(path: str | Path) -> Lora:
     return lora
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Path, str]]]:
-    """The adapter's tensors by their names in the file, and where copies of the base's stand."""
-    tensors, copies = {}, {}
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, StoredTensor]]:
+    """The adapter's tensors by their names in the file, and the copies of the base's matrices."""
+    tensors: dict[str, Tensor] = {}
+    copies: dict[str, StoredTensor] = {}  # by the checkpoint names of the base's matrices
     with open_safetensors(file) as opened:
         for name in opened.keys():
-            base = _copy_of(name)
-            if base is not None:
-                copies[base] = file, name
+            base_name = _copy_of(name)
+            if base_name is not None:
+                copies[base_name] = StoredTensor(file, name)
                 continue
             tensors[name] = opened.get_tensor(name)
             check_finite(tensors[name], name, file)
@@ -137,17 +150,17 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Path, 
     return tensors, copies
 
 
-def _place(file: Path, name: str) -> tuple[int, str]:
+def _layer_and_module(file: Path, name: str) -> tuple[int, str]:
     """(layer, module) of a tensor; ValueError where it is no LoRA matrix of a linear layer."""
-    parts = name.removeprefix(PREFIX).split(".")
+    parts = name.removeprefix(PREFIX).split(".")  # model, layers, 3, self_attn, q_proj, lora_A, ...
     module = ".".join(parts[3:5])
-    good = (
+    is_lora_matrix = (
         name.startswith(f"{PREFIX}model.layers.")
         and parts[2].isdecimal()
         and module in MODULES
         and parts[5:] in (["lora_A", "weight"], ["lora_B", "weight"])
     )
-    if not good:
+    if not is_lora_matrix:
         raise ValueError(
             f"{file}: {name} is not a LoRA matrix of a Llama linear layer "
             f"({PREFIX}model.layers.N.self_attn.q_proj.lora_A.weight and the like)"
@@ -162,22 +175,32 @@ def _group_shapes(
 
     ValueError for a tensor that is missing or does not have its module's rank.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     highest = max(ranks.values(), default=0)
-    for a_or_b in (a_name, b_name):
-        for module, rank in ranks.items():
-            name = a_or_b(module)
-            stored = PREFIX + name
-            if stored not in tensors:
-                raise ValueError(f"{file}: {stored} is missing")
-            shape = tuple(tensors[stored].shape)
-            rank_axis = 0 if a_or_b is a_name else 1
-            if len(shape) != 2 or shape[rank_axis] != rank:
-                raise ValueError(
-                    f"{file}: {stored} is {shape}, rank {rank} of adapter_config.json does not fit"
-                )
-            shapes[name] = (highest, shape[1]) if a_or_b is a_name else (shape[0], highest)
+    for module, rank in ranks.items():
+        name = a_name(module)
+        _, inputs = _stored_shape(file, tensors, name, rank, rank_axis=0)  # (r, K)
+        shapes[name] = (highest, inputs)
+    for module, rank in ranks.items():
+        name = b_name(module)
+        outputs, _ = _stored_shape(file, tensors, name, rank, rank_axis=1)  # (N, r)
+        shapes[name] = (outputs, highest)
     return shapes
+
+
+def _stored_shape(
+    file: Path, tensors: Mapping[str, Tensor], name: str, rank: int, rank_axis: int
+) -> tuple[int, int]:
+    """The shape of an A or B in the file; ValueError unless its axis `rank_axis` is `rank` long."""
+    stored = PREFIX + name
+    if stored not in tensors:
+        raise ValueError(f"{file}: {stored} is missing")
+    shape = tuple(tensors[stored].shape)
+    if len(shape) != 2 or shape[rank_axis] != rank:
+        raise ValueError(
+            f"{file}: {stored} is {shape}, rank {rank} of adapter_config.json does not fit"
+        )
+    return shape
 
 
 def _fill(lora: Lora, tensors: Mapping[str, Tensor], patterns: Patterns) -> None:
@@ -186,7 +209,8 @@ def _fill(lora: Lora, tensors: Mapping[str, Tensor], patterns: Patterns) -> None
         lora.params = lora.params.double()  # until it is bound: quotients of scales are exact
     for name, view in lora.views(lora.params).items():
         tensor = tensors[PREFIX + name]
-        view[: tensor.shape[0], : tensor.shape[1]] = tensor
+        rows, columns = tensor.shape
+        view[:rows, :columns] = tensor  # beyond them: zeros, up to the group's rank
         module, _, half = name.partition(".lora_")
         if half.startswith("B"):
             view.mul_(lora.module_scale(module) / lora.group_scale(module))
@@ -205,30 +229,41 @@ def check_copies(
     peft puts such copies into an adapter's file (save_embedding_layers). rows_of(name), for a
     checkpoint name, gives the base's rows (n, D) in parts, each with the number of its first row.
     """
-    for name, (file, stored) in lora.copies.items():
-        with open_safetensors(file) as opened:
-            shape = tuple(opened.get_slice(stored).get_shape())
-        fits = shape == (model.vocab_size, model.hidden_size)
-        if not fits or not all(_is_copy(file, stored, *part) for part in rows_of(name)):
+    for name, copy in lora.copies.items():
+        with open_safetensors(copy.file) as opened:
+            shape = tuple(opened.get_slice(copy.name).get_shape())
+        is_equal = shape == (model.vocab_size, model.hidden_size)
+        if is_equal:
+            is_equal = all(_equals_copy(rows, first, copy) for rows, first in rows_of(name))
+        if not is_equal:
             raise ValueError(
-                f"{file}: {stored} {shape} is not the model's own {name}: it was trained, or "
-                "the vocabulary extended, and only adapters of linear layers are supported; "
+                f"{copy.file}: {copy.name} {shape} is not the model's own {name}: it was trained, "
+                "or the vocabulary extended, and only adapters of linear layers are supported; "
                 "merge it into the model with peft (merge_and_unload) and use the merged model"
             )
-        print(f"adapter: {file} holds the model's own {name} as well, unchanged: passed over")
+        print(f"adapter: {copy.file} holds an unchanged copy of the model's {name}: ignored")
 
 
 def _copy_of(name: str) -> str | None:
-    """Which of the base's own matrices a tensor of an adapter's file is a copy of, if any."""
-    plain = name.removeprefix(PREFIX).replace(".base_layer.weight", ".weight")
-    return plain if name.startswith(PREFIX) and plain in MAY_BE_COPIED else None
+    """The checkpoint name of the base's matrix that a tensor of an adapter's file is a copy of.
+
+    None where it is not such a copy.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    base_name = name.removeprefix(PREFIX).replace(".base_layer.weight", ".weight")
+    return base_name if base_name in MAY_BE_COPIED else None
 
 
-def _is_copy(file: Path, stored: str, rows: Tensor, first: int) -> bool:
-    """Whether rows of a matrix equal those of its copy, as far as the coarser dtype tells."""
+def _equals_copy(rows: Tensor, first: int, copy: StoredTensor) -> bool:
+    """Whether rows (n, D) of a matrix, from row `first` on, equal its copy in the coarser dtype."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         own = rows[start : start + ROWS_AT_ONCE]
-        copy = read_rows(file, stored, first + start, first + start + len(own)).to(own.device)
-        if not torch.equal(copy.to(own.dtype), own) and not torch.equal(own.to(copy.dtype), copy):
-            return False
+        begin = first + start
+        other = read_rows(copy.file, copy.name, begin, begin + len(own)).to(own.device)
+        if torch.equal(other.to(own.dtype), own):
+            continue
+        if torch.equal(own.to(other.dtype), other):
+            continue
+        return False
     return True

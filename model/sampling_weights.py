@@ -5,10 +5,11 @@ for the whole run. `for_sampling` chooses among three cases:
 
     packed           a CPU in fp32: matrices packed, the adapter merged into the packed copy
     batch-invariant  a GPU with `invariant`: plain matrices, products with fixed tiles
-    plain            everything else: the model as it is
+    plain            otherwise: the model as it is
 
-A packed matrix is in panels of our own C (kernels/cpu/panels.py; the embedding too) where the
-table of operations has them, else in oneDNN's layout (kernels/cpu/prepack.py).
+A packed matrix, the embedding too, is in panels for our own C (kernels/cpu/panels.py) where the
+table of operations reads them. Otherwise it is in oneDNN's layout (kernels/cpu/prepack.py), and the
+embedding stays plain.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from model.weights import PlainWeights
 def for_sampling(
     model: Llama, lora: Lora | None = None, *, release: bool = False, invariant: bool = False
 ) -> tuple[Llama, Lora | None]:
-    """A model whose every product has one form for a whole run, and the adapter still to pass.
+    """A model for a sampling run, and the adapter that its forwards must still be given.
 
-    Packed weights take the adapter in: measured faster than two more products per group, and the
-    base stays as it is. `release` then gives up the model's own matrices one by one as they are
+    With packed weights that is None, for the adapter is merged into them: measured faster than two
+    more products per group. `release` then frees the model's own matrices one by one as they are
     packed, so that memory does not double, until `restore_weights`; with an adapter they are kept,
-    since a sum cannot be taken apart exactly.
+    since a rounded sum cannot be separated exactly again.
 
     `invariant` asks for batch-invariant results. On a CPU packed weights give them; elsewhere the
     same matrices are used by another table of operations, and the adapter is not merged: in bf16
@@ -46,11 +47,14 @@ def for_sampling(
             "training and scoring share them out"
         )
     ops = model.ops.sampled or model.ops
-    panels = ops.packs == "panels"
-    onednn = Prepacked.available(model.weights["embed"])
-    if invariant and not panels and not (ops is TORCH and onednn):
-        return Llama(model.config, model.weights, registry.invariant(model.ops)), lora
-    if not panels and (ops.name == "reference" or not onednn):  # REFERENCE takes plain matrices
+    uses_panels = ops.packs == "panels"
+    has_onednn = Prepacked.available(model.weights["embed"])
+    packed_is_invariant = uses_panels or (ops is TORCH and has_onednn)
+    if invariant and not packed_is_invariant:
+        invariant_ops = registry.invariant(model.ops)
+        return Llama(model.config, model.weights, invariant_ops), lora
+    can_pack = uses_panels or (has_onednn and ops.name != "reference")  # it takes plain matrices
+    if not can_pack:
         return model, lora
     return pack_weights(model, ops, lora, release), None
 
@@ -58,21 +62,21 @@ def for_sampling(
 def pack_weights(model: Llama, ops: Ops, lora: Lora | None, release: bool) -> Llama:
     """The model with packed matrices, `lora` merged into them, that runs on `ops`.
 
-    With `release` and no adapter, `model` holds the packed matrices as well, and its own are freed.
+    With `release` and no adapter, `model` gets the packed matrices as well, and its own are freed.
     """
     if lora is not None:
         model.ensure_bound(lora)
-    panels = ops.packs == "panels"
+    uses_panels = ops.packs == "panels"
     tied = model.config.tie_embeddings
     names = [name for name in model.weights if name != "embed"]
     packed = PlainWeights()
     for name in [*names, "embed"]:  # the embedding last: if tied, it is the packed head
         weight = model.weights[name]
-        assert lora is None or isinstance(weight, Tensor), "released: restore it first"
-        if name == "embed" and panels and tied:
+        assert lora is None or isinstance(weight, Tensor), f"{name} is released: restore it first"
+        if name == "embed" and uses_panels and tied:
             packed[name] = packed["head"]
-        elif isinstance(weight, Tensor) and _is_packed(name, panels):
-            packed[name] = prepack(merged_weight(weight, lora, name), panels)
+        elif isinstance(weight, Tensor) and _has_packed_form(name, uses_panels):
+            packed[name] = prepack(merged_weight(weight, lora, name), uses_panels)
         else:
             packed[name] = weight
         if release and lora is None:
@@ -80,32 +84,37 @@ def pack_weights(model: Llama, ops: Ops, lora: Lora | None, release: bool) -> Ll
     return Llama(model.config, packed, ops)
 
 
-def _is_packed(name: str, panels: bool) -> bool:
-    """Whether a weight of this name has a packed form: the embedding has one in panels alone."""
+def _has_packed_form(name: str, uses_panels: bool) -> bool:
+    """Whether a weight of this name is packed: the embedding only in panels, norms never."""
     if name == "embed":
-        return panels
-    return name == "head" or name.partition(".")[2] in GROUPS
+        return uses_panels
+    _, _, parameter = name.partition(".")
+    return name == "head" or parameter in GROUPS
 
 
 def merged_weight(weight: Tensor, lora: Lora | None, name: str) -> Tensor:
-    """W + s B A for a group's matrix W, member by member; W itself where nothing adapts it."""
-    layer, _, group = name.partition(".")
-    if lora is None or group not in GROUPS or lora.group(int(layer), group) is None:
+    """W + s B A (N, K) for a weight W (N, K) by our name, W itself where it has no adapter."""
+    layer, _, group_name = name.partition(".")
+    if lora is None or group_name not in GROUPS:
         return weight
-    parts = []
-    members = weight.split(lora.group(int(layer), group).sizes)
-    for module, part in zip(GROUPS[group], members, strict=True):
-        delta = lora.delta(f"{module_name(int(layer), module)}.weight")
-        parts.append(part if delta is None else part + delta)
-    return torch.cat(parts)
+    group = lora.group(int(layer), group_name)
+    if group is None:
+        return weight
+    merged = []
+    members = weight.split(group.sizes)  # (N_i, K) each
+    for module, part in zip(GROUPS[group_name], members, strict=True):
+        delta = lora.delta(f"{module_name(int(layer), module)}.weight")  # (N_i, K)
+        merged.append(part if delta is None else part + delta)
+    return torch.cat(merged)
 
 
 def restore_weights(model: Llama) -> None:
-    """Take back, bit for bit, the matrices that `for_sampling` released."""
-    weights, tied = model.weights, model.config.tie_embeddings
+    """Unpack, bit for bit, the matrices that `for_sampling` released."""
+    weights = model.weights
+    tied = model.config.tie_embeddings
     for name, weight in weights.items():
-        shared = tied and name == "head"
-        if not isinstance(weight, Tensor) and not shared:
+        is_second_name = tied and name == "head"  # of the embedding
+        if not isinstance(weight, Tensor) and not is_second_name:
             weights[name] = weight.unpack()
     if tied:
         weights["head"] = weights["embed"]

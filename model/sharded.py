@@ -1,10 +1,10 @@
 """Frozen weights sharded over the processes of a job by torch's FSDP2
 
 A unit is gathered as one: a layer, or as many rows of the embedding or the head as have about as
-many numbers as a layer. Each process holds its rows of every matrix and norm of a unit. The rest is
-gathered by one all-gather (`unshard` of torch.distributed.fsdp.fully_shard) and freed again
-(`reshard`); the following unit is gathered meanwhile. Nothing else of FSDP is used: no module runs,
-there is no hook and no gradient.
+many numbers as a layer. Each process holds its rows of every matrix and norm of a unit. The rows of
+the other processes are gathered by one all-gather (`unshard` of torch.distributed.fsdp.fully_shard)
+and freed after use (`reshard`); the following unit is gathered meanwhile. Nothing else of FSDP is
+used: no module runs, there is no hook and no gradient.
 
 A process holds at most its share, two layers and a buffer, and for the loss the whole head. Every
 process must ask for the same units in the same order. Only the last norm, D numbers, is whole
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from kernels.integers import cdiv
 class BroadcastAllGather:
     """FSDP's all-gather on gloo: every share is broadcast straight into its place in the output.
 
-    gloo's own all-gather makes two copies more. One buffer serves all units: FSDP copies a gathered
+    gloo's own all-gather makes two more copies. All units use one buffer: FSDP copies a gathered
     unit out of it before the next gather begins.
     """
 
@@ -40,10 +41,11 @@ class BroadcastAllGather:
         self.buffer = torch.empty(0)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The beginning of the buffer, grown where it is too small."""
-        if self.buffer.numel() < math.prod(size):
-            self.buffer = torch.empty(math.prod(size), dtype=dtype, device=device)
-        return self.buffer[: math.prod(size)].view(*size)
+        """The beginning of the buffer, in the shape `size`; the buffer grows if it is too small."""
+        numbers = math.prod(size)
+        if self.buffer.numel() < numbers:
+            self.buffer = torch.empty(numbers, dtype=dtype, device=device)
+        return self.buffer[:numbers].view(*size)
 
     def __call__(
         self,
@@ -66,10 +68,17 @@ class Unit(torch.nn.Module):
             self.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
 
 
+class Part(NamedTuple):
+    """A unit that holds rows of the embedding or of the head."""
+
+    unit: str
+    first_row: int
+
+
 class ShardedWeights(Mapping[str, Tensor]):
     """The weights by our names (model/layout.py); a layer is whole only inside `with layer(i)`.
 
-    Made without numbers: this process has to fill the rows that `local` names.
+    A new object holds no values: each process has to fill the rows that `local` returns.
     """
 
     is_sharded = True
@@ -78,50 +87,68 @@ class ShardedWeights(Mapping[str, Tensor]):
         self, shapes: dict[str, tuple[int, ...]], device: str | torch.device, dtype: torch.dtype
     ) -> None:
         assert dist.is_initialized(), "weights are sharded over the processes of a job"
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.norm = torch.empty(shapes["norm"], device=device, dtype=dtype)
-        self.gathered_head: Tensor | None = None  # while it is whole
-        units: dict[str, dict[str, tuple[int, ...]]] = {}
-        for name, shape in shapes.items():
-            layer, _, parameter = name.partition(".")
-            if parameter:
-                units.setdefault(layer, {})[parameter] = shape
-        layer_size = sum(map(math.prod, units["0"].values()))  # numbers of one layer
-        self.parts: dict[str, list[tuple[str, int]]] = {}  # of embed and head: (unit, first row)
-        for name in sorted({"embed", "head"} & shapes.keys()):
-            rows, width = shapes[name]
-            starts = range(0, rows, cdiv(layer_size, width))
-            self.parts[name] = [(f"{name} from {i}", i) for i in starts]
-            for unit, i in self.parts[name]:
-                units[unit] = {"rows": (min(rows - i, starts.step), width)}
-        self.parts.setdefault("head", self.parts["embed"])
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
         self.names = ["norm", *(name for name in shapes if name != "norm")]
-        mesh = init_device_mesh(torch.device(device).type, (self.size,))
-        self.units = {name: Unit(parameters, dtype) for name, parameters in units.items()}
+        self.norm = torch.empty(shapes["norm"], device=device, dtype=dtype)
+        self.gathered_head: Tensor | None = None  # set while the head is whole
+
+        # 1. the units and their shapes: layers first, then parts of embed and head
+        unit_shapes = _layer_shapes(shapes)
+        layer_size = sum(math.prod(shape) for shape in unit_shapes["0"].values())
+        self.parts: dict[str, list[Part]] = {}  # of embed and head, in the order of their rows
+        for name in ("embed", "head"):
+            if name not in shapes:  # embeddings are tied: the head is the embedding
+                self.parts[name] = self.parts["embed"]
+                continue
+            rows, width = shapes[name]
+            rows_at_once = cdiv(layer_size, width)
+            self.parts[name] = []
+            for first in range(0, rows, rows_at_once):
+                part = Part(f"{name} from {first}", first)
+                self.parts[name].append(part)
+                unit_shapes[part.unit] = {"rows": (min(rows - first, rows_at_once), width)}
+
+        # 2. shard each unit over the processes
+        device_type = torch.device(device).type
+        mesh = init_device_mesh(device_type, (self.size,))
+        self.units = {name: Unit(parameters, dtype) for name, parameters in unit_shapes.items()}
         all_gather = BroadcastAllGather()
-        for module in self.units.values():
-            fully_shard(module, mesh=mesh)
-            module.to_empty(device=device)
-            if torch.device(device).type == "cpu":  # gathered by gloo
-                module.set_custom_all_gather(all_gather)
-        # beside the share: the buffer of a gather, the unit and the next, or the head
+        for unit in self.units.values():
+            fully_shard(unit, mesh=mesh)
+            unit.to_empty(device=device)
+            if device_type == "cpu":  # gathered by gloo
+                unit.set_custom_all_gather(all_gather)
+
+        # memory beside the share: the buffer of a gather, and this unit and the next, or the head
         head_size = math.prod(shapes["embed"])
         self.gather_bytes = dtype.itemsize * (2 * layer_size + max(layer_size, head_size))
 
     def local(self, name: str) -> list[tuple[Tensor, int]]:
-        """The rows of a weight that this process holds: tensors, each with the number of its first
-        row."""
+        """The rows of a weight that this process holds.
+
+        They come as tensors, each with the number of its first row.
+        """
         if name == "norm":
             return [(self.norm, 0)]
-        layer, _, parameter = name.partition(".")
+        if name in self.parts:
+            parts = self.parts[name]
+            parameter = "rows"
+        else:
+            layer, _, parameter = name.partition(".")
+            parts = [Part(layer, 0)]
         pieces = []
-        for unit, start in self.parts.get(name, [(layer, 0)]):
-            weight = getattr(self.units[unit], parameter or "rows")
-            share = cdiv(len(weight), self.size)  # rows; the last processes may have fewer, or none
-            first = min(len(weight), self.rank * share)
+        for part in parts:
+            weight = getattr(self.units[part.unit], parameter)
             rows = weight.to_local()
-            assert len(rows) == min(len(weight), first + share) - first, f"{name}: cut elsewhere"
-            pieces.append((rows, start + first))
+            # FSDP gives every process as many rows; the last ones may have fewer, or none
+            share = cdiv(len(weight), self.size)
+            first = min(len(weight), self.rank * share)
+            end = min(len(weight), first + share)
+            assert len(rows) == end - first, (
+                f"{name}: FSDP gave this process {len(rows)} rows, expected {first} to {end}"
+            )
+            pieces.append((rows, part.first_row + first))
         return pieces
 
     def refuse(self, fault: str | None) -> None:
@@ -133,9 +160,9 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     @contextlib.contextmanager
     def _unit(self, unit: str, then: str | None = None) -> Iterator[None]:
-        """Inside `with` a unit is whole, and the gathering of `then` is under way."""
+        """Inside `with` a unit is whole, and the gathering of the unit `then` is under way."""
         module = self.units[unit]
-        module.unshard()  # or waits for the one under way
+        module.unshard()  # waits for the gathering, if it is under way already
         if then is not None:
             self.units[then].unshard(async_op=True)
         try:
@@ -149,25 +176,28 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def _all_rows(self, name: str) -> Iterator[tuple[Tensor, int]]:
         """All rows of embed or head, part by part: (rows, D) and the number of the first."""
-        order = [unit for unit, _ in self.parts[name]]
-        for (unit, first), then in zip(self.parts[name], [*order[1:], None], strict=True):
-            with self._unit(unit, then):
-                yield self.units[unit].rows, first
+        parts = self.parts[name]
+        following = [part.unit for part in parts[1:]] + [None]
+        for part, then in zip(parts, following, strict=True):
+            with self._unit(part.unit, then):
+                yield self.units[part.unit].rows, part.first_row
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The rows of the embedding (T, D) that belong to tokens (T,)."""
-        h = self.norm.new_empty(len(tokens), len(self.norm))
+        h = self.norm.new_empty(len(tokens), len(self.norm))  # (T, D)
         for rows, first in self._all_rows("embed"):
-            index = tokens - first
-            inside = ((index >= 0) & (index < len(rows)))[:, None]
-            h = torch.where(inside, rows[index.clamp(0, len(rows) - 1)], h)
+            index = tokens - first  # (T,)
+            inside = (index >= 0) & (index < len(rows))  # (T,)
+            candidates = rows[index.clamp(0, len(rows) - 1)]  # (T, D)
+            h = torch.where(inside[:, None], candidates, h)
         return h
 
     @contextlib.contextmanager
     def head(self) -> Iterator[Tensor]:
         """Inside `with` the head (V, D) is whole."""
-        unit, last = self.parts["head"][-1]
-        head = self.norm.new_empty(last + len(self.units[unit].rows), len(self.norm))
+        last_part = self.parts["head"][-1]
+        vocab = last_part.first_row + len(self.units[last_part.unit].rows)
+        head = self.norm.new_empty(vocab, len(self.norm))  # (V, D)
         for rows, first in self._all_rows("head"):
             head[first : first + len(rows)] = rows
         self.gathered_head = head
@@ -179,13 +209,13 @@ class ShardedWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name == "norm":
             return self.norm
-        if name in self.parts:
-            head = self.gathered_head if name == "head" else None
-            assert head is not None, f"{name} is not whole now"
-            return head
+        assert name != "embed", "embed is never whole: use embed(tokens)"
+        if name == "head":
+            assert self.gathered_head is not None, "head is whole only inside `with head()`"
+            return self.gathered_head
         layer, _, parameter = name.partition(".")
         weight = getattr(self.units[layer], parameter)
-        assert not isinstance(weight, DTensor), f"{name} is not whole now"
+        assert not isinstance(weight, DTensor), f"{name} is whole only inside `with layer({layer})`"
         return weight
 
     def __iter__(self) -> Iterator[str]:
@@ -193,3 +223,13 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def _layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Layer ("0", "1", ...) -> parameter ("qkv", "attn_norm", ...) -> shape."""
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer, _, parameter = name.partition(".")
+        if parameter:  # not embed, norm or head
+            layers.setdefault(layer, {})[parameter] = shape
+    return layers

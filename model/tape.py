@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,8 +24,15 @@ from model.lora import Lora
 
 POLICIES = ("none", "selective", "full")
 
-# group -> its adapter and the dropout of its input; None where there is none
-Adapters = Mapping[str, tuple[LoraGroup | None, Dropout | None]]
+
+class GroupAdapter(NamedTuple):
+    """The adapter of one group of a layer, and the dropout of its input; None: there is none."""
+
+    lora: LoraGroup | None
+    dropout: Dropout | None
+
+
+Adapters = Mapping[str, GroupAdapter]  # group -> its adapter
 
 
 @dataclass
@@ -46,12 +54,15 @@ class Saved:
     s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> A x (T, R)
 
     def drop(self, policy: str) -> None:
-        """Free the tensors that the policy computes again."""
-        if policy == "selective":
+        """Free the tensors that the backward computes again under this policy."""
+        if policy in ("selective", "full"):
             self.gate_up = None
-        elif policy == "full":
-            self.qkv = self.o = self.lse = None
-            self.h_mid = self.rstd2 = self.gate_up = None
+        if policy == "full":
+            self.qkv = None
+            self.o = None
+            self.lse = None
+            self.h_mid = None
+            self.rstd2 = None
             self.s = {}
 
 

@@ -1,17 +1,20 @@
-"""Untrusted text (a checkpoint's, a data file's) on a terminal: shown, never obeyed."""
+"""Untrusted text (of a checkpoint, of a data file) on a terminal, without its control sequences."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# controls, marks that turn the writing direction, halves of characters, line and paragraph ends
-COMMANDS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Unicode categories that a terminal may act on: control characters, marks of the writing direction,
+# surrogates, line and paragraph separators
+CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def visible(text: str) -> str:
     """`text` with control characters as escapes (\\x1b); line ends and tabs stay."""
     shown = []
     for character in text:
-        commands = unicodedata.category(character) in COMMANDS and character not in "\n\t"
-        shown.append(character.encode("unicode_escape").decode() if commands else character)
+        is_control = unicodedata.category(character) in CONTROLS
+        if is_control and character not in "\n\t":
+            character = character.encode("unicode_escape").decode()
+        shown.append(character)
     return "".join(shown)

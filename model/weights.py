@@ -52,7 +52,9 @@ class PlainWeights(dict[str, "Tensor | PackedWeight"]):
     def local(self, name: str) -> list[tuple[Tensor, int]]:
         """All rows of a weight, and the number of the first; packed weights are unpacked."""
         weight = self[name]
-        return [(weight if isinstance(weight, Tensor) else weight.unpack(), 0)]
+        if not isinstance(weight, Tensor):
+            weight = weight.unpack()
+        return [(weight, 0)]
 
 
 Weights: TypeAlias = "PlainWeights | ShardedWeights"
@@ -67,27 +69,29 @@ def load_weights(
     """All weights of a checkpoint in `dtype`, the members of each group one below the other.
 
     With `shard` each process of the job reads and holds only its own rows. Tensors are read one by
-    one, the largest first, each file opened anew, so that the pages of the map are released at once
-    and the peak stays near the size of the loaded model. ValueError naming a tensor that holds NaN
-    or an infinite number; of sharded weights in every process, once all are read.
+    one, the largest first, each file opened anew, so that the pages of the memory map are released
+    at once and the peak stays near the size of the loaded model. ValueError naming a tensor that
+    holds NaN or an infinite number; with `shard` every process raises it, after reading all.
     """
     config = checkpoint.config
     weights = _empty_weights(weight_shapes(config), device, dtype, shard)
     shapes = checkpoint_shapes(config)
-    fault = None
-    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    first_fault = None
+    for name in sorted(shapes, key=lambda name: sizes[name], reverse=True):
         place = place_of(name, config)
-        for target, target_first in weights.local(place.name):
-            reason = _read_into(
-                target, target_first, checkpoint, name, place.first_row, shapes[name][0]
-            )
-            if reason is not None and not weights.is_sharded:
-                raise ValueError(reason)
-            fault = fault or reason
+        begin = place.first_row
+        end = begin + shapes[name][0]
+        for target, target_begin in weights.local(place.name):
+            fault = _read_into(target, target_begin, checkpoint, name, begin, end)
+            if fault is not None and not weights.is_sharded:
+                raise ValueError(fault)
+            if first_fault is None:
+                first_fault = fault
     if weights.is_sharded:
-        weights.refuse(fault)
-    else:
-        weights.setdefault("head", weights["embed"])  # tied
+        weights.refuse(first_fault)
+    elif config.tie_embeddings:
+        weights["head"] = weights["embed"]
     return weights
 
 
@@ -99,25 +103,28 @@ def _empty_weights(
         from model.sharded import ShardedWeights
 
         return ShardedWeights(shapes, device, dtype)
-    return PlainWeights(
-        {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-    )
+    weights = PlainWeights()
+    for name, shape in shapes.items():
+        weights[name] = torch.empty(shape, device=device, dtype=dtype)
+    return weights
 
 
 def _read_into(
-    target: Tensor,  # rows target_first ... of one of our weights
-    target_first: int,
+    target: Tensor,  # rows of one of our weights, from target_begin on
+    target_begin: int,
     checkpoint: Checkpoint,
-    name: str,
-    first: int,  # of our weight: the row where this checkpoint tensor begins
-    rows: int,  # of the checkpoint tensor
+    name: str,  # of a checkpoint tensor, which is rows tensor_begin .. tensor_end - 1 of our weight
+    tensor_begin: int,
+    tensor_end: int,
 ) -> str | None:
-    """Copy the rows of a checkpoint tensor that belong into `target`; why they cannot be used, or
-    None."""
-    begin = max(first, target_first)
-    end = min(first + rows, target_first + len(target))
+    """Copy the rows of a checkpoint tensor that belong into `target`.
+
+    Returns why they cannot be used, None where they can.
+    """
+    begin = max(tensor_begin, target_begin)
+    end = min(tensor_end, target_begin + len(target))
     if begin >= end:
         return None
-    copied = target[begin - target_first : end - target_first]
-    copied.copy_(checkpoint.rows(name, begin - first, end - first))
-    return why_not_finite(copied, name, checkpoint.files[name][0])
+    rows = target[begin - target_begin : end - target_begin]
+    rows.copy_(checkpoint.rows(name, begin - tensor_begin, end - tensor_begin))
+    return why_not_finite(rows, name, checkpoint.files[name].file)

@@ -1,4 +1,4 @@
-"""The written-down backward is the gradient: against REFERENCE under autograd, in fp64, to 1e-9.
+"""The written-down backward is the gradient: equal to autograd of REFERENCE, in fp64, to 1e-9.
 
 Also: packed rows equal the same rows one by one, every recompute policy gives the same numbers, and
 nothing below the first adapter is computed.
@@ -18,30 +18,37 @@ from model.tape import POLICIES, Tape
 from tests.helpers.adapters import new_lora
 
 LENGTHS = [7, 1, 12, 3]
+ROW_KEYS = [10, 11, 12, 13]
+STEP = 4
 
 
 def make(path, modules="all", dropout=0.0, rank=3, ops=TORCH):
     model = Llama.from_pretrained(path, dtype=torch.float64, ops=ops)
     lora = new_lora(model, rank=rank, alpha=5.0, modules=modules, dropout=dropout, seed=1)
-    generator = torch.Generator().manual_seed(2)  # B is zero at first: A would have no gradient
-    lora.params.copy_(
-        torch.randn(lora.params.shape, generator=generator, dtype=torch.float64) * 0.1
-    )
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(lora.params.shape, generator=generator, dtype=torch.float64)
+    lora.params.copy_(values * 0.1)  # a fresh B is zero, and A would have no gradient
     return model, lora
 
 
-def batch(model, lengths=LENGTHS, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator)
-    targets = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator)
-    carries = torch.rand(sum(lengths), generator=generator) < 0.6
-    return tokens, targets, carries.nonzero()[:, 0]
+def batch(model):
+    """Tokens (T,), targets (T,), and the positions (N,) that have a loss; rows of LENGTHS."""
+    total = sum(LENGTHS)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(model.config.vocab_size, (total,), generator=generator)
+    targets = torch.randint(model.config.vocab_size, (total,), generator=generator)
+    has_loss = torch.rand(total, generator=generator) < 0.6
+    return tokens, targets, has_loss.nonzero()[:, 0]
 
 
-def ours(model, lora, lengths=LENGTHS, policy="none", step=4, data=None):
+def packed_rows():
+    return Packed.from_lengths(LENGTHS, row_keys=ROW_KEYS, step=STEP)
+
+
+def ours(model, lora, policy="none"):
     """Summed loss and the flat gradient by forward, linear_cross_entropy, backward."""
-    tokens, targets, select = data or batch(model, lengths)
-    packed = Packed.from_lengths(lengths, row_keys=list(range(10, 10 + len(lengths))), step=step)
+    tokens, targets, select = batch(model)
+    packed = packed_rows()
     tape = Tape(policy)
     hidden = model.forward(tokens, packed, lora=lora, tape=tape)
     nll, dselected = model.ops.linear_cross_entropy(
@@ -53,113 +60,120 @@ def ours(model, lora, lengths=LENGTHS, policy="none", step=4, data=None):
     return nll.sum(), lora.grads.clone()
 
 
-def autograd(model, lora, lengths=LENGTHS, step=4):
+def autograd(model, lora):
     """The same by torch's autograd through the REFERENCE operations."""
     model = Llama(model.config, model.weights, REFERENCE)
-    tokens, targets, select = batch(model, lengths)
-    packed = Packed.from_lengths(lengths, row_keys=list(range(10, 10 + len(lengths))), step=step)
+    tokens, targets, select = batch(model)
+    packed = packed_rows()
     lora.params.requires_grad_()
     lora.compute = lora.params
     lora.make_groups(model.config)
     tape = Tape() if lora.config.dropout else None  # a tape turns dropout on
     hidden = model.forward(tokens, packed, lora=lora, tape=tape)
-    loss = torch.nn.functional.cross_entropy(
-        (hidden @ model.weights["head"].T)[select], targets[select], reduction="sum"
-    )
+    logits = hidden @ model.weights["head"].T  # (T, V)
+    loss = torch.nn.functional.cross_entropy(logits[select], targets[select], reduction="sum")
     (gradient,) = torch.autograd.grad(loss, lora.params)
     lora.params.requires_grad_(False)
     lora.make_groups(model.config)
     return loss.detach(), gradient
 
 
-def assert_same_gradients(lora, got, want, tolerance=1e-9):
-    got, want = lora.views(got), lora.views(want)
-    for name in want:
-        scale = want[name].abs().max().item()
+def assert_same_gradients(lora, ours, truth, tolerance=1e-9):
+    """Two flat gradients are equal, matrix by matrix, relative to the largest element."""
+    ours = lora.views(ours)
+    for name, expected in lora.views(truth).items():
+        scale = expected.abs().max().item()
         assert scale > 0, f"{name} has no gradient: the test would prove nothing"
-        error = (got[name] - want[name]).abs().max().item() / scale
+        error = (ours[name] - expected).abs().max().item() / scale
         assert error < tolerance, f"{name}: relative error {error:.2g}"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("modules", ["qv", "attention", "all", "down_proj", "k_proj,gate_proj"])
-def test_equals_autograd(tiny_llama_dir, modules, tied, policy):
+def test_loss_and_gradients_equal_autograd(tiny_llama_dir, modules, tied, policy):
     model, lora = make(tiny_llama_dir(layers=3, tied=tied), modules)
-    loss, gradient = ours(model, lora, policy=policy)
-    want_loss, want = autograd(model, lora)
-    assert abs(loss - want_loss) < 1e-9 * abs(want_loss)
-    assert_same_gradients(lora, gradient, want)
+    loss, gradient = ours(model, lora, policy)
+    true_loss, true_gradient = autograd(model, lora)
+    assert abs(loss - true_loss) < 1e-9 * abs(true_loss)
+    assert_same_gradients(lora, gradient, true_gradient)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_equals_autograd_for_each_module(tiny_llama_dir, module):
+def test_gradients_equal_autograd_for_each_module_alone(tiny_llama_dir, module):
     model, lora = make(tiny_llama_dir(heads=6, kv_heads=2), module.split(".")[1])
-    assert_same_gradients(lora, ours(model, lora)[1], autograd(model, lora)[1])
+    _, gradient = ours(model, lora)
+    _, true_gradient = autograd(model, lora)
+    assert_same_gradients(lora, gradient, true_gradient)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_equals_autograd_with_dropout(tiny_llama_dir, policy):
+def test_loss_and_gradients_equal_autograd_with_dropout(tiny_llama_dir, policy):
     """The same Philox mask in forward, backward and recomputation."""
     model, lora = make(tiny_llama_dir(), "all", dropout=0.3)
-    loss, gradient = ours(model, lora, policy=policy)
-    want_loss, want = autograd(model, lora)
-    assert abs(loss - want_loss) < 1e-9 * abs(want_loss)
-    assert_same_gradients(lora, gradient, want)
-    without = Lora(
-        dataclasses.replace(lora.config, dropout=0.0), {k: v[1] for k, v in lora.slots.items()}
-    )
+    loss, gradient = ours(model, lora, policy)
+    true_loss, true_gradient = autograd(model, lora)
+    assert abs(loss - true_loss) < 1e-9 * abs(true_loss)
+    assert_same_gradients(lora, gradient, true_gradient)
+    shapes = {name: slot.shape for name, slot in lora.slots.items()}
+    without = Lora(dataclasses.replace(lora.config, dropout=0.0), shapes)
     without.params.copy_(lora.params)
     model.bind(without)
-    assert abs(ours(model, without)[0] - loss) > 1e-6 * abs(loss), "dropout did nothing"
+    loss_without, _ = ours(model, without)
+    assert abs(loss_without - loss) > 1e-6 * abs(loss), "dropout did nothing"
 
 
-def test_equals_finite_differences(tiny_llama_dir):
+def test_gradient_equals_finite_differences(tiny_llama_dir):
     """Along random directions, central differences of the loss itself."""
     model, lora = make(tiny_llama_dir(), "all")
     _, gradient = ours(model, lora)
     start = lora.params.clone()
     for seed in range(3):
-        direction = torch.randn(
-            start.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        epsilon, losses = 1e-5, []
+        generator = torch.Generator().manual_seed(seed)
+        direction = torch.randn(start.shape, generator=generator, dtype=torch.float64)
+        epsilon = 1e-5
+        losses = []
         for sign in (1, -1):
             lora.params.copy_(start + sign * epsilon * direction)
-            losses.append(ours(model, lora)[0])
+            loss, _ = ours(model, lora)
+            losses.append(loss)
         numeric = (losses[0] - losses[1]) / (2 * epsilon)
         assert abs(numeric - gradient @ direction) < 1e-6 * abs(numeric)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_packed_equals_one_by_one(tiny_llama_dir, dropout):
+def test_packed_rows_equal_the_rows_one_by_one(tiny_llama_dir, dropout):
     """Loss and every gradient; with dropout too, since a mask belongs to its row."""
     model, lora = make(tiny_llama_dir(), "all", dropout)
     tokens, targets, select = batch(model)
     loss, gradient = ours(model, lora)
-    total, total_loss, start = torch.zeros_like(gradient), 0.0, 0
-    for i, length in enumerate(LENGTHS):
-        mine = select[(select >= start) & (select < start + length)] - start
-        span = slice(start, start + length)
-        packed = Packed.from_lengths([length], row_keys=[10 + i], step=4)
+    total_gradient = torch.zeros_like(gradient)
+    total_loss = 0.0
+    start = 0
+    for row_key, length in zip(ROW_KEYS, LENGTHS, strict=True):
+        end = start + length
+        of_the_row = select[(select >= start) & (select < end)] - start
+        row_targets = targets[start:end][of_the_row]
+        packed = Packed.from_lengths([length], row_keys=[row_key], step=STEP)
         tape = Tape()
-        hidden = model.forward(tokens[span], packed, lora=lora, tape=tape)
-        nll, d = model.ops.linear_cross_entropy(
-            hidden[mine], model.weights["head"], targets[span][mine]
+        hidden = model.forward(tokens[start:end], packed, lora=lora, tape=tape)
+        nll, dselected = model.ops.linear_cross_entropy(
+            hidden[of_the_row], model.weights["head"], row_targets
         )
+        dhidden = torch.zeros_like(hidden).index_copy_(0, of_the_row, dselected)
         lora.grads.zero_()
-        model.backward(torch.zeros_like(hidden).index_copy_(0, mine, d), tape)
-        total += lora.grads
+        model.backward(dhidden, tape)
+        total_gradient += lora.grads
         total_loss += nll.sum()
-        start += length
+        start = end
     assert abs(total_loss - loss) < 1e-9 * loss
-    assert_same_gradients(lora, total, gradient)
+    assert_same_gradients(lora, total_gradient, gradient)
 
 
 def test_nothing_is_computed_below_the_first_adapter(tiny_llama_dir):
     """With only the last layer adapted, the earlier layers' backward never runs."""
     model, lora = make(tiny_llama_dir(layers=3), "qv")
-    shapes = {k: v[1] for k, v in lora.slots.items() if ".layers.2." in k}
+    shapes = {name: slot.shape for name, slot in lora.slots.items() if ".layers.2." in name}
     calls = []
 
     def counted(*args, **kwargs):
@@ -172,18 +186,20 @@ def test_nothing_is_computed_below_the_first_adapter(tiny_llama_dir):
         model.bind(top)
     ours(model, lora)
     assert len(calls) == 3
-    need = []
+    needed = []
 
     def watched(dy, x, weight, s, group, need_dx, dropout):
-        need.append(need_dx)
+        needed.append(need_dx)
         return TORCH.lora_linear_backward(dy, x, weight, s, group, need_dx, dropout)
 
     model.ops = dataclasses.replace(TORCH, lora_linear_backward=watched)
     ours(model, lora)
-    assert need == [True] * 11 + [False], "only the lowest qkv may skip dX"
+    assert needed == [True] * 11 + [False], "only the lowest qkv may skip dx"
 
 
-def test_runs_are_bitwise_equal(tiny_llama_dir):
+def test_two_steps_on_the_same_rows_are_bitwise_equal(tiny_llama_dir):
     model, lora = make(tiny_llama_dir(), "all", dropout=0.1)
-    (loss1, first), (loss2, second) = ours(model, lora), ours(model, lora)
-    assert torch.equal(loss1, loss2) and torch.equal(first, second)
+    first_loss, first_gradient = ours(model, lora)
+    second_loss, second_gradient = ours(model, lora)
+    assert torch.equal(first_loss, second_loss)
+    assert torch.equal(first_gradient, second_gradient)

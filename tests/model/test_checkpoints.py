@@ -1,4 +1,4 @@
-"""Loading a checkpoint: what is refused, by which name, and how much memory it takes."""
+"""Loading a checkpoint: which files and settings are refused, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ from tests.helpers.shards import split
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+ROTARY = "model.layers.0.self_attn.rotary_emb."
 
 
 def edit_config(path, changes):
     """Rewrite config.json; a change to `...` removes the key."""
     file = path / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    config = json.loads(file.read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    file.write_text(json.dumps(kept))
 
 
 def edit_weights(path, change):
+    """Rewrite model.safetensors after `change(tensors)`."""
     tensors = load_file(path / WEIGHTS)
     change(tensors)
     save_file(tensors, path / WEIGHTS)
 
 
 def assert_refused(path, *named):
-    """ValueError that says each of `named`, before any weight is read."""
+    """Loading raises a ValueError whose message has each of `named`."""
     with pytest.raises(ValueError) as refusal:
         Llama.from_pretrained(path)
     for words in named:
@@ -126,20 +132,26 @@ def test_rope_is_read_as_transformers_reads_it(tiny_llama_dir):
     assert LlamaConfig.from_dir(path).rope_scaling == {"rope_type": "default"}
 
 
-TWICE = {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 500000}}
-TWICE["rope_parameters"] |= {k: int(v) if k == "factor" else v for k, v in LLAMA3.items()}
+TWICE = {  # the rotation in the old and in the new spelling, with the same meaning
+    "rope_theta": 5e5,
+    "rope_scaling": LLAMA3,
+    "rope_parameters": LLAMA3 | {"factor": 4, "rope_theta": 500000},
+}
 
 
 def test_rope_spelled_twice_is_compared_by_meaning(tiny_llama_dir):
     """Exporters write both on purpose; 4 is 4.0, `type` is `rope_type`, theta may be in one."""
     once = LlamaConfig.from_dir(tiny_llama_dir(rope_theta=5e5, rope_scaling=LLAMA3))
     assert LlamaConfig.from_dir(tiny_llama_dir(**TWICE)) == once
-    old = {**{k: v for k, v in LLAMA3.items() if k != "rope_type"}, "type": "llama3"}
-    assert LlamaConfig.from_dir(tiny_llama_dir(**{**TWICE, "rope_scaling": old})) == once
+    with_type = LLAMA3 | {"type": "llama3"}
+    del with_type["rope_type"]
+    path = tiny_llama_dir(**TWICE | {"rope_scaling": with_type})
+    assert LlamaConfig.from_dir(path) == once
     for key, value in [("factor", 8.0), ("high_freq_factor", 2.0)]:
-        path = tiny_llama_dir(**{**TWICE, "rope_scaling": {**LLAMA3, key: value}})
+        other = LLAMA3 | {key: value}
+        path = tiny_llama_dir(**TWICE | {"rope_scaling": other})
         assert_refused(path, "rope_parameters", "rope_scaling", f"'{key}': {value}", "disagree")
-    path = tiny_llama_dir(**{**TWICE, "rope_theta": 1e4})
+    path = tiny_llama_dir(**TWICE | {"rope_theta": 1e4})
     assert_refused(path, "rope_parameters.rope_theta 500000, rope_theta 10000.0")
 
 
@@ -207,12 +219,9 @@ def test_untied_model_without_a_head_is_refused(tiny_llama_dir):
     assert_refused(path, str(path / WEIGHTS), "lm_head.weight")
 
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_head_stored_under_a_tied_config(tiny_llama_dir, capsys, dtype):
-    """Equal to the embeddings it is one matrix with them; else it is the head, and that is said."""
+def test_a_head_stored_under_a_tied_config_is_used_where_it_differs(tiny_llama_dir, capsys, dtype):
+    """Equal to the embeddings it is one matrix with them; else it is the head, with a message."""
     path = tiny_llama_dir(tied=True, dtype=dtype)
     tied = Llama.from_pretrained(path)
     edit_weights(path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
@@ -227,24 +236,22 @@ def test_a_head_stored_under_a_tied_config(tiny_llama_dir, capsys, dtype):
     assert not other.config.tie_embeddings
     assert torch.equal(other.weights["head"], -tied.weights["embed"])
     assert torch.equal(other.weights["embed"], tied.weights["embed"])
-    want = -tied.logits(torch.arange(9))
-    assert torch.equal(other.logits(torch.arange(9)), want)
+    expected = -tied.logits(torch.arange(9))
+    assert torch.equal(other.logits(torch.arange(9)), expected)
     packed, _ = for_sampling(other)  # where a tied model has one packed matrix for both
-    assert (packed.logits(torch.arange(9)) - want).abs().max() < 1e-4
+    assert (packed.logits(torch.arange(9)) - expected).abs().max() < 1e-4
     edit_config(path, {"tie_word_embeddings": False})
     assert Llama.from_pretrained(path).config == other.config and capsys.readouterr().out == ""
 
 
-def test_one_matrix_stored_as_the_head(tiny_llama_dir):
+def test_a_tied_matrix_may_be_stored_as_the_head(tiny_llama_dir):
     """transformers ties to whichever of the two is there."""
     path = tiny_llama_dir(tied=True)
-    want = Llama.from_pretrained(path).logits(torch.arange(9))
+    expected = Llama.from_pretrained(path).logits(torch.arange(9))
     edit_weights(path, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     model = Llama.from_pretrained(path)
-    assert model.config.tie_embeddings and torch.equal(model.logits(torch.arange(9)), want)
-
-
-ROTARY = "model.layers.0.self_attn.rotary_emb."
+    assert model.config.tie_embeddings
+    assert torch.equal(model.logits(torch.arange(9)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -254,48 +261,49 @@ def test_rotary_tables_that_are_stored_must_be_the_configs(tiny_llama_dir, dtype
     path = tiny_llama_dir(rope_scaling=scaling)
     config = LlamaConfig.from_dir(path)
     plain = LlamaConfig.from_dir(tiny_llama_dir())
-    want = Llama.from_pretrained(path).logits(torch.arange(9))
+    expected = Llama.from_pretrained(path).logits(torch.arange(9))
     cos, sin = cos_sin_table(config, 512, "cpu", torch.float32).chunk(2, dim=1)
-    doubled = {"cos_cached": torch.cat((cos, cos), 1)[None, None], "sin_cached": sin.clone()}
-    frequencies = [inverse_frequencies(config)]
-    frequencies += [inverse_frequencies(plain)] if scaling is LINEAR["rope_scaling"] else []
-    for inv_freq in frequencies:
-        tables = {"inv_freq": inv_freq, **doubled}
-        tables = {f"{ROTARY}{k}": v.to(dtype) for k, v in tables.items()}
-        edit_weights(path, lambda tensors, tables=tables: tensors.update(tables))
-        assert torch.equal(Llama.from_pretrained(path).logits(torch.arange(9)), want)
-    strangers = {
-        "inv_freq": inverse_frequencies(LlamaConfig.from_dir(tiny_llama_dir(rope_theta=2e4))),
-        "cos_cached": -doubled["cos_cached"],
-        "sin_cached": torch.full_like(sin, torch.nan),
-    }
-    strangers["inv_freq"] = strangers["inv_freq"] if scaling is None else torch.zeros(8)
-    for kind, table in {**strangers, "inv_freq ": torch.ones(9)}.items():
-        edit_weights(
-            path,
-            lambda tensors, k=kind, t=table: tensors.update({ROTARY + k.strip(): t.to(dtype)}),
-        )
-        assert_refused(path, str(path / WEIGHTS), ROTARY + kind.strip(), "another rotation")
-        edit_weights(
-            path,
-            lambda tensors, k=kind: tensors.update(
-                {ROTARY + k.strip(): tables[ROTARY + k.strip()]}
-            ),
-        )
+    cos_cached = torch.cat((cos, cos), dim=1)[None, None]  # (1, 1, positions, d)
+    sin_cached = sin.clone()  # (positions, d/2)
+
+    def store(**tables):
+        """Put rotary tables into the checkpoint."""
+        named = {ROTARY + kind: table.to(dtype) for kind, table in tables.items()}
+        edit_weights(path, lambda tensors: tensors.update(named))
+
+    accepted = [inverse_frequencies(config)]
+    if scaling is LINEAR["rope_scaling"]:
+        accepted.append(inverse_frequencies(plain))
+    for inv_freq in accepted:
+        store(inv_freq=inv_freq, cos_cached=cos_cached, sin_cached=sin_cached)
+        assert torch.equal(Llama.from_pretrained(path).logits(torch.arange(9)), expected)
+    right = {"inv_freq": accepted[-1], "cos_cached": cos_cached, "sin_cached": sin_cached}
+    other_theta = LlamaConfig.from_dir(tiny_llama_dir(rope_theta=2e4))
+    other_frequencies = inverse_frequencies(other_theta) if scaling is None else torch.zeros(8)
+    wrong_tables = [
+        ("inv_freq", other_frequencies),
+        ("cos_cached", -cos_cached),
+        ("sin_cached", torch.full_like(sin, torch.nan)),
+        ("inv_freq", torch.ones(9)),  # of another length
+    ]
+    for kind, wrong in wrong_tables:
+        store(**{kind: wrong})
+        assert_refused(path, str(path / WEIGHTS), ROTARY + kind, "another rotation")
+        store(**{kind: right[kind]})
 
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
-def test_quantization_config_left_on_plain_weights(tiny_llama_dir, capsys):
-    """The tensors tell: BF16 under their names is no quantised model, whatever config.json says."""
+def test_quantization_config_beside_plain_weights_is_ignored(tiny_llama_dir, capsys):
+    """BF16 tensors under the usual names are no quantised model, whatever config.json says."""
     path = tiny_llama_dir(dtype=torch.bfloat16)
-    want = Llama.from_pretrained(path)
-    for said in (QUANTISED, "awq"):
-        edit_config(path, {"quantization_config": said})
+    plain = Llama.from_pretrained(path)
+    for quantised in (QUANTISED, "awq"):
+        edit_config(path, {"quantization_config": quantised})
         model = Llama.from_pretrained(path)
-        assert model.config == want.config
-        assert torch.equal(model.logits(torch.arange(9)), want.logits(torch.arange(9)))
+        assert model.config == plain.config
+        assert torch.equal(model.logits(torch.arange(9)), plain.logits(torch.arange(9)))
         assert "delete quantization_config" in capsys.readouterr().out
 
 
@@ -325,7 +333,7 @@ def test_nan_and_infinity_are_refused_by_the_tensors_name(tiny_llama_dir, name, 
 
 
 def test_large_finite_numbers_are_accepted(tiny_llama_dir):
-    """Their sum is infinite, they are not."""
+    """Their sum is infinite, but none of them is."""
     path = tiny_llama_dir()
     edit_weights(path, lambda tensors: tensors[EMBEDDING].fill_(3e38))
     Llama.from_pretrained(path)
@@ -349,9 +357,10 @@ for name in sys.argv[1:]:
 """
 
 
-def test_sharded_weights_are_checked_too(tiny_llama_dir, tmp_path):
+def test_sharded_weights_are_checked_in_every_process(tiny_llama_dir, tmp_path):
     """A stored head is used; a NaN in the rows of one process stops both."""
-    other, broken = tiny_llama_dir(tied=True), tiny_llama_dir(tied=False)
+    other = tiny_llama_dir(tied=True)
+    broken = tiny_llama_dir(tied=False)
     edit_weights(other, lambda tensors: tensors.update({HEAD: -tensors[EMBEDDING]}))
     edit_weights(broken, lambda tensors: tensors[QUERY][0].fill_(torch.nan))
     (tmp_path / "job.py").write_text(IN_TWO_PROCESSES)
@@ -369,14 +378,16 @@ def test_sharded_weights_are_checked_too(tiny_llama_dir, tmp_path):
     for rank in range(2):
         tied, found = (other / f"rank-{rank}").read_text().split()
         assert tied == "False" and float(found) == pytest.approx(total, rel=1e-3)
-    said = [(broken / f"rank-{rank}").read_text() for rank in range(2)]
-    assert QUERY in said[0] and "NaN" in said[0], said
-    assert "another process of the job found a fault" in said[1], said
+    messages = [(broken / f"rank-{rank}").read_text() for rank in range(2)]
+    assert QUERY in messages[0] and "NaN" in messages[0], messages
+    assert "another process of the job found a fault" in messages[1], messages
 
 
 @pytest.mark.peers
 def test_contradictions_are_resolved_as_in_transformers(tiny_llama_dir, run_peer, tmp_path):
-    other, alone, same = (tiny_llama_dir(tied=True) for _ in range(3))
+    other = tiny_llama_dir(tied=True)
+    alone = tiny_llama_dir(tied=True)
+    same = tiny_llama_dir(tied=True)
     edit_weights(other, lambda tensors: tensors.update({HEAD: -tensors[EMBEDDING]}))
     edit_weights(alone, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
     edit_weights(same, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
@@ -423,7 +434,6 @@ def test_corrupted_files_are_refused(tiny_llama_dir):
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 538090408\n"
 )
-INDEX = "model.safetensors.index.json"
 
 
 def open_everything(path):
@@ -436,13 +446,20 @@ def open_everything(path):
 @pytest.mark.parametrize(
     "name",
     [
-        *(WEIGHTS, "model-00002-of-00003.safetensors", INDEX, "config.json", "tokenizer.json"),
-        *("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-        *("generation_config.json", "chat_template.jinja"),
+        WEIGHTS,
+        "model-00002-of-00003.safetensors",
+        INDEX,
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
     ],
 )
 def test_every_reader_names_a_broken_download(tiny_llama_dir, tmp_path, name, kind):
-    """A Git LFS pointer above all: git clone without Git LFS leaves them, and says nothing."""
+    """A Git LFS pointer above all: git clone without Git LFS writes them without a warning."""
     path = tiny_llama_dir(tokenizer=True)
     if "-of-" in name or name == INDEX:
         path = split(path, tmp_path / "shards", 3)
@@ -524,8 +541,9 @@ def test_pickles_are_never_opened(tiny_llama_dir):
 
 def test_broken_shards_are_refused(tiny_llama_dir, tmp_path):
     path = split(tiny_llama_dir(), tmp_path / "sharded", 3)
-    index = path / "model.safetensors.index.json"
-    table, second = index.read_text(), path / "model-00002-of-00003.safetensors"
+    index = path / INDEX
+    table = index.read_text()
+    second = path / "model-00002-of-00003.safetensors"
     for text, named in [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "weight_map")]:
         index.write_text(text)
         assert_refused(path, str(index), named)
@@ -546,7 +564,7 @@ def test_model_safetensors_is_read_alone(tiny_llama_dir):
     Llama.from_pretrained(path)
 
 
-def test_dtype_is_refused(tiny_llama_dir):
+def test_float16_as_the_models_dtype_is_refused(tiny_llama_dir):
     with pytest.raises(ValueError, match="float16"):
         Llama.from_pretrained(tiny_llama_dir(), dtype=torch.float16)
 
@@ -556,7 +574,7 @@ def test_dtype_is_refused(tiny_llama_dir):
 
 @pytest.mark.parametrize("tokens", [[0, 320], [-1, 5]])
 def test_ids_outside_the_vocabulary_are_refused(tiny_llama_dir, tokens):
-    """A negative id would count from the end of the embeddings, and nobody would notice."""
+    """A negative id would silently count from the end of the embeddings."""
     with pytest.raises(ValueError, match="0 to 319"):
         Llama.from_pretrained(tiny_llama_dir()).logits(torch.tensor(tokens))
 
@@ -585,7 +603,9 @@ from model.llama import Llama
 
 def kilobytes(field):
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
+        for line in status:
+            if line.startswith(field):
+                return int(line.split()[1])
 
 torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # torch's own memory is not the model's
 before = kilobytes("VmRSS")
@@ -596,8 +616,8 @@ print(1024 * (after - before), sum(storages.values()))
 """
 
 
-def test_memory_while_loading(smollm2_dir, tmp_path, request):
-    """The peak over the start is under 1.2 times the model, whatever it is stored as."""
+def test_loading_takes_under_1_2_times_the_models_memory(smollm2_dir, tmp_path, request):
+    """The peak above the start of the process, for each dtype that the weights are stored in."""
     if not Path("/proc/self/status").exists():
         pytest.skip("/proc is absent")
     sharded = split(smollm2_dir, tmp_path / "sharded", 3, torch.bfloat16)
@@ -610,7 +630,9 @@ def test_memory_while_loading(smollm2_dir, tmp_path, request):
             text=True,
             check=True,
         )
-        peak, size = map(int, done.stdout.split())
+        peak_text, size_text = done.stdout.split()
+        peak = int(peak_text)
+        size = int(size_text)
         print(f"{path.name} as {dtype}: peak {peak / 1e6:.0f} MB, model {size / 1e6:.0f} MB")
         assert size == 134_515_008 * (4 if dtype == "float32" else 2)
         assert peak < 1.2 * size

@@ -1,8 +1,8 @@
-"""The model is the one transformers computes: logits, greedy text, memory while loading.
+"""The model computes the same as transformers: logits and greedy text.
 
-`peers` tests ask transformers itself; the others compare with what it said when tests/golden was
-made. Both judge by the fp64 truth: our fp32 logits may be no further from it than twice
-transformers' own. To make the golden files anew:
+`peers` tests run transformers itself; the others compare with the results that it gave when
+tests/golden was made. Both judge by the fp64 truth: our fp32 logits may be no further from it than
+twice transformers' own. To make the golden files anew:
 
     UPDATE_GOLDEN=1 python -m pytest tests/model/test_llama.py -m peers
 """
@@ -24,15 +24,18 @@ from kernels.cached import Cached
 from kernels.cpu import native
 from kernels.cpu.panels import Panels
 from kernels.cpu.prepack import Prepacked
+from kernels.integers import cdiv
 from kernels.packed import Packed
 from model.kv_cache import KVCache
+from model.layout import GROUPS
 from model.llama import Llama
 from model.rope import inverse_frequencies
 from model.sampling_weights import for_sampling
 from tests.helpers.shards import split
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN, SMOLLM2 = ROOT / "tests/golden/logits.safetensors", ROOT / "tests/golden/smollm2.json"
+GOLDEN = ROOT / "tests" / "golden" / "logits.safetensors"
+SMOLLM2 = ROOT / "tests" / "golden" / "smollm2.json"
 UPDATE = os.environ.get("UPDATE_GOLDEN") == "1"
 LLAMA3 = {
     "rope_type": "llama3",
@@ -89,7 +92,7 @@ TINY = {
     ),
 }
 
-# Ordinary text with what tokenizers and models find hard: turns, digits, code, accents, an emoji.
+# Text with parts that are hard for tokenizers and models: turns, digits, code, accents, an emoji.
 CONVERSATION = """<|im_start|>system
 You are a helpful AI assistant.<|im_end|>
 <|im_start|>user
@@ -164,7 +167,8 @@ def tiny(name, tiny_llama_dir, tmp_path):
 
 def conversation_ids(path):
     tokenizers = pytest.importorskip("tokenizers", reason="extra `bpe`")
-    return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(CONVERSATION).ids
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    return tokenizer.encode(CONVERSATION).ids
 
 
 def logits_at(model, tokens, keep):
@@ -178,35 +182,45 @@ def distance(a, b):
 
 
 def greedy(model, prompts, new):
-    """`new` tokens after each prompt, all rows at once over the paged cache, ends not heeded."""
+    """`new` tokens after each prompt, all rows at once over the paged cache; none ends a row."""
     model, _ = for_sampling(model)
-    size = 16
-    need = [-(-(len(p) + new) // size) for p in prompts]
-    cache = KVCache(model.config, sum(need), size, model.device, model.dtype)
-    tables = [cache.take(count) for count in need]
-    lengths = [len(p) for p in prompts]
-    cached = Cached.build(lengths, [0] * len(prompts), tables, size)
-    tokens, rows = torch.tensor([t for p in prompts for t in p]), []
+    page_size = 16
+    pages = [cdiv(len(prompt) + new, page_size) for prompt in prompts]
+    cache = KVCache(model.config, sum(pages), page_size, model.device, model.dtype)
+    tables = [cache.take(count) for count in pages]
+    lengths = [len(prompt) for prompt in prompts]
+    cached = Cached.build(lengths, [0] * len(prompts), tables, page_size)
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    chosen = []  # a tensor (rows,) per step
     while True:
         hidden = model.forward(tokens, cached, cache=cache)
         tokens = model.head(hidden[cached.last]).argmax(-1)
-        rows.append(tokens)
-        if len(rows) == new:
-            return torch.stack(rows, dim=1).tolist()
-        cached = Cached.build([1] * len(prompts), lengths, tables, size)
+        chosen.append(tokens)
+        if len(chosen) == new:
+            return torch.stack(chosen, dim=1).tolist()
+        cached = Cached.build([1] * len(prompts), lengths, tables, page_size)
         lengths = [n + 1 for n in lengths]
+
+
+def first_difference(one, other):
+    """The index of the first token in which two texts of the same length differ."""
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a != b:
+            return i
+    raise AssertionError("the texts are equal")
 
 
 def assert_same_text(model, prompts, ours, theirs, tolerance):
     """Equal tokens; where not, the two choices must tie within `tolerance`, and are listed."""
-    for row, (prompt, mine, want) in enumerate(zip(prompts, ours, theirs, strict=True)):
-        if mine == want:
+    for row, (prompt, mine, expected) in enumerate(zip(prompts, ours, theirs, strict=True)):
+        if mine == expected:
             continue
-        step = next(i for i, (a, b) in enumerate(zip(mine, want, strict=True)) if a != b)
-        context = prompt + want[:step]
-        z = logits_at(model, context, [len(context) - 1])[0]
-        gap = abs(z[mine[step]] - z[want[step]]).item()
-        where = f"row {row}, token {step}: {mine[step]} for {want[step]}, logits {gap:.2g} apart"
+        step = first_difference(mine, expected)
+        got, wanted = mine[step], expected[step]
+        context = prompt + expected[:step]
+        logits = logits_at(model, context, [len(context) - 1])[0]  # (V,)
+        gap = abs(logits[got] - logits[wanted]).item()
+        where = f"row {row}, token {step}: {got} for {wanted}, logits {gap:.2g} apart"
         assert gap <= tolerance, where
         warnings.warn(f"a tie broken otherwise (tolerance {tolerance:.2g}): {where}", stacklevel=1)
 
@@ -218,18 +232,17 @@ def assert_same_text(model, prompts, ours, theirs, tolerance):
 def test_logits_of_small_models_against_transformers(tiny_llama_dir, run_peer, tmp_path):
     """fp32 within twice transformers' own error; in fp64 the same function to rounding."""
     made = {name: tiny(name, tiny_llama_dir, tmp_path) for name in TINY}
-    jobs = {
-        name: {"dir": str(path), "tokens": tokens, "keep": keep}
-        for name, (path, tokens, keep) in made.items()
-    }
+    jobs = {}
+    for name, (path, tokens, keep) in made.items():
+        jobs[name] = {"dir": str(path), "tokens": tokens, "keep": keep}
     (tmp_path / "jobs.json").write_text(json.dumps({"logits": jobs}))
     run_peer("logits_peer.py", tmp_path / "jobs.json", tmp_path / "out.safetensors")
-    theirs, golden, units = load_file(tmp_path / "out.safetensors"), {}, {}
+    theirs = load_file(tmp_path / "out.safetensors")
+    golden = {}
+    units = {}
     for name, (path, tokens, keep) in made.items():
-        truth, unit = (
-            theirs[f"{name}/fp64"],
-            distance(theirs[f"{name}/fp32"], theirs[f"{name}/fp64"]),
-        )
+        truth = theirs[f"{name}/fp64"]
+        unit = distance(theirs[f"{name}/fp32"], truth)
         model = Llama.from_pretrained(path)
         assert torch.equal(inverse_frequencies(model.config), theirs[f"{name}/inv_freq"]), name
         error = distance(logits_at(model, tokens, keep), truth)
@@ -238,7 +251,8 @@ def test_logits_of_small_models_against_transformers(tiny_llama_dir, run_peer, t
         print(f"{name}: error {error:.3g}, transformers' {unit:.3g}, in fp64 {error64:.3g}")
         assert error <= 2 * unit, f"{name}: error {error:.3g}, transformers' own {unit:.3g}"
         assert error64 < 1e-12, f"{name}: fp64 differs by {error64:.3g}"
-        golden[name], units[name] = truth.float(), f"{unit:.3g}"
+        golden[name] = truth.float()
+        units[name] = f"{unit:.3g}"
     if UPDATE:
         save_file(golden, GOLDEN, metadata=units)
 
@@ -247,8 +261,9 @@ def test_logits_of_small_models_against_transformers(tiny_llama_dir, run_peer, t
 def test_smollm2_against_transformers(smollm2_dir, run_peer, tmp_path):
     """Logits of a conversation; greedy continuations of 64 tokens for 32 prompts.
 
-    The golden continuations are `generate`'s. That transformers would still choose every token of
-    ours is asked by following them: decoding 32 rows takes it minutes.
+    The golden continuations are those of transformers' `generate`. Here transformers only scores
+    our tokens in one forward, to tell whether it would choose each of them: decoding 32 rows would
+    take it minutes.
     """
     golden = None if UPDATE else json.loads(SMOLLM2.read_text())
     model = Llama.from_pretrained(smollm2_dir)
@@ -290,30 +305,33 @@ def test_smollm2_against_transformers(smollm2_dir, run_peer, tmp_path):
         assert_same_text(model, text["prompts"], ours, theirs, 2 * unit)
 
 
-# ---- against what transformers said
+# ---- against results that transformers gave
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_logits_of_small_models(name, tiny_llama_dir, tmp_path):
+def test_logits_of_small_models_equal_the_golden_ones(name, tiny_llama_dir, tmp_path):
     """The floor allows for a torch.randn whose last bit differs on another CPU."""
     path, tokens, keep = tiny(name, tiny_llama_dir, tmp_path)
     with safe_open(GOLDEN, framework="pt") as golden:
-        want, unit = golden.get_tensor(name), float(golden.metadata()[name])
-    error = distance(logits_at(Llama.from_pretrained(path), tokens, keep), want)
-    assert error <= 2 * unit + 1e-5 * want.abs().max().item()
+        expected = golden.get_tensor(name)
+        unit = float(golden.metadata()[name])
+    error = distance(logits_at(Llama.from_pretrained(path), tokens, keep), expected)
+    assert error <= 2 * unit + 1e-5 * expected.abs().max().item()
 
 
-def test_smollm2_logits_and_greedy_text(smollm2_dir):
+def test_smollm2_logits_and_greedy_text_equal_the_golden_ones(smollm2_dir):
     golden = json.loads(SMOLLM2.read_text())
     model = Llama.from_pretrained(smollm2_dir)
-    z = logits_at(model, golden["tokens"], golden["keep"])
-    at_top = z.gather(1, torch.tensor(golden["top"]))
+    logits = logits_at(model, golden["tokens"], golden["keep"])  # (positions, V)
     tolerance = 2 * golden["unit"]
+    at_top = logits.gather(1, torch.tensor(golden["top"]))  # (positions, TOP)
     assert distance(at_top, torch.tensor(golden["logits"], dtype=torch.float64)) <= tolerance
-    sums = torch.tensor(golden["logsumexp"], dtype=torch.float64)
-    assert distance(z.logsumexp(-1), sums) <= tolerance
-    prompts, theirs = (golden[key][:FEW_PROMPTS] for key in ("prompts", "continuations"))
-    assert_same_text(model, prompts, greedy(model, prompts, NEW_TOKENS), theirs, tolerance)
+    logsumexp = torch.tensor(golden["logsumexp"], dtype=torch.float64)  # (positions,)
+    assert distance(logits.logsumexp(-1), logsumexp) <= tolerance
+    prompts = golden["prompts"][:FEW_PROMPTS]
+    theirs = golden["continuations"][:FEW_PROMPTS]
+    ours = greedy(model, prompts, NEW_TOKENS)
+    assert_same_text(model, prompts, ours, theirs, tolerance)
 
 
 # ---- products whose rows do not depend on each other
@@ -326,19 +344,25 @@ def test_packed_products_are_batch_invariant(smollm2_dir, threads, form):
     model = Llama.from_pretrained(smollm2_dir)
     if not form.available(model.weights["embed"]):
         pytest.skip(f"no {form.__name__} here: {native.why_unavailable() or 'torch has no oneDNN'}")
-    names = ["head"] + [f"{i}.{g}" for i in (0, 14, 29) for g in ("qkv", "o", "gate_up", "down")]
+    names = ["head"]
+    for layer in (0, 14, 29):
+        names += [f"{layer}.{group}" for group in GROUPS]
+    few_counts = {*range(1, 18), 31, 32, 33, 47}
+    many_counts = few_counts | {*range(18, 41), 63, 64, 65, 127, 200, 257}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for name in names:
             weight = model.weights[name]
             packed = form(weight)
-            most = 48 if name == "head" else 300  # 28 million weights: a few rows are enough
+            if name == "head":  # 28 million weights: a few rows are enough
+                most, counts = 48, few_counts
+            else:
+                most, counts = 300, many_counts
             x = torch.randn(most, weight.shape[1])
             whole = packed(x)
             assert distance(whole, x @ weight.T) < 1e-4 * whole.abs().max().item()
-            few, many = {*range(1, 18), 31, 32, 33, 47}, {*range(18, 41), 63, 64, 65, 127, 200, 257}
-            for count in sorted(few if name == "head" else few | many):
+            for count in sorted(counts):
                 rows = torch.randperm(most)[:count]
                 assert torch.equal(packed(x[rows]), whole[rows]), f"{name}: {count} rows"
     finally:

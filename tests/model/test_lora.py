@@ -1,4 +1,4 @@
-"""Adapters: the same numbers in peft, both ways; reading and writing; what is refused.
+"""Adapters: the same numbers as in peft, both ways; reading, writing and refusing adapters.
 
 `peers` tests ask peft itself. tests/golden/peft holds an adapter that peft wrote and the logits it
 computed with it. To make it anew:
@@ -46,11 +46,15 @@ CONVERSATIONS = [
 
 
 def add_gradient(model, lora, rows):
-    """Sum over the response tokens of all rows, packed into one forward, added to lora.grads."""
-    tokens, targets, select = [], [], []
-    for ids, prompt in rows:
-        select += range(len(tokens) + prompt - 1, len(tokens) + len(ids) - 1)
-        tokens, targets = tokens + ids, targets + ids[prompt:]
+    """Add to lora.grads the gradient of the summed loss of all response tokens, rows packed."""
+    tokens: list[int] = []
+    targets: list[int] = []
+    select: list[int] = []  # the positions that predict the targets
+    for ids, prompt_length in rows:
+        first = len(tokens) + prompt_length - 1
+        select += range(first, len(tokens) + len(ids) - 1)
+        targets += ids[prompt_length:]
+        tokens += ids
     tape = Tape("selective")
     packed = Packed.from_lengths([len(ids) for ids, _ in rows])
     hidden = model.forward(torch.tensor(tokens), packed, lora=lora, tape=tape)
@@ -62,54 +66,66 @@ def add_gradient(model, lora, rows):
 
 
 def train(model, lora, rows, steps, lr=1e-3):
-    """A few steps as engine/train/train.py takes them; the last step's gradient stays in
-    lora.grads."""
-    m, v = torch.zeros_like(lora.params), torch.zeros_like(lora.params)
+    """A few steps as engine/train/step.py takes them.
+
+    The gradient of the last step stays in lora.grads.
+    """
+    m = torch.zeros_like(lora.params)
+    v = torch.zeros_like(lora.params)
+    scale = 1 / sum(len(ids) for ids, _ in rows)
     for step in range(1, steps + 1):
         lora.grads.zero_()
         add_gradient(model, lora, rows)
-        scalars = AdamW().scalars(lr, step, 1 / sum(len(ids) for ids, _ in rows), "cpu")
+        scalars = AdamW().scalars(lr, step, scale, "cpu")
         model.ops.adamw_(lora.params, lora.grads, m, v, scalars, AdamW())
     return lora
 
 
 def random_rows(vocab=320):
+    """Rows of (ids, length of the prompt)."""
     generator = torch.Generator().manual_seed(5)
-    return [(torch.randint(vocab, (n,), generator=generator).tolist(), n // 3) for n in (9, 30, 14)]
+    rows = []
+    for length in (9, 30, 14):
+        ids = torch.randint(vocab, (length,), generator=generator).tolist()
+        rows.append((ids, length // 3))
+    return rows
 
 
 def real_rows(path):
+    """CONVERSATIONS in ChatML as rows of (ids, length of the prompt)."""
     tokenizers = pytest.importorskip("tokenizers", reason="extra `bpe`")
     tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     rows = []
     for question, answer in CONVERSATIONS:
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer.encode(prompt).ids
-        rows.append((ids + tokenizer.encode(f"{answer}<|im_end|>").ids, len(ids)))
+        prompt_ids = tokenizer.encode(prompt).ids
+        answer_ids = tokenizer.encode(f"{answer}<|im_end|>").ids
+        rows.append((prompt_ids + answer_ids, len(prompt_ids)))
     return rows
 
 
 def assert_as_close_as_peft(name, logits, theirs):
     """No further from the fp64 truth than twice peft's own fp32 logits."""
     truth = theirs[f"{name}/fp64"]
-    error, unit = distance(logits, truth), distance(theirs[f"{name}/fp32"], truth)
+    error = distance(logits, truth)
+    unit = distance(theirs[f"{name}/fp32"], truth)
     print(f"{name}: error {error:.3g}, peft's own {unit:.3g}")
     assert error <= 2 * unit, f"{name}: error {error:.3g}, peft's own {unit:.3g}"
 
 
 def assert_same_gradients(name, ours, theirs, tolerance):
-    """Of every tensor, relative to its largest element."""
+    """The gradients of all tensors differ by less than `tolerance` times their largest element."""
     prefix = f"{name}/grad/base_model.model."
-    want = {n.removeprefix(prefix): t for n, t in theirs.items() if n.startswith(prefix)}
-    assert want.keys() == ours.keys()
+    expected = {n.removeprefix(prefix): t for n, t in theirs.items() if n.startswith(prefix)}
+    assert expected.keys() == ours.keys()
     worst = 0.0
-    for tensor, gradient in want.items():
+    for tensor, gradient in expected.items():
         scale = gradient.abs().max().item()
         assert scale > 0, f"{tensor} has no gradient: the test would prove nothing"
         error = distance(ours[tensor], gradient) / scale
         assert error < tolerance, f"{name} {tensor}: relative error {error:.2g}"
         worst = max(worst, error)
-    print(f"{name}: worst relative error of {len(want)} gradients {worst:.3g}")
+    print(f"{name}: worst relative error of {len(expected)} gradients {worst:.3g}")
 
 
 # ---- against peft itself
@@ -118,27 +134,36 @@ def assert_same_gradients(name, ours, theirs, tolerance):
 @pytest.mark.peers
 def test_smollm2_gradients_and_logits_equal_pefts(smollm2_dir, run_peer, tmp_path):
     """Every tensor's gradient on four rows, then the logits after a step along it; tied head."""
-    model, rows = Llama.from_pretrained(smollm2_dir), real_rows(smollm2_dir)
-    tokens = [token for ids, _ in rows for token in ids][:100]
-    loras, gradients, logits, jobs = {}, {}, {}, {"logits": {}, "gradients": {}}
+    model = Llama.from_pretrained(smollm2_dir)
+    rows = real_rows(smollm2_dir)
+    all_ids = [token for ids, _ in rows for token in ids]
+    tokens = all_ids[:100]
+    gradients = {}
+    logits = {}
+    jobs = {"logits": {}, "gradients": {}}
     for modules in ("qv", "all"):
-        lora = loras[modules] = random_lora(model, modules)
-        before, after = tmp_path / f"{modules}-before", tmp_path / f"{modules}-after"
+        lora = random_lora(model, modules)
+        before = tmp_path / f"{modules}-before"
+        after = tmp_path / f"{modules}-after"
         save_lora(lora, before, base=smollm2_dir)
         train(model, lora, rows, steps=1)
         save_lora(lora, after, base=smollm2_dir)
         gradients[modules] = lora.views(lora.grads.clone())
         logits[modules] = model.logits(torch.tensor(tokens), load_lora(after))
-        place = {"dir": smollm2_dir}
-        jobs["gradients"][modules] = {**place, "adapter": before, "rows": rows, "dtype": "float32"}
-        jobs["logits"][modules] = {**place, "adapter": after, "tokens": tokens}
+        jobs["gradients"][modules] = {
+            "dir": smollm2_dir,
+            "adapter": before,
+            "rows": rows,
+            "dtype": "float32",
+        }
+        jobs["logits"][modules] = {"dir": smollm2_dir, "adapter": after, "tokens": tokens}
     theirs = ask_peft(run_peer, tmp_path, **jobs)
     for modules in ("qv", "all"):
         assert_as_close_as_peft(modules, logits[modules], theirs)
         assert_same_gradients(modules, gradients[modules], theirs, tolerance=1e-4)
 
 
-# What peft may be asked to make on a small model: name -> arguments of its LoraConfig
+# Adapters that peft makes on a small model: name -> arguments of its LoraConfig
 PLAIN = {
     "q,v": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
     "all-linear": {"target_modules": "all-linear", "r": 3, "lora_alpha": 7, "lora_dropout": 0.1},
@@ -177,43 +202,46 @@ REFUSED = {
 
 
 def assert_saved_and_merged(base, adapter, again):
-    """What was loaded is saved as it was, bound or not, and merged gives the same logits."""
-    model, lora = Llama.from_pretrained(base, dtype=torch.float64), load_lora(adapter)
+    """A loaded adapter is saved as it was, bound or not, and merged it gives the same logits."""
+    model = Llama.from_pretrained(base, dtype=torch.float64)
+    lora = load_lora(adapter)
     logits = model.logits(TOKENS, lora)
     save_lora(lora, again)
     assert_same_files(adapter, again)
     merge(base, load_lora(again), again / "merged")
     merged = Llama.from_pretrained(again / "merged", dtype=torch.float64).logits(TOKENS)
-    assert distance(merged, logits) < 2e-5 and distance(merged, model.logits(TOKENS)) > 1e-2
+    assert distance(merged, logits) < 2e-5
+    assert distance(merged, model.logits(TOKENS)) > 1e-2
     single = Llama.from_pretrained(base)
     sampling, left = for_sampling(single, load_lora(again))
     assert left is None and distance(sampling.logits(TOKENS), logits) < 2e-5
 
 
 def assert_same_files(one, other):
-    """The same tensors, and the same of what is said of single modules."""
-    tensors, saved = (load_file(p / "adapter_model.safetensors") for p in (one, other))
+    """The same tensors, and the same settings of single modules."""
+    tensors = load_file(one / "adapter_model.safetensors")
+    saved = load_file(other / "adapter_model.safetensors")
     assert tensors.keys() == saved.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(saved[name], tensor, rtol=1e-6, atol=0, msg=name)
-    said, found = (json.loads((p / "adapter_config.json").read_text()) for p in (one, other))
+    settings = json.loads((one / "adapter_config.json").read_text())
+    saved_settings = json.loads((other / "adapter_config.json").read_text())
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        assert (found.get(key) or None) == (said.get(key) or None), key
+        assert (saved_settings.get(key) or None) == (settings.get(key) or None), key
     for key in ("target_modules", "layers_to_transform", "exclude_modules"):
-        assert not said.get(key) or found[key] == said[key], key
+        assert not settings.get(key) or saved_settings[key] == settings[key], key
 
 
 @pytest.mark.peers
-def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
-    """Ours in peft and peft's here, untied with an explicit head_dim; what peft is not plain in."""
+def test_small_adapters_give_the_same_numbers_in_peft(tiny_llama_dir, run_peer, tmp_path):
+    """Ours in peft, and peft's here, where those that are not supported are refused by name."""
     path = tiny_llama_dir(head_dim=32, hidden=64, tied=False)
-    model, exact = Llama.from_pretrained(path), Llama.from_pretrained(path, dtype=torch.float64)
-    jobs, loras, gradients, place = (
-        {"make": {}, "logits": {}, "gradients": {}},
-        {},
-        {},
-        {"dir": path},
-    )
+    model = Llama.from_pretrained(path)
+    exact = Llama.from_pretrained(path, dtype=torch.float64)
+    jobs = {"make": {}, "logits": {}, "gradients": {}}
+    loras = {}
+    gradients = {}
+    place = {"dir": path}
     for modules in PRESETS:
         for rslora in (False, True):
             name = f"ours-{modules}-{'rslora' if rslora else 'lora'}"
@@ -262,7 +290,7 @@ def test_small_adapters_both_ways(tiny_llama_dir, run_peer, tmp_path):
 # ---- reading and writing
 
 
-def test_adapter_of_peft_gives_the_logits_peft_gave(tiny_llama_dir):
+def test_an_adapter_of_peft_gives_the_logits_that_peft_computed(tiny_llama_dir):
     model = Llama.from_pretrained(tiny_llama_dir(head_dim=32, hidden=64, tied=False))
     golden = load_file(GOLDEN / "logits.safetensors")
     logits = model.logits(golden["tokens"], load_lora(GOLDEN))[-8:]
@@ -291,8 +319,9 @@ def edited(tmp_path, change_config=None, change_tensors=None):
     path = tmp_path / "edited"
     shutil.copytree(GOLDEN, path)
     if change_config is not None:
-        config = json.loads((path / "adapter_config.json").read_text())
-        (path / "adapter_config.json").write_text(json.dumps({**config, **change_config}))
+        file = path / "adapter_config.json"
+        config = json.loads(file.read_text()) | change_config
+        file.write_text(json.dumps(config))
     if change_tensors is not None:
         tensors = load_file(path / "adapter_model.safetensors")
         change_tensors(tensors)
@@ -361,7 +390,7 @@ def test_setting_is_refused_by_name(tmp_path, setting):
     "setting",
     [
         {"target_modules": r".*proj"},
-        {"target_modules": ["q_proj"]},  # the tensors tell
+        {"target_modules": ["q_proj"]},  # the tensors decide
         {"layers_to_transform": [0, 1]},  # all there are
         {"layers_pattern": "layers"},
         {"rank_pattern": {"nothing": 5}},
@@ -418,7 +447,9 @@ def test_tensor_is_refused_by_name(tmp_path, change, named):
 def test_a_pattern_that_is_not_a_regular_expression_is_refused(tmp_path):
     for setting in ({"rank_pattern": {"q_(": 4}}, {"target_modules": "*"}):
         path = edited(tmp_path, setting)
-        with pytest.raises(ValueError, match=r"adapter_config.json: .* is no regular expression"):
+        with pytest.raises(
+            ValueError, match=r"adapter_config.json: .* is not a regular expression"
+        ):
             load_lora(path)
         shutil.rmtree(path)
 
@@ -429,87 +460,96 @@ def peft_adapter(path, model, ranks, alphas, seed=0, **config):
     Returns W + alpha / rank B A of every adapted weight in fp64, by the weight's name.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = load_file(model / "model.safetensors")
-    tensors, made = {}, {}
+    weights = load_file(model / "model.safetensors")
+    tensors = {}
+    merged = {}
     for (layer, module), rank in ranks.items():
         stem = f"model.layers.{layer}.{module}"
-        weight = shapes[f"{stem}.weight"].double()
-        a = torch.randn(rank, weight.shape[1], generator=generator) / 8
-        b = torch.randn(weight.shape[0], rank, generator=generator) / 8
+        weight = weights[f"{stem}.weight"].double()  # (N, K)
+        a = torch.randn(rank, weight.shape[1], generator=generator) / 8  # (r, K)
+        b = torch.randn(weight.shape[0], rank, generator=generator) / 8  # (N, r)
         tensors[f"base_model.model.{stem}.lora_A.weight"] = a
         tensors[f"base_model.model.{stem}.lora_B.weight"] = b
-        made[f"{stem}.weight"] = weight + alphas[layer, module] / rank * (b.double() @ a.double())
+        scale = alphas[layer, module] / rank
+        merged[f"{stem}.weight"] = weight + scale * (b.double() @ a.double())
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
-    (path / "adapter_config.json").write_text(json.dumps(said))
-    return made
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return merged
 
 
-def test_ranks_alphas_and_layers_of_single_modules(tiny_llama_dir, tmp_path):
-    """By hand: the logits are those of a model whose weights carry the sums, in fp64."""
+def test_single_modules_may_have_their_own_rank_alpha_and_layers(tiny_llama_dir, tmp_path):
+    """The logits are those of a model whose weights are the merged ones, in fp64."""
     path = tiny_llama_dir(layers=3, tied=False)
-    q, k, v = (f"self_attn.{name}_proj" for name in "qkv")
+    q = "self_attn.q_proj"
+    k = "self_attn.k_proj"
+    v = "self_attn.v_proj"
     up = "mlp.up_proj"
     ranks = {(0, q): 2, (0, k): 4, (0, v): 9, (2, q): 2, (2, k): 4, (2, v): 4, (2, up): 4}
-    alphas = {place: 8.0 for place in ranks} | {(0, k): 3.0, (2, k): 3.0, (2, q): 5.0}
-    said = {
+    alphas = dict.fromkeys(ranks, 8.0) | {(0, k): 3.0, (2, k): 3.0, (2, q): 5.0}
+    settings = {
         "rank_pattern": {"q_proj": 2, r"model\.layers\.0\.self_attn\.v_proj": 9},
         "alpha_pattern": {"k_proj": 3, "2.self_attn.q_proj": 5.0},
         "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"],
         "exclude_modules": "model.layers.0.mlp.*",
         "layers_to_transform": [0, 2],
     }
-    made = peft_adapter(tmp_path / "adapter", path, ranks, alphas, **said)
+    merged = peft_adapter(tmp_path / "adapter", path, ranks, alphas, **settings)
     exact = Llama.from_pretrained(path, dtype=torch.float64)
     lora = load_lora(tmp_path / "adapter")
     logits = exact.logits(TOKENS, lora)
-    whole = load_file(path / "model.safetensors") | {}
-    whole = {name: made.get(name, weight.double()) for name, weight in whole.items()}
-    assert_logits_of(exact, whole, logits)
-    assert distance(Llama.from_pretrained(path).logits(TOKENS, load_lora(tmp_path / "adapter")),
-                    logits) < 1e-4  # fmt: skip
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        weights[name] = merged.get(name, weight.double())
+    assert_logits_of(exact, weights, logits)
+    single = Llama.from_pretrained(path)
+    assert distance(single.logits(TOKENS, load_lora(tmp_path / "adapter")), logits) < 1e-4
     assert_saved_and_merged(path, tmp_path / "adapter", tmp_path / "again")
 
-    # gradients of what was filled up are zero, so that the adapter stays what it is
+    # the gradients of the zeros that fill lower ranks up are zero, so that they stay zeros
     add_gradient(exact, lora, random_rows())
     grads = lora.views(lora.grads)
-    filled = grads["model.layers.0.self_attn.q_proj.lora_A.weight"]
-    assert filled.shape[0] == 9 and filled[:2].abs().max() > 0 and not filled[2:].any()
-    filled = grads["model.layers.0.self_attn.k_proj.lora_B.weight"]
-    assert filled[:, :4].abs().max() > 0 and not filled[:, 4:].any()
+    a_grad = grads["model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert a_grad.shape[0] == 9
+    assert a_grad[:2].abs().max() > 0
+    assert not a_grad[2:].any()
+    b_grad = grads["model.layers.0.self_attn.k_proj.lora_B.weight"]
+    assert b_grad[:, :4].abs().max() > 0
+    assert not b_grad[:, 4:].any()
 
 
 def assert_logits_of(model, weights, logits):
     """`logits` are those of `model` with other weights, by their names in a checkpoint, in fp64."""
     ours = PlainWeights(model.weights)
     for i in range(model.config.num_layers):
-        stem = f"model.layers.{i}"
         for group, members in GROUPS.items():
-            ours[f"{i}.{group}"] = torch.cat([weights[f"{stem}.{m}.weight"] for m in members])
+            parts = [weights[f"model.layers.{i}.{member}.weight"] for member in members]
+            ours[f"{i}.{group}"] = torch.cat(parts)
     other = Llama(model.config, ours, model.ops)
     assert distance(other.logits(TOKENS), logits) < 1e-11
     assert distance(model.logits(TOKENS), logits) > 1e-2, "the adapter does nothing"
 
 
 def test_a_layer_missing_without_a_pattern_is_refused(tiny_llama_dir, tmp_path):
-    """An adapter of two layers under a model of three is another model's, unless it says so."""
-    path, q = tiny_llama_dir(layers=3), "self_attn.q_proj"
+    """An adapter of two layers does not fit a model of three, unless its settings say so."""
+    path = tiny_llama_dir(layers=3)
+    q = "self_attn.q_proj"
     ranks = {(0, q): 4, (1, q): 4}
     model = Llama.from_pretrained(path)
-    loads = {
+    cases = {
         "list": {"target_modules": ["q_proj"]},
         "pattern": {"target_modules": r".*\.q_proj"},
         "none": {},
         "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2]},
-        "said": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
-        "said-by-pattern": {"target_modules": r".*layers\.[01]\.self_attn\.q_proj"},
+        "two-layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 1]},
+        "two-layers-by-pattern": {"target_modules": r".*layers\.[01]\.self_attn\.q_proj"},
         "excluded": {"target_modules": ["q_proj"], "exclude_modules": ["2.self_attn.q_proj"]},
     }
-    for name, said in loads.items():
-        peft_adapter(tmp_path / name, path, ranks, dict.fromkeys(ranks, 8.0), **said)
+    for name, settings in cases.items():
+        peft_adapter(tmp_path / name, path, ranks, dict.fromkeys(ranks, 8.0), **settings)
         lora = load_lora(tmp_path / name)
-        if name in ("said", "said-by-pattern", "excluded"):
+        if name in ("two-layers", "two-layers-by-pattern", "excluded"):
             assert distance(model.logits(TOKENS, lora), model.logits(TOKENS)) > 1e-2
             continue
         with pytest.raises(ValueError, match="layers.2.self_attn.q_proj.lora_A.weight is missing"):
@@ -517,36 +557,40 @@ def test_a_layer_missing_without_a_pattern_is_refused(tiny_llama_dir, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_copies_of_the_models_own_embeddings(tiny_llama_dir, tmp_path, capsys, tied):
-    """peft's save_embedding_layers: equal, they are passed over with a word; else refused."""
+def test_copies_of_the_base_embeddings_must_equal_them(tiny_llama_dir, tmp_path, capsys, tied):
+    """peft's save_embedding_layers: equal copies are ignored with a message, others refused."""
     base = tiny_llama_dir(tied=tied)
     stored = load_file(base / "model.safetensors")
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
     own = {embedding: stored[embedding], head: stored.get(head, stored[embedding]).clone()}
-    q, where = "self_attn.q_proj", tmp_path / "adapter"
+    q = "self_attn.q_proj"
+    ranks = {(0, q): 4, (1, q): 4}
+    where = tmp_path / "adapter"
     model = Llama.from_pretrained(base)
 
     def adapter(copies):
         shutil.rmtree(where, ignore_errors=True)
-        peft_adapter(where, base, {(0, q): 4, (1, q): 4}, {(0, q): 8.0, (1, q): 8.0})
+        peft_adapter(where, base, ranks, dict.fromkeys(ranks, 8.0))
         tensors = load_file(where / "adapter_model.safetensors")
         tensors |= {f"base_model.model.{name}": tensor for name, tensor in copies.items()}
         save_file(tensors, where / "adapter_model.safetensors")
         return load_lora(where)
 
-    want = model.logits(TOKENS, adapter({}))
+    expected = model.logits(TOKENS, adapter({}))
     assert capsys.readouterr().out == ""
     half = {name: tensor.bfloat16() for name, tensor in own.items()}
     base_layer = {"lm_head.base_layer.weight": own[head]}
     for copies in (own, half, {head: own[head]}, base_layer):
         lora = adapter(copies)
-        assert torch.equal(model.logits(TOKENS, lora), want)
-        assert f"the model's own {head} as well" in capsys.readouterr().out
+        assert torch.equal(model.logits(TOKENS, lora), expected)
+        assert f"holds an unchanged copy of the model's {head}" in capsys.readouterr().out
         sampling, _ = for_sampling(model, release=True)  # bound while the matrices are packed
         model.bind(load_lora(where))
         restore_weights(model)
         merge(base, adapter(copies), where / "merged")
-        assert not any("lora" in n for n in load_file(where / "merged" / "model.safetensors"))
+        merged = load_file(where / "merged" / "model.safetensors")
+        assert not any("lora" in name for name in merged)
     other = {embedding: own[embedding].clone()}
     other[embedding][300, 3] += 1e-3
     resized = {head: torch.cat((own[head], own[head][:2]))}
@@ -568,7 +612,7 @@ def test_nan_and_infinity_are_refused(tmp_path, value):
 
 
 def test_broken_adapter_downloads_are_named(tmp_path):
-    """Git LFS pointers, and a link to what lies elsewhere."""
+    """Git LFS pointers, and links out of the adapter's directory."""
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         path = edited(tmp_path)
         (path / name).rename(tmp_path / "elsewhere")
@@ -582,9 +626,10 @@ def test_broken_adapter_downloads_are_named(tmp_path):
         shutil.rmtree(path)
 
 
-def test_adapter_files_are_refused(tmp_path, tiny_llama_dir):
+def test_damaged_and_pickled_adapter_files_are_refused(tmp_path, tiny_llama_dir):
     path = edited(tmp_path)
-    weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    weights = path / "adapter_model.safetensors"
+    config = path / "adapter_config.json"
     for text, named in [("{", "is not JSON"), ("[]", "list")]:
         config.write_text(text)
         with pytest.raises(ValueError, match=f"adapter_config.json .*{named}"):

@@ -29,8 +29,11 @@ SMOLLM2 = ROOT / "tests" / "golden" / "smollm2.json"
 
 @pytest.mark.peers
 def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tmp_path):
-    """The logits of base and adapter: in fp32 as near as peft's unmerged fp32 ones come, twice;
-    in 16 bits, where the rounding of the weights decides, as near as peft's own merged model."""
+    """The logits of our merged model are close to the fp64 truth of base and adapter.
+
+    In fp32 within twice the error of peft's unmerged fp32 logits; in 16 bits, where the error is
+    that of rounding the weights, within twice the error of peft's own merged model.
+    """
     half = tiny_llama_dir(dtype=torch.bfloat16, tied=False)
     sources = {
         "smollm2": smollm2_dir,
@@ -43,11 +46,14 @@ def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tm
     jobs = {"merge": {}, "logits": {}}
     with tempfile.TemporaryDirectory(dir=tmp_path) as place:  # pytest would keep the large ones
         for name, source in sources.items():
-            adapter, ours, theirs = (Path(place, f"{name}-{k}") for k in ("lora", "ours", "theirs"))
+            adapter = Path(place, f"{name}-lora")
+            ours = Path(place, f"{name}-ours")
+            theirs = Path(place, f"{name}-theirs")
             save_lora(random_lora(Llama.from_pretrained(source), "all"), adapter)
             merge(source, load_lora(adapter), ours)
             apart = {"dir": source, "adapter": adapter, "tokens": TOKENS}
-            jobs["logits"] |= {name: apart, f"{name}-ours": {**apart, "dir": ours, "adapter": None}}
+            jobs["logits"][name] = apart
+            jobs["logits"][f"{name}-ours"] = {**apart, "dir": ours, "adapter": None}
             if name in sixteen:
                 jobs["merge"][name] = {"dir": source, "adapter": adapter, "out": theirs}
                 jobs["logits"][f"{name}-theirs"] = {**apart, "dir": theirs, "adapter": None}
@@ -55,15 +61,16 @@ def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tm
     for name in sources:
         truth = made[f"{name}/fp64"]
         yardstick = f"{name}-theirs/fp32" if name in sixteen else f"{name}/fp32"
-        error, unit = distance(made[f"{name}-ours/fp32"], truth), distance(made[yardstick], truth)
+        error = distance(made[f"{name}-ours/fp32"], truth)
+        unit = distance(made[yardstick], truth)
         print(f"{name}: merged {error:.3g} from base and adapter, {yardstick} {unit:.3g}")
         assert error <= 2 * unit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
-    """W + s B A, rounded once; everything else, names and other files, as it was."""
+def test_merged_weights_are_the_sum_rounded_once(tiny_llama_dir, tmp_path, dtype, shards):
+    """W + s B A; other tensors, names and files stay as they were."""
     source = tiny_llama_dir(dtype=dtype, tied=False, tokenizer=True)
     if shards > 1:
         source = split(source, tmp_path / "shards", shards)
@@ -74,7 +81,8 @@ def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
     weights = sorted(source.glob("*.safetensors"))
     assert len(weights) == shards
     for file in weights:
-        old, new = load_file(file), load_file(out / file.name)
+        old = load_file(file)
+        new = load_file(out / file.name)
         assert old.keys() == new.keys()
         for name, weight in old.items():
             stem = name.removesuffix(".weight")
@@ -82,24 +90,26 @@ def test_merged_weights(tiny_llama_dir, tmp_path, dtype, shards):
                 assert torch.equal(new[name], weight), name
                 continue
             delta = adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
-            want = (weight.double() + 16 / 8**0.5 * delta).to(dtype)
+            expected = (weight.double() + 16 / 8**0.5 * delta).to(dtype)
             assert new[name].dtype == dtype and not torch.equal(new[name], weight)
             # where fp32 falls on the other side of a rounding boundary, the last bit differs
-            differ = (new[name] != want).double().mean().item()
+            differ = (new[name] != expected).double().mean().item()
             assert differ < (0.3 if dtype == torch.float32 else 1e-3), f"{name}: {differ:.1%}"
-            torch.testing.assert_close(new[name], want, rtol=torch.finfo(dtype).eps, atol=1e-7)
-    others = {f.name for f in source.iterdir() if f.suffix != ".safetensors"}
-    assert all((out / n).read_bytes() == (source / n).read_bytes() for n in others)
+            torch.testing.assert_close(new[name], expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     (tmp_path / "plain").touch()
-    rights = {file.stat().st_mode for file in (*out.iterdir(), tmp_path / "plain")}
-    assert len(rights) == 1, "a merged model can be read by whoever may read other files"
+    modes = {file.stat().st_mode for file in [*out.iterdir(), tmp_path / "plain"]}
+    assert len(modes) == 1, "a merged model has the file mode of other files"
     if dtype == torch.float32:
-        merged, apart = Llama.from_pretrained(out), Llama.from_pretrained(source)
+        merged = Llama.from_pretrained(out)
+        apart = Llama.from_pretrained(source)
         assert distance(merged.logits(TOKENS), apart.logits(TOKENS, lora)) < 2e-5
 
 
 def test_config_json_of_a_merged_model_is_corrected(tiny_llama_dir, tmp_path, capsys):
-    """Of a head that is stored under a tied config, and of quantisation that is none."""
+    """It stated tied embeddings beside a stored head, and quantisation of plain tensors."""
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     source = tiny_llama_dir(dtype=torch.bfloat16, quantization_config=quantised, note="kept")
     tensors = load_file(source / "model.safetensors")
@@ -108,21 +118,21 @@ def test_config_json_of_a_merged_model_is_corrected(tiny_llama_dir, tmp_path, ca
     model = Llama.from_pretrained(source)
     lora = random_lora(model, "qv")
     assert merge(source, lora, tmp_path / "merged") == []
-    said = json.loads((source / "config.json").read_text())
-    del said["quantization_config"]
-    found = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert found == said | {"tie_word_embeddings": False}
+    expected = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    del expected["quantization_config"]
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == expected
     capsys.readouterr()
     merged = Llama.from_pretrained(tmp_path / "merged")
-    assert capsys.readouterr().out == "", "nothing is left to be said"
+    assert capsys.readouterr().out == "", "the corrected model loads without messages"
     assert torch.equal(merged.weights["head"], model.weights["head"])
     assert distance(merged.logits(TOKENS), model.logits(TOKENS, lora)) < 0.1
 
 
-def test_files_copied_beside_the_weights(tiny_llama_dir, tmp_path):
-    """Files of the directory and of the Hugging Face cache; what is left out is listed."""
+def test_merge_copies_plain_files_and_lists_the_others(tiny_llama_dir, tmp_path):
+    """Files of the directory and of the Hugging Face cache are copied."""
     cache = tmp_path / "models--some--model"
-    source, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
+    source = cache / "snapshots" / "0123abc"
+    blobs = cache / "blobs"
     source.mkdir(parents=True)
     blobs.mkdir()
     for n, file in enumerate(sorted(tiny_llama_dir(tokenizer=True).iterdir())):
@@ -140,8 +150,15 @@ def test_files_copied_beside_the_weights(tiny_llama_dir, tmp_path):
     (source / "model.safetensors.index.json").write_text("{}")  # model.safetensors is read alone
     lora = random_lora(Llama.from_pretrained(source), "qv")
     left_out = merge(source, lora, tmp_path / "merged")
-    names = "broken.txt folder model.safetensors.index.json outside.txt pipe pytorch_model.bin"
-    assert [line.split(" ")[0] for line in left_out] == [*names.split(), "up.txt"]
+    assert [line.split(" ")[0] for line in left_out] == [
+        "broken.txt",
+        "folder",
+        "model.safetensors.index.json",
+        "outside.txt",
+        "pipe",
+        "pytorch_model.bin",
+        "up.txt",
+    ]
     assert str(tmp_path / "secret") in left_out[3] and "a directory" in left_out[1]
     found = {file.name for file in (tmp_path / "merged").iterdir()}
     others = {"tokenizer.json", "tokenizer_config.json", "README.md", "inside.txt"}
@@ -150,7 +167,7 @@ def test_files_copied_beside_the_weights(tiny_llama_dir, tmp_path):
 
 
 def test_merge_of_nan_is_refused(tiny_llama_dir, tmp_path):
-    """Of weights that no adapter touches as well."""
+    """Also in weights that have no adapter."""
     source = tiny_llama_dir()
     lora = random_lora(Llama.from_pretrained(source), "qv")
     tensors = load_file(source / "model.safetensors")
@@ -191,20 +208,21 @@ rewrite_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), change)
 
 def test_killed_merge_leaves_nothing_under_the_name(tiny_llama_dir, tmp_path):
     """At several moments, shards written already included; the next run is not disturbed."""
-    source, out = split(tiny_llama_dir(), tmp_path / "source", 3), tmp_path / "out"
+    source = split(tiny_llama_dir(), tmp_path / "source", 3)
+    out = tmp_path / "out"
     tensors = sum(len(load_file(file)) for file in source.glob("*.safetensors"))
     for moment in (0, tensors // 2, tensors - 1):
         command = [sys.executable, "-c", KILLED, str(source), str(out), str(moment)]
         assert subprocess.run(command, cwd=ROOT).returncode == -9
         assert not out.exists()
     rewrite_checkpoint(source, out, lambda name, tensor: tensor)
-    assert torch.equal(
-        Llama.from_pretrained(out).logits(TOKENS), Llama.from_pretrained(source).logits(TOKENS)
-    )
+    expected = Llama.from_pretrained(source).logits(TOKENS)
+    assert torch.equal(Llama.from_pretrained(out).logits(TOKENS), expected)
 
 
-def test_merge_script(tiny_llama_dir, tmp_path):
-    source, out = tiny_llama_dir(), tmp_path / "merged"
+def test_the_merge_script_merges_once_and_refuses_the_rest(tiny_llama_dir, tmp_path):
+    source = tiny_llama_dir()
+    out = tmp_path / "merged"
     model = Llama.from_pretrained(source)
     lora = random_lora(model, "all")
     save_lora(lora, tmp_path / "adapter")
@@ -231,28 +249,31 @@ def test_merge_script(tiny_llama_dir, tmp_path):
 
 
 def assert_merges_for_sampling(path, modules, tokens):
-    """No further from the fp64 truth than twice the unmerged logits; the base is not touched."""
-    model, exact = Llama.from_pretrained(path), Llama.from_pretrained(path, dtype=torch.float64)
+    """No further from the fp64 truth than twice the unmerged logits; the base stays as it is."""
+    model = Llama.from_pretrained(path)
+    exact = Llama.from_pretrained(path, dtype=torch.float64)
     lora = random_lora(model, modules)
-    again = Lora(lora.config, {name: shape for name, (_, shape) in lora.slots.items()})
+    again = Lora(lora.config, {name: slot.shape for name, slot in lora.slots.items()})
     again.params.copy_(lora.params)
     truth = exact.logits(tokens, again)
     before = {name: weight.clone() for name, weight in model.weights.items()}
     sampling, left = for_sampling(model, lora)
     assert left is None, "on a CPU in fp32 the adapter is merged"
     merged = sampling.logits(tokens)
-    error, unit = distance(merged, truth), distance(model.logits(tokens, lora), truth)
+    error = distance(merged, truth)
+    unit = distance(model.logits(tokens, lora), truth)
     print(f"merged for sampling: error {error:.3g}, unmerged {unit:.3g}")
     assert error <= 2 * unit
     assert distance(merged, model.logits(tokens)) > 1e-2, "the adapter did nothing"
-    assert all(torch.equal(weight, before[name]) for name, weight in model.weights.items())
+    for name, weight in model.weights.items():
+        assert torch.equal(weight, before[name]), name
 
 
 @pytest.mark.parametrize("modules", [*PRESETS, "k_proj,down_proj"])
-def test_adapter_merged_for_sampling(tiny_llama_dir, modules):
+def test_logits_of_an_adapter_merged_for_sampling(tiny_llama_dir, modules):
     assert_merges_for_sampling(tiny_llama_dir(tied=False), modules, TOKENS)
 
 
-def test_smollm2_adapter_merged_for_sampling(smollm2_dir):
+def test_smollm2_logits_of_an_adapter_merged_for_sampling(smollm2_dir):
     tokens = json.loads(SMOLLM2.read_text())["tokens"][:48]
     assert_merges_for_sampling(smollm2_dir, "all", tokens)

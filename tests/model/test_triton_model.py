@@ -1,6 +1,6 @@
-"""A two-layer Llama on the Triton kernels does what it does on torch's.
+"""A two-layer Llama gives the same results with the Triton kernels as with torch's operations.
 
-In the interpreter without a GPU, on the GPU with one.
+Without a GPU the kernels run in Triton's interpreter.
 """
 
 import dataclasses
@@ -37,24 +37,30 @@ def model(tiny_llama_dir):
 
 
 def on(model, ops):
+    """The same model with another table of operations."""
     return Llama(model.config, model.weights, ops)
 
 
 def adapter(model, modules, dropout=0.0):
     lora = new_lora(model, rank=4, alpha=8, modules=modules, dropout=dropout, seed=3)
-    g = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(lora.params.shape, generator=generator).to(DEVICE)
     with torch.no_grad():  # B starts at zero, which would hide most of the backward
-        lora.params.add_(0.1 * torch.randn(lora.params.shape, generator=g).to(DEVICE))
+        lora.params.add_(0.1 * values)
     return lora
 
 
+def random_ids(length, generator):
+    return torch.randint(256, (length,), generator=generator).tolist()
+
+
 def examples(seed=0):
-    g = torch.Generator().manual_seed(seed)
-    lengths = (1, 5, 24)  # response tokens; with 7 of prompt
-    return [
-        Example(f"r{i}", torch.randint(256, (7 + n,), generator=g).tolist(), 7)
-        for i, n in enumerate(lengths)
-    ]
+    """Three examples of 7 prompt tokens and 1, 5 and 24 response tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i, response in enumerate((1, 5, 24)):
+        made.append(Example(f"r{i}", random_ids(7 + response, generator), 7))
+    return made
 
 
 def step(model, lora, policy, number=1):
@@ -71,46 +77,49 @@ def close(a, b, relative=1e-4):
     ("modules", "dropout", "policy"),
     [("qv", 0.0, "none"), ("all", 0.0, "none"), ("all", 0.0, "selective"), ("all", 0.2, "full")],
 )
-def test_loss_and_gradients_equal_torchs(model, modules, dropout, policy):
+def test_loss_and_gradients_equal_those_of_torch(model, modules, dropout, policy):
     lora = adapter(model, modules, dropout)
-    want_nll = step(model, lora, policy).clone()
-    want = {name: grad.clone() for name, grad in lora.views(lora.grads).items()}
+    expected_nll = step(model, lora, policy).clone()
+    expected = {name: grad.clone() for name, grad in lora.views(lora.grads).items()}
     with interpreter.poisoned():
         nll = step(on(model, TRITON), lora, policy)
-    assert close(nll, want_nll)
+    assert close(nll, expected_nll)
     for name, grad in lora.views(lora.grads).items():
-        assert want[name].abs().max() > 0, f"{name} has no gradient: nothing is compared"
-        assert close(grad, want[name]), name
+        assert expected[name].abs().max() > 0, f"{name} has no gradient: nothing is compared"
+        assert close(grad, expected[name]), name
 
 
-def test_ten_steps_equal_torchs(model):
+def test_ten_optimizer_steps_equal_those_of_torch(model):
     runs = []
     for ops in (TORCH, TRITON):
-        lora, m = adapter(model, "all"), on(model, ops)
+        lora = adapter(model, "all")
+        model_on_ops = on(model, ops)
         optimizer = Optimizer.fresh(lora, weight_decay=0.01)
-        losses, start = [], lora.params.clone()
+        losses = []
+        start = lora.params.clone()
         for number in range(1, 11):
-            nll = step(m, lora, "none", number)
+            nll = step(model_on_ops, lora, "none", number)
             losses.append(nll.mean().item())
             optimizer.update(ops, lora, lr=1e-3, scale=1 / len(nll), clip=1.0)
         runs.append((torch.tensor(losses), lora.params - start))
     (losses, moved), (losses_triton, moved_triton) = runs
     assert close(losses_triton, losses)
-    # a moved distance is about lr per step whatever the gradient's size: rounding shows more in it
-    assert close(moved_triton, moved, relative=1e-2) and moved.abs().max() > 5e-3
+    # a step moves by about lr whatever the gradient's size, so rounding errors show more here
+    assert close(moved_triton, moved, relative=1e-2)
+    assert moved.abs().max() > 5e-3
 
 
 @pytest.mark.parametrize("decoding", [{}, {"temperature": 0.9, "top_k": 30, "top_p": 0.9}], ids=str)
 def test_the_sampler_gives_the_same_tokens(model, decoding):
-    g = torch.Generator().manual_seed(1)
-    wanted = [
-        Request(f"q{i}", torch.randint(256, (n,), generator=g).tolist(), 8)
-        for i, n in enumerate((1, 5, 23))
-    ]
+    generator = torch.Generator().manual_seed(1)
+    requests = []
+    for i, length in enumerate((1, 5, 23)):
+        requests.append(Request(f"q{i}", random_ids(length, generator), 8))
     config = SamplerConfig(rows=2, page_size=8, **decoding)
     texts = []
     for ops in (TORCH, TRITON):
         sampler = Sampler(on(model, ops), lambda ids: "", (), config, adapter(model, "qv"))
-        done = {c.id: c for c in sampler.run([dataclasses.replace(r) for r in wanted])}
-        texts.append({name: list(c.ids) for name, c in done.items()})
-    assert texts[0] == texts[1] and all(texts[0].values())
+        copies = [dataclasses.replace(request) for request in requests]
+        texts.append({done.id: list(done.ids) for done in sampler.run(copies)})
+    assert texts[0] == texts[1]
+    assert all(texts[0].values())
