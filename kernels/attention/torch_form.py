@@ -155,6 +155,12 @@ def _blocked_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tenso
     return o.flatten(1), lse.flatten(1)
 
 
+def _delta(do: Tensor, o: Tensor, H: int) -> Tensor:
+    """(T, H): the sum of do * o over each head, for do and o (T, H d)."""
+    products = (do * o).unflatten(1, (H, -1))  # (T, H, d)
+    return products.sum(-1)
+
+
 def _blocked_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
@@ -163,8 +169,7 @@ def _blocked_backward(
     acc = lse.dtype
     scale = d**-0.5
     dqkv = torch.empty_like(qkv)
-    products = do.to(acc) * o.to(acc)  # (T, H d)
-    delta = products.unflatten(1, (H, -1)).sum(-1)  # (T, H)
+    delta = _delta(do.to(acc), o.to(acc), H)  # (T, H)
     prefix_dk = qkv.new_zeros(G, packed.prefix, d, dtype=acc)  # from the rows after the first
     prefix_dv = torch.zeros_like(prefix_dk)
     for (start, end), context in zip(packed.rows, packed.contexts, strict=True):

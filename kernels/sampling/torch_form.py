@@ -59,8 +59,8 @@ def _draw(z: Tensor, rows: SampleRows) -> Tensor:
         top, ids = _top_k(z, rows.top_k)  # (B, k)
     else:
         top, ids = z.sort(dim=-1, descending=True, stable=True)
-    exponents = (top.double() - top[:, :1]) / rows.temperature
-    p = rowwise(torch.exp, exponents)  # (B, k) the probabilities, times a constant: the first is 1
+    p = (top.double() - top[:, :1]) / rows.temperature
+    p = rowwise(torch.exp, p)  # (B, k) the probabilities, times a constant: the first is 1
     cumulative = p.cumsum(-1)
     total = cumulative[:, -1:]  # (B, 1)
     # top_p keeps a token if those before it have not reached top_p yet: always the first
