@@ -54,7 +54,8 @@ def add_dq(
     k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
     if DIAGONAL:
-        scores = tl.where(causal_mask(i, j, BM, BN), scores, float("-inf"))
+        seen = causal_mask(i, j, BM, BN)
+        scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores * SCALE - lse2[:, None])
     v = read_block(source, v_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
     dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # (BM, BN)
@@ -86,8 +87,11 @@ def attention_dq_kernel(
     lse2_ptr,  # (H, BLOCKS * PAD) fp32, written: lse in base 2
     delta_ptr,  # (H, BLOCKS * PAD) fp32, written
     T, BLOCKS,
-    PAD: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAD: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head of one row; delta and lse2 of the same queries.
 
@@ -108,7 +112,8 @@ def attention_dq_kernel(
     do = read_block(do_source, h, i, n, H, D, DP, BM, DESCRIPTORS)  # (BM, DP)
     o_source = row_source(o_ptr, start, n, H, D, DP, BM, False)
     o = read_block(o_source, h, i, n, H, D, DP, BM, False)  # (BM, DP)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)  # (BM,)
+    products = do.to(tl.float32) * o.to(tl.float32)  # (BM, DP)
+    delta = tl.sum(products, axis=1)  # (BM,)
     tokens = i + tl.arange(0, BM)
     lse_offsets = h.to(tl.int64) * T + start + tokens
     # Infinity after the row's end makes P zero for the queries there.
@@ -121,8 +126,7 @@ def attention_dq_kernel(
         fill_last_pad(lse2_ptr, delta_ptr, start, row, h, i + BM, n, BLOCKS, PAD)
 
     # dq, along the keys
-    k_head = H + h // (H // G)
-    v_head = k_head + G
+    k_head = H + h // (H // G)  # its values are G heads further
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
     q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)  # (BM, DP)
     if BN != BM:  # else the same descriptor serves the keys: making one takes a microsecond
@@ -131,12 +135,12 @@ def attention_dq_kernel(
     diagonal = i // BN * BN  # all queries of the block see every key before this one
     for j in range(0, diagonal, BN):
         dq = add_dq(
-            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            q, do, lse2, delta, dq, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         dq = add_dq(
-            q, do, lse2, delta, dq, source, k_head, v_head, i, j, n,
+            q, do, lse2, delta, dq, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=True,
         )  # fmt: skip
     dq = dq * D**-0.5
@@ -152,8 +156,11 @@ def attention_dkv_kernel(
     cu_seqlens_ptr,  # (rows + 1,) int32
     dqkv_ptr,  # (T, HEADS * D): its dk and dv are written
     BLOCKS,
-    PAD: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAD: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head of one row.
 
@@ -191,14 +198,15 @@ def attention_dkv_kernel(
         lse2 = tl.load(lse2_ptr + offsets)  # (BM,)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM)
         seen = tokens[None, :] >= (j + tl.arange(0, BN))[:, None]
-        exponent = tl.where(seen, scores * SCALE - lse2[None, :], float("-inf"))
-        p = tl.exp2(exponent)
+        scores = scores * SCALE - lse2[None, :]
+        p = tl.exp2(tl.where(seen, scores, float("-inf")))
         do = read_block(do_source, h, i, n, H, D, DP, BM, DESCRIPTORS)  # (BM, DP)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + offsets)  # (BM,)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BN, BM)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
     dk = dk * D**-0.5
     write_block(dqkv_ptr, start, k_head, j, n, dk, HEADS, D, DP, BN)
     write_block(dqkv_ptr, start, v_head, j, n, dv, HEADS, D, DP, BN)

@@ -76,7 +76,8 @@ def read_block(
     else:
         tokens = i + tl.arange(0, BLOCK)
         cols = tl.arange(0, DP)
-        inside = (tokens < n)[:, None] & (cols < D)[None, :]
+        in_row = tokens < n
+        inside = in_row[:, None] & (cols < D)[None, :]
         token_offsets = tokens.to(tl.int64)[:, None] * (HEADS * D)  # (BLOCK, 1)
         col_offsets = (h * D + cols)[None, :]  # (1, DP)
         offsets = token_offsets + col_offsets
@@ -92,7 +93,8 @@ def write_block(
     """Store `block` (BLOCK, DP) as tokens i .. i + BLOCK - 1 of head h, the part inside the row."""
     tokens = i + tl.arange(0, BLOCK)
     cols = tl.arange(0, DP)
-    inside = (tokens < n)[:, None] & (cols < D)[None, :]
+    in_row = tokens < n
+    inside = in_row[:, None] & (cols < D)[None, :]
     token_offsets = (start + tokens).to(tl.int64)[:, None] * (HEADS * D)  # (BLOCK, 1)
     col_offsets = (h * D + cols)[None, :]  # (1, DP)
     offsets = token_offsets + col_offsets
@@ -136,7 +138,8 @@ def add_keys(
     k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
     if DIAGONAL:  # hides the keys after the row too: every query of the row comes before them
-        scores = tl.where(causal_mask(i, j, BM, BN), scores, float("-inf"))
+        seen = causal_mask(i, j, BM, BN)
+        scores = tl.where(seen, scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, axis=1))  # finite: key 0 comes first, all see it
     p = tl.exp2(scores * SCALE - (m_new * SCALE)[:, None])  # (BM, BN)
     alpha = tl.exp2((m_i - m_new) * SCALE)
@@ -157,8 +160,10 @@ def attention_forward_kernel(
     o_ptr,  # (T, H * D), written
     lse_ptr,  # (H, T) fp32, written
     T,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one block of queries of one head of one row.
 
@@ -173,8 +178,7 @@ def attention_forward_kernel(
     i = block * BM
     if i < 0:
         return
-    k_head = H + h // (H // G)
-    v_head = k_head + G
+    k_head = H + h // (H // G)  # its values are G heads further
 
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
     q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)  # (BM, DP)
@@ -187,12 +191,12 @@ def attention_forward_kernel(
     diagonal = i // BN * BN  # all queries of the block see every key before this one
     for j in range(0, diagonal, BN):
         o, m_i, l_i = add_keys(
-            q, o, m_i, l_i, source, k_head, v_head, i, j, n,
+            q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         o, m_i, l_i = add_keys(
-            q, o, m_i, l_i, source, k_head, v_head, i, j, n,
+            q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
             HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=True,
         )  # fmt: skip
 

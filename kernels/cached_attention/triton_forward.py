@@ -52,7 +52,8 @@ def kv_write_kernel(
     k_ptr, v_ptr,  # (pages, G, PAGE, D), written
     page_ptr, offset_ptr,  # (T,) int64: where each token is written
     stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BW: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """BW of the G * D keys, and of the values, of one token; the heads lie end to end in qkv.
 
@@ -61,9 +62,9 @@ def kv_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BW + tl.arange(0, BW)
     inside = cols < G * D
-    # Lines are D numbers: first the token's line of head 0, then that of each column's head.
-    line = tl.load(page_ptr + token) * G * PAGE + tl.load(offset_ptr + token)
-    head_line = line + cols // D * PAGE
+    page_line = tl.load(page_ptr + token) * G * PAGE  # a line is D numbers: a token of a head
+    line = page_line + tl.load(offset_ptr + token)  # of head 0
+    head_line = line + cols // D * PAGE  # of each column's head
     offsets = head_line * D + cols % D
     k_source = qkv_ptr + token * stride + H * D + cols
     k = tl.load(k_source, mask=inside, other=0.0)
@@ -84,7 +85,8 @@ def load_queries(
     cols = tl.arange(0, BD)
     tokens = (start + queries // N).to(tl.int64)
     offsets = tokens * stride + (g * N + queries % N) * D
-    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
+    is_query = queries < new * N
+    inside = is_query[:, None] & (cols < D)[None, :]
     q_ptrs = qkv_ptr + offsets[:, None] + cols[None, :]
     return tl.load(q_ptrs, mask=inside, other=0.0)
 
@@ -93,7 +95,8 @@ def load_queries(
 def add_cached_keys(
     q, m_i, l_i, acc,
     k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys begin .. begin + BN - 1 of a sequence of `end` tokens.
 
@@ -105,7 +108,8 @@ def add_cached_keys(
     page = tl.load(block_table_ptr + keys // PAGE, mask=keys < end, other=0)  # (BN,) int64
     lines = (page * G + g) * PAGE + keys % PAGE  # a line is D numbers
     offsets = lines[:, None] * D + cols[None, :]
-    inside = (keys < end)[:, None] & (cols < D)[None, :]
+    is_key = keys < end
+    inside = is_key[:, None] & (cols < D)[None, :]
     k = tl.load(k_ptr + offsets, mask=inside, other=0.0)  # (BN, BD)
     scores = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN)
     seen = keys[None, :] <= positions[:, None]
@@ -114,7 +118,8 @@ def add_cached_keys(
     p = tl.exp2(scores - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
     v = tl.load(v_ptr + offsets, mask=inside, other=0.0)  # (BN, BD)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    weights = p.to(v.dtype)
+    acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
     l_i = l_i * alpha + tl.sum(p, axis=1)
     return m_new, l_i, acc
 
@@ -133,8 +138,10 @@ def cached_decode_kernel(
     acc_ptr,  # (B, G, W, S, D) fp32, written: its output before the division by l_i
     stride, P, S, W,
     scale,  # exp(x / sqrt(D)) = exp2(x scale)
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One part of the context of one sequence, for all queries of one key/value head.
 
@@ -157,13 +164,15 @@ def cached_decode_kernel(
     l_i = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     block_table_ptr += sequence.to(tl.int64) * P
-    for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, end), BN):
+    first = part * SPLIT
+    for begin in range(first, tl.minimum(first + SPLIT, end), BN):
         m_i, l_i, acc = add_cached_keys(
             q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
             G, D, BD, PAGE, BN,
         )  # fmt: skip
 
-    offsets = (tl.program_id(0).to(tl.int64) * W + queries) * S + part
+    rows = tl.program_id(0).to(tl.int64) * W + queries  # (sequence, head, query)
+    offsets = rows * S + part
     cols = tl.arange(0, BD)
     is_query = queries < new * N
     tl.store(m_ptr + offsets, m_i, mask=is_query)
@@ -181,7 +190,8 @@ def cached_join_kernel(
     contexts_ptr,  # (B,) int32
     o_ptr,  # (T, H * D), written
     S, W,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
     SPLIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """o of one query: its parts, BS at a time, rescaled to a common maximum and added in order.
@@ -197,7 +207,8 @@ def cached_join_kernel(
     if query >= new * N:
         return
 
-    first = (tl.program_id(0).to(tl.int64) * W + query) * S  # the query's part 0
+    row = tl.program_id(0).to(tl.int64) * W + query  # (sequence, head, query)
+    first = row * S  # the query's part 0
     parts = (context + new + SPLIT - 1) // SPLIT
     cols = tl.arange(0, BD)
     m_i = -1e30
@@ -205,9 +216,10 @@ def cached_join_kernel(
     out = tl.zeros((BD,), tl.float32)
     for begin in range(0, parts, BS):
         part = begin + tl.arange(0, BS)
-        part_m = tl.load(m_ptr + first + part, mask=part < parts, other=-1e30)  # (BS,)
-        part_l = tl.load(l_ptr + first + part, mask=part < parts, other=0.0)  # (BS,)
-        inside = (part < parts)[:, None] & (cols < D)[None, :]
+        is_part = part < parts
+        part_m = tl.load(m_ptr + first + part, mask=is_part, other=-1e30)  # (BS,)
+        part_l = tl.load(l_ptr + first + part, mask=is_part, other=0.0)  # (BS,)
+        inside = is_part[:, None] & (cols < D)[None, :]
         acc_offsets = (first + part)[:, None] * D + cols[None, :]
         acc = tl.load(acc_ptr + acc_offsets, mask=inside, other=0.0)  # (BS, BD)
         m_new = tl.maximum(m_i, tl.max(part_m, axis=0))
@@ -237,7 +249,9 @@ def cached_extend_kernel(
     o_ptr,  # (T, H * D), written
     stride, P,
     scale,  # exp(x / sqrt(D)) = exp2(x scale)
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """o of BM queries of one key/value head of one sequence.
@@ -272,8 +286,10 @@ def cached_extend_kernel(
     cols = tl.arange(0, BD)
     tokens = (start + queries // N).to(tl.int64)
     offsets = tokens * (G * N * D) + (g * N + queries % N) * D
-    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
-    o = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
+    is_query = queries < new * N
+    inside = is_query[:, None] & (cols < D)[None, :]
+    o = acc / l_i[:, None]
+    o = o.to(o_ptr.dtype.element_ty)
     o_ptrs = o_ptr + offsets[:, None] + cols[None, :]
     tl.store(o_ptrs, o, mask=inside)
 

@@ -62,7 +62,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("cached_extend_kernel", "if first >= new * N:", ">= new * N:"): EMPTY_TILE,
     (
         "load_queries",
-        "inside = (queries < new * N)[:, None] & (cols < D)[None, :]",
+        "inside = is_query[:, None] & (cols < D)[None, :]",
         "< D)[None, :]",
     ): "q's extra column meets a column of k that is zero",
     (
