@@ -175,11 +175,11 @@ def attention_dkv_kernel(
     j = tl.program_id(1) * BN
     if j >= n:
         return
-    k_head = H + g
-    v_head = H + G + g
 
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIPTORS)
+    k_head = H + g
     k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
+    v_head = H + G + g
     v = read_block(source, v_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
     if BN != BM:
         source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
