@@ -116,10 +116,12 @@ class Cached:
         assert len(self.positions) == len(self.query_lens), "only single tokens can be advanced"
         self.positions.add_(1)
         self.contexts.add_(1)
-        page = (self.positions // self.page_size)[:, None]  # (B, 1), index into a block table
-        self.write_page.copy_(self.block_table.gather(1, page)[:, 0])
+        page_index = self.positions // self.page_size  # (B,), into each sequence's block table
+        page = self.block_table.gather(1, page_index[:, None])  # (B, 1)
+        self.write_page.copy_(page[:, 0])
         self.write_offset.copy_(self.positions % self.page_size)
-        return replace(self, context_lens=tuple(n + 1 for n in self.context_lens), memo={})
+        context_lens = tuple(context + 1 for context in self.context_lens)
+        return replace(self, context_lens=context_lens, memo={})
 
     def pieces(self, most: int) -> Cached:
         """The same tokens as sequences of up to `most` new tokens each.

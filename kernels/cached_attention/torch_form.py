@@ -136,7 +136,7 @@ def _decode_pass(q: Tensor, k: Tensor, v: Tensor, one: Pass) -> Tensor:
 
 
 def _weights(scores: Tensor, one: Pass, G: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The softmax of scores (pages L, size) over all pages of a sequence: that shape, in `dtype`.
+    """The softmax of scores (pages L, size) over all pages of a sequence, in `dtype`.
 
     The pages of a sequence are put side by side for it: b sequences of P pages at a time.
     """
@@ -193,7 +193,8 @@ def _prefill_block(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     n = q.shape[1] // (G * d)
     keys = block.pages * size
     q = q.index_select(0, block.gather)  # (B size, H d)
-    q = q.view(-1, size, G, n, d).transpose(1, 2)  # (B, G, size, n, d)
+    q = q.view(-1, size, G, n, d)
+    q = q.transpose(1, 2)  # (B, G, size, n, d)
     q = q.reshape(-1, size * n, d)  # (B G, size n, d)
 
     # Gather the keys of each sequence and head: the cache as (pages G, size d), a page a line.
@@ -212,5 +213,6 @@ def _prefill_block(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
     own_page.masked_fill_(places > query_places, HIDDEN)
     p = torch.softmax(scores, dim=-1).to(v.dtype)
     o = torch.bmm(p, v)  # (B G, size n, d)
-    o = o.view(-1, G, size, n, d).transpose(1, 2)  # (B, size, G, n, d)
+    o = o.view(-1, G, size, n, d)
+    o = o.transpose(1, 2)  # (B, size, G, n, d)
     return o.reshape(-1, G * n * d)

@@ -331,7 +331,8 @@ def _extend(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
     """o (T, H d), in one launch."""
     H, G, d = head_counts(qkv, k, v, cached)
     n = H // G
-    B, P = cached.block_table.shape
+    B = len(cached.query_lens)
+    P = cached.block_table.shape[1]
     o = qkv.new_empty(qkv.shape[0], H * d)
     scale = d**-0.5 * LOG2_E
     config = tile_config("cached_extend_kernel", qkv.device, *_shape_classes(qkv, d))
@@ -351,7 +352,8 @@ def _decode(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
     n = H // G
     # A sequence with more new tokens than a tile holds becomes several with the same pages.
     cached = cached.pieces(max(1, DECODE_QUERIES // n))
-    B, P = cached.block_table.shape
+    B = len(cached.query_lens)
+    P = cached.block_table.shape[1]
     W = _most_queries(cached, n)
     config = tile_config("cached_decode_kernel", qkv.device, *_shape_classes(qkv, d))
     SPLIT = config["SPLIT"]
