@@ -41,12 +41,12 @@ class Cached:
     decode: bool  # sampled and draft tokens, each computed as if it came alone; else prefill
     positions: Tensor  # (T,) int64, within the sequence
     write_page: Tensor  # (T,) int64: page that each token's key and value are written to
-    write_offset: Tensor  # (T,) int64: and the place within it
+    write_offset: Tensor  # (T,) int64: place in that page, 0 .. page_size - 1
     last: Tensor  # (B,) int64: index of each sequence's last new token
     block_table: Tensor  # (B, P) int64 device mirror of `tables`, padded with page 0
     cu_queries: Tensor  # (B + 1,) int32: new tokens of sequence i: cu_queries[i] .. cu_queries[i+1]
     contexts: Tensor  # (B,) int32 device mirror of `context_lens`
-    # results that functions of this description keep for the next layer, by what computed them
+    # results that functions of this description keep for the next layer, by function and arguments
     memo: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -67,36 +67,43 @@ class Cached:
         """
         counts = len(query_lens), len(context_lens), len(tables)
         assert len(set(counts)) == 1, f"expected one entry per sequence in each list, got {counts}"
-        positions, write_page, write_offset = [], [], []
-        page_counts, ends = [], [0]
+        positions: list[int] = []
+        write_page: list[int] = []
+        write_offset: list[int] = []
+        own_tables: list[tuple[int, ...]] = []  # without the pages after a sequence's last token
+        cu_queries = [0]
         for new, context, table in zip(query_lens, context_lens, tables, strict=True):
             total = context + new
-            page_counts.append(cdiv(total + ahead, page_size))
-            assert new > 0 and len(table) >= page_counts[-1], (
+            needed = cdiv(total + ahead, page_size)
+            assert new > 0 and len(table) >= needed, (
                 f"a sequence of {context} + {new} + {ahead} tokens has {len(table)} pages of "
                 f"{page_size}"
             )
+            own_tables.append(tuple(table[:needed]))
             for position in range(context, total):
                 positions.append(position)
                 write_page.append(table[position // page_size])
                 write_offset.append(position % page_size)
-            ends.append(len(positions))
-        # pages after a sequence's last token are not read, so they are left out
-        own_pages = [tuple(table[:n]) for table, n in zip(tables, page_counts, strict=True)]
-        P = max(page_counts, default=0)
-        padded = [[*pages, *[0] * (P - len(pages))] for pages in own_pages]
+            cu_queries.append(len(positions))
+        last = [end - 1 for end in cu_queries[1:]]
+        if decode is None:
+            decode = all(n == 1 for n in query_lens)
+
+        def index(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
         return cls(
             query_lens=tuple(query_lens),
             context_lens=tuple(context_lens),
-            tables=tuple(own_pages),
+            tables=tuple(own_tables),
             page_size=page_size,
-            decode=all(n == 1 for n in query_lens) if decode is None else decode,
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            write_page=torch.tensor(write_page, dtype=torch.int64, device=device),
-            write_offset=torch.tensor(write_offset, dtype=torch.int64, device=device),
-            last=torch.tensor([end - 1 for end in ends[1:]], dtype=torch.int64, device=device),
-            block_table=torch.tensor(padded, dtype=torch.int64, device=device).view(len(padded), P),
-            cu_queries=torch.tensor(ends, dtype=torch.int32, device=device),
+            decode=decode,
+            positions=index(positions),
+            write_page=index(write_page),
+            write_offset=index(write_offset),
+            last=index(last),
+            block_table=_block_table(own_tables, device),
+            cu_queries=torch.tensor(cu_queries, dtype=torch.int32, device=device),
             contexts=torch.tensor(context_lens, dtype=torch.int32, device=device),
         )
 
@@ -109,10 +116,12 @@ class Cached:
         assert len(self.positions) == len(self.query_lens), "only single tokens can be advanced"
         self.positions.add_(1)
         self.contexts.add_(1)
-        page = (self.positions // self.page_size)[:, None]  # (B, 1), index into a block table
-        self.write_page.copy_(self.block_table.gather(1, page)[:, 0])
+        page_index = self.positions // self.page_size  # (B,), into each sequence's block table
+        page = self.block_table.gather(1, page_index[:, None])  # (B, 1)
+        self.write_page.copy_(page[:, 0])
         self.write_offset.copy_(self.positions % self.page_size)
-        return replace(self, context_lens=tuple(n + 1 for n in self.context_lens), memo={})
+        context_lens = tuple(context + 1 for context in self.context_lens)
+        return replace(self, context_lens=context_lens, memo={})
 
     def pieces(self, most: int) -> Cached:
         """The same tokens as sequences of up to `most` new tokens each.
@@ -124,10 +133,11 @@ class Cached:
             return self
         key = ("pieces", most)
         if key not in self.memo:
-            query_lens, context_lens, tables = [], [], []
-            for new, context, table in zip(
-                self.query_lens, self.context_lens, self.tables, strict=True
-            ):
+            query_lens: list[int] = []
+            context_lens: list[int] = []
+            tables: list[tuple[int, ...]] = []
+            sequences = zip(self.query_lens, self.context_lens, self.tables, strict=True)
+            for new, context, table in sequences:
                 for start in range(0, new, most):
                     query_lens.append(min(most, new - start))
                     context_lens.append(context + start)
@@ -137,3 +147,10 @@ class Cached:
                 query_lens, context_lens, tables, self.page_size, device, self.decode
             )
         return self.memo[key]
+
+
+def _block_table(tables: list[tuple[int, ...]], device: str | torch.device) -> Tensor:
+    """(B, P) int64: the pages of each sequence, padded with page 0 to those of the longest."""
+    P = max((len(table) for table in tables), default=0)
+    padded = [list(table) + [0] * (P - len(table)) for table in tables]
+    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(tables), P)

@@ -1,4 +1,4 @@
-"""In which precision sums are taken: by our own code and by cuBLAS."""
+"""The precision of sums, in our own code and in cuBLAS."""
 
 from __future__ import annotations
 

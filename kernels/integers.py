@@ -8,4 +8,5 @@ def cdiv(a: int, b: int) -> int:
 
 def power_of_two(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least `n` and `least`: the edge of a block."""
-    return max(least, 1 << (n - 1).bit_length())
+    covering = 1 << (n - 1).bit_length()
+    return max(least, covering)

@@ -16,7 +16,8 @@ triton     vendor products around one kernel, a program per row of the chunk's l
 tiles      shape class: the power of two that holds V, as "V65536"
 """
 
-# N = rows with loss, D = model width, V = vocabulary, BV = logits of a step
+# N = rows with loss, chunk = rows whose logits are computed at a time
+# D = model width, V = vocabulary, BV = logits of a step
 
 from __future__ import annotations
 
@@ -39,8 +40,10 @@ INTERPRETER_BYTES = 8 << 10  # so that small shapes take several chunks
 
 def nll_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """nll (N,); differentiable."""
-    logits = (hidden @ head.T).to(accumulate_dtype(hidden.dtype))  # (N, V)
-    return torch.logsumexp(logits, dim=-1) - logits.gather(1, targets[:, None])[:, 0]
+    acc = accumulate_dtype(hidden.dtype)
+    logits = (hidden @ head.T).to(acc)  # (N, V)
+    picked = logits.gather(1, targets[:, None])[:, 0]  # (N,)
+    return torch.logsumexp(logits, dim=-1) - picked
 
 
 def linear_cross_entropy_reference(
@@ -50,8 +53,11 @@ def linear_cross_entropy_reference(
     nll = nll_reference(hidden, head, targets)
     if not need_grad:
         return nll, None
-    ones = torch.ones_like(nll)
-    (dhidden,) = autograd(lambda h: nll_reference(h, head, targets), (hidden,), ones)
+
+    def of_hidden(hidden: Tensor) -> Tensor:
+        return nll_reference(hidden, head, targets)
+
+    (dhidden,) = autograd(of_hidden, (hidden,), torch.ones_like(nll))
     return nll, dhidden
 
 
@@ -61,32 +67,38 @@ def linear_cross_entropy_reference(
 def linear_cross_entropy(
     hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """nll (N,) and dhidden (N, D), the gradient of its sum; None without need_grad (scoring)."""
-    N, V = hidden.shape[0], head.shape[0]
+    """nll (N,) and dhidden (N, D), the gradient of its sum; None without need_grad (scoring).
+
+    hidden (N, D), head (V, D), targets (N,) int64 in 0 .. V - 1. nll is in the accumulation dtype.
+    """
+    N = hidden.shape[0]
+    V = head.shape[0]
     assert targets.shape == (N,), f"targets {tuple(targets.shape)} for {N} rows"
     acc = accumulate_dtype(hidden.dtype)
     nll = hidden.new_empty(N, dtype=acc)
     dhidden = torch.empty_like(hidden) if need_grad else None
-    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (V * acc.itemsize))
+    row_bytes = V * acc.itemsize  # of logits
+    chunk = max(1, CHUNK_BYTES[hidden.device.type] // row_bytes)
     for first in range(0, N, chunk):
         rows = slice(first, min(first + chunk, N))
         target = targets[rows, None]  # (chunk, 1)
         logits = linear(hidden[rows], head).to(acc)  # (chunk, V)
-        picked = logits.gather(1, target)[:, 0]
-        if need_grad:
-            highest = logits.amax(-1)
-            # Softmax in place, in one pass. Its largest probability is exp(highest - lse), which
-            # gives lse. torch.softmax adds its sum one number after the other; the sum of its
-            # results, which torch.sum adds in pairs, says how far that sum was off. Without this
-            # correction the gradient is twenty times as far from the truth (V = 49,152).
-            p = torch.softmax(logits, dim=-1, out=logits)
-            total = p.sum(-1)  # (chunk,), nearly 1
-            lse = highest - p.amax(-1).log_() + total.log()
-            nll[rows] = lse - picked
-            p.scatter_add_(1, target, -total[:, None])
-            dhidden[rows] = (p.to(hidden.dtype) @ head).div_(total[:, None])
-        else:
+        picked = logits.gather(1, target)[:, 0]  # (chunk,)
+        if not need_grad:
             nll[rows] = torch.logsumexp(logits, dim=-1) - picked
+            continue
+        # Softmax in place, in one pass. Its largest probability is exp(highest - lse), which gives
+        # lse. torch.softmax adds its sum one number after the other; the sum of its results, which
+        # torch.sum adds in pairs, says how far that sum was off. Without this correction the
+        # gradient is twenty times as far from the truth (V = 49,152).
+        highest = logits.amax(-1)  # (chunk,)
+        p = torch.softmax(logits, dim=-1, out=logits)  # (chunk, V)
+        total = p.sum(-1)  # (chunk,), nearly 1
+        lse = highest - p.amax(-1).log_() + total.log()
+        nll[rows] = lse - picked
+        dlogits = p.scatter_add_(1, target, -total[:, None])  # (chunk, V), times total
+        dx = dlogits.to(hidden.dtype) @ head  # (chunk, D), times total
+        dhidden[rows] = dx.div_(total[:, None])
     return nll, dhidden
 
 
@@ -95,11 +107,15 @@ def linear_cross_entropy(
 
 @jit(varying=("first",))
 def cross_entropy_rows_kernel(
-    logits_ptr, targets_ptr, nll_ptr, first, GRAD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
+    logits_ptr,  # (chunk, V), overwritten by softmax - onehot if GRAD
+    targets_ptr,  # (N,) int64
+    nll_ptr,  # (N,) fp32, written
+    first,  # row of targets and nll that the chunk's row 0 is
+    GRAD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """nll of one row; GRAD: its logits (V,) are overwritten by softmax - onehot.
+    """nll, and if GRAD the gradient of the logits, of one row.
 
-    logits_ptr: of a chunk, whose first row is row `first` of targets and nll.
+    grid: (rows of the chunk,)
     """
     logits_ptr += tl.program_id(0).to(tl.int64) * V
     row = tl.program_id(0).to(tl.int64) + first
@@ -111,35 +127,41 @@ def cross_entropy_rows_kernel(
     l_i = tl.zeros((BV,), tl.float32)  # a sum per lane: one reduction less per step
     for start in range(0, V, BV):
         cols = start + block
-        z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)  # (BV,)
+        z = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))  # (BV,)
+        z = z.to(tl.float32)
         m_new = tl.maximum(m_i, tl.max(z, axis=0))
         l_i = l_i * tl.exp(m_i - m_new) + tl.exp(z - m_new)
         m_i = m_new
-    lse = tl.where(known, m_i + tl.log(tl.sum(l_i, axis=0)), float("nan"))
+    lse = m_i + tl.log(tl.sum(l_i, axis=0))
+    lse = tl.where(known, lse, float("nan"))
     tl.store(nll_ptr + row, lse - picked)
     if GRAD:
         for start in range(0, V, BV):
             cols = start + block
-            z = tl.load(logits_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
-            dz = tl.exp(z - lse) - tl.where(cols == target, 1.0, 0.0)
-            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
+            z = tl.load(logits_ptr + cols, mask=cols < V, other=0.0)
+            p = tl.exp(z.to(tl.float32) - lse)
+            onehot = tl.where(cols == target, 1.0, 0.0)
+            dz = (p - onehot).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + cols, dz, mask=cols < V)
 
 
 def linear_cross_entropy_triton(
     hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As `linear_cross_entropy`; softmax and its gradient in one launch per chunk."""
-    N, V = hidden.shape[0], head.shape[0]
+    N = hidden.shape[0]
+    V = head.shape[0]
     assert targets.shape == (N,), f"targets {tuple(targets.shape)} for {N} rows"
     targets = targets.contiguous()
     nll = hidden.new_empty(N, dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if need_grad else None
     interpreted = device_class(hidden.device) == "interpreter"
     budget = INTERPRETER_BYTES if interpreted else CHUNK_BYTES["cuda"]
-    chunk = min(N, max(1, budget // (V * hidden.element_size())))
-    buffer = hidden.new_empty(chunk, V)
+    row_bytes = V * hidden.element_size()  # of logits
+    chunk = max(1, budget // row_bytes)
+    buffer = hidden.new_empty(min(N, chunk), V)
     config = tile_config("cross_entropy_rows_kernel", hidden.device, f"V{power_of_two(V)}")
-    for first in range(0, N, max(1, chunk)):
+    for first in range(0, N, chunk):
         rows = slice(first, min(first + chunk, N))
         count = rows.stop - first
         x = hidden[rows]  # (count, D)
@@ -163,16 +185,16 @@ def linear_cross_entropy_triton(
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     """Shape: N, D, V."""
     N, D, V = shape
-    return {
-        "hidden": torch.randn(N, D, generator=g, dtype=torch.float64),
-        "head": torch.randn(V, D, generator=g, dtype=torch.float64) / D**0.5,
-        "targets": torch.randint(V, (N,), generator=g),
-    }
+    hidden = torch.randn(N, D, generator=g, dtype=torch.float64)
+    head = torch.randn(V, D, generator=g, dtype=torch.float64) / D**0.5
+    targets = torch.randint(V, (N,), generator=g)
+    return {"hidden": hidden, "head": head, "targets": targets}
 
 
-def _run(ops, i: dict) -> dict[str, Tensor]:
-    nll, dhidden = ops.linear_cross_entropy(i["hidden"], i["head"], i["targets"])
-    scored, _ = ops.linear_cross_entropy(i["hidden"], i["head"], i["targets"], need_grad=False)
+def _run(ops, inputs: dict) -> dict[str, Tensor]:
+    hidden, head, targets = inputs["hidden"], inputs["head"], inputs["targets"]
+    nll, dhidden = ops.linear_cross_entropy(hidden, head, targets)
+    scored, _ = ops.linear_cross_entropy(hidden, head, targets, need_grad=False)
     return {"nll": nll, "dhidden": dhidden, "scored": scored}
 
 
@@ -181,10 +203,22 @@ SPEC = Spec(
     _make_inputs,
     _run,
     fields=("linear_cross_entropy",),
-    test_shapes=((1, 16, 11), (63, 24, 257), (300, 16, 40_000), (0, 16, 11)),
-    bench_shapes=tuple((n, m.D, m.V) for m in MODELS.values() for n in TOKENS[2:]),
+    # N, D, V
+    test_shapes=(
+        (1, 16, 11),
+        (63, 24, 257),
+        (300, 16, 40_000),
+        (0, 16, 11),
+    ),
+    interpreter_shapes=(
+        (1, 16, 11),
+        (17, 37, 64),
+        (33, 24, 257),
+        (0, 16, 11),
+        (3, 16, 1100),
+    ),
+    bench_shapes=tuple((N, m.D, m.V) for m in MODELS.values() for N in TOKENS[2:]),
     model_shapes=lambda m: ((9, 64, m.V),),  # only V reaches the kernel
-    interpreter_shapes=((1, 16, 11), (17, 37, 64), (33, 24, 257), (0, 16, 11), (3, 16, 1100)),
     slack=3.0,  # logits summed in chunks of another size than the reference's
     floor=1e-5,
 )

@@ -19,7 +19,7 @@ HIDDEN = -1e30  # score of a key that must not be attended to; finite, so that n
 
 
 def upload(values: Any, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """Host numbers as a tensor on a device, without waiting for the device.
+    """Host numbers (one, or lists of them) as a tensor on a device, without waiting for the device.
 
     On a GPU the copy is from pinned memory, queued after the work that is queued already.
     """
@@ -63,18 +63,20 @@ class Packed:
         `row_keys`: a hash per row, `step`: the optimizer step; both for dropout.
         """
         assert all(n > 0 for n in lengths), f"row lengths must be positive, got {lengths}"
+        first_row = lengths[0] if lengths else 0
+        assert 0 <= prefix <= first_row, f"a prefix of {prefix} in {lengths}"
         starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        assert 0 <= prefix <= max(lengths[:1], default=0), f"a prefix of {prefix} in {lengths}"
         positions = []
         for row, n in enumerate(lengths):
             first = prefix if row > 0 else 0
             positions.extend(range(first, first + n))
+            starts.append(starts[-1] + n)
         keys = None
         if row_keys is not None:
             assert len(row_keys) == len(lengths), f"{len(row_keys)} keys, {len(lengths)} rows"
-            per_token = [key for key, n in zip(row_keys, lengths, strict=True) for _ in range(n)]
+            per_token = []
+            for key, n in zip(row_keys, lengths, strict=True):
+                per_token += [key] * n
             keys = upload(per_token, torch.int64, device)
         return cls(
             starts=tuple(starts),
@@ -92,6 +94,9 @@ class Packed:
 
     @property
     def contexts(self) -> list[int]:
-        """For every row: tokens of the shared prefix that come before it."""
+        """For every row: tokens of the shared prefix that come before it, 0 for row 0."""
         rows = len(self.starts) - 1
-        return [0 if row == 0 else self.prefix for row in range(rows)]
+        contexts = [self.prefix] * rows
+        if contexts:
+            contexts[0] = 0
+        return contexts

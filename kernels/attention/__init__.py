@@ -43,26 +43,34 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
         prefix = -lengths[0]
         lengths = lengths[1:]
     T = sum(lengths)
-    return {
-        "qkv": torch.randn(T, (H + 2 * G) * d, generator=g, dtype=torch.float64),
-        "do": torch.randn(T, H * d, generator=g, dtype=torch.float64),
-        "packed": Packed.from_lengths(lengths, prefix=prefix),
-        "H": H,
-        "G": G,
-    }
+    qkv = torch.randn(T, (H + 2 * G) * d, generator=g, dtype=torch.float64)
+    do = torch.randn(T, H * d, generator=g, dtype=torch.float64)
+    packed = Packed.from_lengths(lengths, prefix=prefix)
+    return {"qkv": qkv, "do": do, "packed": packed, "H": H, "G": G}
 
 
-def _run(ops, i: dict) -> dict[str, Tensor]:
-    o, lse = ops.attention_forward(i["qkv"], i["packed"], i["H"], i["G"])
-    dqkv = ops.attention_backward(i["do"], i["qkv"], o, lse, i["packed"], i["H"], i["G"])
+def _run(ops, inputs: dict) -> dict[str, Tensor]:
+    qkv, packed = inputs["qkv"], inputs["packed"]
+    H, G = inputs["H"], inputs["G"]
+    o, lse = ops.attention_forward(qkv, packed, H, G)
+    dqkv = ops.attention_backward(inputs["do"], qkv, o, lse, packed, H, G)
     return {"o": o, "lse": lse, "dqkv": dqkv}
 
+
+# lengths of the rows
+_BENCH_BATCHES = (
+    (256,),
+    (512,) * 8,
+    (4096,),
+    (2048,) * 4,
+)
 
 SPEC = Spec(
     "attention",
     _make_inputs,
     _run,
     fields=("attention_forward", "attention_backward"),
+    # H, G, d, then the lengths of the rows (see _make_inputs)
     test_shapes=(
         (1, 1, 16, 1),
         (4, 4, 80, 3, 1, 63),
@@ -89,9 +97,7 @@ SPEC = Spec(
         (2, 2, 16, -130, 160, 3, 200),
     ),
     bench_shapes=tuple(
-        (m.H, m.G, m.d, *lengths)
-        for m in MODELS.values()
-        for lengths in ((256,), (512,) * 8, (4096,), (2048,) * 4)
+        (m.H, m.G, m.d, *lengths) for m in MODELS.values() for lengths in _BENCH_BATCHES
     ),
     model_shapes=lambda m: ((m.H, m.G, m.d, 200, 1, 70),),
     floor=1e-5,  # sums over keys run in another order than the reference's

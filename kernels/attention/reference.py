@@ -1,6 +1,6 @@
 """The definition of attention. In fp64 it is the truth that every other form is compared with."""
 
-# T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size
+# T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size, n = H / G
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ def attention_reference(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Te
 
     Row by row; a row's queries see the shared prefix (`context` tokens) and the row itself.
     """
+    n = H // G
+    acc = accumulate_dtype(qkv.dtype)
     heads = qkv.unflatten(1, (H + 2 * G, -1))  # (T, H + 2G, d)
+    d = heads.shape[2]
     outputs, log_sums = [], []
     for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
         row = torch.cat((heads[:context], heads[start:end]))  # (context + L, H + 2G, d)
-        row = row.to(accumulate_dtype(qkv.dtype))
-        q, k, v = row.transpose(0, 1).split((H, G, G))  # (H or G, context + L, d)
+        row = row.to(acc).transpose(0, 1)  # (H + 2G, context + L, d)
+        q, k, v = row.split((H, G, G))
         q = q[:, context:]  # (H, L, d)
-        k = k.repeat_interleave(H // G, dim=0)  # (H, context + L, d)
-        v = v.repeat_interleave(H // G, dim=0)
-        scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5  # (H, L, context + L)
-        future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
-        scores = scores.masked_fill(future.triu(1 + context), -torch.inf)
-        outputs.append((torch.softmax(scores, dim=-1) @ v).transpose(0, 1).flatten(1))
-        log_sums.append(torch.logsumexp(scores, dim=-1).T)
+        k = k.repeat_interleave(n, dim=0)  # (H, context + L, d)
+        v = v.repeat_interleave(n, dim=0)  # (H, context + L, d)
+        scores = q @ k.transpose(1, 2) * d**-0.5  # (H, L, context + L)
+        ones = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+        future = ones.triu(1 + context)  # (L, context + L)
+        scores = scores.masked_fill(future, -torch.inf)
+        o = torch.softmax(scores, dim=-1) @ v  # (H, L, d)
+        lse = torch.logsumexp(scores, dim=-1)  # (H, L)
+        outputs.append(o.transpose(0, 1).flatten(1))  # (L, H d)
+        log_sums.append(lse.T)  # (L, H)
     if not outputs:
-        return qkv[:, : H * heads.shape[2]], qkv.new_zeros(0, H)
+        return qkv[:, : H * d], qkv.new_zeros(0, H)
     return torch.cat(outputs).to(qkv.dtype), torch.cat(log_sums)
 
 
@@ -42,4 +48,10 @@ def attention_reference_backward(
     """dqkv (T, (H + 2G) d), by autograd."""
     if not packed.rows:
         return torch.zeros_like(qkv)
-    return autograd(lambda qkv: attention_reference(qkv, packed, H, G)[0], (qkv,), do)[0]
+
+    def output(qkv: Tensor) -> Tensor:
+        o, _ = attention_reference(qkv, packed, H, G)
+        return o
+
+    (dqkv,) = autograd(output, (qkv,), do)
+    return dqkv

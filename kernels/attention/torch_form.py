@@ -10,25 +10,31 @@ flash      On an NVIDIA GPU in 16 bits this is torch's own variable-length flash
            that a trial on two short rows gives the result of the blocked form.
 """
 
-# T = tokens, L = tokens of a row, H = query heads, G = key/value heads, d = head size, n = H / G
-# m = queries of a block
+# T = tokens, L = tokens of a row, context = tokens of the shared prefix that come before it
+# H = query heads, G = key/value heads, d = head size, n = H / G
+# m = queries of a block, keys = keys that its last query sees
+# acc = accumulation dtype: fp32, or fp64 for fp64 inputs
 
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kernels.dtypes import accumulate_dtype
-from kernels.packed import Packed
+from kernels.packed import HIDDEN, Packed
 
 PACKED_BLOCK = {"cpu": 96, "cuda": 512}  # small blocks skip more of the square, launch more often
 LOWEST = -87.0  # its exp is just above the smallest normal fp32 number
 
 
 def attention_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
-    """o (T, H d) and lse (T, H), the logarithms of the softmax sums that the backward needs."""
+    """o (T, H d) and lse (T, H) of qkv (T, (H + 2G) d).
+
+    lse: the logarithms of the softmax sums, in the accumulation dtype; the backward needs them.
+    """
     if _can_use_flash(qkv, packed, H, G):
         return _flash_forward(qkv, packed, H, G)
     return _blocked_forward(qkv, packed, H, G)
@@ -37,7 +43,7 @@ def attention_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tens
 def attention_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
-    """dqkv (T, (H + 2G) d): the gradients of q, k and v in one buffer."""
+    """dqkv (T, (H + 2G) d), the gradients of q, k and v in one buffer, for do (T, H d)."""
     if _can_use_flash(qkv, packed, H, G):
         return _flash_backward(do, qkv, o, lse, packed, H, G)
     return _blocked_backward(do, qkv, o, lse, packed, H, G)
@@ -46,10 +52,12 @@ def attention_backward(
 def head_size(qkv: Tensor, packed: Packed, H: int, G: int) -> int:
     """d, after a check that qkv (T, (H + 2G) d) fits the description and the numbers of heads."""
     tokens = packed.starts[-1]
-    assert qkv.shape[0] == tokens and qkv.shape[1] % (H + 2 * G) == 0 and H % G == 0, (
+    heads = H + 2 * G
+    T, columns = qkv.shape
+    assert T == tokens and columns % heads == 0 and H % G == 0, (
         f"qkv {tuple(qkv.shape)} for {tokens} tokens and {H} + 2 x {G} heads"
     )
-    return qkv.shape[1] // (H + 2 * G)
+    return columns // heads
 
 
 def longest_row(packed: Packed) -> int:
@@ -62,11 +70,10 @@ def longest_row(packed: Packed) -> int:
 
 def split_heads(row: Tensor, H: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of a row's qkv (L, (H + 2G) d): q (L, G, n, d), k (G, L, d), v (G, L, d)."""
+    n = H // G
     heads = row.unflatten(1, (H + 2 * G, -1))  # (L, H + 2G, d)
-    q = heads[:, :H].unflatten(1, (G, H // G))
-    k = heads[:, H : H + G].transpose(0, 1)
-    v = heads[:, H + G :].transpose(0, 1)
-    return q, k, v
+    q, k, v = heads.split((H, G, G), dim=1)  # (L, H or G, d)
+    return q.unflatten(1, (G, n)), k.transpose(0, 1), v.transpose(0, 1)
 
 
 def _row_operands(
@@ -86,19 +93,27 @@ def _row_operands(
 
 
 def _query_blocks(tokens: int, device: torch.device) -> list[tuple[int, int]]:
-    """(first, end) of the blocks of queries of a row, in nearly equal sizes."""
+    """(begin, stop) of the blocks of queries of a row, in nearly equal sizes."""
     count = max(1, round(tokens / PACKED_BLOCK[device.type]))
-    return [(tokens * i // count, tokens * (i + 1) // count) for i in range(count)]
+    bounds = [tokens * i // count for i in range(count + 1)]
+    return list(pairwise(bounds))
+
+
+def _largest_block(blocks: list[tuple[int, int]]) -> int:
+    """Queries of the largest block."""
+    return max(stop - begin for begin, stop in blocks)
 
 
 def _block(t: Tensor, begin: int, end: int) -> Tensor:
     """Tokens begin .. end - 1 of t (L, G, n, d) as (G, n m, d): the heads of a group together."""
-    return t[begin:end].permute(1, 2, 0, 3).flatten(1, 2)
+    by_head = t[begin:end].permute(1, 2, 0, 3)  # (G, n, m, d)
+    return by_head.flatten(1, 2)
 
 
 def _unblock(t: Tensor, m: int) -> Tensor:
     """The opposite of `_block`: (G, n m, d) to (m, G, n, d)."""
-    return t.unflatten(1, (-1, m)).permute(2, 0, 1, 3)
+    by_head = t.unflatten(1, (-1, m))  # (G, n, m, d)
+    return by_head.permute(2, 0, 1, 3)
 
 
 def _own_keys(scores: Tensor, m: int) -> Tensor:
@@ -106,11 +121,13 @@ def _own_keys(scores: Tensor, m: int) -> Tensor:
 
     Only there does the causal mask hide anything.
     """
-    return scores.unflatten(1, (-1, m))[..., -m:]
+    by_head = scores.unflatten(1, (-1, m))  # (G, n, m, keys)
+    return by_head[..., -m:]
 
 
 def _blocked_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:
-    T, n = qkv.shape[0], H // G
+    T = qkv.shape[0]
+    n = H // G
     d = head_size(qkv, packed, H, G)
     acc = accumulate_dtype(qkv.dtype)
     o = qkv.new_empty(T, G, n, d)
@@ -119,12 +136,14 @@ def _blocked_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tenso
         q, k, v = _row_operands(qkv, start, end, context, H, G)
         scaled_k = (k * d**-0.5).transpose(1, 2)  # (G, d, context + L)
         blocks = _query_blocks(end - start, qkv.device)
-        largest = max(stop - begin for begin, stop in blocks)
-        future = torch.full((largest, largest), -1e30, dtype=acc, device=qkv.device).triu_(1)
+        largest = _largest_block(blocks)
+        future = torch.full((largest, largest), HIDDEN, dtype=acc, device=qkv.device)
+        future.triu_(1)  # added to scores: HIDDEN for keys after the query
         for begin, stop in blocks:
             m = stop - begin
-            keys = context + stop  # the block's last query sees this many
-            scores = torch.bmm(_block(q, begin, stop), scaled_k[..., :keys])  # (G, n m, keys)
+            keys = context + stop
+            q_block = _block(q, begin, stop)  # (G, n m, d)
+            scores = torch.bmm(q_block, scaled_k[..., :keys])  # (G, n m, keys)
             _own_keys(scores, m).add_(future[:m, :m])
             m_i = scores.amax(-1, keepdim=True)  # (G, n m, 1) largest score of each query
             p = scores.sub_(m_i).clamp_(min=LOWEST).exp_()
@@ -136,6 +155,12 @@ def _blocked_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tenso
     return o.flatten(1), lse.flatten(1)
 
 
+def _delta(do: Tensor, o: Tensor, H: int) -> Tensor:
+    """(T, H): the sum of do * o over each head, for do and o (T, H d)."""
+    products = (do * o).unflatten(1, (H, -1))  # (T, H, d)
+    return products.sum(-1)
+
+
 def _blocked_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
@@ -144,42 +169,49 @@ def _blocked_backward(
     acc = lse.dtype
     scale = d**-0.5
     dqkv = torch.empty_like(qkv)
-    delta = (do.to(acc) * o.to(acc)).unflatten(1, (H, -1)).sum(-1)  # (T, H)
+    delta = _delta(do.to(acc), o.to(acc), H)  # (T, H)
     prefix_dk = qkv.new_zeros(G, packed.prefix, d, dtype=acc)  # from the rows after the first
     prefix_dv = torch.zeros_like(prefix_dk)
     for (start, end), context in zip(packed.rows, packed.contexts, strict=True):
         L = end - start
         q, k, v = _row_operands(qkv, start, end, context, H, G)
         dq, dk, dv = split_heads(dqkv[start:end], H, G)  # views to be written
-        do_row = do[start:end].to(acc).unflatten(1, (G, n, -1))  # (L, G, n, d)
+        do_row = do[start:end].to(acc)  # (L, H d)
+        do_row = do_row.unflatten(1, (G, n, -1))  # (L, G, n, d)
         lse_row = lse[start:end].reshape(L, G, n, 1)
         delta_row = delta[start:end].reshape(L, G, n, 1)
-        k = k * scale
+        scaled_k = k * scale  # (G, context + L, d)
         dk_sum = k.new_zeros(k.shape)  # (G, context + L, d)
-        dv_sum = k.new_zeros(k.shape)
+        dv_sum = k.new_zeros(k.shape)  # (G, context + L, d)
         blocks = _query_blocks(L, qkv.device)
-        largest = max(stop - begin for begin, stop in blocks)
-        past = torch.ones(largest, largest, dtype=acc, device=qkv.device).tril_()
+        largest = _largest_block(blocks)
+        past = torch.ones(largest, largest, dtype=acc, device=qkv.device)
+        past.tril_()  # a factor of weights: 0 for keys after the query
         for begin, stop in blocks:
             m = stop - begin
             keys = context + stop
             q_block = _block(q, begin, stop)  # (G, n m, d)
-            do_block = _block(do_row, begin, stop)
-            scores = torch.bmm(q_block, k[:, :keys].transpose(1, 2))  # (G, n m, keys)
+            do_block = _block(do_row, begin, stop)  # (G, n m, d)
+            lse_block = _block(lse_row, begin, stop)  # (G, n m, 1)
+            delta_block = _block(delta_row, begin, stop)  # (G, n m, 1)
+            k_block = scaled_k[:, :keys]  # (G, keys, d)
+            v_block = v[:, :keys]  # (G, keys, d)
+            scores = torch.bmm(q_block, k_block.transpose(1, 2))  # (G, n m, keys)
             # The clamp keeps the scores of future keys, which may be anything, finite in exp.
-            p = scores.sub_(_block(lse_row, begin, stop)).clamp_(LOWEST, 1.0).exp_()
+            p = scores.sub_(lse_block).clamp_(LOWEST, 1.0).exp_()
             _own_keys(p, m).mul_(past[:m, :m])
             dv_sum[:, :keys].baddbmm_(p.transpose(1, 2), do_block)
-            dp = torch.bmm(do_block, v[:, :keys].transpose(1, 2))
-            ds = dp.sub_(_block(delta_row, begin, stop)).mul_(p)
-            dq[begin:stop] = _unblock(torch.bmm(ds, k[:, :keys]), m)
+            dp = torch.bmm(do_block, v_block.transpose(1, 2))  # (G, n m, keys)
+            ds = dp.sub_(delta_block).mul_(p)
+            dq_block = torch.bmm(ds, k_block)  # (G, n m, d)
+            dq[begin:stop] = _unblock(dq_block, m)
             dk_sum[:, :keys].baddbmm_(ds.transpose(1, 2), q_block)
         dk.copy_(dk_sum[:, context:].mul_(scale))
         dv.copy_(dv_sum[:, context:])
         if context:
             prefix_dk += dk_sum[:, :context].mul_(scale)
             prefix_dv += dv_sum[:, :context]
-    if packed.prefix:  # row 0 has written its own share there; the other rows' share is added
+    if packed.prefix:  # row 0 has written its own share there; the other rows' shares are added
         _, dk, dv = split_heads(dqkv[: packed.prefix], H, G)
         dk += prefix_dk
         dv += prefix_dv
@@ -207,7 +239,8 @@ def _flash_accepts(qkv: Tensor, packed: Packed, d: int) -> bool:
         and not packed.prefix
         and torch.version.hip is None  # the layout of its log-sums was never examined
         and qkv.dtype in (torch.float16, torch.bfloat16)
-        and (d % 8 == 0 and d <= 256)
+        and d % 8 == 0
+        and d <= 256
         and longest_row(packed) > 1
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(qkv.device)[0] >= 8
@@ -224,17 +257,21 @@ def _why_flash_fails(
     log-sums may change with its version, and the supported heads may change with the card.
     """
     g = torch.Generator().manual_seed(0)
-    packed = Packed.from_lengths([5, 2], device)
-    qkv = torch.randn(7, (H + 2 * G) * d, generator=g).to(device, dtype)
-    do = torch.randn(7, H * d, generator=g).to(device, dtype)
+    lengths = [5, 2]
+    T = sum(lengths)
+    packed = Packed.from_lengths(lengths, device)
+    qkv = torch.randn(T, (H + 2 * G) * d, generator=g).to(device, dtype)
+    do = torch.randn(T, H * d, generator=g).to(device, dtype)
     try:
         o, lse = _flash_forward(qkv, packed, H, G)
         dqkv = _flash_backward(do, qkv, o, lse, packed, H, G)
         got = {"o": o, "lse": lse, "dqkv": dqkv}
         o, lse = _blocked_forward(qkv, packed, H, G)
         dqkv = _blocked_backward(do, qkv, o, lse, packed, H, G)
-        for name, want in {"o": o, "lse": lse, "dqkv": dqkv}.items():
-            error = ((got[name] - want).abs().max() / want.abs().max()).item()
+        expected = {"o": o, "lse": lse, "dqkv": dqkv}
+        for name, want in expected.items():
+            largest = want.abs().max()
+            error = ((got[name] - want).abs().max() / largest).item()
             assert error < 0.05, f"its {name} differs from the definition's by {error:.1%}"
     except torch.OutOfMemoryError:
         raise
@@ -255,16 +292,20 @@ def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor,
     its backward is autograd's; the operator's first ten arguments are the same in all of them.
     Run on an H100 with torch 2.11; for other versions the shapes of the results are checked.
     """
-    q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)  # (T, H or G, d)
+    T = len(qkv)
+    heads = qkv.unflatten(1, (H + 2 * G, -1))  # (T, H + 2G, d)
+    q, k, v = heads.split((H, G, G), dim=1)  # (T, H or G, d)
     cu = packed.cu_seqlens
     longest = longest_row(packed)
-    dropout, causal, debug_mask = 0.0, True, False
+    dropout = 0.0
+    causal = True
+    debug_mask = False
     o, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu, cu, longest, longest, dropout, causal, debug_mask
     )
-    assert o.shape == q.shape and lse.shape == (H, len(qkv)) and lse.dtype == torch.float32, (
+    assert o.shape == q.shape and lse.shape == (H, T) and lse.dtype == torch.float32, (
         f"torch {torch.__version__} gave o {tuple(o.shape)}, lse {tuple(lse.shape)} {lse.dtype}; "
-        f"expected {tuple(q.shape)} and {(H, len(qkv))} float32"
+        f"expected {tuple(q.shape)} and {(H, T)} float32"
     )
     return o.flatten(1), lse.T
 
@@ -272,15 +313,19 @@ def _flash_forward(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor,
 def _flash_backward(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, packed: Packed, H: int, G: int
 ) -> Tensor:
-    """dqkv. Its dq has atomic sums, so the bits differ from run to run unless
+    """dqkv (T, (H + 2G) d), by the operator of that forward's backward.
+
+    Its dq has atomic sums: the bits differ from run to run unless
     torch.use_deterministic_algorithms is on.
     """
-    q, k, v = qkv.unflatten(1, (H + 2 * G, -1)).split((H, G, G), dim=1)  # (T, H or G, d)
-    do = do.unflatten(1, (H, -1))
-    o = o.unflatten(1, (H, -1))
+    heads = qkv.unflatten(1, (H + 2 * G, -1))  # (T, H + 2G, d)
+    q, k, v = heads.split((H, G, G), dim=1)  # (T, H or G, d)
+    do = do.unflatten(1, (H, -1))  # (T, H, d)
+    o = o.unflatten(1, (H, -1))  # (T, H, d)
     cu = packed.cu_seqlens
     longest = longest_row(packed)
-    dropout, causal = 0.0, True
+    dropout = 0.0
+    causal = True
     rng_state = torch.zeros(2, dtype=torch.uint64, device=qkv.device)  # unread without dropout
     unused = torch.empty(0, device=qkv.device)
     grads = torch.ops.aten._flash_attention_backward(

@@ -16,8 +16,11 @@ tiles      shape class: "fp32", or the power of two that holds d, as "d64"
 """
 
 # T = tokens, H = query heads, G = key/value heads, D = head size, DP = D padded to a power of two
-# BM = queries of a block, BN = keys of a block, HEADS = heads in the tensor that is read (H + 2G)
-# i = first query of a block, j = first key of a block, n = tokens of the row: all within the row
+# HEADS = heads in the tensor that is read: H + 2G in qkv (query, key, value heads), H in o and do
+# start = first token of the row, n = tokens of the row
+# i, j = first query and first key of a block, counted from `start`
+# BM = queries of a block, BN = keys of a block, BLOCK = BM or BN: tokens of the block that is read
+# DESCRIPTORS: whether blocks are read through tensor descriptors
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ PAD = 128  # a row of a padded tensor begins on a multiple of this; no BM is lar
 @jit
 def row_source(
     ptr, start, n,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """The n tokens from `start` on of a tensor (T, HEADS * D), for `read_block` to read from.
 
@@ -50,7 +53,10 @@ def row_source(
     base = ptr + start.to(tl.int64) * (HEADS * D)
     if DESCRIPTORS:  # bounded by the row and by each head: what is outside reads as zero
         source = tl.make_tensor_descriptor(
-            base, [HEADS, n, D], [D, HEADS * D, 1], block_shape=[1, BLOCK, DP]
+            base,
+            shape=[HEADS, n, D],
+            strides=[D, HEADS * D, 1],
+            block_shape=[1, BLOCK, DP],
         )
     else:
         source = base
@@ -60,18 +66,22 @@ def row_source(
 @jit
 def read_block(
     source, h, i, n,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Tokens i .. i + BLOCK - 1 of head h (BLOCK, DP); zero from token n and column D on."""
     if DESCRIPTORS:
-        block = tl.reshape(source.load([h, i, 0]), (BLOCK, DP))
+        block = source.load([h, i, 0])  # (1, BLOCK, DP)
+        block = tl.reshape(block, (BLOCK, DP))
     else:
         tokens = i + tl.arange(0, BLOCK)
         cols = tl.arange(0, DP)
-        inside = (tokens < n)[:, None] & (cols < D)[None, :]
-        at = tokens.to(tl.int64)[:, None] * (HEADS * D) + (h * D + cols)[None, :]
-        block = tl.load(source + at, mask=inside, other=0.0)
+        in_row = tokens < n
+        inside = in_row[:, None] & (cols < D)[None, :]
+        token_offsets = tokens.to(tl.int64)[:, None] * (HEADS * D)  # (BLOCK, 1)
+        col_offsets = (h * D + cols)[None, :]  # (1, DP)
+        offsets = token_offsets + col_offsets
+        block = tl.load(source + offsets, mask=inside, other=0.0)
     return block
 
 
@@ -83,26 +93,40 @@ def write_block(
     """Store `block` (BLOCK, DP) as tokens i .. i + BLOCK - 1 of head h, the part inside the row."""
     tokens = i + tl.arange(0, BLOCK)
     cols = tl.arange(0, DP)
-    inside = (tokens < n)[:, None] & (cols < D)[None, :]
-    at = (start + tokens).to(tl.int64)[:, None] * (HEADS * D) + (h * D + cols)[None, :]
-    tl.store(ptr + at, block.to(ptr.dtype.element_ty), mask=inside)
+    in_row = tokens < n
+    inside = in_row[:, None] & (cols < D)[None, :]
+    token_offsets = (start + tokens).to(tl.int64)[:, None] * (HEADS * D)  # (BLOCK, 1)
+    col_offsets = (h * D + cols)[None, :]  # (1, DP)
+    offsets = token_offsets + col_offsets
+    tl.store(ptr + offsets, block.to(ptr.dtype.element_ty), mask=inside)
 
 
 @jit
-def padded_at(start, row, h, i, BLOCKS, PAD: tl.constexpr):
+def padded_offset(start, row, h, i, BLOCKS, PAD: tl.constexpr):
     """The index of token i of a row in a tensor (H, BLOCKS * PAD), where rows begin at whole PADs.
 
-    start // PAD + row is the first PAD of this row: the tokens before it fill start // PAD whole
-    PADs, and each row before it may leave part of one PAD unused. So blocks are read without a
-    mask, 16 bytes at a time.
+    The tokens before the row fill start // PAD whole PADs, and each of the `row` rows before it may
+    leave part of one PAD unused. So blocks are read without a mask, 16 bytes at a time.
     """
-    return (tl.cast(h, tl.int64) * BLOCKS + start // PAD + row) * PAD + i
+    head_start = tl.cast(h, tl.int64) * BLOCKS  # in PADs
+    row_start = head_start + start // PAD + row  # in PADs
+    return row_start * PAD + i
+
+
+@jit
+def causal_mask(i, j, BM: tl.constexpr, BN: tl.constexpr):
+    """(BM, BN): whether query i + a sees key j + b, that is j + b <= i + a."""
+    queries = (i + tl.arange(0, BM))[:, None]
+    keys = (j + tl.arange(0, BN))[None, :]
+    return queries >= keys
 
 
 @jit
 def add_keys(
-    q, o, m_i, l_i, source, k_head, v_head, i, j, n,
-    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    q, o, m_i, l_i,
+    source, k_head, v_head, i, j, n,
+    HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     DESCRIPTORS: tl.constexpr, DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys j .. j + BN - 1 for the queries q (BM, DP).
@@ -111,17 +135,18 @@ def add_keys(
     l_i (BM,) the sum of the weights so far. Returns the three.
     """
     SCALE: tl.constexpr = KERNEL_LOG2_E / D**0.5  # exp(x / sqrt(D)) = exp2(x * SCALE)
-    k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)
+    k = read_block(source, k_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
     if DIAGONAL:  # hides the keys after the row too: every query of the row comes before them
-        seen = (i + tl.arange(0, BM))[:, None] >= (j + tl.arange(0, BN))[None, :]
+        seen = causal_mask(i, j, BM, BN)
         scores = tl.where(seen, scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, axis=1))  # finite: key 0 comes first, all see it
-    p = tl.exp2(scores * SCALE - (m_new * SCALE)[:, None])
+    p = tl.exp2(scores * SCALE - (m_new * SCALE)[:, None])  # (BM, BN)
     alpha = tl.exp2((m_i - m_new) * SCALE)
     l_i = l_i * alpha + tl.sum(p, axis=1)
-    v = read_block(source, v_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)
-    o = tl.dot(p.to(v.dtype), v, o * alpha[:, None], input_precision="ieee")
+    v = read_block(source, v_head, j, n, HEADS, D, DP, BN, DESCRIPTORS)  # (BN, DP)
+    p = p.to(v.dtype)
+    o = tl.dot(p, v, o * alpha[:, None], input_precision="ieee")
     return o, m_new, l_i
 
 
@@ -130,25 +155,36 @@ def add_keys(
 
 @jit(varying=("T",))
 def attention_forward_kernel(
-    qkv_ptr, cu_seqlens_ptr, o_ptr, lse_ptr, T,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    qkv_ptr,  # (T, HEADS * D)
+    cu_seqlens_ptr,  # (rows + 1,) int32
+    o_ptr,  # (T, H * D), written
+    lse_ptr,  # (H, T) fp32, written
+    T,
+    H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """o (T, H * D) and lse, stored as (H, T), of one block of queries of one head of one row."""
+    """o and lse of one block of queries of one head of one row.
+
+    grid: (H, blocks of the longest row, rows)
+    """
     HEADS: tl.constexpr = H + 2 * G
     h = tl.program_id(0)
     row = tl.program_id(2)
     start = tl.load(cu_seqlens_ptr + row)
     n = tl.load(cu_seqlens_ptr + row + 1) - start
-    # The last block first: it has most keys.
-    i = (tl.cdiv(n, BM) - 1 - tl.program_id(1)) * BM
+    block = tl.cdiv(n, BM) - 1 - tl.program_id(1)  # the last block first: it has most keys
+    i = block * BM
     if i < 0:
         return
     k_head = H + h // (H // G)  # its values are G heads further
+
     source = row_source(qkv_ptr, start, n, HEADS, D, DP, BM, DESCRIPTORS)
-    q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)
+    q = read_block(source, h, i, n, HEADS, D, DP, BM, DESCRIPTORS)  # (BM, DP)
     if BN != BM:  # else the same descriptor serves the keys: making one takes a microsecond
         source = row_source(qkv_ptr, start, n, HEADS, D, DP, BN, DESCRIPTORS)
+
     o = tl.zeros((BM, DP), tl.float32)
     m_i = tl.full((BM,), float("-inf"), tl.float32)
     l_i = tl.zeros((BM,), tl.float32)
@@ -156,17 +192,20 @@ def attention_forward_kernel(
     for j in range(0, diagonal, BN):
         o, m_i, l_i = add_keys(
             q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
-            HEADS, D, DP, BM, BN, DESCRIPTORS, False,
+            HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=False,
         )  # fmt: skip
     for j in range(diagonal, tl.minimum(i + BM, n), BN):
         o, m_i, l_i = add_keys(
             q, o, m_i, l_i, source, k_head, k_head + G, i, j, n,
-            HEADS, D, DP, BM, BN, DESCRIPTORS, True,
+            HEADS, D, DP, BM, BN, DESCRIPTORS, DIAGONAL=True,
         )  # fmt: skip
-    write_block(o_ptr, start, h, i, n, o / l_i[:, None], H, D, DP, BM)
+
+    o = o / l_i[:, None]
+    write_block(o_ptr, start, h, i, n, o, H, D, DP, BM)
     tokens = i + tl.arange(0, BM)
     lse = m_i * D**-0.5 + tl.log(l_i)
-    tl.store(lse_ptr + h.to(tl.int64) * T + start + tokens, lse, mask=tokens < n)
+    lse_ptrs = lse_ptr + h.to(tl.int64) * T + start + tokens
+    tl.store(lse_ptrs, lse, mask=tokens < n)
 
 
 # ---- launches
@@ -183,17 +222,19 @@ def launch_by_blocks(
     read    the tensors that the kernel reads through `read_block`; the first is qkv
     """
     qkv = read[0]
+    G = (qkv.shape[1] // D - H) // 2
     DP = power_of_two(D)
-    shape_class = "fp32" if qkv.dtype == torch.float32 else f"d{DP}"
-    config = tile_config(kernel.__name__, qkv.device, shape_class)
+    is_fp32 = qkv.dtype == torch.float32
+    config = tile_config(kernel.__name__, qkv.device, "fp32" if is_fp32 else f"d{DP}")
     assert config["BM"] <= PAD, f"{kernel.__name__}: BM {config['BM']} over {PAD}"
-    grid = (heads, cdiv(longest_row(packed), config[block]), len(packed.rows))
-    constants |= {"H": H, "G": (qkv.shape[1] // D - H) // 2, "D": D, "DP": DP}
+    blocks = cdiv(longest_row(packed), config[block])
+    grid = (heads, blocks, len(packed.rows))
     # Without TMA the descriptors' third dimension costs cp.async; products of fp32 read registers.
-    has_tma = device_class(qkv.device) not in ("sm_80", "gfx942") and qkv.dtype != torch.float32
+    has_tma = device_class(qkv.device) not in ("sm_80", "gfx942") and not is_fp32
     # Every head has to begin on 16 bytes, not only every row of the tensor.
-    aligned = tma_readable(*read) and D * qkv.element_size() % 16 == 0
-    launch(kernel, grid, *args, **constants, DESCRIPTORS=has_tma and aligned, **config)
+    is_aligned = tma_readable(*read) and D * qkv.element_size() % 16 == 0
+    constants |= {"H": H, "G": G, "D": D, "DP": DP, "DESCRIPTORS": has_tma and is_aligned}
+    launch(kernel, grid, *args, **constants, **config)
 
 
 def attention_forward_triton(qkv: Tensor, packed: Packed, H: int, G: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ native_form.py     the same in C, for fp32 on a CPU
 triton_forward.py  decode in parts of the context and their join; extend, for prompts
 """
 
-# T = new tokens, B = sequences, P = pages of the longest sequence
+# T = new tokens, B = sequences, P = pages of the longest sequence, size = tokens of a page
 # H = query heads, G = key/value heads, d = head size
 
 from __future__ import annotations
@@ -47,22 +47,30 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     pages = sum(counts) + 3  # 3 pages that no sequence uses
     free = list(range(pages))
     random.Random(g.initial_seed()).shuffle(free)
-    tables = [[free.pop() for _ in range(count)] for count in counts]
+    tables = []
+    for count in counts:
+        tables.append([free.pop() for _ in range(count)])
     k = torch.randn(pages, G, size, d, generator=g, dtype=torch.float64)
     v = torch.randn(pages, G, size, d, generator=g, dtype=torch.float64)
     qkv = torch.randn(sum(new), (H + 2 * G) * d, generator=g, dtype=torch.float64)
-    return {"qkv": qkv, "k": k, "v": v, "cached": Cached.build(new, contexts, tables, size)}
+    cached = Cached.build(new, contexts, tables, size)
+    return {"qkv": qkv, "k": k, "v": v, "cached": cached}
 
 
-def _run(ops, i: dict) -> dict[str, Tensor]:
-    ops.kv_write_(i["qkv"], i["k"], i["v"], i["cached"])
-    outputs = {"k": i["k"], "v": i["v"]}
-    for name, decode in (("prefill", False), ("decode", True)):
-        cached = replace(i["cached"], decode=decode, memo={})
-        outputs[name] = ops.cached_attention(i["qkv"], i["k"], i["v"], cached)
-    return outputs
+def _run(ops, inputs: dict) -> dict[str, Tensor]:
+    qkv, k, v = inputs["qkv"], inputs["k"], inputs["v"]
+    prefill = replace(inputs["cached"], decode=False, memo={})
+    decode = replace(inputs["cached"], decode=True, memo={})
+    ops.kv_write_(qkv, k, v, inputs["cached"])
+    return {
+        "k": k,
+        "v": v,
+        "prefill": ops.cached_attention(qkv, k, v, prefill),
+        "decode": ops.cached_attention(qkv, k, v, decode),
+    }
 
 
+# new tokens of even and of odd sequences, then the context of each one
 _BENCH_BATCHES = (
     (1, 1, 512),
     (1, 1, *([512] * 16)),
@@ -75,6 +83,7 @@ SPEC = Spec(
     _make_inputs,
     _run,
     fields=("kv_write_", "cached_attention"),
+    # H, G, d, page size, then as in _BENCH_BATCHES
     test_shapes=(
         (1, 1, 16, 8, 1, 1, 0),
         (9, 3, 64, 8, 1, 1, 0, 7, 8, 30, 63),

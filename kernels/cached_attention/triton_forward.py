@@ -1,9 +1,9 @@
 """The Triton kernels of attention over a paged cache
 
-queries    The n heads of a group and a sequence's m new tokens are one list of n m queries, where
-           query f is head f % n of token f / n. So a tile of BM queries reads the group's keys once
+queries    The N heads of a group and a sequence's m new tokens are one list of m N queries, where
+           query f is head f % N of token f / N. So a tile of BM queries reads the group's keys once
            for all of them.
-decode     sampled and draft tokens. A tile takes the queries of up to DECODE_QUERIES / n tokens of
+decode     sampled and draft tokens. A tile takes the queries of up to DECODE_QUERIES / N tokens of
            a sequence. The context is cut every SPLIT tokens, one program per part (as
            flash-decoding does), and `cached_join_kernel` adds the parts in order.
 extend     prompts: one program per BM queries, which walks along their whole context
@@ -20,11 +20,14 @@ tiles      shape classes: padded head size x bytes of an element, as "D128x2"; e
            cached_join_kernel have one configuration for all shapes.
 """
 
-# T = new tokens, B = sequences, H = query heads, G = key/value heads, d = D = head size
-# N = n = H / G query heads of a group, BD = D padded to a power of two
+# T = new tokens, B = sequences, H = query heads, G = key/value heads
+# N = H / G query heads of a group, D = head size, BD = D padded to a power of two
 # P = pages of the longest sequence, S = parts of the longest context
 # W = queries of a group of the sequence that has most
 # BM = queries of a tile, BN = keys of a step, PAGE = tokens of a page
+# of one sequence: start = its first new token among all, new = how many it has, context = tokens in
+# the cache before them, end = context + new
+# stride = elements from one token of qkv to the next
 
 from __future__ import annotations
 
@@ -45,19 +48,29 @@ DECODE_QUERIES = 16  # of a decoding tile: a product on tensor cores needs at le
 
 @jit
 def kv_write_kernel(
-    qkv_ptr, k_ptr, v_ptr, page_ptr, offset_ptr, stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BW: tl.constexpr,
+    qkv_ptr,  # (T, H + 2G heads of D)
+    k_ptr, v_ptr,  # (pages, G, PAGE, D), written
+    page_ptr, offset_ptr,  # (T,) int64: where each token is written
+    stride,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    PAGE: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """BW of the G * D keys, and of the values, of one token; the heads lie end to end in qkv."""
+    """BW of the G * D keys, and of the values, of one token; the heads lie end to end in qkv.
+
+    grid: (T, blocks of BW columns)
+    """
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BW + tl.arange(0, BW)
     inside = cols < G * D
-    # The cache is (pages, G, PAGE, D): where the token's line of head 0 is, then that of each head.
-    line = tl.load(page_ptr + token) * G * PAGE + tl.load(offset_ptr + token)
-    at = (line + cols // D * PAGE) * D + cols % D
-    source = qkv_ptr + token * stride + H * D + cols
-    tl.store(k_ptr + at, tl.load(source, mask=inside, other=0.0), mask=inside)
-    tl.store(v_ptr + at, tl.load(source + G * D, mask=inside, other=0.0), mask=inside)
+    page_line = tl.load(page_ptr + token) * G * PAGE  # a line is D numbers: a token of a head
+    line = page_line + tl.load(offset_ptr + token)  # of head 0
+    head_line = line + cols // D * PAGE  # of each column's head
+    offsets = head_line * D + cols % D
+    k_source = qkv_ptr + token * stride + H * D + cols
+    k = tl.load(k_source, mask=inside, other=0.0)
+    tl.store(k_ptr + offsets, k, mask=inside)
+    v = tl.load(k_source + G * D, mask=inside, other=0.0)
+    tl.store(v_ptr + offsets, v, mask=inside)
 
 
 # ---- helpers compiled into the attention kernels
@@ -68,20 +81,22 @@ def load_queries(
     qkv_ptr, start, new, stride, queries, g,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """q (BM, BD) of the numbered `queries` of key/value head g; zero where there is none.
-
-    start: the sequence's first new token; new: how many it has; stride: elements of a token in qkv.
-    """
+    """q (BM, BD) of the numbered `queries` (BM,) of key/value head g; zero where there is none."""
     cols = tl.arange(0, BD)
-    at = (start + queries // N).to(tl.int64) * stride + (g * N + queries % N) * D
-    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
-    return tl.load(qkv_ptr + at[:, None] + cols[None, :], mask=inside, other=0.0)
+    tokens = (start + queries // N).to(tl.int64)
+    offsets = tokens * stride + (g * N + queries % N) * D
+    is_query = queries < new * N
+    inside = is_query[:, None] & (cols < D)[None, :]
+    q_ptrs = qkv_ptr + offsets[:, None] + cols[None, :]
+    return tl.load(q_ptrs, mask=inside, other=0.0)
 
 
 @jit
 def add_cached_keys(
-    q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
-    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
+    q, m_i, l_i, acc,
+    k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: keys begin .. begin + BN - 1 of a sequence of `end` tokens.
 
@@ -91,17 +106,22 @@ def add_cached_keys(
     keys = begin + tl.arange(0, BN)
     cols = tl.arange(0, BD)
     page = tl.load(block_table_ptr + keys // PAGE, mask=keys < end, other=0)  # (BN,) int64
-    at = ((page * G + g) * PAGE + keys % PAGE)[:, None] * D + cols[None, :]
-    inside = (keys < end)[:, None] & (cols < D)[None, :]
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)  # (BN, BD)
+    lines = (page * G + g) * PAGE + keys % PAGE  # a line is D numbers
+    offsets = lines[:, None] * D + cols[None, :]
+    is_key = keys < end
+    inside = is_key[:, None] & (cols < D)[None, :]
+    k = tl.load(k_ptr + offsets, mask=inside, other=0.0)  # (BN, BD)
     scores = tl.dot(q, k.T, input_precision="ieee") * scale  # (BM, BN)
-    scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+    seen = keys[None, :] <= positions[:, None]
+    scores = tl.where(seen, scores, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(scores, axis=1))
     p = tl.exp2(scores - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)  # (BN, BD)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, l_i * alpha + tl.sum(p, axis=1), acc
+    v = tl.load(v_ptr + offsets, mask=inside, other=0.0)  # (BN, BD)
+    weights = p.to(v.dtype)
+    acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
+    l_i = l_i * alpha + tl.sum(p, axis=1)
+    return m_new, l_i, acc
 
 
 # ---- decode: the parts of every context, then their join
@@ -109,12 +129,24 @@ def add_cached_keys(
 
 @jit(varying=("P", "S", "W"))
 def cached_decode_kernel(
-    qkv_ptr, k_ptr, v_ptr, block_table_ptr, cu_ptr, contexts_ptr, m_ptr, l_ptr, acc_ptr,
-    stride, P, S, W, scale,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
-    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    qkv_ptr,  # (T, H + 2G heads of D)
+    k_ptr, v_ptr,  # (pages, G, PAGE, D)
+    block_table_ptr,  # (B, P) int64
+    cu_ptr,  # (B + 1,) int32: first new token of each sequence
+    contexts_ptr,  # (B,) int32
+    m_ptr, l_ptr,  # (B, G, W, S) fp32, written: m_i and l_i of each part
+    acc_ptr,  # (B, G, W, S, D) fp32, written: its output before the division by l_i
+    stride, P, S, W,
+    scale,  # exp(x / sqrt(D)) = exp2(x scale)
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """m_i, l_i (B, G, W, S) and the unnormalised output acc (B, G, W, S, D) of one part."""
+    """One part of the context of one sequence, for all queries of one key/value head.
+
+    grid: (B * G, S)
+    """
     sequence = tl.program_id(0) // G
     g = tl.program_id(0) % G
     part = tl.program_id(1)
@@ -124,6 +156,7 @@ def cached_decode_kernel(
     end = context + new
     if part * SPLIT >= end:
         return
+
     queries = tl.arange(0, BM)
     q = load_queries(qkv_ptr, start, new, stride, queries, g, N, D, BD)
     positions = context + queries // N
@@ -131,27 +164,40 @@ def cached_decode_kernel(
     l_i = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BD), tl.float32)
     block_table_ptr += sequence.to(tl.int64) * P
-    for begin in range(part * SPLIT, tl.minimum(part * SPLIT + SPLIT, end), BN):
+    first = part * SPLIT
+    for begin in range(first, tl.minimum(first + SPLIT, end), BN):
         m_i, l_i, acc = add_cached_keys(
             q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
             G, D, BD, PAGE, BN,
         )  # fmt: skip
-    at = (tl.program_id(0).to(tl.int64) * W + queries) * S + part
+
+    rows = tl.program_id(0).to(tl.int64) * W + queries  # (sequence, head, query)
+    offsets = rows * S + part
     cols = tl.arange(0, BD)
-    inside = queries < new * N
-    tl.store(m_ptr + at, m_i, mask=inside)
-    tl.store(l_ptr + at, l_i, mask=inside)
-    acc_at = at[:, None] * D + cols[None, :]
-    tl.store(acc_ptr + acc_at, acc, mask=inside[:, None] & (cols < D)[None, :])
+    is_query = queries < new * N
+    tl.store(m_ptr + offsets, m_i, mask=is_query)
+    tl.store(l_ptr + offsets, l_i, mask=is_query)
+    acc_offsets = offsets[:, None] * D + cols[None, :]
+    inside = is_query[:, None] & (cols < D)[None, :]
+    tl.store(acc_ptr + acc_offsets, acc, mask=inside)
 
 
 @jit(varying=("S", "W"))
 def cached_join_kernel(
-    m_ptr, l_ptr, acc_ptr, cu_ptr, contexts_ptr, o_ptr, S, W,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    m_ptr, l_ptr,  # (B, G, W, S) fp32: m_i and l_i of each part
+    acc_ptr,  # (B, G, W, S, D) fp32
+    cu_ptr,  # (B + 1,) int32
+    contexts_ptr,  # (B,) int32
+    o_ptr,  # (T, H * D), written
+    S, W,
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
     SPLIT: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """o of one query: its parts, BS at a time, rescaled to a common maximum and added in order."""
+    """o of one query: its parts, BS at a time, rescaled to a common maximum and added in order.
+
+    grid: (B * G, W)
+    """
     sequence = tl.program_id(0) // G
     g = tl.program_id(0) % G
     query = tl.program_id(1)
@@ -160,7 +206,9 @@ def cached_join_kernel(
     new = tl.load(cu_ptr + sequence + 1) - start
     if query >= new * N:
         return
-    first = (tl.program_id(0).to(tl.int64) * W + query) * S  # the query's part 0
+
+    row = tl.program_id(0).to(tl.int64) * W + query  # (sequence, head, query)
+    first = row * S  # the query's part 0
     parts = (context + new + SPLIT - 1) // SPLIT
     cols = tl.arange(0, BD)
     m_i = -1e30
@@ -168,19 +216,24 @@ def cached_join_kernel(
     out = tl.zeros((BD,), tl.float32)
     for begin in range(0, parts, BS):
         part = begin + tl.arange(0, BS)
-        part_m = tl.load(m_ptr + first + part, mask=part < parts, other=-1e30)  # (BS,)
-        part_l = tl.load(l_ptr + first + part, mask=part < parts, other=0.0)
-        inside = (part < parts)[:, None] & (cols < D)[None, :]
-        at = (first + part)[:, None] * D + cols[None, :]
-        acc = tl.load(acc_ptr + at, mask=inside, other=0.0)  # (BS, BD)
+        is_part = part < parts
+        part_m = tl.load(m_ptr + first + part, mask=is_part, other=-1e30)  # (BS,)
+        part_l = tl.load(l_ptr + first + part, mask=is_part, other=0.0)  # (BS,)
+        inside = is_part[:, None] & (cols < D)[None, :]
+        acc_offsets = (first + part)[:, None] * D + cols[None, :]
+        acc = tl.load(acc_ptr + acc_offsets, mask=inside, other=0.0)  # (BS, BD)
         m_new = tl.maximum(m_i, tl.max(part_m, axis=0))
         alpha = tl.exp2(m_i - m_new)
         part_alpha = tl.exp2(part_m - m_new)
         l_i = l_i * alpha + tl.sum(part_l * part_alpha, axis=0)
         out = out * alpha + tl.sum(acc * part_alpha[:, None], axis=0)
         m_i = m_new
-    at = ((start + query // N).to(tl.int64) * G * N + g * N + query % N) * D + cols
-    tl.store(o_ptr + at, (out / l_i).to(o_ptr.dtype.element_ty), mask=cols < D)
+
+    token = (start + query // N).to(tl.int64)
+    head_line = token * G * N + g * N + query % N  # a line is D numbers
+    offsets = head_line * D + cols
+    o = (out / l_i).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + offsets, o, mask=cols < D)
 
 
 # ---- extend
@@ -188,19 +241,33 @@ def cached_join_kernel(
 
 @jit(varying=("P",))
 def cached_extend_kernel(
-    qkv_ptr, k_ptr, v_ptr, block_table_ptr, cu_ptr, contexts_ptr, o_ptr, stride, P, scale,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr,
+    qkv_ptr,  # (T, H + 2G heads of D)
+    k_ptr, v_ptr,  # (pages, G, PAGE, D)
+    block_table_ptr,  # (B, P) int64
+    cu_ptr,  # (B + 1,) int32: first new token of each sequence
+    contexts_ptr,  # (B,) int32
+    o_ptr,  # (T, H * D), written
+    stride, P,
+    scale,  # exp(x / sqrt(D)) = exp2(x scale)
+    N: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """o of BM queries of one key/value head of one sequence."""
+    """o of BM queries of one key/value head of one sequence.
+
+    grid: (B * G, tiles of W queries)
+    """
     sequence = tl.program_id(0) // G
     g = tl.program_id(0) % G
     start = tl.load(cu_ptr + sequence)
     context = tl.load(contexts_ptr + sequence)
     new = tl.load(cu_ptr + sequence + 1) - start
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # the longest walks begin first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest walks begin first
+    first = tile * BM
     if first >= new * N:
         return
+
     queries = first + tl.arange(0, BM)
     q = load_queries(qkv_ptr, start, new, stride, queries, g, N, D, BD)
     positions = context + queries // N
@@ -209,17 +276,22 @@ def cached_extend_kernel(
     acc = tl.zeros((BM, BD), tl.float32)
     block_table_ptr += sequence.to(tl.int64) * P
     end = context + new
-    # No query of the tile sees further than its last one.
-    for begin in range(0, tl.minimum(context + (first + BM - 1) // N + 1, end), BN):
+    seen = context + (first + BM - 1) // N + 1  # keys that the tile's last query sees
+    for begin in range(0, tl.minimum(seen, end), BN):
         m_i, l_i, acc = add_cached_keys(
             q, m_i, l_i, acc, k_ptr, v_ptr, block_table_ptr, begin, end, positions, g, scale,
             G, D, BD, PAGE, BN,
         )  # fmt: skip
+
     cols = tl.arange(0, BD)
-    at = (start + queries // N).to(tl.int64) * (G * N * D) + (g * N + queries % N) * D
-    inside = (queries < new * N)[:, None] & (cols < D)[None, :]
-    out = (acc / l_i[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + at[:, None] + cols[None, :], out, mask=inside)
+    tokens = (start + queries // N).to(tl.int64)
+    offsets = tokens * (G * N * D) + (g * N + queries % N) * D
+    is_query = queries < new * N
+    inside = is_query[:, None] & (cols < D)[None, :]
+    o = acc / l_i[:, None]
+    o = o.to(o_ptr.dtype.element_ty)
+    o_ptrs = o_ptr + offsets[:, None] + cols[None, :]
+    tl.store(o_ptrs, o, mask=inside)
 
 
 # ---- launches
@@ -239,44 +311,71 @@ def kv_write_triton_(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> None:
 
 def cached_attention_triton(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
     """As `cached_attention`: decode and join for sampled and draft tokens, extend for prompts."""
+    if cached.decode:
+        return _decode(qkv, k, v, cached)
+    return _extend(qkv, k, v, cached)
+
+
+def _shape_classes(qkv: Tensor, d: int) -> tuple[str, str]:
+    """The shape classes of tile configurations, the narrower one first."""
+    bytes_each = qkv.element_size()
+    return f"D{power_of_two(d)}x{bytes_each}", f"x{bytes_each}"
+
+
+def _most_queries(cached: Cached, n: int) -> int:
+    """W: queries of a group of the sequence that has most."""
+    return n * max(cached.query_lens, default=0)
+
+
+def _extend(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
+    """o (T, H d), in one launch."""
     H, G, d = head_counts(qkv, k, v, cached)
     n = H // G
-    BD = power_of_two(d)
-    if cached.decode:  # a sequence with more new tokens becomes several with the same pages
-        cached = cached.pieces(max(1, DECODE_QUERIES // n))
     B = len(cached.query_lens)
     P = cached.block_table.shape[1]
-    W = n * max(cached.query_lens, default=0)
     o = qkv.new_empty(qkv.shape[0], H * d)
-    inputs = (qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts)
-    scale = d**-0.5 * LOG2_E  # exp(x / sqrt(d)) = exp2(x scale)
-    sizes = {"N": n, "G": G, "D": d, "BD": BD}
-    bytes_each = qkv.element_size()
-    classes = (f"D{BD}x{bytes_each}", f"x{bytes_each}")
-    if not cached.decode:
-        config = tile_config("cached_extend_kernel", qkv.device, *classes)
-        grid = (B * G, cdiv(W, config["BM"]))
-        launch(
-            cached_extend_kernel, grid, *inputs, o, qkv.stride(0), P, scale,
-            PAGE=cached.page_size, **sizes, **config,
-        )  # fmt: skip
-        return o
+    scale = d**-0.5 * LOG2_E
+    config = tile_config("cached_extend_kernel", qkv.device, *_shape_classes(qkv, d))
+    tiles = cdiv(_most_queries(cached, n), config["BM"])
+    launch(
+        cached_extend_kernel, (B * G, tiles),
+        qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts, o,
+        qkv.stride(0), P, scale,
+        PAGE=cached.page_size, N=n, G=G, D=d, BD=power_of_two(d), **config,
+    )  # fmt: skip
+    return o
 
-    config = tile_config("cached_decode_kernel", qkv.device, *classes)
+
+def _decode(qkv: Tensor, k: Tensor, v: Tensor, cached: Cached) -> Tensor:
+    """o (T, H d), in two launches: the parts of every context, then their join."""
+    H, G, d = head_counts(qkv, k, v, cached)
+    n = H // G
+    # A sequence with more new tokens than a tile holds becomes several with the same pages.
+    cached = cached.pieces(max(1, DECODE_QUERIES // n))
+    B = len(cached.query_lens)
+    P = cached.block_table.shape[1]
+    W = _most_queries(cached, n)
+    config = tile_config("cached_decode_kernel", qkv.device, *_shape_classes(qkv, d))
     SPLIT = config["SPLIT"]
     assert SPLIT % config["BN"] == 0, f"parts of {SPLIT} tokens in steps of {config['BN']}"
     lengths = zip(cached.query_lens, cached.context_lens, strict=True)
     longest = max((new + context for new, context in lengths), default=0)
     S = cdiv(longest, SPLIT)
+    o = qkv.new_empty(qkv.shape[0], H * d)
     m_i = qkv.new_empty(B, G, W, S, dtype=torch.float32)
     l_i = qkv.new_empty(B, G, W, S, dtype=torch.float32)
     acc = qkv.new_empty(B, G, W, S, d, dtype=torch.float32)
+    scale = d**-0.5 * LOG2_E
+    sizes = {"N": n, "G": G, "D": d, "BD": power_of_two(d)}
     launch(
-        cached_decode_kernel, (B * G, S), *inputs, m_i, l_i, acc, qkv.stride(0), P, S, W, scale,
+        cached_decode_kernel, (B * G, S),
+        qkv, k, v, cached.block_table, cached.cu_queries, cached.contexts, m_i, l_i, acc,
+        qkv.stride(0), P, S, W, scale,
         BM=power_of_two(n), PAGE=cached.page_size, **sizes, **config,
     )  # fmt: skip
     launch(
-        cached_join_kernel, (B * G, W), m_i, l_i, acc, cached.cu_queries, cached.contexts, o, S, W,
+        cached_join_kernel, (B * G, W),
+        m_i, l_i, acc, cached.cu_queries, cached.contexts, o, S, W,
         SPLIT=SPLIT, **sizes, **tile_config("cached_join_kernel", qkv.device),
     )  # fmt: skip
     return o

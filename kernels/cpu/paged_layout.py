@@ -21,17 +21,27 @@ A decode pass, for two sequences A (6 keys) and B (3 keys), pages of 4 tokens:
 Scores are computed in page order, a product for each page with the queries of its owner. Softmax
 needs a sequence's pages side by side: sequence order. Values are again read in page order.
 `Pass.spread` holds the indices between the two orders.
+
+A prefill block, for two sequences C (3 cached tokens, new ones number 0 .. 5) and D (none cached,
+new ones number 6 and 7), the page with index 0 of each:
+
+    position                   C: 0 1 2 3      D: 0 1 2 3
+    place                         0 1 2 3         4 5 6 7
+    gather  place -> token        - - - 0         6 7 - -          (-: none, 0 is stored)
+    source                     places 3, 4, 5
+    scatter                    tokens 0, 6, 7
 """
 
-# T = new tokens, B = sequences of a pass, W = queries per sequence, P = pages per padded sequence
+# T = new tokens, B = sequences of a pass or a block, b = sequences of a group
+# W = queries per sequence, P = pages per padded sequence
 # G = key/value heads, n = query heads per key/value head
 # L = G W n lines: what a page computes, ordered by key/value head, query, query head of the group
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, combinations
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,15 +92,13 @@ class Pass:
         device = cached.positions.device
         queries = _queries(cached, depth, width)
         tables = [q.table for q in queries]
-        pages = 1 + max(map(max, tables))
-        grouped = _group_by_page_count([len(table) for table in tables])
-        owner, slot, stride = _page_places(tables, grouped, pages)
-        tokens, live = _query_places(queries, width, len(cached.positions))
-        groups, first = [], 0
-        for P, members in grouped:
-            chosen = [queries[b] for b in members]
-            groups.append(_padded_group(chosen, P, pages, cached.page_size, first, device))
-            first += P * len(members)
+        pages = 1 + max(max(table) for table in tables)
+        memberships = _group_by_page_count([len(table) for table in tables])
+        places = _page_places(tables, memberships, pages)
+        groups = []
+        for membership in memberships:
+            members = [queries[b] for b in membership.sequences]
+            groups.append(_padded_group(members, membership, pages, cached.page_size, device))
 
         def index(values: list[int] | None) -> Tensor | None:
             return None if values is None else torch.tensor(values, device=device)
@@ -98,13 +106,13 @@ class Pass:
         return cls(
             pages=pages,
             width=width,
-            tokens=index(tokens),
-            live=index(live),
-            owner=index(owner),
+            tokens=index(_query_tokens(queries, width, len(cached.positions))),
+            live=index(_live_queries(queries, width)),
+            owner=index(places.owner),
             groups=groups,
-            order=index(_order_in_groups(grouped, len(queries))),
-            slot=index(slot),
-            stride=index(stride),
+            order=index(_order_in_groups(memberships)),
+            slot=index(places.slot),
+            stride=index(places.stride),
         )
 
     def spread(self, L: int) -> tuple[list[Tensor], Tensor]:
@@ -119,15 +127,18 @@ class Pass:
             from_pages = []
             for group in self.groups:
                 page = group.table.clamp(max=self.pages - 1)  # padding: any page, it is hidden
-                from_pages.append((page[:, None] * L + lines[:, None]).flatten())  # (b, L, P)
+                in_page_order = page[:, None] * L + lines[:, None]  # (b, L, P)
+                from_pages.append(in_page_order.flatten())
             group_start = torch.zeros_like(self.slot)  # (pages,) first slot of the page's group
             for group in self.groups[1:]:
                 group_start[self.slot >= group.first] = group.first
-            within = self.slot - group_start
-            sequence, page_index = within // self.stride, within % self.stride  # (pages,)
-            first_line = (group_start + sequence * self.stride) * L
-            places = first_line[:, None] + lines * self.stride[:, None]  # (pages, L)
-            self.memo[L] = from_pages, (places + page_index[:, None]).flatten()
+            within = self.slot - group_start  # (pages,) slot within the group
+            sequence = within // self.stride  # (pages,) number of its sequence in the group
+            page_index = within % self.stride  # (pages,)
+            sequence_start = (group_start + sequence * self.stride) * L  # (pages,)
+            line_start = sequence_start[:, None] + lines * self.stride[:, None]  # (pages, L)
+            to_pages = line_start + page_index[:, None]  # (pages, L)
+            self.memo[L] = from_pages, to_pages.flatten()
         return self.memo[L]
 
 
@@ -162,96 +173,141 @@ class _Queries:
 
 def _queries(cached: Cached, depth: int, width: int) -> list[_Queries]:
     """The queries of the sequences that bring more than `depth` tokens."""
-    starts = [0, *accumulate(cached.query_lens)]
     queries = []
-    for i, new in enumerate(cached.query_lens):
-        if new <= depth:
-            continue
-        count = min(width, new - depth)
-        numbers = [depth + min(w, count - 1) for w in range(width)]  # of the sequence's new tokens
-        lengths = [cached.context_lens[i] + number + 1 for number in numbers]
-        table = cached.tables[i][: cdiv(lengths[-1], cached.page_size)]
-        queries.append(_Queries([starts[i] + m for m in numbers], count, lengths, table))
+    start = 0  # the sequence's first new token
+    sequences = zip(cached.query_lens, cached.context_lens, cached.tables, strict=True)
+    for new, context, table in sequences:
+        if new > depth:
+            count = min(width, new - depth)
+            numbers = [depth + min(w, count - 1) for w in range(width)]  # within the sequence
+            tokens = [start + number for number in numbers]
+            lengths = [context + number + 1 for number in numbers]
+            read = table[: cdiv(lengths[-1], cached.page_size)]
+            queries.append(_Queries(tokens, count, lengths, read))
+        start += new
     return queries
 
 
-def _query_places(
-    queries: list[_Queries], width: int, T: int
-) -> tuple[list[int] | None, list[int] | None]:
-    """`Pass.tokens` and `Pass.live`."""
-    tokens = [token for q in queries for token in q.tokens]
-    live = [b * width + w for b, q in enumerate(queries) for w in range(q.count)]
+def _query_tokens(queries: list[_Queries], width: int, T: int) -> list[int] | None:
+    """`Pass.tokens`; T is the number of all new tokens."""
+    tokens: list[int] = []
+    for q in queries:
+        tokens += q.tokens
     in_order = width == 1 and tokens == list(range(T))
-    all_live = len(live) == len(tokens)
-    return None if in_order else tokens, None if all_live else live
+    return None if in_order else tokens
 
 
-def _group_by_page_count(counts: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """(P, the sequences that are padded to P pages) for each of up to three P, rising."""
-    grouped, least = [], 0
+def _live_queries(queries: list[_Queries], width: int) -> list[int] | None:
+    """`Pass.live`."""
+    live: list[int] = []
+    for b, q in enumerate(queries):
+        live += range(b * width, b * width + q.count)
+    all_live = len(live) == len(queries) * width
+    return None if all_live else live
+
+
+@dataclass(frozen=True)
+class _Membership:
+    """The sequences of one group."""
+
+    P: int  # pages that each is padded to
+    sequences: list[int]  # (b,) their numbers among those of the pass
+    first: int  # the group's first slot among the slots of all groups
+
+
+def _group_by_page_count(counts: list[int]) -> list[_Membership]:
+    """Up to three groups, by how many pages each sequence has; P rises."""
+    memberships = []
+    shorter = 0  # P of the group before
+    first = 0
     for P in _widths(counts):
-        grouped.append((P, [b for b, count in enumerate(counts) if least < count <= P]))
-        least = P
-    return grouped
+        members = [b for b, count in enumerate(counts) if shorter < count <= P]
+        memberships.append(_Membership(P, members, first))
+        shorter = P
+        first += P * len(members)
+    return memberships
 
 
-def _widths(counts: Sequence[int]) -> list[int]:
+def _widths(counts: list[int]) -> list[int]:
     """Up to three page counts, rising, such that padding each sequence to the next costs least."""
     *inner, most = sorted(set(counts))
     choices = [[most]]
     choices += [[a, most] for a in inner]
     choices += [[a, b, most] for a, b in combinations(inner, 2)]
 
+    def padded(count: int, widths: list[int]) -> int:
+        return min(width for width in widths if width >= count)
+
     def cost(widths: list[int]) -> int:
-        padded = sum(next(width for width in widths if width >= count) for count in counts)
-        return padded + EXTRA_WIDTH * len(widths)
+        pages = sum(padded(count, widths) for count in counts)
+        return pages + EXTRA_WIDTH * len(widths)
 
     return min(choices, key=cost)
 
 
+@dataclass(frozen=True)
+class _PagePlaces:
+    """`Pass.owner`, `Pass.slot` and `Pass.stride`: an entry for each page."""
+
+    owner: list[int]
+    slot: list[int]
+    stride: list[int]
+
+
 def _page_places(
-    tables: list[tuple[int, ...]], grouped: list[tuple[int, list[int]]], pages: int
-) -> tuple[list[int], list[int], list[int]]:
-    """`Pass.owner`, `Pass.slot` and `Pass.stride`."""
-    owner, slot, stride = [0] * pages, [0] * pages, [1] * pages
-    first = 0
-    for P, members in grouped:
-        for j, b in enumerate(members):
-            for p, page in enumerate(tables[b]):
-                owner[page] = b
-                slot[page] = first + j * P + p
-                stride[page] = P
-        first += P * len(members)
-    return owner, slot, stride
+    tables: list[tuple[int, ...]], memberships: list[_Membership], pages: int
+) -> _PagePlaces:
+    places = _PagePlaces(owner=[0] * pages, slot=[0] * pages, stride=[1] * pages)
+    for group in memberships:
+        for j, b in enumerate(group.sequences):
+            first = group.first + j * group.P  # the sequence's first slot
+            for slot, page in enumerate(tables[b], first):
+                places.owner[page] = b
+                places.slot[page] = slot
+                places.stride[page] = group.P
+    return places
 
 
 def _padded_group(
     queries: list[_Queries],
-    P: int,
+    membership: _Membership,
     pages: int,
     page_size: int,
-    first: int,
     device: torch.device,
 ) -> PaddedGroup:
-    padded = [[*q.table, *[pages] * (P - len(q.table))] for q in queries]
+    P = membership.P
+    table = []
+    for q in queries:
+        padding = [pages] * (P - len(q.table))
+        table.append([*q.table, *padding])
     lengths = torch.tensor([q.lengths for q in queries])  # (b, W)
-    is_hidden = torch.arange(P * page_size) >= lengths[:, :, None]  # (b, W, P * page_size)
+    keys = torch.arange(P * page_size)
+    is_hidden = keys >= lengths[:, :, None]  # (b, W, P * page_size)
     hidden = torch.zeros(is_hidden.shape).masked_fill_(is_hidden, HIDDEN)
-    return PaddedGroup(torch.tensor(padded, device=device), hidden.to(device), first)
+    return PaddedGroup(torch.tensor(table, device=device), hidden.to(device), membership.first)
 
 
-def _order_in_groups(grouped: list[tuple[int, list[int]]], B: int) -> list[int] | None:
+def _order_in_groups(memberships: list[_Membership]) -> list[int] | None:
     """`Pass.order`."""
-    if len(grouped) == 1:
+    if len(memberships) == 1:
         return None
-    order = [0] * B
-    end_to_end = [b for _, members in grouped for b in members]
+    end_to_end: list[int] = []
+    for group in memberships:
+        end_to_end += group.sequences
+    order = [0] * len(end_to_end)
     for index, b in enumerate(end_to_end):
         order[b] = index
     return order
 
 
 # ---- prefill
+
+
+class _NewTokens(NamedTuple):
+    """A sequence that brings tokens in some page."""
+
+    sequence: int  # its number in the `Cached`
+    zero: int  # index that its position 0 would have among the new tokens; may be negative
 
 
 @dataclass(frozen=True)
@@ -262,29 +318,31 @@ class Block:
     """
 
     pages: int  # the keys of each sequence's first so many pages are read
-    gather: Tensor  # (b * page_size,) int64: place -> new token; 0 where the place has none
+    gather: Tensor  # (B * page_size,) int64: place -> new token; 0 where the place has none
     scatter: Tensor  # (m,) int64: the new tokens of this block ...
     source: Tensor  # (m,) int64: ... and their places
-    table: Tensor  # (b, pages) int64: (sequence, index of a page) -> page
+    table: Tensor  # (B, pages) int64: (sequence of the block, index of a page) -> page
 
     @classmethod
-    def build(cls, cached: Cached, page_index: int, sequences: list[tuple[int, int]]) -> Block:
-        """Page number `page_index` of these sequences.
-
-        sequences: (i, the place that the sequence's token 0 would have among the new tokens).
-        """
+    def build(cls, cached: Cached, page_index: int, members: list[_NewTokens]) -> Block:
+        """The page with index `page_index` of these sequences."""
         size, device = cached.page_size, cached.positions.device
-        page_start, page_end = page_index * size, (page_index + 1) * size
-        gather = [0] * (len(sequences) * size)
-        scatter, source, table = [], [], []
-        for j, (i, zero) in enumerate(sequences):
-            context, new = cached.context_lens[i], cached.query_lens[i]
-            for position in range(max(context, page_start), min(context + new, page_end)):
-                place = j * size + position - page_start
-                gather[place] = zero + position
-                scatter.append(zero + position)
-                source.append(place)
+        page_start = page_index * size  # a position
+        gather = [0] * (len(members) * size)
+        scatter: list[int] = []
+        source: list[int] = []
+        table: list[tuple[int, ...]] = []
+        for j, (i, zero) in enumerate(members):
             table.append(cached.tables[i][: page_index + 1])
+            context = cached.context_lens[i]
+            start = max(context, page_start)
+            end = min(context + cached.query_lens[i], page_start + size)
+            for position in range(start, end):
+                token = zero + position
+                place = j * size + position - page_start
+                gather[place] = token
+                scatter.append(token)
+                source.append(place)
         return cls(
             pages=page_index + 1,
             gather=torch.tensor(gather, device=device),
@@ -298,15 +356,20 @@ def blocks(cached: Cached) -> list[Block]:
     """The new tokens by the page of their sequence that they lie in, earlier pages first."""
     key = ("blocks",)
     if key not in cached.memo:
-        size = cached.page_size
-        by_page: dict[int, list[tuple[int, int]]] = {}  # page index -> (i, place of token 0)
-        start = 0
-        for i, (new, context) in enumerate(
-            zip(cached.query_lens, cached.context_lens, strict=True)
-        ):
-            last = (context + new - 1) // size
-            for page_index in range(context // size, last + 1):
-                by_page.setdefault(page_index, []).append((i, start - context))
-            start += new
-        cached.memo[key] = [Block.build(cached, b, rows) for b, rows in sorted(by_page.items())]
+        by_page = _members_by_page(cached)
+        cached.memo[key] = [Block.build(cached, page, by_page[page]) for page in sorted(by_page)]
     return cached.memo[key]
+
+
+def _members_by_page(cached: Cached) -> dict[int, list[_NewTokens]]:
+    """Index of a page -> the sequences that bring tokens in their page of that index."""
+    size = cached.page_size
+    by_page: dict[int, list[_NewTokens]] = {}
+    start = 0  # the sequence's first new token
+    for i, (new, context) in enumerate(zip(cached.query_lens, cached.context_lens, strict=True)):
+        first_page = context // size
+        last_page = (context + new - 1) // size
+        for page_index in range(first_page, last_page + 1):
+            by_page.setdefault(page_index, []).append(_NewTokens(i, zero=start - context))
+        start += new
+    return by_page

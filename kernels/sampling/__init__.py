@@ -43,25 +43,29 @@ from kernels.spec import MODELS, Spec
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     """Shape: B, V and the settings of SampleRows from temperature on."""
     B, V, *settings = shape
-    rows = SampleRows(
-        torch.arange(B),
-        torch.randint(4, (B,), generator=g),
-        torch.randint(-(2**62), 2**62, (B,), generator=g),
-        7,
-        *settings,
-        history=torch.randint(-1, V, (B, V // 3 + 1), generator=g),  # repeats and padding
-    )
-    logits = (4 * torch.randn(B, V, generator=g, dtype=torch.float64)).round(decimals=1)  # ties
-    return {"logits": logits, "rows": rows}
+    positions = torch.arange(B)
+    samples = torch.randint(4, (B,), generator=g)
+    row_keys = torch.randint(-(2**62), 2**62, (B,), generator=g)
+    seed = 7
+    history = torch.randint(-1, V, (B, V // 3 + 1), generator=g)  # repeats and padding
+    rows = SampleRows(positions, samples, row_keys, seed, *settings, history=history)
+    logits = 4 * torch.randn(B, V, generator=g, dtype=torch.float64)
+    return {"logits": logits.round(decimals=1), "rows": rows}  # rounded: with ties
 
 
-def _run(ops, i: dict) -> dict[str, Tensor]:
-    tokens, logprobs = ops.sample(i["logits"], i["rows"])
+def _run(ops, inputs: dict) -> dict[str, Tensor]:
+    tokens, logprobs = ops.sample(inputs["logits"], inputs["rows"])
     return {"tokens": tokens, "logprobs": logprobs}
 
 
-# greedy, the usual, the whole vocabulary, everything
-_SETTINGS = ((), (0.95, 50, 0.7), (1.0, 0, 0.95), (0.95, 50, 0.7, 1.1, 0.05))
+# from temperature on
+_BENCH_SETTINGS = (
+    (),  # greedy
+    (0.95, 50, 0.7),  # the usual
+    (1.0, 0, 0.95),  # the whole vocabulary
+    (0.95, 50, 0.7, 1.1, 0.05),  # every option
+)
+_BENCH_ROWS = (1, 16, 64)
 
 SPEC = Spec(
     "sample",
@@ -83,7 +87,10 @@ SPEC = Spec(
         (0, 40, 1.0),
     ),
     bench_shapes=tuple(
-        (b, m.V, *settings) for m in MODELS.values() for b in (1, 16, 64) for settings in _SETTINGS
+        (B, m.V, *settings)
+        for m in MODELS.values()
+        for B in _BENCH_ROWS
+        for settings in _BENCH_SETTINGS
     ),
     floor=1e-5,
     model_shapes=lambda m: ((2, m.V), (2, m.V, 0.95, 50, 0.7)),

@@ -24,7 +24,8 @@ def sample_native(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(B, dtype=torch.int64)
     logprobs = torch.empty(B)
     library().sample(
-        at(logits), at(z), at(u, torch.float64), tokens.data_ptr(), logprobs.data_ptr(),
-        B, V, rows.temperature, rows.top_k, rows.top_p, rows.min_p,
+        at(logits), at(z), at(u, torch.float64),
+        tokens.data_ptr(), logprobs.data_ptr(), B, V,
+        rows.temperature, rows.top_k, rows.top_p, rows.min_p,
     )  # fmt: skip
     return tokens, logprobs

@@ -39,28 +39,35 @@ def order_keys(z, ids, IB: tl.constexpr):
     negative float rise as it falls, so all but the sign are flipped. Then 0x80000000 makes them
     positive. The lower IB bits hold the largest id less this one.
     """
-    bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)  # -0 is 0
+    z = tl.where(z == 0, 0.0, z)  # -0 is 0
+    bits = z.to(tl.int32, bitcast=True)
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((rising.to(tl.int64) + 0x80000000) << IB) + ((1 << IB) - 1 - ids)
+    upper = (rising.to(tl.int64) + 0x80000000) << IB
+    lower = (1 << IB) - 1 - ids
+    return upper + lower
 
 
 @jit
 def id_of_key(key, V: tl.constexpr, IB: tl.constexpr):
     """The id in a key. The minimum: NaN can leave a number that is no key of the row."""
-    return tl.minimum((1 << IB) - 1 - (key & ((1 << IB) - 1)), V - 1)
+    LARGEST: tl.constexpr = (1 << IB) - 1
+    lower = key & LARGEST
+    return tl.minimum(LARGEST - lower, V - 1)
 
 
 @jit
 def search_keys(
-    z_ptr, weights_ptr, low, end, fraction, target,
+    z_ptr,  # (V,) a row of logits
+    weights_ptr,  # (V,) fp64, their weights; unread if COUNT
+    low, end,  # keys
+    fraction, target,  # masses, fp64
     COUNT: tl.constexpr, STRICT: tl.constexpr, MIN_P: tl.constexpr,
     V: tl.constexpr, IB: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The largest key in [low, end) such that the mass of all keys from it on reaches `target`.
 
-    z_ptr, weights_ptr: a row of logits (V,) and of their weights. COUNT: every key weighs 1;
-    MIN_P: smaller weights count as 0. A negative target becomes `fraction` of the mass from `low`
-    on. STRICT: the mass must exceed the target.
+    COUNT: every key weighs 1; MIN_P: smaller weights count as 0. A negative target becomes
+    `fraction` of the mass from `low` on. STRICT: the mass must exceed the target.
     Each pass cuts the interval by BM evenly spaced marks, and weighs the keys from every mark on.
     Sums run in one order whatever the mark, so that the mass falls with the mark after rounding.
     """
@@ -72,23 +79,28 @@ def search_keys(
         last = tl.zeros((BV,), tl.int64) + low  # largest key
         for start in tl.range(0, V, BV, num_stages=3):
             ids = start + tl.arange(0, BV)
-            z = tl.load(z_ptr + ids, mask=ids < V, other=0.0).to(tl.float32)
-            key = tl.where(ids < V, order_keys(z, ids, IB), -1)
+            inside = ids < V
+            z = tl.load(z_ptr + ids, mask=inside, other=0.0)  # (BV,)
+            keys = order_keys(z.to(tl.float32), ids, IB)
+            keys = tl.where(inside, keys, -1)
             if COUNT:
                 weight = tl.full((BV,), 1, tl.int32)
             else:
-                weight = tl.load(weights_ptr + ids, mask=ids < V, other=0.0)
+                weight = tl.load(weights_ptr + ids, mask=inside, other=0.0)
                 weight = tl.where(weight >= MIN_P, weight, 0.0)
-            mass += tl.where(key[:, None] >= marks[None, :], weight[:, None], 0)
-            between = (key >= low) & (key < end)
-            first = tl.minimum(first, tl.where(between, key, end))
-            last = tl.maximum(last, tl.where(between, key, low))
+            counts = keys[:, None] >= marks[None, :]  # (BV, BM)
+            mass += tl.where(counts, weight[:, None], 0)
+            between = (keys >= low) & (keys < end)
+            first = tl.minimum(first, tl.where(between, keys, end))
+            last = tl.maximum(last, tl.where(between, keys, low))
         total = tl.sum(mass, axis=0).to(tl.float64)  # (BM,), falling
         target = tl.where(target < 0, fraction * tl.max(total, axis=0), target)
         reaches = total > target if STRICT else total >= target
-        n = tl.maximum(tl.sum(reaches.to(tl.int64), axis=0), 1)  # marks that reach it
+        n = tl.sum(reaches.to(tl.int64), axis=0)  # marks that reach it
+        n = tl.maximum(n, 1)
         # The answer is a key of the row, so the interval also shrinks to the keys inside it.
-        end = tl.minimum(tl.minimum(end, low + n * step), tl.max(last, axis=0) + 1)
+        end = tl.minimum(end, low + n * step)
+        end = tl.minimum(end, tl.max(last, axis=0) + 1)
         low = tl.maximum(low + (n - 1) * step, tl.min(first, axis=0))
     return low
 
@@ -98,44 +110,61 @@ def search_keys(
 
 @jit(varying=("L",))
 def penalise_kernel(
-    logits_ptr, history_ptr, z_ptr, L,
+    logits_ptr,  # (B, V)
+    history_ptr,  # (B, L) int64, padded with -1
+    z_ptr,  # (B, V) fp32: a copy of the logits, overwritten at the ids of the history
+    L,
     PENALTY: tl.constexpr, V: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """The penalty on BL ids of one row's history, from logits into z, a copy of them."""
+    """The penalty on BL ids of one row's history.
+
+    grid: (B, blocks of BL ids)
+    """
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BL + tl.arange(0, BL)
-    ids = tl.load(history_ptr + row * L + at, mask=at < L, other=-1)
+    places = tl.program_id(1) * BL + tl.arange(0, BL)
+    ids = tl.load(history_ptr + row * L + places, mask=places < L, other=-1)  # (BL,)
     known = (ids >= 0) & (ids < V)
     z = tl.load(logits_ptr + row * V + ids, mask=known, other=0.0).to(tl.float64)
     z = tl.where(z > 0, z / PENALTY, z * PENALTY)
-    tl.store(z_ptr + row * V + ids, z.to(tl.float32), mask=known)  # a repeat writes the same twice
+    z_ptrs = z_ptr + row * V + ids
+    tl.store(z_ptrs, z.to(tl.float32), mask=known)  # a repeated id writes the same twice
 
 
 @jit
 def sample_largest_kernel(
-    logits_ptr, z_ptr, largest_ptr, lse_ptr, tokens_ptr, logprobs_ptr,
+    logits_ptr,  # (B, V)
+    z_ptr,  # (B, V): with the penalty
+    largest_ptr, lse_ptr,  # (B,) int64 and fp32, written if not GREEDY
+    tokens_ptr, logprobs_ptr,  # (B,) int64 and fp32, written if GREEDY
     GREEDY: tl.constexpr, V: tl.constexpr, IB: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One row's largest key of z and log-sum-exp of the plain logits; GREEDY: its token."""
+    """One row's largest key of z and log-sum-exp of the plain logits; GREEDY: its token.
+
+    grid: (B,)
+    """
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BV,), tl.int64)
     m_i = tl.full((BV,), -3.0e38, tl.float32)  # finite: -inf - -inf would be NaN
     l_i = tl.zeros((BV,), tl.float32)  # maximum and sum per lane: one reduction at the end
     for start in tl.range(0, V, BV, num_stages=3):
         ids = start + tl.arange(0, BV)
-        x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
-        z = tl.load(z_ptr + row * V + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
-        largest = tl.maximum(largest, tl.where(ids < V, order_keys(z, ids, IB), 0))
+        inside = ids < V
+        x = tl.load(logits_ptr + row * V + ids, mask=inside, other=-float("inf")).to(tl.float32)
+        z = tl.load(z_ptr + row * V + ids, mask=inside, other=-float("inf")).to(tl.float32)
+        keys = tl.where(inside, order_keys(z, ids, IB), 0)
+        largest = tl.maximum(largest, keys)
         m_new = tl.maximum(m_i, x)
         l_i = l_i * tl.exp(m_i - m_new) + tl.exp(x - m_new)
         m_i = m_new
     key = tl.max(largest, axis=0)
     m = tl.max(m_i, axis=0)
-    lse = m + tl.log(tl.sum(l_i * tl.exp(m_i - m), axis=0))
+    total = tl.sum(l_i * tl.exp(m_i - m), axis=0)  # of exp(x - m)
+    lse = m + tl.log(total)
     if GREEDY:
         token = id_of_key(key, V, IB)
         tl.store(tokens_ptr + row, token)
-        tl.store(logprobs_ptr + row, tl.load(logits_ptr + row * V + token).to(tl.float32) - lse)
+        x = tl.load(logits_ptr + row * V + token).to(tl.float32)
+        tl.store(logprobs_ptr + row, x - lse)
     else:
         tl.store(largest_ptr + row, key)
         tl.store(lse_ptr + row, lse)
@@ -143,22 +172,34 @@ def sample_largest_kernel(
 
 @jit
 def sample_weights_kernel(
-    z_ptr, largest_ptr, weights_ptr,
+    z_ptr,  # (B, V): with the penalty
+    largest_ptr,  # (B,) int64
+    weights_ptr,  # (B, V) fp64, written
     TEMPERATURE: tl.constexpr, V: tl.constexpr, IB: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """BV of one row's weights (V,) fp64: the largest logit's is 1."""
+    """BV of one row's weights: the largest logit's is 1.
+
+    grid: (B, blocks of BV ids)
+    """
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BV + tl.arange(0, BV)
     z = tl.load(z_ptr + row * V + ids, mask=ids < V, other=0.0).to(tl.float64)
     likeliest = id_of_key(tl.load(largest_ptr + row), V, IB)
     z_max = tl.load(z_ptr + row * V + likeliest).to(tl.float64)
-    tl.store(weights_ptr + row * V + ids, tl.exp((z - z_max) / TEMPERATURE), mask=ids < V)
+    weights_ptrs = weights_ptr + row * V + ids
+    weights = tl.exp((z - z_max) / TEMPERATURE)
+    tl.store(weights_ptrs, weights, mask=ids < V)
 
 
 @jit(varying=("seed_key",))
 def sample_draw_kernel(
-    logits_ptr, z_ptr, weights_ptr, largest_ptr, lse_ptr, positions_ptr, samples_ptr,
-    row_keys_ptr, tokens_ptr, logprobs_ptr, seed_key,
+    logits_ptr,  # (B, V)
+    z_ptr,  # (B, V): with the penalty
+    weights_ptr,  # (B, V) fp64
+    largest_ptr, lse_ptr,  # (B,) int64 and fp32
+    positions_ptr, samples_ptr, row_keys_ptr,  # (B,) int64
+    tokens_ptr, logprobs_ptr,  # (B,) int64 and fp32, written
+    seed_key,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     V: tl.constexpr, IB: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +207,8 @@ def sample_draw_kernel(
 
     Keys in [low, end) are candidates: all at first, then top_k and top_p raise `low`. TOP_K 0 and
     TOP_P 1 keep all.
+
+    grid: (B,)
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * V
@@ -176,23 +219,27 @@ def sample_draw_kernel(
     one = tl.full((), 1.0, tl.float64)
     if TOP_K > 0:
         low = search_keys(
-            z_ptr, weights_ptr, low, end, one, one * TOP_K, True, False, 0.0, V, IB, BM, BV
-        )
+            z_ptr, weights_ptr, low, end, one, one * TOP_K,
+            COUNT=True, STRICT=False, MIN_P=0.0, V=V, IB=IB, BM=BM, BV=BV,
+        )  # fmt: skip
     if TOP_P < 1:
         low = search_keys(
-            z_ptr, weights_ptr, low, end, one * TOP_P, whole, False, False, 0.0, V, IB, BM, BV
-        )
-    u = uniform_triton(
-        seed_key,
-        tl.load(positions_ptr + row),
-        tl.load(samples_ptr + row),
-        tl.load(row_keys_ptr + row),
-    )
-    key = search_keys(z_ptr, weights_ptr, low, end, u, whole, False, True, MIN_P, V, IB, BM, BV)
+            z_ptr, weights_ptr, low, end, one * TOP_P, whole,
+            COUNT=False, STRICT=False, MIN_P=0.0, V=V, IB=IB, BM=BM, BV=BV,
+        )  # fmt: skip
+    position = tl.load(positions_ptr + row)
+    sample = tl.load(samples_ptr + row)
+    row_key = tl.load(row_keys_ptr + row)
+    u = uniform_triton(seed_key, position, sample, row_key)
+    key = search_keys(
+        z_ptr, weights_ptr, low, end, u, whole,
+        COUNT=False, STRICT=True, MIN_P=MIN_P, V=V, IB=IB, BM=BM, BV=BV,
+    )  # fmt: skip
     token = id_of_key(key, V, IB)
     x = tl.load(logits_ptr + row * V + token).to(tl.float32)
     tl.store(tokens_ptr + row, token)
-    tl.store(logprobs_ptr + row, x - tl.load(lse_ptr + row))
+    lse = tl.load(lse_ptr + row)
+    tl.store(logprobs_ptr + row, x - lse)
 
 
 # ---- launches
@@ -208,8 +255,9 @@ def _penalised(logits: Tensor, rows: SampleRows) -> Tensor:
     L = history.shape[1]
     z = logits.to(torch.float32, copy=True)
     config = tile_config("penalise_kernel", logits.device)
+    grid = (B, cdiv(L, config["BL"]))
     launch(
-        penalise_kernel, (B, cdiv(L, config["BL"])), logits, history, z, L,
+        penalise_kernel, grid, logits, history, z, L,
         PENALTY=rows.repetition_penalty, V=V, **config,
     )  # fmt: skip
     return z
@@ -219,9 +267,8 @@ def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
     """As `sample`: two launches if greedy, else four; one less without a penalty."""
     B, V = logits.shape
     columns = (rows.positions, rows.samples, rows.row_keys)
-    assert all(c.shape == (B,) for c in columns), (
-        f"logits {tuple(logits.shape)}, keys {[tuple(c.shape) for c in columns]}"
-    )
+    shapes = [tuple(column.shape) for column in columns]
+    assert shapes == [(B,)] * 3, f"logits {tuple(logits.shape)}, keys {shapes}"
     device = logits.device
     logits = logits.contiguous()
     z = _penalised(logits, rows)
@@ -240,16 +287,20 @@ def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
 
     weights = logits.new_empty(B, V, dtype=torch.float64)
     config = tile_config("sample_weights_kernel", device)
+    grid = (B, cdiv(V, config["BV"]))
     launch(
-        sample_weights_kernel, (B, cdiv(V, config["BV"])), z, largest, weights,
+        sample_weights_kernel, grid, z, largest, weights,
         TEMPERATURE=rows.temperature, **sizes, **config,
     )  # fmt: skip
-    positions, samples, row_keys = (c.contiguous() for c in columns)
+    positions = rows.positions.contiguous()
+    samples = rows.samples.contiguous()
+    row_keys = rows.row_keys.contiguous()
+    seed_key = signed64(mix("sample", rows.seed))
+    top_k = rows.top_k if rows.top_k < V else 0
     launch(
         sample_draw_kernel, (B,),
-        logits, z, weights, largest, lse, positions, samples, row_keys, tokens, logprobs,
-        signed64(mix("sample", rows.seed)),
-        TOP_K=rows.top_k if rows.top_k < V else 0, TOP_P=rows.top_p, MIN_P=rows.min_p,
+        logits, z, weights, largest, lse, positions, samples, row_keys, tokens, logprobs, seed_key,
+        TOP_K=top_k, TOP_P=rows.top_p, MIN_P=rows.min_p,
         **sizes, **tile_config("sample_draw_kernel", device),
     )  # fmt: skip
     return tokens, logprobs

@@ -62,23 +62,18 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("cached_extend_kernel", "if first >= new * N:", ">= new * N:"): EMPTY_TILE,
     (
         "load_queries",
-        "inside = (queries < new * N)[:, None] & (cols < D)[None, :]",
+        "inside = is_query[:, None] & (cols < D)[None, :]",
         "< D)[None, :]",
     ): "q's extra column meets a column of k that is zero",
     (
         "id_of_key",
-        "return tl.minimum((1 << IB) - 1 - (key & ((1 << IB) - 1)), V - 1)",
+        "return tl.minimum(LARGEST - lower, V - 1)",
         "- 1)",
     ): "the clamp guards memory against a key of no row; no input tried, NaN included, has one",
     ("lora_up_backward_kernel", "tl.assume(size > 0)", "> 0)"): "a hint to the compiler",
     (
-        "sample_largest_kernel",
-        "largest = tl.maximum(largest, tl.where(ids < V, order_keys(z, ids, IB), 0))",
-        "< V, order_keys(z, ids, IB), 0))",
-    ): "the lane after the row holds -inf and the highest id: id 0 comes before it",
-    (
         "search_keys",
-        "between = (key >= low) & (key < end)",
+        "between = (keys >= low) & (keys < end)",
         "< end)",
     ): "the interval shrinks by its marks alone where `end` is a key: only slower",
     (

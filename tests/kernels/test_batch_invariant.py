@@ -1,11 +1,10 @@
-"""Triton's kernels are batch-invariant, from their products to a sampled text.
+"""The Triton kernels are batch-invariant, from their products to a sampled text.
 
 In the interpreter without a GPU, on the GPU with one.
 """
 
 import dataclasses
 import math
-import operator
 
 import pytest
 import torch
@@ -39,12 +38,16 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def adapters(k, sizes, rank, dtype):
-    b = tuple(normal(n, rank, seed=n, dtype=dtype) if i != 1 else None for i, n in enumerate(sizes))
-    a = normal(rank * sum(v is not None for v in b), k, seed=9, dtype=dtype)
-    return LoraGroup(a, b, torch.zeros_like(a), b, sizes, rank, 0.75)
+    """Adapters on all modules of a group but the one with index 1."""
+    b = [normal(n, rank, seed=n, dtype=dtype) for n in sizes]
+    b[1] = None
+    adapted = len(sizes) - 1
+    a = normal(rank * adapted, k, seed=9, dtype=dtype)
+    return LoraGroup(a, tuple(b), torch.zeros_like(a), tuple(b), sizes, rank, 0.75)
 
 
 def product_of(form, k, sizes, dtype):
+    """x (rows, k) -> x W^T with W (sum of sizes, k): of the head, plain, or with adapters."""
     weight = normal(sum(sizes), k, seed=1, dtype=dtype)
     if form == "head":
         return lambda x: OPS.linear(x, weight)
@@ -56,7 +59,10 @@ def product_of(form, k, sizes, dtype):
 @pytest.mark.parametrize("form", ["head", "plain", "adapted"])
 def test_products_are_batch_invariant(form, dtype):
     """One row alone, and at the first, the last and any place among large and small rows."""
-    k, sizes = (4096, (4096, 1024, 1000)) if ON_GPU else (40, (24, 8, 9))
+    if ON_GPU:
+        k, sizes = 4096, (4096, 1024, 1000)
+    else:
+        k, sizes = 40, (24, 8, 9)
     product = product_of(form, k, sizes, dtype)
     row = normal(1, k, seed=2, dtype=dtype)
     others = normal(300, k, seed=3, dtype=dtype)
@@ -84,7 +90,7 @@ def test_a_product_does_not_depend_on_alignment_or_strides():
 
 @pytest.mark.skipif(ON_GPU, reason="an H100 adds up along K one by one, whatever BK")
 def test_another_tile_gives_other_bits():
-    """Or else fixing the tile would be worth nothing."""
+    """Otherwise there would be no reason to fix the tile."""
     x = normal(64, 96)
     fixed = tile_config.tile_config("lora_linear_kernel", torch.device(DEVICE), "fixed fp32")
     product = product_of("head", 96, (64,), torch.float32)
@@ -110,6 +116,7 @@ def model(tiny_llama_dir):
 
 
 def adapter(model):
+    """A bound adapter that changes the model's outputs."""
     lora = new_lora(model, rank=4, alpha=8, modules="qv", seed=3)
     with torch.no_grad():
         lora.params.add_(0.1 * normal(*lora.params.shape))
@@ -120,21 +127,31 @@ def adapter(model):
 def requests():
     """Two samples of one row, and prompts with a common beginning."""
     g = torch.Generator().manual_seed(1)
-    common = torch.randint(68, (9,), generator=g).tolist()
-    prompts = [common + torch.randint(68, (n,), generator=g).tolist() for n in (1, 6, 9)]
-    prompts.append(prompts[0][5:9])
-    made = [Request(f"q{i}", p, 4) for i, p in enumerate(prompts)]
-    return [*made, dataclasses.replace(made[2], sample=1)]
+
+    def random_ids(count):
+        return torch.randint(68, (count,), generator=g).tolist()
+
+    common = random_ids(9)
+    prompts = [common + random_ids(count) for count in (1, 6, 9)]
+    prompts.append(common[5:9])
+    first_samples = [Request(f"q{i}", prompt, 4) for i, prompt in enumerate(prompts)]
+    second_sample = dataclasses.replace(first_samples[2], sample=1)
+    return [*first_samples, second_sample]
 
 
 def texts(model, order, lora=None, drafts=None, **settings):
-    """(id, sample) -> tokens and log-probabilities."""
+    """((id, sample) -> tokens and log-probabilities, statistics of the sampler)."""
     config = SamplerConfig(page_size=8, temperature=0.8, top_p=0.95, invariant=True, **settings)
     drafts = drafts or {}
-    batch = [dataclasses.replace(r, draft_source=drafts.get((r.id, r.sample), ())) for r in order]
+    batch = []
+    for request in order:
+        draft = drafts.get((request.id, request.sample), ())
+        batch.append(dataclasses.replace(request, draft_source=draft))
+    done = {}
     with Sampler(model, lambda ids: "", (), config, lora) as sampler:
-        done = {(c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(batch)}
-    assert all(math.isfinite(p) for _, logprobs in done.values() for p in logprobs)
+        for completion in sampler.run(batch):
+            assert all(math.isfinite(p) for p in completion.logprobs)
+            done[completion.id, completion.sample] = (completion.ids, completion.logprobs)
     return done, sampler.stats
 
 
@@ -144,34 +161,41 @@ def test_sampled_texts_are_batch_invariant(model):
     batch = requests()
     before = dict(model.weights)
     together, _ = texts(model, batch, lora, rows=5, draft="off")
-    assert len({tuple(ids) for ids, _ in together.values()}) == 5
+    distinct = {tuple(ids) for ids, _ in together.values()}
+    assert len(distinct) == 5
     # references that hold for some tokens and then fail
     drafts = {key: [*ids[:2], 7, 7] for key, (ids, _) in together.items()}
-    turned, stats = texts(model, batch[::-1], lora, drafts, rows=2, draft="always")
-    assert turned == together and 0 < stats.accepted_tokens < stats.draft_tokens
+    drafted, stats = texts(model, batch[::-1], lora, drafts, rows=2, draft="always")
+    assert drafted == together
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
     chunked, _ = texts(model, batch[1:], lora, rows=3, draft="off", prefill_tokens=8, steps=2)
-    assert chunked == {key: together[key] for key in chunked} and len(chunked) == 4
+    assert len(chunked) == 4
+    assert chunked == {key: together[key] for key in chunked}
     for request in batch[2:4]:
-        single, _ = texts(model, [request], lora, rows=1, draft="off")
-        assert single == {key: together[key] for key in single}
-    assert texts(model, batch[:1], None, rows=1)[0] != {("q0", 0): together["q0", 0]}
+        alone, _ = texts(model, [request], lora, rows=1, draft="off")
+        assert alone == {key: together[key] for key in alone}
+    plain, _ = texts(model, batch[:1], None, rows=1)
+    assert plain != {("q0", 0): together["q0", 0]}, "the adapter changes nothing"
     assert all(model.weights[name] is weight for name, weight in before.items())
 
 
 def test_the_check_on_a_card_finds_a_product_that_depends_on_the_batch(model):
-    """`differing` runs before the first row is sampled: it finds nothing here, and must not miss a
-    product that depends on the number of rows."""
+    """`batch_dependences` runs before the first row is sampled: it finds nothing here, and must not
+    miss a product that depends on the number of rows."""
     ours, lora = for_sampling(model, adapter(model), invariant=True)
     ops = dataclasses.replace(ours.ops, sample=TORCH.sample)  # much faster in the interpreter
 
     def dependent(x, weight):
-        return OPS.linear(x, weight) * (1 + 2.0**-7 * (x.shape[0] > 1))
+        factor = 1 + 2.0**-7 if x.shape[0] > 1 else 1.0
+        return OPS.linear(x, weight) * factor
 
     differences = ["sequences beside one of 1 ", "sequences beside one of 11 ", "a prompt is cut"]
     for linear, expected in ((OPS.linear, []), (dependent, differences)):
         probed = Llama(model.config, model.weights, dataclasses.replace(ops, linear=linear))
         found = batch_dependences(probed, lora, 8, prompt_lengths=(1, 11), decoded=6)
-        assert len(found) == len(expected) and all(map(operator.contains, found, expected)), found
+        assert len(found) == len(expected), found
+        for finding, part in zip(found, expected, strict=True):
+            assert part in finding, found
 
 
 def test_invariant_is_refused_where_it_does_not_hold(tiny_llama_dir):
@@ -180,9 +204,9 @@ def test_invariant_is_refused_where_it_does_not_hold(tiny_llama_dir):
         model = Llama.from_pretrained(path, dtype=dtype, ops=ops)
         with pytest.raises(ValueError, match="invariant: rms_norm, rope, .*float32"):
             for_sampling(model, invariant=True)
-    one = dataclasses.replace(TRITON, swiglu_forward=TORCH.swiglu_forward)
+    with_torchs_swiglu = dataclasses.replace(TRITON, swiglu_forward=TORCH.swiglu_forward)
     with pytest.raises(ValueError, match="invariant: swiglu would run"):
-        invariant(one)
+        invariant(with_torchs_swiglu)
 
 
 def test_fp32_on_a_cpu_is_batch_invariant_without_the_flag(tiny_llama_dir, capsys):

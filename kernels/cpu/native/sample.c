@@ -1,8 +1,10 @@
-/* A token of each row of logits, and its log-probability. The mathematics stands in sampling.py:
-   the order is by falling z and, of equals, rising id; sums of probabilities run in that order, in
-   fp64. Where all tokens stay in, that takes a whole sort: by digits, which keeps equals in order.
+/* A token of each row of logits, and its log-probability. The mathematics is in
+   kernels/sampling/__init__.py: the order is by falling z and, of equals, rising id; sums of
+   probabilities run in that order, in fp64. Where top_k keeps more than FEW tokens, all of them are
+   sorted, by digits (a radix sort), which keeps equals in order.
 
-   z, logits (B, V)    u (B): the uniform numbers    B = rows, V = vocabulary */
+   logits (B, V)    z (B, V): with the repetition penalty    u (B): the uniform numbers
+   B = rows, V = vocabulary */
 
 #include <math.h>
 
@@ -23,31 +25,39 @@ INLINE uint32_t key_of(float z) {
     return bits >> 31 ? bits : ~bits & 0x7fffffff;
 }
 
-/* The n <= FEW first of the order */
+/* The first n <= FEW entries of the order, by insertion */
 static void first_few(const float *z, long V, entry *out, long n) {
     long have = 0;
     for (long id = 0; id < V; id++) {
-        if (have == n && !(z[id] > z[out[n - 1].id])) continue;
+        int full = have == n;
+        if (full && !(z[id] > z[out[n - 1].id])) continue;
+        if (!full) have++;
         entry e = {key_of(z[id]), id};
-        long at = have < n ? have++ : n - 1;
+        long at = have - 1; /* the last place: a full list loses what is there */
         for (; at && out[at - 1].key > e.key; at--) out[at] = out[at - 1];
         out[at] = e;
     }
 }
 
-/* All of the order; `other` is room as large */
+INLINE uint32_t digit(entry e, int shift) { return e.key >> shift & (BUCKETS - 1); }
+
+/* All V entries of the order, by a radix sort; `other` is room for as many */
 static void sorted(const float *z, long V, entry *out, entry *other) {
     entry *from = other, *to = out;
     for (long id = 0; id < V; id++) from[id] = (entry){key_of(z[id]), id};
     for (int shift = 0; shift < 32; shift += DIGIT) {
-        uint32_t place[BUCKETS] = {0}, sum = 0;
-        for (long i = 0; i < V; i++) place[from[i].key >> shift & (BUCKETS - 1)]++;
+        uint32_t place[BUCKETS] = {0}; /* first counts, then the next place of each digit */
+        for (long i = 0; i < V; i++) place[digit(from[i], shift)]++;
+        uint32_t before = 0;
         for (long b = 0; b < BUCKETS; b++) {
             uint32_t count = place[b];
-            place[b] = sum;
-            sum += count;
+            place[b] = before;
+            before += count;
         }
-        for (long i = 0; i < V; i++) to[place[from[i].key >> shift & (BUCKETS - 1)]++] = from[i];
+        for (long i = 0; i < V; i++) {
+            uint32_t at = place[digit(from[i], shift)]++;
+            to[at] = from[i];
+        }
         entry *swap = from;
         from = to;
         to = swap;
@@ -68,10 +78,10 @@ static long first_largest(const float *z, long V) {
     float best = largest_of(z, V);
     for (long id = 0; id < V; id++)
         if (z[id] == best) return id;
-    return 0; /* every one is NaN */
+    return 0; /* all are NaN */
 }
 
-/* log of the sum of e^z; vectors are added up in fp32 for a while only */
+/* The log of the sum of e^z. 64 vectors at a time are added up in fp32, those sums in fp64. */
 static float log_sum(const float *z, long V) {
     float best = largest_of(z, V);
     double total = 0;
@@ -87,13 +97,17 @@ static float log_sum(const float *z, long V) {
     return best + (float)log(total);
 }
 
-/* The token of a row by inverse CDF over what top_k, top_p and min_p leave; order[0 ... n) */
+/* The token of a row by inverse CDF over those of order[0 ... n) that top_p and min_p keep: these
+   are order[0 ... last], at least the first. */
 static long drawn(const float *z, const entry *order, double *cumulative, long n, double u,
                   double temperature, double top_p, double min_p) {
     double best = z[order[0].id], total = 0;
-    for (long i = 0; i < n; i++)
-        cumulative[i] = total += exp((z[order[i].id] - best) / temperature);
-    long last = top_p < 1 || min_p > 0 ? 0 : n - 1; /* of those that stay in; never none do */
+    for (long i = 0; i < n; i++) {
+        total += exp((z[order[i].id] - best) / temperature);
+        cumulative[i] = total;
+    }
+    long last = n - 1;
+    if (top_p < 1 || min_p > 0) last = 0;
     for (long i = 1; i < n && last == i - 1; i++) {
         double p = exp((z[order[i].id] - best) / temperature);
         if (cumulative[i] - p < top_p * total && p >= min_p) last = i;
@@ -109,25 +123,28 @@ typedef struct {
     const double *u;
     int64_t *tokens;
     float *logprobs;
-    long V, n, room; /* n: tokens that top_k leaves; room: entries of the order */
+    long V, n, room; /* n: tokens that top_k keeps; room: entries of the order */
     double temperature, top_p, min_p;
     long B;
 } draws;
 
 typedef struct { int64_t token; float logprob; } draw;
-#define HEAD 16 /* floats of a thread's memory in front of the order: its draw */
+#define HEAD 16 /* floats of a thread's memory before the order: there its draw is kept */
 
 static void compute_draw(worker *me, const void *what, long b) {
     const draws *a = what;
     const float *row = a->z + b * a->V, *logits = a->logits + b * a->V;
     draw *drew = (draw *)me->own;
     if (a->temperature > 0) {
-        entry *order = (entry *)(me->own + HEAD), *other = order + a->room;
-        double *cumulative = (double *)(a->n > FEW ? other + a->V : other);
-        if (a->n <= FEW)
+        entry *order = (entry *)(me->own + HEAD), *after = order + a->room;
+        double *cumulative;
+        if (a->n <= FEW) {
+            cumulative = (double *)after;
             first_few(row, a->V, order, a->n);
-        else
-            sorted(row, a->V, order, other);
+        } else {
+            cumulative = (double *)(after + a->V);
+            sorted(row, a->V, order, after);
+        }
         if (late(me)) return;
         drew->token = drawn(row, order, cumulative, a->n, a->u[b], a->temperature, a->top_p,
                             a->min_p);
@@ -152,8 +169,11 @@ static void all_draws(worker *me, const void *what) {
 /* 0, or -1 where memory could not be had. temperature 0 takes the largest; top_k 0 keeps all. */
 int sample(const float *logits, const float *z, const double *u, int64_t *tokens, float *logprobs,
            long B, long V, double temperature, long top_k, double top_p, double min_p) {
-    long n = top_k && top_k < V ? top_k : V, room = n <= FEW ? n : V, own = HEAD;
+    long n = top_k && top_k < V ? top_k : V;
+    int sorts = n > FEW;
+    long room = sorts ? V : n, other = sorts ? V : 0;
     draws a = {logits, z, u, tokens, logprobs, V, n, room, temperature, top_p, min_p, B};
-    if (temperature > 0) own += 2 * (room + (n > FEW ? V : 0) + n); /* entry and double: 2 floats */
+    long own = HEAD;
+    if (temperature > 0) own += 2 * (room + other + n); /* an entry or a double is 2 floats */
     return together(B <= 1, own, all_draws, &a);
 }
