@@ -145,8 +145,8 @@ def rope_kernel(
     x2 = tl.load(x2_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
     rotated1 = x1 * cos - x2 * sin
-    rotated2 = x2 * cos + x1 * sin
     tl.store(x1_ptr + offsets, rotated1.to(dtype), mask=mask)
+    rotated2 = x2 * cos + x1 * sin
     tl.store(x2_ptr + offsets, rotated2.to(dtype), mask=mask)
 
 

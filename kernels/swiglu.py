@@ -141,8 +141,9 @@ def swiglu_backward_kernel(
     up = tl.load(up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dh = tl.load(dh_ptr + dh_offsets, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
-    dsilu = s * (1 + gate * (1 - s))  # the slope of silu at gate
-    dgate = dh * up * dsilu
+    dsilu = dh * up
+    slope = s * (1 + gate * (1 - s))  # of silu at gate
+    dgate = dsilu * slope
     dup = dh * (gate * s)
     tl.store(dgate_ptr + offsets, dgate.to(dtype), mask=mask)
     tl.store(dup_ptr + offsets, dup.to(dtype), mask=mask)
