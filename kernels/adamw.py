@@ -240,7 +240,10 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     """Three steps with weight decay; a compute copy in bf16 where the masters are fp32."""
-    params, grads, m, v = i["params"], i["grads"], i["m"], i["v"]
+    params = i["params"]
+    grads = i["grads"]
+    m = i["m"]
+    v = i["v"]
     config = AdamW(weight_decay=0.1)
     compute_dtype = torch.bfloat16 if params.dtype == torch.float32 else params.dtype
     compute = torch.empty_like(params, dtype=compute_dtype)

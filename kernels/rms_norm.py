@@ -70,9 +70,17 @@ def add_rms_norm_reference_backward(
 # ---- torch
 
 
+def _check_shapes(x: Tensor, w: Tensor, residual: Tensor | None = None) -> None:
+    """AssertionError unless x is (T, D), w (D,) and residual (T, D)."""
+    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    assert residual is None or residual.shape == x.shape, (
+        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+    )
+
+
 def rms_norm_forward(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of each row of x (T, D): y (T, D) and rstd (T,)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    _check_shapes(x, w)
     x32 = x.to(accumulate_dtype(x.dtype))  # (T, D)
     mean_square = x32.square().mean(-1)  # (T,)
     rstd = mean_square.add_(eps).rsqrt_()
@@ -85,7 +93,7 @@ def add_rms_norm_forward(
     x: Tensor, residual: Tensor, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of h = x + residual: y (T, D), h (T, D), rstd (T,)."""
-    assert x.shape == residual.shape, f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+    _check_shapes(x, w, residual)
     h = x + residual
     y, rstd = rms_norm_forward(h, w, eps)
     return y, h, rstd
@@ -111,7 +119,7 @@ def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Te
 
 def rms_norm_forward_native(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm_forward`, in C (cpu/native/rowwise.c)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    _check_shapes(x, w)
     T, D = x.shape
     y = torch.empty_like(x)  # (T, D)
     rstd = torch.empty(T)
@@ -125,9 +133,7 @@ def add_rms_norm_forward_native(
     x: Tensor, residual: Tensor, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `add_rms_norm_forward`, in C, in one pass."""
-    assert x.shape == residual.shape and w.shape == x.shape[1:], (
-        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}, w {tuple(w.shape)}"
-    )
+    _check_shapes(x, w, residual)
     T, D = x.shape
     y = torch.empty_like(x)
     h = torch.empty_like(x)  # (T, D)
@@ -222,10 +228,7 @@ def _forward_triton(
     x: Tensor, residual: Tensor | None, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y (T, D), h (T, D) with a residual, rstd (T,)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
-    assert residual is None or residual.shape == x.shape, (
-        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
-    )
+    _check_shapes(x, w, residual)
     T, D = x.shape
     x = x.contiguous()
     w = w.contiguous()
@@ -307,7 +310,9 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    x, w, eps = i["x"], i["w"], i["eps"]
+    x = i["x"]
+    w = i["w"]
+    eps = i["eps"]
     y, rstd = ops.rms_norm_forward(x, w, eps)
     dx = ops.rms_norm_backward(i["dy"], x, w, rstd)
     y_add, h, rstd_add = ops.add_rms_norm_forward(x, i["residual"], w, eps)

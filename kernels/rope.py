@@ -115,6 +115,7 @@ def rope_kernel(
     """Rotates BH heads of BT tokens in place; INVERSE: by the opposite angle."""
     dtype = qkv_ptr.dtype.element_ty
     half: tl.constexpr = d // 2
+    row_width: tl.constexpr = (H + 2 * G) * d
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     cols = tl.arange(0, BD)  # of a half; heads of 80 or 96 leave some lanes idle
@@ -127,16 +128,16 @@ def rope_kernel(
     angle_offsets = positions[:, None] * d + cols[None, :]
     cos_ptr = cos_sin_ptr
     sin_ptr = cos_sin_ptr + half
-    cos = tl.load(cos_ptr + angle_offsets, mask=angle_mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle_offsets, mask=angle_mask, other=0.0).to(tl.float32)
-    cos = cos[:, None, :]  # (BT, 1, BD)
-    sin = sin[:, None, :]
+    cos = tl.load(cos_ptr + angle_offsets, mask=angle_mask, other=0.0)
+    cos = cos.to(tl.float32)[:, None, :]  # (BT, 1, BD)
+    sin = tl.load(sin_ptr + angle_offsets, mask=angle_mask, other=0.0)
+    sin = sin.to(tl.float32)[:, None, :]
     if INVERSE:
         sin = -sin
 
     # the two halves of every head
     mask = angle_mask[:, None, :] & head_mask[None, :, None]  # (BT, BH, BD)
-    row_starts = tokens.to(tl.int64)[:, None, None] * ((H + 2 * G) * d)
+    row_starts = tokens.to(tl.int64)[:, None, None] * row_width
     head_starts = row_starts + heads[None, :, None] * d
     offsets = head_starts + cols[None, None, :]  # (BT, BH, BD)
     x1_ptr = qkv_ptr

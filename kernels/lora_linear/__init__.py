@@ -73,7 +73,10 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     """Without adapters, with them, and with dropout; gradients on top of ones."""
-    x, weight, dy, group = i["x"], i["w"], i["dy"], i["group"]
+    x = i["x"]
+    dy = i["dy"]
+    weight = i["w"]
+    group = i["group"]
     y, _ = ops.lora_linear_forward(x, weight)
     dx = ops.lora_linear_backward(dy, x, weight)
     outputs = {"y_plain": y, "dx_plain": dx}
