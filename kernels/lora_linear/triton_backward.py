@@ -5,7 +5,7 @@
 2. lora_da_kernel           dA, in parts by chunk of tokens
 3. lora_reduce_kernel       adds the parts in their order: no atomics, the same bits in every run
 4. lora_dx_kernel           dx = dy W + mask * (dS A) in one pass
-Rank is padded and dropout drawn again as in triton_forward.py.
+Rank is padded and dropout masks are drawn as in triton_forward.py.
 tiles      shape classes as there; before them "drop" for dx with dropout on many tokens. The
            configuration `lora_linear_backward` names the form that the public function takes:
            kernels, or addmm, the torch form on the vendor's library
@@ -14,6 +14,7 @@ traffic    T (2K + 2N + 3R) + N K elements and the parts
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
 # BM = tokens of a tile, BN = its columns, BK = elements of a step, BR = ranks of a tile
+# N_i = outputs of member i, RANK = ranks of a member, parts = terms of a sum over tokens
 
 from __future__ import annotations
 
@@ -63,23 +64,23 @@ def lora_up_backward_kernel(
     tl.assume(size > 0)
     tokens = block * BM + tl.arange(0, BM)
     ranks = tl.arange(0, BR)
+    rows = tokens.to(tl.int64)[:, None]  # (BM, 1)
+    s_offsets = rows * R + (s_start + ranks)[None, :]
     token_mask = (tokens < T)[:, None]
     rank_mask = (ranks < RANK)[None, :]
-    rows = tokens.to(tl.int64)[:, None]  # (BM, 1)
-
-    s_offsets = rows * R + (s_start + ranks)[None, :]
     s_mask = token_mask & rank_mask
     s = tl.load(s_ptr + s_offsets, mask=s_mask, other=0.0)  # (BM, BR)
     b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
     # to the block's part, and in it to the member's rows
     part_ptr += block.to(tl.int64) * (N0 + N1 + N2) * RANK + start.to(tl.int64) * RANK
-    dy_rows = dy_ptr + rows * dy_stride  # (BM, 1) addresses
     ds = tl.zeros((BM, BR), tl.float32)
     for n in range(0, size, BN):
         cols = n + tl.arange(0, BN)
+        dy_rows = dy_ptr + rows * dy_stride  # (BM, 1) addresses
+        dy_at = dy_rows + (start + cols)[None, :]
         col_mask = cols < size
         dy_mask = token_mask & col_mask[None, :]
-        dy = tl.load(dy_rows + (start + cols)[None, :], mask=dy_mask, other=0.0)  # (BM, BN)
+        dy = tl.load(dy_at, mask=dy_mask, other=0.0)  # (BM, BN)
         b_offsets = cols.to(tl.int64)[:, None] * RANK + ranks[None, :]  # of B_i and of its part
         b_mask = col_mask[:, None] & rank_mask
         b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0)  # (BN, BR)
@@ -183,10 +184,10 @@ def dx_tile(
     pid_m, pid_n = tile_position(pid, tl.cdiv(T, BM), tl.cdiv(K, BN), GROUP)
     tokens = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
-    token_mask = tokens < T
-    col_mask = cols < K
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
+    token_mask = tokens < T
     safe_tokens = tl.where(token_mask, tokens, 0).to(tl.int64)
+    col_mask = cols < K
     safe_cols = tl.where(col_mask, cols, 0)
 
     # 1. dy W

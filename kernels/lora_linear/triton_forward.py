@@ -5,19 +5,20 @@ fused   one launch. One K loop with two accumulators: a tile of x is loaded once
 split   two launches: S first, then the K loop and S B^T on top of its accumulator
 addmm   the torch form, on the vendor's library
 With dropout the forward is always split: in the fused form every tile of columns would draw the
-whole mask again. Dropout is drawn again from its key wherever x^ is needed.
+whole mask. No mask is stored: kernels draw it from its key wherever they need x^.
 
-tiles of y An output tile never straddles two members. Rank is padded inside to a power of two, at
-           least 16.
-tiles      (configurations) shape classes: "fp32 r16" (padded rank), "fp32"; else "few r16" (at
-           most 64 tokens), "many r16", "few", "many". For lora_linear_kernel, where S is made in
-           the loop, "fused many r16" and so on come before them. The configuration
-           `lora_linear_forward` names the form that the public function takes.
+padding    An output tile never straddles two members. Rank is padded inside a kernel to a power of
+           two, at least 16.
+tiles      shape classes: "fp32 r16" (padded rank), "fp32"; else "few r16" (at most 64 tokens),
+           "many r16", "few", "many". For lora_linear_kernel, where S is made in the loop,
+           "fused many r16" and so on come before them. The configuration `lora_linear_forward`
+           names the form that the public function takes.
 traffic    T (K + N + 2R) + N K elements
 """
 
 # T = tokens, K = inputs, N = outputs of all members, R = ranks of all adapted members
 # BM = tokens of a tile, BN = columns of y of a tile, BK = inputs of a step, BR = ranks of a tile
+# N_i = outputs of member i, RANK = ranks of a member, pid = number of a program or tile
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.torch_form import lora_linear_forward
 from kernels.philox import Dropout, dropout_arguments, dropout_tile
 
-FEW = 64  # up to so many tokens, a product spends its time waiting for its weights
+FEW = 64  # up to so many tokens, the time of a product is that of reading its weights
 
 # ---- helpers compiled into the kernels
 
@@ -153,20 +154,20 @@ def linear_tile(
     pid_m, pid_n = tile_position(pid, tl.cdiv(T, BM), tiles01 + tiles2, GROUP)
     member = (pid_n >= tiles0).to(tl.int32) + (pid_n >= tiles01).to(tl.int32)
     first_tile = pick(member, 0, tiles0, tiles01)  # of the member
+    first_col = (pid_n - first_tile) * BN  # of the tile, counted within the member
     start = pick(member, 0, N0, N0 + N1)  # the member's first column of y, and row of w
     size = pick(member, N0, N1, N2)  # its columns
     s_start = pick(member, S0, S1, S2)  # its first column of S
-    first_col = (pid_n - first_tile) * BN  # of the tile, counted within the member
 
     # 2. The tokens, columns (counted within the member) and ranks of the tile.
     tokens = pid_m * BM + tl.arange(0, BM)
     cols = first_col + tl.arange(0, BN)
     ranks = tl.arange(0, BR)
-    token_mask = tokens < T
-    col_mask = cols < size
     rank_mask = ranks < tl.where(s_start >= 0, RANK, 0)  # none without an adapter
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
+    token_mask = tokens < T
     safe_tokens = tl.where(token_mask, tokens, 0).to(tl.int64)
+    col_mask = cols < size
     safe_cols = tl.where(col_mask, cols, 0)
     safe_w_rows = (start + safe_cols).to(tl.int64)
 
@@ -374,7 +375,7 @@ def _forward_kernels(
 def lora_linear_forward_fused_triton(
     x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `lora_linear_forward`, in one launch; with dropout two, or every tile would redraw it."""
+    """As `lora_linear_forward`, in one launch; with dropout in two (the split form)."""
     return _forward_kernels(x, weight, group, dropout, fused=dropout is None)
 
 
