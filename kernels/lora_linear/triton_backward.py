@@ -85,10 +85,12 @@ def lora_up_backward_kernel(
         b_mask = col_mask[:, None] & rank_mask
         b = tl.load(b_ptr + b_offsets, mask=b_mask, other=0.0)  # (BN, BR)
         ds = tl.dot(dy, b, ds, input_precision="ieee")
+        part_at = part_ptr + b_offsets
         db = tl.dot(dy.T, s, input_precision="ieee")  # (BN, BR), this block's part
-        tl.store(part_ptr + b_offsets, db, mask=b_mask)
+        tl.store(part_at, db, mask=b_mask)
+    ds_at = ds_ptr + s_offsets
     ds_scaled = (ds * scale).to(ds_ptr.dtype.element_ty)
-    tl.store(ds_ptr + s_offsets, ds_scaled, mask=s_mask)
+    tl.store(ds_at, ds_scaled, mask=s_mask)
 
 
 @jit(varying=("T", "key", "threshold"))
@@ -185,10 +187,8 @@ def dx_tile(
     tokens = pid_m * BM + tl.arange(0, BM)
     cols = pid_n * BN + tl.arange(0, BN)
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
-    token_mask = tokens < T
-    safe_tokens = tl.where(token_mask, tokens, 0).to(tl.int64)
-    col_mask = cols < K
-    safe_cols = tl.where(col_mask, cols, 0)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
+    safe_cols = tl.where(cols < K, cols, 0)
 
     # 1. dy W
     acc = tl.zeros((BM, BN), tl.float32)
@@ -220,7 +220,7 @@ def dx_tile(
             a_tile = tl.load(a + a_offsets, mask=rank_mask[:, None], other=0.0)
         low = tl.dot(ds_tile, a_tile, low, input_precision="ieee")
 
-    # 3. dx, the sum of both
+    # 3. dx, the sum of both (the mask is computed here: it is not kept in registers over the loop)
     dx = low
     if DROP:
         position = tl.load(position_ptr + safe_tokens)
@@ -229,7 +229,7 @@ def dx_tile(
         first_col = pid_n * BN
         mask = dropout_tile(position, row_key, step, key, first_col, threshold, BM, BN)
         dx = acc + low * mask
-    dx_mask = token_mask[:, None] & col_mask[None, :]
+    dx_mask = (tokens < T)[:, None] & (cols < K)[None, :]
     dx_offsets = tokens.to(tl.int64)[:, None] * K + cols[None, :]
     tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=dx_mask)
 

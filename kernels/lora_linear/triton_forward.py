@@ -165,10 +165,8 @@ def linear_tile(
     ranks = tl.arange(0, BR)
     rank_mask = ranks < tl.where(s_start >= 0, RANK, 0)  # none without an adapter
     # Lanes outside read token 0 and column 0 again, which needs no mask; they store nothing.
-    token_mask = tokens < T
-    safe_tokens = tl.where(token_mask, tokens, 0).to(tl.int64)
-    col_mask = cols < size
-    safe_cols = tl.where(col_mask, cols, 0)
+    safe_tokens = tl.where(tokens < T, tokens, 0).to(tl.int64)
+    safe_cols = tl.where(cols < size, cols, 0)
     safe_w_rows = (start + safe_cols).to(tl.int64)
 
     # 3. The product over K, and on the way S = x A^T.
@@ -193,11 +191,12 @@ def linear_tile(
             a = tl.load(a_ptr + a_offsets, mask=a_mask, other=0.0)  # (BR, BK)
             s_acc = tl.dot(x_tile, a.T, s_acc, input_precision="ieee")
 
-    # 4. The adapter: + s S_i B_i^T.
+    # 4. The adapter: + s S_i B_i^T. From here on masks are computed again, for one that is named
+    # above would be kept in registers over the loop.
     if RANK > 0:
         s_rows = s_ptr + tokens.to(tl.int64)[:, None] * R  # (BM, 1) addresses
         s_at = s_rows + (s_start + ranks)[None, :]
-        s_mask = token_mask[:, None] & rank_mask[None, :]
+        s_mask = (tokens < T)[:, None] & rank_mask[None, :]
         if FUSED:
             if first_col == 0:  # every tile of the member has made it; one writes it
                 tl.store(s_at, s_acc.to(s_ptr.dtype.element_ty), mask=s_mask)
@@ -205,7 +204,8 @@ def linear_tile(
         else:
             s = tl.load(s_at, mask=s_mask, other=0.0).to(tl.float32)
         b_ptr = pick_pointer(member, b0_ptr, b1_ptr, b2_ptr)
-        b_offsets = safe_cols.to(tl.int64)[:, None] * RANK + ranks[None, :]
+        b_rows = tl.where(cols < size, cols, 0).to(tl.int64)
+        b_offsets = b_rows[:, None] * RANK + ranks[None, :]
         b = tl.load(b_ptr + b_offsets, mask=rank_mask[None, :], other=0.0)  # (BN, BR)
         s_scaled = (s * scale).to(b.dtype)
         acc = tl.dot(s_scaled, b.T, acc, input_precision="ieee")
@@ -213,7 +213,7 @@ def linear_tile(
     # 5. The result.
     y_rows = tokens.to(tl.int64)[:, None] * (N0 + N1 + N2)
     y_offsets = y_rows + (start + cols)[None, :]
-    y_mask = token_mask[:, None] & col_mask[None, :]
+    y_mask = (tokens < T)[:, None] & (cols < size)[None, :]
     tl.store(y_ptr + y_offsets, acc.to(y_ptr.dtype.element_ty), mask=y_mask)
 
 
