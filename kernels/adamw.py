@@ -148,8 +148,9 @@ def adamw_kernel(
     # b x + (1 - b) y as x + (1 - b)(y - x): fp32(0.999) is off by 1.3e-5 of 1 - 0.999
     m += one_minus_beta1 * (g - m)
     v += one_minus_beta2 * (g * g - v)
-    denominator = tl.sqrt(v / correction2) + eps
-    update = (m / correction1) / denominator
+    m_hat = m / correction1
+    v_hat = v / correction2
+    update = m_hat / (tl.sqrt(v_hat) + eps)
     step = lr * (update + weight_decay * p)
     p = (p - step).to(params_ptr.dtype.element_ty)
 
