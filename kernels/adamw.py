@@ -65,7 +65,8 @@ def adamw_reference_(
     m64 = config.beta1 * m.double() + (1 - config.beta1) * g
     v64 = config.beta2 * v.double() + (1 - config.beta2) * g * g
     decayed = params.double() * (1 - lr * config.weight_decay)
-    update = (m64 / correction1) / ((v64 / correction2).sqrt() + config.eps)
+    denominator = (v64 / correction2).sqrt() + config.eps
+    update = (m64 / correction1) / denominator
     m.copy_(m64)
     v.copy_(v64)
     params.copy_(decayed - lr * update)
@@ -101,7 +102,8 @@ def adamw_(
     denominator = (v / correction2).sqrt_().add_(config.eps)
     if config.weight_decay:
         params.mul_(1 - lr * config.weight_decay)
-    params.sub_((m / correction1).mul_(lr).div_(denominator))
+    update = (m / correction1).mul_(lr).div_(denominator)
+    params.sub_(update)
     if compute is not None:
         compute.copy_(params)
 
@@ -116,48 +118,68 @@ def grad_norm(grads: Tensor) -> Tensor:
 
 @jit
 def adamw_kernel(
-    params_ptr, grads_ptr, m_ptr, v_ptr, compute_ptr, scalars_ptr, P,
-    one_minus_beta1, one_minus_beta2, eps, weight_decay, COPY: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
+    params_ptr,  # (P,)
+    grads_ptr,  # (P,)
+    m_ptr,  # (P,)
+    v_ptr,  # (P,)
+    compute_ptr,  # (P,), written if COPY
+    scalars_ptr,  # (4,) fp64
+    P,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    COPY: tl.constexpr,
+    BP: tl.constexpr,
+):
     """One step of BP parameters; COPY: the compute-dtype copy too."""
-    at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    inside = at < P
+    offsets = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    mask = offsets < P
     lr = tl.load(scalars_ptr).to(tl.float32)
     correction1 = tl.load(scalars_ptr + 1).to(tl.float32)
     correction2 = tl.load(scalars_ptr + 2).to(tl.float32)
     scale = tl.load(scalars_ptr + 3).to(tl.float32)
-    p = tl.load(params_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32) * scale
-    m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(params_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grads_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    g = grad * scale
+    m = tl.load(m_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
     # b x + (1 - b) y as x + (1 - b)(y - x): fp32(0.999) is off by 1.3e-5 of 1 - 0.999
     m += one_minus_beta1 * (g - m)
     v += one_minus_beta2 * (g * g - v)
-    update = (m / correction1) / (tl.sqrt(v / correction2) + eps)
-    p = (p - lr * (update + weight_decay * p)).to(params_ptr.dtype.element_ty)
-    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=inside)
-    tl.store(params_ptr + at, p, mask=inside)
+    m_hat = m / correction1
+    v_hat = v / correction2
+    update = m_hat / (tl.sqrt(v_hat) + eps)
+    step = lr * (update + weight_decay * p)
+    p = (p - step).to(params_ptr.dtype.element_ty)
+
+    tl.store(m_ptr + offsets, m.to(m_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + offsets, v.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(params_ptr + offsets, p, mask=mask)
     if COPY:
-        tl.store(compute_ptr + at, p.to(compute_ptr.dtype.element_ty), mask=inside)
+        tl.store(compute_ptr + offsets, p.to(compute_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def sum_of_squares_kernel(x_ptr, sums_ptr, P, BP: tl.constexpr):
-    """The sum of BP squares, in fp64."""
-    at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
-    x = tl.load(x_ptr + at, mask=at < P, other=0.0).to(tl.float64)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(x * x, axis=0))
+    """sums[program] = the sum of BP squares of x (P,), in fp64."""
+    program = tl.program_id(0)
+    offsets = program.to(tl.int64) * BP + tl.arange(0, BP)
+    x = tl.load(x_ptr + offsets, mask=offsets < P, other=0.0).to(tl.float64)
+    total = tl.sum(x * x, axis=0)
+    tl.store(sums_ptr + program, total)
 
 
 @jit
 def root_of_sum_kernel(sums_ptr, norm_ptr, P, BP: tl.constexpr):
-    """The root of the sum of P partial sums, by one program: BP lanes, then one number."""
-    total = tl.zeros((BP,), tl.float64)
+    """norm () = the root of the sum of P partial sums (P,), by one program: BP lanes, then one."""
+    lane_totals = tl.zeros((BP,), tl.float64)
     for start in range(0, P, BP):
-        at = start + tl.arange(0, BP)
-        total += tl.load(sums_ptr + at, mask=at < P, other=0.0)
-    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)))
+        offsets = start + tl.arange(0, BP)
+        lane_totals += tl.load(sums_ptr + offsets, mask=offsets < P, other=0.0)
+    total = tl.sum(lane_totals, axis=0)
+    tl.store(norm_ptr, tl.sqrt(total))
 
 
 def adamw_triton_(
@@ -178,12 +200,14 @@ def adamw_triton_(
     )
     assert scalars.shape == (4,) and scalars.is_contiguous(), f"scalars {tuple(scalars.shape)}"
     P = params.numel()
-    blocks = tile_config("adamw_kernel", params.device)
+    tiles = tile_config("adamw_kernel", params.device)
+    grid = (cdiv(P, tiles["BP"]),)
+    one_minus_beta1 = 1 - config.beta1
+    one_minus_beta2 = 1 - config.beta2
     launch(
-        adamw_kernel, (cdiv(P, blocks["BP"]),),
-        params, grads, m, v, compute, scalars, P,
-        1 - config.beta1, 1 - config.beta2, config.eps, config.weight_decay,
-        COPY=compute is not None, **blocks,
+        adamw_kernel, grid, params, grads, m, v, compute, scalars, P,
+        one_minus_beta1, one_minus_beta2, config.eps, config.weight_decay,
+        COPY=compute is not None, **tiles,
     )  # fmt: skip
 
 
@@ -191,13 +215,15 @@ def grad_norm_triton(grads: Tensor) -> Tensor:
     """As `grad_norm`, in two launches."""
     grads = grads.contiguous()
     P = grads.numel()
-    config = tile_config("sum_of_squares_kernel", grads.device)
-    programs = 16 * cdiv(P, 16 * config["BP"])  # so that the second launch reads whole vectors
+    tiles = tile_config("sum_of_squares_kernel", grads.device)
+    # a multiple of 16, so that the second launch reads whole vectors
+    programs = 16 * cdiv(P, 16 * tiles["BP"])
     sums = grads.new_empty(programs, dtype=torch.float64)
+    launch(sum_of_squares_kernel, (programs,), grads, sums, P, **tiles)
+
+    tiles = tile_config("root_of_sum_kernel", grads.device)
     norm = grads.new_empty((), dtype=torch.float64)
-    launch(sum_of_squares_kernel, (programs,), grads, sums, P, **config)
-    config = tile_config("root_of_sum_kernel", grads.device)
-    launch(root_of_sum_kernel, (1,), sums, norm, programs, **config)
+    launch(root_of_sum_kernel, (1,), sums, norm, programs, **tiles)
     return norm
 
 
@@ -206,20 +232,27 @@ def grad_norm_triton(grads: Tensor) -> Tensor:
 
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     """Shape: P."""
-    params, grads, m, v = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4))
-    return {"params": params, "grads": grads, "m": m, "v": v.square()}
+    inputs = {}
+    for name in ("params", "grads", "m", "v"):
+        inputs[name] = torch.randn(shape, generator=g, dtype=torch.float64)
+    inputs["v"] = inputs["v"].square()
+    return inputs
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
+    """Three steps with weight decay; a compute copy in bf16 where the masters are fp32."""
+    params = i["params"]
+    grads = i["grads"]
+    m = i["m"]
+    v = i["v"]
     config = AdamW(weight_decay=0.1)
-    master_dtype = i["params"].dtype
-    compute_dtype = torch.bfloat16 if master_dtype == torch.float32 else master_dtype
-    compute = torch.empty_like(i["params"], dtype=compute_dtype)
-    norm = ops.grad_norm(i["grads"])
+    compute_dtype = torch.bfloat16 if params.dtype == torch.float32 else params.dtype
+    compute = torch.empty_like(params, dtype=compute_dtype)
+    norm = ops.grad_norm(grads)
     for step in (1, 2, 3):
-        scalars = config.scalars(1e-2, step, 0.5, i["params"].device)
-        ops.adamw_(i["params"], i["grads"], i["m"], i["v"], scalars, config, compute)
-    return {"params": i["params"], "m": i["m"], "v": i["v"], "compute": compute, "norm": norm}
+        scalars = config.scalars(1e-2, step, 0.5, params.device)
+        ops.adamw_(params, grads, m, v, scalars, config, compute)
+    return {"params": params, "m": m, "v": v, "compute": compute, "norm": norm}
 
 
 SPEC = Spec(

@@ -51,11 +51,14 @@ def philox4x32(
     k1 = key >> 32
     for _ in range(_ROUNDS):
         # the int64 product wraps, yet bits 32..63 are right once the sign extension is masked off
-        p0 = c0 * _MULTIPLIERS[0]
-        p1 = c2 * _MULTIPLIERS[1]
-        hi0, lo0 = (p0 >> 32) & MASK32, p0 & MASK32
-        hi1, lo1 = (p1 >> 32) & MASK32, p1 & MASK32
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        high0 = (product0 >> 32) & MASK32
+        high1 = (product1 >> 32) & MASK32
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = product1 & MASK32
+        c3 = product0 & MASK32
         k0 = (k0 + _WEYL[0]) & MASK32
         k1 = (k1 + _WEYL[1]) & MASK32
     return c0, c1, c2, c3
@@ -63,17 +66,21 @@ def philox4x32(
 
 def uniform(positions: Tensor, samples: Tensor, row_keys: Tensor, seed: int) -> Tensor:
     """One fp64 uniform in (0, 1) per row: positions, samples, row_keys (B,) int64 (64-bit keys)."""
-    counter = (positions, samples, row_keys & MASK32, (row_keys >> 32) & MASK32)
-    word = philox4x32(counter, mix("sample", seed))[0]
+    row_low = row_keys & MASK32
+    row_high = (row_keys >> 32) & MASK32
+    counter = (positions, samples, row_low, row_high)
+    word, _, _, _ = philox4x32(counter, mix("sample", seed))  # (B,)
     return (word.to(torch.float64) + 0.5) / 2**32
 
 
 @jit
 def uniform_triton(key, position, sample, row_key):
     """`uniform` inside a kernel: int64 in, fp64 out. `key` is signed64(mix("sample", seed))."""
-    low = row_key.to(tl.uint32)
-    high = (row_key >> 32).to(tl.uint32)
-    word, _, _, _ = tl.philox(key, position.to(tl.uint32), sample.to(tl.uint32), low, high)
+    c0 = position.to(tl.uint32)
+    c1 = sample.to(tl.uint32)
+    c2 = row_key.to(tl.uint32)
+    c3 = (row_key >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(key, c0, c1, c2, c3)
     return (word.to(tl.float64) + 0.5) / 4294967296.0
 
 
@@ -97,14 +104,19 @@ class Dropout:
     def mask(self, columns: int, dtype: torch.dtype) -> Tensor:
         """(T, columns): 0 where dropped, 1 / (1 - p) elsewhere."""
         threshold = self.threshold
-        blocks = torch.arange(cdiv(columns, 8), device=self.positions.device)
-        words = philox4x32(
-            (blocks[None, :], self.positions[:, None], self.row_keys[:, None], self.step), self.key
-        )  # four of (T, blocks)
-        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        blocks = torch.arange(cdiv(columns, 8), device=self.positions.device)  # of 8 columns
+        positions = self.positions[:, None]  # (T, 1)
+        row_keys = self.row_keys[:, None]  # (T, 1)
+        counter = (blocks[None, :], positions, row_keys, self.step)
+        words = philox4x32(counter, self.key)  # four of (T, blocks)
+        halves = []  # eight of (T, blocks), 16 bits each
+        for word in words:
+            halves.append(word & 0xFFFF)
+            halves.append(word >> 16)
         lanes = torch.stack(halves, dim=-1).flatten(1)  # (T, 8 blocks)
         kept = lanes[:, :columns] >= threshold
-        return kept.to(dtype) * (65536 / (65536 - threshold))
+        scale = 65536 / (65536 - threshold)  # 1 / (1 - p)
+        return kept.to(dtype) * scale
 
 
 def dropout_arguments(dropout: Dropout | None) -> tuple:
@@ -120,20 +132,32 @@ def dropout_arguments(dropout: Dropout | None) -> tuple:
 
 @jit
 def dropout_tile(
-    position, row_key, step, key, first_column, threshold, BM: tl.constexpr, BK: tl.constexpr
+    position,  # (BM,) int64
+    row_key,  # (BM,) int64
+    step,  # () int64
+    key,  # signed64(Dropout.key)
+    first_column,
+    threshold,  # Dropout.threshold
+    BM: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """Dropout.mask for a tile whose first column is a multiple of 8: (BM, BK) fp32.
-
-    position, row_key (BM,); step (); key: signed64(Dropout.key); threshold: Dropout.threshold.
-    """
+    """Dropout.mask for a tile whose first column is a multiple of 8: (BM, BK) fp32."""
     block = first_column // 8 + tl.arange(0, BK // 8)
+
+    # the counter of every block of 8 columns, (BM, BK / 8)
     zero = tl.zeros((BM, BK // 8), tl.uint32)
-    w0, w1, w2, w3 = tl.philox(
-        key, zero + block[None, :].to(tl.uint32), zero + position[:, None].to(tl.uint32),
-        zero + row_key[:, None].to(tl.uint32), zero + step.to(tl.uint32),
-    )  # fmt: skip
+    c0 = zero + block[None, :].to(tl.uint32)
+    c1 = zero + position[:, None].to(tl.uint32)
+    c2 = zero + row_key[:, None].to(tl.uint32)
+    c3 = zero + step.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, c2, c3)
+
     # Lane 2 i + half of a block is that half of word i: the last joins vary fastest.
-    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    low02 = tl.join(w0 & 0xFFFF, w2 & 0xFFFF)  # (BM, BK / 8, 2)
+    low13 = tl.join(w1 & 0xFFFF, w3 & 0xFFFF)
+    high02 = tl.join(w0 >> 16, w2 >> 16)
+    high13 = tl.join(w1 >> 16, w3 >> 16)
+    low = tl.join(low02, low13)  # (BM, BK / 8, 2, 2)
+    high = tl.join(high02, high13)
     lanes = tl.reshape(tl.join(low, high), (BM, BK))
     return tl.where(lanes >= threshold, 65536.0 / (65536 - threshold), 0.0)

@@ -31,9 +31,11 @@ from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 def rms_norm_reference(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (T, D) and rstd (T,); differentiable."""
-    x32 = x.to(accumulate_dtype(x.dtype))
-    rstd = torch.rsqrt(x32.pow(2).mean(-1) + eps)
-    return (x32 * rstd[:, None]).to(x.dtype) * w, rstd
+    x32 = x.to(accumulate_dtype(x.dtype))  # (T, D)
+    mean_square = x32.pow(2).mean(-1)  # (T,)
+    rstd = torch.rsqrt(mean_square + eps)
+    x_hat = (x32 * rstd[:, None]).to(x.dtype)  # (T, D)
+    return x_hat * w, rstd
 
 
 def add_rms_norm_reference(
@@ -47,13 +49,15 @@ def add_rms_norm_reference(
 
 def rms_norm_reference_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """By autograd; eps is recovered from rstd, so that the pair's signatures agree."""
-    eps = rstd.pow(-2) - x.to(rstd.dtype).pow(2).mean(-1)
+    mean_square = x.to(rstd.dtype).pow(2).mean(-1)  # (T,)
+    eps = rstd.pow(-2) - mean_square  # (T,): up to rounding, eps for every token
 
-    def normed(x: Tensor) -> Tensor:
-        x32 = x.to(rstd.dtype)
-        return (x32 * torch.rsqrt(x32.pow(2).mean(-1) + eps)[:, None]).to(x.dtype) * w
+    def forward(x: Tensor) -> Tensor:
+        y, _ = rms_norm_reference(x, w, eps)
+        return y
 
-    return autograd(normed, (x,), dy)[0]
+    (dx,) = autograd(forward, (x,), dy)
+    return dx
 
 
 def add_rms_norm_reference_backward(
@@ -66,19 +70,30 @@ def add_rms_norm_reference_backward(
 # ---- torch
 
 
+def _check_shapes(x: Tensor, w: Tensor, residual: Tensor | None = None) -> None:
+    """AssertionError unless x is (T, D), w (D,) and residual (T, D)."""
+    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    assert residual is None or residual.shape == x.shape, (
+        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+    )
+
+
 def rms_norm_forward(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of each row of x (T, D): y (T, D) and rstd (T,)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
-    x32 = x.to(accumulate_dtype(x.dtype))
-    rstd = x32.square().mean(-1).add_(eps).rsqrt_()
-    return (x32 * rstd[:, None]).to(x.dtype).mul_(w), rstd
+    _check_shapes(x, w)
+    x32 = x.to(accumulate_dtype(x.dtype))  # (T, D)
+    mean_square = x32.square().mean(-1)  # (T,)
+    rstd = mean_square.add_(eps).rsqrt_()
+    x_hat = (x32 * rstd[:, None]).to(x.dtype)  # (T, D)
+    y = x_hat.mul_(w)
+    return y, rstd
 
 
 def add_rms_norm_forward(
     x: Tensor, residual: Tensor, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm of h = x + residual: y (T, D), h (T, D), rstd (T,)."""
-    assert x.shape == residual.shape, f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
+    _check_shapes(x, w, residual)
     h = x + residual
     y, rstd = rms_norm_forward(h, w, eps)
     return y, h, rstd
@@ -87,9 +102,11 @@ def add_rms_norm_forward(
 def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     """dx (T, D) of RMSNorm."""
     g = dy.to(rstd.dtype) * w  # (T, D)
-    x32 = x.to(rstd.dtype)
-    projection = (g * x32).mean(-1).mul_(rstd.pow(3)).neg_()  # (T,): -r^3 mean(g x)
-    return g.mul_(rstd[:, None]).addcmul_(x32, projection[:, None]).to(x.dtype)
+    x32 = x.to(rstd.dtype)  # (T, D)
+    mean_gx = (g * x32).mean(-1)  # (T,)
+    projection = mean_gx.mul_(rstd.pow(3)).neg_()  # (T,): -r^3 mean(g x)
+    dx = g.mul_(rstd[:, None]).addcmul_(x32, projection[:, None])  # r g - r^3 mean(g x) x
+    return dx.to(x.dtype)
 
 
 def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
@@ -102,12 +119,13 @@ def add_rms_norm_backward(dy: Tensor, dh: Tensor, h: Tensor, w: Tensor, rstd: Te
 
 def rms_norm_forward_native(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm_forward`, in C (cpu/native/rowwise.c)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
+    _check_shapes(x, w)
     T, D = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x)  # (T, D)
     rstd = torch.empty(T)
-    no_residual = no_h = None
-    library().rms_norm(at(x), no_residual, at(w), y.data_ptr(), no_h, rstd.data_ptr(), T, D, eps)
+    no_residual = None
+    no_h = None
+    library().rms_norm(at(x), no_residual, at(w), at(y), no_h, at(rstd), T, D, eps)
     return y, rstd
 
 
@@ -115,16 +133,12 @@ def add_rms_norm_forward_native(
     x: Tensor, residual: Tensor, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `add_rms_norm_forward`, in C, in one pass."""
-    assert x.shape == residual.shape and w.shape == x.shape[1:], (
-        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}, w {tuple(w.shape)}"
-    )
+    _check_shapes(x, w, residual)
     T, D = x.shape
     y = torch.empty_like(x)
-    h = torch.empty_like(x)
+    h = torch.empty_like(x)  # (T, D)
     rstd = torch.empty(T)
-    library().rms_norm(
-        at(x), at(residual), at(w), y.data_ptr(), h.data_ptr(), rstd.data_ptr(), T, D, eps
-    )
+    library().rms_norm(at(x), at(residual), at(w), at(y), at(h), at(rstd), T, D, eps)
     return y, h, rstd
 
 
@@ -133,76 +147,104 @@ def add_rms_norm_forward_native(
 
 @jit(varying=("T",))
 def rms_norm_forward_kernel(
-    x_ptr, residual_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, T, eps,
-    ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # (T, D)
+    residual_ptr,  # (T, D), read if ADD
+    w_ptr,  # (D,)
+    y_ptr,  # (T, D)
+    h_ptr,  # (T, D), written if ADD
+    rstd_ptr,  # (T,) fp32
+    T,
+    eps,
+    ADD: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+):
     """y and rstd of BT tokens; ADD: of h = x + residual, which is written too."""
+    dtype = x_ptr.dtype.element_ty
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
-    inside = (tokens < T)[:, None] & (cols < D)[None, :]
-    at = tokens.to(tl.int64)[:, None] * D + cols[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BT, BD)
+    token_mask = tokens < T
+    col_mask = cols < D
+    mask = token_mask[:, None] & col_mask[None, :]  # (BT, BD)
+    row_starts = tokens.to(tl.int64)[:, None] * D
+    offsets = row_starts + cols[None, :]  # (BT, BD)
+
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     if ADD:
-        residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
-        tl.store(h_ptr + at, x, mask=inside)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        h = x.to(tl.float32) + residual.to(tl.float32)
+        x = h.to(dtype)
+        tl.store(h_ptr + offsets, x, mask=mask)
+
     x32 = x.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=1) / D + eps)  # (BT,)
-    x_hat = (x32 * rstd[:, None]).to(x_ptr.dtype.element_ty)
-    w = tl.load(w_ptr + cols, mask=cols < D, other=0.0)
+    mean_square = tl.sum(x32 * x32, axis=1) / D  # (BT,)
+    rstd = tl.rsqrt(mean_square + eps)
+    x_hat = (x32 * rstd[:, None]).to(dtype)
+    w = tl.load(w_ptr + cols, mask=col_mask, other=0.0)  # (BD,)
     y = x_hat.to(tl.float32) * w.to(tl.float32)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(rstd_ptr + tokens, rstd, mask=tokens < T)
+    tl.store(y_ptr + offsets, y.to(dtype), mask=mask)
+    tl.store(rstd_ptr + tokens, rstd, mask=token_mask)
 
 
 @jit(varying=("T",))
 def rms_norm_backward_kernel(
-    dy_ptr, dh_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, T,
-    ADD: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,  # (T, D)
+    dh_ptr,  # (T, D), read if ADD
+    x_ptr,  # (T, D)
+    w_ptr,  # (D,)
+    rstd_ptr,  # (T,) fp32
+    dx_ptr,  # (T, D)
+    T,
+    ADD: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BT: tl.constexpr,
+):
     """dx of BT tokens; ADD: plus dh, the gradient that reaches h past the norm."""
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     cols = tl.arange(0, BD)
-    inside = (tokens < T)[:, None] & (cols < D)[None, :]
-    at = tokens.to(tl.int64)[:, None] * D + cols[None, :]
-    w = tl.load(w_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + tokens, mask=tokens < T, other=0.0)[:, None]
-    x_hat = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd  # (BT, BD)
-    g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32) * w[None, :]
+    token_mask = tokens < T
+    col_mask = cols < D
+    mask = token_mask[:, None] & col_mask[None, :]  # (BT, BD)
+    row_starts = tokens.to(tl.int64)[:, None] * D
+    offsets = row_starts + cols[None, :]  # (BT, BD)
+
+    w = tl.load(w_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)  # (BD,)
+    rstd = tl.load(rstd_ptr + tokens, mask=token_mask, other=0.0)[:, None]  # (BT, 1)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # (BT, BD)
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+    x_hat = x * rstd
+    g = dy * w[None, :]
     projection = tl.sum(g * x_hat, axis=1) / D  # (BT,)
     dx = rstd * (g - x_hat * projection[:, None])
     if ADD:
-        dx += tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-def _launch_by_tokens(kernel, x: Tensor, *args, **constants) -> None:
-    """One program per BT tokens of x (T, D)."""
-    T, D = x.shape
-    BD = power_of_two(D)
-    config = tile_config(kernel.__name__, x.device, f"D{BD}")
-    launch(kernel, (cdiv(T, config["BT"]),), *args, D=D, BD=BD, **constants, **config)
+        dx += tl.load(dh_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 def _forward_triton(
     x: Tensor, residual: Tensor | None, w: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y (T, D), h (T, D) with a residual, rstd (T,)."""
-    assert x.dim() == 2 and w.shape == x.shape[1:], f"x {tuple(x.shape)}, w {tuple(w.shape)}"
-    assert residual is None or residual.shape == x.shape, (
-        f"x {tuple(x.shape)}, residual {tuple(residual.shape)}"
-    )
-    T = x.shape[0]
+    _check_shapes(x, w, residual)
+    T, D = x.shape
     x = x.contiguous()
     w = w.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x)  # (T, D)
     rstd = x.new_empty(T, dtype=torch.float32)
     h = None
     if residual is not None:
         residual = residual.contiguous()
-        h = torch.empty_like(x)
-    args = (x, residual, w, y, h, rstd, T, eps)
-    _launch_by_tokens(rms_norm_forward_kernel, x, *args, ADD=h is not None)
+        h = torch.empty_like(x)  # (T, D)
+    BD = power_of_two(D)
+    config = tile_config("rms_norm_forward_kernel", x.device, f"D{BD}")
+    grid = (cdiv(T, config["BT"]),)
+    launch(
+        rms_norm_forward_kernel, grid, x, residual, w, y, h, rstd, T, eps,
+        ADD=residual is not None, D=D, BD=BD, **config,
+    )  # fmt: skip
     return y, h, rstd
 
 
@@ -224,14 +266,20 @@ def _backward_triton(dy: Tensor, dh: Tensor | None, x: Tensor, w: Tensor, rstd: 
     assert dy.shape == x.shape and rstd.shape == x.shape[:1], (
         f"dy {tuple(dy.shape)}, x {tuple(x.shape)}, rstd {tuple(rstd.shape)}"
     )
+    T, D = x.shape
     dy = dy.contiguous()
     x = x.contiguous()
     w = w.contiguous()
     if dh is not None:
         dh = dh.contiguous()
-    dx = torch.empty_like(x)
-    args = (dy, dh, x, w, rstd, dx, x.shape[0])
-    _launch_by_tokens(rms_norm_backward_kernel, x, *args, ADD=dh is not None)
+    dx = torch.empty_like(x)  # (T, D)
+    BD = power_of_two(D)
+    config = tile_config("rms_norm_backward_kernel", x.device, f"D{BD}")
+    grid = (cdiv(T, config["BT"]),)
+    launch(
+        rms_norm_backward_kernel, grid, dy, dh, x, w, rstd, dx, T,
+        ADD=dh is not None, D=D, BD=BD, **config,
+    )  # fmt: skip
     return dx
 
 
@@ -253,19 +301,22 @@ def add_rms_norm_backward_triton(
 def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     """Shape: T, D."""
     T, D = shape
-    inputs = {
-        name: torch.randn(T, D, generator=g, dtype=torch.float64)
-        for name in ("x", "residual", "dy", "dh")
-    }
-    w = torch.rand(D, generator=g, dtype=torch.float64) + 0.5
-    return inputs | {"w": w, "eps": 1e-5}
+    inputs: dict[str, Tensor | float] = {}
+    for name in ("x", "residual", "dy", "dh"):
+        inputs[name] = torch.randn(T, D, generator=g, dtype=torch.float64)
+    inputs["w"] = torch.rand(D, generator=g, dtype=torch.float64) + 0.5
+    inputs["eps"] = 1e-5
+    return inputs
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    y, rstd = ops.rms_norm_forward(i["x"], i["w"], i["eps"])
-    dx = ops.rms_norm_backward(i["dy"], i["x"], i["w"], rstd)
-    y_add, h, rstd_add = ops.add_rms_norm_forward(i["x"], i["residual"], i["w"], i["eps"])
-    dh = ops.add_rms_norm_backward(i["dy"], i["dh"], h, i["w"], rstd_add)
+    x = i["x"]
+    w = i["w"]
+    eps = i["eps"]
+    y, rstd = ops.rms_norm_forward(x, w, eps)
+    dx = ops.rms_norm_backward(i["dy"], x, w, rstd)
+    y_add, h, rstd_add = ops.add_rms_norm_forward(x, i["residual"], w, eps)
+    dh = ops.add_rms_norm_backward(i["dy"], i["dh"], h, w, rstd_add)
     return {"y": y, "dx": dx, "y_add": y_add, "h": h, "dh": dh}
 
 

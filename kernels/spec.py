@@ -22,11 +22,12 @@ from kernels.cpu import onemkl_first_calls  # noqa: F401 imported for its effect
 
 
 def autograd(fn: Callable[..., Tensor], inputs: tuple[Tensor, ...], douts: Any) -> list[Tensor]:
-    """Gradients of `fn(*inputs)` against `douts` by torch's autograd: the backward of REFERENCE.
+    """Gradients of `fn(*inputs)` by torch's autograd: the backward of the REFERENCE table.
 
-    One gradient per input, in its shape and dtype.
+    `douts` is the gradient of the output, or a tuple of them. Returns one gradient per input, in
+    its shape and dtype.
     """
-    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
         outs = fn(*leaves)
     return list(torch.autograd.grad(outs, leaves, douts, allow_unused=False))
@@ -80,15 +81,32 @@ def cast(value: Any, dtype: torch.dtype | None, device: str | torch.device = "cp
 
     Dataclasses, dictionaries, lists and tuples are copied with what they contain.
     """
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        new_dtype = dtype if tensor.is_floating_point() else None
+        return tensor.to(device, new_dtype, copy=True)
+
+    return map_tensors(copy_of, value)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with fn(tensor) in the place of every tensor in it.
+
+    Dataclasses, dictionaries, lists and tuples are copied with what they contain; anything else is
+    returned as it is.
+    """
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None, copy=True)
+        return fn(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **{k: cast(v, dtype, device) for k, v in fields.items()})
+        changes = {}
+        for field in dataclasses.fields(value):
+            if field.init:
+                changes[field.name] = map_tensors(fn, getattr(value, field.name))
+        return dataclasses.replace(value, **changes)
     if isinstance(value, dict):
-        return {k: cast(v, dtype, device) for k, v in value.items()}
+        return {key: map_tensors(fn, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(cast(v, dtype, device) for v in value)
+        return type(value)(map_tensors(fn, item) for item in value)
     return value
 
 
@@ -107,7 +125,8 @@ def check(
     The inputs are rounded to `dtype` first, so the truth is that of the rounded inputs. `prepare`
     may change the memory layout of the inputs of the table under test (strides, guards).
     """
-    inputs = cast(spec.make_inputs(shape, torch.Generator().manual_seed(seed)), dtype, device)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = cast(spec.make_inputs(shape, generator), dtype, device)
     truth = spec.run(reference, cast(inputs, torch.float64, device))
     yardstick = spec.run(reference, cast(inputs, dtype, device))
     ours = spec.run(ops, prepare(cast(inputs, dtype, device)))
@@ -121,11 +140,11 @@ def check(
         if not exact.is_floating_point():
             assert torch.equal(got, exact), f"{spec.name} {name} {shape}: integers differ"
             continue
-        error = (got.double() - exact).abs().max().item()
-        reference_error = (yardstick[name].double() - exact).abs().max().item()
-        floor = spec.floor * exact.abs().max().item()
+        error = _largest(got.double() - exact)
+        reference_error = _largest(yardstick[name].double() - exact)
+        floor = spec.floor * _largest(exact)
         if dtype == torch.float64:  # the yardstick is the truth itself; only rounding may remain
-            floor = 1e-12 * max(1.0, exact.abs().max().item())
+            floor = 1e-12 * max(1.0, _largest(exact))
         bound = spec.slack * reference_error + floor
         report[name] = (error, bound)
         assert error <= bound, (
@@ -133,3 +152,8 @@ def check(
             f"(reference in the same dtype: {reference_error:.3g})"
         )
     return report
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value."""
+    return values.abs().max().item()

@@ -29,14 +29,16 @@ from kernels.spec import MODELS, TOKENS, Spec, autograd
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """h (T, F); differentiable."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)  # (T, F)
     gate32 = gate.to(accumulate_dtype(gate.dtype))
-    return (gate32 * torch.sigmoid(gate32)).to(gate.dtype) * up
+    silu = gate32 * torch.sigmoid(gate32)  # (T, F)
+    return silu.to(gate.dtype) * up
 
 
 def swiglu_reference_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     """By autograd."""
-    return autograd(swiglu_reference, (gate_up,), dh)[0]
+    (dgate_up,) = autograd(swiglu_reference, (gate_up,), dh)
+    return dgate_up
 
 
 # ---- torch
@@ -44,8 +46,9 @@ def swiglu_reference_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     """h (T, F) of gate_up (T, 2F)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return rowwise(torch.ops.aten.silu, gate).mul_(up)
+    gate, up = gate_up.chunk(2, dim=-1)  # (T, F), views
+    silu = rowwise(torch.ops.aten.silu, gate)  # (T, F)
+    return silu.mul_(up)
 
 
 def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
@@ -57,13 +60,14 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     dh = dh.to(acc)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, dim=-1)  # (T, F), views
+    silu = torch.ops.aten.silu
     silu_backward = torch.ops.aten.silu_backward  # one pass for the whole slope
-    if acc == dgate_up.dtype:
-        torch.mul(torch.ops.aten.silu(gate), dh, out=dup)
+    if acc == dgate_up.dtype:  # nothing to round: written into dgate_up without a copy
+        torch.mul(silu(gate), dh, out=dup)
         torch.mul(dh, up, out=dgate)
         silu_backward.grad_input(dgate, gate, grad_input=dgate)
     else:
-        dup.copy_(torch.ops.aten.silu(gate).mul_(dh))
+        dup.copy_(silu(gate).mul_(dh))
         dgate.copy_(silu_backward(dh * up, gate))
     return dgate_up
 
@@ -76,7 +80,7 @@ def swiglu_forward_native(gate_up: Tensor) -> Tensor:
     T = gate_up.shape[0]
     F = gate_up.shape[1] // 2
     h = torch.empty(T, F)
-    library().swiglu(at(gate_up), h.data_ptr(), T, F)
+    library().swiglu(at(gate_up), at(h), T, F)
     return h
 
 
@@ -85,67 +89,95 @@ def swiglu_forward_native(gate_up: Tensor) -> Tensor:
 
 @jit(varying=("T",))
 def swiglu_forward_kernel(
-    gate_up_ptr, h_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
-):  # fmt: skip
+    gate_up_ptr,  # (T, 2F)
+    h_ptr,  # (T, F)
+    T,
+    F: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
     """A tile of h; gate is in columns 0 .. F - 1 of gate_up, up in the F after them."""
-    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
-    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (tokens < T) & (cols < F)
-    at = tokens * (2 * F) + cols
-    gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
-    up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(h_ptr.dtype.element_ty)
-    h = (silu.to(tl.float32) * up).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + tokens * F + cols, h, mask=inside)
+    dtype = h_ptr.dtype.element_ty
+    token_ids = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = token_ids.to(tl.int64)[:, None]  # (BT, 1)
+    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]  # (1, BF)
+    mask = (tokens < T) & (cols < F)  # (BT, BF)
+    gate_ptr = gate_up_ptr
+    up_ptr = gate_up_ptr + F
+    offsets = tokens * (2 * F) + cols  # of gate and of up
+    h_offsets = tokens * F + cols
+
+    gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    silu = gate * tl.sigmoid(gate)
+    h = silu.to(dtype).to(tl.float32) * up
+    tl.store(h_ptr + h_offsets, h.to(dtype), mask=mask)
 
 
 @jit(varying=("T",))
 def swiglu_backward_kernel(
-    dh_ptr, gate_up_ptr, dgate_up_ptr, T, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr
-):  # fmt: skip
+    dh_ptr,  # (T, F)
+    gate_up_ptr,  # (T, 2F)
+    dgate_up_ptr,  # (T, 2F)
+    T,
+    F: tl.constexpr,
+    BT: tl.constexpr,
+    BF: tl.constexpr,
+):
     """A tile of dgate and the same tile of dup."""
-    tokens = (tl.program_id(0) * BT + tl.arange(0, BT)).to(tl.int64)[:, None]
-    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]
-    inside = (tokens < T) & (cols < F)
-    at = tokens * (2 * F) + cols
-    gate = tl.load(gate_up_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BT, BF)
-    up = tl.load(gate_up_ptr + F + at, mask=inside, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + tokens * F + cols, mask=inside, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
-    dgate = dh * up * (s * (1 + gate * (1 - s)))
-    dup = dh * (gate * s)
     dtype = dgate_up_ptr.dtype.element_ty
-    tl.store(dgate_up_ptr + at, dgate.to(dtype), mask=inside)
-    tl.store(dgate_up_ptr + F + at, dup.to(dtype), mask=inside)
+    token_ids = tl.program_id(0) * BT + tl.arange(0, BT)
+    tokens = token_ids.to(tl.int64)[:, None]  # (BT, 1)
+    cols = (tl.program_id(1) * BF + tl.arange(0, BF))[None, :]  # (1, BF)
+    mask = (tokens < T) & (cols < F)  # (BT, BF)
+    gate_ptr = gate_up_ptr
+    up_ptr = gate_up_ptr + F
+    dgate_ptr = dgate_up_ptr
+    dup_ptr = dgate_up_ptr + F
+    offsets = tokens * (2 * F) + cols  # of gate, up, dgate and dup
+    dh_offsets = tokens * F + cols
+
+    gate = tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + dh_offsets, mask=mask, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    dsilu = dh * up
+    slope = s * (1 + gate * (1 - s))  # of silu at gate
+    dgate = dsilu * slope
+    dup = dh * (gate * s)
+    tl.store(dgate_ptr + offsets, dgate.to(dtype), mask=mask)
+    tl.store(dup_ptr + offsets, dup.to(dtype), mask=mask)
 
 
-def _launch_tiles(kernel, gate_up: Tensor, *args: Tensor) -> None:
-    """One program per tile of h (T, F)."""
-    T = gate_up.shape[0]
-    F = gate_up.shape[1] // 2
-    config = tile_config(kernel.__name__, gate_up.device)
+def _tiles(kernel_name: str, h: Tensor) -> tuple[tuple[int, int], dict]:
+    """The grid, one program per tile of h (T, F), and the tile configuration."""
+    T, F = h.shape
+    config = tile_config(kernel_name, h.device)
     grid = (cdiv(T, config["BT"]), cdiv(F, config["BF"]))
-    launch(kernel, grid, *args, T, F=F, **config)
+    return grid, config
 
 
 def swiglu_forward_triton(gate_up: Tensor) -> Tensor:
     """As `swiglu_forward`, in one launch."""
     assert gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"gate_up {tuple(gate_up.shape)}"
+    T = gate_up.shape[0]
+    F = gate_up.shape[1] // 2
     gate_up = gate_up.contiguous()
-    h = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    _launch_tiles(swiglu_forward_kernel, gate_up, gate_up, h)
+    h = gate_up.new_empty(T, F)
+    grid, config = _tiles("swiglu_forward_kernel", h)
+    launch(swiglu_forward_kernel, grid, gate_up, h, T, F=F, **config)
     return h
 
 
 def swiglu_backward_triton(dh: Tensor, gate_up: Tensor) -> Tensor:
     """As `swiglu_backward`, in one launch."""
-    assert gate_up.shape == (dh.shape[0], 2 * dh.shape[1]), (
-        f"dh {tuple(dh.shape)}, gate_up {tuple(gate_up.shape)}"
-    )
+    T, F = dh.shape
+    assert gate_up.shape == (T, 2 * F), f"dh {tuple(dh.shape)}, gate_up {tuple(gate_up.shape)}"
     dh = dh.contiguous()
     gate_up = gate_up.contiguous()
-    dgate_up = torch.empty_like(gate_up)
-    _launch_tiles(swiglu_backward_kernel, gate_up, dh, gate_up, dgate_up)
+    dgate_up = torch.empty_like(gate_up)  # (T, 2F)
+    grid, config = _tiles("swiglu_backward_kernel", dh)
+    launch(swiglu_backward_kernel, grid, dh, gate_up, dgate_up, T, F=F, **config)
     return dgate_up
 
 
@@ -161,10 +193,9 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    return {
-        "h": ops.swiglu_forward(i["gate_up"]),
-        "dgate_up": ops.swiglu_backward(i["dh"], i["gate_up"]),
-    }
+    h = ops.swiglu_forward(i["gate_up"])
+    dgate_up = ops.swiglu_backward(i["dh"], i["gate_up"])
+    return {"h": h, "dgate_up": dgate_up}
 
 
 SPEC = Spec(

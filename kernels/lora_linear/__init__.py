@@ -42,39 +42,53 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
 
-    # of three members the first and the last (q and v), of two both (gate and up)
-    adapted = [i != 1 or len(sizes) == 2 for i in range(len(sizes))]
-    b = tuple(normal(size, rank) if on else None for size, on in zip(sizes, adapted, strict=True))
-    a = normal(rank * sum(adapted), K) / K**0.5
-    group = LoraGroup(
-        a=a,
-        b=b,
-        da=torch.zeros_like(a),
-        db=tuple(None if b_i is None else torch.zeros_like(b_i) for b_i in b),
-        sizes=tuple(sizes),
-        rank=rank,
-        scale=0.75,
+    R = 0
+    b: list[Tensor | None] = []
+    db: list[Tensor | None] = []
+    for i, size in enumerate(sizes):
+        # of three members the first and the last have adapters (q and v), of two both (gate, up)
+        if i == 1 and len(sizes) != 2:
+            b.append(None)
+            db.append(None)
+            continue
+        R += rank
+        b.append(normal(size, rank))
+        db.append(torch.zeros(size, rank, dtype=torch.float64))
+    a = normal(R, K) / K**0.5
+    da = torch.zeros_like(a)
+    group = LoraGroup(a, tuple(b), da, tuple(db), tuple(sizes), rank, scale=0.75)
+
+    dropout = Dropout(
+        p=0.25,
+        key=mix("dropout", 0, 0, 0),
+        positions=torch.arange(T),
+        row_keys=torch.randint(2**32, (T,), generator=g),
+        step=torch.tensor(3),
     )
-    row_keys = torch.randint(2**32, (T,), generator=g)
-    dropout = Dropout(0.25, mix("dropout", 0, 0, 0), torch.arange(T), row_keys, torch.tensor(3))
     weight = normal(N, K) / K**0.5
-    return {"x": normal(T, K), "w": weight, "dy": normal(T, N), "group": group, "drop": dropout}
+    x = normal(T, K)
+    dy = normal(T, N)
+    return {"x": x, "w": weight, "dy": dy, "group": group, "drop": dropout}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
     """Without adapters, with them, and with dropout; gradients on top of ones."""
-    x, weight, dy, group = i["x"], i["w"], i["dy"], i["group"]
-    outputs = {
-        "y_plain": ops.lora_linear_forward(x, weight)[0],
-        "dx_plain": ops.lora_linear_backward(dy, x, weight),
-    }
+    x = i["x"]
+    dy = i["dy"]
+    weight = i["w"]
+    group = i["group"]
+    y, _ = ops.lora_linear_forward(x, weight)
+    dx = ops.lora_linear_backward(dy, x, weight)
+    outputs = {"y_plain": y, "dx_plain": dx}
     for suffix, dropout in (("", None), ("_drop", i["drop"])):
         y, s = ops.lora_linear_forward(x, weight, group, dropout)
         for grad in (group.da, *group.db):
             if grad is not None:
                 grad.fill_(1.0)  # gradients are added to what the buffer holds
-        dx = ops.lora_linear_backward(dy, x, weight, s, group, True, dropout)
-        outputs |= {f"y{suffix}": y, f"s{suffix}": s, f"dx{suffix}": dx}
+        dx = ops.lora_linear_backward(dy, x, weight, s, group, dropout=dropout)
+        outputs[f"y{suffix}"] = y
+        outputs[f"s{suffix}"] = s
+        outputs[f"dx{suffix}"] = dx
         outputs[f"da{suffix}"] = group.da.clone()
         for member, db in enumerate(group.db):
             if db is not None:
@@ -83,10 +97,21 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
 
 
 def _shapes(m: Widths, tokens: tuple[int, ...], ranks: tuple[int, ...]) -> tuple:
-    """Every group of a model."""
-    q, kv = m.H * m.d, m.G * m.d
-    groups = ((m.D, (q, kv, kv)), (q, (m.D,)), (m.D, (m.F, m.F)), (m.F, (m.D,)))
-    return tuple((t, k, r, *sizes) for t in tokens for k, sizes in groups for r in ranks)
+    """The shapes, as `_make_inputs` takes them, of every group of a model."""
+    q = m.H * m.d
+    kv = m.G * m.d
+    groups = [
+        (m.D, (q, kv, kv)),  # q, k, v
+        (q, (m.D,)),  # o
+        (m.D, (m.F, m.F)),  # gate, up
+        (m.F, (m.D,)),  # down
+    ]
+    shapes = []
+    for T in tokens:
+        for K, sizes in groups:
+            for rank in ranks:
+                shapes.append((T, K, rank, *sizes))
+    return tuple(shapes)
 
 
 SPEC = Spec(

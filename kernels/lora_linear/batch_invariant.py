@@ -33,11 +33,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.integers import cdiv, power_of_two
+from kernels.integers import power_of_two
 from kernels.launch.tile_config import tile_config
+from kernels.launch.triton_launch import launch
 from kernels.lora_linear.group import LoraGroup
 from kernels.lora_linear.triton_forward import (
-    launch_tiles,
+    count_tiles,
     lora_linear_forward_split_triton,
     lora_linear_kernel,
     members_of,
@@ -55,9 +56,6 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 # ---- triton
 
-# The constants of `linear_tile` for one matrix of N rows without an adapter, but for N0 = N.
-_ONE_MATRIX = {"N1": 0, "N2": 0, "S0": -1, "S1": -1, "S2": -1, "R": 0, "RANK": 0}
-
 
 def _fixed_tiles(
     x: Tensor, weight: Tensor, group: LoraGroup | None
@@ -67,37 +65,50 @@ def _fixed_tiles(
     N = weight.shape[0]
     assert weight.shape == (N, K), f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     x = x.contiguous()
-    if x.storage_offset() * x.element_size() % 16:
-        x = x.clone()
+    if x.storage_offset() * x.element_size() % 16 != 0:
+        x = x.clone()  # begins on 16 bytes
     weight = weight.contiguous()
     y = x.new_empty(T, N)
     if group is None:
-        sizes, rank, scale = (N,), 0, 1.0
-        a, b, s = None, [None, None, None], None
-        members = {"N0": N, **_ONE_MATRIX}
+        sizes = (N,)
+        rank = 0
+        scale = 1.0
+        a = None
+        b0 = b1 = b2 = None
+        s = None
+        members = {"N0": N, "N1": 0, "N2": 0, "S0": -1, "S1": -1, "S2": -1, "R": 0, "RANK": 0}
     else:
         assert group.a.shape[1] == K and sum(group.sizes) == N, (
             f"x {tuple(x.shape)}, W {(N, K)}, A {tuple(group.a.shape)}, {group.sizes}"
         )
-        sizes, rank, scale = group.sizes, group.rank, group.scale
-        a = group.a.contiguous()
-        b, members = members_of(group)
-        s = x.new_empty(T, a.shape[0])
-    kind = "fixed fp32" if x.dtype == torch.float32 else "fixed"
+        sizes = group.sizes
+        rank = group.rank
+        scale = group.scale
+        a = group.a.contiguous()  # (R, K)
+        (b0, b1, b2), members = members_of(group)
+        s = x.new_empty(T, a.shape[0])  # (T, R)
+
     padded_rank = power_of_two(max(1, rank))
-    classes = (f"{kind} r{min(128, padded_rank)}", kind) if rank else (kind,)
+    kind = "fixed fp32" if x.dtype == torch.float32 else "fixed"
+    classes = [kind]
+    if rank > 0:
+        classes.insert(0, f"{kind} r{min(128, padded_rank)}")
     config = tile_config("lora_linear_kernel", x.device, *classes)
-    tiles = cdiv(T, config["BM"]) * sum(cdiv(size, config["BN"]) for size in sizes)
-    launch_tiles(
-        lora_linear_kernel, tiles, x, False,  # by pointers: only aligned tensors have descriptors
-        x, weight, a, *b, s, y, T, K, scale, K=K, **members, FUSED=True, BR=padded_rank, **config,
+    tiles = count_tiles(T, sizes, config)
+    programs = tiles
+    launch(
+        lora_linear_kernel, (programs,),
+        x, weight, a, b0, b1, b2, s, y, T, K, scale, tiles, programs, K=K, **members,
+        # by pointers, a program per tile: only aligned tensors have descriptors
+        FUSED=True, DESCRIPTORS=False, PERSISTENT=False, BR=padded_rank, **config,
     )  # fmt: skip
     return y, s
 
 
 def linear_invariant_triton(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, K) times weight (N, K) transposed: (T, N), batch-invariant."""
-    return _fixed_tiles(x, weight, None)[0]
+    y, _ = _fixed_tiles(x, weight, None)
+    return y
 
 
 def lora_linear_forward_invariant_triton(
@@ -123,9 +134,10 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     T, K, N, *bits = shape
     x = torch.randn(T, K, generator=g, dtype=torch.float64)
     w = torch.randn(N, K, generator=g, dtype=torch.float64) / K**0.5
-    if bits:
-        dtype = {8: torch.bfloat16, 11: torch.float16}[bits[0]]
-        w = w.to(dtype).double()
+    if bits == [8]:
+        w = w.to(torch.bfloat16).double()
+    if bits == [11]:
+        w = w.to(torch.float16).double()
     return {"x": x, "w": w}
 
 
@@ -134,6 +146,7 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
 
 
 def _heads(m: Widths, tokens: tuple[int, ...], *bits: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes, as `_make_inputs` takes them, of a model's head."""
     return tuple((t, m.D, m.V, *bits) for t in tokens)
 
 

@@ -5,8 +5,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Member(NamedTuple):
+    """Where an adapted member of a group is found."""
+
+    index: int  # in `sizes`, `b` and `db`
+    y_columns: slice  # its outputs: columns of y (T, N), rows of the weight (N, K)
+    s_columns: slice  # its ranks: columns of S (T, R), rows of A (R, K)
 
 
 @dataclass(frozen=True)
@@ -21,15 +30,16 @@ class LoraGroup:
     rank: int
     scale: float  # s
 
-    def members(self) -> list[tuple[int, slice, slice]]:
-        """(i, columns of y, columns of S) of every adapted member."""
+    def members(self) -> list[Member]:
+        """Every member that has an adapter, in order."""
         adapted = []
-        y_begin, s_begin = 0, 0
+        y_begin = 0
+        s_begin = 0
         for i, size in enumerate(self.sizes):
             if self.b[i] is not None:
                 y_columns = slice(y_begin, y_begin + size)
                 s_columns = slice(s_begin, s_begin + self.rank)
-                adapted.append((i, y_columns, s_columns))
+                adapted.append(Member(i, y_columns, s_columns))
                 s_begin += self.rank
             y_begin += size
         return adapted

@@ -18,14 +18,17 @@ def lora_linear_reference(
     x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """y (T, N) and S (T, R); differentiable in x and, through the group's views, in A and B."""
-    y = x @ weight.T
+    y = x @ weight.T  # (T, N)
     if group is None:
         return y, None
-    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)
-    s = dropped @ group.a.T
+    x_hat = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)
+    s = x_hat @ group.a.T  # (T, R)
     parts = list(y.split(group.sizes, dim=1))  # per member (T, N_i)
-    for i, _, s_columns in group.members():
-        parts[i] = parts[i] + group.scale * (s[:, s_columns] @ group.b[i].T)
+    for member in group.members():
+        s_i = s[:, member.s_columns]  # (T, rank)
+        b_i = group.b[member.index]  # (N_i, rank)
+        update = s_i @ b_i.T  # (T, N_i)
+        parts[member.index] = parts[member.index] + group.scale * update
     return torch.cat(parts, dim=1), s
 
 
@@ -45,17 +48,19 @@ def lora_linear_reference_backward(
     if group is None:
         return dy @ weight if need_dx else None
     assert x is not None, "the gradient of A needs x"
-    members = [i for i, _, _ in group.members()]
+    adapted = [member.index for member in group.members()]
+    adapted_b = [group.b[i] for i in adapted]
 
-    def forward(x: Tensor, a: Tensor, *adapted_b: Tensor) -> Tensor:
+    def forward(x: Tensor, a: Tensor, *b_leaves: Tensor) -> Tensor:
         b = list(group.b)
-        for i, leaf in zip(members, adapted_b, strict=True):
-            b[i] = leaf
+        for i, b_i in zip(adapted, b_leaves, strict=True):
+            b[i] = b_i
         leaves = dataclasses.replace(group, a=a, b=tuple(b))
-        return lora_linear_reference(x, weight, leaves, dropout)[0]
+        y, _ = lora_linear_reference(x, weight, leaves, dropout)
+        return y
 
-    dx, da, *db = autograd(forward, (x, group.a, *(group.b[i] for i in members)), dy)
+    dx, da, *adapted_db = autograd(forward, (x, group.a, *adapted_b), dy)
     group.da.add_(da)
-    for i, grad in zip(members, db, strict=True):
-        group.db[i].add_(grad)
+    for i, db_i in zip(adapted, adapted_db, strict=True):
+        group.db[i].add_(db_i)
     return dx if need_dx else None

@@ -23,14 +23,17 @@ def lora_linear_forward(
     assert x.dim() == 2 and x.shape[1] == weight.shape[1], (
         f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     )
-    y = linear(x, weight)
+    y = linear(x, weight)  # (T, N)
     if group is None:
         return y, None
     assert sum(group.sizes) == weight.shape[0], f"{group.sizes} do not add to {weight.shape[0]}"
-    dropped = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)
-    s = F.linear(dropped, group.a)  # (T, R)
-    for i, columns, s_columns in group.members():
-        y[:, columns].addmm_(s[:, s_columns], group.b[i].T, alpha=group.scale)
+    x_hat = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)
+    s = F.linear(x_hat, group.a)  # (T, R)
+    for member in group.members():
+        y_i = y[:, member.y_columns]  # (T, N_i), a view
+        s_i = s[:, member.s_columns]  # (T, rank)
+        b_i = group.b[member.index]  # (N_i, rank)
+        y_i.addmm_(s_i, b_i.T, alpha=group.scale)
     return y, s
 
 
@@ -48,21 +51,29 @@ def lora_linear_backward(
     Without a group x may be None.
     """
     assert x is not None or group is None, "the gradient of A needs x"
-    dx = dy @ weight if need_dx else None
+    dx = dy @ weight if need_dx else None  # (T, K)
     if group is None:
         return dx
+
     ds = torch.empty_like(s)  # (T, R)
-    for i, columns, s_columns in group.members():
-        dy_i = dy[:, columns]  # (T, N_i)
-        ds[:, s_columns] = dy_i @ group.b[i]
-        _add_product(group.db[i], dy_i.T, s[:, s_columns], group.scale)
+    for member in group.members():
+        dy_i = dy[:, member.y_columns]  # (T, N_i)
+        s_i = s[:, member.s_columns]  # (T, rank)
+        ds[:, member.s_columns] = dy_i @ group.b[member.index]
+        _add_product(group.db[member.index], dy_i.T, s_i, group.scale)
     ds.mul_(group.scale)
+
     if dropout is None:
         _add_product(group.da, ds.T, x, 1.0)
-        return dx.addmm_(ds, group.a) if need_dx else None
+        if need_dx:
+            dx.addmm_(ds, group.a)
+        return dx
     mask = dropout.mask(x.shape[1], x.dtype)  # (T, K)
     _add_product(group.da, ds.T, x * mask, 1.0)
-    return dx.add_((ds @ group.a).mul_(mask)) if need_dx else None
+    if need_dx:
+        dx_hat = ds @ group.a  # (T, K)
+        dx.add_(dx_hat.mul_(mask))
+    return dx
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

@@ -20,14 +20,20 @@ are filled with NaN themselves.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from kernels.launch.triton_launch import INTERPRETED, tl
+from kernels.spec import map_tensors
+
+if INTERPRETED:
+    from triton.runtime import interpreter as triton_interpreter
+
 GUARD = 256  # elements before and after a guarded tensor; keeps 16-byte alignment
+BF16_NAN = np.uint16(0x7FC0)  # the bits of bf16's NaN
 
 
 class OutOfBounds(Exception):
@@ -47,9 +53,12 @@ def _widen(bits: np.ndarray) -> np.ndarray:
 
 def _narrow(values: np.ndarray) -> np.ndarray:
     """float32 -> bf16 bits, rounded to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(np.shape(values))
+    single = np.ascontiguousarray(values, dtype=np.float32)
+    bits = single.view(np.uint32).astype(np.uint64)  # room for the carry
+    odd = (bits >> 16) & 1  # a tie goes to the even neighbour
+    rounded = ((bits + 0x7FFF + odd) >> 16).astype(np.uint16)
+    narrow = np.where(np.isnan(values), BF16_NAN, rounded)
+    return narrow.reshape(np.shape(values))
 
 
 def _total(terms: np.ndarray) -> np.ndarray:
@@ -74,85 +83,136 @@ def product(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _inside(what: str, pointers: Any, mask: Any, grid: Any) -> None:
-    """Raise unless every address that is not masked off lies in one of `_extents`."""
-    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    """OutOfBounds unless every address that is not masked off lies in one of `_extents`."""
+    size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))  # bytes
     addresses = np.asarray(pointers.data, dtype=np.uint64)
     if mask is not None:
-        addresses = addresses[np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)]
+        used = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)
+        addresses = addresses[used]
     addresses = addresses.ravel()
-    fine = np.zeros(addresses.shape, dtype=bool)
+    inside = np.zeros(addresses.shape, dtype=bool)
     for low, high in _extents:
-        fine |= (addresses >= np.uint64(low)) & (addresses + np.uint64(size) <= np.uint64(high))
-    if not fine.all():
-        first = int(addresses[~fine][0])
-        low, high = min(_extents, key=lambda e: min(abs(first - e[0]), abs(first - e[1])))
-        raise OutOfBounds(
-            f"{what} in program {grid}: {int((~fine).sum())} of {fine.size} addresses are outside "
-            f"every tensor; the first is {first - low} bytes into one of {high - low} bytes"
-        )
+        after_low = addresses >= np.uint64(low)
+        before_high = addresses + size <= np.uint64(high)
+        inside |= after_low & before_high
+    if inside.all():
+        return
+    first = int(addresses[~inside][0])
+    low, high = _nearest_extent(first)
+    raise OutOfBounds(
+        f"{what} in program {grid}: {int((~inside).sum())} of {inside.size} addresses are outside "
+        f"every tensor; the first is {first - low} bytes into one of {high - low} bytes"
+    )
+
+
+def _nearest_extent(address: int) -> tuple[int, int]:
+    """The tensor of the launch that begins or ends nearest to an address."""
+
+    def distance(extent: tuple[int, int]) -> int:
+        low, high = extent
+        return min(abs(address - low), abs(address - high))
+
+    return min(_extents, key=distance)
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one of a tensor with any strides, both included."""
+    if tensor.numel() == 0:
+        return 0
+    span = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        span += (size - 1) * stride
+    return span
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    count = last + 1 if tensor.numel() else 0
-    return tensor.data_ptr(), tensor.data_ptr() + count * tensor.element_size()
+    """The addresses of a tensor's first byte and of the byte after its last."""
+    low = tensor.data_ptr()
+    return low, low + _span(tensor) * tensor.element_size()
 
 
 def install() -> None:
     """Change the interpreter of this process, once."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    builder = triton_interpreter.InterpreterBuilder
     if getattr(builder, "strict", False):
         return
     builder.strict = True
+    _install_bf16()
+    _install_products_and_sums()
+    _install_checked_memory()
+    _install_program_order()
+
+
+def _is_bf16(value: Any) -> bool:
+    return value.dtype.scalar == tl.bfloat16 and value.data.dtype == np.uint16
+
+
+def _widened(value: Any) -> Any:
+    """The handle of a tensor in fp32 where it is in bf16, else as it is."""
+    if not _is_bf16(value):
+        return value
+    return triton_interpreter.TensorHandle(_widen(value.data), tl.float32)
+
+
+def _rounded(result: np.ndarray) -> Any:
+    """The handle of a result that was computed in fp32 of bf16 operands: bf16, or a truth value."""
+    if result.dtype == bool:
+        return triton_interpreter.TensorHandle(result, tl.int1)
+    return triton_interpreter.TensorHandle(_narrow(result), tl.bfloat16)
+
+
+def _install_bf16() -> None:
+    """Casts and arithmetic of bf16: in fp32, rounded once after each operation."""
+    builder = triton_interpreter.InterpreterBuilder
+    handle = triton_interpreter.TensorHandle
     cast = builder.cast_impl
-    binary, unary, ternary = builder.binary_op, builder.unary_op, builder.ternary_op
-    fp_to_fp, convert = builder.create_fp_to_fp, interpreter._implicit_cvt
-    load, store = builder.create_masked_load, builder.create_masked_store
-    rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
-    reduce_sum, run = interpreter.ReduceOps.sum, interpreter.GridExecutor.__call__
-    set_program = builder.set_grid_idx
-
-    # -- bf16
-    def is_bf16(value: Any) -> bool:
-        return value.dtype.scalar == tl.bfloat16 and value.data.dtype == np.uint16
-
-    def widened(value: Any) -> Any:
-        return handle(_widen(value.data), tl.float32) if is_bf16(value) else value
+    fp_to_fp = builder.create_fp_to_fp
+    unary = builder.unary_op
+    binary = builder.binary_op
+    ternary = builder.ternary_op
 
     def strict_cast(self, source, target):
-        if target.scalar == tl.bfloat16 and not is_bf16(source):
-            return handle(_narrow(np.asarray(source.data).astype(np.float32)), tl.bfloat16)
-        if is_bf16(source) and target.scalar == tl.bfloat16:
+        to_bf16 = target.scalar == tl.bfloat16
+        if _is_bf16(source) and to_bf16:
             return source
-        return cast(self, widened(source), target)
+        if to_bf16:
+            single = np.asarray(source.data).astype(np.float32)
+            return handle(_narrow(single), tl.bfloat16)
+        return cast(self, _widened(source), target)
 
     def strict_fp_to_fp(self, source, target, rounding):
         if tl.bfloat16 in (source.dtype.scalar, target.scalar):
             return strict_cast(self, source, target)
         return fp_to_fp(self, source, target, rounding)
 
-    def rounded(result: np.ndarray) -> Any:
-        return (
-            handle(result, tl.int1)
-            if result.dtype == bool
-            else handle(_narrow(result), tl.bfloat16)
-        )
+    def strict_unary(self, value, op):
+        if not _is_bf16(value):
+            return unary(self, value, op)
+        return _rounded(op(_widened(value).data))
 
     def strict_binary(self, left, right, op):
-        if is_bf16(left):
-            return rounded(op(widened(left).data, widened(right).data))
-        return binary(self, left, right, op)
-
-    def strict_unary(self, value, op):
-        return rounded(op(widened(value).data)) if is_bf16(value) else unary(self, value, op)
+        if not _is_bf16(left):
+            return binary(self, left, right, op)
+        return _rounded(op(_widened(left).data, _widened(right).data))
 
     def strict_ternary(self, a, b, c, op):
-        if is_bf16(b) and is_bf16(c) and op is not np.where:
-            return rounded(op(*(widened(v).data for v in (a, b, c))))
-        return ternary(self, a, b, c, op)
+        selects = op is np.where  # moves numbers: nothing is computed
+        if selects or not (_is_bf16(b) and _is_bf16(c)):
+            return ternary(self, a, b, c, op)
+        return _rounded(op(_widened(a).data, _widened(b).data, _widened(c).data))
+
+    builder.cast_impl = strict_cast
+    builder.create_fp_to_fp = strict_fp_to_fp
+    builder.unary_op = strict_unary
+    builder.binary_op = strict_binary
+    builder.ternary_op = strict_ternary
+
+
+def _install_products_and_sums() -> None:
+    """tl.dot and tl.sum in the order of `_total`; the limits that the compiler for NVIDIA has."""
+    builder = triton_interpreter.InterpreterBuilder
+    handle = triton_interpreter.TensorHandle
+    reduce_sum = triton_interpreter.ReduceOps.sum
 
     def strict_dot(self, a, b, d, *rest):
         inner = a.data.shape[-1]
@@ -161,7 +221,7 @@ def install() -> None:
         assert inner >= 16, (
             f"tl.dot over {inner} elements does not compile for NVIDIA (16 at least)"
         )
-        made = product(widened(a).data, widened(b).data, d.data.dtype)
+        made = product(_widened(a).data, _widened(b).data, d.data.dtype)
         return handle(made + d.data, d.dtype.scalar)
 
     def strict_sum(self, value):
@@ -169,7 +229,8 @@ def install() -> None:
             raise AssertionError(f"tl.sum of {value.dtype.scalar}: widen to fp32 first")
         if not value.dtype.is_floating():
             return reduce_sum(self, value)
-        data, axis = value.handle.data, self.axis
+        data = value.handle.data
+        axis = self.axis  # None: all of them
         terms = data.reshape(-1) if axis is None else np.moveaxis(data, axis, 0)
         made = _total(np.array(terms, order="C"))  # of a copy
         if self.keep_dims:
@@ -177,24 +238,44 @@ def install() -> None:
             made = np.expand_dims(made, axes)
         return self.to_tensor(made, value.dtype)
 
-    # -- bounds and undefined lanes
+    builder.create_dot = strict_dot
+    triton_interpreter.ReduceOps.sum = strict_sum
+
+
+def _undefined_lane(kind: Any) -> Any:
+    """What a lane holds that is masked off without `other`: NaN, or the largest integer."""
+    if kind == tl.bfloat16:
+        return BF16_NAN
+    dtype = triton_interpreter._get_np_dtype(kind)
+    if dtype.kind == "f":
+        return np.nan
+    return np.iinfo(dtype).max if dtype.kind in "iu" else True
+
+
+def _install_checked_memory() -> None:
+    """Loads, stores and atomics whose addresses are checked; undefined lanes are poisoned."""
+    builder = triton_interpreter.InterpreterBuilder
+    handle = triton_interpreter.TensorHandle
+    convert = triton_interpreter._implicit_cvt
+    load = builder.create_masked_load
+    store = builder.create_masked_store
+    rmw = builder.create_atomic_rmw
+    cas = builder.create_atomic_cas
+    run = triton_interpreter.GridExecutor.__call__
+
     def noted(arg):
-        if isinstance(getattr(arg, "base", arg), torch.Tensor):
-            _extents.append(_extent(getattr(arg, "base", arg)))
+        tensor = getattr(arg, "base", arg)
+        if isinstance(tensor, torch.Tensor):
+            _extents.append(_extent(tensor))
         return convert(arg)
 
     def strict_load(self, pointers, mask, other, *args, **kwargs):
         _inside("load", pointers, mask, self.grid_idx)
         if other is None:
             kind = pointers.get_element_ty()
-            dtype = interpreter._get_np_dtype(kind)
-            if kind == tl.bfloat16:
-                undefined = 0x7FC0
-            elif dtype.kind == "f":
-                undefined = np.nan
-            else:
-                undefined = np.iinfo(dtype).max if dtype.kind in "iu" else True
-            other = handle(np.full(pointers.data.shape, undefined, dtype=dtype), kind)
+            dtype = triton_interpreter._get_np_dtype(kind)
+            lanes = np.full(pointers.data.shape, _undefined_lane(kind), dtype=dtype)
+            other = handle(lanes, kind)
         return load(self, pointers, mask, other, *args, **kwargs)
 
     def strict_store(self, pointers, value, mask, *args, **kwargs):
@@ -209,11 +290,6 @@ def install() -> None:
         _inside("atomic", pointer, None, self.grid_idx)
         return cas(self, pointer, *args)
 
-    def ordered_program(self, *index):
-        if _backwards:
-            index = [n - 1 - i for n, i in zip(self.grid_dim, index, strict=True)]
-        set_program(self, *index)
-
     def strict_run(self, *args, **kwargs):
         _extents.clear()
         try:
@@ -221,18 +297,25 @@ def install() -> None:
         finally:
             _extents.clear()
 
-    builder.cast_impl, builder.create_fp_to_fp = strict_cast, strict_fp_to_fp
-    builder.binary_op, builder.unary_op, builder.ternary_op = (
-        strict_binary,
-        strict_unary,
-        strict_ternary,
-    )
-    builder.create_dot = strict_dot
-    builder.create_masked_load, builder.create_masked_store = strict_load, strict_store
-    builder.create_atomic_rmw, builder.create_atomic_cas = strict_rmw, strict_cas
+    builder.create_masked_load = strict_load
+    builder.create_masked_store = strict_store
+    builder.create_atomic_rmw = strict_rmw
+    builder.create_atomic_cas = strict_cas
+    triton_interpreter._implicit_cvt = noted
+    triton_interpreter.GridExecutor.__call__ = strict_run
+
+
+def _install_program_order() -> None:
+    """Programs in the opposite order inside `last_programs_first`."""
+    builder = triton_interpreter.InterpreterBuilder
+    set_program = builder.set_grid_idx
+
+    def ordered_program(self, *index):
+        if _backwards:
+            index = [n - 1 - i for n, i in zip(self.grid_dim, index, strict=True)]
+        set_program(self, *index)
+
     builder.set_grid_idx = ordered_program
-    interpreter.ReduceOps.sum = strict_sum
-    interpreter._implicit_cvt, interpreter.GridExecutor.__call__ = noted, strict_run
 
 
 @contextlib.contextmanager
@@ -250,6 +333,7 @@ def last_programs_first() -> Iterator[None]:
 
 
 def _undefined(dtype: torch.dtype) -> float | int | bool:
+    """NaN, the largest integer or True: no number that a kernel computes by chance."""
     if dtype.is_floating_point:
         return torch.nan
     return True if dtype == torch.bool else torch.iinfo(dtype).max
@@ -258,35 +342,31 @@ def _undefined(dtype: torch.dtype) -> float | int | bool:
 def guarded(value: Any, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
     """`value` with each tensor in it moved to the middle of a larger buffer; structures walked.
 
-    `buffers` collects (buffer, copy of it) for `guards_intact`. The layout (strides) is kept.
+    `buffers` collects (buffer, which of its elements are no tensor's) for `guards_intact`. The
+    layout (strides) is kept.
     """
-    if isinstance(value, torch.Tensor):
-        low, high = _extent(value)
-        count = (high - low) // value.element_size()
-        buffer = value.new_full((count + 2 * GUARD,), _undefined(value.dtype))
-        moved = buffer[GUARD:].as_strided(value.shape, value.stride(), GUARD)
-        moved.copy_(value)
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        buffer = tensor.new_full((_span(tensor) + 2 * GUARD,), _undefined(tensor.dtype))
+        inner = buffer.as_strided(tensor.shape, tensor.stride(), GUARD)
+        inner.copy_(tensor)
         outside = torch.ones(buffer.shape, dtype=torch.bool, device=buffer.device)
-        outside.as_strided(value.shape, value.stride(), GUARD).fill_(False)
+        outside.as_strided(tensor.shape, tensor.stride(), GUARD).fill_(False)
         buffers.append((buffer, outside))
-        return moved
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **{k: guarded(v, buffers) for k, v in fields.items()})
-    if isinstance(value, dict):
-        return {k: guarded(v, buffers) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(guarded(v, buffers) for v in value)
-    return value
+        return inner
+
+    return map_tensors(moved, value)
 
 
 def guards_intact(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """Whether nothing was written around the guarded tensors."""
     for buffer, outside in buffers:
         around = buffer[outside]
-        want = _undefined(buffer.dtype)
-        same = around.isnan() if buffer.dtype.is_floating_point else around == want
-        if not bool(same.all()):
+        if buffer.dtype.is_floating_point:
+            untouched = around.isnan()
+        else:
+            untouched = around == _undefined(buffer.dtype)
+        if not bool(untouched.all()):
             return False
     return True
 
@@ -301,18 +381,16 @@ def poisoned() -> Iterator[None]:
     kept = [getattr(owner, name) for owner, name in makers]
 
     def poisoning(make):
-        def made(*args, **kwargs):
+        def make_poisoned(*args, **kwargs):
             out = make(*args, **kwargs)
             if out.numel() == 0:
                 return out
-            low, high = _extent(out)
-            count = (high - low) // out.element_size()
-            buffer = torch.full(
-                (count + 2 * GUARD,), _undefined(out.dtype), dtype=out.dtype, device=out.device
-            )
+            size = (_span(out) + 2 * GUARD,)
+            poison = _undefined(out.dtype)
+            buffer = torch.full(size, poison, dtype=out.dtype, device=out.device)
             return buffer.as_strided(out.shape, out.stride(), GUARD)
 
-        return made
+        return make_poisoned
 
     for (owner, name), make in zip(makers, kept, strict=True):
         setattr(owner, name, poisoning(make))

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = {
@@ -40,15 +40,15 @@ OPERATORS = {
 # Seconds of processor time; a mutant that takes more does not end: red. A sound suite takes 95 at
 # most. Time by the clock would call every mutant red on a machine that is busy.
 SECONDS = 150
-# Files are named by their place under kernels/, without the suffix.
-# The tests that are run beside those over the registry's operations.
+# In these two tables a file is named by its place under kernels/, without the suffix.
+# The tests that are run beside those over the registry's operations:
 MORE_TESTS = {
     "cached_attention/triton_forward": ["tests/kernels/test_cached_attention_triton.py"],
     "lora_linear/triton_forward": ["tests/kernels/test_batch_invariant.py", "-k", "product"],
     "philox": ["tests/kernels/test_operations.py", "-k", "draw_the_same"],
     "sampling/triton_forward": ["tests/sampling/test_sampling_options.py"],
 }
-# The operations that test a file outside their own folder.
+# The operations that test a file outside their own folder:
 USED_BY = {
     "philox": ("lora_linear", "sample"),
 }
@@ -107,32 +107,76 @@ class Mutant:
         return self.kernel, line.strip(), line[self.column :]
 
     def apply(self, source: str) -> str:
+        """The text of the file with the operator replaced."""
         lines = source.split("\n")
         text = lines[self.line - 1]
-        assert text[self.column :].startswith(self.old), f"{self}: {text!r}"
-        lines[self.line - 1] = text[: self.column] + self.new + text[self.column + len(self.old) :]
+        before = text[: self.column]
+        rest = text[self.column :]
+        assert rest.startswith(self.old), f"{self}: {text!r}"
+        lines[self.line - 1] = before + self.new + rest.removeprefix(self.old)
         return "\n".join(lines)
 
 
-def _operators(function: ast.FunctionDef, lines: list[str]) -> Iterator[tuple[int, int, str, str]]:
-    """(line, column, old, new) of every operator in a function's body that can be flipped."""
+class Site(NamedTuple):
+    """An operator in the source that can be flipped."""
+
+    line: int  # from 1
+    column: int
+    old: str
+    new: str
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether it is + or -, and not a bound."""
+        return self.old in "+-"
+
+
+def _operands(node: ast.AST) -> tuple[ast.expr, ast.expr, type] | None:
+    """(left, right, kind of operator) of a node with one operator between two operands."""
+    if isinstance(node, ast.BinOp):
+        return node.left, node.right, type(node.op)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return node.left, node.comparators[0], type(node.ops[0])
+    if isinstance(node, ast.AugAssign):
+        return node.target, node.value, type(node.op)
+    return None
+
+
+def _sites(function: ast.FunctionDef, lines: list[str]) -> Iterator[Site]:
+    """Every operator in a function's body that can be flipped."""
     for statement in function.body:
         for node in ast.walk(statement):
-            if isinstance(node, ast.BinOp):
-                left, right, kind = node.left, node.right, type(node.op)
-            elif isinstance(node, ast.Compare) and len(node.ops) == 1:
-                left, right, kind = node.left, node.comparators[0], type(node.ops[0])
-            elif isinstance(node, ast.AugAssign):
-                left, right, kind = node.target, node.value, type(node.op)
-            else:
+            operands = _operands(node)
+            if operands is None:
                 continue
+            left, right, kind = operands
             if kind not in OPERATORS or left.end_lineno != right.lineno:
                 continue
             if isinstance(left, ast.Name) and left.id.endswith("_ptr"):
                 continue  # an address below the tensor: the bounds check sees every one of them
             old, new = OPERATORS[kind]
             between = lines[right.lineno - 1][left.end_col_offset : right.col_offset]
-            yield right.lineno, left.end_col_offset + between.index(old), old, new
+            column = left.end_col_offset + between.index(old)
+            yield Site(right.lineno, column, old, new)
+
+
+def _is_kernel(node: ast.AST, pattern: str) -> bool:
+    """Whether a node is a `@jit` function with a name that matches."""
+    if not isinstance(node, ast.FunctionDef) or not fnmatch(node.name, pattern):
+        return False
+    decorators = [ast.unparse(d).split("(")[0] for d in node.decorator_list]
+    return "jit" in decorators
+
+
+def _chosen(sites: list[Site], name: str, count: int) -> list[Site]:
+    """Up to `count` sites of the kernel `name`, half of them bounds if there are enough of both."""
+    shuffled = sorted(set(sites))
+    random.Random(name).shuffle(shuffled)
+    signs = [site for site in shuffled if site.is_sign]
+    bounds = [site for site in shuffled if not site.is_sign]
+    bounds = bounds[: max(count // 2, count - len(signs))]
+    signs = signs[: count - len(bounds)]
+    return sorted(bounds + signs)
 
 
 def mutants(pattern: str, per_kernel: int) -> list[Mutant]:
@@ -142,19 +186,10 @@ def mutants(pattern: str, per_kernel: int) -> list[Mutant]:
         source = path.read_text()
         lines = source.split("\n")
         for node in ast.parse(source).body:
-            if not isinstance(node, ast.FunctionDef) or not fnmatch(node.name, pattern):
+            if not _is_kernel(node, pattern):
                 continue
-            if not any(ast.unparse(d).split("(")[0] == "jit" for d in node.decorator_list):
-                continue
-            sites = sorted(set(_operators(node, lines)))
-            rng = random.Random(node.name)
-            rng.shuffle(sites)
-            signs = [s for s in sites if s[2] in "+-"]
-            bounds = [s for s in sites if s[2] not in "+-"]
-            half = max(per_kernel // 2, per_kernel - len(signs))
-            chosen = bounds[:half] + signs[: per_kernel - len(bounds[:half])]
-            where = path.relative_to(ROOT)
-            found += [Mutant(where, node.name, *site) for site in sorted(chosen)]
+            for site in _chosen(list(_sites(node, lines)), node.name, per_kernel):
+                found.append(Mutant(path.relative_to(ROOT), node.name, *site))
     return found
 
 
@@ -177,8 +212,9 @@ def judge(mutant: Mutant) -> tuple[str, float]:
         return "survived", seconds
     if done.returncode == -signal.SIGXCPU:
         return "red: does not end", seconds
-    complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"red: {complaint}", seconds
+    complaints = done.stderr.strip().splitlines()
+    last = complaints[-1] if complaints else f"exit code {done.returncode}"
+    return f"red: {last}", seconds
 
 
 def specs_testing(file: str) -> list[Any]:
@@ -187,7 +223,12 @@ def specs_testing(file: str) -> list[Any]:
 
     owner = f"kernels.{file.split('/')[0]}"
     names = USED_BY.get(file, ())
-    return [s for s in SPECS.values() if s.name in names or s.make_inputs.__module__ == owner]
+    specs = []
+    for spec in SPECS.values():
+        is_owner = spec.make_inputs.__module__ == owner
+        if is_owner or spec.name in names:
+            specs.append(spec)
+    return specs
 
 
 def run_suite(file: str) -> None:
@@ -195,8 +236,6 @@ def run_suite(file: str) -> None:
     import pytest
     import torch
 
-    from kernels.registry import REFERENCE
-    from kernels.spec import cast, check
     from tests.helpers import interpreter
     from tests.helpers.operation_cases import kernel_shapes, random_shapes, triton_tables
 
@@ -204,33 +243,53 @@ def run_suite(file: str) -> None:
     specs = specs_testing(file)
     assert specs, f"no operation tests kernels/{file}.py"
     for spec in specs:
-        tables = list(triton_tables(spec.name))
-        shapes = {*kernel_shapes(spec), *random_shapes(spec)}
-        shapes = sorted(shapes, key=lambda s: sum(map(int, s)))  # quick ones first
+        tables = [ops for _, ops in triton_tables(spec.name)]
+        distinct = {*kernel_shapes(spec), *random_shapes(spec)}
+        shapes = sorted(distinct, key=lambda shape: sum(map(int, shape)))  # quick ones first
         for shape in shapes:
-            for _, ops in tables:
+            for ops in tables:
                 for dtype in (torch.float32, torch.bfloat16):
-                    buffers: list = []
-                    with interpreter.poisoned():
-                        check(
-                            spec, ops, REFERENCE, shape, dtype,
-                            prepare=lambda i, b=buffers: interpreter.guarded(i, b),
-                        )  # fmt: skip
-                    assert interpreter.guards_intact(buffers), "wrote outside its tensors"
+                    _check_guarded(spec, ops, shape, dtype)
         for shape in shapes[:3]:
-            inputs = spec.make_inputs(shape, torch.Generator().manual_seed(1))
-            for _, ops in tables:
-                first = spec.run(ops, cast(inputs, torch.float32))
-                with interpreter.last_programs_first():
-                    second = spec.run(ops, cast(inputs, torch.float32))
-                assert all(torch.equal(first[k], second[k]) for k in first), "programs collide"
+            for ops in tables:
+                _check_order_of_programs(spec, ops, shape)
     if file in MORE_TESTS:
         quiet = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib"]
         assert pytest.main([*quiet, *MORE_TESTS[file]]) == 0, f"{MORE_TESTS[file]}"
 
 
+def _check_guarded(spec: Any, ops: Any, shape: tuple, dtype: Any) -> None:
+    """The ratio rule, with the inputs between guards and every fresh tensor poisoned."""
+    from kernels.registry import REFERENCE
+    from kernels.spec import check
+    from tests.helpers import interpreter
+
+    buffers: list = []
+
+    def prepare(inputs: dict) -> dict:
+        return interpreter.guarded(inputs, buffers)
+
+    with interpreter.poisoned():
+        check(spec, ops, REFERENCE, shape, dtype, prepare=prepare)
+    assert interpreter.guards_intact(buffers), "wrote outside its tensors"
+
+
+def _check_order_of_programs(spec: Any, ops: Any, shape: tuple) -> None:
+    """The same bits whichever program of a launch runs first."""
+    import torch
+
+    from kernels.spec import cast
+    from tests.helpers import interpreter
+
+    inputs = spec.make_inputs(shape, torch.Generator().manual_seed(1))
+    first = spec.run(ops, cast(inputs, torch.float32))
+    with interpreter.last_programs_first():
+        second = spec.run(ops, cast(inputs, torch.float32))
+    assert all(torch.equal(first[key], second[key]) for key in first), "programs collide"
+
+
 def main() -> int:
-    """Judge the mutants, print the table, return the number of unexplained survivors."""
+    """Judge the mutants and print the table; exit code 1 where a survivor is not explained."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", default="*", help="pattern of names")
     parser.add_argument("--per-kernel", type=int, default=6)
@@ -242,18 +301,23 @@ def main() -> int:
         run_suite(args.judge)
         return 0
     todo = mutants(args.kernel, args.per_kernel)
-    unexplained = survived = 0
+    survived = 0
+    unexplained = 0
     with ThreadPoolExecutor(args.jobs) as pool:
         for mutant, (verdict, seconds) in zip(todo, pool.map(judge, todo), strict=True):
             if verdict == "survived":
                 survived += 1
                 reason = EQUIVALENT.get(mutant.key)
-                unexplained += reason is None
-                verdict = f"equivalent: {reason}" if reason else "SURVIVED"
+                if reason is None:
+                    unexplained += 1
+                    verdict = "SURVIVED"
+                else:
+                    verdict = f"equivalent: {reason}"
+            place = f"{mutant.path.name}:{mutant.line}:{mutant.column}"
+            flip = f"{mutant.old} -> {mutant.new}"
+            _, code, _ = mutant.key
             print(
-                f"{mutant.kernel:32} {mutant.path.name}:{mutant.line}:{mutant.column} "
-                f"{mutant.old} -> {mutant.new}  {seconds:5.1f} s  {verdict[:110]}"
-                f"   | {mutant.key[1]}",
+                f"{mutant.kernel:32} {place} {flip}  {seconds:5.1f} s  {verdict[:110]}   | {code}",
                 flush=True,
             )
     print(f"{len(todo)} mutants, {len(todo) - survived} red, {unexplained} unexplained survivors")

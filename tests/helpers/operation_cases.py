@@ -34,53 +34,130 @@ def kernel_shapes(spec):
 
 def triton_cases(shapes_of):
     """pytest parameters (name, ops, shape) for every spec, table and shape of `shapes_of`."""
-    return [
-        pytest.param(
-            name, ops, shape, marks=pytest.mark.gpu if ON_GPU else (),
-            id=f"{label}-{name}-{'x'.join(map(str, shape))[:50]}",
-        )
-        for name, spec in SPECS.items()
-        for label, ops in triton_tables(name)
-        for shape in shapes_of(spec)
-    ]  # fmt: skip
+    marks = pytest.mark.gpu if ON_GPU else ()
+    cases = []
+    for name, spec in SPECS.items():
+        for label, ops in triton_tables(name):
+            for shape in shapes_of(spec):
+                case_id = f"{label}-{name}-{shape_text(shape)[:50]}"
+                cases.append(pytest.param(name, ops, shape, marks=marks, id=case_id))
+    return cases
+
+
+def shape_text(shape):
+    """A shape as "3x63x9"."""
+    return "x".join(map(str, shape))
+
+
+# ---- random shapes: a function per operation, from a random.Random to a shape of its SPEC
+
+
+def _several(rng, count, largest):
+    return [rng.randint(1, largest) for _ in range(count)]
+
+
+def _heads(rng):
+    """H, G, d: up to 8 query heads for a key/value head, head sizes that are multiples of 8."""
+    G = rng.randint(1, 2)
+    H = G * rng.randint(1, 8)
+    d = 8 * rng.randint(2, 12)
+    return H, G, d
+
+
+def _rms_norm(rng):
+    T = rng.randint(1, 9)
+    D = rng.randint(1, 200)
+    return T, D
+
+
+def _rope(rng):
+    T = rng.randint(1, 20)
+    H = rng.randint(1, 5)
+    G = rng.randint(1, 3)
+    d = 2 * rng.randint(8, 40)
+    return T, H, G, d
+
+
+def _swiglu(rng):
+    T = rng.randint(1, 20)
+    F = rng.randint(1, 200)
+    return T, F
+
+
+def _lora_linear(rng):
+    T = rng.randint(1, 40)
+    K = rng.randint(1, 90)
+    rank = rng.randint(1, 70)
+    members = rng.randint(1, 3)
+    return T, K, rank, *_several(rng, members, 50)
+
+
+def _linear(rng):
+    T = rng.randint(1, 40)
+    K = rng.randint(1, 90)
+    N = rng.randint(1, 120)
+    return T, K, N
+
+
+def _attention(rng):
+    heads = _heads(rng)
+    rows = rng.randint(1, 3)
+    return *heads, *_several(rng, rows, 50)
+
+
+def _cached_attention(rng):
+    heads = _heads(rng)
+    page_size = 8 * rng.randint(1, 3)
+    even = rng.randint(1, 6)
+    odd = rng.randint(1, 40)
+    rows = rng.randint(1, 3)
+    contexts = [rng.randint(0, 60) for _ in range(rows)]
+    return *heads, page_size, even, odd, *contexts
+
+
+def _linear_cross_entropy(rng):
+    T = rng.randint(1, 40)
+    D = rng.randint(1, 80)
+    V = rng.randint(2, 400)
+    return T, D, V
+
+
+def _adamw(rng):
+    P = rng.randint(1, 5000)
+    return (P,)
+
+
+def _sample(rng):
+    B = rng.randint(1, 4)
+    V = rng.randint(2, 300)
+    temperature = rng.randint(0, 1) * rng.uniform(0.3, 2)  # every other one is greedy
+    top_k = rng.randint(0, 60)
+    top_p = rng.uniform(0.3, 1)
+    return B, V, temperature, top_k, top_p
+
+
+RANDOM_SHAPE = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "lora_linear": _lora_linear,
+    "linear": _linear,
+    "attention": _attention,
+    "cached_attention": _cached_attention,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "adamw": _adamw,
+    "sample": _sample,
+}
 
 
 def random_shapes(spec):
     """Eight shapes without a pattern, the same ones every time."""
     rng = random.Random(spec.name)
-    pick = rng.randint
+    make_shape = RANDOM_SHAPE[spec.name]
+    return [make_shape(rng) for _ in range(8)]
 
-    def several(count, largest):
-        return [pick(1, largest) for _ in range(count)]
 
-    def attention_heads():
-        G = pick(1, 2)
-        H = G * pick(1, 8)
-        return H, G, 8 * pick(2, 12)
-
-    def cached_attention():
-        heads = attention_heads()
-        page_size, even, odd = 8 * pick(1, 3), pick(1, 6), pick(1, 40)
-        return *heads, page_size, even, odd, *[pick(0, 60) for _ in range(pick(1, 3))]
-
-    def sample():
-        B, V = pick(1, 4), pick(2, 300)
-        temperature = pick(0, 1) * rng.uniform(0.3, 2)
-        return B, V, temperature, pick(0, 60), rng.uniform(0.3, 1)
-
-    makers = {
-        "rms_norm": lambda: (pick(1, 9), pick(1, 200)),
-        "rope": lambda: (pick(1, 20), pick(1, 5), pick(1, 3), 2 * pick(8, 40)),
-        "swiglu": lambda: (pick(1, 20), pick(1, 200)),
-        "lora_linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 70), *several(pick(1, 3), 50)),
-        "linear": lambda: (pick(1, 40), pick(1, 90), pick(1, 120)),
-        "attention": lambda: (*attention_heads(), *several(pick(1, 3), 50)),
-        "cached_attention": cached_attention,
-        "linear_cross_entropy": lambda: (pick(1, 40), pick(1, 80), pick(2, 400)),
-        "adamw": lambda: (pick(1, 5000),),
-        "sample": sample,
-    }
-    return [makers[spec.name]() for _ in range(8)]
+# ---- inputs
 
 
 def named_tensors(value, name=""):
@@ -91,8 +168,8 @@ def named_tensors(value, name=""):
         for field in dataclasses.fields(value):
             yield from named_tensors(getattr(value, field.name), field.name)
     elif isinstance(value, dict):
-        for key, v in value.items():
-            yield from named_tensors(v, key)
+        for key, item in value.items():
+            yield from named_tensors(item, key)
     elif isinstance(value, tuple | list):
-        for v in value:
-            yield from named_tensors(v, name)
+        for item in value:
+            yield from named_tensors(item, name)

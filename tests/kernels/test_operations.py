@@ -36,6 +36,7 @@ from tests.helpers.operation_cases import (
     kernel_shapes,
     named_tensors,
     random_shapes,
+    shape_text,
     triton_cases,
 )
 
@@ -45,41 +46,45 @@ if triton_launch.INTERPRETED:
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def check_guarded(name, ops, shape, dtype, seed=0):
+    """`check`, with the inputs between guards and every fresh tensor poisoned."""
+    buffers = []
+
+    def prepare(inputs):
+        return interpreter.guarded(inputs, buffers)
+
+    with interpreter.poisoned():
+        check(SPECS[name], ops, REFERENCE, shape, dtype, DEVICE, seed, prepare)
+    assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(kernel_shapes))
 def test_triton_against_reference(name, ops, shape, dtype):
-    """Outputs and gradients, with the inputs between guards and every fresh tensor poisoned."""
-    buffers = []
-    with interpreter.poisoned():
-        check(
-            SPECS[name], ops, REFERENCE, shape, dtype, DEVICE,
-            prepare=lambda inputs: interpreter.guarded(inputs, buffers),
-        )  # fmt: skip
-    assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
+    """Outputs and gradients."""
+    check_guarded(name, ops, shape, dtype)
 
 
 @pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(random_shapes))
-def test_triton_on_random_shapes(name, ops, shape):
-    buffers = []
-    with interpreter.poisoned():
-        check(
-            SPECS[name], ops, REFERENCE, shape, torch.float32, DEVICE, seed=1,
-            prepare=lambda inputs: interpreter.guarded(inputs, buffers),
-        )  # fmt: skip
-    assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
+def test_triton_against_reference_on_random_shapes(name, ops, shape):
+    check_guarded(name, ops, shape, torch.float32, seed=1)
 
 
 @pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: kernel_shapes(s)[:3]))
-def test_triton_is_repeatable(name, ops, shape):
-    """Two runs on copies of the same inputs give the same bits.
+def test_triton_gives_the_same_bits_twice(name, ops, shape):
+    """In the interpreter the second run takes the programs of every launch in the opposite order.
 
-    In the interpreter the second run takes the programs of every launch in the opposite order:
-    what one program writes over another's work would show.
+    So it shows where one program writes over another's work.
     """
-    inputs = SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1))
-    first = SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE))
+    spec = SPECS[name]
+    inputs = spec.make_inputs(shape, seeded(1))
+    first = spec.run(ops, cast(inputs, torch.bfloat16, DEVICE))
     with interpreter.last_programs_first():
-        second = SPECS[name].run(ops, cast(inputs, torch.bfloat16, DEVICE))
+        second = spec.run(ops, cast(inputs, torch.bfloat16, DEVICE))
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
@@ -96,14 +101,13 @@ STRIDED = {
 
 
 @pytest.mark.parametrize(("name", "ops", "shape"), triton_cases(lambda s: kernel_shapes(s)[1:2]))
-def test_triton_leaves_inputs_alone(name, ops, shape):
-    inputs = cast(
-        SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1)), torch.float32, DEVICE
-    )
+def test_triton_writes_into_no_input(name, ops, shape):
+    """But into those that its contract names."""
+    inputs = cast(SPECS[name].make_inputs(shape, seeded(1)), torch.float32, DEVICE)
     before = copy.deepcopy(inputs)
     SPECS[name].run(ops, inputs)
-    pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
     compared = 0
+    pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
     for (field, was), (_, now) in pairs:
         if field not in WRITTEN.get(name, ()):
             assert torch.equal(was, now), f"{name} wrote into {field}"
@@ -111,44 +115,56 @@ def test_triton_leaves_inputs_alone(name, ops, shape):
     assert compared
 
 
+def strided_cases():
+    cases = triton_cases(lambda spec: kernel_shapes(spec)[1:3])
+    return [case for case in cases if case.values[0] in STRIDED]
+
+
+def with_strides(t, layout):
+    """A copy of t (rows, columns) whose rows do not follow one another in memory."""
+    rows, columns = t.shape
+    if layout == "transposed":
+        buffer = t.new_full((columns + 1, rows), torch.nan)
+        view = buffer[:columns].T
+    else:
+        buffer = t.new_full((rows, columns + 24), torch.nan)
+        view = buffer[:, 16 : columns + 16]
+    return view.copy_(t)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
-@pytest.mark.parametrize(
-    ("name", "ops", "shape"),
-    [c for c in triton_cases(lambda s: kernel_shapes(s)[1:3]) if c.values[0] in STRIDED],
-)
+@pytest.mark.parametrize(("name", "ops", "shape"), strided_cases())
 def test_triton_takes_any_strides(name, ops, shape, layout):
-    def strided(inputs):
+    def prepare(inputs):
         for key in STRIDED[name]:
-            rows, columns = inputs[key].shape
-            if layout == "transposed":
-                buffer = inputs[key].new_full((columns + 1, rows), torch.nan)
-                place = buffer[:columns].T
-            else:
-                buffer = inputs[key].new_full((rows, columns + 24), torch.nan)
-                place = buffer[:, 16 : columns + 16]
-            inputs[key] = place.copy_(inputs[key])
-            assert rows < 2 or not inputs[key].is_contiguous()
+            inputs[key] = with_strides(inputs[key], layout)
+            assert len(inputs[key]) < 2 or not inputs[key].is_contiguous()
         return inputs
 
-    check(SPECS[name], ops, REFERENCE, shape, torch.bfloat16, DEVICE, prepare=strided)
+    check(SPECS[name], ops, REFERENCE, shape, torch.bfloat16, DEVICE, prepare=prepare)
 
 
-CASES = [
-    (name, shape) for name, spec in SPECS.items() for shape in spec.test_shapes + spec.prefix_shapes
-]
-IDS = [f"{name}-{'x'.join(map(str, shape))[:40]}" for name, shape in CASES]
+def torch_cases():
+    """pytest parameters (name, shape) of every spec, for the TORCH table."""
+    cases = []
+    for name, spec in SPECS.items():
+        for shape in spec.test_shapes + spec.prefix_shapes:
+            cases.append(pytest.param(name, shape, id=f"{name}-{shape_text(shape)[:40]}"))
+    return cases
 
 
-DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else [])]
+DEVICES = ["cpu"]
+if ON_GPU:
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=IDS)
-def test_against_reference(name, shape, dtype, device):
-    """On a GPU too: there attention is torch's, and it is what `--ops auto` falls back to.
+@pytest.mark.parametrize(("name", "shape"), torch_cases())
+def test_torch_against_reference(name, shape, dtype, device):
+    """On a GPU too, where `--ops auto` falls back to TORCH and its attention is torch's own.
 
-    That one rounds P and dS to 16 bits and adds dq up by atomics: 2.1 times the error of the
+    That attention rounds P and dS to 16 bits and adds dq up by atomics: 2.1 times the error of the
     reference on an H100, where our kernels stay under 2.
     """
     spec = SPECS[name]
@@ -157,12 +173,12 @@ def test_against_reference(name, shape, dtype, device):
     check(spec, TORCH, REFERENCE, shape, dtype, device)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=IDS)
-def test_repeatable(name, shape):
-    """Two runs on copies of the same inputs give the same bits."""
+@pytest.mark.parametrize(("name", "shape"), torch_cases())
+def test_torch_gives_the_same_bits_twice(name, shape):
     spec = SPECS[name]
-    inputs = spec.make_inputs(shape, torch.Generator().manual_seed(1))
-    first, second = (spec.run(TORCH, cast(inputs, torch.float32)) for _ in range(2))
+    inputs = spec.make_inputs(shape, seeded(1))
+    first = spec.run(TORCH, cast(inputs, torch.float32))
+    second = spec.run(TORCH, cast(inputs, torch.float32))
     for key in first:
         assert torch.equal(first[key], second[key]), key
 
@@ -170,10 +186,10 @@ def test_repeatable(name, shape):
 @pytest.mark.parametrize(
     "name", ["rms_norm", "swiglu", "attention", "linear_cross_entropy", "rope"]
 )
-def test_inputs_are_left_alone(name):
-    """Nothing is written into an input, a saved tensor or an incoming gradient."""
+def test_torch_writes_into_no_input(name):
+    """Nor into a saved tensor or an incoming gradient."""
     spec = SPECS[name]
-    inputs = spec.make_inputs(spec.test_shapes[1], torch.Generator().manual_seed(1))
+    inputs = spec.make_inputs(spec.test_shapes[1], seeded(1))
     before = copy.deepcopy(inputs)
     spec.run(TORCH, inputs)
     pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
@@ -181,22 +197,21 @@ def test_inputs_are_left_alone(name):
         assert torch.equal(was, now), f"{name} wrote into {field}"
 
 
-def test_check_can_fail():
-    """A sign error and a small error both go red."""
-
+def test_check_fails_for_a_gradient_that_is_off_by_a_thousandth():
     def wrong(dh, gate_up):
-        return SPECS["swiglu"].run(TORCH, {"dh": dh, "gate_up": gate_up})["dgate_up"] * 1.001
+        return TORCH.swiglu_backward(dh, gate_up) * 1.001
 
     broken = dataclasses.replace(TORCH, swiglu_backward=wrong)
     with pytest.raises(AssertionError, match="dgate_up"):
         check(SPECS["swiglu"], broken, REFERENCE, (3, 63), torch.float32)
 
 
-def test_non_contiguous_gradient():
+def test_torchs_lora_linear_takes_a_transposed_gradient():
     spec = SPECS["lora_linear"]
-    inputs = spec.make_inputs((65, 96, 8, 96, 32, 32), torch.Generator().manual_seed(2))
+    inputs = spec.make_inputs((65, 96, 8, 96, 32, 32), seeded(2))
     want = spec.run(TORCH, cast(inputs, torch.float64))
-    strided = torch.empty(160, 65, dtype=torch.float64).T.copy_(inputs["dy"])
+    strided = torch.empty(160, 65, dtype=torch.float64).T
+    strided.copy_(inputs["dy"])
     got = spec.run(TORCH, cast(inputs, torch.float64) | {"dy": strided})
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-12, atol=1e-12)
@@ -211,11 +226,16 @@ def test_torchs_flash_attention_accepts_our_arguments(H, G):
     assert o.shape == (15, H * 64) and lse.shape == (15, H) and lse.dtype == torch.float32
     dqkv = attention_torch._flash_backward(torch.empty_like(o), qkv, o, lse, packed, H, G)
     assert dqkv.shape == qkv.shape and dqkv.dtype == qkv.dtype
-    names = [a.name for a in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+    names = argument_names(torch.ops.aten._flash_attention_forward)
     assert names[:10] == ["query", "key", "value", *lengths, "return_debug_mask"]
-    names = [a.name for a in torch.ops.aten._flash_attention_backward.default._schema.arguments]
-    assert names[4:12] == ["out", "logsumexp", *lengths] and names[12:14] == ["rng_state", "unused"]
+    names = argument_names(torch.ops.aten._flash_attention_backward)
+    assert names[4:12] == ["out", "logsumexp", *lengths]
+    assert names[12:14] == ["rng_state", "unused"]
+
+
+def argument_names(operator):
+    return [argument.name for argument in operator.default._schema.arguments]
 
 
 def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
@@ -225,7 +245,8 @@ def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
 
     def forward(qkv, packed, H, G):
         calls.append("forward")
-        return change(*attention_torch._blocked_forward(qkv, packed, H, G))
+        o, lse = attention_torch._blocked_forward(qkv, packed, H, G)
+        return change(o, lse)
 
     def backward(*args):
         calls.append("backward")
@@ -235,6 +256,18 @@ def flash_as_blocks(monkeypatch, change=lambda o, lse: (o, lse)):
     monkeypatch.setattr(attention_torch, "_flash_backward", backward)
     attention_torch._why_flash_fails.cache_clear()
     return calls
+
+
+def transposed_lse(o, lse):
+    return o, lse.T.contiguous().view_as(lse)
+
+
+def short_lse(o, lse):
+    return o, lse[:-1]
+
+
+def nan_output(o, lse):
+    return o * float("nan"), lse
 
 
 def unknown_arguments(o, lse):
@@ -249,9 +282,9 @@ def out_of_memory(o, lse):
     ("change", "printed"),
     [
         (None, ""),
-        (lambda o, lse: (o, lse.T.contiguous().view_as(lse)), "its lse differs"),
-        (lambda o, lse: (o, lse[:-1]), "cannot be used with 7 + 2 x 7 heads of 16"),
-        (lambda o, lse: (o * float("nan"), lse), "its o differs"),
+        (transposed_lse, "its lse differs"),
+        (short_lse, "cannot be used with 7 + 2 x 7 heads of 16"),
+        (nan_output, "its o differs"),
         (unknown_arguments, "takes 12 arguments"),
     ],
     ids=["right", "another layout", "another shape", "nan", "another signature"],
@@ -263,9 +296,7 @@ def test_flash_attention_is_tried_once_and_not_used_where_it_fails(
     works = change is None
     calls = flash_as_blocks(monkeypatch) if works else flash_as_blocks(monkeypatch, change)
     spec = SPECS["attention"]
-    inputs = cast(
-        spec.make_inputs((7, 7, 16, 3, 4), torch.Generator().manual_seed(0)), torch.float32
-    )
+    inputs = cast(spec.make_inputs((7, 7, 16, 3, 4), seeded(0)), torch.float32)
     found = spec.run(TORCH, inputs)
     tried = len(calls)
     output = capsys.readouterr().out
@@ -275,7 +306,8 @@ def test_flash_attention_is_tried_once_and_not_used_where_it_fails(
         assert calls[:1] == ["forward"]
         assert printed in output and "in blocks of queries" in output
     again = spec.run(TORCH, inputs)
-    assert len(calls) == (tried + 2 if works else tried) and capsys.readouterr().out == ""
+    expected_calls = tried + 2 if works else tried
+    assert len(calls) == expected_calls and capsys.readouterr().out == ""
     monkeypatch.undo()
     attention_torch._why_flash_fails.cache_clear()
     for name, want in spec.run(TORCH, inputs).items():
@@ -298,7 +330,10 @@ def test_every_operation_is_in_the_tables(name):
     assert all(callable(getattr(OPS[name], op)) for op in OPS[name].table())
 
 
-def test_philox_known_answers():
+# ---- philox
+
+
+def test_philox_gives_the_published_words():
     """The vectors published with Random123 (kat_vectors, philox 4x32 10)."""
     cases = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -310,38 +345,55 @@ def test_philox_known_answers():
         ),
     ]
     for counter, (k0, k1), want in cases:
-        got = philox4x32(tuple(torch.tensor([c]) for c in counter), k0 | k1 << 32)
-        assert tuple(int(w) for w in got) == want
+        words = philox4x32(tuple(torch.tensor([c]) for c in counter), key=k0 | k1 << 32)
+        assert tuple(int(word) for word in words) == want
 
 
 @jit
 def draw_kernel(key_ptr, positions_ptr, samples_ptr, row_keys_ptr, out_ptr, BN: tl.constexpr):
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    u = uniform_triton(
-        tl.load(key_ptr), tl.load(positions_ptr + at), tl.load(samples_ptr + at),
-        tl.load(row_keys_ptr + at),
-    )  # fmt: skip
-    tl.store(out_ptr + at, u)
+    """out = BN uniforms."""
+    offsets = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = tl.load(key_ptr)
+    position = tl.load(positions_ptr + offsets)
+    sample = tl.load(samples_ptr + offsets)
+    row_key = tl.load(row_keys_ptr + offsets)
+    u = uniform_triton(key, position, sample, row_key)
+    tl.store(out_ptr + offsets, u)
 
 
 @jit
 def mask_kernel(
-    position_ptr, row_key_ptr, step_ptr, key, threshold, out_ptr, K,
-    BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    rows, first = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BK
-    mask = dropout_tile(
-        tl.load(position_ptr + rows), tl.load(row_key_ptr + rows), tl.load(step_ptr), key, first,
-        threshold, BM, BK,
-    )  # fmt: skip
-    tl.store(out_ptr + rows[:, None] * K + (first + tl.arange(0, BK))[None, :], mask)
+    position_ptr,
+    row_key_ptr,
+    step_ptr,
+    key,
+    threshold,
+    out_ptr,
+    K,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A tile of the dropout mask, out (T, K)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    first_col = tl.program_id(1) * BK
+    cols = first_col + tl.arange(0, BK)
+    position = tl.load(position_ptr + rows)
+    row_key = tl.load(row_key_ptr + rows)
+    step = tl.load(step_ptr)
+    mask = dropout_tile(position, row_key, step, key, first_col, threshold, BM, BK)
+    offsets = rows[:, None] * K + cols[None, :]
+    tl.store(out_ptr + offsets, mask)
 
 
-@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=pytest.mark.gpu if ON_GPU else ())])
-def test_kernels_draw_the_same_numbers(device):
-    """Uniforms to the last bit; the dropout mask lane for lane, also at the threshold itself."""
-    g = torch.Generator().manual_seed(0)
-    positions, samples = (torch.randint(2**20, (64,), generator=g).to(device) for _ in range(2))
+KERNEL_DEVICES = [pytest.param(DEVICE, marks=pytest.mark.gpu if ON_GPU else ())]
+
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels_draw_the_same_uniforms(device):
+    """To the last bit."""
+    g = seeded(0)
+    positions = torch.randint(2**20, (64,), generator=g).to(device)
+    samples = torch.randint(2**20, (64,), generator=g).to(device)
     row_keys = torch.randint(-(2**62), 2**62, (64,), generator=g).to(device)
     assert mix("sample", 3) >= 2**63, "take a seed whose key uses the sign bit"
     key = torch.tensor([signed64(mix("sample", 3))], device=device)
@@ -349,43 +401,58 @@ def test_kernels_draw_the_same_numbers(device):
     launch(draw_kernel, (2,), key, positions, samples, row_keys, u, BN=32)
     assert torch.equal(u, uniform(positions, samples, row_keys, 3))
 
-    step = torch.tensor(5, device=device)
-    drop = Dropout(
-        0.25, mix("dropout", 1), positions.repeat(8), row_keys.repeat(8) & 2**32 - 1, step
+
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_kernels_draw_the_same_dropout_mask(device):
+    """Lane for lane, also at the threshold itself."""
+    g = seeded(0)
+    positions = torch.randint(2**20, (64,), generator=g).to(device)
+    row_keys = torch.randint(2**32, (64,), generator=g).to(device)
+    dropout = Dropout(
+        p=0.25,
+        key=mix("dropout", 1),
+        positions=positions.repeat(8),
+        row_keys=row_keys.repeat(8),
+        step=torch.tensor(5, device=device),
     )
     mask = torch.empty(512, 2048, device=device)
-    arguments = dropout_arguments(drop)
-    launch(mask_kernel, (8, 4), *arguments, mask, 2048, BM=64, BK=512)
-    assert torch.equal(mask, drop.mask(2048, torch.float32))
+    launch(mask_kernel, (8, 4), *dropout_arguments(dropout), mask, 2048, BM=64, BK=512)
+    assert torch.equal(mask, dropout.mask(2048, torch.float32))
 
 
-def test_uniform_is_uniform_and_keyed():
+def correlation(x, y):
+    return torch.corrcoef(torch.stack((x, y)))[0, 1].item()
+
+
+def test_uniforms_are_uniform_and_differ_by_sample_row_and_seed():
     n = 20_000
+    positions = torch.arange(n)
     zero = torch.zeros(n, dtype=torch.int64)
     keys = torch.full((n,), -(2**62) + 12345)  # 64-bit keys use the sign bit too
-    u = uniform(torch.arange(n), zero, keys, seed=3)
+    u = uniform(positions, zero, keys, seed=3)
     assert 0 < u.min() and u.max() < 1
-    assert abs(u.mean().item() - 0.5) < 0.01 and abs(u.var().item() - 1 / 12) < 0.005
+    assert abs(u.mean().item() - 0.5) < 0.01
+    assert abs(u.var().item() - 1 / 12) < 0.005
     for other in (
-        uniform(torch.arange(n), zero + 1, keys, seed=3),
-        uniform(torch.arange(n), zero, keys + 1, seed=3),
-        uniform(torch.arange(n), zero, keys + 2**40, seed=3),
-        uniform(torch.arange(n), zero, keys, seed=4),
+        uniform(positions, zero + 1, keys, seed=3),
+        uniform(positions, zero, keys + 1, seed=3),
+        uniform(positions, zero, keys + 2**40, seed=3),
+        uniform(positions, zero, keys, seed=4),
     ):
-        assert abs(torch.corrcoef(torch.stack((u, other)))[0, 1].item()) < 0.03
+        assert abs(correlation(u, other)) < 0.03
 
 
 def test_dropout_mask_belongs_to_the_token():
     """Rate, scale, and the same mask wherever in a batch the token stands."""
-    positions, keys = torch.arange(500), torch.full((500,), 77)
-    drop = Dropout(0.1, mix("dropout", 1, 2, 3), positions, keys, torch.tensor(5))
-    mask = drop.mask(203, torch.float64)
+    positions = torch.arange(500)
+    keys = torch.full((500,), 77)
+    dropout = Dropout(0.1, mix("dropout", 1, 2, 3), positions, keys, torch.tensor(5))
+    mask = dropout.mask(203, torch.float64)
     assert mask.shape == (500, 203)
     assert abs((mask == 0).double().mean().item() - 0.1) < 0.005
     assert abs(mask.mean().item() - 1) < 0.006
-    shuffled = torch.randperm(500, generator=torch.Generator().manual_seed(0))
-    moved = dataclasses.replace(drop, positions=positions[shuffled], row_keys=keys[shuffled])
-    assert torch.equal(moved.mask(203, torch.float64), mask[shuffled])
-    assert not torch.equal(
-        dataclasses.replace(drop, step=torch.tensor(6)).mask(203, torch.float64), mask
-    )
+    order = torch.randperm(500, generator=seeded(0))
+    moved = dataclasses.replace(dropout, positions=positions[order], row_keys=keys[order])
+    assert torch.equal(moved.mask(203, torch.float64), mask[order])
+    next_step = dataclasses.replace(dropout, step=torch.tensor(6))
+    assert not torch.equal(next_step.mask(203, torch.float64), mask)

@@ -1,17 +1,18 @@
 /* Products with packed weights      y (T, N) = x (T, K) W^T
 
-   W (N, K) lies in panels of PANEL of its rows: all of a panel's numbers for k = 0, then those for
-   k = 1, ... so that a product reads it once, from front to back. What a last panel lacks is 0.
-   A number takes as many bytes as its weight needs to be held exactly:
-       2   bf16: the upper half of the fp32 it means; rows j and j + LANES of a panel share a word,
-           which one instruction each makes fp32
-       3   the upper three bytes (what fp16 holds, and most 4-bit quantised weights)
+   W (N, K) is stored in panels of PANEL of its rows: all numbers of a panel for k = 0, then those
+   for k = 1, ... so that a product reads a panel once, from front to back. The last panel is filled
+   up with rows of 0. A number takes as many bytes as hold every number of its weight exactly:
+       2   bf16: the upper half of the fp32 value; rows j and j + LANES of a panel share a word,
+           and one instruction makes either of them fp32
+       3   the upper three bytes: enough for fp16 and most 4-bit quantised weights
        4   fp32
 
-   Every y is a sum of chains over CHAIN numbers k each of fused multiply-adds from 0 on, added in
-   order: its bits do not depend on T, on the place of its row, or on the number of threads. (One
-   chain over all of K would double the rounding error.) Threads share out panels: each column of y
-   is computed by one.
+   Every y is a sum of chains: a chain is CHAIN fused multiply-adds over successive k, beginning
+   with 0, and the chains are added in order. So the bits of y do not depend on T, on the position
+   of its row, or on the number of threads. (One chain over all of K would double the rounding
+   error.)
+   A chunk of work is a panel: each column of y is computed by one thread.
 
    T = tokens, K = inputs, N = outputs, P = panels */
 
@@ -25,47 +26,56 @@
 #define ROWS 6 /* of 16 */
 #endif
 #define CHAIN 128
-#define BLOCK (44 * ROWS) /* tokens whose x is passed by a panel while the panel is near */
-#define WIDENED 4 /* tiles from which on a panel is better made fp32 once */
-#define AHEAD 4096 /* bytes: the hardware's own prefetch leaves a third of the bandwidth */
+#define BLOCK (44 * ROWS) /* tokens multiplied by a panel while it is in the cache */
+#define WIDENED 4 /* from so many tiles on, converting a panel to fp32 once is faster */
+#define AHEAD 4096 /* bytes; the hardware's own prefetch leaves a third of the bandwidth unused */
 
 long panel_columns(void) { return PANEL; }
 
 /* ---- packing */
 
-/* Where the upper bytes of row j of a panel at k lie */
+/* The address in a panel of the upper bytes of its row j at k */
 INLINE char *place(char *panel, long bytes, long j, long k) {
-    long number = k * PANEL + (bytes == 2 ? j % LANES * 2 + j / LANES : j);
+    long column = bytes == 2 ? j % LANES * 2 + j / LANES : j; /* pairs share a word */
+    long number = k * PANEL + column;
     return panel + number * bytes;
 }
 
+/* w (N, K) fp32, as words, into panels: `out` has room for all of the last panel. */
 void pack(const uint32_t *w, char *out, long bytes, long N, long K) {
+    long panels = (N + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static)
-    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
-        for (long j = 0; j < PANEL; j++)
+    for (long p = 0; p < panels; p++) {
+        char *panel = out + p * K * PANEL * bytes;
+        for (long j = 0; j < PANEL; j++) {
+            long row = p * PANEL + j;
             for (long k = 0; k < K; k++) {
-                uint32_t a = p * PANEL + j < N ? w[(p * PANEL + j) * K + k] : 0;
-                memcpy(place(out + p * K * PANEL * bytes, bytes, j, k), (char *)&a + 4 - bytes,
-                       bytes);
+                uint32_t word = row < N ? w[row * K + k] : 0;
+                const char *upper = (char *)&word + 4 - bytes; /* little-endian */
+                memcpy(place(panel, bytes, j, k), upper, bytes);
             }
+        }
+    }
 }
 
-/* Row rows[i] of W to y (n, K), as it was: a look-up of embeddings, and the way back. */
+/* y (n, K) fp32, as words: rows rows[i] of W, bit for bit. For embeddings, and for unpacking. */
 void look_up(char *w, long bytes, const int64_t *rows, uint32_t *y, long n, long K) {
 #pragma omp parallel for schedule(static) if (n > 64)
-    for (long i = 0; i < n; i++)
+    for (long i = 0; i < n; i++) {
+        char *panel = w + rows[i] / PANEL * K * PANEL * bytes;
+        long j = rows[i] % PANEL;
         for (long k = 0; k < K; k++) {
-            uint32_t a = 0;
-            memcpy((char *)&a + 4 - bytes,
-                   place(w + rows[i] / PANEL * K * PANEL * bytes, bytes, rows[i] % PANEL, k),
-                   bytes);
-            y[i * K + k] = a;
+            uint32_t word = 0;
+            char *upper = (char *)&word + 4 - bytes;
+            memcpy(upper, place(panel, bytes, j, k), bytes);
+            y[i * K + k] = word;
         }
+    }
 }
 
 /* ---- products */
 
-/* The numbers of a panel at k, as two vectors. */
+/* The numbers of a panel at k as fp32, in two vectors */
 INLINE void numbers(const long bytes, const char *panel, long k, vec *a, vec *b) {
     const char *at = panel + k * PANEL * bytes;
     if (bytes == 2) {
@@ -81,10 +91,10 @@ INLINE void numbers(const long bytes, const char *panel, long k, vec *a, vec *b)
     }
 }
 
-/* What to ask memory for during a tile: `step` bytes from `at` on for every k. */
+/* Memory to prefetch during a tile: for every k, `step` bytes from at + k * step on */
 typedef struct { const char *at; long step; } ahead;
 
-/* m <= ROWS rows of x by one panel: out (m, PANEL) */
+/* out (m, PANEL) = m <= ROWS rows of x, times one panel */
 INLINE void tile(const int m, const long bytes, const ahead next, const float *x, const char *w,
                  float *out, long K) {
     vec total[ROWS][2], sums[ROWS][2];
@@ -92,8 +102,8 @@ INLINE void tile(const int m, const long bytes, const ahead next, const float *x
         EACH for (int i = 0; i < m; i++) sums[i][0] = sums[i][1] = all(0);
         for (long k = from; k < least(from + CHAIN, K); k++) {
             vec a, b;
-            /* an address for four rows each, behind the compiler's back: with one for every row
-               the general registers do not suffice, which costs 6 % */
+            /* One address for every four rows, hidden from the compiler: with an address for every
+               row it runs out of general registers, which costs 6 %. */
             const float *four[3] = {x + k, x + k + 4 * K, x + k + 8 * K};
             __asm__("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]));
             _mm_prefetch(next.at + k * next.step, _MM_HINT_T1);
@@ -133,7 +143,7 @@ FORM(2)
 FORM(3)
 FORM(4)
 
-/* A panel as fp32 */
+/* A panel converted to fp32 */
 static void widen(const char *panel, long bytes, float *wide, long K) {
     for (long k = 0; k < K; k++) {
         vec a, b;
@@ -159,17 +169,25 @@ long linear_room(long T, long K) { return (least(T, BLOCK) + K) * PANEL; }
 
 static void compute_panel(worker *me, const void *what, long p) {
     const product *a = what;
-    long tiles = (a->end - a->first + ROWS - 1) / ROWS, size = a->K * PANEL * a->bytes;
+    long T = a->end - a->first;
+    long tiles = (T + ROWS - 1) / ROWS;
+    long size = a->K * PANEL * a->bytes; /* bytes of a panel */
     const char *panel = a->w + p * size;
-    float *wide = a->bytes < 4 && tiles >= WIDENED ? me->own + (a->end - a->first) * PANEL : NULL;
-    if (wide) widen(panel, a->bytes, wide, a->K);
-    for (long i = 0, t = a->first, m; i < tiles && !late(me); i++, t += m) {
-        m = (a->end - t + tiles - i - 1) / (tiles - i); /* of about the same size */
+    float *wide = NULL; /* the panel in fp32, after the results in this thread's memory */
+    if (a->bytes < 4 && tiles >= WIDENED) {
+        wide = me->own + T * PANEL;
+        widen(panel, a->bytes, wide, a->K);
+    }
+    long t = a->first;
+    for (long i = 0; i < tiles && !late(me); i++) {
+        long left = tiles - i;
+        long m = (a->end - t + left - 1) / left; /* rows of this tile: all are about equal */
         const float *in = a->x + t * a->K;
         float *out = me->own + (t - a->first) * PANEL;
-        /* one tile asks for what it needs soon, several share out the next panel */
-        ahead next = {panel + (tiles == 1 ? AHEAD : size + size / tiles * i),
-                      (PANEL * a->bytes + tiles - 1) / tiles};
+        /* A single tile prefetches its own panel; several prefetch a part each of the next one. */
+        ahead next;
+        next.at = panel + (tiles == 1 ? AHEAD : size + size / tiles * i);
+        next.step = (PANEL * a->bytes + tiles - 1) / tiles;
         if (wide)
             tiles4(next, m, in, (char *)wide, out, a->K);
         else if (a->bytes == 2)
@@ -178,6 +196,7 @@ static void compute_panel(worker *me, const void *what, long p) {
             tiles3(next, m, in, panel, out, a->K);
         else
             tiles4(next, m, in, panel, out, a->K);
+        t += m;
     }
 }
 

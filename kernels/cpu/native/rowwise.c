@@ -1,20 +1,22 @@
-/* What a token meets alone: norm, rotation, SwiGLU. The mathematics stands in rms_norm.py, rope.py
-   and swiglu.py. A row is computed by one thread, in an order that its length decides.
+/* Operations that treat each token by itself: norm, rotation, SwiGLU
 
-   T = tokens, D = model width, F = feed-forward width, H = query heads, G = key/value heads, d =
-   head size */
+   The mathematics stands in rms_norm.py, rope.py and swiglu.py. A row is computed by one thread, in
+   an order of additions that follows from its length alone. A chunk of work is a number of rows.
+
+   T = tokens, D = model width, F = feed-forward width, H = query heads, G = key/value heads,
+   d = head size */
 
 #include <math.h>
 
 #include "native.h"
 #include "vec.h"
 
-#define NUMBERS 4096 /* of a chunk: handing one out takes as long as some hundred */
+#define NUMBERS 4096 /* of a chunk: handing out a chunk takes as long as some hundred numbers */
 
 static long rows_of(long width) { return NUMBERS / width + 1; } /* of a chunk */
 static long chunks_of(long T, long width) { return (T + rows_of(width) - 1) / rows_of(width); }
 
-/* A thread's own memory for rows of this width, or two of them and a number */
+/* A thread's own memory, in floats: for every row of a chunk at most two results and rstd */
 long rowwise_room(long width) { return rows_of(width) * (2 * width + 1); }
 
 /* ---- norm */
@@ -29,37 +31,61 @@ typedef struct {
 
 static void compute_norm(worker *me, const void *what, long chunk) {
     const norm *a = what;
-    long D = a->D, count = rows_of(D), first = chunk * count, end = least(first + count, a->T);
-    float *y = me->own, *h = y + count * D, *rstd = h + count * D;
-    for (long t = first; t < end; t++, y += D, h += D) {
+    long D = a->D;
+    long count = rows_of(D);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    float *y = me->own;          /* (count, D) */
+    float *h = y + count * D;    /* (count, D) */
+    float *rstd = h + count * D; /* (count) */
+    for (long t = first; t < end; t++) {
         const float *in = a->x + t * D;
+
+        /* h = x + residual */
         if (a->residual) {
-            const float *residual = a->residual + (a->rows ? a->rows[t] : t) * D;
+            long row = a->rows ? a->rows[t] : t;
+            const float *residual = a->residual + row * D;
             for (long i = 0; i < D; i += LANES) {
                 long n = least(LANES, D - i);
-                store_some(h + i, add(load_some(in + i, n), load_some(residual + i, n)), n);
+                vec x = load_some(in + i, n);
+                vec other = load_some(residual + i, n);
+                store_some(h + i, add(x, other), n);
             }
             in = h;
         }
+
+        /* rstd */
         vec squares = all(0);
         for (long i = 0; i < D; i += LANES) {
-            vec a = load_some(in + i, least(LANES, D - i));
-            squares = fma3(a, a, squares);
+            vec x = load_some(in + i, least(LANES, D - i));
+            squares = fma3(x, x, squares);
         }
-        float r = 1 / sqrtf(sum(squares) / D + a->eps);
-        *rstd++ = r;
+        float mean_square = sum(squares) / D;
+        float r = 1 / sqrtf(mean_square + a->eps);
+
+        /* y = h rstd w */
         for (long i = 0; i < D; i += LANES) {
             long n = least(LANES, D - i);
             vec normed = mul(load_some(in + i, n), all(r));
-            store_some(y + i, mul(normed, load_some(a->w + i, n)), n);
+            vec w = load_some(a->w + i, n);
+            store_some(y + i, mul(normed, w), n);
         }
+        *rstd = r;
+        y += D;
+        h += D;
+        rstd += 1;
     }
 }
 
 static void put_norm(const worker *me, const void *what, long chunk) {
     const norm *a = what;
-    long D = a->D, count = rows_of(D), first = chunk * count, n = least(count, a->T - first);
-    const float *y = me->own, *h = y + count * D, *rstd = h + count * D;
+    long D = a->D;
+    long count = rows_of(D);
+    long first = chunk * count;
+    long n = least(count, a->T - first);
+    const float *y = me->own;
+    const float *h = y + count * D;
+    const float *rstd = h + count * D;
     memcpy(a->y + first * D, y, n * D * sizeof(float));
     if (a->residual) memcpy(a->h + first * D, h, n * D * sizeof(float));
     memcpy(a->rstd + first, rstd, n * sizeof(float));
@@ -70,8 +96,8 @@ static void all_norms(worker *me, const void *what) {
     share(me, chunks_of(a->T, a->D), compute_norm, put_norm, a);
 }
 
-/* h = x + residual (x itself where there is none), y = h rstd w. Row t of x is met by row rows[t]
-   of residual, by row t where rows is NULL. */
+/* h = x + residual, y = h rstd w. Row t of x is added to row rows[t] of residual, or to row t where
+   rows is NULL. Where residual is NULL, y = x rstd w and h is not written. */
 void share_rms_norm(worker *me, const float *x, const float *residual, const int64_t *rows,
                     const float *w, float *y, float *h, float *rstd, long T, long D, float eps) {
     norm a = {x, residual, w, rows, y, h, rstd, T, D, eps};
@@ -96,27 +122,43 @@ typedef struct {
 
 static void compute_rotation(worker *me, const void *what, long chunk) {
     const rotation *a = what;
-    long d = a->d, heads = a->H + a->G, count = rows_of(heads * d), first = chunk * count;
-    float *turned = me->own;
-    for (long t = first; t < least(first + count, a->T); t++)
-        for (long head = 0; head < heads; head++, turned += d)
-            for (long i = 0; i < d / 2; i += LANES) {
-                const float *from = a->qkv + (t * (heads + a->G) + head) * d + i;
-                const float *angle = a->cos_sin + a->positions[t] * d + i;
-                long n = least(LANES, d / 2 - i);
-                vec x1 = load_some(from, n), x2 = load_some(from + d / 2, n);
-                vec c = load_some(angle, n), s = mul(load_some(angle + d / 2, n), all(a->sign));
-                store_some(turned + i, minus3(x2, s, mul(x1, c)), n);
-                store_some(turned + i + d / 2, fma3(x1, s, mul(x2, c)), n);
+    long d = a->d;
+    long half = d / 2;
+    long heads = a->H + a->G; /* q and k, the first of a row of qkv */
+    long count = rows_of(heads * d);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    float *rotated = me->own; /* (count, heads, d) */
+    for (long t = first; t < end; t++) {
+        const float *row = a->qkv + t * (heads + a->G) * d;
+        const float *angles = a->cos_sin + a->positions[t] * d;
+        for (long head = 0; head < heads; head++) {
+            const float *from = row + head * d;
+            for (long i = 0; i < half; i += LANES) {
+                long n = least(LANES, half - i);
+                vec x1 = load_some(from + i, n);
+                vec x2 = load_some(from + half + i, n);
+                vec c = load_some(angles + i, n);
+                vec s = mul(load_some(angles + half + i, n), all(a->sign));
+                store_some(rotated + i, minus3(x2, s, mul(x1, c)), n);
+                store_some(rotated + half + i, fma3(x1, s, mul(x2, c)), n);
             }
+            rotated += d;
+        }
+    }
 }
 
 static void put_rotation(const worker *me, const void *what, long chunk) {
     const rotation *a = what;
-    long width = (a->H + a->G) * a->d, count = rows_of(width), first = chunk * count;
-    for (long t = first; t < least(first + count, a->T); t++)
-        memcpy(a->qkv + t * (width + a->G * a->d), me->own + (t - first) * width,
-               width * sizeof(float));
+    long width = (a->H + a->G) * a->d;    /* q and k of a token */
+    long row_width = width + a->G * a->d; /* and v */
+    long count = rows_of(width);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    for (long t = first; t < end; t++) {
+        const float *rotated = me->own + (t - first) * width;
+        memcpy(a->qkv + t * row_width, rotated, width * sizeof(float));
+    }
 }
 
 static void all_rotations(worker *me, const void *what) {
@@ -124,7 +166,8 @@ static void all_rotations(worker *me, const void *what) {
     share(me, chunks_of(a->T, (a->H + a->G) * a->d), compute_rotation, put_rotation, a);
 }
 
-/* q and k heads of qkv (T, (H + 2G) d) in place; cos_sin (positions, d); sign -1: the way back */
+/* Rotates the q and k heads of qkv (T, (H + 2G) d) in place. cos_sin (positions, d): cos, then sin.
+   sign 1, or -1 for the opposite angle. */
 void share_rope(worker *me, float *qkv, const int64_t *positions, const float *cos_sin, long T,
                 long H, long G, long d, float sign) {
     rotation a = {qkv, positions, cos_sin, T, H, G, d, sign};
@@ -148,21 +191,32 @@ typedef struct {
 
 static void compute_gated(worker *me, const void *what, long chunk) {
     const gated *a = what;
-    long F = a->F, count = rows_of(F), first = chunk * count;
-    float *h = me->own;
-    for (long t = first; t < least(first + count, a->T); t++, h += F)
+    long F = a->F;
+    long count = rows_of(F);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    float *h = me->own; /* (count, F) */
+    for (long t = first; t < end; t++) {
+        const float *gate = a->gate_up + t * 2 * F;
+        const float *up = gate + F;
         for (long i = 0; i < F; i += LANES) {
-            const float *gate = a->gate_up + t * 2 * F + i;
             long n = least(LANES, F - i);
-            vec g = load_some(gate, n), u = load_some(gate + F, n);
-            vec silu = quotient(g, add(all(1), exponential(sub(all(0), g))));
+            vec g = load_some(gate + i, n);
+            vec u = load_some(up + i, n);
+            vec denominator = add(all(1), exponential(sub(all(0), g))); /* 1 + e^-g */
+            vec silu = quotient(g, denominator);
             store_some(h + i, mul(silu, u), n);
         }
+        h += F;
+    }
 }
 
 static void put_gated(const worker *me, const void *what, long chunk) {
     const gated *a = what;
-    long F = a->F, count = rows_of(F), first = chunk * count, n = least(count, a->T - first);
+    long F = a->F;
+    long count = rows_of(F);
+    long first = chunk * count;
+    long n = least(count, a->T - first);
     memcpy(a->h + first * F, me->own, n * F * sizeof(float));
 }
 
