@@ -172,20 +172,20 @@ TRITON = dataclasses.replace(
 
 OPS = {"reference": REFERENCE, "torch": TORCH, "native": NATIVE, "triton": TRITON}
 
-ALL_SPECS = (
-    rms_norm.SPEC,
-    rope.SPEC,
-    swiglu.SPEC,
-    lora_linear.SPEC,
-    lora_linear_batch_invariant.SPEC,
-    attention.SPEC,
-    cached_attention.SPEC,
-    linear_cross_entropy.SPEC,
-    adamw.SPEC,
-    sampling.SPEC,
+OPERATION_MODULES = (
+    rms_norm,
+    rope,
+    swiglu,
+    lora_linear,
+    lora_linear_batch_invariant,
+    attention,
+    cached_attention,
+    linear_cross_entropy,
+    adamw,
+    sampling,
 )
 # Every operation's contract by its name; `fields` of each names its functions in a table.
-SPECS: dict[str, Spec] = {spec.name: spec for spec in ALL_SPECS}
+SPECS: dict[str, Spec] = {module.SPEC.name: module.SPEC for module in OPERATION_MODULES}
 
 # The operations of sampling besides matrix products. Their Triton forms are batch-invariant; their
 # torch forms on a GPU may give a row other bits for another number of rows.

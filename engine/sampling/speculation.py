@@ -177,24 +177,17 @@ class DraftController:
         cost = self._fit()
         plain_seconds = cost.a + (cost.b + cost.c) * sequences + (cost.s if replayed else 0.0)
         best_rate = self.GAIN * sequences / max(plain_seconds, self.LEAST)
-        best: list[tuple[float, int, int]] = []  # the candidates of which `best_n` are taken
-        best_n = 0
+        best: list[tuple[float, int, int]] = []
         candidates = self._candidates(matches, offered)
         for width in self.WIDTHS:
-            fixed_seconds = cost.a + cost.c * sequences * width
             # a width of w has room for the last token and draft tokens of depth 0 to w - 2
             fitting = [candidate for candidate in candidates if candidate[1] <= width - 2]
-            expected_tokens = float(sequences)
-            for n, (minus_reached, _, _) in enumerate(fitting, start=1):
-                expected_tokens -= minus_reached
-                seconds = fixed_seconds + cost.b * (sequences + n)
-                rate = expected_tokens / seconds
-                if rate > best_rate:
-                    best_rate = rate
-                    best = fitting
-                    best_n = n
+            rate, n = _best_number(cost, sequences, width, fitting)
+            if rate > best_rate:
+                best_rate = rate
+                best = fitting[:n]
         taken = [0] * sequences
-        for _, _, i in best[:best_n]:
+        for _, _, i in best:
             taken[i] += 1
         return taken
 
@@ -225,3 +218,24 @@ class DraftController:
                 candidates.append((-reached, depth, i))
         candidates.sort()
         return candidates
+
+
+def _best_number(
+    cost: StepCost, sequences: int, width: int, candidates: list[tuple[float, int, int]]
+) -> tuple[float, int]:
+    """The highest tokens per second in a step of this width, and the draft tokens it takes.
+
+    candidates: those that fit into the width, the likeliest first; the first n of them are taken.
+    """
+    best_rate = 0.0
+    best_n = 0
+    fixed_seconds = cost.a + cost.c * sequences * width
+    expected_tokens = float(sequences)
+    for n, (minus_reached, _, _) in enumerate(candidates, start=1):
+        expected_tokens -= minus_reached
+        seconds = fixed_seconds + cost.b * (sequences + n)
+        rate = expected_tokens / seconds
+        if rate > best_rate:
+            best_rate = rate
+            best_n = n
+    return best_rate, best_n
