@@ -23,11 +23,13 @@ class NotOurs(OSError):
 
 def folder() -> Path | None:
     """This user's cache folder, which need not exist; None where no home directory is known."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if base:
+        return Path(base, NAME)
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path.home() / ".cache" / NAME
     except RuntimeError:  # no HOME, and a user id that is not in /etc/passwd
         return None
-    return Path(base, NAME)
 
 
 def why_distrusted(path: Path) -> str | None:
@@ -35,19 +37,22 @@ def why_distrusted(path: Path) -> str | None:
 
     A place that does not exist yet is trusted. OSError where a folder may not be looked into.
     """
-    for place in (path.parent.parent, path.parent, path):
+    around = path.parent.parent
+    for place in (around, path.parent, path):
         try:
             status = place.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         if status.st_uid not in (os.geteuid(), 0):
             return f"{place} belongs to {_user_name(status.st_uid)}"
-        if place == path.parent.parent and status.st_mode & stat.S_ISVTX:
+        is_sticky = bool(status.st_mode & stat.S_ISVTX)
+        if place == around and is_sticky:
             continue
-        group_may_write = status.st_mode & stat.S_IWGRP
+        others_may_write = bool(status.st_mode & stat.S_IWOTH)
+        group_may_write = bool(status.st_mode & stat.S_IWGRP)
         if group_may_write and not _is_private_group(status.st_uid, status.st_gid):
-            return f"{place} may be written by other users"
-        if status.st_mode & stat.S_IWOTH:
+            others_may_write = True
+        if others_may_write:
             return f"{place} may be written by other users"
     return None
 
@@ -66,4 +71,5 @@ def _is_private_group(owner: int, gid: int) -> bool:
         name = pwd.getpwuid(owner).pw_name
     except KeyError:
         return False
-    return group.gr_name == name and set(group.gr_mem) <= {name}
+    other_members = set(group.gr_mem) - {name}
+    return group.gr_name == name and not other_members

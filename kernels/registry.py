@@ -73,7 +73,8 @@ class Ops:
     sample: Callable
     shares_prefix: tuple[str, ...] = ()  # device types whose attention supports Packed.prefix
     packs: str = ""  # "panels": products take weights as kernels/cpu/panels.py packs them
-    layers: Callable | None = None  # (weights, count) -> all layers over a cache in one call
+    # (weights, number of layers) -> a callable for all layers over a cache (FusedLayers)
+    layers: Callable | None = None
     sampled: Ops | None = None  # the table of a sampling run; None: this one
 
     def table(self) -> dict[str, str]:
@@ -171,22 +172,20 @@ TRITON = dataclasses.replace(
 
 OPS = {"reference": REFERENCE, "torch": TORCH, "native": NATIVE, "triton": TRITON}
 
+OPERATION_MODULES = (
+    rms_norm,
+    rope,
+    swiglu,
+    lora_linear,
+    lora_linear_batch_invariant,
+    attention,
+    cached_attention,
+    linear_cross_entropy,
+    adamw,
+    sampling,
+)
 # Every operation's contract by its name; `fields` of each names its functions in a table.
-SPECS: dict[str, Spec] = {
-    module.SPEC.name: module.SPEC
-    for module in (
-        rms_norm,
-        rope,
-        swiglu,
-        lora_linear,
-        lora_linear_batch_invariant,
-        attention,
-        cached_attention,
-        linear_cross_entropy,
-        adamw,
-        sampling,
-    )
-}
+SPECS: dict[str, Spec] = {module.SPEC.name: module.SPEC for module in OPERATION_MODULES}
 
 # The operations of sampling besides matrix products. Their Triton forms are batch-invariant; their
 # torch forms on a GPU may give a row other bits for another number of rows.
@@ -204,9 +203,11 @@ def invariant(ops: Ops) -> Ops:
     A row's result then does not depend on the other rows, to the last bit. ValueError where another
     operation of sampling is not Triton's.
     """
-    others = [
-        name for name in SAMPLING if functions(ops, SPECS[name]) != functions(TRITON, SPECS[name])
-    ]
+    others = []
+    for name in SAMPLING:
+        spec = SPECS[name]
+        if functions(ops, spec) != functions(TRITON, spec):
+            others.append(name)
     if others:
         raise ValueError(
             f"invariant: {', '.join(others)} would run in a form that is not batch-invariant: a "

@@ -20,12 +20,12 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from kernels import disk_cache, registry
+from kernels import disk_cache
 from kernels.cpu import native
 from kernels.dtypes import sum_products_in_fp32
 from kernels.launch import triton_launch
@@ -43,32 +43,42 @@ def choose(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     widths: Widths | None = None,
+    tables: Mapping[str, Ops] = OPS,
 ) -> Ops:
     """The table of that name for a model on this device; the result's name lists its parts.
 
     `auto` on a CPU is TORCH; in fp32 it samples with NATIVE, if that compiles here and passes its
     checks at the model's widths. On a GPU it is TRITON, with TORCH's form of each operation that
     fails its check. Where `auto` takes a slower form than the machine could have, it prints why.
+
+    dtype, widths: of the model, for the checks. tables: the tables by name, chosen from.
     ValueError for an unknown name, and for `native` and `triton` where they cannot run, with the
     reason.
     """
     device = torch.device(device)
     if device.type == "cuda":
         sum_products_in_fp32()
-    if name not in ("auto", *OPS):
-        raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(OPS)}")
-    if name == "native" or (name == "auto" and device.type == "cpu"):
-        return _choose_native(name, device, dtype, widths)
+    if name != "auto" and name not in tables:
+        raise ValueError(f"--ops {name!r} is not known; choose one of auto, {', '.join(tables)}")
+    if name == "auto" and device.type == "cpu":
+        return _torch_sampling_native(tables["native"], device, dtype, widths)
     if name == "auto":
-        return _choose_triton(device, dtype, widths)
+        return _triton_with_fallback(tables["triton"], device, dtype, widths)
+    reason = None
+    if name == "native":
+        reason = _why_not_native(tables["native"], device, dtype, widths)
     if name == "triton":
-        if reason := triton_launch.why_unavailable(device):
-            raise ValueError(f"--ops triton cannot run here: {reason}; use --ops auto or torch")
-        return _named_by_parts(registry.TRITON, {})
-    return OPS[name]
+        reason = triton_launch.why_unavailable(device)
+    if reason is not None:
+        raise ValueError(f"--ops {name} cannot run here: {reason}; use --ops auto or torch")
+    if name == "triton":
+        return _named_by_parts(tables["triton"], tables["triton"], {})
+    return tables[name]
 
 
-def _choose_triton(device: torch.device, dtype: torch.dtype, widths: Widths | None) -> Ops:
+def _triton_with_fallback(
+    triton: Ops, device: torch.device, dtype: torch.dtype, widths: Widths | None
+) -> Ops:
     """TRITON with TORCH's form of what fails its check; TORCH, saying why, where none can run."""
     reason = triton_launch.why_unavailable(device)
     if reason is None and dtype == torch.float64:
@@ -76,33 +86,34 @@ def _choose_triton(device: torch.device, dtype: torch.dtype, widths: Widths | No
     if reason is not None:
         print(f"ops: all runs in torch's slower form on {device}, without Triton kernels: {reason}")
         return TORCH
-    ops, reasons = with_fallback(registry.TRITON, TORCH, device, dtype, widths)
-    return _named_by_parts(ops, reasons)
+    ops, reasons = with_fallback(triton, TORCH, device, dtype, widths)
+    return _named_by_parts(ops, triton, reasons)
 
 
-def _choose_native(
-    name: str, device: torch.device, dtype: torch.dtype, widths: Widths | None
+def _torch_sampling_native(
+    native_ops: Ops, device: torch.device, dtype: torch.dtype, widths: Widths | None
 ) -> Ops:
-    """NATIVE, or for `auto` TORCH that samples with it; TORCH, saying why, where it cannot run.
-
-    The native operations of a table are taken together or not at all.
-    """
-    if device.type != "cpu" or dtype != torch.float32:
-        reason = f"they are for fp32 on a CPU, not {dtype} on {device}"
-    else:
-        reason = native.why_unavailable()
-    if reason is None:
-        _, reasons = with_fallback(registry.NATIVE, TORCH, device, dtype, widths)
-        failures = [f"{operation}: {why}" for operation, why in reasons.items()]
-        reason = "; ".join(failures) or None
-    if reason is not None and name == "native":
-        raise ValueError(f"--ops native cannot run here: {reason}; use --ops auto or torch")
+    """TORCH that samples with NATIVE; TORCH alone, saying why, where that cannot run."""
+    reason = _why_not_native(native_ops, device, dtype, widths)
     if reason is not None:
         print(f"ops: sampling goes the slower way of torch, without native kernels: {reason}")
         return TORCH
-    if name == "native":
-        return registry.NATIVE
-    return dataclasses.replace(TORCH, name="torch, sampling native", sampled=registry.NATIVE)
+    return dataclasses.replace(TORCH, name="torch, sampling native", sampled=native_ops)
+
+
+def _why_not_native(
+    native_ops: Ops, device: torch.device, dtype: torch.dtype, widths: Widths | None
+) -> str | None:
+    """Why NATIVE must not be used here; None if it may. Its operations are taken together."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"they are for fp32 on a CPU, not {dtype} on {device}"
+    reason = native.why_unavailable()
+    if reason is not None:
+        return reason
+    _, reasons = with_fallback(native_ops, TORCH, device, dtype, widths)
+    if not reasons:
+        return None
+    return "; ".join(f"{operation}: {why}" for operation, why in reasons.items())
 
 
 def with_fallback(
@@ -120,27 +131,30 @@ def with_fallback(
     valid_for = identity(device, dtype, widths)
     path = cache_file(valid_for)
     results = _read(path)
-    checked_any, started = False, time.perf_counter()
+    unchecked = []
     for name, spec in SPECS.items():
         if functions(candidate, spec) == functions(fallback, spec):
             results.pop(name, None)
         elif name not in results:
-            if not checked_any:
-                card = valid_for["card"]
-                say(f"ops: checking the kernels on {card} (once per card, version and widths)")
-            checked_any = True
-            reason = why_failing(spec, candidate, device, dtype, widths)
+            unchecked.append(name)
+    if unchecked:
+        started = time.perf_counter()
+        card = valid_for["card"]
+        say(f"ops: checking the kernels on {card} (once per card, version and widths)")
+        for name in unchecked:
+            reason = why_failing(SPECS[name], candidate, device, dtype, widths)
             results[name] = reason
             if reason is not None:
-                _write(path, valid_for, results)
+                _write(path, valid_for, results)  # before the process may end
                 _ensure_alive(name, reason, device)
-    if checked_any:
         kept = _write(path, valid_for, results)
         say(f"ops: checked in {time.perf_counter() - started:.1f} s; {kept}")
     reasons = {name: why for name, why in results.items() if why is not None and name in SPECS}
+    replaced = {}
     for name, reason in reasons.items():
         say(f"ops: {name} runs in its {fallback.name} form, its check failed here: {reason}")
-    replaced = {f: getattr(fallback, f) for name in reasons for f in SPECS[name].fields}
+        for field in SPECS[name].fields:
+            replaced[field] = getattr(fallback, field)
     return dataclasses.replace(candidate, **replaced), reasons
 
 
@@ -156,27 +170,37 @@ def why_failing(
 ) -> str | None:
     """Why this operation of `ops` must not be used here; None when it passes its checks."""
     try:
-        largest, *others = _largest_first(spec)
-        at_widths = () if widths is None else spec.model_shapes(widths)
-        cases = [(shape, dtype) for shape in (largest, *others[:1], *at_widths)]
-        cases.append((largest, torch.float32))
-        for shape, case_dtype in dict.fromkeys(cases):
+        by_size = _largest_first(spec)
+        shapes = by_size[:2]
+        if widths is not None:
+            shapes += spec.model_shapes(widths)
+        cases = [(shape, dtype) for shape in shapes]
+        cases.append((by_size[0], torch.float32))
+        for shape, case_dtype in dict.fromkeys(cases):  # each once
             check(spec, ops, REFERENCE, shape, case_dtype, str(device))
     except Exception as error:  # anything that a compiler, a launch or the check may raise
-        lines = str(error).strip().splitlines() or [""]
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return f"{kind}{lines[0]}"[:REASON] or "failed"
+        return _first_line(error) or "failed"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of an error's message, with its type unless the check itself raised it."""
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else ""
+    if not isinstance(error, AssertionError):
+        message = f"{type(error).__name__}: {message}"
+    return message[:REASON]
 
 
 def _largest_first(spec: Spec) -> list[tuple[int, ...]]:
     """The test shapes by the size of their inputs. (Each costs a compilation of every kernel.)"""
 
-    def numbers(shape: tuple[int, ...]) -> int:
+    def num_elements(shape: tuple[int, ...]) -> int:
         inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
-        return sum(v.numel() for v in inputs.values() if isinstance(v, torch.Tensor))
+        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() for tensor in tensors)
 
-    return sorted(spec.test_shapes, key=numbers, reverse=True)
+    return sorted(spec.test_shapes, key=num_elements, reverse=True)
 
 
 def _ensure_alive(name: str, reason: str, device: torch.device) -> None:
@@ -202,9 +226,12 @@ def sources_hash(folder: Path = FOLDER) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         ignored = any(part == "__pycache__" or part.startswith(".") for part in name.parts)
-        if path.is_file() and not ignored and path.suffix != ".md":
-            content = path.read_bytes()
-            digest.update(f"{name.as_posix()} {len(content)} ".encode() + content)
+        if not path.is_file() or ignored or path.suffix == ".md":
+            continue
+        content = path.read_bytes()
+        header = f"{name.as_posix()} {len(content)} "
+        digest.update(header.encode())
+        digest.update(content)
     return digest.hexdigest()
 
 
@@ -229,9 +256,12 @@ def identity(
 
 def cache_file(valid_for: dict[str, str]) -> Path | None:
     """The file with the results of this identity; None without a home directory."""
-    key = hashlib.sha256(json.dumps(valid_for, sort_keys=True).encode()).hexdigest()[:16]
     folder = disk_cache.folder()
-    return folder and folder / f"kernels-{key}.json"
+    if folder is None:
+        return None
+    text = json.dumps(valid_for, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return folder / f"kernels-{key}.json"
 
 
 def _read(path: Path | None) -> dict[str, str | None]:
@@ -240,24 +270,27 @@ def _read(path: Path | None) -> dict[str, str | None]:
     In the file "" stands for None.
     """
     try:
-        if path is None or disk_cache.why_distrusted(path):
+        if path is None or disk_cache.why_distrusted(path) is not None:
             return {}
-        results = json.loads(path.read_text(encoding="utf-8"))["results"]
-        well_formed = all(isinstance(text, str) for pair in results.items() for text in pair)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        results = document["results"]
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    if not well_formed:
+    if not isinstance(results, dict):
+        return {}
+    if not all(isinstance(reason, str) for reason in results.values()):
         return {}
     return {name: reason or None for name, reason in results.items()}
 
 
 def _write(path: Path | None, valid_for: dict[str, str], results: dict[str, str | None]) -> str:
-    """Keep the results; returns where they are kept, or why they are not."""
+    """Keep the results; returns the words that say where they are kept, or why they are not."""
     if path is None:
         return "not remembered, there is no home directory: set XDG_CACHE_HOME"
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if reason := disk_cache.why_distrusted(path):
+        reason = disk_cache.why_distrusted(path)
+        if reason is not None:
             return f"not remembered, {reason}: set XDG_CACHE_HOME to a folder of your own"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         texts = {name: reason or "" for name, reason in results.items()}
@@ -273,8 +306,8 @@ def _write(path: Path | None, valid_for: dict[str, str], results: dict[str, str 
 # ---- the name of a mixed table
 
 
-def _named_by_parts(ops: Ops, reasons: dict[str, str]) -> Ops:
-    return dataclasses.replace(ops, name=parts_of(ops, [TORCH, registry.TRITON], reasons))
+def _named_by_parts(ops: Ops, triton: Ops, reasons: dict[str, str]) -> Ops:
+    return dataclasses.replace(ops, name=parts_of(ops, [TORCH, triton], reasons))
 
 
 def parts_of(ops: Ops, tables: list[Ops], reasons: dict[str, str]) -> str:
@@ -287,11 +320,20 @@ def parts_of(ops: Ops, tables: list[Ops], reasons: dict[str, str]) -> str:
     for operation, spec in SPECS.items():
         fields_by_table: dict[str, list[str]] = {}
         for field in spec.fields:
-            same = (t.name for t in tables if getattr(t, field) is getattr(ops, field))
-            fields_by_table.setdefault(next(same, "own"), []).append(field)
+            source = _table_with(tables, field, getattr(ops, field))
+            fields_by_table.setdefault(source, []).append(field)
         for table_name, fields in fields_by_table.items():
             label = operation if len(fields) == len(spec.fields) else "/".join(fields)
-            if reason := reasons.get(operation):
-                label += f": check failed: {reason}"
+            if operation in reasons:
+                label += f": check failed: {reasons[operation]}"
             groups.setdefault(table_name, []).append(label)
-    return ", ".join(f"{name} ({', '.join(labels)})" for name, labels in groups.items())
+    parts = [f"{name} ({', '.join(labels)})" for name, labels in groups.items()]
+    return ", ".join(parts)
+
+
+def _table_with(tables: list[Ops], field: str, function: Callable) -> str:
+    """The name of the first table with this function in the field, "own" if none has it."""
+    for table in tables:
+        if getattr(table, field) is function:
+            return table.name
+    return "own"

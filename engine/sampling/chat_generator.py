@@ -31,4 +31,7 @@ class ChatGenerator:
 
     def answer_ids(self, ids: Sequence[int], finish: str) -> list[int]:
         """The ids of an answer, with the end token where it was sampled (finish "stop")."""
-        return [*ids, self.chat.end_id] if finish == "stop" else list(ids)
+        answer = list(ids)
+        if finish == "stop":
+            answer.append(self.chat.end_id)
+        return answer

@@ -37,10 +37,10 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.sampling.decode_step import DecodeStep
+from engine.sampling.decode_step import Bucket, DecodeStep
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
-from engine.sampling.sequence import RunningSequence
+from engine.sampling.sequence import RunningSequence, SampledTokens
 from engine.sampling.speculation import DraftController
 from kernels.integers import cdiv, power_of_two
 from kernels.registry import TORCH, TRITON, VARIANTS, Ops
@@ -50,6 +50,7 @@ from model.lora import Lora
 STEPS_PER_SYNC = 8  # decode steps per host synchronisation by default: a sequence that ends at any
 #   of them has run on 3.5 in the mean, 3 % of an answer of 140 tokens
 DEVICE_TYPES = ("cuda",)  # tests add the CPU
+REASON = 200  # characters of an error message that are kept for the summary
 STEP_OPERATIONS = (
     "rms_norm_forward",
     "add_rms_norm_forward",
@@ -76,7 +77,9 @@ def why_not_captured(ops: Ops) -> str | None:
             capturable.append(getattr(TORCH, name))
         if getattr(ops, name) not in capturable:
             on_host.append(name)
-    return f"{', '.join(on_host)} would read values on the host" if on_host else None
+    if not on_host:
+        return None
+    return f"{', '.join(on_host)} would read values on the host"
 
 
 def bucket_size(sequences: int, limit: int) -> int:
@@ -138,16 +141,23 @@ class DecodeGraphs:
         stats: SamplerStats,
         failed: FailedCaptures = FAILED_CAPTURES,
     ) -> None:
-        self.model, self.lora, self.pool = model, lora, pool
-        self.config, self.stats, self.failed = config, stats, failed
+        self.model = model
+        self.lora = lora
+        self.pool = pool
+        self.config = config
+        self.stats = stats
+        self.failed = failed
         self.enabled = config.graphs and model.device.type in DEVICE_TYPES
         if self.enabled:
             reason = failed.why_not_captured() or why_not_captured(model.ops)
             if reason is not None:
                 self._disable(reason)
-        self.max_steps = config.steps or (STEPS_PER_SYNC if self.enabled else 1)
-        pool.num_padding_pages = int(self.enabled)
-        self.captured: dict[tuple[int, int, float], DecodeStep] = {}  # by B, P, temperature
+        if config.steps > 0:
+            self.max_steps = config.steps
+        else:
+            self.max_steps = STEPS_PER_SYNC if self.enabled else 1
+        pool.num_padding_pages = 1 if self.enabled else 0
+        self.captured: dict[Bucket, DecodeStep] = {}
         self.addresses: tuple[object, ...] = ()  # that the captured steps read and write
         self.memory_pool: object | None = None  # shared by all graphs
 
@@ -161,21 +171,18 @@ class DecodeGraphs:
 
         One if draft tokens would pay off: a token later the reference may be met again.
         """
-        config = self.config
-        if config.steps or not self.enabled:
-            return config.steps or 1
-        if config.draft == "always":
+        if self.config.steps > 0:
+            return self.config.steps
+        if not self.enabled or self.config.draft == "always":
             return 1
-        if config.draft == "auto" and controller.pays_off(sequences):
+        if self.config.draft == "auto" and controller.pays_off(sequences):
             return 1
         return self.max_steps
 
-    def run(
-        self, seqs: Sequence[RunningSequence], steps: int
-    ) -> tuple[list[list[int]], list[list[float]]] | None:
-        """Tokens and log-probabilities of each step, (steps, sequences); None: run them uncaptured.
+    def step_for(self, seqs: Sequence[RunningSequence], steps: int) -> DecodeStep | None:
+        """The captured step that these sequences fit into, captured now if need be.
 
-        The sequences have pages for `steps` more tokens.
+        They have pages for `steps` more tokens. None where they must be decoded uncaptured.
         """
         if not self.enabled:
             return None
@@ -183,22 +190,28 @@ class DecodeGraphs:
         if len(temperatures) > 1:
             return None
         longest = max(seq.context_len for seq in seqs)
-        B = bucket_size(len(seqs), self.config.rows)
-        P = power_of_two(self.pool.pages_for(longest + steps), least=1)
-        step = self._captured_step(B, P, temperatures.pop())
-        if step is None:
-            return None
+        bucket = Bucket(
+            sequences=bucket_size(len(seqs), self.config.rows),
+            pages=power_of_two(self.pool.pages_for(longest + steps), least=1),
+            temperature=temperatures.pop(),
+        )
+        return self._captured_step(bucket)
+
+    def replay(
+        self, step: DecodeStep, seqs: Sequence[RunningSequence], steps: int
+    ) -> SampledTokens:
+        """`steps` tokens for every sequence: replays of its step, and one host synchronisation."""
         step.load(seqs)
         for _ in range(steps):
             step.replay()
-        results = step.results[:steps].tolist()  # the only copy back, and the only wait
         self.stats.replayed += steps
-        count = len(seqs)
-        tokens = [[int(token) for token in line[0][:count]] for line in results]
-        logprobs = [line[1][:count] for line in results]
-        return tokens, logprobs
+        results = step.results[:steps].cpu()  # (steps, 2, B) fp64: the only copy back and wait
+        used = results[:, :, : len(seqs)].transpose(0, 2)  # (sequences, 2, steps)
+        tokens = used[:, 0].long()
+        logprobs = used[:, 1]
+        return SampledTokens(tokens.tolist(), logprobs.tolist())
 
-    def _captured_step(self, B: int, P: int, temperature: float) -> DecodeStep | None:
+    def _captured_step(self, bucket: Bucket) -> DecodeStep | None:
         """The step of a bucket, captured if need be; None (and disabled) if that fails."""
         cache = self.pool.cache
         adapter = None if self.lora is None else self.lora.compute.data_ptr()
@@ -206,14 +219,11 @@ class DecodeGraphs:
         if addresses != self.addresses:
             self.clear()
             self.addresses = addresses
-        key = (B, P, temperature)
-        if key in self.captured:
-            return self.captured[key]
+        if bucket in self.captured:
+            return self.captured[bucket]
         started = time.perf_counter()
         try:
-            step = DecodeStep(
-                self.model, self.lora, self.pool, self.config, B, P, temperature, self.max_steps
-            )
+            step = DecodeStep(self.model, self.lora, self.pool, self.config, bucket, self.max_steps)
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
@@ -222,7 +232,7 @@ class DecodeGraphs:
         finally:
             self.stats.capture_seconds += time.perf_counter() - started
         self.stats.captured += 1
-        self.captured[key] = step
+        self.captured[bucket] = step
         return step
 
     def _capture(self, step: DecodeStep) -> None:
@@ -230,8 +240,10 @@ class DecodeGraphs:
         device = self.model.device
         if device.type != "cuda":
             return
-        current, side = torch.cuda.current_stream(device), _side_stream(device)
-        self.memory_pool = self.memory_pool or torch.cuda.graph_pool_handle()
+        current = torch.cuda.current_stream(device)
+        side = _side_stream(device)
+        if self.memory_pool is None:
+            self.memory_pool = torch.cuda.graph_pool_handle()
         side.wait_stream(current)
         try:
             with torch.cuda.device(device), torch.cuda.stream(side):
@@ -255,7 +267,8 @@ class DecodeGraphs:
         except BaseException:
             self.failed.add(graph, self.model.device, self.memory_pool)
             raise
-        step.graph, step.angles = graph, self.model.cos_sin
+        step.graph = graph
+        step.angles = self.model.cos_sin
 
     def clear(self) -> None:
         """Free all graphs and their memory."""
@@ -269,12 +282,13 @@ def _first_and_last(error: BaseException) -> str:
     """The error that was raised first and, if it is another, the last: ending a failed capture
     raises anew."""
     first = error
-    while (earlier := first.__cause__ or first.__context__) is not None:
-        first = earlier
+    while first.__cause__ is not None or first.__context__ is not None:
+        first = first.__cause__ or first.__context__
     if first is error:
         return _one_line(error)
     return f"{_one_line(first)}; then {_one_line(error)}"
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return lines[0][:REASON]

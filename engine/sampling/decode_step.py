@@ -4,11 +4,13 @@ Forward, head, sampling, moving on by one position. Its inputs lie in one flat b
 single copy fills for several steps.
 """
 
-# B = sequences of a bucket, P = pages of each, L = tokens of P pages
+# B = sequences of a bucket, P = pages of each, L = tokens of P pages, D = hidden size,
+# V = vocabulary
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +33,8 @@ class FlatBuffer:
     """
 
     def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
-        starts, total = {}, 0
+        starts: dict[str, int] = {}
+        total = 0
         for name, size in sizes.items():
             starts[name] = total
             total += cdiv(size, ALIGNMENT) * ALIGNMENT
@@ -55,10 +58,18 @@ class FlatBuffer:
         self.all_on_device.copy_(self.all_on_host, non_blocking=True)
 
 
+class Bucket(NamedTuple):
+    """The sizes and the setting that are fixed in a captured step."""
+
+    sequences: int  # B: the step's slots
+    pages: int  # P: the most that a sequence may hold
+    temperature: float  # of all sequences
+
+
 class DecodeStep:
     """One token for each of up to B sequences of up to P pages, over buffers that stay in place.
 
-    `load` fills the buffers; every call appends a line to `results`: (2, B) fp64, tokens and
+    `load` fills the buffers; call number i since then writes results[i]: (2, B) fp64, tokens and
     log-probabilities, both exact.
     """
 
@@ -68,27 +79,34 @@ class DecodeStep:
         lora: Lora | None,
         pool: PagePool,
         config: SamplerConfig,
-        B: int,
-        P: int,
-        temperature: float,
+        bucket: Bucket,
         steps: int,  # calls between two `load`s, at most
     ) -> None:
-        self.model, self.lora, self.pool, self.config = model, lora, pool, config
-        self.B, self.P, self.temperature = B, P, temperature
-        self.L = P * config.page_size
+        self.model = model
+        self.lora = lora
+        self.pool = pool
+        self.config = config
+        self.temperature = bucket.temperature
+        self.B = bucket.sequences
+        self.P = bucket.pages
+        self.L = self.P * config.page_size
         self.penalised = config.repetition_penalty != 1
         self.buffer = self._make_buffer()
         inputs = self.buffer.on_device
         self.tokens = inputs["tokens"]  # (B,) the tokens sampled last
-        self.samples, self.row_keys = inputs["samples"], inputs["row_keys"]  # (B,) both
+        self.samples = inputs["samples"]  # (B,)
+        self.row_keys = inputs["row_keys"]  # (B,)
         self.turn = inputs["turn"]  # (1,) calls since `load`
-        self.history = inputs["history"].view(B, self.L) if self.penalised else None
-        self.results = torch.zeros(steps, 2, B, dtype=torch.float64, device=model.device)
+        self.history: Tensor | None = None  # (B, L) token ids so far, for a repetition penalty
+        if self.penalised:
+            self.history = inputs["history"].view(self.B, self.L)
+        self.results = torch.zeros(steps, 2, self.B, dtype=torch.float64, device=model.device)
         self.before = self._describe(inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.angles: Tensor | None = None  # kept alive: the graph reads the model's rotary table
 
     def _make_buffer(self) -> FlatBuffer:
+        """The step's inputs: int64, but for `context_lens`, which is int32."""
         B = self.B
         sizes = {
             "tokens": B,
@@ -100,20 +118,25 @@ class DecodeStep:
             "block_table": B * self.P,
             "history": B * self.L if self.penalised else 0,
             "turn": 1,
-            "context_lens": (B + 1) // 2,  # int32, two in the place of one int64
+            "context_lens": cdiv(B, 2),  # two int32 in the place of one int64
         }
         buffer = FlatBuffer(sizes, self.model.device)
         for tensors in (buffer.on_host, buffer.on_device):
-            tensors["context_lens"] = tensors["context_lens"].view(torch.int32)[:B]
+            as_int32 = tensors["context_lens"].view(torch.int32)
+            tensors["context_lens"] = as_int32[:B]
         return buffer
 
     def _describe(self, inputs: dict[str, Tensor]) -> Cached:
-        """The forward before the first one: a step begins by advancing it by one token."""
-        B, device = self.B, self.model.device
-        most = min(self.L, self.model.config.max_position)
+        """The forward before the first one: a step begins by advancing it by one token.
+
+        Its host lists state the most that the bucket holds, its device tensors are the inputs.
+        """
+        B = self.B
+        device = self.model.device
+        longest = min(self.L, self.model.config.max_position)
         return Cached(
             query_lens=(1,) * B,
-            context_lens=(most - 2,) * B,
+            context_lens=(longest - 2,) * B,
             tables=((),) * B,
             page_size=self.config.page_size,
             decode=True,
@@ -131,14 +154,19 @@ class DecodeStep:
 
         Their pages must hold every token up to the next `load`. The last copy must have arrived.
         """
-        empty = self.B - len(seqs)
-        before = [seq.context_len - 1 for seq in seqs] + [-1] * empty
+        empty_slots = self.B - len(seqs)
+        zeros = [0] * empty_slots
+        last_tokens = [seq.token_ids[-1] for seq in seqs]
+        samples = [seq.request.sample for seq in seqs]
+        row_keys = [seq.key for seq in seqs]
+        # one less than in the cache, since a step begins by moving on by one
+        before = [seq.context_len - 1 for seq in seqs] + [-1] * empty_slots
         fill = self.buffer.fill
-        fill("tokens", [seq.token_ids[-1] for seq in seqs] + [0] * empty)
+        fill("tokens", last_tokens + zeros)
         fill("positions", before)
         fill("context_lens", before)
-        fill("samples", [seq.request.sample for seq in seqs] + [0] * empty)
-        fill("row_keys", [seq.key for seq in seqs] + [0] * empty)
+        fill("samples", samples + zeros)
+        fill("row_keys", row_keys + zeros)
         fill("block_table", self._padded_block_tables(seqs))
         if self.penalised:
             fill("history", self._padded_histories(seqs))
@@ -150,8 +178,11 @@ class DecodeStep:
         values: list[int] = []
         for seq in seqs:
             pages = seq.block_table[: self.P]
-            values += pages + [padding_page] * (self.P - len(pages))
-        return values + [padding_page] * (self.P * (self.B - len(seqs)))
+            padding = [padding_page] * (self.P - len(pages))
+            values += pages + padding
+        empty_slots = self.B - len(seqs)
+        values += [padding_page] * (self.P * empty_slots)
+        return values
 
     def _padded_histories(self, seqs: Sequence[RunningSequence]) -> list[int]:
         """B histories of L token ids one behind the other, padded with -1."""
@@ -160,7 +191,9 @@ class DecodeStep:
             values += seq.prompt
             values += seq.token_ids
             values += [-1] * (self.L - len(seq.prompt) - len(seq.token_ids))
-        return values + [-1] * (self.L * (self.B - len(seqs)))
+        empty_slots = self.B - len(seqs)
+        values += [-1] * (self.L * empty_slots)
+        return values
 
     def replay(self) -> None:
         """The step: the captured one, or if there is none the step itself."""
@@ -180,7 +213,8 @@ class DecodeStep:
         rows = self.config.sample_rows(
             cached.positions + 1, self.samples, self.row_keys, self.temperature, self.history
         )
-        tokens, logprobs = self.model.ops.sample(self.model.head(hidden), rows)
+        logits = self.model.head(hidden)  # (B, V)
+        tokens, logprobs = self.model.ops.sample(logits, rows)  # (B,) both
         sampled = torch.stack((tokens.double(), logprobs.double()))  # (2, B)
         self.results.index_copy_(0, self.turn, sampled[None])
         self.tokens.copy_(tokens)

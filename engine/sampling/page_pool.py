@@ -29,18 +29,21 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     [] if none saves more than MIN_SAVED tokens. The last token of a prompt is never shared: its
     hidden state is needed.
     """
-    group = list(prompts)
+    group = list(prompts)  # all begin with the same `length` tokens
     length = 0
-    saved, best = MIN_SAVED, []
+    saved = MIN_SAVED
+    best: list[int] = []
     while group:
-        next_tokens = Counter(p[length] for p in group if len(p) > length + 1)
-        if not next_tokens:
+        longer = [p for p in group if len(p) > length + 1]
+        if not longer:
             break
-        token = next_tokens.most_common(1)[0][0]
-        group = [p for p in group if len(p) > length + 1 and p[length] == token]
+        next_tokens = Counter(p[length] for p in longer)
+        ((most_common, _),) = next_tokens.most_common(1)
+        group = [p for p in longer if p[length] == most_common]
         length += 1
-        if length * (len(group) - 1) > saved:
-            saved = length * (len(group) - 1)
+        would_save = length * (len(group) - 1)
+        if would_save > saved:
+            saved = would_save
             best = list(group[0][:length])
     return best
 
@@ -92,8 +95,10 @@ class PagePool:
         """
         wanted += self.num_padding_pages
         least += self.num_padding_pages
-        if self.cache is not None and self.num_free == self.cache.pages < wanted:
-            self.discard()  # nothing to copy
+        if self.cache is not None and wanted > self.cache.pages:
+            holds_nothing = self.num_free == self.cache.pages
+            if holds_nothing:
+                self.discard()  # a new pool then need not lie beside it
         if self.cache is None:
             self._create(wanted, least)
         elif not self._grow(wanted, least):
@@ -105,23 +110,25 @@ class PagePool:
     def discard(self) -> None:
         """Free the pool with all that is in it; no sequence may be running."""
         self.prompt_pages.clear()
-        self.prefix_tokens, self.prefix_pages = [], []
+        self.prefix_tokens = []
+        self.prefix_pages = []
         self.padding_pages = []
         self.cache = None
 
     def _create(self, wanted: int, least: int) -> None:
-        m = self.model
+        """Make the pool; with fewer pages where memory is not free in one piece."""
+        model = self.model
         pages = self._allowed_pages(wanted, least)
         while self.cache is None:
             try:
-                self.cache = KVCache(m.config, pages, self.page_size, m.device, m.dtype)
-            except RuntimeError as error:  # free memory may be fragmented
+                self.cache = KVCache(model.config, pages, self.page_size, model.device, model.dtype)
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if pages == least:
                     raise ValueError(
-                        f"{self._needed(least)}, and {m.device} could not give them in one piece: "
-                        "end other programs on it, or allow fewer new tokens"
+                        f"{self._needed(least)}, and {model.device} could not give them in one "
+                        "piece: end other programs on it, or allow fewer new tokens"
                     ) from None
                 pages = max(least, pages // 2)
 
@@ -195,8 +202,8 @@ class PagePool:
             source = self.prefix_pages
             known = shared_tokens(self.prefix_tokens, prompt)
         block_table = self.cache.take(self.pages_for(len(prompt)))
-        copied = self.pages_for(known)
-        self.cache.copy(source[:copied], block_table[:copied])
+        num_copied = self.pages_for(known)
+        self.cache.copy(source[:num_copied], block_table[:num_copied])
         if prompt in self.prompt_pages and not duplicates_wait:
             self.cache.give_back(self.prompt_pages.pop(prompt))
         return block_table, known
@@ -206,9 +213,9 @@ class PagePool:
     ) -> None:
         """Free an ended sequence's pages, except for its prompt's while duplicates of it wait."""
         if duplicates_wait and prompt not in self.prompt_pages:
-            of_prompt = self.pages_for(len(prompt))
-            self.prompt_pages[prompt] = block_table[:of_prompt]
-            block_table = block_table[of_prompt:]
+            num_kept = self.pages_for(len(prompt))
+            self.prompt_pages[prompt] = block_table[:num_kept]
+            block_table = block_table[num_kept:]
         self.cache.give_back(block_table)
 
     def drop_prompt_pages(self) -> None:
@@ -223,7 +230,8 @@ class PagePool:
         if self.cache is not None:
             self.cache.give_back(self.prefix_pages)
             self.cache.give_back(self.padding_pages)
-        self.prefix_tokens, self.prefix_pages = [], []
+        self.prefix_tokens = []
+        self.prefix_pages = []
         self.padding_pages = []
 
     def compact(self, block_tables: Sequence[list[int]]) -> None:
@@ -236,9 +244,10 @@ class PagePool:
         tables = [self.padding_pages, self.prefix_pages, *self.prompt_pages.values()]
         tables += block_tables
         tables = [table for table in tables if table]
-        used = sum(len(table) for table in tables)
-        if not used:
+        if not tables:
             return
+        used = sum(len(table) for table in tables)
         highest = max(max(table) for table in tables)
-        if highest >= used + max(4, used // 8):
+        tolerated_gaps = max(4, used // 8)  # compacting costs copies
+        if highest >= used + tolerated_gaps:
             self.cache.compact(tables)

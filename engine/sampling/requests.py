@@ -46,7 +46,7 @@ class SamplerConfig:
     graphs: bool = True  # on a GPU, run decode steps as CUDA graphs, and wait less for the host
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a text depends on: they identify a run. Those of speed are left out."""
+        """The settings that a text depends on, which identify a run; not those of speed."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in SPEED_ONLY}
 
@@ -55,12 +55,14 @@ class SamplerConfig:
 
         On two cores 32 rows are within a few percent of 64, and take a tenth of a gigabyte less.
         """
-        rows, prefill_tokens = (32, 512) if device_type == "cpu" else (64, 1024)
-        return dataclasses.replace(
-            self,
-            rows=self.rows or rows,
-            prefill_tokens=self.prefill_tokens or prefill_tokens,
-        )
+        on_cpu = device_type == "cpu"
+        rows = self.rows
+        if rows == 0:
+            rows = 32 if on_cpu else 64
+        prefill_tokens = self.prefill_tokens
+        if prefill_tokens == 0:
+            prefill_tokens = 512 if on_cpu else 1024
+        return dataclasses.replace(self, rows=rows, prefill_tokens=prefill_tokens)
 
     def sample_rows(
         self,
@@ -191,10 +193,11 @@ class SamplerStats:
     def text(self) -> str:
         """Tokens per step, acceptance, sharing, memory, preemption and CUDA graphs in one line."""
         tokens_per_step = 1 + self.accepted_tokens / max(1, self.sequence_steps)
-        parts = [f"{tokens_per_step:.2f} tokens per sequence and step"]
+        decoding = f"{tokens_per_step:.2f} tokens per sequence and step"
         if self.draft_tokens:
             share = self.accepted_tokens / self.draft_tokens
-            parts[0] += f", {self.draft_tokens} draft tokens, {share:.0%} accepted"
+            decoding += f", {self.draft_tokens} draft tokens, {share:.0%} accepted"
+        parts = [decoding]
         parts.append(f"{self.shared_tokens} of {self.prompt_tokens} prompt tokens shared")
         if self.fitting_sequences:
             gigabytes = f"{self.cache_bytes / 1e9:.2f} GB"

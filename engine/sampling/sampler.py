@@ -1,5 +1,6 @@
-"""KV-cached continuous sampling over the no-batch forward
+"""The sampler: continuous batching over a paged KV cache, without a batch dimension
 
+Every step of the loop (`Sampler._step`) is
     schedule      waiting requests are admitted while sequences and pages last (scheduler.py)
     run           their prompts are prefilled, then every running sequence gets tokens: one, or as
                   many as its draft tokens are accepted (speculation.py), or several decode steps
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from engine.runtime.process_memory import give_back_freed_memory
 from engine.sampling.batch_invariance import check_batch_invariance
@@ -32,13 +34,25 @@ from engine.sampling.model_runner import ModelRunner
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Completion, Request, SamplerConfig, SamplerStats
 from engine.sampling.scheduler import Scheduler, prefill_chunks
-from engine.sampling.sequence import RunningSequence, check_stop
+from engine.sampling.sequence import RunningSequence, SampledTokens, check_stop
 from engine.sampling.speculation import DraftController
 from model.llama import Llama
 from model.lora import Lora
 from model.sampling_weights import for_sampling, restore_weights
 
 __all__ = ["Completion", "Request", "Sampler", "SamplerConfig", "SamplerStats"]
+
+
+class DecodeBatch(NamedTuple):
+    """The running sequences, and what is computed before the next host synchronisation."""
+
+    seqs: list[RunningSequence]
+    drafts: list[list[int]]  # draft tokens of each sequence, verified in one forward
+    steps: int  # forwards: 1 if there are draft tokens
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(self.drafts)
 
 
 class Sampler:
@@ -59,8 +73,9 @@ class Sampler:
         config.check()
         self.config = config.for_device(model.device.type)
         self.decode = decode
-        self.end_ids = frozenset(() if config.ignore_eos else end_ids)
-        self.owner, self.adapter = model, lora
+        self.end_ids = frozenset() if config.ignore_eos else frozenset(end_ids)
+        self.owner = model  # whose matrices are packed and given back
+        self.adapter = lora
         self.stats = SamplerStats()
         self.pool = PagePool(model, config.page_size, config.kv_memory)
         max_position = model.config.max_position
@@ -117,15 +132,14 @@ class Sampler:
         self.pool.close()
 
     def _step(self) -> Iterator[Completion]:
-        """Schedule, run, postprocess."""
-        admitted, refused = self.scheduler.schedule()
-        if self.scheduler.pool_too_small:
-            self.graphs.clear()  # they hold addresses in the pool
-            self.pool.discard()
-            self._open_pool()
-        yield from refused
-        self._prefill(admitted)
-        yield from self.scheduler.take_finished()
+        """Admit requests and compute their prompts, then decode all running sequences."""
+        schedule = self.scheduler.schedule()
+        if schedule.pool_too_small:
+            self._reopen_pool()
+        yield from schedule.refused
+        if schedule.admitted:
+            self._prefill(schedule.admitted)
+            yield from self.scheduler.take_finished()
         if self.scheduler.running:
             self._decode()
             yield from self.scheduler.take_finished()
@@ -137,50 +151,57 @@ class Sampler:
             self.pool.prefix_pages = self.runner.prefill_prefix(prefix)
             self.pool.prefix_tokens = prefix
 
+    def _reopen_pool(self) -> None:
+        """Replace the pool, which no sequence uses, by one for the requests that wait now."""
+        self.graphs.clear()  # they hold addresses in the pool
+        self.pool.discard()
+        self._open_pool()
+
+    # ---- prefill
+
     def _prefill(self, admitted: Sequence[RunningSequence]) -> None:
         """Compute prompts and sample the first token of every sequence."""
         started = time.perf_counter()
-        page_size, max_tokens = self.config.page_size, self.runner.max_prefill_tokens
-        for pieces in prefill_chunks(admitted, page_size, max_tokens):
-            self._append(*self.runner.prefill(pieces))
+        max_tokens = self.runner.max_prefill_tokens
+        for pieces in prefill_chunks(admitted, self.config.page_size, max_tokens):
+            sampled = self.runner.prefill(pieces)
+            completed = [piece.seq for piece in pieces if piece.completes_prompt]
+            self._append(completed, sampled)
         self.stats.prefill_seconds += time.perf_counter() - started
 
     # ---- decode
 
     def _decode(self) -> None:
-        """Up to one host synchronisation: a step with draft tokens, or several steps without."""
+        """Schedule, run and postprocess what lies before the next host synchronisation."""
         started = time.perf_counter()
-        captured_before = self.stats.capture_seconds
+        capture_seconds_before = self.stats.capture_seconds
         running_before = len(self.scheduler.running)
+
+        batch = self._schedule_decode()
+        replayed = False
+        if batch.has_drafts:
+            self._verify(batch)
+        else:
+            replayed = self._decode_steps(batch)
+
+        capture_seconds = self.stats.capture_seconds - capture_seconds_before
+        seconds = time.perf_counter() - started - capture_seconds
+        self.stats.decode_seconds += seconds
+        self.stats.steps += batch.steps
+        self.stats.sequence_steps += batch.steps * len(batch.seqs)
+        # a time that includes preemption says nothing about the cost of a step
+        if running_before == len(batch.seqs):
+            self._record_step(batch, seconds / batch.steps, replayed)
+
+    def _schedule_decode(self) -> DecodeBatch:
+        """Choose draft tokens or the number of steps, and reserve the pages that they need."""
         drafts = self._propose()
         steps = 1 if any(drafts) else self._num_steps()
-        self.scheduler.reserve([max(steps, 1 + len(draft)) for draft in drafts])
-        seqs = list(self.scheduler.running)
-        drafts = drafts[: len(seqs)]  # the youngest may have been preempted
+        new_tokens = [max(steps, 1 + len(draft)) for draft in drafts]
+        self.scheduler.reserve(new_tokens)
+        seqs = list(self.scheduler.running)  # the youngest may have been preempted
         self.pool.compact([seq.block_table for seq in seqs])
-        replayed = False
-        if any(drafts):
-            self._verify(seqs, drafts)
-        else:
-            replayed = self._decode_steps(seqs, steps)
-        capturing = self.stats.capture_seconds - captured_before
-        seconds = time.perf_counter() - started - capturing
-        self.stats.decode_seconds += seconds
-        self.stats.steps += steps
-        self.stats.sequence_steps += steps * len(seqs)
-        if running_before == len(seqs):
-            widest = 1 + max(len(draft) for draft in drafts)
-            tokens = len(seqs) + sum(len(draft) for draft in drafts)
-            area = widest * len(seqs)
-            self.controller.record_step(tokens, area, seconds / steps, replayed)
-
-    def _num_steps(self) -> int:
-        """Decode steps until the next host synchronisation, if no sequence has draft tokens."""
-        running = self.scheduler.running
-        until_last_position = self.owner.config.max_position - max(s.context_len for s in running)
-        until_last_limit = max(seq.remaining_tokens for seq in running)
-        steps = self.graphs.steps_per_sync(len(running), self.controller)
-        return min(steps, until_last_position, until_last_limit)
+        return DecodeBatch(seqs, drafts[: len(seqs)], steps)
 
     def _propose(self) -> list[list[int]]:
         """Draft tokens of each running sequence; [] where none is worth its computation."""
@@ -196,51 +217,65 @@ class Sampler:
         counts = self.controller.choose(matches, lengths, self.graphs.enabled)
         return [offer[:count] for offer, count in zip(offers, counts, strict=True)]
 
-    def _decode_steps(self, seqs: Sequence[RunningSequence], steps: int) -> bool:
-        """`steps` tokens for every sequence; returns whether CUDA graphs were replayed."""
-        sampled = self.graphs.run(seqs, steps)
-        replayed = sampled is not None
-        if sampled is None:
-            sampled = self.runner.decode(seqs, steps)
-        for tokens, logprobs in zip(*sampled, strict=True):
-            self._append(seqs, tokens, logprobs)
-        return replayed
+    def _num_steps(self) -> int:
+        """Decode steps until the next host synchronisation, if no sequence has draft tokens."""
+        running = self.scheduler.running
+        longest_context = max(seq.context_len for seq in running)
+        until_last_position = self.owner.config.max_position - longest_context
+        until_last_limit = max(seq.remaining_tokens for seq in running)
+        steps = self.graphs.steps_per_sync(len(running), self.controller)
+        return min(steps, until_last_position, until_last_limit)
 
-    def _verify(self, seqs: Sequence[RunningSequence], drafts: Sequence[list[int]]) -> None:
-        """One forward over every sequence's last token and its draft tokens.
+    def _decode_steps(self, batch: DecodeBatch) -> bool:
+        """Append a token per step to every sequence; returns whether CUDA graphs were replayed."""
+        step = self.graphs.step_for(batch.seqs, batch.steps)
+        if step is None:
+            sampled = self.runner.decode(batch.seqs, batch.steps)
+        else:
+            sampled = self.graphs.replay(step, batch.seqs, batch.steps)
+        self._append(batch.seqs, sampled)
+        return step is not None
 
-        A draft token is accepted if it is the one that the model samples in its place; the first
-        token sampled behind the accepted ones is kept as well.
-        """
-        sampled = self.runner.verify(seqs, drafts)
-        for seq, draft, tokens, logprobs in zip(seqs, drafts, *sampled, strict=True):
-            match = seq.drafter.match  # before the new tokens move it
-            accepted = 0
-            for i, token in enumerate(tokens):
-                self._append([seq], [token], [logprobs[i]])
-                if seq.completion is not None or i == len(draft) or token != draft[i]:
-                    break
-                accepted += 1
-            self.stats.draft_tokens += len(draft)
+    def _verify(self, batch: DecodeBatch) -> None:
+        """Append each sequence's accepted draft tokens and the token sampled after them."""
+        matches = [seq.drafter.match for seq in batch.seqs]  # before the new tokens move them
+        sampled = self.runner.verify(batch.seqs, batch.drafts)
+        appended = self._append(batch.seqs, sampled)
+        for i, seq in enumerate(batch.seqs):
+            drafted = len(batch.drafts[i])
+            accepted = appended[i] - 1
+            self.stats.draft_tokens += drafted
             self.stats.accepted_tokens += accepted
-            if draft and seq.completion is None:
-                self.controller.record_acceptance(match, len(draft), accepted)
+            # where a sequence ended it is not known how many would have been accepted
+            if drafted and seq.completion is None:
+                self.controller.record_acceptance(matches[i], drafted, accepted)
+
+    def _record_step(self, batch: DecodeBatch, seconds: float, replayed: bool) -> None:
+        """Tell the controller what a step of this batch cost."""
+        lengths = [len(draft) for draft in batch.drafts]
+        tokens = len(batch.seqs) + sum(lengths)
+        area = len(batch.seqs) * (1 + max(lengths))
+        self.controller.record_step(tokens, area, seconds, replayed)
 
     # ---- postprocess
 
-    def _append(
-        self, seqs: Sequence[RunningSequence], tokens: Sequence[int], logprobs: Sequence[float]
-    ) -> None:
-        """Append a sampled token to every sequence that has not ended, and check whether it ends.
+    def _append(self, seqs: Sequence[RunningSequence], sampled: SampledTokens) -> list[int]:
+        """Append sampled tokens until their sequence ends; returns how many each one took.
 
-        Of several steps in a row, those behind the end of a sequence are dropped here.
+        Tokens after an end are dropped: the steps of one synchronisation go on beyond it.
         """
-        for seq, token, logprob in zip(seqs, tokens, logprobs, strict=True):
-            if seq.completion is not None:
-                continue
-            seq.token_ids.append(token)
-            seq.logprobs.append(logprob)
-            seq.completion = check_stop(seq, self.end_ids, self.config.stop, self.decode)
-            self.stats.new_tokens += 1
-            if seq.drafter is not None:
-                seq.drafter.extend(token)
+        appended = []
+        for seq, tokens, logprobs in zip(seqs, sampled.tokens, sampled.logprobs, strict=True):
+            count = 0
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                seq.token_ids.append(token)
+                seq.logprobs.append(logprob)
+                count += 1
+                if seq.drafter is not None:
+                    seq.drafter.extend(token)
+                seq.completion = check_stop(seq, self.end_ids, self.config.stop, self.decode)
+                if seq.completion is not None:
+                    break
+            self.stats.new_tokens += count
+            appended.append(count)
+        return appended

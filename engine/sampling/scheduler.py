@@ -8,7 +8,6 @@ youngest is preempted and begins again from its prompt later (its tokens are the
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,18 @@ class PromptPiece(NamedTuple):
     start: int
     end: int
 
+    @property
+    def completes_prompt(self) -> bool:
+        return self.end == len(self.seq.prompt)
+
+
+class Schedule(NamedTuple):
+    """The requests that were taken from the queue."""
+
+    admitted: list[RunningSequence]  # they hold pages; their prompts are to be computed
+    refused: list[Completion]  # of prompts that leave no room for a new token
+    pool_too_small: bool  # for the next request, although nothing runs
+
 
 def prefill_chunks(
     seqs: Sequence[RunningSequence], page_size: int, max_tokens: int
@@ -38,21 +49,25 @@ def prefill_chunks(
     wherever a prompt is cut.
     """
     chunk: list[PromptPiece] = []
-    room = max_tokens
+    room = max_tokens  # of this chunk
     for seq in seqs:
-        start, prompt_end = seq.prefilled, len(seq.prompt)
+        start = seq.prefilled
+        prompt_end = len(seq.prompt)
         while start < prompt_end:
             if prompt_end - start <= room:
                 end = prompt_end
             else:
-                end = (start + room) // page_size * page_size
+                whole_pages = (start + room) // page_size
+                end = whole_pages * page_size
             if end > start:
                 chunk.append(PromptPiece(seq, start, end))
                 room -= end - start
                 start = end
-            if start < prompt_end or room < page_size:
+            chunk_is_full = start < prompt_end or room < page_size
+            if chunk_is_full:
                 yield chunk
-                chunk, room = [], max_tokens
+                chunk = []
+                room = max_tokens
     if chunk:
         yield chunk
 
@@ -73,24 +88,29 @@ class Scheduler:
     def __init__(
         self, config: SamplerConfig, max_position: int, pool: PagePool, stats: SamplerStats
     ) -> None:
-        self.config, self.max_position = config, max_position
-        self.pool, self.stats = pool, stats
+        self.config = config
+        self.max_position = max_position
+        self.pool = pool
+        self.stats = stats
         self.max_steps = 1  # decode steps per host synchronisation, at most
         self.waiting: list[Request] = []  # the next one first
         self.waiting_prompts: Counter[tuple[int, ...]] = Counter()  # of `waiting`
         self.running: list[RunningSequence] = []  # the oldest first
         self.draining = False  # admit no further request
-        self.pool_too_small = False  # for the next request, although nothing runs
 
     @property
     def has_work(self) -> bool:
         """Whether a sequence runs or may be admitted."""
-        return bool(self.running) or (bool(self.waiting) and not self.draining)
+        return bool(self.running) or self._may_admit
+
+    @property
+    def _may_admit(self) -> bool:
+        return bool(self.waiting) and not self.draining
 
     def submit(self, request: Request) -> None:
         """Queue a request."""
         assert len(request.prompt) > 0, f"request {request.id} has an empty prompt"
-        insort(self.waiting, request, key=lambda r: -self._expected_tokens(r))
+        insort(self.waiting, request, key=self._place_in_queue)
         self.waiting_prompts[tuple(request.prompt)] += 1
 
     # ---- lengths
@@ -105,6 +125,10 @@ class Scheduler:
         limit = self._max_new_tokens(request)
         expected = request.expected_tokens
         return limit if expected is None else min(limit, expected)
+
+    def _place_in_queue(self, request: Request) -> int:
+        """The key that `waiting` is sorted by: the longest expected request comes first."""
+        return -self._expected_tokens(request)
 
     def _max_pages(self, request: Request) -> int:
         """Pages the request may come to need; several steps per synchronisation overshoot."""
@@ -125,32 +149,34 @@ class Scheduler:
         Enough for the longest `rows` requests at full length, their common prefix, and the
         prompts kept for duplicates; as far as memory allows, at least for the longest request.
         """
-        self.pool_too_small = False
         rows = self.config.rows
         prefix = common_prefix([request.prompt for request in self.waiting])
         prefix_pages = self.pool.pages_for(len(prefix))
-        longest = sorted((self._max_pages(r) for r in self.waiting), reverse=True)[:rows]
+        most_pages = sorted((self._max_pages(r) for r in self.waiting), reverse=True)
+        longest = most_pages[:rows]
         duplicated = [p for p, count in self.waiting_prompts.items() if count > 1]
-        kept = sorted((self.pool.pages_for(len(p)) for p in duplicated), reverse=True)[:rows]
+        duplicated_pages = sorted((self.pool.pages_for(len(p)) for p in duplicated), reverse=True)
+        kept = duplicated_pages[:rows]
         wanted = prefix_pages + sum(longest) + sum(kept)
-        self.pool.ensure_pages(wanted, prefix_pages + longest[0])
+        least = prefix_pages + longest[0]
+        self.pool.ensure_pages(wanted, least)
+
         cache = self.pool.cache
         room = cache.pages - len(self.pool.padding_pages) - prefix_pages
-        self.stats.fitting_sequences = sum(pages <= room for pages in itertools.accumulate(longest))
+        self.stats.fitting_sequences = _count_fitting(longest, room)
         self.stats.cache_bytes = cache.k.nbytes + cache.v.nbytes
         return prefix
 
-    def schedule(self) -> tuple[list[RunningSequence], list[Completion]]:
-        """Admit waiting requests: the new sequences, not prefilled yet, and requests refused.
+    def schedule(self) -> Schedule:
+        """Admit waiting requests, in the order of the queue, while sequences and pages last.
 
-        If the pool is too small for the next request although nothing runs, `pool_too_small` is
-        set: the caller has to discard the pool and open it anew.
+        If `pool_too_small`, the caller has to discard the pool and open it anew.
         """
         admitted: list[RunningSequence] = []
         refused: list[Completion] = []
         duplicates: list[Request] = []  # of prompts in `admitted`: those are computed first
         new_prompts: set[tuple[int, ...]] = set()
-        while self.waiting and not self.draining:
+        while self._may_admit:
             if len(self.running) + len(admitted) == self.config.rows:
                 break
             request = self.waiting[0]
@@ -166,9 +192,11 @@ class Scheduler:
                 new_prompts.add(prompt)
             else:
                 break
-        self.waiting[:0] = duplicates
+        self.waiting[:0] = duplicates  # they stay at the head of the queue
         self.running += admitted
-        return admitted, refused
+        # a pool without sequences has room for any request that it is large enough for
+        pool_too_small = self._may_admit and not self.running
+        return Schedule(admitted, refused, pool_too_small)
 
     def _leave_queue(self) -> None:
         """Remove the first request from the queue."""
@@ -182,8 +210,7 @@ class Scheduler:
         others = self.running + admitted
         least = self._max_pages(request) + len(self.pool.prefix_pages)
         if not self.pool.ensure_pages(least, least):
-            self.pool_too_small = not others  # else the others end first
-            return False
+            return False  # the others end first
         promised = sum(self._promised_pages(seq) for seq in others)
         needed = self.pool.pages_for(len(request.prompt) + self._expected_tokens(request))
         if self.pool.num_free - promised >= needed:
@@ -195,12 +222,14 @@ class Scheduler:
 
     def _start(self, request: Request, prompt: tuple[int, ...]) -> RunningSequence:
         """A sequence with its pages; what is known of its prompt is copied into them."""
-        duplicate = next((seq.block_table for seq in self.running if seq.prompt == prompt), None)
+        duplicate = self._running_duplicate(prompt)
         duplicates_wait = prompt in self.waiting_prompts
         block_table, known = self.pool.allocate(prompt, duplicate, duplicates_wait)
         self.stats.prompt_tokens += len(prompt)
         self.stats.shared_tokens += known
-        speculative = self.config.draft != "off"
+        drafter = None
+        if self.config.draft != "off":
+            drafter = Drafter(request.draft_source)
         return RunningSequence(
             request=request,
             prompt=prompt,
@@ -209,8 +238,15 @@ class Scheduler:
             key=random_key(request),
             block_table=block_table,
             prefilled=known,
-            drafter=Drafter(request.draft_source) if speculative else None,
+            drafter=drafter,
         )
+
+    def _running_duplicate(self, prompt: tuple[int, ...]) -> list[int] | None:
+        """The block table of a running sequence with the same prompt, None if there is none."""
+        for seq in self.running:
+            if seq.prompt == prompt:
+                return seq.block_table
+        return None
 
     # ---- running sequences
 
@@ -221,27 +257,28 @@ class Scheduler:
         """
         assert len(new_tokens) == len(self.running), "one entry per running sequence"
         for i, new in enumerate(new_tokens):
-            if i >= len(self.running):
-                return  # it was preempted, as are all behind it
+            if i == len(self.running):
+                return  # this sequence was preempted, as were all younger ones
             seq = self.running[i]
             missing = self.pool.pages_for(seq.context_len + new) - len(seq.block_table)
-            while missing > self.pool.num_free and i < len(self.running):
+            while missing > self.pool.num_free:
                 if self.pool.prompt_pages:
                     self.pool.drop_prompt_pages()
-                else:
-                    self._preempt_youngest()
-            if i < len(self.running):
-                seq.block_table += self.pool.cache.take(max(0, missing))
+                elif self._preempt_youngest() is seq:
+                    return
+            seq.block_table += self.pool.cache.take(max(0, missing))
 
-    def _preempt_youngest(self) -> None:
+    def _preempt_youngest(self) -> RunningSequence:
         """Put the youngest sequence back to the head of the queue; its tokens become the draft."""
         assert len(self.running) > 1, "the pool is too small for one sequence"
         seq = self.running.pop()
         self.pool.cache.give_back(seq.block_table)
         draft_source = seq.token_ids or seq.request.draft_source
-        self.waiting.insert(0, dataclasses.replace(seq.request, draft_source=draft_source))
+        request = dataclasses.replace(seq.request, draft_source=draft_source)
+        self.waiting.insert(0, request)
         self.waiting_prompts[seq.prompt] += 1
         self.stats.preempted += 1
+        return seq
 
     def take_finished(self) -> list[Completion]:
         """Remove the sequences that have ended and free their pages."""
@@ -251,6 +288,16 @@ class Scheduler:
             duplicates_wait = seq.prompt in self.waiting_prompts
             self.pool.release(seq.prompt, seq.block_table, duplicates_wait)
         return [seq.completion for seq in finished]
+
+
+def _count_fitting(page_counts: Sequence[int], room: int) -> int:
+    """How many sequences, from the first on, fit together into `room` pages."""
+    used = 0
+    for count, pages in enumerate(page_counts):
+        used += pages
+        if used > room:
+            return count
+    return len(page_counts)
 
 
 def _too_long(request: Request) -> Completion:

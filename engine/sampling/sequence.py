@@ -1,9 +1,10 @@
-"""A sequence that is being decoded, and its stopping conditions."""
+"""A sequence that is being decoded, the tokens sampled for it, and its stopping conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.sampling.requests import Completion, Request
 from engine.sampling.speculation import Drafter
@@ -43,6 +44,13 @@ class RunningSequence:
         return default if own is None else own
 
 
+class SampledTokens(NamedTuple):
+    """What one host synchronisation brings back: a list for each sequence, in their order."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]  # nats, one per token
+
+
 def check_stop(
     seq: RunningSequence, end_ids: Collection[int], stop: Sequence[str], decode: Decode
 ) -> Completion | None:
@@ -54,10 +62,10 @@ def check_stop(
     if ids[-1] in end_ids:
         kept = ids[:-1]
         return _completion(seq, kept, decode(kept), "stop")
-    found = find_stop_string(ids, stop, decode)
-    if found is not None:
-        kept_tokens, text = found
-        return _completion(seq, ids[:kept_tokens], text, "stop_string")
+    stopped = find_stop_string(ids, stop, decode)
+    if stopped is not None:
+        kept = ids[: stopped.kept_tokens]
+        return _completion(seq, kept, stopped.text, "stop_string")
     if len(ids) >= seq.max_new_tokens:
         return _completion(seq, ids[:], decode(ids), "length")
     return None
@@ -75,14 +83,24 @@ def _completion(seq: RunningSequence, ids: list[int], text: str, finish: str) ->
     )
 
 
-def find_stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> tuple[int, str] | None:
-    """(tokens that lie wholly before the first stop string, the text before it), None for none."""
+class StopString(NamedTuple):
+    """The part of a text before its first stop string."""
+
+    kept_tokens: int  # tokens that lie wholly within that part
+    text: str
+
+
+def find_stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> StopString | None:
+    """Where the first of the stop strings begins in the text of these tokens; None without one.
+
+    To be called after every token: only the end of the text is searched.
+    """
     if not stop:
         return None
     # A token is at least one byte of text, so a stop string that the last token completed lies
-    # within its own length in bytes, plus the tokens of a character cut in two.
-    window = 4 + max(len(s.encode()) for s in stop)
-    tail = decode(ids[-window:])
+    # within as many tokens as it has bytes, and the 4 of a character that the cut may fall into.
+    longest = max(len(s.encode()) for s in stop)
+    tail = decode(ids[-(longest + 4) :])
     if not any(s in tail for s in stop):
         return None
     text = decode(ids)
@@ -91,6 +109,6 @@ def find_stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> tup
         return None
     text = text[: min(starts)]
     kept_tokens = len(ids)
-    while kept_tokens and not text.startswith(decode(ids[:kept_tokens])):
+    while kept_tokens > 0 and not text.startswith(decode(ids[:kept_tokens])):
         kept_tokens -= 1
-    return kept_tokens, text
+    return StopString(kept_tokens, text)

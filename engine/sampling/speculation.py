@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,9 +39,10 @@ class Drafter:
         self.furthest = 0  # position in the reference behind which the pointer never goes back
         # two tokens -> positions behind them: all in the reference, the last one in the output
         self.in_reference: dict[tuple[int, int], list[int]] = {}
-        for i, pair in enumerate(zip(self.reference, self.reference[1:], strict=False)):
-            self.in_reference.setdefault(pair, []).append(i + 2)
         self.in_output: dict[tuple[int, int], int] = {}
+        for end in range(2, len(self.reference) + 1):
+            pair = (self.reference[end - 2], self.reference[end - 1])
+            self.in_reference.setdefault(pair, []).append(end)
 
     def extend(self, token: int) -> None:
         """Move on by a token that was sampled."""
@@ -54,27 +56,41 @@ class Drafter:
         else:
             self._relocate()
         if len(self.output) > 1:
-            self.in_output[self.output[-2], token] = len(self.output)
+            pair = (self.output[-2], token)
+            self.in_output[pair] = len(self.output)
 
     def _relocate(self) -> None:
         """After a mismatch: look for the last two tokens, in the reference first."""
         pair = tuple(self.output[-2:])
-        positions = self.in_reference.get(pair, [])
-        later = bisect_left(positions, self.furthest)
-        self.match = 2
-        if later < len(positions):
-            self.source, self.position = self.reference, positions[later]
+        positions = self.in_reference.get(pair, [])  # increasing
+        nearest_later = bisect_left(positions, self.furthest)
+        if nearest_later < len(positions):
+            self.source = self.reference
+            self.position = positions[nearest_later]
             self.furthest = self.position
+            self.match = 2
         elif pair in self.in_output:
-            self.source, self.position = self.output, self.in_output[pair]
-        else:
-            self.source, self.position = self.reference, len(self.reference)
+            self.source = self.output
+            self.position = self.in_output[pair]
+            self.match = 2
+        else:  # nothing to copy
+            self.source = self.reference
+            self.position = len(self.reference)
             self.match = 0
 
     def propose(self, limit: int) -> list[int]:
         """Up to `limit` draft tokens, at most MAX_DRAFT."""
         count = max(0, min(limit, MAX_DRAFT))
         return self.source[self.position : self.position + count]
+
+
+class StepCost(NamedTuple):
+    """The fitted seconds of a step: a + b * tokens + c * area + s * replayed."""
+
+    a: float
+    b: float
+    c: float
+    s: float  # 0 while no step was replayed
 
 
 class DraftController:
@@ -105,10 +121,11 @@ class DraftController:
     """
 
     DECAY = 0.98  # per step: a step 50 steps ago counts a third
-    PRIOR = 4.0  # proposals at which the counts weigh as much as the first estimate below
+    PRIOR = 4.0  # proposals that the first estimates of the shares weigh as much as
     GAIN = 1.1
     WIDTHS = (2, 3, 5, 8, 1 + MAX_DRAFT)
-    MANY = 200  # proposals from which on older ones count half
+    MANY = 200  # proposals from which on each further one halves the counts before it
+    LEAST = 1e-9  # seconds: a fitted cost is never taken for less
 
     def __init__(self) -> None:
         # normal equations of the least squares, over x = (1, tokens, area, replayed)
@@ -116,30 +133,38 @@ class DraftController:
         self.xy = np.zeros(4)  # sum of x * seconds
         # first estimate: half of a step's cost at 20 tokens; a wide sequence costs a fifth more
         for tokens, area in ((1, 1), (20, 20), (20, 40), (60, 60)):
-            self.record_step(tokens, area, 0.02 + 0.001 * tokens + 0.0002 * (area - tokens))
+            seconds = 0.02 + 0.001 * tokens + 0.0002 * (area - tokens)
+            self.record_step(tokens, area, seconds)
         # by match, then by depth; the head of a reference (match 0) is likely to be followed
-        shares = [0.5, 0.6, 0.5] + [0.8] * (MAX_MATCH - 2)
-        self.proposed = [[self.PRIOR] * MAX_DRAFT for _ in shares]
-        self.accepted = [[share * self.PRIOR] * MAX_DRAFT for share in shares]
+        first_shares = [0.5, 0.6, 0.5] + [0.8] * (MAX_MATCH - 2)
+        self.proposed = [[self.PRIOR] * MAX_DRAFT for _ in first_shares]
+        self.accepted = [[share * self.PRIOR] * MAX_DRAFT for share in first_shares]
 
     def record_step(self, tokens: int, area: int, seconds: float, replayed: bool = False) -> None:
         """Take the measured time of a step into the fit."""
-        x = np.array([1.0, tokens, area, replayed])
+        x = np.array([1.0, tokens, area, 1.0 if replayed else 0.0])
         self.xx = self.DECAY * self.xx + np.outer(x, x)
         self.xy = self.DECAY * self.xy + seconds * x
 
     def record_acceptance(self, match: int, drafted: int, accepted: int) -> None:
-        """Count a sequence's draft tokens: `accepted` of `drafted`, then one failed or none was
-        left. Those behind a failed one say nothing."""
+        """Count a sequence's draft tokens: the first `accepted` of `drafted` were accepted.
+
+        The next one, if there was one, was rejected. Those behind it were not judged, and are not
+        counted.
+        """
         m = min(match, MAX_MATCH)
-        for depth in range(min(drafted, accepted + 1)):
+        judged = min(drafted, accepted + 1)
+        for depth in range(judged):
             decay = 1.0 if self.proposed[m][depth] < self.MANY else 0.5
+            was_accepted = 1 if depth < accepted else 0
             self.proposed[m][depth] = self.proposed[m][depth] * decay + 1
-            self.accepted[m][depth] = self.accepted[m][depth] * decay + (depth < accepted)
+            self.accepted[m][depth] = self.accepted[m][depth] * decay + was_accepted
 
     def pays_off(self, sequences: int) -> bool:
         """Whether the likeliest draft tokens would be taken, beside replayed steps without."""
-        return any(self.choose([MAX_MATCH] * sequences, [MAX_DRAFT] * sequences, replayed=True))
+        matches = [MAX_MATCH] * sequences
+        offered = [MAX_DRAFT] * sequences
+        return any(self.choose(matches, offered, replayed=True))
 
     def choose(
         self, matches: Sequence[int], offered: Sequence[int], replayed: bool = False
@@ -149,32 +174,34 @@ class DraftController:
         replayed: whether a step without draft tokens would be a replayed CUDA graph.
         """
         sequences = len(matches)
-        a, b, c, s = self._fit()
-        plain_seconds = max(a + (b + c) * sequences + (s if replayed else 0.0), 1e-9)
-        best_rate = self.GAIN * sequences / plain_seconds
+        cost = self._fit()
+        plain_seconds = cost.a + (cost.b + cost.c) * sequences + (cost.s if replayed else 0.0)
+        best_rate = self.GAIN * sequences / max(plain_seconds, self.LEAST)
         best: list[tuple[float, int, int]] = []
         candidates = self._candidates(matches, offered)
         for width in self.WIDTHS:
-            fixed_seconds = a + c * sequences * width
-            fitting = [candidate for candidate in candidates if candidate[1] + 1 < width]
-            expected_tokens = float(sequences)
-            for n, (minus_reached, _, _) in enumerate(fitting, start=1):
-                expected_tokens -= minus_reached
-                rate = expected_tokens / (fixed_seconds + b * (sequences + n))
-                if rate > best_rate:
-                    best_rate, best = rate, fitting[:n]
+            # a width of w has room for the last token and draft tokens of depth 0 to w - 2
+            fitting = [candidate for candidate in candidates if candidate[1] <= width - 2]
+            rate, n = _best_number(cost, sequences, width, fitting)
+            if rate > best_rate:
+                best_rate = rate
+                best = fitting[:n]
         taken = [0] * sequences
         for _, _, i in best:
             taken[i] += 1
         return taken
 
-    def _fit(self) -> tuple[float, float, float, float]:
-        """a, b, c, s of the cost of a step, in seconds; s is 0 while no step was replayed."""
-        known = 4 if self.xx[3, 3] else 3
-        fitted = np.linalg.lstsq(self.xx[:known, :known], self.xy[:known], rcond=1e-9)[0].tolist()
-        a, b, c = fitted[:3]
-        s = fitted[3] if known == 4 else 0.0
-        return max(a, 1e-9), max(b, 0.0), max(c, 0.0), s
+    def _fit(self) -> StepCost:
+        """The least squares over the steps so far."""
+        known = 4 if self.xx[3, 3] > 0 else 3  # replayed steps among them?
+        solution = np.linalg.lstsq(self.xx[:known, :known], self.xy[:known], rcond=1e-9)[0]
+        fitted = solution.tolist()
+        return StepCost(
+            a=max(fitted[0], self.LEAST),
+            b=max(fitted[1], 0.0),
+            c=max(fitted[2], 0.0),
+            s=fitted[3] if known == 4 else 0.0,
+        )
 
     def _candidates(
         self, matches: Sequence[int], offered: Sequence[int]
@@ -182,10 +209,33 @@ class DraftController:
         """(-reached, depth, sequence) of every offered draft token, the likeliest first."""
         candidates = []
         for i, (match, count) in enumerate(zip(matches, offered, strict=True)):
-            m = min(match, MAX_MATCH)
+            proposed = self.proposed[min(match, MAX_MATCH)]
+            accepted = self.accepted[min(match, MAX_MATCH)]
             reached = 1.0
             for depth in range(count):
-                reached *= self.accepted[m][depth] / self.proposed[m][depth]
+                share = accepted[depth] / proposed[depth]
+                reached *= share
                 candidates.append((-reached, depth, i))
         candidates.sort()
         return candidates
+
+
+def _best_number(
+    cost: StepCost, sequences: int, width: int, candidates: list[tuple[float, int, int]]
+) -> tuple[float, int]:
+    """The highest tokens per second in a step of this width, and the draft tokens it takes.
+
+    candidates: those that fit into the width, the likeliest first; the first n of them are taken.
+    """
+    best_rate = 0.0
+    best_n = 0
+    fixed_seconds = cost.a + cost.c * sequences * width
+    expected_tokens = float(sequences)
+    for n, (minus_reached, _, _) in enumerate(candidates, start=1):
+        expected_tokens -= minus_reached
+        seconds = fixed_seconds + cost.b * (sequences + n)
+        rate = expected_tokens / seconds
+        if rate > best_rate:
+            best_rate = rate
+            best_n = n
+    return best_rate, best_n

@@ -22,15 +22,16 @@ from kernels.cached import Cached
 from kernels.cpu.native import at, library
 from kernels.cpu.panels import Panels
 
+Sizes = c_long * 12  # T, B, P, H, G, d, page size, pages, D, F, L, n: native/layers.c
+
 
 class FusedLayers:
     """The packed weights of a model, as a table of addresses for the C function."""
 
     def __init__(self, weights: Mapping[str, Tensor | Panels], layers: int) -> None:
         self.weights = weights  # kept, for the table points into their memory
-        self.addresses = torch.tensor(  # (L, 10) int64
-            [_layer_addresses(weights, i) for i in range(layers)], dtype=torch.int64
-        )
+        addresses = [_layer_addresses(weights, layer) for layer in range(layers)]
+        self.addresses = torch.tensor(addresses, dtype=torch.int64)  # (L, 10)
         self.F = weights["0.down"].shape[1]
         self.workspace = torch.empty(0)  # fp32; kept between calls, grown when too small
 
@@ -48,48 +49,83 @@ class FusedLayers:
 
         `logits_indices` (n,) int64, increasing: the tokens whose results are needed; None: all.
         """
+        self._check_shapes(h, cached, k)
         T, D = h.shape
         L, pages, G, page_size, d = k.shape
         N = self.weights["0.qkv"].shape[0]
         H = N // d - 2 * G
         B, P = cached.block_table.shape
-        fits = len(cached.positions) == T and page_size == cached.page_size
-        assert fits and len(self.addresses) == L, (
-            f"h {tuple(h.shape)}, {len(cached.positions)} tokens, k {tuple(k.shape)}, "
-            f"pages of {cached.page_size}, {len(self.addresses)} layers"
-        )
-        n, indices = T, None
+        n = T
+        indices = None  # a null pointer: all tokens
         if logits_indices is not None:
             _check_indices(logits_indices, T)
-            n, indices = len(logits_indices), at(logits_indices, torch.int64)
-        needed = T * (2 * D + N + H * d + 3 * self.F + 1)
+            n = len(logits_indices)
+            indices = at(logits_indices, torch.int64)
+        self._grow_workspace(T * (2 * D + N + H * d + 3 * self.F + 1))
+        x = torch.empty_like(h)
+        sizes = (T, B, P, H, G, d, page_size, pages, D, self.F, L, n)
+        library().layers(
+            self.addresses.data_ptr(),
+            at(h),
+            x.data_ptr(),
+            self.workspace.data_ptr(),
+            at(cached.positions, torch.int64),
+            at(cos_sin),
+            at(k),
+            at(v),
+            at(cached.write_page, torch.int64),
+            at(cached.write_offset, torch.int64),
+            at(cached.block_table, torch.int64),
+            at(cached.cu_queries, torch.int32),
+            at(cached.contexts, torch.int32),
+            indices,
+            Sizes(*sizes),
+            eps,
+        )
+        return x[:n], h[:n]
+
+    def _check_shapes(self, h: Tensor, cached: Cached, k: Tensor) -> None:
+        L, _, _, page_size, _ = k.shape
+        tokens = len(cached.positions)
+        layers = len(self.addresses)
+        fits = tokens == len(h) and page_size == cached.page_size and layers == L
+        assert fits, (
+            f"h {tuple(h.shape)}, {tokens} tokens, k {tuple(k.shape)}, "
+            f"pages of {cached.page_size}, {layers} layers"
+        )
+
+    def _grow_workspace(self, needed: int) -> None:
         if needed > len(self.workspace):
             self.workspace = torch.empty(needed)
-        x = torch.empty_like(h)
-        library().layers(
-            self.addresses.data_ptr(), at(h), x.data_ptr(), self.workspace.data_ptr(),
-            at(cached.positions, torch.int64), at(cos_sin), at(k), at(v),
-            at(cached.write_page, torch.int64), at(cached.write_offset, torch.int64),
-            at(cached.block_table, torch.int64),
-            at(cached.cu_queries, torch.int32), at(cached.contexts, torch.int32), indices,
-            (c_long * 12)(T, B, P, H, G, d, page_size, pages, D, self.F, L, n), eps,
-        )  # fmt: skip
-        return x[:n], h[:n]
 
 
 def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list[int]:
     """A layer's weights by address, in the order that they are used; then each matrix's bytes per
     number, by which its packed form is read."""
-    attn_norm, mlp_norm = (at(weights[f"{layer}.{name}"]) for name in ("attn_norm", "mlp_norm"))
-    qkv, o, gate_up, down = (weights[f"{layer}.{name}"] for name in ("qkv", "o", "gate_up", "down"))
-    return [
-        attn_norm, qkv.pointer, o.pointer, mlp_norm, gate_up.pointer, down.pointer,
-        qkv.bytes, o.bytes, gate_up.bytes, down.bytes,
-    ]  # fmt: skip
+    attn_norm = weights[f"{layer}.attn_norm"]
+    qkv = weights[f"{layer}.qkv"]
+    o = weights[f"{layer}.o"]
+    mlp_norm = weights[f"{layer}.mlp_norm"]
+    gate_up = weights[f"{layer}.gate_up"]
+    down = weights[f"{layer}.down"]
+    addresses = [
+        at(attn_norm),
+        qkv.pointer,
+        o.pointer,
+        at(mlp_norm),
+        gate_up.pointer,
+        down.pointer,
+    ]
+    bytes_per_number = [qkv.bytes, o.bytes, gate_up.bytes, down.bytes]
+    return addresses + bytes_per_number
 
 
 def _check_indices(logits_indices: Tensor, T: int) -> None:
+    """AssertionError unless the indices are increasing and lie within T tokens."""
     indices = logits_indices.tolist()
-    ends = [-1, *indices, T]
-    increasing = all(a < b for a, b in zip(ends[:-1], ends[1:], strict=True))
-    assert increasing, f"logits_indices {indices} of {T} tokens: expected increasing indices"
+    lowest_allowed = 0
+    for index in indices:
+        assert lowest_allowed <= index < T, (
+            f"logits_indices {indices} of {T} tokens: expected increasing indices"
+        )
+        lowest_allowed = index + 1

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,22 +43,35 @@ SOURCES = ("share.c", "linear.c", "attention.c", "rowwise.c", "sample.c", "layer
 # compiler fuses a product and a sum into one rounding (gcc would, of intrinsics too).
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
 SECONDS = 120  # a compilation takes three
+REASON = 300  # characters of a compiler's error output that are kept
 STALE = 3600  # seconds after which a half-made build of a killed process is removed
 
-Long, Pointer = ctypes.c_long, ctypes.c_void_p
-Float, Double = ctypes.c_float, ctypes.c_double
-SIGNATURES = {  # function -> result, arguments; an int result that is not 0 means: no memory
-    "panel_columns": (Long,),
-    "pack": (None, Pointer, Pointer, Long, Long, Long),
-    "look_up": (None, Pointer, Long, Pointer, Pointer, Long, Long),
-    "linear": (ctypes.c_int, *[Pointer] * 3, *[Long] * 4),
-    "rms_norm": (ctypes.c_int, *[Pointer] * 6, Long, Long, Float),
-    "rope": (ctypes.c_int, *[Pointer] * 3, *[Long] * 4, Float),
-    "swiglu": (ctypes.c_int, Pointer, Pointer, Long, Long),
-    "kv_write": (ctypes.c_int, *[Pointer] * 5, *[Long] * 5),
-    "cached_attention": (ctypes.c_int, *[Pointer] * 7, *[Long] * 6),
-    "layers": (ctypes.c_int, *[Pointer] * 15, Float),
-    "sample": (ctypes.c_int, *[Pointer] * 5, Long, Long, Double, Long, Double, Double),
+Long = ctypes.c_long
+Pointer = ctypes.c_void_p
+Float = ctypes.c_float
+Double = ctypes.c_double
+Status = ctypes.c_int  # 0, or -1 where there was no memory for a thread's buffers
+
+
+class Signature(NamedTuple):
+    """The types of a C function; native/native.h says what its arguments mean."""
+
+    result: Any
+    arguments: list[Any]
+
+
+SIGNATURES = {
+    "panel_columns": Signature(Long, []),
+    "pack": Signature(None, [Pointer, Pointer, Long, Long, Long]),
+    "look_up": Signature(None, [Pointer, Long, Pointer, Pointer, Long, Long]),
+    "linear": Signature(Status, [Pointer] * 3 + [Long] * 4),
+    "rms_norm": Signature(Status, [Pointer] * 6 + [Long, Long, Float]),
+    "rope": Signature(Status, [Pointer] * 3 + [Long] * 4 + [Float]),
+    "swiglu": Signature(Status, [Pointer, Pointer, Long, Long]),
+    "kv_write": Signature(Status, [Pointer] * 5 + [Long] * 5),
+    "cached_attention": Signature(Status, [Pointer] * 7 + [Long] * 6),
+    "layers": Signature(Status, [Pointer] * 15 + [Float]),
+    "sample": Signature(Status, [Pointer] * 5 + [Long, Long, Double, Long, Double, Double]),
 }
 
 # ---- for the operations
@@ -79,7 +93,9 @@ def library() -> ctypes.CDLL:
 def name() -> str:
     """The compiled library as "cpu, native-<key>"; "cpu" where there is none."""
     loaded = _loader.loaded()
-    return "cpu" if loaded.library is None else f"cpu, {Path(loaded.library._name).stem}"
+    if loaded.library is None:
+        return "cpu"
+    return f"cpu, {Path(loaded.library._name).stem}"
 
 
 def at(x: Tensor, dtype: torch.dtype = torch.float32) -> int:
@@ -111,15 +127,20 @@ class Loader:
         self._loaded = loaded
 
     def loaded(self) -> Loaded:
+        """The library; found or compiled by the first call."""
         if self._loaded is None:
             self._loaded = self._find()
         return self._loaded
 
     def _find(self) -> Loaded:
-        if reason := why_no_build():
+        reason = why_no_build()
+        if reason is not None:
             return Loaded(reason=reason)
         try:
-            return Loaded(self._cached() or self._for_this_process())
+            library = self._cached()
+            if library is None:
+                library = self._for_this_process()
+            return Loaded(library)
         except (OSError, AttributeError, RuntimeError) as error:
             return Loaded(reason=str(error))
 
@@ -156,7 +177,8 @@ def loading_by(loader: Loader) -> Iterator[None]:
     without C kernels. For tests, and for benchmarks that time each function.
     """
     global _loader
-    previous, _loader = _loader, loader
+    previous = _loader
+    _loader = loader
     try:
         yield
     finally:
@@ -167,13 +189,14 @@ def bind(library: Path) -> ctypes.CDLL:
     """The library's functions with their signatures.
 
     OSError where it cannot be loaded, AttributeError where a function is missing. Functions that
-    return an int raise MemoryError where that is not 0.
+    return a Status raise MemoryError where that is not 0.
     """
     loaded = ctypes.CDLL(str(library))
-    for name, (result, *arguments) in SIGNATURES.items():
+    for name, signature in SIGNATURES.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-        if result is ctypes.c_int:
+        function.restype = signature.result
+        function.argtypes = signature.arguments
+        if signature.result is Status:
             function.errcheck = _check_memory
     return loaded
 
@@ -192,9 +215,11 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     RuntimeError where the compiler fails; OSError where the folder cannot be written, or, as
     NotOurs, where another user may write it too.
     """
-    compiler, openmp = _compiler(), _openmp()
+    compiler = _compiler()
+    openmp = _openmp()
     library = folder / f"native-{_key(compiler, openmp, flags)}.so"
-    if reason := disk_cache.why_distrusted(library):
+    reason = disk_cache.why_distrusted(library)
+    if reason is not None:
         raise disk_cache.NotOurs(reason)
     if _is_whole(library):
         return library
@@ -203,14 +228,16 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     print(
         f"ops: {shlex.join(compiler)} compiles the C kernels for this processor (once: {library})"
     )
+    sources = [str(FOLDER / name) for name in SOURCES]
+    objects = [Path(name).with_suffix(".o").name for name in SOURCES]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".native-") as beside:
-        _run([*compiler, *flags, "-c", *(str(FOLDER / name) for name in SOURCES)], beside)
-        objects = [Path(name).with_suffix(".o").name for name in SOURCES]
+        _run([*compiler, *flags, "-c", *sources], beside)
         # without -fopenmp, which would link the system's OpenMP beside torch's
         _run([*compiler, "-shared", "-o", library.name, *objects, openmp, "-lm"], beside)
         made = Path(beside, library.name)
         with made.open("r+b") as file:
-            file.write(_digest(file.read()))  # the loader ignores bytes after its tables
+            digest = _digest(file.read())
+            file.write(digest)  # behind it: the loader ignores bytes after its tables
         made.chmod(0o700)  # other users must not write it, whatever the umask allows
         os.replace(made, library)
     return library
@@ -218,11 +245,15 @@ def build(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
 
 def _key(compiler: list[str], openmp: str, flags: tuple[str, ...]) -> str:
     """Hash of all that decides the library's code."""
-    version, command = _run([*compiler, "--version"]), shlex.join(compiler)
-    digest = hashlib.sha256(f"{command} {version} {flags} {openmp} {_processor()}".encode())
-    for path in sorted(path for path in FOLDER.rglob("*") if path.is_file()):
+    version = _run([*compiler, "--version"])
+    build = f"{shlex.join(compiler)} {version} {flags} {openmp} {_processor()}"
+    digest = hashlib.sha256(build.encode())
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    for path in sorted(files):
         name = path.relative_to(FOLDER).as_posix()
-        digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
+        header = f"{name} {path.stat().st_size} "
+        digest.update(header.encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -233,27 +264,40 @@ def _remove_stale_builds(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
 def _is_whole(library: Path) -> bool:
     """Whether a library is there as it was written: loading one that was cut off would crash."""
-    content = library.read_bytes() if library.exists() else b""
-    size = len(content) - len(_digest(b""))
+    if not library.exists():
+        return False
+    content = library.read_bytes()
+    size = len(content) - DIGEST_BYTES
     return size > 0 and _digest(content[:size]) == content[size:]
 
 
 def _run(command: list[str], folder: str | None = None) -> str:
     """Standard output; RuntimeError with the last lines of a failing command's error output."""
-    options = {"capture_output": True, "text": True, "errors": "replace", "cwd": folder}
     try:
-        done = subprocess.run(command, timeout=SECONDS, **options)
+        done = subprocess.run(
+            command,
+            timeout=SECONDS,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
-    if done.returncode:
-        last_lines = " / ".join(done.stderr.strip().splitlines()[-3:])[-300:]
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode}: {last_lines}")
+    if done.returncode != 0:
+        last_lines = " / ".join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(
+            f"{command[0]} failed with status {done.returncode}: {last_lines[-REASON:]}"
+        )
     return done.stdout
 
 
@@ -271,7 +315,8 @@ def why_no_build() -> str | None:
     if not _openmp():
         return "torch has loaded no OpenMP that is known (libgomp, libiomp5, libomp)"
     if not _compiler():
-        return f"no C compiler is there ({os.environ.get('CC') or 'cc, gcc or clang'}); install gcc"
+        wanted = os.environ.get("CC") or "cc, gcc or clang"
+        return f"no C compiler is there ({wanted}); install gcc"
     return None
 
 
@@ -281,15 +326,20 @@ def _compiler() -> list[str]:
         words = shlex.split(os.environ.get("CC", ""))
     except ValueError:  # a quotation that does not end
         return []
-    for command, *rest in [words] if words else [["cc"], ["gcc"], ["clang"]]:
-        if path := shutil.which(command):
-            return [path, *rest]
+    commands = [words] if words else [["cc"], ["gcc"], ["clang"]]
+    for command in commands:
+        path = shutil.which(command[0])
+        if path is not None:
+            return [path, *command[1:]]
     return []
 
 
 def _processor() -> str:
-    """The line of flags of the processor, which -march=native follows too."""
-    return next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+    """The processor's line of flags, which -march=native follows too; "" where it is unknown."""
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("flags"):
+            return line
+    return ""
 
 
 def _openmp() -> str:
@@ -297,14 +347,19 @@ def _openmp() -> str:
 
     Another one (scikit-learn brings one) would have threads of its own.
     """
-    paths = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
     names = ("libgomp", "libiomp5", "libomp")
-    candidates = [p for p in dict.fromkeys(paths) if os.path.basename(p).startswith(names)]
-    # torch's own first, then the system's. maps has no links, and a .venv may be one.
+    loaded = [line.split(maxsplit=5)[-1] for line in _lines("/proc/self/maps")]
+    candidates = [path for path in loaded if os.path.basename(path).startswith(names)]
+    # maps has no links, and a .venv may be one
     torch_folder = str(Path(torch.__file__).resolve().parent)
-    return min(
-        candidates, key=lambda p: (not p.startswith(torch_folder), "site-packages" in p), default=""
-    )
+
+    def rank(path: str) -> int:
+        """torch's own first, then the system's, then another package's."""
+        if path.startswith(torch_folder):
+            return 0
+        return 2 if "site-packages" in path else 1
+
+    return min(candidates, key=rank, default="")
 
 
 def _lines(path: str) -> list[str]:

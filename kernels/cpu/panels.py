@@ -11,7 +11,7 @@ shapes     x (T, K)    weight (N, K)    y (T, N), fp32
 traffic    T K + T N elements and W once per 528 tokens (264 with AVX2)
 """
 
-# T = tokens, K = inputs, N = outputs
+# T = tokens, K = inputs, N = outputs, n = rows of the weight that are looked up
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def bytes_needed(weight: Tensor) -> int:
     needed = 2
     for part in weight.view(torch.int32).flatten().split(CHUNK):
         while needed < 4:
-            dropped_bits = (1 << 8 * (4 - needed)) - 1
+            num_dropped = 8 * (4 - needed)
+            dropped_bits = (1 << num_dropped) - 1  # a mask of the low bits that are not stored
             if not part.bitwise_and(dropped_bits).any():
                 break
             needed += 1
@@ -41,15 +42,20 @@ class Panels:
     """A weight (N, K) in panels. Calling it multiplies; indexing it returns rows, unpacked."""
 
     def __init__(self, weight: Tensor) -> None:
-        library, weight = native.library(), weight.contiguous()
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        library = native.library()
+        weight = weight.contiguous()
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        self.device = weight.device
         self.bytes = bytes_needed(weight)  # per number
-        n, k = weight.shape
-        columns = library.panel_columns()  # rows of the weight in a panel
-        size = cdiv(n, columns) * columns * k * self.bytes + PADDING
+        N, K = weight.shape
+        panel_rows = library.panel_columns()  # rows of the weight, columns of y
+        padded_rows = cdiv(N, panel_rows) * panel_rows
+        size = padded_rows * K * self.bytes + PADDING
         self.packed = torch.empty(size, dtype=torch.uint8)
-        self.pointer, self._product = self.packed.data_ptr(), library.linear
-        library.pack(native.at(weight), self.pointer, self.bytes, n, k)
+        self.pointer = self.packed.data_ptr()
+        self._product = library.linear
+        library.pack(native.at(weight), self.pointer, self.bytes, N, K)
 
     @property
     def nbytes(self) -> int:
@@ -64,13 +70,18 @@ class Panels:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows (n,) int64 of the weight: (n, K), bit for bit."""
-        n, k = self.shape
-        assert rows.dim() == 1, f"rows {tuple(rows.shape)} of {n}: expected one dimension"
-        in_range = not len(rows) or (int(rows.min()) >= 0 and int(rows.max()) < n)
-        assert in_range, f"rows {int(rows.min())} to {int(rows.max())} of {n}"
-        rows, y = rows.contiguous(), torch.empty(len(rows), k)
+        N, K = self.shape
+        assert rows.dim() == 1, f"rows {tuple(rows.shape)} of {N}: expected one dimension"
+        n = len(rows)
+        y = torch.empty(n, K)
+        if n == 0:
+            return y
+        lowest = int(rows.min())
+        highest = int(rows.max())
+        assert lowest >= 0 and highest < N, f"rows {lowest} to {highest} of {N}"
+        rows = rows.contiguous()
         indices = native.at(rows, torch.int64)
-        native.library().look_up(self.pointer, self.bytes, indices, y.data_ptr(), len(rows), k)
+        native.library().look_up(self.pointer, self.bytes, indices, y.data_ptr(), n, K)
         return y
 
     def unpack(self) -> Tensor:
@@ -79,9 +90,10 @@ class Panels:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (T, K) times the weight transposed: (T, N), fp32."""
-        n, k = self.shape
-        assert x.dim() == 2 and x.shape[1] == k, f"x {tuple(x.shape)} does not fit {n} x {k}"
-        T, x = x.shape[0], x.contiguous()
-        y = torch.empty(T, n)
-        self._product(native.at(x), self.pointer, y.data_ptr(), self.bytes, T, k, n)
+        N, K = self.shape
+        assert x.dim() == 2 and x.shape[1] == K, f"x {tuple(x.shape)} does not fit {N} x {K}"
+        x = x.contiguous()
+        T = x.shape[0]
+        y = torch.empty(T, N)
+        self._product(native.at(x), self.pointer, y.data_ptr(), self.bytes, T, K, N)
         return y

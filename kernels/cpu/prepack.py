@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.cpu.panels import Panels
 
 PROBES = (1, 2, 3, 5, 8, 9, 17, 33, 64, 257)  # rows that `Prepacked` compares
+LEAST_ROWS = (1, 2, 8, 17)  # that `min_rows` is chosen from
 MOST_PROBED = 8_000_000  # numbers of a probed product: 257 rows of a head take too long
 HINT = 32  # rows the layout is chosen for: measured invariant, and fastest at few rows
 
@@ -35,7 +36,9 @@ class Prepacked:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self.shape = weight.shape
+        self.dtype = weight.dtype
+        self.device = weight.device
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), HINT)
         key = (*weight.shape, torch.get_num_threads())
         if key not in _min_rows:
@@ -57,18 +60,29 @@ class Prepacked:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
     def _measure(self) -> int:
-        """The number of rows from which on their number changes no bit of a row's product."""
-        n, k = self.shape
-        probes = [m for m in PROBES if m * n < MOST_PROBED]
-        x = torch.randn(max(probes), k, generator=torch.Generator().manual_seed(0))
-        whole = self._product(x)
-        equal = {m: torch.equal(self._product(x[:m].contiguous()), whole[:m]) for m in probes}
-        for least in (1, 2, 8, 17):
-            if all(ok for m, ok in equal.items() if m >= least):
+        """The number of rows from which on their number changes no bit of a row's product.
+
+        RuntimeError where it goes on to change them.
+        """
+        N, K = self.shape
+        probes = [m for m in PROBES if m * N < MOST_PROBED]
+        x = torch.randn(max(probes), K, generator=torch.Generator().manual_seed(0))
+        whole = self._product(x)  # (rows, N)
+        equal: list[int] = []  # numbers of rows with the same bits as the most rows
+        different: list[int] = []
+        for m in probes:
+            part = self._product(x[:m].contiguous())  # (m, N)
+            same_bits = torch.equal(part, whole[:m])
+            if same_bits:
+                equal.append(m)
+            else:
+                different.append(m)
+        for least in LEAST_ROWS:
+            if all(m < least for m in different):
                 return least
         raise RuntimeError(
-            f"oneDNN's product of a {n} x {k} matrix depends on the number of rows on this CPU "
-            f"(equal for: {[m for m, ok in equal.items() if ok]}), so text would depend on --rows"
+            f"oneDNN's product of a {N} x {K} matrix depends on the number of rows on this CPU "
+            f"(equal for: {equal}), so text would depend on --rows"
         )
 
     def unpack(self) -> Tensor:
@@ -94,14 +108,20 @@ def prepack(weight: Tensor, panels: bool = False) -> Tensor | PackedWeight:
     """`weight` packed for the products of a sampling run; as it is where it cannot be packed."""
     if panels:
         return Panels(weight)
-    return Prepacked(weight) if Prepacked.available(weight) else weight
+    if Prepacked.available(weight):
+        return Prepacked(weight)
+    return weight
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """x (T, K) times weight (N, K) transposed: (T, N)."""
-    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return weight(x)
 
 
 def linear_native(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """As `linear`, in panels; a weight that is not packed is packed for this one product."""
-    return linear(x, Panels(weight) if isinstance(weight, Tensor) else weight)
+    if isinstance(weight, Tensor):
+        weight = Panels(weight)
+    return weight(x)

@@ -31,13 +31,15 @@ LANES = 32  # two 512-bit vectors of fp32: torch's loops take two at a time
 
 def rowwise(function: Callable, x: Tensor) -> Tensor:
     """function(x) for x (T, F); `function` takes `out=`, as torch.exp does."""
-    T, columns = x.shape
     if x.device.type != "cpu":
         return function(x)
-    if columns % LANES and x.stride(0) == columns:  # for T = 1 too, or it would depend on T
-        x = F.pad(x, (0, -columns % LANES))
+    T, columns = x.shape
+    lie_end_to_end = x.stride(0) == columns  # for T = 1 too, or it would depend on T
+    if columns % LANES != 0 and lie_end_to_end:
+        padded_columns = cdiv(columns, LANES) * LANES
+        x = F.pad(x, (0, padded_columns - columns))
     out = torch.empty(x.shape, dtype=x.dtype)
-    for rows in _slices(*x.shape):
+    for rows in _slices(T, x.shape[1]):
         function(x[rows], out=out[rows])
     return out[:, :columns]
 
@@ -51,10 +53,18 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
     start = 0
     while start < rows:
         count = rows - start
-        while count > 1 and count % min(threads, cdiv(count * columns, GRAIN)):
+        while not _splits_evenly(count, columns, threads):
             count -= 1
         yield slice(start, start + count)
         start += count
+
+
+def _splits_evenly(rows: int, columns: int, threads: int) -> bool:
+    """Whether torch gives every thread whole rows of these, or there is but one."""
+    if rows == 1:
+        return True  # wherever it is split, no other row is involved
+    threads_used = min(threads, cdiv(rows * columns, GRAIN))
+    return rows % threads_used == 0
 
 
 @functools.cache
@@ -69,18 +79,26 @@ def decode_width(n: int, size: int, d: int, dtype: torch.dtype, device: str) -> 
     """
     if device != "cpu":
         return 1
-    g = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     most = max(48, 16 * n)  # rows of the product that smaller ones are compared with
-    q, k, v = (torch.randn(4, m, d, generator=g).to(dtype) for m in (most, size, size))
-    p = torch.rand(4, most, size, generator=g).to(dtype)
-    scores, values = torch.bmm(q, k.transpose(1, 2)), torch.bmm(p, v)
-    equal = {}  # rows of a product -> whether it has the bits of the largest
+
+    def randn(rows: int) -> Tensor:
+        return torch.randn(4, rows, d, generator=generator).to(dtype)
+
+    q = randn(most)  # (4, most, d)
+    k = randn(size)  # (4, size, d)
+    v = randn(size)  # (4, size, d)
+    p = torch.rand(4, most, size, generator=generator).to(dtype)
+    scores = torch.bmm(q, k.transpose(1, 2))  # (4, most, size)
+    values = torch.bmm(p, v)  # (4, most, d)
+    different = []  # numbers of rows that give other bits than the largest
     for m in range(n, most, n):
-        few_scores = torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2))
-        few_values = torch.bmm(p[:, :m].contiguous(), v)
+        few_scores = torch.bmm(q[:, :m].contiguous(), k.transpose(1, 2))  # (4, m, size)
+        few_values = torch.bmm(p[:, :m].contiguous(), v)  # (4, m, d)
         same_scores = torch.equal(few_scores, scores[:, :m])
-        equal[m] = same_scores and torch.equal(few_values, values[:, :m])
-    for m in equal:
-        if m <= 8 * n and all(ok for rows, ok in equal.items() if rows >= m):
+        if not (same_scores and torch.equal(few_values, values[:, :m])):
+            different.append(m)
+    for m in range(n, min(most, 8 * n + 1), n):
+        if all(other < m for other in different):
             return m // n
     return None

@@ -29,6 +29,7 @@ import torch
 FOLDER = Path(__file__).with_name("tiles")
 CLASSES = ("interpreter", "sm_80", "sm_90", "gfx942")
 ANY = "any"  # the shape class that serves every shape
+H100_PROCESSORS = 132
 
 # A tile configuration: block sizes, num_warps, num_stages; for a few operations the name of a form.
 Config = dict[str, Any]
@@ -47,10 +48,13 @@ class Lookup(NamedTuple):
 
 def tile_config(kernel: str, device: torch.device, *shape_classes: str) -> Config:
     """A copy of a kernel's configuration: of the first shape class that has one, else of `any`."""
-    first = (*shape_classes, ANY)[0]
+    first = shape_classes[0] if shape_classes else ANY
     overrides = _overrides.get()
-    config = overrides.get((kernel, first)) or overrides.get((kernel, ""))
-    if config is None:
+    if (kernel, first) in overrides:
+        config = overrides[kernel, first]
+    elif (kernel, "") in overrides:
+        config = overrides[kernel, ""]
+    else:
         config = _configured(kernel, device_class(device), shape_classes)
     for watcher in _watchers.get():
         watcher(Lookup(kernel, first, dict(config)))
@@ -59,10 +63,13 @@ def tile_config(kernel: str, device: torch.device, *shape_classes: str) -> Confi
 
 @functools.cache
 def _configured(kernel: str, device_class: str, shape_classes: tuple[str, ...]) -> Config:
+    """The configuration in the files, without its `from`."""
     by_shape = configurations()[kernel][device_class]
     for shape_class in (*shape_classes, ANY):
         if shape_class in by_shape:
-            return {k: v for k, v in by_shape[shape_class].items() if k != "from"}
+            config = dict(by_shape[shape_class])
+            config.pop("from", None)
+            return config
     raise AssertionError(
         f"kernels/launch/tiles has no configuration {kernel} / {device_class} / "
         f"{shape_classes or ANY}"
@@ -89,7 +96,8 @@ def forget() -> None:
 
 def device_class(device: torch.device) -> str:
     """Which of CLASSES this device belongs to."""
-    if (pretended := _pretended.get()) is not None:
+    pretended = _pretended.get()
+    if pretended is not None:
         return pretended
     if device.type == "cuda":
         return _card_class(_index(device))
@@ -114,7 +122,9 @@ def device_processors(device: torch.device) -> int:
         return 3
     if kind != "sm_90":
         return 0
-    return 132 if _pretended.get() is not None else _card_processors(_index(device))
+    if _pretended.get() is not None:
+        return H100_PROCESSORS
+    return _card_processors(_index(device))
 
 
 @functools.cache
@@ -169,15 +179,25 @@ def watching(watcher: Callable[[Lookup], None]) -> Iterator[None]:
 
 
 def write(path: Path, by_kernel: dict[str, dict[str, dict[str, Config]]]) -> None:
-    """One operation's file, a configuration per line, so that a change is one line of a diff."""
-    kernels = []
+    """One operation's file, a configuration per line, so that a change is one line of a diff.
+
+    by_kernel: as `configurations` gives it.
+    """
+    kernels = {}
     for kernel, by_device in by_kernel.items():
-        devices = []
-        for device in (d for d in CLASSES if d in by_device):
-            shapes = by_device[device].items()
-            body = ",\n".join(f"      {json.dumps(s)}: {json.dumps(c)}" for s, c in shapes)
-            devices.append(f"    {json.dumps(device)}: {{\n{body}\n    }}")
-        kernels.append(f"  {json.dumps(kernel)}: {{\n" + ",\n".join(devices) + "\n  }")
+        devices = {}
+        for device in CLASSES:
+            if device in by_device:
+                by_shape = by_device[device]
+                configs = {shape: json.dumps(config) for shape, config in by_shape.items()}
+                devices[device] = _json_object(configs, indent="    ")
+        kernels[kernel] = _json_object(devices, indent="  ")
     beside = path.with_suffix(".tmp")
-    beside.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    beside.write_text(_json_object(kernels, indent="") + "\n")
     beside.replace(path)
+
+
+def _json_object(members: Mapping[str, str], indent: str) -> str:
+    """A JSON object with a member per line, name -> its value as JSON."""
+    lines = [f"{indent}  {json.dumps(name)}: {value}" for name, value in members.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

@@ -13,6 +13,7 @@ TRITON_INTERPRET=1 has to be in the environment by then. It is for tests; it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from torch import Tensor
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # explicit: triton plans another default
 
 OLDEST = (3, 6)  # compiled with 3.6 and 3.9; older ones lack tensor descriptors or have others
-HOW = "on Linux torch 2.10 and newer bring it: pip install -U 'torch>=2.10'"
+WHERE_KERNELS_RUN = "kernels run on a GPU, or on a CPU with it (slow)"
+HOW_TO_INSTALL = "on Linux torch 2.10 and newer bring it: pip install -U 'torch>=2.10'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
@@ -35,7 +37,8 @@ try:
     import triton.language as tl
 except ImportError:  # or there is no wheel for this system
     triton = tl = None
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages"}  # of a launch, beside the kernel's own arguments
+TMA_ALIGNMENT = 16  # bytes
 
 # (kernel, grid, args, options) of a launch
 Recorder = Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]
@@ -44,9 +47,11 @@ _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 def jit(fn: Callable | None = None, *, varying: tuple[str, ...] = ()) -> Any:
     """`triton.jit`. Integers named in `varying` change from step to step: no recompilation."""
-    if fn is None:
-        return lambda fn: jit(fn, varying=varying)
-    return fn if triton is None else triton.jit(fn, do_not_specialize=list(varying))
+    if fn is None:  # written as @jit(varying=...)
+        return functools.partial(jit, varying=varying)
+    if triton is None:
+        return fn
+    return triton.jit(fn, do_not_specialize=list(varying))
 
 
 def constant(value: float) -> Any:
@@ -57,18 +62,20 @@ def constant(value: float) -> Any:
 def why_unavailable(device: str | torch.device) -> str | None:
     """Why kernels cannot be launched for tensors of this device; None when they can."""
     kind = torch.device(device).type
-    if kind != ("cpu" if INTERPRETED else "cuda"):
-        is_set = "set" if INTERPRETED else "not set"
-        where = "kernels run on a GPU, or on a CPU with it (slow)"
-        if kind == "cuda":
-            where = "unset it"
-        return f"TRITON_INTERPRET is {is_set} and the device is {kind}; {where}"
+    if INTERPRETED and kind != "cpu":
+        advice = "unset it" if kind == "cuda" else WHERE_KERNELS_RUN
+        return f"TRITON_INTERPRET is set and the device is {kind}; {advice}"
+    if not INTERPRETED and kind != "cuda":
+        return f"TRITON_INTERPRET is not set and the device is {kind}; {WHERE_KERNELS_RUN}"
     if triton is None:
         if not (torch.version.cuda or torch.version.hip):
             return "this torch was built for CPUs and knows no GPU"
-        return f"triton is not installed; {HOW}"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return f"triton is {triton.__version__}, and the kernels need 3.6 or newer; {HOW}"
+        return f"triton is not installed; {HOW_TO_INSTALL}"
+    major, minor = triton.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST:
+        return (
+            f"triton is {triton.__version__}, and the kernels need 3.6 or newer; {HOW_TO_INSTALL}"
+        )
     return None
 
 
@@ -92,13 +99,21 @@ def launch_now(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -
     """As `launch`, recorder or not: a recorder calls it to run what it has noted."""
     if 0 in grid:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = _device_of(args)
     if device.type != "cuda":
         kernel[grid](*args, **options)
         return
     with torch.cuda.device(device):
         triton.set_allocator(_scratch)  # tensor descriptors made on the device are stored there
         kernel[grid](*args, **options)
+
+
+def _device_of(args: tuple) -> torch.device:
+    """The device of a kernel's tensors, which are all on the same one."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device
+    raise AssertionError("a kernel without tensors writes nothing")
 
 
 def _scratch(size: int, align: int, stream: int | None) -> Tensor:
@@ -123,11 +138,15 @@ def recording_launches(recorder: Recorder) -> Iterator[None]:
 
 def tma_readable(*tensors: Tensor) -> bool:
     """Whether tensor descriptors (TMA on sm_90) can read all of these: rows begin on 16 bytes."""
-    recorded = _recorder.get() is not None  # recorded tensors may have no memory
-    return all(
-        t.stride(-1) == 1
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.storage_offset() * t.element_size() % 16 == 0
-        and (recorded or t.data_ptr() % 16 == 0)
-        for t in tensors
-    )
+    recorded = _recorder.get() is not None
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            return False
+        bytes_per_row = tensor.stride(0) * tensor.element_size()
+        offset = tensor.storage_offset() * tensor.element_size()
+        if bytes_per_row % TMA_ALIGNMENT != 0 or offset % TMA_ALIGNMENT != 0:
+            return False
+        # recorded tensors may have no memory
+        if not recorded and tensor.data_ptr() % TMA_ALIGNMENT != 0:
+            return False
+    return True

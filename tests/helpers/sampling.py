@@ -15,12 +15,17 @@ def text(ids):
     return "".join(chr(0x100 + i) for i in ids)
 
 
+def random_ids(rng, count, vocab):
+    """A list of `count` random token ids."""
+    return [rng.randrange(vocab) for _ in range(count)]
+
+
 def random_requests(model, count=12, seed=0, longest=90):
     """Prompts of 1 to `longest` random tokens, limits of 1 to 70 new tokens."""
     rng = random.Random(seed)
-    vocab = model.config.vocab_size
     requests = []
     for i in range(count):
-        prompt = [rng.randrange(vocab) for _ in range(rng.randint(1, longest))]
-        requests.append(Request(f"row-{i}", prompt, rng.randint(1, 70)))
+        prompt = random_ids(rng, rng.randint(1, longest), model.config.vocab_size)
+        max_new_tokens = rng.randint(1, 70)
+        requests.append(Request(f"row-{i}", prompt, max_new_tokens))
     return requests

@@ -30,21 +30,30 @@ def sampling_model(path) -> Llama:
 def forward(
     model: Llama, new: list[int], contexts: list[int], at_once: bool, wanted: list[int] | None
 ) -> tuple:
-    """Hidden states and the cache after rows with these contexts brought so many new tokens."""
-    size, g = 8, torch.Generator().manual_seed(0)
-    need = [cdiv(c + n, size) for c, n in zip(contexts, new, strict=True)]
-    order = list(range(sum(need) + 2))
+    """Hidden states and the cache after rows with these contexts brought so many new tokens.
+
+    at_once: in one C call for all layers, else layer by layer. wanted: as logits_indices.
+    """
+    page_size = 8
+    generator = torch.Generator().manual_seed(0)
+    need = [cdiv(c + n, page_size) for c, n in zip(contexts, new, strict=True)]
+    pages = sum(need) + 2
+    order = list(range(pages))
     random.Random(1).shuffle(order)
-    tables = [[order.pop() for _ in range(count)] for count in need]
-    cache = KVCache(model.config, sum(need) + 2, size, "cpu", torch.float32)
-    cache.k.normal_(generator=g)
-    cache.v.normal_(generator=g)
-    tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=g)
-    whole, model.fused_layers = model.fused_layers, model.fused_layers if at_once else None
-    cached = Cached.build(new, contexts, tables, size, decode=True)
-    rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
-    hidden = model.forward(tokens, cached, cache=cache, logits_indices=rows)
-    model.fused_layers = whole
+    tables = []
+    for count in need:
+        tables.append([order.pop() for _ in range(count)])
+    cache = KVCache(model.config, pages, page_size, "cpu", torch.float32)
+    cache.k.normal_(generator=generator)
+    cache.v.normal_(generator=generator)
+    tokens = torch.randint(model.config.vocab_size, (sum(new),), generator=generator)
+    cached = Cached.build(new, contexts, tables, page_size, decode=True)
+    indices = None if wanted is None else torch.tensor(wanted, dtype=torch.int64)
+    fused_layers = model.fused_layers
+    if not at_once:
+        model.fused_layers = None
+    hidden = model.forward(tokens, cached, cache=cache, logits_indices=indices)
+    model.fused_layers = fused_layers
     return hidden, cache.k, cache.v
 
 
@@ -66,9 +75,10 @@ def test_one_call_equals_the_calls_one_by_one(tiny_llama_dir, tied, new, context
     path = tiny_llama_dir(layers=3, heads=4, kv_heads=2, hidden=48, tied=tied)
     model = sampling_model(path)
     assert model.fused_layers is not None
-    both = [forward(model, new, contexts, way, wanted) for way in (True, False)]
-    assert len(both[0][0]) == (sum(new) if wanted is None else len(wanted))
-    for a, b in zip(*both, strict=True):
+    at_once = forward(model, new, contexts, True, wanted)
+    one_by_one = forward(model, new, contexts, False, wanted)
+    assert len(at_once[0]) == (sum(new) if wanted is None else len(wanted))
+    for a, b in zip(at_once, one_by_one, strict=True):
         assert torch.equal(a, b)
 
 
@@ -97,8 +107,8 @@ def test_arguments_that_do_not_fit_are_refused(tiny_llama_dir):
             model.fused_layers(h, cached, cos_sin, cache.k, cache.v, 1e-5, torch.tensor(wanted))
 
 
-def test_the_sampler_runs_it(tiny_llama_dir):
-    """Prompts and decoding go through it; texts are those without it."""
+def test_the_sampler_runs_all_layers_in_one_call(tiny_llama_dir):
+    """Prompts and decoding do; texts are those of the calls one by one."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
     requests = [Request(f"r{i}", [5, 6, 7 + i], 6) for i in range(5)]
     texts, calls = [], []
@@ -122,12 +132,13 @@ def test_the_sampler_runs_it(tiny_llama_dir):
 
 def test_plain_weights_run_layer_by_layer(tiny_llama_dir):
     path = tiny_llama_dir(layers=2)
-    native, plain = (Llama.from_pretrained(path, device="cpu", ops=ops) for ops in (NATIVE, TORCH))
-    assert native.fused_layers is None
+    plain_native = Llama.from_pretrained(path, device="cpu", ops=NATIVE)
+    plain = Llama.from_pretrained(path, device="cpu", ops=TORCH)
+    assert plain_native.fused_layers is None
     assert for_sampling(plain)[0].fused_layers is None
 
 
-def test_the_profile_adds_up(tiny_llama_dir):
+def test_the_profile_has_a_time_for_every_operation_and_python(tiny_llama_dir):
     class Session:
         model = Llama.from_pretrained(tiny_llama_dir(layers=2), device="cpu", ops=NATIVE)
 
@@ -141,4 +152,5 @@ def test_the_profile_adds_up(tiny_llama_dir):
     assert native.library().linear is before, "the clocks are taken off again"
     assert {"linear", "head", "cached_attention", "rms_norm", "python"} <= found["decode"].keys()
     assert "layers" not in found["decode"] and 0 < found["share"]["python"] < 1
-    assert all(s > 0 for part in (found["prefill"], found["decode"]) for s in part.values())
+    for phase in ("prefill", "decode"):
+        assert all(seconds > 0 for seconds in found[phase].values())

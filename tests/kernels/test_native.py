@@ -35,7 +35,8 @@ NAMES = [name for name, spec in SPECS.items() if functions(NATIVE, spec) != func
 
 @pytest.fixture(autouse=True)
 def skipped_without_native():
-    if reason := native.why_unavailable():
+    reason = native.why_unavailable()
+    if reason is not None:
         pytest.skip(f"no native kernels: {reason}")
 
 
@@ -74,17 +75,19 @@ def any_shapes(spec):
 
 
 def cases(shapes_of):
-    return [
-        pytest.param(name, shape, id=f"{name}-{'x'.join(map(str, shape))[:50]}")
-        for name in NAMES
-        for shape in shapes_of(SPECS[name])
-    ]
+    """A case for each native operation and each of its shapes."""
+    params = []
+    for name in NAMES:
+        for shape in shapes_of(SPECS[name]):
+            sizes = "x".join(map(str, shape))
+            params.append(pytest.param(name, shape, id=f"{name}-{sizes[:50]}"))
+    return params
 
 
 @pytest.mark.parametrize(
     ("name", "shape"), cases(lambda spec: [*spec.test_shapes, *any_shapes(spec)])
 )
-def test_against_reference(name, shape):
+def test_native_operations_equal_the_reference(name, shape):
     """With the inputs between guards and every fresh tensor poisoned."""
     buffers = []
     with interpreter.poisoned():
@@ -95,7 +98,7 @@ def test_against_reference(name, shape):
     assert interpreter.guards_intact(buffers), f"{name} wrote outside its tensors"
 
 
-def test_against_reference_at_every_width():
+def test_native_operations_equal_the_reference_at_every_width():
     """Remainders of every length after the last whole vector or panel, and short sums."""
     for width in range(1, 72):
         check(SPECS["rms_norm"], NATIVE, REFERENCE, (2, width))
@@ -105,7 +108,7 @@ def test_against_reference_at_every_width():
         check(SPECS["linear"], NATIVE, REFERENCE, (width, width % 7 + 1, 3))
 
 
-def test_against_reference_with_heads_of_every_size():
+def test_native_attention_equals_the_reference_with_heads_of_every_size():
     """One to nine vectors: those that the compiler knows, and any other."""
     for vectors in range(1, 10):
         for page in (1, 5, 8, 16, 40):
@@ -130,18 +133,22 @@ def test_values_are_summed_in_two_chains():
     Queries of 0 weigh every key alike, by exactly 1.
     """
     for page in (1, 5, 8, 16):
-        d, n = 2 * lanes(), 3 * page + 2
+        d = 2 * lanes()
+        n = 3 * page + 2
         qkv = torch.cat((torch.zeros(n, d), normal(n, 2 * d)), dim=1)
-        k, v = torch.zeros(5, 1, page, d), torch.zeros(5, 1, page, d)
+        k = torch.zeros(5, 1, page, d)
+        v = torch.zeros(5, 1, page, d)
         cached = Cached.build([n], [0], [[2, 0, 1, 4, 3]], page)
         NATIVE.kv_write_(qkv, k, v, cached)
-        got, chains = NATIVE.cached_attention(qkv, k, v, cached), torch.zeros(2, d)
+        got = NATIVE.cached_attention(qkv, k, v, cached)
+        chains = torch.zeros(2, d)
         for t in range(n):
-            chains[t % page % 2] += qkv[t, 2 * d :]
+            place = t % page
+            chains[place % 2] += qkv[t, 2 * d :]
             assert bitwise(got[t], chains.sum(0) / (t + 1)), f"token {t}, pages of {page}"
 
 
-def test_attention_of_scores_far_apart():
+def test_attention_equals_the_reference_for_scores_far_apart():
     """Most weights vanish; the largest score may be any one's, and far from 0."""
     spec = SPECS["cached_attention"]
 
@@ -159,7 +166,8 @@ def test_attention_of_scores_far_apart():
 @pytest.mark.parametrize(("name", "shape"), cases(lambda spec: spec.test_shapes))
 def test_results_are_repeatable(name, shape):
     inputs = SPECS[name].make_inputs(shape, torch.Generator().manual_seed(1))
-    first, second = (SPECS[name].run(NATIVE, cast(inputs, torch.float32)) for _ in range(2))
+    first = SPECS[name].run(NATIVE, cast(inputs, torch.float32))
+    second = SPECS[name].run(NATIVE, cast(inputs, torch.float32))
     for key in first:
         assert bitwise(first[key], second[key]), key
 
@@ -168,7 +176,8 @@ def test_results_are_repeatable(name, shape):
 def test_inputs_are_not_written(name):
     made = SPECS[name].make_inputs(SPECS[name].test_shapes[1], torch.Generator().manual_seed(1))
     inputs = cast(made, torch.float32)
-    before, compared = copy.deepcopy(inputs), 0
+    before = copy.deepcopy(inputs)
+    compared = 0
     SPECS[name].run(NATIVE, inputs)
     for (field, was), (_, now) in zip(named_tensors(before), named_tensors(inputs), strict=True):
         if field not in WRITTEN.get(name, ()):
@@ -197,10 +206,16 @@ def test_swiglu_is_accurate_to_three_roundings():
 
 def test_attention_weights_are_accurate_to_three_roundings():
     """Of two keys, one with score 0 and value 0, the other with score x and value 1."""
-    d, x = 16, torch.linspace(-100, 0, 20_001)  # a root that is exact
-    k, v, qkv = torch.zeros(1, 1, 8, d), torch.zeros(1, 1, 8, d), torch.zeros(len(x), 3 * d)
-    k[0, 0, 1, 0], v[0, 0, 1], qkv[:, 0] = 1, 1, 4 * x
-    cached = Cached.build([1] * len(x), [1] * len(x), [[0]] * len(x), 8)
+    d = 16  # its root is exact
+    x = torch.linspace(-100, 0, 20_001)
+    n = len(x)
+    k = torch.zeros(1, 1, 8, d)
+    v = torch.zeros(1, 1, 8, d)
+    qkv = torch.zeros(n, 3 * d)
+    k[0, 0, 1, 0] = 1
+    v[0, 0, 1] = 1
+    qkv[:, 0] = 4 * x
+    cached = Cached.build([1] * n, [1] * n, [[0]] * n, 8)
     got = NATIVE.cached_attention(qkv, k, v, cached)
     truth = x.double().clamp(min=-87).sigmoid()
     error = (got[:, 0].double() - truth).abs() / truth
@@ -209,7 +224,7 @@ def test_attention_weights_are_accurate_to_three_roundings():
     assert alone < 1.4 * UNIT, f"relative error of e^x {alone / UNIT:.3g} units"
 
 
-def test_attention_of_scores_far_below_0():
+def test_attention_equals_the_reference_for_scores_far_below_0():
     """Places after a row's last key do not count: their 0 is not the largest score."""
     d = lanes()
     for n in range(1, 3 * lanes()):
@@ -225,7 +240,7 @@ def test_attention_of_scores_far_below_0():
 
 
 def test_a_nan_reaches_the_queries_that_see_it():
-    """One key's NaN reaches the queries that see it, and nobody else."""
+    """And no other query."""
     G, d, page = 1, lanes(), 8
     k, v = normal(4, G, page, d), normal(4, G, page, d, seed=1)
     k[1, 0, 3, 5] = torch.nan  # token 11 of the row
@@ -263,7 +278,8 @@ def call(function, poison, arguments):
 def guarded(function, *arguments, written):
     """The tensors numbered `written`; the others are as they were, whatever lies around them."""
     given = [x for x in arguments if isinstance(x, torch.Tensor)]
-    first, second = (call(function, poison, arguments) for poison in POISONS)
+    first = call(function, POISONS[0], arguments)
+    second = call(function, POISONS[1], arguments)
     for i, (was, a, b) in enumerate(zip(given, first, second, strict=True)):
         assert bitwise(a, b), f"{function}: tensor {i} depends on what lies around its inputs"
         assert i in written or bitwise(a, was), f"{function} wrote into tensor {i}"
@@ -289,7 +305,14 @@ def of_bytes(weight, count):
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_guards_of_products(count, threads):
-    for n, k in ((1, 1), (lanes(), 3), (lanes() + 1, 8), (2 * lanes(), 5), (5 * lanes() - 1, 17)):
+    shapes = (
+        (1, 1),
+        (lanes(), 3),
+        (lanes() + 1, 8),
+        (2 * lanes(), 5),
+        (5 * lanes() - 1, 17),
+    )
+    for n, k in shapes:
         weight = of_bytes(normal(n, k), count)
         weight[-1, -1] = of_bytes(torch.tensor(1.7182818), count)
         bits, used = packed(weight)
@@ -357,18 +380,21 @@ def test_guards_and_batch_invariance_of_sampling(settings, threads):
         want = torch.log_softmax(z.double(), -1).gather(1, tokens[:, None])[:, 0]
         assert (logprobs.double() - want).abs().max() <= 2e-6 * (1 + want.abs().max())
         for b in range(B):
-            row, places = z[b : b + 1], (u[b : b + 1], *(x[:1].clone() for x in places[1:3]), 1, V)
-            arguments = (row, row.clone(), *places, temperature, top_k, top_p, min_p)
-            alone = guarded("sample", *arguments, written=[3, 4])
-            assert all(map(bitwise, alone, (tokens[b : b + 1], logprobs[b : b + 1])))
+            one = slice(b, b + 1)
+            places = (u[one], fresh(1, dtype=torch.int64), fresh(1), 1, V)
+            arguments = (z[one], z[one].clone(), *places, temperature, top_k, top_p, min_p)
+            token, logprob = guarded("sample", *arguments, written=[3, 4])
+            assert bitwise(token, tokens[one]) and bitwise(logprob, logprobs[one])
 
 
-def test_the_order_of_all_is_that_of_torch():
+def test_logits_are_ordered_as_by_a_stable_sort_of_torch():
     """Sorted by digits = a stable sort, for any bits, infinities and both zeros in them."""
     V = 3000
     z = torch.randint(-(2**31), 2**31 - 1, (V,), generator=torch.Generator().manual_seed(0)).int()
     z = torch.where(z.view(torch.float32).isnan(), 0, z).view(torch.float32)
-    z[::7], z[3::11], z[5::13] = 0.0, -0.0, -torch.inf
+    z[::7] = 0.0
+    z[3::11] = -0.0
+    z[5::13] = -torch.inf
     z = z.clamp(max=80.0)
     order = z.sort(descending=True, stable=True).indices
     p = ((z.double() - z.max()) / 30).exp()[order]
@@ -389,13 +415,16 @@ def test_guards_of_attention(threads):
         (3, 1, 2, 5, (9, 1, 3), (0, 8, 31)),
         (2, 2, 5, 24, (30, 70), (30, 0)),
     ):
-        d, B, T = vectors * lanes(), len(new), sum(new)
+        d = vectors * lanes()
+        B = len(new)
+        T = sum(new)
         need = [cdiv(c + m, page) for c, m in zip(contexts, new, strict=True)]
         P = max(need)
         places = random.Random(P).sample(range(1, sum(need) + 1), sum(need))
         tables = [[places.pop() for _ in range(n)] for n in need]
         cached = Cached.build(new, contexts, tables, page)
-        k, v = (normal(sum(need) + 2, G, page, d, seed=s) for s in (1, 2))
+        k = normal(sum(need) + 2, G, page, d, seed=1)
+        v = normal(sum(need) + 2, G, page, d, seed=2)
         for cache in (k, v):
             cache[[0, -1]] = torch.nan
             for c, m, table in zip(contexts, new, tables, strict=True):
@@ -489,18 +518,24 @@ class Attended:
 
     def outputs(self, rows, cuts, decode, seed=0):
         """Output (n, H d) of each of the rows; cuts[i]: the tokens that each forward brings."""
-        rng, size = random.Random(seed), self.page
-        need = [cdiv(len(self.rows[i]), size) for i in rows]
-        places = rng.sample(range(sum(need) + 2), sum(need) + 2)
-        tables = {i: [places.pop() for _ in range(n)] for i, n in zip(rows, need, strict=True)}
-        k = torch.full((sum(need) + 2, self.G, size, self.d), torch.nan)
-        v, seen, out = k.clone(), dict.fromkeys(rows, 0), {i: [] for i in rows}
+        rng = random.Random(seed)
+        size = self.page
+        need = {i: cdiv(len(self.rows[i]), size) for i in rows}
+        pages = sum(need.values()) + 2
+        places = rng.sample(range(pages), pages)
+        tables = {}
+        for i in rows:
+            tables[i] = [places.pop() for _ in range(need[i])]
+        k = torch.full((pages, self.G, size, self.d), torch.nan)
+        v = k.clone()
+        seen = dict.fromkeys(rows, 0)
+        out = {i: [] for i in rows}
         for turn in range(max(len(cuts[i]) for i in rows)):
             here = [i for i in rows if turn < len(cuts[i])]
             new = [cuts[i][turn] for i in here]
-            cached = Cached.build(
-                new, [seen[i] for i in here], [tables[i] for i in here], size, decode=decode
-            )
+            contexts = [seen[i] for i in here]
+            here_tables = [tables[i] for i in here]
+            cached = Cached.build(new, contexts, here_tables, size, decode=decode)
             tokens = [self.rows[i][seen[i] : seen[i] + m] for i, m in zip(here, new, strict=True)]
             qkv = torch.cat(tokens)
             NATIVE.kv_write_(qkv, k, v, cached)
@@ -518,7 +553,8 @@ class Attended:
 def test_attention_is_batch_invariant(H, G, vectors, page, threads):
     """By itself, with neighbours, cut anywhere, with drafts, in other pages, decode or prefill."""
     lengths = (1, page, page + 1, 2 * page + 3, 70, 33)
-    attended, rng = Attended(H, G, vectors * lanes(), page, lengths), random.Random(1)
+    attended = Attended(H, G, vectors * lanes(), page, lengths)
+    rng = random.Random(1)
     each = list(range(len(lengths)))
     one_by_one = {i: [1] * n for i, n in enumerate(lengths)}
     want = {i: attended.outputs([i], one_by_one, decode=True)[i] for i in each}
@@ -528,8 +564,9 @@ def test_attention_is_batch_invariant(H, G, vectors, page, threads):
         places = sorted(rng.sample(range(1, n), min(n - 1, rng.randint(0, 6))))
         return [b - a for a, b in zip([0, *places], [*places, n], strict=True)]
 
-    whole = {i: [n] for i, n in enumerate(lengths)}
-    ways = [whole, one_by_one, *({i: cut(n) for i, n in enumerate(lengths)} for _ in range(4))]
+    ways = [{i: [n] for i, n in enumerate(lengths)}, one_by_one]
+    for _ in range(4):
+        ways.append({i: cut(n) for i, n in enumerate(lengths)})
     for seed, cuts in enumerate(ways):
         for decode in (True, False):
             for rows in (each, each[::-1], rng.sample(each, 3)):
@@ -566,9 +603,10 @@ def test_panels_hold_a_weight_bit_for_bit(count):
 
 def test_bytes_needed_are_found_wherever_the_number_stands(monkeypatch):
     """Also where it stands in a part of its own, and after parts that need fewer."""
+    words = ((0x3F810000, 2), (0x100, 3), (0x8000, 3), (1, 4), (0x80, 4), (-1, 4))
     for chunk in (1 << 22, 64):
         monkeypatch.setattr(panels, "CHUNK", chunk)
-        for word, count in ((0x3F810000, 2), (0x100, 3), (0x8000, 3), (1, 4), (0x80, 4), (-1, 4)):
+        for word, count in words:
             weight = torch.ones(13, 5)
             weight.view(torch.int32)[-1, -1] = word
             assert bytes_needed(weight) == count, hex(word)
@@ -593,7 +631,7 @@ def test_indices_and_inputs_that_do_not_fit_are_refused():
     assert made(torch.zeros(0, 4)).shape == (0, 10)
 
 
-def test_which_weights_can_be_packed():
+def test_fp32_weights_on_a_cpu_can_be_packed_and_no_others():
     assert Panels.available(torch.zeros(2, 2))
     for weight in (torch.zeros(2, 2).double(), torch.zeros(2, 2).bfloat16()):
         assert not Panels.available(weight)
@@ -612,8 +650,7 @@ def test_heads_that_are_no_whole_vectors_are_refused():
         NATIVE.cached_attention(torch.zeros(1, 3 * d), k, k, cached)
 
 
-def test_no_memory_is_an_error(threads):
-    """Not an answer; and nothing was written."""
+def test_a_product_without_memory_raises_and_writes_nothing(threads):
     x, y = torch.ones(1, 8), fresh(1, 8)
     bits, count = packed(torch.ones(8, 8))
     places = x.data_ptr(), bits.data_ptr(), y.data_ptr()
@@ -629,9 +666,12 @@ def test_no_memory_is_an_error(threads):
 
 def test_many_threads_give_the_bits_of_one():
     """More than there are cores, and than a product has panels; far more panels than chunks."""
-    wide, tall = normal(2100 * lanes() + 5, 9), normal(3 * lanes(), 400)
-    x, y = normal(50, 9, seed=1), normal(700, 400, seed=2)
-    before, seen = torch.get_num_threads(), []
+    wide = normal(2100 * lanes() + 5, 9)
+    tall = normal(3 * lanes(), 400)
+    x = normal(50, 9, seed=1)
+    y = normal(700, 400, seed=2)
+    seen = []
+    before = torch.get_num_threads()
     try:
         for count in (1, 2, 3, 7, 16):
             torch.set_num_threads(count)
@@ -673,9 +713,10 @@ def runtimes(compiler):
 
 @pytest.mark.skipif(bool(OTHER), reason="this is such a build")
 @pytest.mark.parametrize("build", BUILDS)
-def test_builds_for_other_processors(build, tmp_path):
+def test_these_tests_pass_on_other_builds(build, tmp_path):
     flags, needs = BUILDS[build]
-    if missing := needs - set(native._processor().split()):
+    missing = needs - set(native._processor().split())
+    if missing:
         pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
     env = os.environ | {"OMP_NUM_THREADS": "2"}
     if build == "sanitized":

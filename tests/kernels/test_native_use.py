@@ -16,13 +16,13 @@ import torch
 
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
-from kernels import registry, select_ops
+from kernels import select_ops
 from kernels.cpu import native
 from kernels.cpu.native import Loader
 from kernels.cpu.panels import Panels
 from kernels.cpu.prepack import Prepacked
 from kernels.packed import Packed
-from kernels.registry import NATIVE, TORCH
+from kernels.registry import NATIVE, OPS, TORCH
 from kernels.spec import Widths
 from model.layout import GROUPS
 from model.llama import Llama
@@ -85,7 +85,8 @@ def script(path, lines):
 
 def test_compiled_once_and_cached(cache, monkeypatch, capsys):
     """And what a process left that was killed while it compiled is taken away when it is old."""
-    left, busy = cache / ".native-left", cache / ".native-busy"
+    left = cache / ".native-left"
+    busy = cache / ".native-busy"
     for folder in (left, busy):
         folder.mkdir(parents=True)
         (folder / "linear.o").write_text("half")
@@ -98,8 +99,13 @@ def test_compiled_once_and_cached(cache, monkeypatch, capsys):
     assert library.name.startswith("native-") and library.suffix == ".so"
     assert native.name() == f"cpu, {library.stem}"
     written = library.stat().st_mtime_ns
-    ran, run = [], subprocess_output
-    monkeypatch.setattr(native, "_run", lambda command, *rest: ran.append(command) or run(command))
+    ran = []
+
+    def recorded_run(command, folder=None):
+        ran.append(command)
+        return subprocess_output(command)
+
+    monkeypatch.setattr(native, "_run", recorded_run)
     with new_process():
         assert native.why_unavailable() is None and works()
     assert [command[1:] for command in ran] == [["--version"]], (
@@ -114,18 +120,20 @@ def subprocess_output(command):
 
 def test_another_compiler_flag_or_source_has_its_own_file(cache, monkeypatch, tmp_path):
     """By names alone: the compiler here only writes down that it was called."""
-    count = [0]
+    made = []  # names of libraries
 
-    def made(command, folder=None):
+    def write_library(command, folder=None):
         if "-shared" in command:
-            Path(folder, command[command.index("-o") + 1]).write_bytes(b"library")
-            count[0] += 1
+            name = command[command.index("-o") + 1]
+            Path(folder, name).write_bytes(b"library")
+            made.append(name)
         return version
 
-    monkeypatch.setattr(native, "_run", made)
-    version, files = "gcc 12", []
+    monkeypatch.setattr(native, "_run", write_library)
+    version = "gcc 12"
+    files = []
     files.append(native.build(cache))
-    assert native.build(cache) == files[0] and count == [1]
+    assert native.build(cache) == files[0] and len(made) == 1
     version = "gcc 13"
     files.append(native.build(cache))
     files.append(native.build(cache, ("-O2",)))
@@ -142,7 +150,8 @@ def test_another_compiler_flag_or_source_has_its_own_file(cache, monkeypatch, tm
     (copied / "common").mkdir()
     (copied / "vec.h").rename(copied / "common" / "vec.h")
     files.append(native.build(cache))
-    assert len(set(files)) == 6 == count[0] and sorted(cache.iterdir()) == sorted(files)
+    assert len(set(files)) == len(made) == 6
+    assert sorted(cache.iterdir()) == sorted(files)
 
 
 @pytest.mark.parametrize("broken", ["empty", "half", "end", "changed", "text"])
@@ -196,14 +205,14 @@ def test_without_a_cache_it_is_compiled_for_this_process(cache, built, monkeypat
 
 
 def test_without_a_home_directory_it_is_compiled_for_this_process(cache, monkeypatch, capsys):
-    def nobody():
+    def unknown_home():
         raise RuntimeError("Could not determine home directory.")
 
     temporary = cache.parent.parent / "tmp"
     temporary.mkdir()
     monkeypatch.setattr(native.tempfile, "tempdir", str(temporary))
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    monkeypatch.setattr(Path, "home", staticmethod(unknown_home))
     assert select_ops.choose().sampled is NATIVE and works()
     assert "not remembered, there is no home directory" in capsys.readouterr().out
     assert list(temporary.iterdir()) == [] and not cache.exists()
@@ -228,8 +237,15 @@ def test_a_library_that_another_user_could_write_is_not_loaded(
     library = put(built, cache)
     place = {"the library": library, "its folder": cache}.get(which, cache.parent)
     change(place)
-    loaded, bind, before = [], native.bind, library.read_bytes()
-    monkeypatch.setattr(native, "bind", lambda path: loaded.append(path) or bind(path))
+    before = library.read_bytes()
+    loaded = []
+    bind = native.bind
+
+    def recorded_bind(path):
+        loaded.append(path)
+        return bind(path)
+
+    monkeypatch.setattr(native, "bind", recorded_bind)
     assert native.why_unavailable() is None and works()
     assert len(loaded) == 1 and cache not in loaded[0].parents and not loaded[0].exists()
     said = capsys.readouterr().out
@@ -246,7 +262,7 @@ def test_cached_files_are_private_to_this_user(cache):
         assert native.why_unavailable() is None and select_ops.choose().sampled is NATIVE
     finally:
         os.umask(before)
-    cache.parent.chmod(0o1777)  # a shared folder as /tmp is one: nobody takes what is not theirs
+    cache.parent.chmod(0o1777)  # sticky and open to all, as /tmp is
     for place in (cache, *cache.iterdir()):
         assert place.stat().st_mode & 0o077 == 0, place
     with new_process():
@@ -258,8 +274,14 @@ def test_a_command_in_CC_is_split_as_a_shell_does(cache, monkeypatch, tmp_path):
     compiler = native._compiler()[0]
     (tmp_path / "a folder").mkdir()
     wrapper = script(tmp_path / "a folder" / "cache it", ['exec "$@"'])
-    ran, run = [], native._run
-    monkeypatch.setattr(native, "_run", lambda command, *a: ran.append(command) or run(command, *a))
+    ran = []
+    run = native._run
+
+    def recorded_run(command, folder=None):
+        ran.append(command)
+        return run(command, folder)
+
+    monkeypatch.setattr(native, "_run", recorded_run)
     for given, words in (
         (f"{compiler} -O1 -DFIRST", [compiler, "-O1", "-DFIRST"]),
         (f"'{wrapper}' {compiler}", [wrapper, compiler]),
@@ -328,8 +350,9 @@ def test_torchs_own_openmp_is_taken_through_a_link(monkeypatch, tmp_path):
 
 
 def refusals(cache):
-    """What stands in the way: environment, what is said, and whether there is a cache folder."""
-    (compiler,), folder = native._compiler(), cache.parent.parent
+    """Case -> the environment that stands in the way, and a part of the reason that is given."""
+    (compiler,) = native._compiler()
+    folder = cache.parent.parent
     fails = script(folder / "fails", [
         '[ "$1" = --version ] && exec ' + compiler + " --version",
         "echo something >&2; echo 'vec.h:1: error: no room' >&2; exit 3",
@@ -361,7 +384,9 @@ def refusals(cache):
 @pytest.mark.parametrize(
     "case", ["absent", "path", "false", "fails", "links", "nothing", "text", "undefined", "odd"]
 )
-def test_without_a_working_compiler(cache, monkeypatch, capsys, case):
+def test_without_a_working_compiler_auto_is_torch_and_native_is_refused(
+    cache, monkeypatch, capsys, case
+):
     """A reason, torch's table for `auto`, a refusal for `native`, and nothing left behind but what
     a compiler said was a library. ("undefined": as clang's beside a torch with gcc's OpenMP.)"""
     environment, said = refusals(cache)[case]
@@ -380,9 +405,8 @@ def test_without_a_working_compiler(cache, monkeypatch, capsys, case):
         f"--ops native cannot run here: {reason}; use --ops auto or torch"
     )
     left = list(cache.iterdir()) if cache.exists() else []
-    assert all(path.suffix == ".so" for path in left) and bool(left) == (
-        case in ("text", "undefined")
-    )
+    assert all(path.suffix == ".so" for path in left)
+    assert bool(left) == (case in ("text", "undefined"))
 
 
 @pytest.mark.parametrize(
@@ -394,7 +418,7 @@ def test_without_a_working_compiler(cache, monkeypatch, capsys, case):
         ("openmp", "torch has loaded no OpenMP that is known"),
     ],
 )
-def test_machines_that_it_is_not_for(cache, monkeypatch, what, said):
+def test_machines_that_the_kernels_are_not_for_get_a_reason(cache, monkeypatch, what, said):
     if what in ("system", "machine"):
         monkeypatch.setattr(
             native.platform, what, lambda: "Darwin" if what == "system" else "aarch64"
@@ -434,16 +458,21 @@ def test_auto_on_a_cpu_samples_with_it(cache, built, capsys):
     assert select_ops.choose() == ops and capsys.readouterr().out == "", "checked once"
 
 
+def with_native(**functions):
+    """The tables of operations, with other functions in NATIVE."""
+    return {**OPS, "native": dataclasses.replace(NATIVE, **functions)}
+
+
 @pytest.mark.parametrize("field", ["swiglu_forward", "linear"])
-def test_one_wrong_operation_makes_all_fall_back(cache, built, monkeypatch, capsys, field):
+def test_one_wrong_operation_makes_all_fall_back(cache, built, capsys, field):
     """Forms that a row meets one after the other: none of them is mixed with torch's."""
     put(built, cache)
 
     def wrong(*args):
         return getattr(TORCH, field)(*args) * 1.01
 
-    monkeypatch.setattr(registry, "NATIVE", dataclasses.replace(NATIVE, **{field: wrong}))
-    assert select_ops.choose() is TORCH
+    tables = with_native(**{field: wrong})
+    assert select_ops.choose(tables=tables) is TORCH
     said = capsys.readouterr().out.splitlines()
     operation = field.removesuffix("_forward")
     assert said[-1].startswith(
@@ -452,20 +481,21 @@ def test_one_wrong_operation_makes_all_fall_back(cache, built, monkeypatch, caps
     )
     assert "over the bound" in said[-1]
     with pytest.raises(ValueError, match=f"native cannot run here: {operation}: .*over the bound"):
-        select_ops.choose("native")
+        select_ops.choose("native", tables=tables)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_packed_weights_of_every_size_are_checked(cache, built, monkeypatch, count):
+def test_packed_weights_of_every_size_are_checked(cache, built, count):
     """Also the two bytes of a checkpoint in bf16, though a check's weights are drawn in fp32."""
     put(built, cache)
 
     def wrong(x, weight):
         packed = Panels(weight)
-        return packed(x) * (1.01 if packed.bytes == count else 1)
+        factor = 1.01 if packed.bytes == count else 1
+        return packed(x) * factor
 
-    monkeypatch.setattr(registry, "NATIVE", dataclasses.replace(NATIVE, linear=wrong))
-    assert select_ops.choose(widths=Widths(64, 96, 4, 2, 16, 320)) is TORCH
+    widths = Widths(64, 96, 4, 2, 16, 320)
+    assert select_ops.choose(widths=widths, tables=with_native(linear=wrong)) is TORCH
 
 
 def test_heads_that_are_no_whole_vectors_fall_back(cache, built, capsys, tiny_llama_dir):
@@ -489,9 +519,8 @@ def written(model, lora=None, **config):
     """(id, sample) -> tokens and log-probabilities."""
     config = SamplerConfig(**SAMPLED, **config)
     with Sampler(model, text, (7,), config, lora) as sampler:
-        return {
-            (c.id, c.sample): (c.ids, c.logprobs) for c in sampler.run(random_requests(model, 6))
-        }
+        completions = list(sampler.run(random_requests(model, 6)))
+    return {(c.id, c.sample): (c.ids, c.logprobs) for c in completions}
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -513,11 +542,15 @@ def matrices(model):
 
 
 def same(weights, others):
-    return weights.keys() == others.keys() and all(
-        isinstance(a, torch.Tensor)
-        and torch.equal(a.view(torch.int32), others[name].view(torch.int32))
-        for name, a in weights.items()
-    )
+    """Whether both are plain tensors of the same names and the same bits."""
+    if weights.keys() != others.keys():
+        return False
+    for name, weight in weights.items():
+        if not isinstance(weight, torch.Tensor):
+            return False
+        if not torch.equal(weight.view(torch.int32), others[name].view(torch.int32)):
+            return False
+    return True
 
 
 def copied(model):
@@ -529,7 +562,7 @@ def hidden(model, lora=None):
     return model.forward(ids, Packed.from_lengths([11, 19]), lora=lora)
 
 
-def test_packed_for_sampling(model):
+def test_matrices_are_packed_for_sampling_and_norms_stay_as_they_are(model):
     """What is multiplied by or looked up in, in two bytes a number; the rest as it is."""
     before, held = copied(model), dict(model.weights)
     sampling, lora = for_sampling(model)
@@ -547,15 +580,14 @@ def test_packed_for_sampling(model):
     torch.testing.assert_close(hidden(sampling), hidden(model), rtol=1e-4, atol=1e-5)
 
 
-def test_released_and_restored(model):
-    """Bit for bit, tied to each other as they were; while released the model computes as before."""
+def test_released_matrices_are_restored_bit_for_bit(model):
+    """Tied to each other as they were; while released the model computes as before."""
     before, want = copied(model), hidden(model)
     for _ in range(2):
         sampling, _ = for_sampling(model, release=True)
         assert all(isinstance(model.weights[name], Panels) for name in ("head", *matrices(model)))
-        assert all(a is b for a, b in zip(model.weights.values(), [
-            sampling.weights[name] for name in model.weights
-        ], strict=True)), "held once"  # fmt: skip
+        for name, weight in model.weights.items():
+            assert weight is sampling.weights[name], "held once"
         torch.testing.assert_close(hidden(model), want, rtol=1e-4, atol=1e-5)
         assert torch.equal(hidden(model), hidden(Llama(model.config, model.weights, TORCH)))
         nll, _ = model.nll(hidden(model)[:3], torch.tensor([1, 2, 3]), need_grad=False)
@@ -572,7 +604,9 @@ def test_released_and_restored(model):
 
 
 def test_an_adapter_is_merged_into_the_copy(model):
-    before, held, lora = copied(model), dict(model.weights), adapter(model)
+    before = copied(model)
+    held = dict(model.weights)
+    lora = adapter(model)
     want = hidden(model, lora)
     for release in (True, False):
         sampling, left = for_sampling(model, lora, release=release)
@@ -608,7 +642,8 @@ def test_torchs_table_packs_by_onednn(model):
 @pytest.mark.parametrize("adapted", [False, True])
 def test_sampling_is_batch_invariant(model, adapted, capsys):
     """Through the sampler: any rows, pages and chunks, and the model as it was afterwards."""
-    lora, before = adapter(model) if adapted else None, copied(model)
+    lora = adapter(model) if adapted else None
+    before = copied(model)
     base = written(model, lora, rows=1, invariant=True)
     promise = "batch-invariant: on a CPU in float32 texts are so, with and without the flag\n"
     assert capsys.readouterr().out.endswith(promise)
@@ -619,14 +654,16 @@ def test_sampling_is_batch_invariant(model, adapted, capsys):
     agreed = [key for key, (ids, _) in torchs.items() if ids == base[key][0]]
     assert len(agreed) >= len(base) - 1, "a uniform may fall between two roundings of a bound"
     for key in agreed:
-        torch.testing.assert_close(
-            *(torch.tensor(done[key][1]) for done in (torchs, base)), rtol=1e-4, atol=1e-4
-        )
+        logprobs = torch.tensor(torchs[key][1])
+        base_logprobs = torch.tensor(base[key][1])
+        torch.testing.assert_close(logprobs, base_logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_native_trains_too(model):
     """`--ops native`: its forwards under torch's backwards give torch's gradients."""
-    tokens, packed, grads = torch.arange(30) * 7 % 320, Packed.from_lengths([11, 19]), []
+    tokens = torch.arange(30) * 7 % 320
+    packed = Packed.from_lengths([11, 19])
+    grads = []
     for ops in (NATIVE, TORCH):
         other = Llama(model.config, model.weights, ops)
         torch.manual_seed(0)

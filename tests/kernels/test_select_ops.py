@@ -14,11 +14,11 @@ import torch
 
 from engine import session as session_module
 from engine.session import ModelConfig, Session
-from kernels import disk_cache, registry, select_ops
+from kernels import disk_cache, select_ops
 from kernels.cpu import native
 from kernels.cpu.native import Loaded, Loader
 from kernels.launch import triton_launch
-from kernels.registry import REFERENCE, SPECS, TORCH
+from kernels.registry import OPS, REFERENCE, SPECS, TORCH, TRITON
 from kernels.spec import MODELS, Widths, check
 from model.llama import Llama, default_dtype
 
@@ -56,9 +56,9 @@ def candidate(**functions):
 
 
 def run(ops, said=None, widths=None):
-    say = (said if said is not None else []).append
-    dtype = torch.bfloat16
-    return select_ops.with_fallback(ops, TORCH, CPU, dtype, widths, say)
+    """The table with what fails its check replaced, and the failures; `said` takes the lines."""
+    say = [].append if said is None else said.append
+    return select_ops.with_fallback(ops, TORCH, CPU, torch.bfloat16, widths, say)
 
 
 def test_every_function_belongs_to_one_spec():
@@ -92,7 +92,8 @@ def test_checks_at_the_models_own_widths():
     """A form that is wrong at one width is used by models of another."""
 
     def wrong_at_72(gate_up):
-        return TORCH.swiglu_forward(gate_up) * (1.01 if gate_up.shape[1] == 2 * OWN.F else 1)
+        factor = 1.01 if gate_up.shape[1] == 2 * OWN.F else 1
+        return TORCH.swiglu_forward(gate_up) * factor
 
     table = candidate(swiglu_forward=wrong_at_72)
     assert run(table)[1] == {}
@@ -155,11 +156,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 def test_without_a_home_directory_each_run_checks_again(monkeypatch):
     """As for a user id that is not in /etc/passwd, with no HOME: no traceback."""
 
-    def nobody():
+    def unknown_home():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", staticmethod(nobody))
+    monkeypatch.setattr(Path, "home", staticmethod(unknown_home))
     for _ in range(2):
         said = []
         assert list(run(candidate(swiglu_forward=wrong_swiglu), said)[1]) == ["swiglu"]
@@ -179,8 +180,8 @@ def test_results_that_others_could_have_written_are_not_used(cache, capsys):
     assert file.read_text() == forged
 
 
-def test_which_places_are_trusted(tmp_path, monkeypatch):
-    """A group of the user's own, as many systems give one, is nobody else."""
+def test_a_place_is_trusted_if_no_other_user_may_write_it(tmp_path, monkeypatch):
+    """A group that has the user's name and no other member is the user's own."""
     place = tmp_path / "cache" / "file"
     place.parent.mkdir()
     assert disk_cache.why_distrusted(place) is None
@@ -240,8 +241,14 @@ def test_the_hash_reads_every_tracked_file_of_kernels(monkeypatch):
     tracked = {ROOT / name for name in listed if not name.endswith(".md")}
     if not tracked:
         pytest.skip("no git here to say which files are ours")
-    read, read_bytes = set(), Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or read_bytes(path))
+    read = set()
+    read_bytes = Path.read_bytes
+
+    def recorded_read_bytes(path):
+        read.add(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", recorded_read_bytes)
     select_ops.sources_hash()
     assert {path for path in tracked if path.exists()} <= read
     assert {path.suffix for path in read} >= {".py", ".c", ".h", ".json"}
@@ -280,17 +287,17 @@ def test_auto_on_a_cpu_is_torch(monkeypatch, capsys):
 
 def test_auto_on_a_gpu_checks_the_kernels(monkeypatch, capsys):
     """With a card that only the checking knows: the table is named by what is in it."""
-    table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
-    monkeypatch.setattr(registry, "TRITON", table)
+    tables = {**OPS, "triton": candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)}
     monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: None)
-    seen, with_fallback = [], select_ops.with_fallback
+    seen = []
+    with_fallback = select_ops.with_fallback
 
     def checked_on_cpu(candidate, fallback, device, *rest):
         seen.append((device, *rest))
         return with_fallback(candidate, fallback, CPU, *rest)
 
     monkeypatch.setattr(select_ops, "with_fallback", checked_on_cpu)
-    ops = select_ops.choose("auto", "cuda", torch.bfloat16, OWN)
+    ops = select_ops.choose("auto", "cuda", torch.bfloat16, OWN, tables)
     assert seen == [(torch.device("cuda"), torch.bfloat16, OWN)]
     assert ops.rope_ is plain_rope and ops.swiglu_forward is TORCH.swiglu_forward
     assert "triton (rope)" in ops.name and "swiglu: check failed" in ops.name
@@ -299,9 +306,8 @@ def test_auto_on_a_gpu_checks_the_kernels(monkeypatch, capsys):
     assert "they compute in fp32, and float64 was asked for" in capsys.readouterr().out
     monkeypatch.setattr(triton_launch, "why_unavailable", lambda device: "no triton")
     assert select_ops.choose("auto", "cuda", torch.bfloat16) is TORCH
-    assert (
-        "torch's slower form on cuda, without Triton kernels: no triton" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "torch's slower form on cuda, without Triton kernels: no triton" in said
     assert select_ops.choose("torch", "cuda", torch.bfloat16) is TORCH
     assert capsys.readouterr().out == "", "that was asked for"
 
@@ -325,18 +331,21 @@ def test_products_on_a_gpu_are_summed_in_fp32(monkeypatch, tiny_llama_dir):
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
     before = [getattr(products, name) for name in names]
 
-    def allowed(value=None):
-        for name in names if value is not None else ():
-            setattr(products, name, value)
+    def allowed():
         return [getattr(products, name) for name in names]
 
+    def allow():
+        for name in names:
+            setattr(products, name, True)
+
     try:
-        assert allowed(True) == [True, True]
+        allow()
+        assert allowed() == [True, True]
         select_ops.choose("torch", "cpu")
         assert allowed() == [True, True]
         select_ops.choose("torch", "cuda", torch.bfloat16)
         assert allowed() == [False, False]
-        allowed(True)
+        allow()
         model = Llama.from_pretrained(tiny_llama_dir(), ops=TORCH)
         monkeypatch.setattr(Llama, "device", property(lambda self: torch.device("cuda")))
         Llama(model.config, model.weights, TORCH)
@@ -379,7 +388,7 @@ def test_the_interpreter_can_run_kernels():
         pytest.skip("there is a GPU, so kernels are not interpreted here")
     ops = select_ops.choose("triton")
     assert ops.name.startswith("triton (") or ", triton (" in ops.name
-    assert ops.rms_norm_forward is registry.TRITON.rms_norm_forward
+    assert ops.rms_norm_forward is TRITON.rms_norm_forward
 
 
 @pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="there triton is used")

@@ -530,7 +530,7 @@ def test_the_oldest_torch_and_triton_are_said_alike():
     torch = re.search(r'"torch>=([\d.]+)', project)[1]
     triton = re.search(r'"triton>=([\d.]+)', project)[1]
     assert f">= ({torch.replace('.', ', ')})" in script and f"torch >= {torch} yet" in script
-    assert f"torch>={torch}'" in triton_launch.HOW
+    assert f"torch>={torch}'" in triton_launch.HOW_TO_INSTALL
     assert tuple(map(int, triton.split("."))) == triton_launch.OLDEST
     words = " ".join(readme.split())
     assert f"torch ({torch} or newer), triton ({triton} or newer" in words

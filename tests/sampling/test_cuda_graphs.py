@@ -16,12 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.sampling import cuda_graphs
-from engine.sampling.decode_step import DecodeStep
+from engine.sampling.decode_step import Bucket, DecodeStep
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Request, SamplerConfig, SamplerStats
 from engine.sampling.sampler import Sampler
 from engine.sampling.speculation import DraftController
 from kernels.cpu.prepack import Prepacked
+from kernels.integers import cdiv
 from kernels.launch import triton_launch
 from kernels.registry import REFERENCE, TORCH, TRITON, VARIANTS
 from model.kv_cache import KVCache
@@ -29,7 +30,7 @@ from model.llama import Llama
 from model.weights import PlainWeights
 from tests.helpers import interpreter
 from tests.helpers.adapters import new_lora
-from tests.helpers.sampling import SAMPLED, text
+from tests.helpers.sampling import SAMPLED, random_ids, text
 
 if triton_launch.INTERPRETED:
     interpreter.install()
@@ -43,17 +44,21 @@ def mirrored_attention(qkv, k, v, cached):
     """Attention of decoded tokens, from the device mirrors of a `Cached` only."""
     if not cached.decode:
         return TORCH.cached_attention(qkv, k, v, cached)
-    (G, size, d), outs, starts = k.shape[1:], [], cached.cu_queries.tolist()
-    n = qkv.shape[1] // (G * d) - 2
-    for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        for t in range(start, end):
-            seen = int(cached.contexts[row]) + t - start + 1
-            pages = cached.block_table[row, : -(-seen // size)]
-            keys, values = (c[pages].transpose(0, 1).flatten(1, 2)[:, :seen] for c in (k, v))
+    _, G, page_size, d = k.shape
+    n = qkv.shape[1] // (G * d) - 2  # query heads per key head
+    starts = cached.cu_queries.tolist()
+    outputs = []
+    for i in range(len(starts) - 1):
+        for t in range(starts[i], starts[i + 1]):
+            seen = int(cached.contexts[i]) + t - starts[i] + 1
+            pages = cached.block_table[i, : cdiv(seen, page_size)]
+            keys = k[pages].transpose(0, 1).flatten(1, 2)[:, :seen]  # (G, seen, d)
+            values = v[pages].transpose(0, 1).flatten(1, 2)[:, :seen]  # (G, seen, d)
             q = qkv[t, : G * n * d].view(G, n, d)
-            p = torch.softmax(q @ keys.transpose(1, 2) * d**-0.5, dim=-1)
-            outs.append((p @ values).flatten())
-    return torch.stack(outs)
+            scores = q @ keys.transpose(1, 2) * d**-0.5  # (G, n, seen)
+            p = torch.softmax(scores, dim=-1)
+            outputs.append((p @ values).flatten())
+    return torch.stack(outputs)
 
 
 MIRRORED = dataclasses.replace(TORCH, name="mirrored", cached_attention=mirrored_attention)
@@ -98,12 +103,15 @@ def adapter(model):
 
 
 def requests(count=9, longest=20, most=22, seed=0):
+    """Random requests, a second sample of one of them, and one with a seed of its own."""
     rng = random.Random(seed)
     made = []
     for i in range(count):
-        prompt = [rng.randrange(68) for _ in range(rng.randint(1, longest))]
+        prompt = random_ids(rng, rng.randint(1, longest), 68)
         made.append(Request(f"row-{i}", prompt, rng.randint(1, most)))
-    return [*made, dataclasses.replace(made[1], sample=1), dataclasses.replace(made[2], seed=5)]
+    second_sample = dataclasses.replace(made[1], sample=1)
+    own_seed = dataclasses.replace(made[2], seed=5)
+    return [*made, second_sample, own_seed]
 
 
 def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, **settings):
@@ -112,22 +120,27 @@ def write(model, wanted, lora=None, end_ids=(END,), late=(), invariant=ON_GPU, *
     Requests in `late` are submitted when the first sequence has ended.
     Pages that nothing holds (padding pages are held) are filled with NaN.
     """
-    config = SamplerConfig(page_size=8, invariant=invariant, **{"draft": "off", **settings})
-    seeds, late = {r.id: r.seed for r in (*wanted, *late)}, list(late)
+    settings = {"draft": "off", **settings}
+    config = SamplerConfig(page_size=8, invariant=invariant, **settings)
+    seeds = {request.id: request.seed for request in (*wanted, *late)}
+    late = list(late)
+    done = {}
     with Sampler(model, text, end_ids, config, lora) as sampler:
-        done = {}
-        for c in sampler.run(wanted):
-            done[c.id, c.sample, seeds[c.id]] = c
+        for completion in sampler.run(wanted):
+            key = (completion.id, completion.sample, seeds[completion.id])
+            done[key] = completion
             while late:
                 sampler.submit(late.pop())
             cache = sampler.pool.cache
             for page in cache.free:
-                cache.k[:, page] = cache.v[:, page] = torch.nan
+                cache.k[:, page] = torch.nan
+                cache.v[:, page] = torch.nan
         assert sorted(cache.free) == list(range(cache.pages)), "pages were lost"
     return done, sampler.stats
 
 
 def unique(wanted):
+    """The requests with different ids."""
     return [dataclasses.replace(r, id=f"{r.id}/{r.sample}/{r.seed}") for r in wanted]
 
 
@@ -157,27 +170,29 @@ def test_a_stop_string_may_end_a_sequence_at_any_of_several_steps(model):
 
 
 def test_a_pool_that_grows_is_captured_again(model):
-    wanted, late = unique(requests(4, longest=9, most=9)), [Request("late", [5] * 60, 20)]
+    wanted = unique(requests(4, longest=9, most=9))
+    late = [Request("late", [5] * 60, 20)]
     base, _ = write(model, wanted, late=late, graphs=False, rows=2, **SAMPLED)
-    pools, gone = [], []
-    before, clear = KVCache.grow, cuda_graphs.DecodeGraphs.clear
+    pool_sizes = []  # of every growth
+    graphs_freed = []  # by every call of `clear`
+    grow, clear = KVCache.grow, cuda_graphs.DecodeGraphs.clear
 
-    def grow(self, pages):
-        pools.append(pages)
-        before(self, pages)
+    def recorded_grow(self, pages):
+        pool_sizes.append(pages)
+        grow(self, pages)
+
+    def recorded_clear(self):
+        graphs_freed.append(len(self.captured))
+        clear(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KVCache, "grow", grow)
-        patch.setattr(
-            cuda_graphs.DecodeGraphs,
-            "clear",
-            lambda self: gone.append(len(self.captured)) or clear(self),
-        )
+        patch.setattr(KVCache, "grow", recorded_grow)
+        patch.setattr(cuda_graphs.DecodeGraphs, "clear", recorded_clear)
         got, stats = write(model, wanted, late=late, rows=2, **SAMPLED)
-    assert pools and got == base and stats.replayed == stats.steps
-    assert (
-        len(gone) == 2 + len(pools) and gone[0] == 0 and min(gone[1:]) > 0
-    )  # the last: at the end
+    assert pool_sizes and got == base and stats.replayed == stats.steps
+    # before the first graph, at every growth, at the end
+    assert len(graphs_freed) == 2 + len(pool_sizes)
+    assert graphs_freed[0] == 0 and min(graphs_freed[1:]) > 0
 
 
 def test_the_last_steps_end_at_the_last_position(model):
@@ -201,18 +216,20 @@ def test_draft_tokens_are_verified_in_steps_that_are_not_captured(model):
     wanted = unique(requests(5))
     base, _ = write(model, wanted, rows=3, graphs=False)
     ids = {c.id: c.ids for c in base.values()}
-    with_drafts = [
-        dataclasses.replace(r, draft_source=[*ids[r.id][:3], 9, *ids[r.id][4:]]) for r in wanted
-    ]
+    with_drafts = []
+    for request in wanted:
+        draft_source = list(ids[request.id])
+        draft_source[3:4] = [9]  # one token is wrong
+        with_drafts.append(dataclasses.replace(request, draft_source=draft_source))
     got, stats = write(model, with_drafts, rows=3, draft="always")
     assert got == base and stats.accepted_tokens > 0 and 0 < stats.replayed < stats.steps
 
 
 def test_steps_of_several_temperatures_are_not_captured(model):
-    wanted = [
-        dataclasses.replace(r, temperature=0.7 + 0.5 * (i < 3), max_new_tokens=4 + 30 * (i < 3))
-        for i, r in enumerate(unique(requests(4)))
-    ]
+    wanted = []
+    for i, request in enumerate(unique(requests(4))):
+        temperature, limit = (1.2, 34) if i < 3 else (0.7, 4)
+        wanted.append(dataclasses.replace(request, temperature=temperature, max_new_tokens=limit))
     base, _ = write(model, wanted, end_ids=(), graphs=False, rows=6, **SAMPLED)
     got, stats = write(model, wanted, end_ids=(), rows=6, **SAMPLED)
     assert got == base and 0 < stats.replayed < stats.steps  # the three hot ones are left
@@ -262,12 +279,12 @@ def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypat
         with torch.utils._python_dispatch._disable_current_modes():
             launch(*args, **options)
 
-    for module in {
-        fn.__globals__["__name__"] for fn in map(ops.__getattribute__, cuda_graphs.STEP_OPERATIONS)
-    }:
-        if hasattr(sys.modules[module], "launch"):
-            monkeypatch.setattr(sys.modules[module], "launch", unwatched)
-    step = DecodeStep(plain, lora, pool, config, 2, 2, config.temperature, 2)
+    for operation in cuda_graphs.STEP_OPERATIONS:
+        module = sys.modules[getattr(ops, operation).__module__]
+        if hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", unwatched)
+    bucket = Bucket(sequences=2, pages=2, temperature=config.temperature)
+    step = DecodeStep(plain, lora, pool, config, bucket, steps=2)
     step.load(())
     step()  # as before a capture
     with watch:
@@ -279,14 +296,12 @@ def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypat
     assert step.turn.tolist() == [2] and step.results[:, 0].long().max() < 70
 
 
-def test_bucket_sizes():
-    rows = [1, 2, 3, 5, 9, 17, 25, 33, 49, 65, 97, 129]
-    want = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192]
-    assert [cuda_graphs.bucket_size(n, 999) for n in rows] == want
-    assert (
-        all(cuda_graphs.bucket_size(n, 999) == n for n in want)
-        and cuda_graphs.bucket_size(33, 40) == 40
-    )
+def test_a_bucket_is_the_next_of_few_sizes_within_the_limit():
+    sequences = [1, 2, 3, 5, 9, 17, 25, 33, 49, 65, 97, 129]
+    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192]
+    assert [cuda_graphs.bucket_size(n, 999) for n in sequences] == sizes
+    assert all(cuda_graphs.bucket_size(n, 999) == n for n in sizes)
+    assert cuda_graphs.bucket_size(33, 40) == 40
 
 
 def test_steps_per_synchronisation_depend_on_what_drafting_would_gain(model):
@@ -306,10 +321,8 @@ def test_steps_per_synchronisation_depend_on_what_drafting_would_gain(model):
             dear.record_step(tokens, tokens, 0.001, replayed=True)
             dear.record_step(tokens, 2 * tokens, 0.01)
     assert cheap.pays_off(1) and not dear.pays_off(1) and not cheap.pays_off(200)
-    assert (
-        steps(1, cheap) == 1
-        and steps(1, dear) == steps(1, cheap, draft="off") == cuda_graphs.STEPS_PER_SYNC
-    )
+    assert steps(1, cheap) == 1
+    assert steps(1, dear) == steps(1, cheap, draft="off") == cuda_graphs.STEPS_PER_SYNC
     assert steps(1, dear, draft="always") == 1 and steps(1, dear, graphs=False) == 1
     assert steps(1, cheap, steps=5) == steps(1, dear, steps=5, graphs=False) == 5
 

@@ -32,9 +32,13 @@ class Card(TorchDispatchMode):
 
     def __init__(self, total):
         super().__init__()
-        self.total, self.allocated, self.reserved, self.emptied = total, 0, 0, 0
-        self.known, self.others = set(), 0  # others: bytes that other programs hold
-        self.largest = total  # bytes in one piece
+        self.total = total
+        self.largest = total  # bytes that are free in one piece, at most
+        self.allocated = 0
+        self.reserved = 0
+        self.others = 0  # bytes that other programs hold
+        self.emptied = 0  # calls of empty_cache
+        self.known = set()  # storages that are counted
 
     def take(self, size):
         if self.allocated + size > self.total - self.others or size > self.largest:
@@ -46,13 +50,15 @@ class Card(TorchDispatchMode):
         self.allocated -= size
 
     def empty_cache(self):
-        self.reserved, self.emptied = self.allocated, self.emptied + 1
+        self.reserved = self.allocated
+        self.emptied += 1
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.is_meta:
             storage = out.untyped_storage()
-            if (key := storage._cdata) not in self.known:
+            key = storage._cdata
+            if key not in self.known:
                 self.take(storage.nbytes())
                 self.known.add(key)
                 weakref.finalize(storage, self.forget, key, storage.nbytes())
@@ -149,7 +155,7 @@ def test_a_pool_that_cannot_grow_beside_the_old_one_is_made_anew(card, llama_7b)
     assert pool.ensure_pages(260, 260), "a pool without pages in use is not copied"
 
 
-def test_a_pool_that_does_not_fit_in_one_piece(card, llama_7b):
+def test_a_pool_that_does_not_fit_in_one_piece_is_made_smaller(card, llama_7b):
     """10 GB are free, but in pieces of at most 2."""
     card.take(int(13.5 * GB))
     card.largest = 2 * GB
@@ -172,7 +178,8 @@ def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch
     late = Request("late", [9] * 600, 12)
 
     def write(**settings):
-        done, config = {}, SamplerConfig(rows=4, page_size=8, draft="off", **settings)
+        done = {}
+        config = SamplerConfig(rows=4, page_size=8, draft="off", **settings)
         with Sampler(model, text, (), config) as sampler:
             for completion in sampler.run(first):
                 if not done:
@@ -184,15 +191,20 @@ def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch
     pools = []
     want = write(kv_memory=100 * page / 1e9)
 
-    def free(device):
-        return (100 - sum(pool.pages for ref in made if (pool := ref()) is not None)) * page
+    made = []  # weak references to every pool
+    grown = []  # sizes
+    init = KVCache.__init__
 
-    made, begin, grown = [], KVCache.__init__, []
-    monkeypatch.setattr(
-        KVCache,
-        "__init__",
-        lambda self, *args: (begin(self, *args), made.append(weakref.ref(self)))[0],
-    )
+    def recorded_init(self, *args):
+        init(self, *args)
+        made.append(weakref.ref(self))
+
+    def free(device):
+        """100 pages less those of the pools that are alive."""
+        alive = [reference() for reference in made if reference() is not None]
+        return (100 - sum(pool.pages for pool in alive)) * page
+
+    monkeypatch.setattr(KVCache, "__init__", recorded_init)
     monkeypatch.setattr(KVCache, "grow", lambda self, pages: grown.append(pages))
     monkeypatch.setattr(PagePool, "_limited_by_gpu", lambda self: True)
     monkeypatch.setattr(page_pool, "free_memory", free)
@@ -203,7 +215,8 @@ def test_a_late_long_request_waits_for_a_larger_pool(tiny_llama_dir, monkeypatch
 
 
 def test_keys_and_values_are_freed_before_torchs_cache_is_emptied(tiny_llama_dir, monkeypatch):
-    model, emptied = Llama.from_pretrained(tiny_llama_dir()), []
+    model = Llama.from_pretrained(tiny_llama_dir())
+    emptied = []
     with Sampler(model, text, (), SamplerConfig(max_new_tokens=2)) as sampler:
         list(sampler.run([Request("a", [5, 6])]))
         keys = weakref.ref(sampler.pool.cache.k)

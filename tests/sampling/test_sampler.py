@@ -17,7 +17,7 @@ from kernels.registry import TORCH
 from kernels.sampling.sample_rows import SampleRows
 from model.kv_cache import KVCache
 from model.llama import Llama
-from tests.helpers.sampling import PENALISED, SAMPLED, random_requests, text
+from tests.helpers.sampling import PENALISED, SAMPLED, random_ids, random_requests, text
 
 DECODINGS = pytest.mark.parametrize(
     "decoding", [{}, SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"]
@@ -28,9 +28,8 @@ def run(model, wanted, lora=None, end_ids=(7,), stats=None, **config):
     sampler = Sampler(model, text, end_ids, SamplerConfig(**config), lora)
     done = list(sampler.run(wanted))
     assert not sampler.scheduler.running and not sampler.scheduler.waiting
-    assert sorted(sampler.pool.cache.free) == list(range(sampler.pool.cache.pages)), (
-        "pages were lost"
-    )
+    cache = sampler.pool.cache
+    assert sorted(cache.free) == list(range(cache.pages)), "pages were lost"
     assert len(done) == len(wanted)
     if stats is not None:
         stats.append(sampler.stats)
@@ -39,16 +38,25 @@ def run(model, wanted, lora=None, end_ids=(7,), stats=None, **config):
 
 def with_references(model, wanted, **config):
     """The requests, each with a reference that its own text partly follows: a quarter changed."""
-    rng, vocab = random.Random(5), model.config.vocab_size
-    texts = {id: c.ids for (id, _), c in run(model, wanted, rows=1, **config).items()}
-    changed = {
-        id: [rng.randrange(vocab) if rng.random() < 0.1 else t for t in ids if rng.random() < 0.9]
-        for id, ids in texts.items()
-    }
-    return [
-        dataclasses.replace(r, draft_source=changed[r.id], expected_tokens=len(changed[r.id]))
-        for r in wanted
-    ]
+    rng = random.Random(5)
+    vocab = model.config.vocab_size
+    done = run(model, wanted, rows=1, **config)
+    changed = {}
+    for (id, _), completion in done.items():
+        changed[id] = []
+        for token in completion.ids:
+            if rng.random() >= 0.9:
+                continue  # a token is left out
+            if rng.random() < 0.1:
+                token = rng.randrange(vocab)
+            changed[id].append(token)
+    requests = []
+    for request in wanted:
+        reference = changed[request.id]
+        requests.append(
+            dataclasses.replace(request, draft_source=reference, expected_tokens=len(reference))
+        )
+    return requests
 
 
 def without_a_cache(model, request, config, end_ids=(7,)):
@@ -106,10 +114,10 @@ def test_batch_order_and_prefill_size_change_no_text(tiny, decoding):
 def test_the_batch_size_changes_no_text_of_the_real_model(smollm2_dir, decoding):
     model = Llama.from_pretrained(smollm2_dir)
     rng = random.Random(3)
-    wanted = [
-        Request(f"r{i}", [rng.randrange(2000, 40000) for _ in range(rng.randint(5, 150))], 12)
-        for i in range(16)
-    ]
+    wanted = []
+    for i in range(16):
+        prompt = [rng.randrange(2000, 40000) for _ in range(rng.randint(5, 150))]
+        wanted.append(Request(f"r{i}", prompt, 12))
     base = run(model, wanted, rows=1, end_ids=(2,), **decoding)
     for rows in (3, 16):
         assert run(model, wanted, rows=rows, end_ids=(2,), **decoding) == base
@@ -124,11 +132,11 @@ def test_a_repetition_penalty_makes_texts_repeat_less(tiny):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"min_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0.0}], ids=str
+    ("name", "value"), [("min_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0)]
 )
-def test_options_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        SamplerConfig(**wrong).check()
+def test_options_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplerConfig(**{name: value}).check()
 
 
 def test_samples_seeds_and_ids_have_their_own_random_numbers(tiny):
@@ -232,7 +240,8 @@ def test_speculation_changes_no_text(tiny, decoding):
         for rows in (1, 5, 16):
             stats = []
             assert run(tiny, wanted, rows=rows, draft=draft, stats=stats, **decoding) == base
-            assert draft == "auto" or stats[0].accepted_tokens > 0.2 * stats[0].new_tokens
+            if draft == "always":
+                assert stats[0].accepted_tokens > 0.2 * stats[0].new_tokens
 
 
 def test_speculation_where_attention_depends_on_the_number_of_queries(tiny, monkeypatch):
@@ -241,9 +250,8 @@ def test_speculation_where_attention_depends_on_the_number_of_queries(tiny, monk
     base = run(tiny, wanted, rows=1, draft="off")
     monkeypatch.setattr(cached_attention_torch, "decode_width", lambda *_: None)
     stats = []
-    assert (
-        run(tiny, wanted, rows=4, draft="always", stats=stats) == base and stats[0].accepted_tokens
-    )
+    assert run(tiny, wanted, rows=4, draft="always", stats=stats) == base
+    assert stats[0].accepted_tokens > 0
 
 
 def test_wrong_draft_tokens_are_never_accepted(tiny):
@@ -268,7 +276,7 @@ def test_several_steps_per_synchronisation_change_no_text(tiny, decoding):
 def test_a_common_prefix_is_computed_once_and_changes_no_text(tiny):
     head = [random.Random(9).randrange(300) for _ in range(90)]  # a page and a part of one
     plain = random_requests(tiny, 9, longest=30)
-    wanted = [dataclasses.replace(r, prompt=[*head, *r.prompt]) for r in plain]
+    wanted = [dataclasses.replace(r, prompt=head + r.prompt) for r in plain]
     odd = Request("odd", plain[0].prompt, 9)  # one that has another beginning
     stats = []
     got = run(tiny, [*wanted, odd], rows=4, stats=stats)
@@ -294,7 +302,7 @@ def test_duplicate_prompts_are_computed_once(tiny, rows):
 def test_chunked_prefill_changes_no_text(tiny):
     rng = random.Random(2)
     lengths = (300, 5, 130, 64, 65, 200)
-    wanted = [Request(str(n), [rng.randrange(300) for _ in range(n)], 12) for n in lengths]
+    wanted = [Request(str(n), random_ids(rng, n, 300), 12) for n in lengths]
     base = run(tiny, wanted, rows=1, prefill_tokens=10_000)
     for chunk in (1, 64, 128, 192):
         assert run(tiny, wanted, prefill_tokens=chunk) == base
@@ -310,7 +318,8 @@ def test_short_memory_preempts_sequences_and_loses_none(tiny, decoding):
     got = run(tiny, wanted, rows=14, stats=stats, **tight, **decoding)
     loose = run(tiny, wanted, rows=14, page_size=16, **decoding)
     assert got == loose and stats[0].preempted > 0
-    assert {k: c.ids for k, c in got.items()} == {k: c.ids for k, c in base.items()}
+    other_page_size = {key: completion.ids for key, completion in base.items()}
+    assert {key: completion.ids for key, completion in got.items()} == other_page_size
 
 
 def test_memory_for_less_than_one_sequence_is_refused(tiny):
@@ -329,7 +338,8 @@ def test_end_tokens_can_be_ignored_and_a_request_can_have_its_own_seed(tiny):
     free = run(tiny, wanted, end_ids=range(300), ignore_eos=True)
     assert all(len(free[r.id, 0].ids) == r.max_new_tokens for r in wanted)
     own = [dataclasses.replace(r, seed=4) for r in wanted]
-    plain, seeded = (run(tiny, w, temperature=1.0, end_ids=()) for w in (wanted, own))
+    plain = run(tiny, wanted, temperature=1.0, end_ids=())
+    seeded = run(tiny, own, temperature=1.0, end_ids=())
     assert all(plain[k].ids != seeded[k].ids for k in plain)
     assert seeded == run(tiny, own, temperature=1.0, end_ids=(), rows=2)
 

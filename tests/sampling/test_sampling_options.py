@@ -42,7 +42,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(s))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_torch_equals_reference(settings, dtype):
+def test_torchs_form_draws_what_the_reference_draws(settings, dtype):
     generator = torch.Generator().manual_seed(5)
     logits = (3 * torch.randn(100, 211, generator=generator)).to(dtype)
     history = torch.randint(-1, 211, (100, 150), generator=generator)
@@ -56,7 +56,7 @@ def test_torch_equals_reference(settings, dtype):
 
 
 @pytest.mark.parametrize("table", [REFERENCE, TORCH], ids=lambda t: t.name)
-def test_penalty_by_hand(table):
+def test_a_repetition_penalty_equals_the_one_computed_by_hand(table):
     """Penalty 2: 4 becomes 2, -1 becomes -2, once however often the id was seen; -1 is padding."""
     logits = torch.tensor([[4.0, 3.0, 1.9, -1.0]]).repeat(6, 1)
     logits[4:] = torch.tensor([-1.0, -1.5, -9.0, -9.0])
@@ -81,13 +81,11 @@ def test_a_penalty_below_one_makes_tokens_likelier():
 def test_the_penalty_comes_before_top_k():
     """6 -> 3 falls out of the two largest."""
     logits = [6.0, 5.0, 4.0, NEVER]
-    assert drawn(logits, history=[0, -1], repetition_penalty=2.0, temperature=1.0, top_k=2) == {
-        1,
-        2,
-    }
+    settings = {"repetition_penalty": 2.0, "temperature": 1.0, "top_k": 2}
+    assert drawn(logits, history=[0, -1], **settings) == {1, 2}
 
 
-def test_min_p_by_hand():
+def test_min_p_keeps_the_tokens_found_by_hand():
     """Probabilities 0.5, 0.3, 0.15, 0.05."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
     assert drawn(logits, temperature=1.0) == {0, 1, 2, 3}
