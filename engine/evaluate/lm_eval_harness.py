@@ -35,6 +35,7 @@ METRICS = ("acc", "acc_norm", "exact_match", "em", "mc2")  # shown in the table 
 MAX_NEW = 256  # new tokens where a task names no limit, as in the harness's own models
 
 Figures = dict[str, Any]  # of a task under one arm: n, metrics, right, cut
+TokenRequest = tuple[Any, list[int], list[int]]  # (unused, ids of a context, ids of a continuation)
 
 # fields that a line of OUT/lm_eval.jsonl must have, with their types
 LINE = {"task": str, "arm": str, "n": int, "metrics": dict, "cut": int}
@@ -109,21 +110,20 @@ class HarnessModel:
         return ids
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        self, requests: Sequence[TokenRequest], **_: Any
     ) -> list[tuple[float, bool]]:
         """(log p in nats, whether greedy decoding would choose it) of every continuation.
-
-        requests    (unused, ids of the context, ids of the continuation)
 
         A context is computed once for all its continuations. ValueError for a continuation that is
         empty or longer than the model.
         """
         members: dict[str, list[int]] = {}  # id of a scoring request -> indices of requests
         to_score = []
-        for n, (context, indices) in enumerate(self._by_context(requests).items()):
-            members[str(n)] = indices
+        for context, indices in self._by_context(requests).items():
+            id = str(len(to_score))
+            members[id] = indices
             continuations = [requests[i][2] for i in indices]
-            to_score.append(ScoringRequest(str(n), list(context), continuations))
+            to_score.append(ScoringRequest(id, list(context), continuations))
         contexts = [request.prompt for request in to_score]
         found: dict[int, tuple[float, bool]] = {}  # by index of the request
         with (
@@ -138,9 +138,7 @@ class HarnessModel:
                         bar.update()
         return [found[i] for i in range(len(requests))]
 
-    def _by_context(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]]
-    ) -> dict[tuple[int, ...], list[int]]:
+    def _by_context(self, requests: Sequence[TokenRequest]) -> dict[tuple[int, ...], list[int]]:
         """The part of each context that fits the model -> indices of its requests."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
@@ -159,7 +157,7 @@ class HarnessModel:
         once."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows: list[tuple[None, list[int], list[int]]] = []
+        windows: list[TokenRequest] = []
         owners: list[int] = []  # of each window the index of its text
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])

@@ -98,7 +98,9 @@ def evaluate(
     prompts = {row.id: chat.prompt_ids(row.messages[:-1]) for row in rows}
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=ANSWER) as file:
         for arm, lora in arms.items():
-            requests = {(arm, row.id): Request(row.id, prompts[row.id]) for row in rows}
+            requests = {}
+            for row in rows:
+                requests[arm, row.id] = Request(row.id, prompts[row.id])
             to_line = partial(_answer_line, verifier, by_id, arm)
             answer_missing(generator, lora, requests, file, to_line, f"evaluate {arm}")
         file.finish([(arm, row.id) for arm in arms for row in rows])

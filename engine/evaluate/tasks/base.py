@@ -24,7 +24,8 @@ class Item:
 
     def row_with_reference(self) -> Row:
         """The item as a row of data whose last message is the reference, as verifiers take it."""
-        return Row(self.id, (*self.messages, {"role": "assistant", "content": self.reference}))
+        answer = {"role": "assistant", "content": self.reference}
+        return Row(self.id, (*self.messages, answer))
 
 
 # scorer -> right or wrong, and the reason (may be empty)

@@ -80,7 +80,8 @@ def problems(file: Path | None) -> tuple[list[dict[str, str]], str]:
     try:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        records = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+        lines = content.decode().split("\n")
+        records = [json.loads(line) for line in lines if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as HumanEval.jsonl or .gz: {error}") from None
     fields = {"task_id", "prompt", "entry_point", "test"}

@@ -252,7 +252,9 @@ def _answer(
     key = itemgetter("arm", "id", "sample")
     with ResumedLines(file, settings, key=key, wanted=LINE) as lines:
         for arm, lora in arms.items():
-            of_arm = {(arm, id, sample): r for (id, sample), r in requests.items()}
+            of_arm = {}
+            for (id, sample), request in requests.items():
+                of_arm[arm, id, sample] = request
             to_line = partial(_line, decoding.judge, by_id, arm)
             answer_missing(generator, lora, of_arm, lines, to_line, f"{task.name} {arm}")
         lines.finish([(arm, id, sample) for arm in arms for id, sample in requests])

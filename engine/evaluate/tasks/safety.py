@@ -38,8 +38,8 @@ def load_with_suffix(file: Path | None, paper: bool) -> tuple[list[Item], str]:
     items, digest = load(file, paper)
     with_suffix = []
     for item in items:
-        text = item.messages[0]["content"] + SUFFIX
-        with_suffix.append(Item(item.id, ({"role": "user", "content": text},)))
+        message = {"role": "user", "content": item.messages[0]["content"] + SUFFIX}
+        with_suffix.append(Item(item.id, (message,)))
     return with_suffix, digest
 
 
