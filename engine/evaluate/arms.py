@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from engine.runtime.files import sha256
@@ -22,7 +22,15 @@ def tuned(arms: Arms) -> dict[str, Lora]:
     return {arm: lora for arm, lora in arms.items() if lora is not None}
 
 
+def arms_without_line(arms: Arms, item: str, done: Container[tuple[str, str]]) -> Arms:
+    """The arms for which `done`, the finished lines by (arm, item), holds no line of this item."""
+    return {arm: lora for arm, lora in arms.items() if (arm, item) not in done}
+
+
 def adapter_hashes(paths: Sequence[str]) -> dict[str, str]:
-    """Directory name -> hash of the adapter's bytes, for the settings of a file."""
-    file = "adapter_model.safetensors"
-    return {Path(p).resolve().name: sha256((Path(p) / file).read_bytes()) for p in paths}
+    """Name of each adapter's directory -> sha256 of its weights, for the settings of a file."""
+    hashes = {}
+    for path in map(Path, paths):
+        weights = (path / "adapter_model.safetensors").read_bytes()
+        hashes[path.resolve().name] = sha256(weights)
+    return hashes

@@ -9,7 +9,7 @@ tuned model's:
     agreement         = share of positions at which both have the same likeliest token
     NLL               = -log q(token) of the seed's own answer, beside -log p(token)
 
-Deterministic, local, no judge. Sums per prompt are kept, never logits.
+The measure is deterministic and needs no judge model. Sums per prompt are kept, never logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
-from engine.evaluate.arms import Arms, adapter_hashes, tuned
+from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line, tuned
 from engine.measure.answer_missing import answer_missing
 from engine.measure.divergence import compare, hidden_states, mean_drift
 from engine.measure.general_prompts import PROMPTS
@@ -51,37 +51,45 @@ def retention(
     out: Path,
     settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Drift of every arm but the seed (fields: `mean_drift`); a line per prompt and arm."""
-    fields = {"arm": str, "prompt": str}
+    """Drift of every arm but the seed over the seed's answers; the fields are `mean_drift`'s.
+
+    `out` keeps a line per prompt and arm (`drift_line`); lines that it holds already are not
+    computed again. ValueError where it was begun under other settings.
+    """
     adapters = tuned(arms)
     with ResumedLines(
         out,
         settings,
         key=by_arm_and_prompt,
-        wanted=fields,
+        wanted={"arm": str, "prompt": str},
         keep=lambda line: "reverse_kl" in line,  # older runs did not measure it
     ) as file:
-        missing = [a for a in answers if any((arm, a.prompt) not in file.done for arm in adapters)]
-        for answer in progress(missing, desc="retention", unit="row") if missing else ():
-            for arm, lora in adapters.items():
-                if (arm, answer.prompt) not in file.done:
-                    file.write({"arm": arm} | drift_line(model, answer, lora))
+        missing = [a for a in answers if arms_without_line(adapters, a.prompt, file.done)]
+        for answer in progress(missing, desc="retention", unit="row", disable=not missing):
+            for arm, lora in arms_without_line(adapters, answer.prompt, file.done).items():
+                file.write({"arm": arm} | drift_line(model, answer, lora))
         file.finish([(arm, answer.prompt) for answer in answers for arm in adapters])
         done = file.done
-    return {arm: mean_drift([done[arm, answer.prompt] for answer in answers]) for arm in adapters}
+    drift = {}
+    for arm in adapters:
+        lines = [done[arm, answer.prompt] for answer in answers]
+        drift[arm] = mean_drift(lines)
+    return drift
 
 
-def drift_line(model: Llama, answer: SeedAnswer, lora: Lora) -> dict[str, Any]:
-    """Seed and tuned model compared over one answer, in nats summed over its tokens."""
-    after = hidden_states(model, answer.ids, answer.n_prompt, lora)
-    drift = compare(model, answer.hidden(model), after, answer.ids[answer.n_prompt :])
-    return {
+def drift_line(model: Llama, answer: SeedAnswer, lora: Lora | None) -> dict[str, Any]:
+    """Seed and tuned model compared over one answer of N tokens; nats, summed over them."""
+    answer_ids = answer.ids[answer.n_prompt :]  # N
+    before = answer.hidden(model)  # (N, D)
+    after = hidden_states(model, answer.ids, answer.n_prompt, lora)  # (N, D)
+    drift = compare(model, before, after, answer_ids)
+    line = {
         "category": answer.category,
         "prompt": answer.prompt,
         "answer": answer.answer,
         "tokens": len(after),
-        **dataclasses.asdict(drift),
     }
+    return line | dataclasses.asdict(drift)
 
 
 def retention_job(
@@ -92,9 +100,11 @@ def retention_job(
     data: DataConfig | None = None,
     similar: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Measure adapters on our prompts or a file's, print the table.
+    """Measure adapters on our general prompts, or on those of `data`, and print the table.
 
-    With `similar` also how alike the adapters' own answers are to the seed's (OUT.similar.jsonl).
+    With `similar` the adapters answer too, and the similarity of their answers to the seed's is
+    measured (OUT.similar.jsonl). ValueError, before any work, where the package that it needs is
+    not installed or `data` holds conversations.
     """
     session.require_one_process("retention")
     embed = Embedder() if similar else None
@@ -108,12 +118,14 @@ def retention_job(
     print(retention_table(drift))
     if embed is not None:
         file = out.with_name(out.name + ".similar.jsonl")
-        for arm, m in similarity(generator, embed, answers, arms, file, settings).items():
-            drift[arm] |= {"similarity": m}
-            low, high = m["interval"]
+        measured = similarity(generator, embed, answers, arms, file, settings)
+        for arm, figures in measured.items():
+            drift[arm] |= {"similarity": figures}
+            low, high = figures["interval"]
             print(
-                f"{arm}: its own answers resemble the seed's by {m['similarity']:.3f} (cosine of "
-                f"sentence embeddings, {low:.3f} - {high:.3f}), {m['same']:.0%} are the same"
+                f"{arm}: similarity of its own answers to the seed's {figures['similarity']:.3f} "
+                f"(cosine of sentence embeddings, 95 % interval {low:.3f} - {high:.3f}); "
+                f"{figures['same']:.0%} of them are the same text"
             )
     print(f"by prompt: {out}")
     return drift
@@ -127,7 +139,8 @@ def prompts_of_file(session: Session, data: DataConfig) -> Prompts:
         raise ValueError(
             f"{data.data}: rows {conversations[:5]} are conversations; expected single prompts"
         )
-    return list(dict.fromkeys(("file", row.messages[0]["content"]) for row in rows))
+    prompts = [("file", row.messages[0]["content"]) for row in rows]  # (category, prompt)
+    return list(dict.fromkeys(prompts))
 
 
 def retention_metas(out: Path) -> list[Path]:
@@ -136,15 +149,26 @@ def retention_metas(out: Path) -> list[Path]:
 
 
 def retention_table(drift: dict[str, dict[str, Any]]) -> str:
-    """All means of all arms as text, and what they are."""
-    categories = list(next(iter(drift.values()))["categories"])
-    lines = [["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]]
-    lines[0] += [f"KL {name}" for name in categories]
-    for arm, m in drift.items():
-        low, high = m["kl_interval"]
-        cells = [f"{m['kl']:.4f}", f"{low:.4f} - {high:.4f}", f"{m['reverse_kl']:.4f}"]
-        cells += [f"{m['agreement']:.1%}", f"{m['nll']:.3f}", f"{m['seed_nll']:.3f}"]
-        lines.append([arm, *cells, *(f"{m['categories'][c]['kl']:.4f}" for c in categories)])
+    """The means of all arms as a table, with a note on the columns."""
+    head = ["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]
+    any_arm = list(drift)[0]
+    categories = list(drift[any_arm]["categories"])
+    lines = [head + [f"KL {category}" for category in categories]]
+    for arm, means in drift.items():
+        low, high = means["kl_interval"]
+        cells = [
+            arm,
+            f"{means['kl']:.4f}",
+            f"{low:.4f} - {high:.4f}",
+            f"{means['reverse_kl']:.4f}",
+            f"{means['agreement']:.1%}",
+            f"{means['nll']:.3f}",
+            f"{means['seed_nll']:.3f}",
+        ]
+        for category in categories:
+            kl = means["categories"][category]["kl"]
+            cells.append(f"{kl:.4f}")
+        lines.append(cells)
     return (
         f"{table(lines)}\nnats per token over the seed's own answers: KL(seed || tuned), "
         "KL(tuned || seed), NLL of the answers under the tuned model and the seed; intervals: "
@@ -164,7 +188,8 @@ def similarity(
     """Mean cosine between the seed's and each arm's own greedy answer to the same prompts.
 
     Per arm `similarity`, its 95 % `interval` (bootstrap over prompts) and `same`, the share of
-    answers that are the seed's to the letter. `out` keeps a line per arm and prompt.
+    answers that equal the seed's letter for letter. `out` keeps a line per arm and prompt; lines
+    that it holds already are not computed again.
     """
     fields = {"arm": str, "prompt": str, "answer": str, "similarity": float}
     adapters = tuned(arms)
@@ -172,7 +197,7 @@ def similarity(
 
     def to_line(arm: str, completion: Completion) -> dict[str, Any]:
         seed = by_prompt[completion.id]
-        before, after = embed([seed.answer.strip(), completion.text.strip()])
+        before, after = embed([seed.answer.strip(), completion.text.strip()])  # unit vectors
         return {
             "arm": arm,
             "category": seed.category,
@@ -183,19 +208,26 @@ def similarity(
 
     with ResumedLines(out, settings, key=by_arm_and_prompt, wanted=fields) as file:
         for arm, lora in adapters.items():
-            requests = {(arm, a.prompt): Request(a.prompt, a.ids[: a.n_prompt]) for a in answers}
+            requests = {}
+            for answer in answers:
+                prompt_ids = answer.ids[: answer.n_prompt]
+                requests[arm, answer.prompt] = Request(answer.prompt, prompt_ids)
             label = f"answers of {arm}"
             answer_missing(generator, lora, requests, file, partial(to_line, arm), label)
         file.finish([(arm, answer.prompt) for arm in adapters for answer in answers])
         done = file.done
-    found = {}
+    figures = {}
     for arm in adapters:
-        lines = [done[arm, answer.prompt] for answer in answers]
-        values = [line["similarity"] for line in lines]
-        same = [line["answer"] == by_prompt[line["prompt"]].answer for line in lines]
-        found[arm] = {
-            "similarity": sum(values) / len(values),
-            "interval": bootstrap(values, [1.0] * len(values)),
-            "same": sum(same) / len(same),
+        cosines = []
+        same = 0
+        for answer in answers:
+            line = done[arm, answer.prompt]
+            cosines.append(line["similarity"])
+            if line["answer"] == answer.answer:
+                same += 1
+        figures[arm] = {
+            "similarity": sum(cosines) / len(cosines),
+            "interval": bootstrap(cosines, [1.0] * len(cosines)),
+            "same": same / len(cosines),
         }
-    return found
+    return figures

@@ -1,8 +1,11 @@
 """Evaluation on the target task: greedy answers of the seed and of adapters over one frozen base
 
-For every held-out row the model answers the plain prompt and a verifier compares the answer with
-the reference. Scores carry a 95 % Wilson interval; two arms are compared on the same items. Also
-the mean NLL per token of the references, under each arm; FILE.nll.jsonl keeps the sum of every row.
+For every held-out row each arm answers the plain prompt, and a verifier compares the answer with
+the reference. The share of right answers carries a 95 % Wilson interval; arms are compared on the
+same rows. The mean NLL per token of the references is measured under each arm too.
+
+    FILE              a line per arm and row: the answer and its verdict
+    FILE.nll.jsonl    a line per arm and row: the reference's NLL, summed over its tokens
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
 from engine.data.rows import Row, Rows, listing
-from engine.evaluate.arms import Arms, adapter_hashes
+from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line
 from engine.measure.answer_missing import answer_missing
 from engine.measure.intervals import wilson
 from engine.measure.likelihood import nll
@@ -33,7 +36,7 @@ from engine.verify.verifiers import Verifier, get_verifier
 from model.chat import Chat
 from model.llama import Llama
 
-# fields of a line of answers, and of a line of likelihoods
+# fields that a line of answers, and a line of likelihoods, must have, with their types
 ANSWER = {"arm": str, "id": str, "ok": bool, "finish": str, "tokens": int}
 NATS = {"arm": str, "id": str, "nll": (float, int), "tokens": int}
 by_arm_and_id = itemgetter("arm", "id")
@@ -41,27 +44,29 @@ by_arm_and_id = itemgetter("arm", "id")
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of n held-out rows, and the mean NLL of their references."""
+    """Right answers to n held-out rows, and the mean NLL of their references."""
 
-    n: int
+    n: int  # judged answers; 0 where the verifier is "none"
     right: int
     truncated: int  # answers that hit the token limit
     nll: float  # nats per reference token, end token included
 
     @property
     def share(self) -> float:
+        """The share of right answers; nan where nothing was judged."""
         return self.right / self.n if self.n else math.nan
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share; (nan, nan) where nothing was judged."""
+        return wilson(self.share, self.n)
 
     def cells(self) -> list[str]:
         """Share and interval for a table; dashes where nothing was judged."""
         if not self.n:
             return ["-", "-"]
         low, high = self.interval()
-        return [f"{self.right}/{self.n} = {self.share:.1%}", f"{low:.1%} - {high:.1%}"]
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
-        return wilson(self.share, self.n)
+        share = f"{self.right}/{self.n} = {self.share:.1%}"
+        return [share, f"{low:.1%} - {high:.1%}"]
 
 
 @memory_for("answering held-out rows", SAMPLE_LESS)
@@ -73,19 +78,29 @@ def evaluate(
     out: Path,
     settings: dict[str, Any],
 ) -> dict[str, Score]:
-    """Answer and judge every row with every arm; answers go to `out`, lines there are kept.
+    """Answer and judge every row under every arm; the score of each arm.
 
-    With verify "none" there is nothing to judge: only the references' NLL is measured (n is 0).
+    rows        held-out rows; the last message of each is its reference
+    verify      name of the verifier; with "none" nothing is answered or judged (`Score.n` is 0),
+                only the references' NLL is measured
+    out         file of the answers; lines that it holds already are kept. The NLL goes to
+                `nll_file(out)`
+    settings    identify the run; ValueError where `out` was begun under others
+
+    ValueError also for a row that is longer than the model's context.
     """
-    chat, verifier = generator.chat, get_verifier(verify)
+    chat = generator.chat
+    verifier = get_verifier(verify)
     losses = reference_nll(generator.model, chat, rows, arms, nll_file(out), settings)
     if verify == "none":
-        return {arm: Score(0, 0, 0, nats) for arm, nats in losses.items()}
+        return {arm: Score(n=0, right=0, truncated=0, nll=nats) for arm, nats in losses.items()}
     by_id = {row.id: row for row in rows}
     prompts = {row.id: chat.prompt_ids(row.messages[:-1]) for row in rows}
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=ANSWER) as file:
         for arm, lora in arms.items():
-            requests = {(arm, row.id): Request(row.id, prompts[row.id]) for row in rows}
+            requests = {}
+            for row in rows:
+                requests[arm, row.id] = Request(row.id, prompts[row.id])
             to_line = partial(_answer_line, verifier, by_id, arm)
             answer_missing(generator, lora, requests, file, to_line, f"evaluate {arm}")
         file.finish([(arm, row.id) for arm in arms for row in rows])
@@ -127,34 +142,33 @@ def rows_to_judge(session: Session, data: DataConfig) -> Rows:
 
     ValueError, before any work, for rows that the chat template refuses and for those that are
     longer than the model's context; under `skip_bad` and `drop_long` they are left out and counted.
+    ValueError also where no row is left.
     """
     rows = data.load(check=template_takes(session.chat))
     longest = session.model.config.max_position
-    lengths = {row.id: sum(map(len, _prompt_and_reference(session.chat, row))) for row in rows}
-    fit = [row for row in rows if lengths[row.id] <= longest]
-    too_long = [f"{name}: {n} tokens" for name, n in lengths.items() if n > longest]
+    fit: list[Row] = []
+    too_long: list[str] = []
+    for row in rows:
+        prompt, reference = _prompt_and_reference(session.chat, row)
+        length = len(prompt) + len(reference)
+        if length <= longest:
+            fit.append(row)
+        else:
+            too_long.append(f"{row.id}: {length} tokens")
+    context = f"longer than the model's {longest} tokens"
     if too_long and not data.drop_long:
-        message = (
-            f"{len(too_long)} held-out rows of {data.data} are longer than the model's {longest} "
-            "tokens"
-        )
-        raise ValueError(
-            listing(message, too_long, "remove them, or leave them out with --drop-long")
-        )
+        message = f"{len(too_long)} held-out rows of {data.data} are {context}"
+        remedy = "remove them, or leave them out with --drop-long"
+        raise ValueError(listing(message, too_long, remedy))
     if not fit:
-        raise ValueError(
-            f"{data.data}: all held-out rows are longer than the model's {longest} tokens"
-        )
+        raise ValueError(f"{data.data}: all held-out rows are {context}")
     if too_long:
-        print(
-            f"data: {len(too_long)} held-out rows left out: longer than the model's {longest} "
-            "tokens"
-        )
+        print(f"data: {len(too_long)} held-out rows left out: {context}")
     return rows.only(fit)
 
 
 def _prompt_and_reference(chat: Chat, row: Row) -> tuple[list[int], list[int]]:
-    """Ids of a row's prompt, and of its reference with the end token."""
+    """Token ids of a row's prompt, and of its reference with the end token."""
     target = chat.target(row.messages[:-1], row.reference)
     return target.prompt, [*target.answer, chat.end_id]
 
@@ -167,25 +181,33 @@ def evaluate_job(
     out: Path,
     sampling: SamplerConfig,
 ) -> dict[str, Score]:
-    """Score the seed and the adapters, print the table."""
+    """Score the seed and the adapters (directories) on a data file, and print the table.
+
+    ValueError, before any work, for an unknown verifier and for rows as `rows_to_judge` says.
+    """
     session.require_one_process("evaluation")
-    get_verifier(verify)
+    get_verifier(verify)  # an unknown name is refused before the data are read
     rows = rows_to_judge(session, data)
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     session.note_other_system(adapters, rows)
-    settings = session.settings | {"data": rows.sha256, "rows": len(rows), "verify": verify}
-    settings |= {"sampling": sampling.settings(), "adapters": adapter_hashes(adapters)}
+    settings = session.settings | {
+        "data": rows.sha256,
+        "rows": len(rows),
+        "verify": verify,
+        "sampling": sampling.settings(),
+        "adapters": adapter_hashes(adapters),
+    }
     generator = ChatGenerator(session.model, session.chat, sampling)
     scores = evaluate(generator, rows, verify, arms, out, settings)
     lines = [["", f"target ({verify})", "95 % interval", "cut short", "NLL of references"]]
-    for arm, s in scores.items():
-        lines.append([arm, *s.cells(), str(s.truncated), f"{s.nll:.3f}"])
+    for arm, score in scores.items():
+        lines.append([arm, *score.cells(), str(score.truncated), f"{score.nll:.3f}"])
     print(f"{table(lines)}\nanswers: {out}")
     return scores
 
 
 def nll_file(out: Path) -> Path:
-    """The file of the references' likelihoods, beside a file of answers."""
+    """The file with the NLL of the references, beside a file of answers."""
     return out.with_name(out.name + ".nll.jsonl")
 
 
@@ -197,25 +219,29 @@ def reference_nll(
     out: Path,
     settings: dict[str, Any],
 ) -> dict[str, float]:
-    """Nats per reference token (end token included) under each arm.
+    """Mean NLL of the references under each arm: nats per token, end token included.
 
-    `out` keeps a line per arm and row (`nll` in nats, summed over `tokens`); those there are kept.
+    `out` keeps a line per arm and row: `nll` in nats, summed over its `tokens`. Lines that it holds
+    already are not computed again. ValueError for a row that is longer than the model's context.
     """
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=NATS) as file:
-        missing = [row for row in rows if any((arm, row.id) not in file.done for arm in arms)]
-        texts = {row.id: _fitting_prompt_and_reference(model, chat, row) for row in missing}
-        for row in progress(missing, desc="held-out NLL", unit="row") if missing else ():
-            prompt, answer = texts[row.id]
-            for arm, lora in arms.items():
-                if (arm, row.id) not in file.done:
-                    nats = nll(model, prompt, answer, lora).double().sum().item()
-                    file.write({"arm": arm, "id": row.id, "nll": nats, "tokens": len(answer)})
+        missing = [row for row in rows if arms_without_line(arms, row.id, file.done)]
+        # every row is encoded and checked before the first is scored
+        ids = {row.id: _fitting_prompt_and_reference(model, chat, row) for row in missing}
+        for row in progress(missing, desc="held-out NLL", unit="row", disable=not missing):
+            prompt, reference = ids[row.id]
+            for arm, lora in arms_without_line(arms, row.id, file.done).items():
+                nats = nll(model, prompt, reference, lora)  # (len(reference),)
+                total = nats.double().sum().item()
+                file.write({"arm": arm, "id": row.id, "nll": total, "tokens": len(reference)})
         file.finish([(arm, row.id) for row in rows for arm in arms])
         done = file.done
     means = {}
     for arm in arms:
         lines = [done[arm, row.id] for row in rows]
-        means[arm] = sum(line["nll"] for line in lines) / sum(line["tokens"] for line in lines)
+        total = sum(line["nll"] for line in lines)
+        tokens = sum(line["tokens"] for line in lines)
+        means[arm] = total / tokens
     return means
 
 
@@ -223,18 +249,21 @@ def _fitting_prompt_and_reference(
     model: Llama, chat: Chat, row: Row
 ) -> tuple[list[int], list[int]]:
     """`_prompt_and_reference`; ValueError where they are longer than the model's context."""
-    prompt, answer = _prompt_and_reference(chat, row)
-    if len(prompt) + len(answer) > model.config.max_position:
+    prompt, reference = _prompt_and_reference(chat, row)
+    length = len(prompt) + len(reference)
+    longest = model.config.max_position
+    if length > longest:
         raise ValueError(
-            f"held-out row {row.id} has {len(prompt) + len(answer)} tokens, the model was made "
-            f"for {model.config.max_position}; leave it out"
+            f"held-out row {row.id} has {length} tokens; expected at most the model's {longest}; "
+            "leave it out"
         )
-    return prompt, answer
+    return prompt, reference
 
 
 def summary(scores: dict[str, Score]) -> dict[str, Any]:
     """Scores with their shares and intervals, for JSON."""
-    return {
-        arm: dataclasses.asdict(s) | {"share": s.share, "interval": s.interval()}
-        for arm, s in scores.items()
-    }
+    values = {}
+    for arm, score in scores.items():
+        values[arm] = dataclasses.asdict(score)
+        values[arm] |= {"share": score.share, "interval": score.interval()}
+    return values

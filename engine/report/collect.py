@@ -1,14 +1,15 @@
 """Files of a run directory that only the report shows, written while the model is still loaded
 
-    OUT/tokens.jsonl     of some rows the training text, token by token, with the seed's NLL of
-                         every token that carries loss: {id, sft, sdft}, `sdft` null where both
-                         arms train on the same text
-    OUT/answers.jsonl    of some general prompts the tuned models' answers ({arm, prompt, answer,
-                         finish}); of some held-out rows KL(seed || tuned) over the seed's answer
-                         ({arm, id, kl, agree, tokens})
+    OUT/tokens.jsonl     {id, sft, sdft}: for some rows the training text of both arms, token by
+                         token, with the seed's NLL of every token that carries loss; `sdft` is null
+                         where both arms train on the same text
+    OUT/answers.jsonl    {arm, prompt, answer, finish}: for some general prompts the answers of the
+                         tuned models
+                         {arm, id, kl, agree, tokens}: for some held-out rows KL(seed || tuned) over
+                         the seed's answer
 
-Their number is bounded (SdftConfig.report_rows, report_answers), so that it takes no longer than a
-training. Both files are resumed like the other files of a run.
+SdftConfig.report_rows and report_answers bound the number of lines, so that writing them takes less
+time than training. Both files are resumed like the other files of a run.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from model.llama import Llama
 from model.lora import Lora
 from model.tokenizer_base import Tokenizer
 
-# fields of a line of retention.jsonl that are read here
+# fields of a line of retention.jsonl that are read here, with their types
 DRIFT = {"arm": str, "prompt": str, "kl": (float, int), "tokens": int}
-Key = tuple[str, str | None, str | None]  # arm, general prompt or None, held-out row or None
+# key of a line of answers.jsonl: the arm, and either a general prompt or the id of a held-out row
+Key = tuple[str, str | None, str | None]
 
 
 @memory_for("taking likelihoods for the report", "lower --report-rows")
@@ -49,19 +51,34 @@ def token_nll(
     out: Path,
     settings: dict[str, Any],
 ) -> None:
-    """Write a line to `out` for every pair of examples that has none yet (nats per token)."""
+    """Write a line to `out` for every row that has none yet.
 
-    def tokens(example: Example) -> dict[str, Any]:
-        prompt, answer = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
-        values = nll(model, prompt, answer).tolist()
-        pieces = [tokenizer.piece(i) for i in example.ids]
-        return {"prompt": len(prompt), "pieces": pieces, "nll": [round(v, 3) for v in values]}
-
+    sft, sdft    the training texts of the two arms, row by row
+    out          tokens.jsonl; NLL in nats, rounded to 3 places
+    """
     with ResumedLines(out, settings) as file:
-        pairs = [pair for pair in zip(sft, sdft, strict=True) if pair[0].id not in file.done]
-        for a, b in progress(pairs, desc="report: tokens", unit="row"):
+        pairs = list(zip(sft, sdft, strict=True))
+        missing = [(a, b) for a, b in pairs if a.id not in file.done]
+        for a, b in progress(missing, desc="report: tokens", unit="row"):
             same = a.ids == b.ids
-            file.write({"id": a.id, "sft": tokens(a), "sdft": None if same else tokens(b)})
+            line = {
+                "id": a.id,
+                "sft": _tokens(model, tokenizer, a),
+                "sdft": None if same else _tokens(model, tokenizer, b),
+            }
+            file.write(line)
+
+
+def _tokens(model: Llama, tokenizer: Tokenizer, example: Example) -> dict[str, Any]:
+    """Number of prompt tokens, the text of every token, and the NLL of every answer token."""
+    prompt = example.ids[: example.n_prompt]
+    answer = example.ids[example.n_prompt :]
+    nats = nll(model, prompt, answer).tolist()
+    return {
+        "prompt": len(prompt),
+        "pieces": [tokenizer.piece(id) for id in example.ids],
+        "nll": [round(value, 3) for value in nats],
+    }
 
 
 @memory_for("answering for the report", SAMPLE_LESS)
@@ -73,33 +90,39 @@ def tuned_answers(
     n: int,
     settings: dict[str, Any],
 ) -> None:
-    """Write RUN/answers.jsonl from RUN/retention.jsonl and RUN/evaluation.jsonl, n of each.
+    """Write RUN/answers.jsonl for n general prompts and n held-out rows.
 
-    General prompts: those that moved furthest under any arm. Held-out rows: those first on which
-    the verdicts of two arms differ. The generator's sampling is the retention's, so that seed and
-    tuned models answer under the same limit.
+    The general prompts are those of RUN/retention.jsonl that drifted most under any arm. Held-out
+    rows are taken in their order, but first those of RUN/evaluation.jsonl on which the verdicts of
+    two arms differ. The generator's sampling is the retention's, so that seed and tuned models
+    answer under the same limit.
     """
     adapters = tuned(arms)
     prompts = prompts_that_moved_most(run / "retention.jsonl", n)
     evaluation = read_jsonl(run / "evaluation.jsonl", ANSWER)
-    seed_lines = {x["id"]: x for x in evaluation if x["arm"] == "seed" and x.get("ids")}
-    rows = [row for row in held_out if row.id in seed_lines]
+    seed_lines = {}
+    for line in evaluation:
+        if line["arm"] == "seed" and line.get("ids"):
+            seed_lines[line["id"]] = line
+    answered = [row for row in held_out if row.id in seed_lines]
     disputed = rows_with_different_verdicts(evaluation)
-    rows.sort(key=lambda row: row.id not in disputed)
+    rows = [row for row in answered if row.id in disputed]
+    rows += [row for row in answered if row.id not in disputed]
     rows = rows[:n]
 
     out = run / "answers.jsonl"
     with ResumedLines(out, settings, key=_key, wanted={"arm": str}) as file:
         for arm, lora in adapters.items():
-            requests = {
-                (arm, prompt, None): Request(prompt, generator.prompt_ids(prompt))
-                for prompt in prompts
-            }
+            requests = {}
+            for prompt in prompts:
+                requests[arm, prompt, None] = Request(prompt, generator.prompt_ids(prompt))
             label = f"report: answers of {arm}"
             answer_missing(generator, lora, requests, file, partial(_answer_line, arm), label)
         for row in progress(rows, desc="report: KL on held-out rows", unit="row"):
-            done = file.done
-            missing = {arm: a for arm, a in adapters.items() if (arm, None, row.id) not in done}
+            missing = {}
+            for arm, lora in adapters.items():
+                if (arm, None, row.id) not in file.done:
+                    missing[arm] = lora
             for line in _held_out_drift(generator, row, seed_lines[row.id], missing):
                 file.write(line)
         order: list[Key] = [(arm, prompt, None) for arm in adapters for prompt in prompts]
@@ -113,11 +136,13 @@ def _key(line: dict[str, Any]) -> Key:
 
 def prompts_that_moved_most(retention_file: Path, n: int) -> list[str]:
     """The n general prompts with the largest KL per token under any arm, the largest first."""
-    moved: dict[str, float] = {}
+    largest: dict[str, float] = {}  # prompt -> KL in nats per token
     for line in read_jsonl(retention_file, DRIFT):
+        prompt = line["prompt"]
         kl = line["kl"] / line["tokens"]
-        moved[line["prompt"]] = max(kl, moved.get(line["prompt"], 0.0))
-    return sorted(moved, key=lambda prompt: -moved[prompt])[:n]
+        largest[prompt] = max(kl, largest.get(prompt, 0.0))
+    by_drift = sorted(largest, key=lambda prompt: -largest[prompt])
+    return by_drift[:n]
 
 
 def rows_with_different_verdicts(evaluation: Iterable[dict[str, Any]]) -> set[str]:
@@ -125,10 +150,11 @@ def rows_with_different_verdicts(evaluation: Iterable[dict[str, Any]]) -> set[st
     verdicts: dict[str, set[bool]] = {}
     for line in evaluation:
         verdicts.setdefault(line["id"], set()).add(line["ok"])
-    return {name for name, seen in verdicts.items() if len(seen) > 1}
+    return {id for id, of_row in verdicts.items() if len(of_row) > 1}
 
 
 def _answer_line(arm: str, completion: Completion) -> dict[str, Any]:
+    """An answer to a general prompt, as a line of the file."""
     return {
         "arm": arm,
         "prompt": completion.id,
@@ -140,15 +166,16 @@ def _answer_line(arm: str, completion: Completion) -> dict[str, Any]:
 def _held_out_drift(
     generator: ChatGenerator, row: Row, seed_line: dict[str, Any], adapters: dict[str, Lora]
 ) -> Iterable[dict[str, Any]]:
-    """A line per adapter: drift over the seed's answer to the row."""
+    """A line per adapter: the drift over the N tokens of the seed's answer to the row."""
     if not adapters:
         return
     model = generator.model
     prompt = generator.chat.prompt_ids(row.messages[:-1])
-    ids = [*prompt, *generator.answer_ids(seed_line["ids"], seed_line["finish"])]
-    before = hidden_states(model, ids, len(prompt), None)
+    answer = generator.answer_ids(seed_line["ids"], seed_line["finish"])  # N
+    ids = [*prompt, *answer]
+    before = hidden_states(model, ids, len(prompt), None)  # (N, D)
     for arm, lora in adapters.items():
-        after = hidden_states(model, ids, len(prompt), lora)
+        after = hidden_states(model, ids, len(prompt), lora)  # (N, D)
         drift = compare(model, before, after, ids[len(prompt) :])
         yield {
             "arm": arm,

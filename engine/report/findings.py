@@ -1,7 +1,8 @@
 """The findings of a run in words and tables; a difference is stated only where it is significant.
 
 Within one run the intervals are over held-out questions and general prompts: they do not show the
-spread over training seeds. Runs that differ in nothing but the seed do (`tables_over_seeds`).
+spread over training seeds. Several runs that differ in nothing but the seed show it
+(`tables_over_seeds`).
 """
 
 from __future__ import annotations
@@ -10,63 +11,96 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from engine.distill.distill_report import LOW_SHARE
 from engine.evaluate.arms import ARM_NAMES, TUNED
-from engine.evaluate.target_task import Score
-from engine.measure.intervals import bootstrap, mcnemar, t_interval
+from engine.measure.intervals import bootstrap, lost_won, mcnemar, t_interval
 from engine.report.load import Run
 
 Table = list[list[str]]  # the first row is the header
 SIGNIFICANT = 0.05  # a difference is stated below this p, or where its interval leaves out zero
+NO_VALUE = "–"  # in a cell of a table
+# arms that are compared on the target task
+PAIRS = (("seed", "sft"), ("seed", "sdft"), ("sft", "sdft"))
 
 
 def result_table(run: Run) -> Table:
-    """Seed, SFT and SDFT: the target task, what was forgotten, what training took."""
+    """Seed, SFT and SDFT: target task, drift from the seed, training and its cost."""
     verify = run.settings["DistillConfig.verify"]
-    head = ["", f"Target ({verify})", "95 % interval", "Held-out NLL", "KL to seed"]
-    head += ["95 % interval", "Same top-1", "Training loss", "Steps", "Loss tokens", "Seconds"]
+    head = [
+        "",
+        f"Target ({verify})",
+        "95 % interval",
+        "Held-out NLL",
+        "KL to seed",
+        "95 % interval",
+        "Same top-1",
+        "Training loss",
+        "Steps",
+        "Loss tokens",
+        "Seconds",
+    ]
     table = [head]
     for arm, name in ARM_NAMES.items():
-        cells = ["–", "–", "–"]
-        if score := run.summary["evaluation"].get(arm):
-            held_out = Score(*(score[k] for k in ("n", "right", "truncated", "nll")))
-            cells = [c.replace("-", "–") for c in held_out.cells()] + [f"{score['nll']:.3f}"]
-        kept = run.summary["retention"].get(arm, {"kl": 0.0, "agreement": 1.0})
-        low, high = drift_interval(run, arm)
-        cells += [f"{kept['kl']:.4f}", "–" if math.isnan(low) else f"{low:.4f} – {high:.4f}"]
-        cells.append(f"{kept['agreement']:.1%}")
-        if t := run.summary["training"].get(arm):
-            cells.append(f"{t['first_loss']:.3f} → {t['last_loss']:.3f}")
-            cells += [f"{t['steps']:,}", f"{t['response_tokens']:,}", f"{t['seconds']:,.0f}"]
-        else:
-            cells += ["–"] * 4
+        cells = _target_cells(run, arm) + _drift_cells(run, arm) + _training_cells(run, arm)
         table.append([name, *cells])
     return table
 
 
+def _target_cells(run: Run, arm: str) -> list[str]:
+    """Share right, its interval, held-out NLL."""
+    score = run.scores.get(arm)
+    if score is None:
+        return [NO_VALUE] * 3
+    share, interval = score.cells()
+    return [share.replace("-", "–"), interval.replace("-", "–"), f"{score.nll:.3f}"]
+
+
+def _drift_cells(run: Run, arm: str) -> list[str]:
+    """KL to the seed, its interval, share of equal top tokens; the seed itself has no drift."""
+    drift = run.summary["retention"].get(arm, {"kl": 0.0, "agreement": 1.0})
+    low, high = drift_interval(run, arm)
+    interval = NO_VALUE if math.isnan(low) else f"{low:.4f} – {high:.4f}"
+    return [f"{drift['kl']:.4f}", interval, f"{drift['agreement']:.1%}"]
+
+
+def _training_cells(run: Run, arm: str) -> list[str]:
+    """First and last loss, steps, loss tokens, seconds."""
+    training = run.summary["training"].get(arm)
+    if not training:
+        return [NO_VALUE] * 4
+    return [
+        f"{training['first_loss']:.3f} → {training['last_loss']:.3f}",
+        f"{training['steps']:,}",
+        f"{training['response_tokens']:,}",
+        f"{training['seconds']:,.0f}",
+    ]
+
+
 def results_table(runs: Sequence[Run]) -> Table:
-    """The tables of several runs as one, each row named by its run too."""
+    """The tables of several runs as one, in which each row names its run too."""
     tables = [result_table(run) for run in runs]
     if len(runs) == 1:
         return tables[0]
-    rows = [
-        [f"{row[0]} · {run.name}", *row[1:]]
-        for run, table in zip(runs, tables, strict=True)
-        for row in table[1:]
-    ]
-    return [["", "Target", *tables[0][0][2:]], *rows]
+    head = tables[0][0]
+    joined = [["", "Target", *head[2:]]]  # runs may have different verifiers
+    for run, table in zip(runs, tables, strict=True):
+        for arm_name, *cells in table[1:]:
+            joined.append([f"{arm_name} · {run.name}", *cells])
+    return joined
 
 
 def drift_interval(run: Run, arm: str) -> tuple[float, float]:
     """95 % interval of an arm's KL per token over the general prompts."""
     items = run.drift(arm)
-    return bootstrap([a["kl"][arm] * a["tokens"] for a in items], [a["tokens"] for a in items])
+    sums = [item["kl"][arm] * item["tokens"] for item in items]
+    tokens = [item["tokens"] for item in items]
+    return bootstrap(sums, tokens)
 
 
 def findings(run: Run) -> list[tuple[str, str]]:
-    """(subject, finding) pairs, with which the page begins."""
+    """The (subject, finding) pairs with which the page begins."""
     seed = run.settings["TrainConfig.seed"]
     return [
         ("Target", _target(run)),
@@ -78,57 +112,74 @@ def findings(run: Run) -> list[tuple[str, str]]:
 
 def warnings(run: Run) -> list[str]:
     """Reasons to trust the comparison less."""
-    found = []
+    reasons = []
     if run.summary["distilled"]["differ"] < LOW_SHARE:
-        found.append(
+        reasons.append(
             f"Under {LOW_SHARE:.0%} of the targets are the model's own words: SFT and SDFT are "
             "nearly the same run."
         )
-    scores = run.summary["evaluation"]
-    if any(score["truncated"] > score["n"] / 10 for score in scores.values()):
-        cut = ", ".join(f"{ARM_NAMES[arm]} {score['truncated']}" for arm, score in scores.items())
-        found.append(
-            f"Of {scores['seed']['n']} held-out answers hit the token limit, and may have been "
-            f"judged before their end: {cut}. Raise --eval-max-new."
+    scores = run.scores
+    if any(score.truncated > score.n / 10 for score in scores.values()):
+        cut = _by_arm({arm: str(score.truncated) for arm, score in scores.items()})
+        reasons.append(
+            f"Of {scores['seed'].n} held-out answers, these numbers hit the token limit and may "
+            f"have been judged before their end: {cut}. Raise --eval-max-new."
         )
-    return found
+    return reasons
+
+
+def _by_arm(figures: dict[str, str]) -> str:
+    """Figures as text: seed 3, SFT 5, SDFT 4."""
+    return ", ".join(f"{ARM_NAMES[arm]} {figure}" for arm, figure in figures.items())
 
 
 def _target(run: Run) -> str:
-    scores = run.summary["evaluation"]
+    """Right answers of each arm, and the pairs of arms that differ significantly or do not."""
+    scores = run.scores
     if not scores:
         return "The target task was not scored: no held-out rows were given (--eval-data)."
-    n = scores["seed"]["n"]
+    n = scores["seed"].n
     if not n:
-        nll = ", ".join(f"{ARM_NAMES[arm]} {s['nll']:.3f}" for arm, s in scores.items())
-        return f"Nothing verifies the target task. NLL per token of the held-out references: {nll}."
-    shares = ", ".join(f"{ARM_NAMES[arm]} {s['right']}" for arm, s in scores.items())
-    verdicts = {arm: run.right(arm) for arm in scores}
-    better, same = [], []
-    for first, second in (("seed", "sft"), ("seed", "sdft"), ("sft", "sdft")):
-        a, b = verdicts[first], verdicts[second]
-        lost = sum(a[i] and not b[i] for i in a)
-        won = sum(b[i] and not a[i] for i in a)
-        p = mcnemar(lost, won)
-        names = [ARM_NAMES[first], ARM_NAMES[second]]
-        if p < SIGNIFICANT:
-            up, down = names[::-1] if won > lost else names
-            better.append(
-                f"{up} is better than {down} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})."
-            )
-        else:
-            same.append(f"{' and '.join(names)} (p = {p:.2f})")
-    text = f"Right of {n} held-out questions: {shares}. " + " ".join(better)
+        nll = _by_arm({arm: f"{score.nll:.3f}" for arm, score in scores.items()})
+        return f"The target task has no verifier. NLL per token of the held-out references: {nll}."
+    right = _by_arm({arm: str(score.right) for arm, score in scores.items()})
+    better, same = _compared_arms(run)
+    text = f"Right of {n} held-out questions: {right}. " + " ".join(better)
     if same:
-        text += " No difference is seen between " + ", ".join(same) + "."
+        text += f" No difference is seen between {', '.join(same)}."
     return text + " (McNemar's exact test on the same questions.)"
 
 
+def _compared_arms(run: Run) -> tuple[list[str], list[str]]:
+    """A sentence for each pair of arms of which one is better; the other pairs with their p."""
+    better = []
+    same = []
+    for first, second in PAIRS:
+        by_first, by_second = run.right(first), run.right(second)
+        before = list(by_first.values())
+        after = [by_second[id] for id in by_first]
+        lost, won = lost_won(before, after)
+        p = mcnemar(lost, won)
+        if p >= SIGNIFICANT:
+            same.append(f"{ARM_NAMES[first]} and {ARM_NAMES[second]} (p = {p:.2f})")
+            continue
+        winner, loser = (second, first) if won > lost else (first, second)
+        p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+        better.append(f"{ARM_NAMES[winner]} is better than {ARM_NAMES[loser]} ({p_text}).")
+    return better, same
+
+
 def _retention(run: Run) -> str:
+    """KL of both arms to the seed, and the interval of their difference over general prompts."""
     kl = {arm: run.summary["retention"][arm]["kl"] for arm in TUNED}
-    items = [a for a in run.drift("sft") if a["kl"].get("sdft") is not None]
-    apart = [(a["kl"]["sft"] - a["kl"]["sdft"]) * a["tokens"] for a in items]
-    low, high = bootstrap(apart, [a["tokens"] for a in items])
+    items = [item for item in run.drift("sft") if item["kl"].get("sdft") is not None]
+    differences = []  # SFT - SDFT of each prompt, in nats, summed over the tokens
+    tokens = []
+    for item in items:
+        difference = item["kl"]["sft"] - item["kl"]["sdft"]
+        differences.append(difference * item["tokens"])
+        tokens.append(item["tokens"])
+    low, high = bootstrap(differences, tokens)
     text = (
         f"KL to the seed on {len(items)} general prompts, nats per token: SFT {kl['sft']:.4f}, "
         f"SDFT {kl['sdft']:.4f}. "
@@ -138,17 +189,23 @@ def _retention(run: Run) -> str:
         return text + f"SDFT forgot less {interval}."
     if high < 0:
         return text + f"SFT forgot less {interval}."
-    return text + f"No difference seen {interval}."
+    return text + f"No difference is seen {interval}."
 
 
 def _data(run: Run) -> str:
+    """The share of targets that are the model's own words, statuses, and likelihoods."""
     counts = Counter(row["status"] for row in run.rows)
-    parts = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+    parts = ", ".join(f"{status} {n}" for status, n in counts.most_common())
     differ = run.summary["distilled"]["differ"]
     text = f"Of {len(run.rows):,} targets {differ:.0%} are the model's own words ({parts})."
-    if means := run.summary["likelihood"]:
-        a, b = (means[t] / max(1, means[f"{t}_tokens"]) for t in ("reference", "response"))
-        text += f" A reference costs the seed {a:.3f} nats per token, a rewrite {b:.3f}."
+    sums = run.summary["likelihood"]
+    if sums:
+        reference = sums["reference"] / max(1, sums["reference_tokens"])
+        rewrite = sums["response"] / max(1, sums["response_tokens"])
+        text += (
+            f" Under the seed a reference has an NLL of {reference:.3f} nats per token, a rewrite "
+            f"{rewrite:.3f}."
+        )
     return text
 
 
@@ -156,56 +213,93 @@ def _data(run: Run) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> Table:
-    """The settings in which the runs differ."""
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    rows = [[name, *(str(run.settings.get(name, "–")) for run in runs)] for name in names]
-    rows = [row for row in rows if len(set(row[1:])) > 1 and row[0] != "SdftConfig.out"]
-    return [["Setting", *(run.name for run in runs)], *rows]
+    """The settings in which the runs differ, but for the output directory."""
+    settings = [run.settings for run in runs]
+    names = list(dict.fromkeys(name for of_run in settings for name in of_run))
+    table = [["Setting", *(run.name for run in runs)]]
+    for name in names:
+        values = [str(of_run.get(name, NO_VALUE)) for of_run in settings]
+        if len(set(values)) > 1 and name != "SdftConfig.out":
+            table.append([name, *values])
+    return table
 
 
 def why_incomparable(runs: Sequence[Run]) -> list[str]:
-    """Reasons why figures of these runs cannot be compared."""
-    prints = {run.summary.get("model", {}).get("fingerprint") for run in runs}
-    found = ["The runs start from different models."] if len(prints) > 1 else []
-    names = ("SdftConfig.eval_data", "SdftConfig.eval_limit", "DistillConfig.verify")
-    different = [name for name in names if len({str(run.settings[name]) for run in runs}) > 1]
+    """Reasons why figures of these runs cannot be compared; [] where they can."""
+    reasons = []
+    fingerprints = {run.summary.get("model", {}).get("fingerprint") for run in runs}
+    if len(fingerprints) > 1:
+        reasons.append("The runs start from different models.")
+    different = []
+    for name in ("SdftConfig.eval_data", "SdftConfig.eval_limit", "DistillConfig.verify"):
+        values = {str(run.settings[name]) for run in runs}
+        if len(values) > 1:
+            different.append(name)
     if different:
-        found.append(f"The runs are scored on different questions: {', '.join(different)}.")
-    return found
+        reasons.append(f"The runs are scored on different questions: {', '.join(different)}.")
+    return reasons
 
 
 def tables_over_seeds(runs: Sequence[Run]) -> list[tuple[list[Run], Table]]:
     """Runs that differ in nothing but the seed, with mean and 95 % interval over the seeds."""
-    groups: dict[str, dict[int, Run]] = {}
+    ignored = {"TrainConfig.seed", "SamplerConfig.seed", "LoraConfig.seed", "SdftConfig.out"}
+    groups: dict[str, dict[int, Run]] = {}  # other settings, as JSON -> seed -> run
     for run in runs:
-        ignored = {"TrainConfig.seed", "SamplerConfig.seed", "LoraConfig.seed", "SdftConfig.out"}
-        same = {k: v for k, v in run.settings.items() if k not in ignored}
-        key = json.dumps(same, sort_keys=True)
-        groups.setdefault(key, {})[run.settings["TrainConfig.seed"]] = run
-    several = [list(group.values()) for group in groups.values() if len(group) > 1]
-    return [(group, _over_seeds(group)) for group in several]
+        others = {name: value for name, value in run.settings.items() if name not in ignored}
+        key = json.dumps(others, sort_keys=True)
+        seed = run.settings["TrainConfig.seed"]
+        groups.setdefault(key, {})[seed] = run
+    tables = []
+    for by_seed in groups.values():
+        if len(by_seed) > 1:
+            group = list(by_seed.values())
+            tables.append((group, _over_seeds(group)))
+    return tables
+
+
+class SeedColumn(NamedTuple):
+    """A column of the table over seeds: a figure of summary.json."""
+
+    title: str
+    part: str  # of summary.json
+    field: str
+    form: str  # format of its numbers
+
+    def values(self, runs: Sequence[Run], arm: str) -> list[float | None]:
+        """The figure of an arm in each run; None where a run lacks it."""
+        figures = [run.summary[self.part].get(arm, {}) for run in runs]
+        return [of_run.get(self.field) for of_run in figures]
+
+
+SEED_COLUMNS = (
+    SeedColumn("Target", "evaluation", "share", ".1%"),
+    SeedColumn("Held-out NLL", "evaluation", "nll", ".3f"),
+    SeedColumn("KL to seed", "retention", "kl", ".4f"),
+    SeedColumn("Same top-1", "retention", "agreement", ".1%"),
+)
 
 
 def _over_seeds(runs: list[Run]) -> Table:
-    def cell(values: list[Any], form: str) -> str:
-        if any(v is None or math.isnan(v) for v in values):
-            return "–"
-        mean, low, high = t_interval(values)
-        return f"{mean:{form}} ({low:{form}} – {high:{form}})"
-
-    def value(run: Run, part: str, arm: str, name: str) -> Any:
-        return run.summary[part].get(arm, {}).get(name)
-
-    table = [["", "Target", "Held-out NLL", "KL to seed", "Same top-1"]]
-    columns = [("evaluation", "share", ".1%"), ("evaluation", "nll", ".3f")]
-    columns += [("retention", "kl", ".4f"), ("retention", "agreement", ".1%")]
+    """Mean and interval of the arms' figures, and of the differences SDFT - SFT."""
+    table = [["", *(column.title for column in SEED_COLUMNS)]]
     for arm, name in ARM_NAMES.items():
-        values = [[value(run, part, arm, key) for run in runs] for part, key, _ in columns]
-        cells = [cell(v, form) for v, (_, _, form) in zip(values, columns, strict=True)]
+        cells = [_mean_cell(column.values(runs, arm), column.form) for column in SEED_COLUMNS]
         table.append([name, *cells])
-    row = ["SDFT − SFT"]
-    for part, key, form in columns:
-        pairs = [(value(r, part, "sdft", key), value(r, part, "sft", key)) for r in runs]
-        apart = [None if None in pair else pair[0] - pair[1] for pair in pairs]
-        row.append(cell(apart, "+" + form))
-    return [*table, row]
+    differences = ["SDFT − SFT"]
+    for column in SEED_COLUMNS:
+        sft, sdft = column.values(runs, "sft"), column.values(runs, "sdft")
+        by_run = []
+        for of_sft, of_sdft in zip(sft, sdft, strict=True):
+            has_both = of_sft is not None and of_sdft is not None
+            by_run.append(of_sdft - of_sft if has_both else None)
+        differences.append(_mean_cell(by_run, "+" + column.form))
+    return [*table, differences]
+
+
+def _mean_cell(values: Sequence[float | None], form: str) -> str:
+    """Mean (interval) of one value per seed; a dash where one is missing or no number."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if len(known) < len(values):
+        return NO_VALUE
+    mean, low, high = t_interval(known)
+    return f"{mean:{form}} ({low:{form}} – {high:{form}})"

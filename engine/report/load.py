@@ -1,4 +1,4 @@
-"""Reads a run directory into a `Run`, which holds the content of the page. Needs no model.
+"""Read a run directory into a `Run`, which holds the content of the page. Needs no model.
 
 Parts that a run lacks (no held-out rows, no scores, files of an older version) are left out of the
 page; a damaged file raises ValueError naming file and line.
@@ -14,10 +14,11 @@ from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, load_distilled
 from engine.evaluate.arms import TUNED
+from engine.evaluate.target_task import Score
 from engine.runtime.files import read_jsonl
 from model.config import read_json
 
-# fields that the lines of a run must have to be shown
+# fields that the lines of a run must have to be shown, with their types
 _NUMBER = (float, int)
 METRICS = {"step": int, "loss": _NUMBER}
 DRIFT = {"arm": str, "kl": _NUMBER, "agree": int, "tokens": int}
@@ -29,36 +30,58 @@ EVALUATION |= {"ok": bool}
 
 @dataclass
 class Run:
-    """One run of scripts/sdft.py. Likelihoods are nats per token, end token included."""
+    """One run of scripts/sdft.py. Likelihoods are in nats per token, end token included."""
 
     name: str  # the end of its path, different from those of the other runs of the page
     path: Path
     summary: dict[str, Any]
     data_sha256: str  # of the data file
     rows: list[dict[str, Any]]  # distilled lines with their likelihoods
-    tokens: dict[str, dict[str, Any]]  # row id -> tokens.jsonl
-    answers: list[dict[str, Any]]  # prompts with the answers of all arms
-    losses: dict[str, list[tuple[int, float]]]  # arm -> (step, loss)
+    tokens: dict[str, dict[str, Any]]  # row id -> its line of tokens.jsonl
+    answers: list[dict[str, Any]]  # held-out rows and general prompts, with the answers of all arms
+    losses: dict[str, list[tuple[int, float]]]  # arm -> (step, loss in nats per token)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Every setting as `Class.field`."""
-        groups = self.summary["settings"].items()
-        return {f"{group}.{name}": v for group, fields in groups for name, v in fields.items()}
+        settings = {}
+        for group, fields in self.summary["settings"].items():
+            for name, value in fields.items():
+                settings[f"{group}.{name}"] = value
+        return settings
 
     def drift(self, arm: str) -> list[dict[str, Any]]:
-        """The general prompts on which that arm was compared with the seed, the KL finite."""
-        general = [a for a in self.answers if a["source"] == "general"]
-        return [a for a in general if a["kl"].get(arm) is not None]
+        """The general prompts on which that arm was compared with the seed and the KL is finite."""
+        general = [item for item in self.answers if item["source"] == "general"]
+        return [item for item in general if item["kl"].get(arm) is not None]
 
     def right(self, arm: str) -> dict[str, bool]:
-        """Held-out row id -> verdict."""
-        held_out = [a for a in self.answers if a["source"] == "held-out" and arm in a["answers"]]
-        return {a["id"]: a["answers"][arm]["ok"] for a in held_out}
+        """Held-out row id -> whether the arm's answer is right; rows that it answered."""
+        verdicts = {}
+        for item in self.answers:
+            if item["source"] == "held-out" and arm in item["answers"]:
+                verdicts[item["id"]] = item["answers"][arm]["ok"]
+        return verdicts
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """Arm -> its score on the target task; {} where the target was not measured."""
+        scores = {}
+        for arm, figures in self.summary["evaluation"].items():
+            scores[arm] = Score(
+                n=figures["n"],
+                right=figures["right"],
+                truncated=figures["truncated"],
+                nll=figures["nll"],
+            )
+        return scores
 
 
 def load_run(path: Path, name: str) -> Run:
-    """Read one run; ValueError where `path` is not a finished run of scripts/sdft.py."""
+    """Read one run, to be shown under `name`.
+
+    ValueError where `path` is no finished run of scripts/sdft.py, or one of its files is damaged.
+    """
     if not (path / "summary.json").is_file():
         fault = "holds no summary.json" if path.is_dir() else "is no directory"
         raise ValueError(
@@ -66,30 +89,44 @@ def load_run(path: Path, name: str) -> Run:
             "again finishes one that was stopped)"
         )
     meta = read_json(path / "distilled.jsonl.meta.json", {})
-    losses = {arm: read_jsonl(path / arm / "metrics.jsonl", METRICS) for arm in TUNED}
+    losses = {}
+    for arm in TUNED:
+        steps = read_jsonl(path / arm / "metrics.jsonl", METRICS)
+        losses[arm] = [(line["step"], line["loss"]) for line in steps]
+    tokens = {}
+    for line in read_jsonl(path / "tokens.jsonl", TOKENS):
+        tokens[line["id"]] = _tokens(line)
     return Run(
         name=name,
         path=path,
         summary=read_json(path / "summary.json"),
         data_sha256=meta.get("data", {}).get("sha256", "unknown"),
         rows=_rows(path),
-        tokens={line["id"]: _tokens(line) for line in read_jsonl(path / "tokens.jsonl", TOKENS)},
+        tokens=tokens,
         answers=_held_out(path) + _general(path),
-        losses={arm: [(m["step"], m["loss"]) for m in lines] for arm, lines in losses.items()},
+        losses=losses,
     )
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read runs under the shortest ends of their paths that tell them apart."""
+    """Read runs; their names are the shortest ends of their paths that tell them apart.
+
+    ValueError where there is none, one is named twice, and as from `load_run`.
+    """
     places = [path.resolve() for path in paths]
+    if not places:
+        raise ValueError("no run: expected runs, each named once")
     twice = sorted({str(place) for place in places if places.count(place) > 1})
-    if twice or not places:
-        raise ValueError(f"{', '.join(twice) or 'no run'}: expected runs, each named once")
-    depth = 1
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: expected runs, each named once")
+    depth = 1  # parts of a path in a name
     while len({place.parts[-depth:] for place in places}) < len(places):
         depth += 1
-    names = ["/".join(place.parts[-depth:]) for place in places]
-    return [load_run(path, name) for path, name in zip(paths, names, strict=True)]
+    runs = []
+    for path, place in zip(paths, places, strict=True):
+        name = "/".join(place.parts[-depth:])
+        runs.append(load_run(path, name))
+    return runs
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -98,7 +135,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     scores = {line["id"]: line for line in read_jsonl(file, {"id": str})}
     rows = []
     for line in load_distilled(path / "distilled.jsonl"):
-        if line.status == CONTEXT:  # not trained on
+        if line.status == CONTEXT:  # a turn that is not trained on
             continue
         row = {
             "id": line.id,
@@ -120,7 +157,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _tokens(line: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of both arms; SDFT's are None where both train on the same text."""
+    """The tokens of both arms, NLL that is not finite as None; SDFT's tokens are None where both
+    arms train on the same text."""
     arms: dict[str, Any] = {}
     for arm in TUNED:
         tokens = line[arm]
@@ -131,8 +169,8 @@ def _tokens(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _general(path: Path) -> list[dict[str, Any]]:
-    """The general prompts, all with the seed's answer, some with the tuned models'."""
-    found: dict[str, dict[str, Any]] = {}
+    """The general prompts, all with the seed's answer, some with the tuned models' answers."""
+    found: dict[str, dict[str, Any]] = {}  # by prompt
     for line in read_jsonl(path / "retention.jsonl", RETENTION):
         prompt = line["prompt"]
         item = found.setdefault(prompt, _item("general", prompt, line["category"]))
@@ -148,13 +186,17 @@ def _general(path: Path) -> list[dict[str, Any]]:
 
 def _held_out(path: Path) -> list[dict[str, Any]]:
     """The held-out rows with the judged answers of all arms."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}  # by id
     for line in read_jsonl(path / "evaluation.jsonl", EVALUATION):
         item = found.setdefault(line["id"], _item("held-out", line["id"], "held-out"))
         item["messages"] = line.get("messages", [])
         item["reference"] = line["reference"]
-        answer = {"text": line["answer"], "ok": line["ok"], "reason": line["reason"]}
-        item["answers"][line["arm"]] = answer | {"finish": line["finish"]}
+        item["answers"][line["arm"]] = {
+            "text": line["answer"],
+            "ok": line["ok"],
+            "reason": line["reason"],
+            "finish": line["finish"],
+        }
     for line in read_jsonl(path / "answers.jsonl", {"arm": str}):
         if "id" in line and line["id"] in found:
             _add_drift(found[line["id"]], line)
@@ -162,12 +204,20 @@ def _held_out(path: Path) -> list[dict[str, Any]]:
 
 
 def _item(source: str, id: str, category: str) -> dict[str, Any]:
-    """A prompt without its answers."""
-    empty: dict[str, Any] = {"answers": {}, "kl": {}, "agree": {}, "tokens": 0}
-    return {"source": source, "id": id, "category": category} | empty
+    """A prompt, at first without answers and drift."""
+    return {
+        "source": source,
+        "id": id,
+        "category": category,
+        "answers": {},  # by arm
+        "kl": {},  # by arm: KL(seed || tuned) over the seed's answer, nats per token
+        "agree": {},  # by arm: share of positions with the same likeliest token
+        "tokens": 0,  # of the seed's answer
+    }
 
 
 def _add_drift(item: dict[str, Any], line: dict[str, Any]) -> None:
+    """Enter the drift of one arm; the line holds sums over the tokens."""
     item["kl"][line["arm"]] = finite(line["kl"] / line["tokens"])
     item["agree"][line["arm"]] = line["agree"] / line["tokens"]
     item["tokens"] = line["tokens"]

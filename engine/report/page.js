@@ -1,6 +1,7 @@
 "use strict";
-// Sections 3 to 5. The data are texts that a model or a stranger wrote: they reach the page as text
-// nodes and nowhere else. The policy of the page forbids everything that would parse them.
+// Sections 3 to 5. The data are texts that a model or a stranger wrote: they become text nodes and
+// attribute values, never markup. The content-security policy forbids everything that would parse
+// them.
 (() => {
   const ARMS = [["seed", "seed"], ["sft", "SFT"], ["sdft", "SDFT"]];
   const ROW = 58; // pixels of an entry in a list, as in page.css
@@ -20,20 +21,24 @@
   const number = (value, digits = 2) => (value === null || value === undefined ? "–"
     : value.toFixed(digits).replace("-", "−"));
   const percent = (value) => `${Math.round(100 * value)} %`;
-  const larger = (values) => {
+  // The largest of the values that are known, null where none is.
+  const largest = (values) => {
     const known = values.filter((value) => value !== null && value !== undefined);
     return known.length ? Math.max(...known) : null;
   };
 
   // ---- words that differ
 
-  // For two texts, each as [piece, differs]: the longest common subsequence of words is what is
-  // the same. Texts too long for that (over four million pairs of words) are compared as bags.
+  // Two texts, each as a list of [piece, differs]: a piece is a word, or the space between two
+  // words. Words of the longest common subsequence do not differ. Texts that are too long for it
+  // (over four million pairs of words) are compared as sets of words.
   function compare(a, b) {
-    const texts = [a, b].map((text) => text.split(/(\s+)/));
+    const texts = [a, b].map((text) => text.split(/(\s+)/)); // words at even places
     const words = texts.map((pieces) => pieces.filter((_, i) => i % 2 === 0));
-    const same = words.map((list) => new Uint8Array(list.length));
-    let [start, ends] = [0, words.map((list) => list.length)];
+    const same = words.map((list) => new Uint8Array(list.length)); // of each text, by word: 0 or 1
+    // 1. equal words at both ends
+    let start = 0;
+    let ends = words.map((list) => list.length);
     while (start < Math.min(...ends) && words[0][start] === words[1][start]) {
       same[0][start] = same[1][start] = 1;
       start += 1;
@@ -42,41 +47,52 @@
       ends = ends.map((end) => end - 1);
       same[0][ends[0]] = same[1][ends[1]] = 1;
     }
+    // 2. the n and m words between them
     const [n, m] = ends.map((end) => end - start);
-    if (n * m <= 4e6) subsequence(words, same, start, n, m);
-    else bags(words, same, start, ends);
-    return texts.map((pieces, side) =>
-      pieces.map((piece, i) => [piece, i % 2 === 0 && piece !== "" && !same[side][i / 2]]));
+    if (n * m <= 4e6) markSubsequence(words, same, start, n, m);
+    else markSharedWords(words, same, start, ends);
+    return texts.map((pieces, side) => pieces.map((piece, i) => {
+      const isWord = i % 2 === 0 && piece !== "";
+      return [piece, isWord && !same[side][i / 2]];
+    }));
   }
 
-  function subsequence(words, same, start, n, m) {
-    const width = m + 1;
-    const length = new Uint16Array((n + 1) * width);
+  // Mark a longest common subsequence of n words of one text and m of the other, from `start` on.
+  function markSubsequence(words, same, start, n, m) {
     const equal = (i, j) => words[0][start + i] === words[1][start + j];
+    const width = m + 1;
+    const length = new Uint16Array((n + 1) * width); // of the subsequence from words i and j on
     for (let i = n - 1; i >= 0; i -= 1) {
       for (let j = m - 1; j >= 0; j -= 1) {
-        length[i * width + j] = equal(i, j) ? length[(i + 1) * width + j + 1] + 1
-          : Math.max(length[(i + 1) * width + j], length[i * width + j + 1]);
+        const withoutI = length[(i + 1) * width + j];
+        const withoutJ = length[i * width + j + 1];
+        const withoutBoth = length[(i + 1) * width + j + 1];
+        length[i * width + j] = equal(i, j) ? withoutBoth + 1 : Math.max(withoutI, withoutJ);
       }
     }
-    for (let i = 0, j = 0; i < n && j < m;) {
+    let [i, j] = [0, 0];
+    while (i < n && j < m) {
+      const withoutI = length[(i + 1) * width + j];
+      const withoutJ = length[i * width + j + 1];
       if (equal(i, j)) {
         same[0][start + i] = same[1][start + j] = 1;
         i += 1;
         j += 1;
-      } else if (length[(i + 1) * width + j] >= length[i * width + j + 1]) i += 1;
+      } else if (withoutI >= withoutJ) i += 1;
       else j += 1;
     }
   }
 
-  function bags(words, same, start, ends) {
+  // Mark the words from `start` on that occur anywhere in that part of the other text.
+  function markSharedWords(words, same, start, ends) {
     const middles = words.map((list, side) => new Set(list.slice(start, ends[side])));
     words.forEach((list, side) => {
-      for (let i = start; i < ends[side]; i += 1) same[side][i] = middles[1 - side].has(list[i]);
+      const other = middles[1 - side];
+      for (let i = start; i < ends[side]; i += 1) same[side][i] = other.has(list[i]);
     });
   }
 
-  // A text with its differing words marked, neighbours as one mark.
+  // A text with its differing words marked; neighbours, with the space between them, as one mark.
   function marked(pieces, label) {
     const text = make("div", { class: "text", dir: "auto" });
     let run = "";
@@ -85,8 +101,10 @@
       run = "";
     };
     pieces.forEach(([piece, differs], i) => {
-      const between = run && i % 2 === 1 && pieces[i + 1]?.[1];
-      if (differs || between) run += piece;
+      const isSpace = i % 2 === 1;
+      const nextDiffers = pieces[i + 1]?.[1];
+      const isBetween = run && isSpace && nextDiffers;
+      if (differs || isBetween) run += piece;
       else {
         flush();
         text.append(piece);
@@ -98,8 +116,11 @@
   }
 
   // The same entry in the other runs of the page, as [name of the run, entry].
-  const elsewhere = (list, id) => report.runs.filter((run) => run !== current)
-    .map((run) => [run.name, run[list].find((one) => one.id === id)]).filter(([, one]) => one);
+  function elsewhere(list, id) {
+    const others = report.runs.filter((run) => run !== current);
+    const entries = others.map((run) => [run.name, run[list].find((one) => one.id === id)]);
+    return entries.filter(([, one]) => one);
+  }
 
   const plain = (text) => make("div", { class: "text", dir: "auto" }, text);
   const badge = (text, kind) => make("span", { class: `badge ${kind}` }, text);
@@ -110,15 +131,19 @@
   }
 
   function conversation(messages) {
-    const [last, earlier] = [messages.at(-1), messages.slice(0, -1)];
-    const said = (message) => [make("h5", {}, message.role), plain(message.content)];
-    return make("div", { class: "instruction" },
-      earlier.length ? make("details", {},
-        make("summary", {}, `${earlier.length} earlier messages`), earlier.map(said)) : null,
-      last ? plain(last.content) : null);
+    const last = messages.at(-1);
+    const earlier = messages.slice(0, -1);
+    const shown = (message) => [make("h5", {}, message.role), plain(message.content)];
+    const parts = [];
+    if (earlier.length) {
+      const summary = make("summary", {}, `${earlier.length} earlier messages`);
+      parts.push(make("details", {}, summary, earlier.map(shown)));
+    }
+    if (last) parts.push(plain(last.content));
+    return make("div", { class: "instruction" }, parts);
   }
 
-  // ---- a list of which only the visible part exists, beside the chosen entry
+  // ---- a list, of which the document holds the visible part only, beside the chosen entry
 
   class Browser {
     constructor(root, view) {
@@ -138,7 +163,7 @@
       this.search.addEventListener("input", () => this.refresh());
       this.filter.addEventListener("change", () => this.refresh());
       this.sort.addEventListener("change", () => {
-        this.chosen = null; // who sorts wants to see the first
+        this.chosen = null; // the first entry of the new order is shown
         this.refresh();
       });
       this.list.addEventListener("scroll", () => this.draw(), { passive: true });
@@ -161,7 +186,7 @@
       this.index(0);
     }
 
-    // Lower-cased texts for the search, made while nothing else is to be done.
+    // Make the lower-cased texts for the search, 200 at a time, so that the page stays responsive.
     index(start) {
       const items = this.items;
       const end = Math.min(start + 200, items.length);
@@ -236,7 +261,7 @@
         type: "button", "aria-label": label, title: label, "data-step": by,
         click: () => this.step(by),
       }, sign);
-      const active = document.activeElement; // what is replaced must not take the focus with it
+      const active = document.activeElement; // restored below, because its element is replaced
       const focused = active !== this.detail && this.detail.contains(active);
       const head = make("div", { class: "head" },
         make("h3", { dir: "auto" }, this.view.title(item)), this.view.badges(item),
@@ -266,7 +291,7 @@
       this.choose(this.shown[Math.min(this.shown.length - 1, Math.max(0, at))]);
     }
 
-    // Open the entry of that id, whatever the search hides; false where there is none.
+    // Open the entry of that id, even where the search hides it; false where there is none.
     find(id) {
       const item = this.items.find((one) => one.id === id);
       if (!item) return false;
@@ -303,9 +328,14 @@
   const gap = (row) => (row.reference_nll === null || row.response_nll === null ? null
     : row.reference_nll - row.response_nll);
   const kind = (row) => (row.kept ? "kept" : "rejected");
-  // "unguided mismatch, empty → guided accepted": of a cascade; one try says nothing new
-  const tried = (row) => (Object.values(row.tries).flat().length < 2 ? "" :
-    Object.entries(row.tries).map(([stage, all]) => `${stage} ${all.join(", ")}`).join(" → "));
+  // The tries of a cascade, as in "unguided mismatch, empty → guided accepted"; "" for a single
+  // try, which the other badges show.
+  function tried(row) {
+    const n = Object.values(row.tries).flat().length;
+    if (n < 2) return "";
+    const stages = Object.entries(row.tries);
+    return stages.map(([stage, statuses]) => `${stage} ${statuses.join(", ")}`).join(" → ");
+  }
 
   const rowsView = {
     key: "row",
@@ -389,7 +419,7 @@
       ...item.messages.map((message) => message.content),
       ...Object.values(item.answers).map((answer) => answer.text)],
     sorts: {
-      kl: ["KL to seed, the larger", (item) => larger(Object.values(item.kl))],
+      kl: ["KL to seed, larger of the two", (item) => largest(Object.values(item.kl))],
       sft: ["KL to seed of SFT", (item) => item.kl.sft],
       sdft: ["KL to seed of SDFT", (item) => item.kl.sdft],
       file: ["order of the file", null],
@@ -421,29 +451,37 @@
           `KL ${number(item.kl.sft, 3)} / ${number(item.kl.sdft, 3)}`)),
     ],
     detail: (item) => {
-      const said = (one, arm, title) => {
-        const [answer, seed] = [one.answers[arm], one.answers.seed?.text ?? ""];
-        const notes = [mark(answer), answer?.finish === "length" ? badge("cut short", "quiet") : null];
-        if (arm !== "seed") {
-          notes.push(` KL ${number(one.kl[arm], 4)}, same top-1 `,
-            one.agree[arm] === undefined ? "–" : percent(one.agree[arm]),
-            answer?.text === seed ? ", the seed's own words" : "");
-        } else if (one.tokens) notes.push(` KL taken over its ${one.tokens} tokens`);
-        const text = !answer ? make("p", { class: "note" }, "Not asked (--report-answers).")
-          : arm === "seed" ? plain(answer.text)
-            : marked(compare(seed, answer.text)[1], "not in the seed's answer");
-        return column(title, notes, text, arm);
-      };
-      const parts = [conversation(item.messages), make("div", { class: "columns" },
-        ARMS.map(([arm, name]) => said(item, arm, name)),
-        elsewhere("answers", item.id).map(([run, one]) =>
-          ARMS.slice(1).map(([arm, name]) => said(one, arm, `${name} · ${run}`))))];
+      const ofRun = ARMS.map(([arm, name]) => answerColumn(item, arm, name));
+      const ofOthers = elsewhere("answers", item.id).map(([run, one]) =>
+        ARMS.slice(1).map(([arm, name]) => answerColumn(one, arm, `${name} · ${run}`)));
+      const parts = [
+        conversation(item.messages),
+        make("div", { class: "columns" }, ofRun, ofOthers),
+      ];
       if (item.reference !== undefined) {
         parts.push(make("details", {}, make("summary", {}, "Reference"), plain(item.reference)));
       }
       return parts;
     },
   };
+
+  // The answer of an arm with its verdict and drift; words that the seed's answer lacks are marked.
+  function answerColumn(item, arm, title) {
+    const answer = item.answers[arm];
+    const seed = item.answers.seed?.text ?? "";
+    const notes = [mark(answer)];
+    if (answer?.finish === "length") notes.push(badge("cut short", "quiet"));
+    if (arm !== "seed") {
+      const agree = item.agree[arm] === undefined ? "–" : percent(item.agree[arm]);
+      notes.push(` KL ${number(item.kl[arm], 4)}, same top-1 ${agree}`);
+      if (answer?.text === seed) notes.push(", the same text as the seed's");
+    } else if (item.tokens) notes.push(` KL taken over its ${item.tokens} tokens`);
+    let text;
+    if (!answer) text = make("p", { class: "note" }, "Not answered (--report-answers).");
+    else if (arm === "seed") text = plain(answer.text);
+    else text = marked(compare(seed, answer.text)[1], "not in the seed's answer");
+    return column(title, notes, text, arm);
+  }
 
   // ---- section 5
 
@@ -467,12 +505,13 @@
     const from = current.rows.indexOf(row);
     const before = rows.filter((one) => current.rows.indexOf(one) < from).at(-1);
     const after = rows.find((one) => current.rows.indexOf(one) > from);
+    let note = `Token likelihoods were taken of ${rows.length} of ${current.rows.length} rows `
+      + "(--report-rows); this one is not among them.";
+    if (rows.length === 0) note = "No row has token likelihoods (--report-rows).";
+    else if (at >= 0) note = `${at + 1} of ${rows.length} rows with token likelihoods`;
     const head = make("div", { class: "head" },
       make("h3", { dir: "auto" }, row.id), badge(row.status, kind(row)),
-      make("span", { class: "notes" }, rows.length === 0 ? "No row has token likelihoods (--report-rows)."
-        : at >= 0 ? `${at + 1} of ${rows.length} rows with token likelihoods`
-          : `Token likelihoods were taken of ${rows.length} of ${current.rows.length} rows `
-            + "(--report-rows), this one is not among them."),
+      make("span", { class: "notes" }, note),
       make("span", { class: "walk" }, make("a", { href: address("row", row.id) }, "in the data"),
         jump(before, "Previous row with token likelihoods", "←"),
         jump(after, "Next row with token likelihoods", "→")));
@@ -480,37 +519,46 @@
       place.replaceChildren(head);
       return;
     }
-    const columns = [tokenColumn(line.sdft ? "SFT: the reference" : "SFT and SDFT: the reference",
-      line.sft)];
+    const arms = line.sdft ? "SFT" : "SFT and SDFT";
+    const columns = [tokenColumn(`${arms}: the reference`, line.sft)];
     if (line.sdft) columns.push(tokenColumn("SDFT: the rewrite", line.sdft));
     place.replaceChildren(head, make("div", { class: "columns" }, columns));
   }
 
+  // A training text: `prompt` tokens without loss, then those of the answer with their NLL in nats.
   function tokenColumn(title, { prompt, pieces, nll }) {
     const text = make("div", { class: "text tokens", dir: "auto" });
-    pieces.forEach((piece, i) => {
-      const value = nll[i - prompt];
-      const look = i < prompt ? "token prompt" : `token ${shade(value)}`;
-      const tip = i < prompt ? null : `${number(value)} nats, p = ${Math.exp(-value).toPrecision(2)}`;
-      text.append(make("span", { class: look, title: tip }, piece));
+    pieces.slice(0, prompt).forEach((piece) => {
+      text.append(make("span", { class: "token prompt" }, piece));
     });
     const answer = pieces.slice(prompt).map((piece, i) => [piece, nll[i]]);
+    answer.forEach(([piece, value]) => {
+      const tip = `${number(value)} nats, p = ${Math.exp(-value).toPrecision(2)}`;
+      text.append(make("span", { class: `token ${shade(value)}`, title: tip }, piece));
+    });
     const mean = nll.reduce((sum, value) => sum + value, 0) / nll.length;
-    const foreign = [...answer].sort((a, b) => b[1] - a[1]).slice(0, 6);
-    const table = make("details", {}, make("summary", {}, "As a table"));
-    table.addEventListener("toggle", () => table.append(make("div", { class: "scroll" },
-      make("table", {}, make("thead", {}, make("tr", {},
-        ["Token", "NLL, nats"].map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, answer.map(([piece, value]) => make("tr", {},
-        make("td", {}, make("code", {}, JSON.stringify(piece))),
-        make("td", {}, number(value, 3)))))))), { once: true });
-    return column(title, [`${nll.length} of ${pieces.length} tokens carry loss, mean `,
-      make("b", {}, number(mean)), " nats"], [
-      text,
-      make("p", { class: "notes" }, "Most foreign: ", foreign.map(([piece, value], i) => [
-        i ? ", " : "", make("code", {}, piece.trim() || JSON.stringify(piece)), ` ${number(value, 1)}`])),
-      table,
+    const notes = [`${nll.length} of ${pieces.length} tokens carry loss, mean `,
+      make("b", {}, number(mean)), " nats"];
+    const leastLikely = [...answer].sort((a, b) => b[1] - a[1]).slice(0, 6);
+    const listed = leastLikely.map(([piece, value], i) => [
+      i ? ", " : "",
+      make("code", {}, piece.trim() || JSON.stringify(piece)),
+      ` ${number(value, 1)}`,
     ]);
+    const folded = make("details", {}, make("summary", {}, "As a table"));
+    folded.addEventListener("toggle", () => folded.append(tokenTable(answer)), { once: true });
+    return column(title, notes,
+      [text, make("p", { class: "notes" }, "Least likely: ", listed), folded]);
+  }
+
+  function tokenTable(answer) {
+    const head = ["Token", "NLL, nats"].map((name) => make("th", { scope: "col" }, name));
+    const rows = answer.map(([piece, value]) => make("tr", {},
+      make("td", {}, make("code", {}, JSON.stringify(piece))),
+      make("td", {}, number(value, 3))));
+    return make("div", { class: "scroll" }, make("table", {},
+      make("thead", {}, make("tr", {}, head)),
+      make("tbody", {}, rows)));
   }
 
   // ---- the page
@@ -518,8 +566,8 @@
   const several = () => report.runs.length > 1;
   const address = (key, id) => `#${key}=${encodeURIComponent(id)}`
     + (several() ? `&run=${report.runs.indexOf(current) + 1}` : "");
-  let report; // what the page holds: {runs: [{name, rows, answers, tokens}]}
-  let current; // the run that is looked at
+  let report; // the data of the page: {runs: [{name, rows, answers, tokens}]}
+  let current; // the run that is shown
   const browsers = {};
 
   function show(run) {
@@ -539,7 +587,7 @@
     let id = found[2];
     try {
       id = decodeURIComponent(id);
-    } catch { /* not encoded: taken as it stands */ }
+    } catch { /* not URL-encoded: used as it stands */ }
     if (!browser.find(id)) {
       browser.output.textContent = `There is no ${browser.view.key} “${id}” in this run.`;
     }
@@ -564,7 +612,7 @@
     document.documentElement.dataset.ready = "yes";
   }
 
-  // Tables behind the figures belong on paper.
+  // In print the tables of the figures are open.
   let opened = [];
   window.addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("#result details:not([open])")];

@@ -1,10 +1,10 @@
 """The page: one HTML file that loads nothing else
 
-Every text of a model, a data file or a path is treated as hostile. In sections 1 and 2 it passes
-`tag`, which escapes everything that is not `Html` already; sections 3 to 5 are built in the browser
-from a JSON block (`inline_json`) as text nodes. The policy allows the page's own style and script
-by their hashes and nothing else: no network, no inline handler, no style attribute, no string that
-becomes markup.
+Every text of a model, a data file or a path is treated as hostile. In sections 1 and 2 `tag`
+escapes everything that is not `Html` already; sections 3 to 5 are built in the browser from a JSON
+block (`inline_json`) as text nodes. The content-security policy allows the page's own style and
+script by their hashes and nothing else: no network, no inline handler, no style attribute, no
+string that becomes markup.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from engine.runtime.files import write_text
 
 ASSETS = Path(__file__).resolve().parent
 NO_PLOTS = "Without figures, which need matplotlib -> pip install -e '.[report]', then "
-GLANCE = (0, 1, 3, 4, 6)  # columns of `result_table` that stand in the first table
+# the columns of `result_table` that the first table shows: name, target, NLL, KL, same top-1
+GLANCE = (0, 1, 3, 4, 6)
 
 
 class Html(str):
@@ -47,10 +48,14 @@ def tag(name: str, *children: str, **attributes: str) -> Html:
 
     `class_` is the attribute class, `aria_label` is aria-label.
     """
-    names = {key: key.rstrip("_").replace("_", "-") for key in attributes}
-    parts = (f' {names[key]}="{html.escape(value)}"' for key, value in attributes.items())
-    inner = "".join(c if isinstance(c, Html) else html.escape(c) for c in children)
-    return Html(f"<{name}{''.join(parts)}>{inner}</{name}>")
+    opening = f"<{name}"
+    for key, value in attributes.items():
+        attribute = key.rstrip("_").replace("_", "-")
+        opening += f' {attribute}="{html.escape(value)}"'
+    inner = ""
+    for child in children:
+        inner += child if isinstance(child, Html) else html.escape(child)
+    return Html(f"{opening}>{inner}</{name}>")
 
 
 def inline_json(value: Any) -> Html:
@@ -60,39 +65,57 @@ def inline_json(value: Any) -> Html:
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
+        escape = f"\\u{ord(char):04x}"
+        text = text.replace(char, escape)
     return Html(text)
 
 
 def table(rows: Table, caption: str, class_: str = "") -> Html:
-    """A table whose first row and first column are headers."""
+    """A table whose first row and first column are headers, in a region that can be scrolled."""
     head = [tag("th", cell, scope="col") for cell in rows[0]]
-    body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
-        for row in rows[1:]
-    ]
-    inner = tag("thead", tag("tr", *head)), tag("tbody", *body)
-    whole = tag("table", tag("caption", tag("span", caption)), *inner, class_=class_)
+    body = []
+    for name, *cells in rows[1:]:
+        data = [tag("td", cell) for cell in cells]
+        body.append(tag("tr", tag("th", name, scope="row"), *data))
+    whole = tag(
+        "table",
+        tag("caption", tag("span", caption)),
+        tag("thead", tag("tr", *head)),
+        tag("tbody", *body),
+        class_=class_,
+    )
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
 def write_report(paths: Sequence[Path], out: Path) -> str:
     """Write the page of these runs to `out`; returns the line to print about it.
 
-    ValueError for a directory that is no finished run. Without matplotlib the page has its tables,
-    no figures.
+    ValueError for a directory that is no finished run. Without matplotlib the page has the tables
+    but no figures.
     """
     runs = load_runs(paths)
-    drawn, page = render(runs)
+    has_figures, page = render(runs)
     write_text(out, page)
-    said = f"report: {out} ({len(page) / 1e6:.1f} MB, {sum(len(r.rows) for r in runs):,} rows)"
-    command = "python scripts/report.py " + " ".join(str(path) for path in paths)
-    return said if drawn else f"{said}. {NO_PLOTS}{command}"
+    message = f"report: {out} ({len(page) / 1e6:.1f} MB, {_rows_of(runs):,} rows)"
+    if has_figures:
+        return message
+    command = " ".join(["python scripts/report.py", *map(str, paths)])
+    return f"{message}. {NO_PLOTS}{command}"
+
+
+def _rows_of(runs: Sequence[Run]) -> int:
+    """The rows of all runs."""
+    return sum(len(run.rows) for run in runs)
 
 
 def report_job(paths: Sequence[Path], out: Path | None, *, show: bool) -> None:
-    """Write the page, by default into the run or, of several runs, into this directory."""
-    out = out or (paths[0] if len(paths) == 1 else Path()) / "report.html"
+    """Write the page, and with `show` open it in a browser.
+
+    out    the file; None: report.html in the run or, for several runs, in the current directory
+    """
+    if out is None:
+        folder = paths[0] if len(paths) == 1 else Path()
+        out = folder / "report.html"
     print(write_report(paths, out))
     if show and not webbrowser.open(out.resolve().as_uri()):
         print(f"no browser could be started here; open {out.resolve()}")
@@ -102,11 +125,16 @@ def render(runs: Sequence[Run]) -> tuple[bool, str]:
     """Whether figures could be drawn, and the page."""
     overview = figures.overview(runs)
     of_runs = [figures.plots_of_run(run, str(k)) for k, run in enumerate(runs)]
-    plots = [*overview, *(plot for of_run in of_runs for plot in of_run)]
+    plots = list(overview)
+    for of_run in of_runs:
+        plots += of_run
     drawn = figures.draw_all(plots)
-    boxes = dict(zip((plot.name for plot in plots), drawn or [], strict=False))
+    boxes: dict[str, str] = {}  # name of a plot -> its SVG
+    if drawn is not None:
+        boxes = {plot.name: svg for plot, svg in zip(plots, drawn, strict=True)}
 
-    style, script = ((ASSETS / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    style = (ASSETS / "page.css").read_text("utf-8")
+    script = (ASSETS / "page.js").read_text("utf-8")
     names = ", ".join(run.name for run in runs)
     parts = {
         "policy": html.escape(_policy(style, script)),
@@ -117,12 +145,12 @@ def render(runs: Sequence[Run]) -> tuple[bool, str]:
         "run": _what_was_run(runs),
         "result": _result(runs, overview, of_runs, boxes),
         "answers": html.escape(
-            "Greedy answers of the seed model and of both tuned ones to the same prompts, those "
-            "first that moved furthest. Marked: words that the seed's answer does not have there."
+            "Greedy answers of the seed model and of both tuned models to the same prompts; those "
+            "that drifted most come first. Marked: words that the seed's answer lacks there."
         ),
         "training": html.escape(
-            "What the model is trained on, token by token, shaded by how unlikely the seed model "
-            "finds each one. References are written by another hand; rewrites are the model's own."
+            "The text that the model is trained on, token by token, shaded by how unlikely the "
+            "seed model finds each token. The model wrote the rewrites itself, not the references."
         ),
         "footer": html.escape(_footer(runs)),
         "data": inline_json({"runs": [_data(run) for run in runs]}),
@@ -135,7 +163,7 @@ def render(runs: Sequence[Run]) -> tuple[bool, str]:
 
 
 def _policy(style: str, script: str) -> str:
-    """The content-security policy: these two texts, and nothing from anywhere."""
+    """The content-security policy: it allows this style and this script, and nothing else."""
     return (
         f"default-src 'none'; style-src {_hash_source(style)}; script-src {_hash_source(script)}; "
         "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; "
@@ -144,7 +172,7 @@ def _policy(style: str, script: str) -> str:
 
 
 def _hash_source(text: str) -> str:
-    """A text as a source of the policy."""
+    """The source expression of the policy that allows exactly this text."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
@@ -158,86 +186,113 @@ def _data(run: Run) -> dict[str, Any]:
 
 
 def _lede(runs: Sequence[Run]) -> list[Html]:
+    """The line under the heading, which names the runs."""
     names = [tag("code", run.name) for run in runs]
     joined = Html(" · ".join(names))
-    return [tag("span", f"{len(runs)} runs side by side: " if len(runs) > 1 else "Run "), joined]
+    before = f"{len(runs)} runs side by side: " if len(runs) > 1 else "Run "
+    return [tag("span", before), joined]
 
 
 def _what_was_run(runs: Sequence[Run]) -> Html:
+    """Section 1: of each run the findings, the table at a glance, and its facts."""
     parts = []
     for run in runs:
         if len(runs) > 1:
             parts.append(tag("h3", run.name))
-        said = [tag("div", tag("dt", name), tag("dd", text)) for name, text in findings(run)]
+        terms = [_term(name, text) for name, text in findings(run)]
         notes = [tag("p", text, class_="note") for text in warnings(run)]
+        words = tag("div", tag("dl", *terms, class_="findings"), *notes)
         glance = [[row[i] for i in GLANCE] for row in result_table(run)]
         numbers = table(glance, "At a glance", "arms")
-        parts.append(
-            tag(
-                "div",
-                tag("div", tag("dl", *said, class_="findings"), *notes),
-                numbers,
-                class_="glance",
-            )
-        )
+        parts.append(tag("div", words, numbers, class_="glance"))
         parts.append(_facts(run))
     return Html("".join(parts))
 
 
+def _term(name: str, text: str) -> Html:
+    """An entry of a list of terms."""
+    return tag("div", tag("dt", name), tag("dd", text))
+
+
 def _facts(run: Run) -> Html:
     """Model, data and settings of a run as a list of terms, with every setting folded below."""
-    s, environment = run.settings, run.summary["environment"]
+    terms = [_term(name, text) for name, text in _fact_texts(run).items()]
     model = run.summary.get("model", {})
-    counts = f"{len(run.rows):,} turns"
-    lora = f"rank {s['LoraConfig.rank']}, alpha {s['LoraConfig.alpha']:g}"
-    training = (
-        f"{s['TrainConfig.epochs']} x {len(run.rows):,} turns in batches of "
-        f"{s['TrainConfig.batch_rows']}, learning rate {s['TrainConfig.lr']:g}, seed "
-        f"{s['TrainConfig.seed']}"
-    )
-    sampling = ", ".join(
-        f"{k} {s[f'SamplerConfig.{k}']}" for k in ("temperature", "top_p", "top_k")
-    )
-    machine = environment.get("gpu") or f"{environment['machine']} {environment['cpu']}"
-    versions = f"python {environment['python']}, torch {environment['torch']}"
-    facts = {
-        "Model": f"{s['ModelConfig.model']}, {model.get('parameters', 0) / 1e6:.0f} M parameters",
-        "Data": f"{s['DataConfig.data']}, {counts}",
-        "Held out": str(s["SdftConfig.eval_data"] or "none"),
-        "Rewrites": f"template {s['DistillConfig.template']}, cascade "
-        f"{s.get('DistillConfig.cascade', 'guided:1')}, verified by {s['DistillConfig.verify']}, "
-        f"{sampling}{', as published' if s.get('DistillConfig.paper_exact') else ''}",
-        "LoRA": f"{lora} on {s['LoraConfig.modules']}",
-        "Training": training,
-        "Operations": f"table {model.get('ops', '?')}, {model.get('dtype', '?')} on "
-        f"{model.get('device', '?')}, {environment['threads']} threads",
-        "Machine": machine,
-        "Versions": f"{versions}, commit {environment['commit'] or 'unknown'}",
-    }
-    terms = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()]
     seconds = run.summary["seconds"]
-    times = [["Stage", "Seconds"], *([name, f"{value:,.0f}"] for name, value in seconds.items())]
-    rows = [["Setting", "Value"], *([name, str(value)] for name, value in run.settings.items())]
-    rows += [["sha256 of the data", run.data_sha256]]
-    rows += [["fingerprint of the model", model.get("fingerprint", "unknown")]]
-    ops = [["Operation", "Function"], *map(list, model.get("ops_table", {}).items())]
-    return Html(
-        tag("dl", *terms, class_="facts")
-        + tag(
-            "div",
-            _folded(
-                f"Times ({seconds['all']:,.0f} s)",
-                table(times, "Seconds by stage, of the last process only"),
-            ),
-            _folded("All settings", table(rows, "Every setting of the run")),
-            _folded("Table of operations", table(ops, "What computed each operation")),
-            _folded("Command", tag("pre", " ".join(environment["command"]))),
-            class_="folded",
-        )
+    times = [["Stage", "Seconds"]]
+    for stage, value in seconds.items():
+        times.append([stage, f"{value:,.0f}"])
+    settings = [["Setting", "Value"]]
+    for name, value in run.settings.items():
+        settings.append([name, str(value)])
+    settings.append(["sha256 of the data", run.data_sha256])
+    settings.append(["fingerprint of the model", model.get("fingerprint", "unknown")])
+    ops = [["Operation", "Function"]]
+    for operation, function in model.get("ops_table", {}).items():
+        ops.append([operation, function])
+    command = " ".join(run.summary["environment"]["command"])
+    folded = tag(
+        "div",
+        _folded(
+            f"Times ({seconds['all']:,.0f} s)",
+            table(times, "Seconds by stage, of the last process only"),
+        ),
+        _folded("All settings", table(settings, "Every setting of the run")),
+        _folded("Table of operations", table(ops, "The function that computed each operation")),
+        _folded("Command", tag("pre", command)),
+        class_="folded",
     )
+    return Html(tag("dl", *terms, class_="facts") + folded)
+
+
+def _fact_texts(run: Run) -> dict[str, str]:
+    """The terms of `_facts`, and their texts."""
+    s = run.settings
+    environment = run.summary["environment"]
+    model = run.summary.get("model", {})
+    turns = f"{len(run.rows):,} turns"
+    parameters = f"{model.get('parameters', 0) / 1e6:.0f} M parameters"
+    rewrites = [
+        f"template {s['DistillConfig.template']}",
+        f"cascade {s.get('DistillConfig.cascade', 'guided:1')}",
+        f"verified by {s['DistillConfig.verify']}",
+        f"temperature {s['SamplerConfig.temperature']}",
+        f"top_p {s['SamplerConfig.top_p']}",
+        f"top_k {s['SamplerConfig.top_k']}",
+    ]
+    if s.get("DistillConfig.paper_exact"):
+        rewrites.append("as published")
+    training = [
+        f"{s['TrainConfig.epochs']} x {turns} in batches of {s['TrainConfig.batch_rows']}",
+        f"learning rate {s['TrainConfig.lr']:g}",
+        f"seed {s['TrainConfig.seed']}",
+    ]
+    operations = [
+        f"table {model.get('ops', '?')}",
+        f"{model.get('dtype', '?')} on {model.get('device', '?')}",
+        f"{environment['threads']} threads",
+    ]
+    versions = [
+        f"python {environment['python']}",
+        f"torch {environment['torch']}",
+        f"commit {environment['commit'] or 'unknown'}",
+    ]
+    rank, alpha = s["LoraConfig.rank"], s["LoraConfig.alpha"]
+    return {
+        "Model": f"{s['ModelConfig.model']}, {parameters}",
+        "Data": f"{s['DataConfig.data']}, {turns}",
+        "Held out": str(s["SdftConfig.eval_data"] or "none"),
+        "Rewrites": ", ".join(rewrites),
+        "LoRA": f"rank {rank}, alpha {alpha:g} on {s['LoraConfig.modules']}",
+        "Training": ", ".join(training),
+        "Operations": ", ".join(operations),
+        "Machine": environment.get("gpu") or f"{environment['machine']} {environment['cpu']}",
+        "Versions": ", ".join(versions),
+    }
 
 
 def _folded(summary: str, *children: str) -> Html:
+    """A part of the page that a click opens."""
     return tag("details", tag("summary", summary), *children)
 
 
@@ -247,6 +302,12 @@ def _result(
     of_runs: Sequence[Sequence[figures.Plot]],
     boxes: dict[str, str],
 ) -> Html:
+    """Section 2: the tables and the figures.
+
+    overview    the figure of all runs
+    of_runs     the figures of each run
+    boxes       the SVG of a figure by its name; {} without matplotlib
+    """
     parts = []
     if len(runs) > 1:
         parts += [tag("p", text, class_="note") for text in why_incomparable(runs)]
@@ -279,18 +340,22 @@ def _result(
 
 
 def _plots(plots: Sequence[figures.Plot], boxes: dict[str, str]) -> Html:
-    made = []
+    """Figures with their captions and tables."""
+    elements = []
     for plot in plots:
-        caption = tag("figcaption", tag("b", plot.title), " ", plot.caption)
+        parts = [tag("figcaption", tag("b", plot.title), " ", plot.caption)]
+        if boxes:
+            parts.append(Html(boxes[plot.name]))
         numbers = table(plot.table, f"{plot.title}: the numbers")
-        drawing = [Html(boxes[plot.name])] if boxes else []
-        made.append(tag("figure", caption, *drawing, _folded("As a table", numbers)))
-    return tag("div", *made, class_="figures")
+        parts.append(_folded("As a table", numbers))
+        elements.append(tag("figure", *parts))
+    return tag("div", *elements, class_="figures")
 
 
 def _footer(runs: Sequence[Run]) -> str:
+    count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     return (
-        "Written by scripts/report.py. The page holds all its data, asks for nothing over the "
-        f"network, and shows text of models and of data files as text: {len(runs)} run"
-        f"{'s' if len(runs) > 1 else ''}, {sum(len(run.rows) for run in runs):,} rows."
+        "Written by scripts/report.py. The page holds all its data, loads nothing over the "
+        "network, and shows text of models and of data files as text: "
+        f"{count}, {_rows_of(runs):,} rows."
     )

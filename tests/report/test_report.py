@@ -1,4 +1,4 @@
-"""The report: what it says, what it escapes, what it does without matplotlib or without a part."""
+"""The report: findings, escaping, policy; pages without matplotlib or without a part of the run."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ def change(path: Path, edit) -> None:
 
 
 def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
-    a, b = make_run(tmp_path / "x" / "run", 12), make_run(tmp_path / "y" / "run", 12, seed=1)
+    a = make_run(tmp_path / "x" / "run", 12)
+    b = make_run(tmp_path / "y" / "run", 12, seed=1)
     command = [sys.executable, str(ROOT / "scripts" / "report.py")]
-    said = subprocess.run([*command, a], cwd=tmp_path, capture_output=True, text=True, check=True)
+    quiet = {"cwd": tmp_path, "capture_output": True, "text": True}
+    said = subprocess.run([*command, a], check=True, **quiet)
     assert f"report: {a / 'report.html'}" in said.stdout and "12 rows" in said.stdout
-    subprocess.run([*command, a, b], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*command, a, b], check=True, **quiet)
     page = (tmp_path / "report.html").read_text()
     assert page.count("5ha256") == 2 and "kernels.adamw.adamw_" in page
     assert "x/run" in page and "y/run" in page and "Settings in which the runs differ" in page
     assert "over 2 seeds" in page  # they differ in nothing else
-    wrong = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    wrong = subprocess.run([*command, tmp_path], **quiet)
     assert wrong.returncode == 2 and "holds no summary.json; expected the --out" in wrong.stderr
 
 
@@ -57,7 +59,7 @@ def test_open_shows_the_page_or_says_where_it_is(tmp_path, monkeypatch, capsys, 
     assert ("no browser could be started here" in capsys.readouterr().out) != opens
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_a_directory_without_a_run_or_with_a_torn_line_is_refused(tmp_path):
     run = make_run(tmp_path / "run", 3)
     with pytest.raises(ValueError, match="nowhere is no directory"):
         load_runs([tmp_path / "nowhere"])
@@ -70,7 +72,7 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     assert not (run / "report.html").exists()
 
 
-def test_nothing_can_leave_the_data_block_or_an_element():
+def test_data_block_and_elements_escape_all_markup():
     value = {"</script>": "<!-- <script> &amp; ]]> \u2028 \ud800"}
     block = inline_json(value)
     assert not set("<>&") & set(block) and json.loads(block) == value
@@ -90,8 +92,8 @@ def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else(tmp_p
         return f"'sha256-{base64.b64encode(digest).decode()}'"
 
     (policy,) = re.findall('Content-Security-Policy" content="(.*?)"', page)
-    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
-    assert rules == {
+    rules = [rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";")]
+    assert dict(rules) == {
         "default-src": "'none'",
         "style-src": source("style"),
         "script-src": source("script"),
@@ -128,11 +130,11 @@ def test_without_matplotlib_the_page_has_its_tables_and_says_so(tmp_path, monkey
     assert "<svg" not in page and "Training loss: the numbers" in page and "need matplotlib" in page
 
 
-def test_a_run_without_its_optional_parts(tmp_path):
+def test_parts_that_a_run_lacks_are_left_out_of_the_page(tmp_path):
     """Nothing held out, nothing scored, nothing collected; a KL that is no number."""
     run = make_run(tmp_path / "run", 12)
-    for name in ("evaluation.jsonl", "distilled.jsonl.scores.jsonl", "tokens.jsonl",
-                 "answers.jsonl"):  # fmt: skip
+    optional = "evaluation.jsonl distilled.jsonl.scores.jsonl tokens.jsonl answers.jsonl"
+    for name in optional.split():
         (run / name).unlink()
     lines = read_jsonl(run / "retention.jsonl")
     lines[0]["kl"] = math.nan
@@ -142,14 +144,13 @@ def test_a_run_without_its_optional_parts(tmp_path):
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "no held-out rows were given" in page and "Likelihood under the seed" not in page
-    # and one whose target nothing verifies
-    change(run, lambda s: s.update(evaluation={
-        arm: {"n": 0, "right": 0, "truncated": 0, "nll": 1.5, "share": math.nan}
-        for arm in ("seed", "sft", "sdft")}))  # fmt: skip
+    # a run without a verifier has the references' NLL alone
+    score = {"n": 0, "right": 0, "truncated": 0, "nll": 1.5, "share": math.nan}
+    scores = dict.fromkeys(("seed", "sft", "sdft"), score)
+    change(run, lambda s: s.update(evaluation=scores))
     write_report([run], run / "report.html")
-    assert "NLL per token of the held-out references: seed 1.500" in (
-        (run / "report.html").read_text()
-    )
+    page = (run / "report.html").read_text()
+    assert "NLL per token of the held-out references: seed 1.500" in page
 
 
 def test_a_difference_is_stated_only_where_it_is_significant(tmp_path):
@@ -162,47 +163,48 @@ def test_a_difference_is_stated_only_where_it_is_significant(tmp_path):
     for i, line in enumerate(drift):
         line["kl"] = (i // 2 + 1) * {"sft": 2, "sdft": 1}[line["arm"]]
     write_jsonl(run / "retention.jsonl", drift)
-    said = dict(findings(load_run(run, "run")))
-    assert "SFT is better than seed (p < 0.001). SFT is better than SDFT" in said["Target"]
-    assert "No difference is seen between seed and SDFT (p = 1.00)" in said["Target"]
-    assert "SDFT forgot less" in said["Retention"]
+    found = dict(findings(load_run(run, "run")))
+    assert "SFT is better than seed (p < 0.001). SFT is better than SDFT" in found["Target"]
+    assert "No difference is seen between seed and SDFT (p = 1.00)" in found["Target"]
+    assert "SDFT forgot less" in found["Retention"]
     write_jsonl(run / "retention.jsonl", [line | {"kl": 3.0} for line in drift])
-    assert (
-        "No difference seen (SFT − SDFT: +0.0000"
-        in (dict(findings(load_run(run, "run")))["Retention"])
-    )
+    found = dict(findings(load_run(run, "run")))
+    assert "No difference is seen (SFT − SDFT: +0.0000" in found["Retention"]
 
 
 def test_intervals_over_seeds_only_of_runs_that_differ_in_nothing_else(tmp_path):
-    a, b, c = (make_run(tmp_path / n, 6, seed=k) for k, n in enumerate("abc"))
+    a = make_run(tmp_path / "a", 6, seed=0)
+    b = make_run(tmp_path / "b", 6, seed=1)
+    c = make_run(tmp_path / "c", 6, seed=2)
     change(c, lambda s: s["settings"]["TrainConfig"].update(lr=1.0))
     ((group, table),) = tables_over_seeds(load_runs([a, b, c]))
     assert [run.name for run in group] == ["a", "b"]
-    kl = [json.loads((p / "summary.json").read_text())["retention"]["sft"]["kl"] for p in (a, b)]
-    mean, low, high = t_interval(kl)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (a, b)]
+    mean, low, high = t_interval([s["retention"]["sft"]["kl"] for s in summaries])
     assert table[2][3] == f"{mean:.4f} ({low:.4f} – {high:.4f})"
     assert table[4][0] == "SDFT − SFT" and tables_over_seeds(load_runs([a, c])) == []
 
 
 def test_figures_obey_the_policy_and_take_the_pages_colours(tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra `report`")
-    run = make_run(tmp_path / "run", 40)
-    run = load_run(run, "$\\frac{a}{ <b> \x1b &")  # a name that is no mathematics and no XML
-    made = [*plots.overview([run]), *plots.plots_of_run(run, "0"), *plots.plots_of_run(run, "1")]
+    path = make_run(tmp_path / "run", 40)
+    run = load_run(path, "$\\frac{a}{ <b> \x1b &")  # a name that is no mathematics and no XML
+    made = plots.overview([run])
+    made += plots.plots_of_run(run, "0")
+    made += plots.plots_of_run(run, "1")
     drawn = "".join(plots.draw_all(made))
     assert len(made) == 11
     assert " style=" not in drawn and "<style" not in drawn and "<metadata" not in drawn
     assert "#00000" not in drawn and "var(--sdft)" in drawn and drawn.count("</text>") > 100
     ids = re.findall(r' id="([^"]+)"', drawn)
-    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="|url\()#([^")]+)', drawn)) == (
-        set(ids)
-    )
+    references = re.findall(r'(?:href="|url\()#([^")]+)', drawn)
+    assert len(ids) == len(set(ids)) and set(references) == set(ids)
     assert plots.draw_all(made[:1]) == plots.draw_all(made[:1])  # the same run gives the same page
-    two = plots.overview([run, load_run(run.path, "other")])
-    assert "$\\frac{a}{ &lt;b&gt; \ufffd &amp;" in plots.svg(two[0])
+    both = plots.overview([run, load_run(run.path, "other")])
+    assert "$\\frac{a}{ &lt;b&gt; \ufffd &amp;" in plots.svg(both[0])
 
 
-def test_evenly_spaced():
+def test_evenly_spaced_takes_every_nth_from_the_first():
     assert evenly_spaced(range(10), 4) == [0, 2, 5, 7] and evenly_spaced([1, 2], 5) == [1, 2]
     assert evenly_spaced([1, 2], 0) == evenly_spaced([], 3) == []
 

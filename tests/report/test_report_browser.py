@@ -1,19 +1,18 @@
-"""The report page as a reader has it: in headless Chromium, by keyboard, with hostile texts."""
+"""The report page in headless Chromium: lists, keys, links, hostile texts, print, accessibility."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from engine.report.page import write_report
-from engine.runtime.files import read_jsonl
+from engine.runtime.files import read_jsonl, write_jsonl
 from tests.helpers.made_run import make_run
 
-# Whatever of these came to life would set window.owned or ask for something.
+# Any part of this text that became markup or script would set window.owned or send a request.
 HOSTILE = (
     "</script><script>window.owned=1</script><!--<script>"
     "<img src=x onerror=window.owned=2><svg onload=window.owned=3>"
@@ -47,10 +46,12 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run directories, and the page of each: two small ones together, a hostile, a long one."""
+    """Run directories with their pages: a small run, two together, a hostile one, a long one."""
     folder = tmp_path_factory.mktemp("runs")
-    first, second = make_run(folder / "a", 200), make_run(folder / "b", 60, seed=1)
-    hostile = make_run(folder / HOSTILE.replace("/", "\u2215")[:60], 12, text=HOSTILE, data=HOSTILE)
+    first = make_run(folder / "a", 200)
+    second = make_run(folder / "b", 60, seed=1)
+    hostile_name = HOSTILE.replace("/", "\u2215")[:60]  # no path may hold a slash
+    hostile = make_run(folder / hostile_name, 12, text=HOSTILE, data=HOSTILE)
     long = make_run(folder / "long", 10_000, words=20)
     write_report([first], first / "report.html")
     write_report([first, second], folder / "two.html")
@@ -60,15 +61,17 @@ def runs(tmp_path_factory):
 
 
 class Page:
-    """An open page, with the few things that the tests do to it."""
+    """An open page, and the actions of the tests on it."""
 
-    def __init__(self, chrome, file: Path, fragment: str = "", width: int = 1280, scheme="light"):
+    def __init__(
+        self, chrome, file: Path, fragment: str = "", width: int = 1280, scheme: str = "light"
+    ):
         self.chrome = chrome
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        chrome.get("about:blank")  # or a new fragment would only scroll
+        chrome.get("about:blank")  # else a new fragment would only scroll
         chrome.get_log("browser")
         chrome.get(file.as_uri() + fragment)
         self.wait("return document.documentElement.dataset.ready === 'yes'")
@@ -121,7 +124,7 @@ def test_the_page_loads_without_requests_or_errors(page):
     assert page.js("return document.querySelectorAll('figure svg[role=img] text').length") > 50
 
 
-def test_filter_search_and_sort(page, runs):
+def test_filter_search_and_sort_choose_the_rows_in_the_list(page, runs):
     from selenium.webdriver.common.keys import Keys
 
     rows = read_jsonl(runs / "a" / "distilled.jsonl")
@@ -130,8 +133,9 @@ def test_filter_search_and_sort(page, runs):
     assert page.count() == f"{len(wanted)} of 200 rows" and page.chosen() == wanted[0]["id"]
 
     def holds(row, word):
-        said = [row["messages"][0]["content"], row["reference"], row["response"], row["status"]]
-        return word in "\n".join([row["id"], *said]).lower()
+        question = row["messages"][0]["content"]
+        texts = [row["id"], question, row["reference"], row["response"], row["status"]]
+        return word in "\n".join(texts).lower()
 
     page.set("#rows [name=filter]", "all")
     page.find("#rows [name=search]").send_keys("MONDAY apples")  # every word, in any case
@@ -150,14 +154,16 @@ def test_filter_search_and_sort(page, runs):
 
     page.set("#rows [name=sort]", "gap")
     scores = read_jsonl(runs / "a" / "distilled.jsonl.scores.jsonl")
-    assert first() == max(scores, key=lambda s: s["reference_nll"] - s["response_nll"])["id"]
+    widest = max(scores, key=lambda score: score["reference_nll"] - score["response_nll"])
+    assert first() == widest["id"]
     page.set("#rows [name=sort]", "long")
-    assert first() == max(rows, key=lambda row: len(row["response"]))["id"]
+    longest = max(rows, key=lambda row: len(row["response"]))
+    assert first() == longest["id"]
     page.set("#rows [name=sort]", "file")
     assert first() == "row0/0" and page.complaints() == []
 
 
-def test_keyboard_navigation(page):
+def test_keys_choose_rows_and_keep_the_focus(page):
     from selenium.webdriver.common.keys import Keys
 
     page.js("document.querySelector('#rows .list').focus({preventScroll: true})")
@@ -216,12 +222,17 @@ def test_a_link_opens_its_row(chromium, runs):
 def test_words_that_differ_are_marked(chromium, runs, tmp_path):
     run = make_run(tmp_path / "run", 3)
     lines = read_jsonl(run / "distilled.jsonl")
-    long = [" ".join(f"{name}{i} b" for i in range(3000)) for name in "ac"]
-    texts = [("one two  three\nfour five", "one 2 three\nfour and five"), ("same", "same"), long]
+    long_reference = " ".join(f"a{i} b" for i in range(3000))
+    long_rewrite = " ".join(f"c{i} b" for i in range(3000))
+    texts = [
+        ("one two  three\nfour five", "one 2 three\nfour and five"),
+        ("same", "same"),
+        (long_reference, long_rewrite),
+    ]
     for line, (reference, response) in zip(lines, texts, strict=True):
         line |= {"reference": reference, "response": response, "target": response}
         line["status"] = "accepted"
-    (run / "distilled.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write_jsonl(run / "distilled.jsonl", lines)
     write_report([run], run / "report.html")
     page = Page(chromium, run / "report.html")
 
@@ -236,11 +247,11 @@ def test_words_that_differ_are_marked(chromium, runs, tmp_path):
     page.js("document.querySelector('#rows .list').focus()")
     page.press("j")
     assert marks() == [[], []]
-    page.press("j")  # 6,000 words each: compared as bags
+    page.press("j")  # 6,000 words each: compared as sets of words
     assert len(marks()[0]) == 3000 and "b" not in marks()[0]
 
 
-def test_answers_and_training_text(page, runs):
+def test_answers_and_training_text_show_the_runs_files(page, runs):
     lines = read_jsonl(runs / "a" / "retention.jsonl")
     most = max(lines, key=lambda line: line["kl"])
     page.set("#prompts [name=filter]", "general")
@@ -264,8 +275,11 @@ def test_answers_and_training_text(page, runs):
     spans = page.js(f"return [...{column}.querySelectorAll('.token')].map(s => s.className)")
     sft = tokens[2]["sft"]
     assert spans.count("token prompt") == sft["prompt"] and len(spans) == len(sft["pieces"])
-    shades = [sum(nll >= edge for edge in (0.5, 1, 2, 4, 7)) for nll in sft["nll"]]
-    assert spans[sft["prompt"] :] == [f"token n{shade}" for shade in shades]
+    expected = []
+    for nll in sft["nll"]:
+        edges_below = [edge for edge in (0.5, 1, 2, 4, 7) if nll >= edge]
+        expected.append(f"token n{len(edges_below)}")
+    assert spans[sft["prompt"] :] == expected
     page.find("#tokens details summary").click()
     page.wait(f"return {column}.querySelectorAll('tbody tr').length === {len(sft['nll'])}")
     page.find("#tokens .walk button:last-child").click()
@@ -280,7 +294,7 @@ def test_hostile_texts_stay_texts(chromium, runs):
     parts = ["script", "style", "img", "iframe", "form", "a[href]:not([href^='#'])", "[onload]"]
     counts = page.js(f"return {parts}.map(s => document.querySelectorAll(s).length)")
     assert counts == [2, 1, 0, 0, 2, 0, 0]
-    # every entry of every list is shown once, every fold opened, every button and link pressed
+    # show every entry of every list once, open every fold, press every button and link
     page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
     for root in ("#rows", "#prompts"):
         page.js(f"document.querySelector('{root} .list').focus()")
@@ -290,7 +304,7 @@ def test_hostile_texts_stay_texts(chromium, runs):
         text = page.js(f"return document.querySelector({selector!r}).textContent")
         assert "<script>" in text, selector
     assert page.js("return window.owned") is None and page.complaints() == []
-    # and had one got through, the policy would have stopped it
+    # the policy stops scripts that got through the escaping
     tries = [
         "document.body.innerHTML = '<img src=x onerror=window.owned=6>'",
         "document.body.setAttribute('onclick', 'window.owned=7')",
@@ -305,7 +319,7 @@ def test_hostile_texts_stay_texts(chromium, runs):
     assert any("Content Security Policy" in said for said in page.complaints())
 
 
-def test_ten_thousand_rows_and_only_the_visible_exist(chromium, runs):
+def test_of_ten_thousand_rows_only_the_visible_ones_are_in_the_document(chromium, runs):
     from selenium.webdriver.common.keys import Keys
 
     page = Page(chromium, runs / "long.html")
@@ -319,7 +333,7 @@ def test_ten_thousand_rows_and_only_the_visible_exist(chromium, runs):
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
+def test_the_page_fits_its_width_in_both_schemes_and_on_paper(chromium, runs, width):
     grounds = set()
     for scheme in ("light", "dark"):
         page = Page(chromium, runs / "two.html", width=width, scheme=scheme)
@@ -327,7 +341,7 @@ def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
         detail = page.js("return document.querySelector('#rows .detail').clientWidth")
         assert detail > 0.6 * width  # beside the list where there is room, else below it
         grounds.add(page.js("return getComputedStyle(document.body).backgroundColor"))
-        # a figure's ink is the page's: it follows the scheme
+        # figures take the page's colours, which follow the scheme
         ink = "return getComputedStyle(document.querySelector('figure svg text')).fill"
         grounds.add(page.js(ink))
     assert len(grounds) == 4
@@ -344,7 +358,7 @@ def test_it_fits_in_both_schemes_and_on_paper(chromium, runs, width):
     assert page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_roles_and_names_for_screen_readers(page):
+def test_screen_readers_find_names_headers_and_heading_levels(page):
     """Names for everything that takes the focus, tables with headers, one h1, no level left out."""
     nameless = page.js(
         "return [...document.querySelectorAll('input, select, button, a, [tabindex], svg')].filter("

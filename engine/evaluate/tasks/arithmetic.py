@@ -1,19 +1,18 @@
 """GSM8K (1,319 questions) and MultiArith (180): is the last number right?
 
-number  our verifier: the last number, exactly (verifiers.verify_number)
+number  our verifier (verifiers.verify_number): the last number, exactly
 paper   the published scorer, mistakes included (paper_rules.scores_number): the last thing that
         looks like an integer; two texts without one are equal
 
-Files are JSON of {"question", "answer"}, the answer ending in its number. MultiArith's is in no
-package and not shipped here.
+The files are JSON lists of {"question", "answer"}; an answer ends in its number. MultiArith's file
+is in no package and not shipped here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from engine.data.rows import Row
-from engine.evaluate.tasks.base import Item, Task, rows_of, with_system
+from engine.evaluate.tasks.base import Item, Task, Verdict, rows_of, with_system
 from engine.verify.paper_rules import scores_number
 from engine.verify.verifiers import verify_number
 
@@ -24,20 +23,37 @@ PAPER_SYSTEM = (
 )
 
 
-def judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
-    """Right by our rule and by the published one."""
-    row = Row(item.id, (*item.messages, {"role": "assistant", "content": item.reference}))
-    ok, reason = verify_number(row, answer)
-    return {"number": ok, "paper": scores_number(item.reference, answer)}, reason
+def judge(item: Item, answer: str) -> Verdict:
+    """Right or wrong by our rule and by the published one; the reason is our rule's."""
+    ok, reason = verify_number(item.row_with_reference(), answer)
+    scores = {
+        "number": ok,
+        "paper": scores_number(item.reference, answer),
+    }
+    return scores, reason
 
 
 def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
-    """The plain questions, as training shows them; under `paper` after its system message."""
+    """The plain questions, as in training; with `paper` after the paper's system message."""
     items, digest = rows_of(file)
-    return (with_system(items, PAPER_SYSTEM) if paper else items), digest
+    if paper:
+        items = with_system(items, PAPER_SYSTEM)
+    return items, digest
 
 
-GSM8K = Task("gsm8k", ("number", "paper"), load, judge, "gsm8k_test.json", paper_format="llama2")
+GSM8K = Task(
+    name="gsm8k",
+    scorers=("number", "paper"),
+    load=load,
+    judge=judge,
+    file="gsm8k_test.json",
+    paper_format="llama2",
+)
 MULTIARITH = Task(
-    "multiarith", ("number", "paper"), load, judge, "multiarith_test.json", paper_format="llama2"
+    name="multiarith",
+    scorers=("number", "paper"),
+    load=load,
+    judge=judge,
+    file="multiarith_test.json",
+    paper_format="llama2",
 )

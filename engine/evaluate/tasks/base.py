@@ -1,4 +1,4 @@
-"""The types of a task: items to answer, and a rule that judges an answer."""
+"""The types of a task: its items, and the rule that judges an answer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.data.rows import load_rows
+from engine.data.rows import Row, load_rows
 
-Message = dict[str, str]
+Message = dict[str, str]  # role, content
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,16 @@ class Item:
     reference: str = ""
     record: dict[str, Any] = field(default_factory=dict)  # further fields for its scorer
 
+    def row_with_reference(self) -> Row:
+        """The item as a row of data whose last message is the reference, as verifiers take it."""
+        answer = {"role": "assistant", "content": self.reference}
+        return Row(self.id, (*self.messages, answer))
 
-# (item, answer) -> right or wrong by each scorer, and the reason (may be empty)
-Judge = Callable[[Item, str], tuple[dict[str, bool], str]]
+
+# scorer -> right or wrong, and the reason (may be empty)
+Verdict = tuple[dict[str, bool], str]
+# judges an answer to an item
+Judge = Callable[[Item, str], Verdict]
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,14 @@ class Task:
     """A benchmark."""
 
     name: str
-    scorers: tuple[str, ...]  # names that `judge` gives; "paper" is the published rule
-    # (file, paper) -> items, and the data's hash; the file is None for a task that brings its items
+    scorers: tuple[str, ...]  # names in the verdicts of `judge`; "paper" is the published rule
+    # (file, whether to use the paper's prompts) -> items, and the sha256 of the data. The file is
+    # None for a task that brings its items.
     load: Callable[[Path | None, bool], tuple[list[Item], str]]
     judge: Judge
-    file: str | None = None  # its name in --tasks-dir; None: it brings its items itself
-    export: Callable[..., Path] | None = None  # writes an arm's answers for another program
+    file: str | None = None  # its data's name in --tasks-dir; None: the task brings its items
+    # writes an arm's answers for another program: (items, lines by item id, arm, directory) -> file
+    export: Callable[[list[Item], dict[str, dict[str, Any]], str, Path], Path] | None = None
     paper_format: str = "alpaca"  # chat format of the paper's evaluation (paper.md 1.2)
     paper_judge: Judge | None = None  # judges answers to the paper's prompt; None: `judge`
     paper_greedy: bool = False  # one greedy answer in the paper, instead of sampled ones
@@ -47,8 +56,12 @@ class Task:
 def rows_of(
     file: Path | None, *, columns: dict[str, str] | None = None, answers: bool = True
 ) -> tuple[list[Item], str]:
-    """The rows of a data file as items; ValueError as `load_rows` raises it."""
-    assert file is not None, "a task with a file was given none"
+    """The rows of a data file as items, and the file's sha256; ValueError as from `load_rows`.
+
+    columns    {role: field of the file}, as `load_rows` takes them
+    answers    whether the rows hold references
+    """
+    assert file is not None, "a task that needs a file was loaded without one"
     rows = load_rows(file, columns=columns, need_reference=answers, skip_bad=None)
     if answers:
         items = [Item(row.id, row.messages[:-1], row.reference) for row in rows]
@@ -58,6 +71,10 @@ def rows_of(
 
 
 def with_system(items: Sequence[Item], system: str) -> list[Item]:
-    """The items with a system message before the others."""
+    """The items with a system message before their other messages."""
     message = {"role": "system", "content": system}
-    return [dataclasses.replace(item, messages=(message, *item.messages)) for item in items]
+    prefixed = []
+    for item in items:
+        messages = (message, *item.messages)
+        prefixed.append(dataclasses.replace(item, messages=messages))
+    return prefixed

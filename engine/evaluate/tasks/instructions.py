@@ -1,16 +1,16 @@
-"""Forty instructions of ours whose fulfilment a program can check
+"""Forty instructions of ours; a program checks whether an answer follows them
 
 Each asks for something easy under one or two constraints of form; an answer follows an instruction
 when it meets all of them. The idea is IFEval's (Zhou et al. 2023, "Instruction-Following Evaluation
-for Large Language Models"); prompts and checks are ours, so scores compare arms with each other and
-nothing else.
+for Large Language Models"); prompts and checks are ours, so that scores compare arms with each
+other and with nothing else.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from engine.evaluate.tasks.base import Item, Task
+from engine.evaluate.tasks.base import Item, Task, Verdict
 from engine.evaluate.tasks.constraints import (
     Check,
     begins,
@@ -36,7 +36,7 @@ from engine.evaluate.tasks.constraints import (
 )
 from engine.runtime.files import sha256
 
-# name -> (prompt, checks)
+# name -> prompt, and the constraints that it asks for
 PROMPTS: dict[str, tuple[str, tuple[Check, ...]]] = {
     "short": ("Explain in at most 30 words why the sky is blue.", (word_count(5, 30),)),
     "long": ("Describe a forest in autumn in at least 120 words.", (word_count(120),)),
@@ -178,19 +178,23 @@ PROMPTS: dict[str, tuple[str, tuple[Check, ...]]] = {
 }  # fmt: skip
 
 
-def judge(item: Item, answer: str) -> tuple[dict[str, bool], str]:
-    """Whether the answer meets all constraints, and its faults."""
+def judge(item: Item, answer: str) -> Verdict:
+    """Whether the answer meets all constraints; the reason lists its faults."""
     _, checks = PROMPTS[item.id]
     found = [check(answer) for check in checks]
     faults = [fault for fault in found if fault is not None]
-    return {"follows": bool(answer.strip()) and not faults}, "; ".join(faults)
+    follows = bool(answer.strip()) and not faults
+    return {"follows": follows}, "; ".join(faults)
 
 
 def load(file: Path | None, paper: bool) -> tuple[list[Item], str]:
-    """The forty prompts."""
-    asked = [(name, prompt) for name, (prompt, _) in PROMPTS.items()]
-    items = [Item(name, ({"role": "user", "content": prompt},)) for name, prompt in asked]
-    return items, sha256(repr(asked))
+    """The forty prompts, and a hash of them."""
+    prompts = [(name, prompt) for name, (prompt, _) in PROMPTS.items()]
+    items = []
+    for name, prompt in prompts:
+        message = {"role": "user", "content": prompt}
+        items.append(Item(name, (message,)))
+    return items, sha256(repr(prompts))
 
 
-INSTRUCTIONS = Task("instructions", ("follows",), load, judge)
+INSTRUCTIONS = Task(name="instructions", scorers=("follows",), load=load, judge=judge)

@@ -1,12 +1,12 @@
-"""Answer the tasks with every arm, score, compare with the seed
+"""Tasks answered by every arm, scored, and compared with the seed
 
-    OUT/TASK.jsonl    a line per arm, item and sample, appended as it is finished:
-                      {arm, id, sample, scores: {scorer: bool}, reason, answer, finish, tokens,
-                      question, reference}
-    OUT/TASK.jsonl.meta.json    settings; other settings are refused, naming them
-    OUT/scores.json   the return value of `run_tasks`
+    OUT/TASK.jsonl              a line per arm, item and sample, appended as it is finished: {arm,
+                                id, sample, scores: {scorer: bool}, reason, answer, finish, tokens,
+                                question, reference}
+    OUT/TASK.jsonl.meta.json    the settings; other settings are refused, naming them
+    OUT/scores.json             the return value of `run_tasks`
 
-Greedy and one answer per item, unless the config asks for something else.
+Answers are greedy, one per item, unless the config asks for something else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.evaluate.arms import Arms, tuned
 from engine.evaluate.tasks.alpaca_eval import ALPACA_EVAL
@@ -40,19 +40,17 @@ from engine.verify.sandbox import check_sandbox
 from model.chat import Chat
 from model.lora import Lora
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        GSM8K,
-        MULTIARITH,
-        OPENFUNCTIONS,
-        HUMANEVAL,
-        ADVBENCH,
-        ADVBENCH_SUFFIX,
-        ALPACA_EVAL,
-        INSTRUCTIONS,
-    )
-}
+ALL_TASKS = (
+    GSM8K,
+    MULTIARITH,
+    OPENFUNCTIONS,
+    HUMANEVAL,
+    ADVBENCH,
+    ADVBENCH_SUFFIX,
+    ALPACA_EVAL,
+    INSTRUCTIONS,
+)
+TASKS: dict[str, Task] = {task.name: task for task in ALL_TASKS}
 # The paper's decoding (paper.md 1.4): sampled once; HumanEval greedy within 2,048 tokens in all.
 PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 512}
 PAPER_GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 2048}
@@ -61,24 +59,24 @@ _PLAIN = (
     "{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# fields of a line of answers
+# fields that a line of answers must have, with their types
 LINE = {"arm": str, "id": str, "sample": int, "scores": dict, "finish": str, "tokens": int}
 
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its items, and how they are answered."""
+    """A task with its items, and the way in which they are answered."""
 
     task: Task
     items: list[Item]
-    digest: str  # hash of the data
+    digest: str  # sha256 of the data
     samples: int  # answers per item
     paper: bool  # under the paper's prompt, chat format and decoding
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which tasks are answered, and how."""
+    """The tasks that are answered, and the way in which they are answered."""
 
     task: tuple[str, ...] = ()  # benchmark to answer and score: gsm8k, multiarith, openfunctions,
     #   humaneval, advbench, advbench_suffix, alpaca_eval or instructions; may be repeated
@@ -92,43 +90,52 @@ class TaskConfig:
     paper: bool = False  # the paper's prompts, chat formats and decoding instead of the model's own
 
     def check(self) -> None:
-        """ValueError where a task or its data cannot be found."""
+        """ValueError for numbers out of range and where a task or its data cannot be found."""
         check_numbers(self, task_limit=(1, MOST), samples=(1, 10**6))
         if self.task:
             self.load()
 
     def load(self) -> dict[str, LoadedTask]:
-        """Every task with its items; ValueError for one that cannot be answered or judged here.
+        """Every task with its items, by name.
 
-        `Unprotected` where programs cannot be contained.
+        ValueError for an unknown task and for data that cannot be read; `Unprotected` where a task
+        runs programs and this machine offers no sandbox for them.
         """
-        if not self.task or set(self.task) - set(TASKS):
+        unknown = set(self.task) - set(TASKS)
+        if not self.task or unknown:
             raise ValueError(f"tasks {list(self.task)}: expected some of {', '.join(TASKS)}")
         loaded = {}
         files = self.files()
         for name in dict.fromkeys(self.task):
             task = TASKS[name]
-            items, digest = task.load(self._file(task, files), self.paper)
-            samples = 1 if self.paper and task.paper_greedy else self.samples
-            loaded[name] = LoadedTask(task, items[: self.task_limit], digest, samples, self.paper)
+            file = self._file(task, files)
+            items, digest = task.load(file, self.paper)
+            loaded[name] = LoadedTask(
+                task=task,
+                items=items[: self.task_limit],
+                digest=digest,
+                samples=1 if self.paper and task.paper_greedy else self.samples,
+                paper=self.paper,
+            )
         if HUMANEVAL.name in loaded:
             check_sandbox()  # before the first answer is sampled, not when the first is judged
         return loaded
 
     def files(self) -> dict[str, Path]:
-        """--task-data by task; ValueError where one is not NAME=FILE."""
-        found = {}
+        """The files of --task-data by task; ValueError where one is not NAME=FILE."""
+        files = {}
         for given in self.task_data:
             name, _, file = given.partition("=")
             if name not in TASKS or not file:
                 raise ValueError(
                     f"--task-data {given!r}: expected NAME=FILE, NAME among {', '.join(TASKS)}"
                 )
-            found[name] = Path(file)
-        return found
+            files[name] = Path(file)
+        return files
 
     def _file(self, task: Task, files: Mapping[str, Path]) -> Path | None:
-        """A task's data: its own file, one of --tasks-dir, or None where it brings its items."""
+        """A task's data: its own file, else the one in --tasks-dir; None where the task brings its
+        items. ValueError where neither is given, or the file does not exist."""
         if task.name in files:
             return files[task.name]
         if task.file is None:
@@ -149,10 +156,11 @@ class TaskConfig:
 def run_tasks(
     session: Session, config: TaskConfig, arms: Arms, out: Path, sampling: SamplerConfig
 ) -> Scores:
-    """{task: {arm: {n, samples, cut, tokens, scores: {scorer: ...}}}}; see `arm_scores`.
+    """Answer and score the tasks under every arm: {task: {arm: the fields of `arm_scores`}}.
 
     Everything is loaded and checked before the first answer. Answers that are in `out` already are
-    kept. With `config.paper` the decoding is the paper's, and of `sampling` only `rows` counts.
+    kept. With `config.paper` the paper's temperature, top_p, top_k, stop texts and limit of new
+    tokens replace those of `sampling`. ValueError for tasks, data or settings that cannot be used.
     """
     session.require_one_process("evaluation")
     check_numbers(config, task_limit=(1, MOST), samples=(1, 10**6))
@@ -164,16 +172,18 @@ def run_tasks(
         )
     sampling.check()
     results: Scores = {}
+    with_seed = "seed" in arms
     for name, one in loaded.items():
+        task, items = one.task, one.items
         lines = _answer(session, one, arms, out, sampling)
-        results[name] = {
-            arm: arm_scores(one.task.scorers, one.items, one.samples, lines, arm, "seed" in arms)
-            for arm in arms
-        }
-        if one.task.export is not None:
-            for arm in arms:
-                first_answers = {item.id: lines[arm, item.id, 0] for item in one.items}
-                print(f"{name}: {one.task.export(one.items, first_answers, arm, out)}")
+        results[name] = {}
+        for arm in arms:
+            figures = arm_scores(task.scorers, items, one.samples, lines, arm, with_seed)
+            results[name][arm] = figures
+            if task.export is not None:
+                first_answers = {item.id: lines[arm, item.id, 0] for item in items}
+                file = task.export(items, first_answers, arm, out)
+                print(f"{name}: {file}")
     write_json(out / "scores.json", results)
     return results
 
@@ -185,7 +195,7 @@ def tasks_job(
     out: Path,
     sampling: SamplerConfig,
 ) -> Scores:
-    """Score the seed and the adapters on tasks, print the table."""
+    """Score the seed and the adapters (directories) on tasks, and print the table."""
     arms: Arms = {"seed": None, **session.adapters(adapters)}
     scores = run_tasks(session, config, arms, out, sampling)
     print(f"{tasks_table(scores)}\nanswers: {out}")
@@ -198,13 +208,16 @@ def tasks_table(scores: Scores) -> str:
 
 
 def paper_chat(session: Session, name: str) -> Chat:
-    """The chat format of the paper's evaluation over this model's tokenizer; "plain" is none."""
+    """A chat format of the paper's evaluation over this model's tokenizer.
+
+    "plain" is the text of the messages alone, after the bos token where the tokenizer adds one.
+    """
     tokenizer, now = session.chat.tokenizer, session.chat.now
     if name != "plain":
         return Chat.from_dir(session.config.model, tokenizer, name, now=now)
-    template = ("{{ bos_token }}" if tokenizer.add_bos else "") + _PLAIN
+    bos = "{{ bos_token }}" if tokenizer.add_bos else ""
     return Chat(
-        template,
+        bos + _PLAIN,
         tokenizer,
         name=name,
         eos_ids=session.chat.end_ids,
@@ -219,7 +232,8 @@ def _answer(
 ) -> Lines:
     """Every line of the task by (arm, item, sample); those of an earlier run are kept."""
     task, items = loaded.task, loaded.items
-    generator, judge, most_tokens = _decoding(session, loaded, sampling)
+    decoding = _decoding(session, loaded, sampling)
+    generator = decoding.generator
     chat = generator.chat
     settings = session.settings | {
         "chat": chat.name,
@@ -233,32 +247,42 @@ def _answer(
         "adapters": {name: lora_hash(lora) for name, lora in tuned(arms).items()},
     }
     by_id = {item.id: item for item in items}
-    requests = _requests(items, chat, loaded.samples, most_tokens)
+    requests = _requests(items, chat, loaded.samples, decoding.most_tokens)
     file = out / f"{task.name}.jsonl"
     key = itemgetter("arm", "id", "sample")
     with ResumedLines(file, settings, key=key, wanted=LINE) as lines:
         for arm, lora in arms.items():
-            of_arm = {(arm, *name): request for name, request in requests.items()}
-            to_line = partial(_line, judge, by_id, arm)
+            of_arm = {}
+            for (id, sample), request in requests.items():
+                of_arm[arm, id, sample] = request
+            to_line = partial(_line, decoding.judge, by_id, arm)
             answer_missing(generator, lora, of_arm, lines, to_line, f"{task.name} {arm}")
-        lines.finish([(arm, *name) for arm in arms for name in requests])
+        lines.finish([(arm, id, sample) for arm in arms for id, sample in requests])
         return lines.done
 
 
-def _decoding(
-    session: Session, loaded: LoadedTask, sampling: SamplerConfig
-) -> tuple[ChatGenerator, Judge, int | None]:
-    """How a task is answered and judged, and the most tokens of prompt and answer together (None:
-    the sampler's limit of new tokens counts)."""
+class Decoding(NamedTuple):
+    """The way in which a task is answered and judged."""
+
+    generator: ChatGenerator
+    judge: Judge
+    most_tokens: int | None  # of prompt and answer together; None: only new tokens are limited
+
+
+def _decoding(session: Session, loaded: LoadedTask, sampling: SamplerConfig) -> Decoding:
+    """The model's own chat format and `sampling`, or those of the paper."""
     task = loaded.task
     if not loaded.paper:
-        return ChatGenerator(session.model, session.chat, sampling), task.judge, None
-    decoding = PAPER_GREEDY if task.paper_greedy else PAPER_SAMPLING
-    sampling = dataclasses.replace(sampling, **decoding, stop=task.paper_stop)
+        generator = ChatGenerator(session.model, session.chat, sampling)
+        return Decoding(generator, task.judge, most_tokens=None)
+    settings = PAPER_GREEDY if task.paper_greedy else PAPER_SAMPLING
+    sampling = dataclasses.replace(sampling, **settings, stop=task.paper_stop)
     chat = paper_chat(session, task.paper_format)
-    most_tokens = sampling.max_new_tokens if task.paper_greedy else None
-    judge = task.paper_judge or task.judge
-    return ChatGenerator(session.model, chat, sampling), judge, most_tokens
+    return Decoding(
+        ChatGenerator(session.model, chat, sampling),
+        judge=task.paper_judge or task.judge,
+        most_tokens=sampling.max_new_tokens if task.paper_greedy else None,
+    )
 
 
 def _requests(
@@ -268,9 +292,11 @@ def _requests(
     requests = {}
     for item in items:
         prompt = chat.prompt_ids(item.messages)
-        max_new = None if most_tokens is None else max(1, most_tokens - len(prompt))
-        for k in range(samples):
-            requests[item.id, k] = Request(item.id, prompt, max_new, k)
+        max_new = None
+        if most_tokens is not None:
+            max_new = max(1, most_tokens - len(prompt))
+        for sample in range(samples):
+            requests[item.id, sample] = Request(item.id, prompt, max_new, sample)
     return requests
 
 
@@ -295,5 +321,7 @@ def _line(
 
 
 def lora_hash(lora: Lora) -> str:
-    """A hash of an adapter's config and numbers."""
-    return sha256(repr(lora.config).encode() + lora.params.detach().cpu().numpy().tobytes())
+    """A hash of an adapter's config and parameters."""
+    config = repr(lora.config).encode()
+    params = lora.params.detach().cpu().numpy().tobytes()
+    return sha256(config + params)

@@ -1,7 +1,7 @@
-"""What the answers to a task show: shares with intervals, differences from the seed, the table.
+"""Figures of the answers to a task: shares with intervals, differences from the seed, the table.
 
-With one answer per item a share has Wilson's interval and two arms are compared by McNemar's exact
-test; with several, the items are drawn again (bootstrap).
+With one answer per item a share has Wilson's interval, and two arms are compared by McNemar's exact
+test. With several answers per item the interval is a bootstrap over items.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from engine.measure.intervals import bootstrap, lost_won, mcnemar, wilson
 from engine.runtime.terminal import table
 
 Lines = Mapping[tuple[str, str, int], dict[str, Any]]  # (arm, item, sample) -> line of the file
-Scores = dict[str, dict[str, dict[str, Any]]]  # task -> arm -> what `arm_scores` returns
+ArmScores = dict[str, Any]  # the return value of `arm_scores`
+Scores = dict[str, dict[str, ArmScores]]  # by task and arm
 
 
 def arm_scores(
@@ -24,45 +25,55 @@ def arm_scores(
     lines: Lines,
     arm: str,
     with_seed: bool,
-) -> dict[str, Any]:
+) -> ArmScores:
     """An arm's shares with their intervals, and its difference from the seed on the same items.
 
-    `cut` is the number of answers that hit the token limit or had no room. Per scorer: right (of n
-    x samples), share, interval (95 %), and where the seed was asked too (`with_seed`) either
-    only_seed, only_arm and p (one sample) or difference, its interval over items (several).
+    n, samples    items, and answers per item
+    cut           answers that hit the token limit or had no room
+    tokens        of all answers
+    scores        by scorer: right (of n x samples), share, interval (95 %). Where the seed answered
+                  too (`with_seed`) also only_seed, only_arm and p (one sample), or the 95 %
+                  interval of the difference (several samples)
     """
     answers = [lines[arm, item.id, k] for item in items for k in range(samples)]
-    result: dict[str, Any] = {
+    cut = [line for line in answers if line["finish"] in ("length", "prompt_too_long")]
+    result: ArmScores = {
         "n": len(items),
         "samples": samples,
-        "cut": sum(line["finish"] in ("length", "prompt_too_long") for line in answers),
+        "cut": len(cut),
         "tokens": sum(line["tokens"] for line in answers),
         "scores": {},
     }
     for scorer in scorers:
         right = _right(scorer, items, samples, lines, arm)
-        score: dict[str, Any] = {"right": sum(right), "share": sum(right) / len(answers)}
+        share = sum(right) / len(answers)
         if samples == 1:
-            score["interval"] = wilson(score["share"], len(items))
+            interval = wilson(share, len(items))
         else:
-            score["interval"] = bootstrap(right, [samples] * len(items))
+            interval = bootstrap(right, [samples] * len(items))
+        score: dict[str, Any] = {"right": sum(right), "share": share, "interval": interval}
         if with_seed and arm != "seed":
-            score |= _against_seed(_right(scorer, items, samples, lines, "seed"), right, samples)
+            seed_right = _right(scorer, items, samples, lines, "seed")
+            score |= _against_seed(seed_right, right, samples)
         result["scores"][scorer] = score
     return result
 
 
 def _right(scorer: str, items: Sequence[Item], samples: int, lines: Lines, arm: str) -> list[int]:
-    """Right answers of each item."""
-    return [sum(lines[arm, item.id, k]["scores"][scorer] for k in range(samples)) for item in items]
+    """The number of right answers to each item, 0 to `samples`."""
+    counts = []
+    for item in items:
+        verdicts = [lines[arm, item.id, k]["scores"][scorer] for k in range(samples)]
+        counts.append(sum(verdicts))
+    return counts
 
 
 def _against_seed(seed: Sequence[int], right: Sequence[int], samples: int) -> dict[str, Any]:
-    """The comparison of an arm with the seed on the same items."""
+    """The comparison of an arm with the seed on the same items, from right answers per item."""
     if samples == 1:
         lost, won = lost_won(seed, right)
         return {"only_seed": lost, "only_arm": won, "p": mcnemar(lost, won)}
-    differences = [a - b for a, b in zip(right, seed, strict=True)]
+    differences = [of_arm - of_seed for of_arm, of_seed in zip(right, seed, strict=True)]
     return {"difference": bootstrap(differences, [samples] * len(right))}
 
 
@@ -73,13 +84,18 @@ def scores_table(scores: Scores, scorers: Mapping[str, Sequence[str]]) -> str:
     """
     if not scores:
         return ""
-    arms = list(next(iter(scores.values())))
+    any_task = list(scores)[0]
+    arms = list(scores[any_task])
     lines = [["task", "scorer", *arms]]
-    cut, not_scored = [], []
+    cut = []
+    not_scored = []
     for task, by_arm in scores.items():
         for scorer in scorers[task]:
-            lines.append([task, scorer, *(_cell(by_arm[arm], scorer) for arm in arms)])
-        cut += [f"{task} {arm} {score['cut']}" for arm, score in by_arm.items() if score["cut"]]
+            cells = [_cell(by_arm[arm], scorer) for arm in arms]
+            lines.append([task, scorer, *cells])
+        for arm, figures in by_arm.items():
+            if figures["cut"]:
+                cut.append(f"{task} {arm} {figures['cut']}")
         if not scorers[task]:
             not_scored.append(task)
     is_scored = len(lines) > 1
@@ -95,11 +111,12 @@ def scores_table(scores: Scores, scorers: Mapping[str, Sequence[str]]) -> str:
     return "\n\n" + "\n".join(parts)
 
 
-def _cell(arm: dict[str, Any], scorer: str) -> str:
+def _cell(figures: ArmScores, scorer: str) -> str:
     """right/all = share (interval), and the comparison with the seed."""
-    score = arm["scores"][scorer]
+    score = figures["scores"][scorer]
+    answers = figures["n"] * figures["samples"]
     low, high = score["interval"]
-    cell = f"{score['right']}/{arm['n'] * arm['samples']} = {score['share']:.1%}"
+    cell = f"{score['right']}/{answers} = {score['share']:.1%}"
     cell += f" ({100 * low:.1f}-{100 * high:.1f})"
     if "p" in score:
         cell += f", p {score['p']:.3f}"
