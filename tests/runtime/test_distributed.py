@@ -167,7 +167,7 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
     looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
     done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "shared out over 2 processes" in done.stdout and "best nll" in done.stdout
+    assert "split over 2 processes" in done.stdout and "best nll" in done.stdout
     assert [x["step"] for x in read_jsonl(out / "validation.jsonl")] == [1, 2]
 
     distilled = ["--out", tmp_path / "distilled.jsonl", "--max-new-tokens", "4"]
@@ -325,5 +325,5 @@ def test_other_ranks_print_nothing_until_they_end(capsys):
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="--shard shares the weights out.*torchrun"):
+    with pytest.raises(ValueError, match="--shard splits the weights over.*torchrun"):
         Session.open(ModelConfig(model=str(tiny_llama_dir(tokenizer=True)), shard=True))
