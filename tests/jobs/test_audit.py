@@ -16,6 +16,7 @@ from engine.jobs import audit, audit_trace
 from engine.jobs.audit import AuditConfig, audit_job, with_a_model
 from engine.jobs.audit_check import ANCHOR, COMPUTING, ran, violations
 from engine.jobs.audit_page import Counts, count_table, marked_lines, render_page, render_text
+from engine.jobs.audit_records import describe
 from engine.jobs.audit_source import (
     ROOT,
     c_function,
@@ -23,7 +24,7 @@ from engine.jobs.audit_source import (
     read_source,
     source_of,
 )
-from engine.jobs.audit_trace import Tracer, describe
+from engine.jobs.audit_trace import Tracer
 from engine.session import ModelConfig, Session
 from kernels import rms_norm, swiglu
 from kernels.attention.triton_forward import attention_forward_triton

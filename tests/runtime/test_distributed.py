@@ -241,7 +241,7 @@ def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
     world, card = World(0, 2, heartbeat), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
     world.wait_for_device(card)
-    heartbeat.lost = "Timed out waiting for rank 1"
+    heartbeat.why_ended = "Timed out waiting for rank 1"
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
     world.wait_for_device(card)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
