@@ -45,15 +45,16 @@ class ModelConfig:
     device: str = "auto"  # auto, cpu or cuda: where to compute; auto takes a GPU if there is one
     dtype: str = "auto"  # float32, bfloat16 or float64: number format of weights and activations
     #   [default: auto (bfloat16 on a GPU that computes in it; else float32)]
-    ops: str = "auto"  # torch, native, triton or reference: which implementation of the operations
-    #   to use [default: auto (the fastest one that passes its self-check here)]
+    ops: str = "auto"  # implementation of the model's operations: torch, native (C, on a CPU),
+    #   triton (GPU kernels) or reference (their definitions, slow)
+    #   [default: auto (the fastest one that passes its self-check here)]
     threads: int = 0  # CPU threads to compute with
     #   [default: auto (torch's choice, at most the cores that a container may use)]
     chat_format: str | None = None  # prompt format: chatml, llama2, llama3, alpaca, or own (the
     #   model's chat template) [default: what the adapter was trained with; else own]
     shard: bool = False  # under torchrun, split the weights over the processes (FSDP2), for a model
     #   too large for one device; training and scoring only
-    date: str | None = None  # YYYY-MM-DD, the day told to chat templates that ask for it
+    date: str | None = None  # day (YYYY-MM-DD) for chat templates that write the date into prompts
     #   [default: today]
 
     def check(self) -> None:
@@ -309,5 +310,5 @@ def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:
     }
     differ = [f"{name} {value}" for name, value in changes.items() if value != defaults[name]]
     if differ:
-        print(f"continuing as {file} was begun: {', '.join(differ)}")
+        print(f"continuing with the values that {file} was begun with: {', '.join(differ)}")
     return dataclasses.replace(config, **changes)

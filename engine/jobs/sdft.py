@@ -57,10 +57,10 @@ class SdftConfig:
     eval_limit: int | None = None  # use only the first N held-out rows [default: all]
     eval_max_new: int = 256  # most new tokens in an answer to a held-out row
     retention_max_new: int = 96  # most new tokens in an answer to a general prompt
-    no_score: bool = False  # do not measure how likely the seed model finds references and rewrites
-    report_rows: int = 48  # rows of which the report shows the likelihood of every token
-    report_answers: int = 16  # general prompts, and held-out rows, of which the report shows all
-    #   answers
+    no_score: bool = False  # do not measure the seed model's likelihood of references and rewrites
+    report_rows: int = 48  # training rows that the report shows with the likelihood of every token
+    report_answers: int = 16  # general prompts, and held-out rows, that the report shows with the
+    #   answers to them
 
     def check(self) -> None:
         """ValueError for a number that is out of its bounds."""

@@ -145,17 +145,17 @@ def _comment(source: str, name: str) -> str:
 
 def run_main(
     main: Callable[[], None],
-    goes_on: str = "the same command goes on",
-    kept: str = "what was finished is kept",
+    next_step: str = "run the same command again to continue",
+    kept: str = "all finished results are kept",
     lower: str = "",
 ) -> None:
     """Run a script: an error that a user can cause ends it with one message and exit code 2.
 
     Ctrl-C and SIGTERM end it with exit codes 130 and 143; a bug of ours keeps its traceback.
 
-    goes_on    in the message after Ctrl-C or SIGTERM: how to continue
-    kept       in the same message, where the stage does not give it: what is kept
-    lower      in the message where memory is short: the flags that need less
+    next_step    end of the message after Ctrl-C or SIGTERM: how to continue
+    kept         the results that are kept, for that message, where the stage names none itself
+    lower        advice where memory is short, where the stage gives none itself
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -167,7 +167,7 @@ def run_main(
             main()
     except KeyboardInterrupt as interrupt:
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped()  # else Python's own
-        message = f"{NAMES[stopped.by]}: {stopped.kept or kept}; {goes_on}"
+        message = f"{NAMES[stopped.by]}: {stopped.kept or kept}; {next_step}"
         sys.exit(_stop(message, stopped.code))
     except Exception as error:
         message = explain(error, lower)

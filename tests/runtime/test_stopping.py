@@ -71,7 +71,7 @@ def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
         assert code == 128 + by and "Traceback" not in said, (where, said[-2000:])
         last = said.strip().splitlines()[-1]
         assert last.startswith({2: "Ctrl-C: ", 15: "SIGTERM: "}[by]), last
-        assert last.endswith("; the same command goes on") and "--resume" not in last
+        assert last.endswith("; run the same command again to continue") and "--resume" not in last
         assert not (out / behind).exists(), where
         assert not list(out.rglob(".lock")), "given back, and gone"
     code, said = script("sdft", *args, *FLAGS, "--out", out)
@@ -102,25 +102,37 @@ def test_each_script_says_how_to_continue(
 
     model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     short = ["--max-new-tokens", "4"]
-    for name, args, kept, goes_on in (
-        ("distill", [*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
-        ("train", [*model, *train, "--out", tmp_path / "t"], "kept", "--resume"),
-        ("evaluate", [*model, *train, *short, "--out", tmp_path / "e.jsonl"], "kept", "goes on"),
-        ("retention", [*model, "--adapter", adapter, "--out", tmp_path / "r.jsonl"], "kept",
-         "goes on"),
-        ("generate", [*model, "--prompt", "Hi", *short], "--out", "does not go on"),
-        ("preflight", [*model, *train, *short], "nothing is kept", "begins again"),
-        ("merge", [*model, "--adapter", adapter, "--out", tmp_path / "m"], "nothing was written",
-         "begins again"),
-    ):  # fmt: skip
+    again = "run the same command again"
+    cases = {  # script -> its flags, and what the message holds
+        "distill": ([*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
+        "train": ([*model, *train, "--out", tmp_path / "t"], "kept", "--resume"),
+        "evaluate": (
+            [*model, *train, *short, "--out", tmp_path / "e.jsonl"],
+            "kept",
+            f"{again} to continue",
+        ),
+        "retention": (
+            [*model, "--adapter", adapter, "--out", tmp_path / "r.jsonl"],
+            "kept",
+            f"{again} to continue",
+        ),
+        "generate": ([*model, "--prompt", "Hi", *short], "--out", "cannot be continued"),
+        "preflight": ([*model, *train, *short], "nothing is kept", again),
+        "merge": (
+            [*model, "--adapter", adapter, "--out", tmp_path / "m"],
+            "nothing was written",
+            again,
+        ),
+    }
+    for name, (args, kept, next_step) in cases.items():
         with monkeypatch.context() as patch:
             patch.setattr(Session, "open", asks)
             patch.setattr(merge_module, "merge", asks)
-            code, said = script(name, *args)
-        said = said.strip().splitlines()[-1]
-        assert code == 143 and said.startswith("SIGTERM: "), (name, said)
-        assert kept in said and goes_on in said, (name, said)
-        assert ("--resume" in said) == (name in ("distill", "train"))
+            code, printed = script(name, *args)
+        last = printed.strip().splitlines()[-1]
+        assert code == 143 and last.startswith("SIGTERM: "), (name, last)
+        assert kept in last and next_step in last, (name, last)
+        assert ("--resume" in last) == (name in ("distill", "train"))
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -204,7 +216,7 @@ def test_a_run_continued_the_next_day_keeps_its_date(
         ("sdft", [*model, *train, "--eval-data", problems / "test.json", *FLAGS, "--out", out]),
     ):
         code, said = script(name, *args, *old)
-        assert code == 0 and "going on with" not in said, said[-1000:]
+        assert code == 0 and "continuing with" not in said, said[-1000:]
         again = [*args, "--resume"] if name == "train" else args
         code, said = script(name, *again)
         assert code == 0, said[-1000:]
