@@ -305,7 +305,7 @@ class _RecordingLibrary:
         return call
 
 
-# ---- looking at code and values
+# ---- code
 
 
 def function_of(code: CodeType, frame: FrameType | None = None) -> Function | None:

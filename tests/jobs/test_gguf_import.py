@@ -499,7 +499,9 @@ def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, 
     watched = (
         "import runpy, sys; sys.argv = sys.argv[1:];"
         "runpy.run_path(sys.argv[0], run_name='__main__');"
-        "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
+        "lines = open('/proc/self/status').readlines();"
+        "(peak,) = [line for line in lines if line.startswith('VmHWM')];"
+        "print(peak.split()[1])"
     )
     first = subprocess.run(
         [sys.executable, "-c", watched, *script[1:], out],
