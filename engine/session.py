@@ -73,7 +73,7 @@ class Session:
     config: ModelConfig
     model: Llama
     chat: Chat
-    fingerprint: str  # hash of the checkpoint's files
+    fingerprint: str  # hash that tells checkpoints apart (run_record.model_fingerprint)
     settings: dict[str, Any]  # every setting of the model that can change a result; an output file
     #   is continued only under equal ones
     world: World = World()  # the processes of the job
@@ -109,7 +109,6 @@ class Session:
             model = Llama.from_pretrained(
                 path, device=device, dtype=dtype, ops=ops, shard=config.shard
             )
-        seconds = time.perf_counter() - started
 
         settings = {
             "model": model_fingerprint(path),
@@ -120,7 +119,7 @@ class Session:
         if chat.tells_date:
             settings["date"] = now.date().isoformat()
         session = cls(config, model, chat, settings["model"], settings, world)
-        session.announce(seconds)
+        session.announce(time.perf_counter() - started)
         if chat.notice:
             print(f"note: {chat.notice}")
         return session
