@@ -5,12 +5,13 @@ from pathlib import Path
 import kernels
 from engine.runtime.cores import let_waiting_threads_sleep
 
-let_waiting_threads_sleep()  # here, so that it is done before any module of ours imports torch
+let_waiting_threads_sleep()  # before any module of this engine imports torch
 
-_ours = Path(__file__).resolve().parent.parent
-_found = Path(kernels.__file__ or "").resolve().parent.parent
-if _found != _ours:
+_clone = Path(__file__).resolve().parent.parent
+_parent_of_kernels = Path(kernels.__file__ or "").resolve().parent.parent
+if _parent_of_kernels != _clone:
     raise ImportError(
-        f"'kernels' resolves to {_found}, not to this clone ({_ours}). Hugging Face's 'kernels' "
-        "package shadows ours; run from the clone root, or: pip uninstall kernels"
+        f"'kernels' resolves to {_parent_of_kernels}, not to this clone ({_clone}): Hugging "
+        "Face's package 'kernels' hides ours; run from the root of the clone, or: pip uninstall "
+        "kernels"
     )

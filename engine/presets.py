@@ -8,11 +8,16 @@ form, selection, LoRA, rate, schedule, epochs, batch, cut-off and decoding, as p
 measurement: LoRA on all linears at 3e-4, with the paper's dropout; else the flags' own defaults.
 
 How it was chosen (SmolLM2-135M-Instruct, SDFT, 120 rows, 2 epochs, one training seed; the table is
-in benchmarks/results/real_data.md): on OpenFunctions all linears at 3e-4 reach the target of q and
-v at 1e-3 (18 and 20 of 112 exact calls) and its held-out NLL (0.556, 0.554) with a third of the
-forgetting (KL to the seed 0.025, 0.080); on Alpaca nearly its NLL (1.805, 1.796) with half (0.048,
-0.087). q and v at 3e-4 learn too little in so few steps (2 of 112); all linears at 1e-3 forget most
-(0.128 on Alpaca). Rank 32 instead of 8 makes no visible difference.
+in benchmarks/results/real_data.md):
+
+    adapters on          OpenFunctions, of 112                Alpaca
+                         exact calls  NLL    KL to the seed   NLL    KL to the seed
+    all linears, 3e-4    18           0.556  0.025            1.805  0.048
+    q and v, 1e-3        20           0.554  0.080            1.796  0.087
+
+All linears at 3e-4 learn as much and forget a third to a half as much. q and v at 3e-4 learn too
+little in so few steps (2 of 112); all linears at 1e-3 forget most (KL 0.128 on Alpaca). Rank 32
+instead of 8 makes no visible difference.
 
 Differences between the published code and this engine under its settings. `--paper-exact` restores
 the published behaviour of those marked (x), which change what is trained on (`selection.PAPER`,
@@ -121,9 +126,9 @@ def get_preset(name: str) -> Mapping[str, Any]:
 
 
 def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
-    """The arguments under the defaults of `--preset`; prints the settings of the preset.
+    """The arguments, with the values of `--preset` as defaults; prints the preset's settings.
 
-    With `--help` too: it shows the defaults of the preset that is named beside it.
+    `--help` shows the defaults of the preset that is named beside it.
     """
     names = ", ".join(PRESETS)
     parser.add_argument(
@@ -131,27 +136,30 @@ def parse(parser: FlagParser, given: Sequence[str] | None = None) -> Any:
         default="default",
         help=f"set of defaults for the flags below: {names} (yang2024-* are the SDFT paper's)",
     )
-    name = _preset_of(given)
+    name = _typed_preset(given)
     known = {action.dest for action in parser.arguments}
     preset = {flag: value for flag, value in get_preset(name).items() if flag in known}
-    # as text, so that a flag that takes a list (a study's rates) reads it as one
-    texts = {flag: v if isinstance(v, bool) else str(v) for flag, v in preset.items()}
-    parser.set_defaults(**texts)
+    for flag, value in preset.items():
+        # as text, so that a flag that takes a list (a study's rates) reads it as one
+        default = value if isinstance(value, bool) else str(value)
+        parser.set_defaults(**{flag: default})
     if name != "default":
         parser.epilog = f"The defaults shown are those of --preset {name}."
     args = parser.parse_args(given)
-    if preset:
-        settings = []
-        for flag, value in preset.items():
-            used = getattr(args, flag)
-            mark = "" if str(used) == str(value) else " (typed)"
-            settings.append(f"{flag}={used!r}{mark}")
+
+    settings = []
+    for flag, value in preset.items():
+        used = getattr(args, flag)
+        mark = "" if str(used) == str(value) else " (typed)"
+        settings.append(f"{flag}={used!r}{mark}")
+    if settings:
         print(f"preset {name}: {', '.join(settings)}")
     return args
 
 
-def _preset_of(given: Sequence[str] | None) -> str:
-    """The preset that is typed; a missing or repeated value is left to the script's parser."""
+def _typed_preset(given: Sequence[str] | None) -> str:
+    """The value of --preset; a missing or repeated value is left to the script's parser."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--preset", nargs="?", default="default")
-    return parser.parse_known_args(given)[0].preset or "default"
+    known, _ = parser.parse_known_args(given)
+    return known.preset or "default"

@@ -33,6 +33,7 @@ from model.trained_chat import FILE, OWN, TrainedChat, common_system
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+# the advice in the message where memory does not hold the weights
 LOAD_LESS = "--dtype bfloat16 takes half of float32; else a smaller model, or a larger machine"
 
 
@@ -44,21 +45,23 @@ class ModelConfig:
     device: str = "auto"  # auto, cpu or cuda: where to compute; auto takes a GPU if there is one
     dtype: str = "auto"  # float32, bfloat16 or float64: number format of weights and activations
     #   [default: auto (bfloat16 on a GPU that computes in it; else float32)]
-    ops: str = "auto"  # torch, native, triton or reference: which implementation of the operations
-    #   to use [default: auto (the fastest one that passes its self-check here)]
+    ops: str = "auto"  # implementation of the model's operations: torch, native (C, on a CPU),
+    #   triton (GPU kernels) or reference (their definitions, slow)
+    #   [default: auto (the fastest one that passes its self-check here)]
     threads: int = 0  # CPU threads to compute with
     #   [default: auto (torch's choice, at most the cores that a container may use)]
     chat_format: str | None = None  # prompt format: chatml, llama2, llama3, alpaca, or own (the
     #   model's chat template) [default: what the adapter was trained with; else own]
     shard: bool = False  # under torchrun, split the weights over the processes (FSDP2), for a model
     #   too large for one device; training and scoring only
-    date: str | None = None  # YYYY-MM-DD, the day told to chat templates that ask for it
+    date: str | None = None  # day (YYYY-MM-DD) for chat templates that write the date into prompts
     #   [default: today]
 
     def check(self) -> None:
         """ValueError for settings that cannot run."""
-        # many times the CPUs is slow; a hundred thousand threads end the process
-        check_numbers(self, threads=(0, max(256, os.cpu_count() or 1)))
+        # more threads than CPUs are only slow; a hundred thousand of them end the process
+        most_threads = max(256, os.cpu_count() or 1)
+        check_numbers(self, threads=(0, most_threads))
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
 
@@ -70,22 +73,24 @@ class Session:
     config: ModelConfig
     model: Llama
     chat: Chat
-    fingerprint: str  # of the checkpoint
-    settings: dict[str, Any]  # what can change a result; a file is resumed under equal ones
+    fingerprint: str  # hash that tells checkpoints apart (run_record.model_fingerprint)
+    settings: dict[str, Any]  # every setting of the model that can change a result; an output file
+    #   is continued only under equal ones
     world: World = World()  # the processes of the job
 
     @classmethod
     def open(cls, config: ModelConfig) -> Session:
         """Load the model and print where it runs.
 
-        ValueError for anything missing or unknown, before the weights are loaded.
+        ValueError, before the weights are loaded, for a file that is missing and for a setting
+        that is unknown or cannot run here.
         """
         config.check()
         device = device_of(config)
         world = start(device)
         if config.shard and world.size == 1:
             raise ValueError(
-                "--shard shares the weights out over several processes, this is one; start it with "
+                "--shard splits the weights over several processes, this is one; start it with "
                 "torchrun --nproc-per-node N, or leave --shard out"
             )
         if config.shard:
@@ -96,6 +101,7 @@ class Session:
         path = Path(config.model)
         ops = choose(config.ops, device, dtype, LlamaConfig.from_dir(path).widths)
         set_threads(config.threads)
+
         started = time.perf_counter()
         now = date_of(config)
         chat = open_chat(config, now)
@@ -103,6 +109,7 @@ class Session:
             model = Llama.from_pretrained(
                 path, device=device, dtype=dtype, ops=ops, shard=config.shard
             )
+
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),
@@ -120,9 +127,10 @@ class Session:
     def facts(self) -> dict[str, Any]:
         """The model, its size and where it runs, as summary.json holds them."""
         model = self.model
+        shapes = checkpoint_shapes(model.config).values()
         return {
             "path": self.config.model,
-            "parameters": sum(map(math.prod, checkpoint_shapes(model.config).values())),
+            "parameters": sum(math.prod(shape) for shape in shapes),
             "dtype": str(model.dtype),
             "device": str(model.device),
             "ops": model.ops.name,
@@ -135,26 +143,29 @@ class Session:
         """ValueError under torchrun, for a job that several processes cannot share."""
         if self.world.size > 1:
             raise ValueError(
-                f"{job} is done by one process, this is a job of {self.world.size}; start "
-                "scripts/distill.py and scripts/train.py under torchrun, the rest without it"
+                f"{job} runs in one process, torchrun started {self.world.size}; only "
+                "scripts/distill.py and scripts/train.py run under torchrun, start this one "
+                "without it"
             )
 
     def announce(self, seconds: float) -> None:
         """Print the model, where it runs, and the seconds that loading took."""
         facts = self.facts()
-        shared = f", shared out over {self.world.size} processes" if self.model.is_sharded else ""
+        place = f"{facts['dtype']} on {facts['device']}"
+        if self.model.is_sharded:
+            place += f", split over {self.world.size} processes"
         threads = f"{torch.get_num_threads()} threads"
         if waiting():
             threads += f" ({waiting()})"
         text = (
-            f"model: {facts['path']}, {facts['parameters'] / 1e6:.1f} M parameters, "
-            f"{facts['dtype']} on {facts['device']}{shared}, {threads}, ops {facts['ops']}, "
-            f"chat format {facts['chat_format']}; loaded in {seconds:.1f} s"
+            f"model: {facts['path']}, {facts['parameters'] / 1e6:.1f} M parameters, {place}, "
+            f"{threads}, ops {facts['ops']}, chat format {facts['chat_format']}; loaded in "
+            f"{seconds:.1f} s"
         )
         print(visible(text))
 
     def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
-        """Adapters by the name of their directory, which must differ."""
+        """The adapters of these directories, by directory name; ValueError where two are equal."""
         adapters: dict[str, Lora] = {}
         for path in paths:
             name = Path(path).resolve().name
@@ -166,29 +177,36 @@ class Session:
         return adapters
 
     def adapter(self, path: str | Path) -> Lora:
-        """The adapter of a directory; warns where it was trained in another chat format."""
+        """The adapter of a directory; warns where it was trained in another chat format.
+
+        ValueError where its files are damaged, or do not fit the model.
+        """
         refuse_damaged(Path(path))
         lora = load_lora(path)
         self.model.bind(lora)
         trained = TrainedChat.read(path)
-        if trained is not None and (why := trained.why_other(self.chat)):
-            print(f"WARNING: adapter {path}: {why}")
+        if trained is not None:
+            why = trained.why_other(self.chat)
+            if why is not None:
+                print(f"WARNING: adapter {path}: {why}")
         return lora
 
     def note_other_system(self, adapters: Sequence[str], rows: Sequence[Any]) -> None:
         """Print a note where an adapter was trained with a system message that `rows` lack."""
         given = common_system([row.messages for row in rows])
+        has = "another" if given else "none"
         for path in adapters:
             trained = TrainedChat.read(path)
-            if trained is not None and trained.system not in (None, given):
-                print(
-                    f"note: adapter {path} was trained with the system message {trained.system!r}, "
-                    f"these prompts have {'another' if given else 'none'}: --system gives one"
-                )
+            if trained is None or trained.system is None or trained.system == given:
+                continue
+            print(
+                f"note: adapter {path} was trained with the system message {trained.system!r}, "
+                f"these prompts have {has}: --system gives one"
+            )
 
 
 def device_of(config: ModelConfig) -> str:
-    """ "cpu" or "cuda"; ValueError where the device is unknown or missing."""
+    """The device to compute on, "cpu" or "cuda"; ValueError where it is unknown or missing."""
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device {config.device!r}: expected auto, cpu or cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -200,21 +218,25 @@ def device_of(config: ModelConfig) -> str:
 
 def dtype_of(config: ModelConfig, device: str) -> torch.dtype:
     """The dtype to compute in; prints a line where the GPU has no units for bfloat16."""
-    if device == "cuda" and config.dtype in ("auto", "bfloat16") and not has_bf16_units(device):
-        taken = "float32 is taken" if config.dtype == "auto" else "bfloat16 is emulated, slowly"
-        print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {taken}")
-    return DTYPES.get(config.dtype) or default_dtype(device)
+    may_be_bf16 = device == "cuda" and config.dtype in ("auto", "bfloat16")
+    if may_be_bf16 and not has_bf16_units(device):
+        effect = "float32 is used" if config.dtype == "auto" else "bfloat16 is emulated, slowly"
+        print(f"dtype: {torch.cuda.get_device_name()} has no units for bfloat16: {effect}")
+    if config.dtype == "auto":
+        return default_dtype(device)
+    return DTYPES[config.dtype]
 
 
-def set_threads(asked: int) -> None:
+def set_threads(count: int) -> None:
     """Use that many CPU threads; 0: torch's choice within the limits of the container."""
-    threads = asked or within_limits(torch.get_num_threads())
-    if threads != torch.get_num_threads():
+    chosen_by_torch = torch.get_num_threads()
+    threads = count if count > 0 else within_limits(chosen_by_torch)
+    if threads != chosen_by_torch:
         torch.set_num_threads(threads)
 
 
 def date_of(config: ModelConfig) -> datetime:
-    """The date that chat templates are told."""
+    """The date that chat templates are told; ValueError where --date is no date."""
     if not config.date:
         return datetime.now()
     try:
@@ -235,45 +257,57 @@ def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
 
     ValueError where they were trained with several.
     """
-    records = {path: TrainedChat.read(path) for path in adapters}
-    formats = {path: record.chat_format for path, record in records.items() if record is not None}
+    formats: dict[str, str] = {}  # by adapter directory
+    for path in adapters:
+        trained = TrainedChat.read(path)
+        if trained is not None:
+            formats[path] = trained.chat_format
     if config.chat_format is not None or not formats:
         return config
-    if len(set(formats.values())) > 1:
+
+    names = sorted(set(formats.values()))
+    if len(names) > 1:
         listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
         raise ValueError(
-            f"the adapters were trained with different chat formats ({listed}); ask them apart, or "
-            "name the one for all with --chat-format"
+            f"the adapters were trained with different chat formats ({listed}); run them "
+            "separately, or name one format for all with --chat-format"
         )
-    name = next(iter(formats.values()))
+    name = names[0]
     if name != OWN:
         print(f"chat format {name}: as the adapter was trained (its {FILE})")
     return dataclasses.replace(config, chat_format=name)
 
 
 def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:
-    """The config with the date and dtype of the run that these meta files belong to.
+    """The config with the date and dtype that the run of these meta files was started with.
 
-    Defaults that change by themselves (the day's date, the dtype of the device) are taken from the
-    first meta file that exists, and printed where they differ from today's; what was typed stays.
+    Both defaults depend on where and when a command runs (the day, the device). A run that
+    continues takes them from the first meta file that exists, and prints those that differ from
+    the defaults of this start. A typed value stays.
     """
     existing = [file for file in metas if file.exists()]
     if not existing:
         return config
     file = existing[0]
-    meta = read_json(file)
-    settings = meta.get("settings")
-    begun = meta | (settings if isinstance(settings, dict) else {})
-    date, dtype = begun.get("date"), str(begun.get("dtype")).removeprefix("torch.")
+    begun = read_json(file)
+    settings = begun.get("settings")  # in the meta file of a training; else they are the file
+    if isinstance(settings, dict):
+        begun = begun | settings
+    date = begun.get("date")
+    dtype = str(begun.get("dtype")).removeprefix("torch.")
     changes = {}
     if config.date is None and isinstance(date, str):
         changes["date"] = date
     if config.dtype == "auto" and dtype in DTYPES:
         changes["dtype"] = dtype
+
     on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    default = str(default_dtype("cuda" if on_gpu else "cpu")).removeprefix("torch.")
-    today = {"date": datetime.now().date().isoformat(), "dtype": default}
-    differ = [f"{name} {value}" for name, value in changes.items() if value != today[name]]
+    default = default_dtype("cuda" if on_gpu else "cpu")
+    defaults = {
+        "date": datetime.now().date().isoformat(),
+        "dtype": str(default).removeprefix("torch."),
+    }
+    differ = [f"{name} {value}" for name, value in changes.items() if value != defaults[name]]
     if differ:
-        print(f"going on with what {file} was begun with: {', '.join(differ)}")
+        print(f"continuing with the values that {file} was begun with: {', '.join(differ)}")
     return dataclasses.replace(config, **changes)

@@ -1,12 +1,12 @@
-"""Show every function of ours that one training step runs, line by line.
+"""Show every function of this repository that one training step runs, line by line.
 
     python scripts/audit.py --out runs/audit                    # one optimizer step
     python scripts/audit.py --what distill --out runs/audit     # one distilled row
     python scripts/audit.py --ops triton --tiny --out runs/audit
 
-Writes audit.html, one page that needs no network, and audit.txt. Ends with exit code 1 where the
-work calls autograd, unpickles, calls a package that is not a core one, or where a function ran that
-the page does not show. Without a GPU, Triton kernels run in triton's interpreter (slow).
+Writes audit.html, one page that needs no network, and audit.txt. Ends with exit code 1 if the work
+called autograd, unpickled, called a package that is not a core package, or ran a function that the
+page does not show. Without a GPU, Triton kernels run in triton's interpreter (slow).
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     restart_interpreted(args.ops, args.device)
-    config, model = from_flags(AuditConfig, args), from_flags(ModelConfig, args)
-    if audit_job(config, model, args.out):
+    config = from_flags(AuditConfig, args)
+    model = from_flags(ModelConfig, args)
+    violations = audit_job(config, model, args.out)
+    if violations:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command begins again", kept="nothing was written")
+    run_main(main, "run the same command again", kept="nothing was written")

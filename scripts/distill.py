@@ -1,4 +1,4 @@
-"""Let the seed model rewrite every reference answer, verify the rewrites, score them.
+"""Let the model (the seed model) rewrite every reference answer; verify and score the rewrites.
 
     python scripts/distill.py --model MODEL_DIR --data train.json --out distilled.jsonl
     python scripts/distill.py --model MODEL_DIR --data gsm8k.json --template gsm8k \\
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--no-score",
         action="store_true",
-        help="do not measure how likely the seed model finds references and rewrites",
+        help="do not measure the seed model's likelihood of references and rewrites",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parse(parser)
@@ -46,12 +46,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model, data, distilling, sampling = (
-        from_flags(ModelConfig, args),
-        from_flags(DataConfig, args),
-        from_flags(DistillConfig, args),
-        from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens),
-    )
+    model = from_flags(ModelConfig, args)
+    data = from_flags(DataConfig, args)
+    distilling = from_flags(DistillConfig, args)
+    sampling = from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens)
     with lock_file(args.out):
         distill_file(
             Session.open(as_begun(model, meta_file(args.out))),
@@ -65,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command with --resume goes on")
+    run_main(main, "run the same command with --resume to continue")

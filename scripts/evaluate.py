@@ -45,9 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         default="number",
-        help="how an answer is compared with its reference: number (the last one), call (function "
-        "calls), code (passes the tests), json, exact, contains, regex:PATTERN, module:function "
-        "(your own), or none",
+        help="how an answer is checked against its reference: number (the same last number), call "
+        "(the same function calls), code (passes the row's tests), json (is valid JSON), exact, "
+        "contains, regex:PATTERN, module:function (your own), or none (not checked)",
     )
     parser.add_argument(
         "--out",
@@ -60,19 +60,26 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if [args.data, args.task, args.lm_eval].count(None) != 2:
+    absent = [args.data, args.task, args.lm_eval].count(None)
+    if absent != 2:
         raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
-    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    model = from_flags(ModelConfig, args)
+    sampling = from_flags(SamplerConfig, args)
     if args.data:
         data = from_flags(DataConfig, args)
         get_verifier(args.verify)
         with lock_file(args.out):
-            metas = meta_file(args.out), meta_file(nll_file(args.out))
-            session = Session.open(as_trained(as_begun(model, *metas), args.adapter))
+            model = as_begun(model, meta_file(args.out), meta_file(nll_file(args.out)))
+            session = Session.open(as_trained(model, args.adapter))
             evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
         return
-    config = from_flags(TaskConfig if args.task else HarnessConfig, args)
-    job = tasks_job if args.task else harness_job
+
+    if args.task:
+        config = from_flags(TaskConfig, args)
+        job = tasks_job
+    else:
+        config = from_flags(HarnessConfig, args)
+        job = harness_job
     with lock_directory(args.out):
         model = as_begun(model, *sorted(args.out.glob("*.meta.json")))
         session = Session.open(as_trained(model, args.adapter))

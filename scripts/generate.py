@@ -43,12 +43,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
-    asked = from_flags(DataConfig, args) if args.data else args.prompt
+    sampling = from_flags(SamplerConfig, args)
+    prompts = from_flags(DataConfig, args) if args.data else args.prompt
+    adapters = [args.adapter] if args.adapter else []
+    model = as_trained(from_flags(ModelConfig, args), adapters)
     with lock_file(args.out):
         generate_job(
-            Session.open(as_trained(model, [args.adapter] if args.adapter else [])),
-            asked,
+            Session.open(model),
+            prompts,
             sampling,
             adapter=args.adapter,
             system=args.system,
@@ -61,6 +63,6 @@ def main() -> None:
 if __name__ == "__main__":
     run_main(
         main,
-        "generation does not go on: the same command begins anew under another --out",
+        "generation cannot be continued: run the command again with another --out",
         kept="finished answers are in the file of --out, if one was given",
     )

@@ -7,11 +7,11 @@
 #     SKIP="tune peers" PYTHON=/usr/bin/python3 bash scripts/gpu.sh
 #     bash scripts/gpu.sh --dry            a rehearsal on a CPU: tiny shapes, triton's interpreter
 #
-# Wants torch, triton, numpy, safetensors, sentencepiece, tqdm and pytest; nothing is installed and
-# nothing is asked of the network. Each part is a process of its own with its own time limit, so one
-# that fails or hangs does not cost the rest; the exit code is 1 if any did. Logs and JSON lie in
-# $OUT, else in benchmarks/results/gpu/. The tiles that tuning finds are written to $OUT/tiles only:
-# copy them to kernels/tiles to keep them.
+# It needs torch, triton, numpy, safetensors, sentencepiece, tqdm and pytest; it installs nothing and
+# uses no network. Each part is a process of its own with its own time limit, so the others still run
+# when one fails or hangs; the exit code is then 1. Logs and JSON are written to $OUT, by default
+# benchmarks/results/gpu/. The tiles that tuning finds are written to $OUT/tiles only: copy them to
+# kernels/launch/tiles to keep them.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -23,7 +23,7 @@ if [[ ${1:-} == --dry ]]; then
     DRY=1
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 elif [[ $# -gt 0 ]]; then
-    echo "gpu.sh: $1 is not known; --dry or nothing is wanted" >&2
+    echo "gpu.sh: unknown argument $1; expected --dry or nothing" >&2
     exit 2
 elif ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "gpu.sh: $PYTHON has no torch that finds a GPU here; --dry rehearses without one" >&2
@@ -39,7 +39,7 @@ OUT=$(cd "$OUT" && pwd)
 SUMMARY=("part|seconds|outcome")
 FAILED=0
 
-# part NAME LIMIT COMMAND...: runs it with a time limit in seconds, its output shown and kept.
+# part NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, shows and keeps its output.
 part() {
     local name=$1 limit=$2 started=$SECONDS code outcome=ok
     shift 2
@@ -51,7 +51,7 @@ part() {
     timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | cut -c1-400
     code=${PIPESTATUS[0]}
     if [[ $name == tests && -n $DRY && $code == 5 ]]; then
-        outcome="no GPU, so no test to run" # pytest's 5: nothing was selected
+        outcome="no GPU, so no test to run" # exit code 5 of pytest: no test was selected
     elif [[ $code == 124 || $code == 137 ]]; then
         outcome="FAILED: ran past $limit s"
         FAILED=1
@@ -65,17 +65,17 @@ part() {
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu)
 PYTEST+=(tests/kernels/test_operations.py tests/model/test_triton_model.py tests/kernels/test_batch_invariant.py)
 PYTEST+=(tests/kernels/test_cached_attention_triton.py tests/sampling/test_cuda_graphs.py)
-# On the card most of a test is compiling, on one core: shares of the tests run side by side.
+# On the card most of a test's time is compilation, on one core: shares of the tests run side by side.
 SHARES=("rms_norm or rope or swiglu" "adamw or linear_cross_entropy" "cached_attention" "sample")
 SHARES+=("attention and not cached_attention" "lora_linear and bfloat16" "test_triton_model")
 SHARES+=("lora_linear and float16 and not bfloat16" "lora_linear and not float16")
-SHARES+=("test_graphs and not whole" "test_graphs and whole" "test_invariant")
-SHARES+=("linear and not lora_linear and not cross_entropy and not test_invariant")
+SHARES+=("test_cuda_graphs and not whole" "test_cuda_graphs and whole" "test_batch_invariant")
+SHARES+=("linear and not lora_linear and not cross_entropy and not test_batch_invariant")
 SHARE='"${@:2}" -k "$1" >"$OUT/tests-${1// /_}.log" 2>&1; code=$?; echo "-- $1"
     tail -n 15 "$OUT/tests-${1// /_}.log"; exit $code'
 IN_SHARES=(xargs -0 -a "$OUT/.shares" -P 16 -I{} bash -c "$SHARE" share {})
 TESTS=("${IN_SHARES[@]}" "${PYTEST[@]}")
-if "$PYTHON" -c "import xdist" 2>/dev/null; then # shares the tests out better, as they are done
+if "$PYTHON" -c "import xdist" 2>/dev/null; then # better: each process takes the next test
     TESTS=("${PYTEST[@]}" -n 16)
 fi
 TUNE=("$PYTHON" -m benchmarks.tuning.tune --out "$OUT/tiles" --jobs "$(nproc)")

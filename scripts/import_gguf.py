@@ -32,8 +32,11 @@ def main() -> None:
     source = demo_gguf() if args.gguf == "demo" else Path(args.gguf)
     with lock_file(args.out):
         written = import_gguf(source, args.out)
-    print(f"{args.out} {'written from' if written else 'is there already, from'} {source}")
+    if written:
+        print(f"{args.out} written from {source}")
+    else:
+        print(f"{args.out} is there already, from {source}")
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command begins again", kept="nothing was written")
+    run_main(main, "run the same command again", kept="nothing was written")

@@ -38,13 +38,14 @@ def main() -> None:
         refuse_damaged(args.adapter)
         lora = load_lora(args.adapter)
         trained = TrainedChat.read(args.adapter)
-        left_out = merge(args.model, lora, args.out, finish=trained and trained.install)
+        install_chat = None if trained is None else trained.install
+        left_out = merge(args.model, lora, args.out, finish=install_chat)
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in")
     if trained is None:
         print(
-            "the adapter does not say what chat format it was trained with (no chat.json): chat "
-            "template and end token are the model's own"
+            "the adapter has no chat.json, so its chat format is unknown: chat template and "
+            "end token are the model's own"
         )
     else:
         print(f"with it: {trained.text()}")
@@ -55,7 +56,7 @@ def main() -> None:
 if __name__ == "__main__":
     run_main(
         main,
-        "the same command begins again",
+        "run the same command again",
         kept="nothing was written",
         lower="a shard of the model must fit into memory twice, in fp32 where it is adapted",
     )

@@ -1,4 +1,4 @@
-"""A study of SFT and SDFT over settings and training seeds: target score against retention.
+"""Compare SFT and SDFT over learning rates, ranks, mixes, row counts and training seeds.
 
     python scripts/pareto.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
@@ -6,8 +6,9 @@
     python scripts/pareto.py --preset yang2024-gsm8k ...      with the paper's settings
     python scripts/pareto.py --task advbench --task instructions --tasks-dir DIR ...    other skills
 
-The first value of every list is the base setting; the other values are tried one list at a time,
-or in every combination with --grid. The same command resumes an interrupted study.
+Every adapter is measured on held-out rows (the target) and on general prompts (retention). The
+first values of all lists make the first setting; the other values are tried one list at a time, or
+in every combination with --grid. The same command resumes an interrupted study.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Before a long run: does the model follow a reference that it is shown? Looks at a few rows.
+"""Before a long run, test on a few rows whether self-distillation will change anything.
 
     python scripts/preflight.py --model MODEL_DIR --data train.json --verify number
     python scripts/preflight.py ... --sample 32 --template gsm8k
 
-Takes the flags of scripts/sdft.py. Ends with GO or NO-GO, the reasons, and one line of JSON.
+Measures whether the model follows a reference that it is shown, and how long the whole job would
+take. Takes the flags of scripts/sdft.py. Ends with GO or NO-GO, the reasons, and one line of JSON.
 """
 
 from __future__ import annotations
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command begins again", kept="nothing is kept")
+    run_main(main, "run the same command again", kept="nothing is kept")

@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side, as one self-contained HTML page.
+"""Write the report of a run, or of several side by side, as one self-contained HTML page.
 
     python scripts/report.py runs/mine                     # writes runs/mine/report.html again
     python scripts/report.py runs/a runs/b runs/c --out three.html --open
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command begins again", kept="nothing was written")
+    run_main(main, "run the same command again", kept="nothing was written")

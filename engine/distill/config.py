@@ -17,19 +17,21 @@ PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # LLaMA-Facto
 class DistillConfig:
     """How the seed model is asked for rewrites, and which of them are accepted."""
 
-    template: str = "using"  # wording that shows the model the reference answer and asks for a
+    template: str = "using"  # prompt that shows the model the reference answer and asks for a
     #   rewrite: using, refer or gsm8k
-    verify: str = "none"  # how an answer is compared with its reference: number (the last one),
-    #   call (function calls), code (passes the tests), json, exact, contains, regex:PATTERN,
-    #   module:function (your own), or none
-    cascade: str = "guided:1"  # tries per row, by kind: unguided (plain prompt), guided (shown the
-    #   reference), cooler (guided, half the temperature), as in unguided:2,guided:1; a kind is
-    #   tried if those before it failed; if all fail, the reference itself is used
+    verify: str = "none"  # how an answer is checked against its reference: number (the same last
+    #   number), call (the same function calls), code (passes the row's tests), json (is valid
+    #   JSON), exact, contains, regex:PATTERN, module:function (your own), or none (not checked)
+    cascade: str = "guided:1"  # kinds of tries at a rewrite, with the number of each, as in
+    #   unguided:2,guided:1; kinds: unguided (plain prompt), guided (the reference is shown), cooler
+    #   (guided, half the temperature); a kind follows if all tries before it failed; if all fail,
+    #   the reference itself is used
     choose: str = "likelihood"  # which of several accepted tries is used: likelihood (the one that
-    #   the seed model finds most likely) or first
+    #   the seed model gives the highest probability) or first
     max_new_tokens: str = "auto"  # most new tokens in a rewrite
     #   [default: auto (64 + 3 x the tokens of the reference; at least 128)]
-    paper_exact: bool = False  # also reproduce defects of the published code that change results
+    paper_exact: bool = False  # reproduce also the defects of the SDFT paper's published code that
+    #   change results (listed in engine/presets.py)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -47,7 +47,7 @@ class HarnessConfig:
 
     lm_eval: str | None = None  # tasks of lm-evaluation-harness, as in mmlu,arc_easy (pip install
     #   -e '.[eval]') [default: none]
-    lm_eval_path: str | None = None  # directory with more tasks in the harness's YAML
+    lm_eval_path: str | None = None  # directory with further tasks, as YAML files of the harness
     #   [default: none]
     lm_eval_shots: int | None = None  # solved examples shown before a question
     #   [default: the task's own number]

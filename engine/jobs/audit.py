@@ -14,8 +14,10 @@ import dataclasses
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +28,8 @@ from engine.distill.distill import distill
 from engine.jobs.audit_check import ALLOWED, violations
 from engine.jobs.audit_model import write_tiny_llama
 from engine.jobs.audit_page import Counts, count_table, render_page, render_text, text_table
-from engine.jobs.audit_trace import Trace, Tracer
+from engine.jobs.audit_records import Trace
+from engine.jobs.audit_trace import Tracer
 from engine.runtime.files import write_text
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Request, SamplerConfig
@@ -41,6 +44,7 @@ from model.llama import Llama
 from model.lora import Lora, LoraConfig
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "smollm2-135m-instruct"
+# prompts and references of the rows that are worked on
 ROWS = (
     ("Name the colour of the sky.", "Blue."),
     ("How much is 12 and 34?", "12 + 34 = 46. The answer is 46."),
@@ -55,10 +59,9 @@ NEW_TOKENS = "24"  # most tokens of the rewrite
 class AuditConfig:
     """The work that is audited."""
 
-    what: str = "step"  # step (one optimizer step), distill (one distilled row) or decode (one
-    #   decode step): the work that is traced
-    tiny: bool = False  # audit a tiny random Llama that is made in --out, even where models/ holds
-    #   the embedded model
+    what: str = "step"  # the work to trace: step (one optimizer step), distill (one distilled row)
+    #   or decode (one decode step)
+    tiny: bool = False  # use a tiny random Llama, made in --out, instead of the model in models/
 
     def check(self) -> None:
         """ValueError for unknown work."""
@@ -67,16 +70,18 @@ class AuditConfig:
 
 
 def restart_interpreted(ops: str, device: str) -> None:
-    """Begin this script again with TRITON_INTERPRET=1 where kernels can run in no other way.
+    """Restart this script with TRITON_INTERPRET=1 for --ops triton without a GPU.
 
-    Triton decides when it is imported whether its kernels are interpreted.
+    Triton reads that variable when it is imported.
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if ops != "triton" or not on_cpu or INTERPRETED:
         return
     print("triton: no GPU, so this starts again with TRITON_INTERPRET=1 (triton's interpreter)")
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, *sys.argv]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    os.execve(sys.executable, command, environment)
 
 
 def audit_job(config: AuditConfig, model: ModelConfig, out: Path) -> list[str]:
@@ -89,16 +94,22 @@ def audit_job(config: AuditConfig, model: ModelConfig, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     session = Session.open(with_a_model(config, model, out))
     session.require_one_process("an audit")
-    title, trace_work = WORK[config.what]
-    return write_audit(title, config.what, session, trace_work(session), out)
+    work = WORK[config.what]
+    trace = work.trace(session)
+    return write_audit(work.title, config.what, session, trace, out)
 
 
 def with_a_model(config: AuditConfig, model: ModelConfig, out: Path) -> ModelConfig:
-    """The settings with a model directory, made if need be."""
-    if model.model is not None and not config.tiny:
-        return model
+    """The settings with a model directory: the named one, the embedded one, or one made in `out`.
+
+    ValueError where a model is named and --tiny is given too.
+    """
     if model.model is not None:
-        raise ValueError(f"--tiny makes a model, and --model {model.model} names one; give one")
+        if config.tiny:
+            raise ValueError(
+                f"--tiny makes a model, and --model {model.model} names one; give only one of them"
+            )
+        return model
     interpreted = model.ops == "triton" and INTERPRETED
     if EMBEDDED.is_dir() and not config.tiny and not interpreted:
         return dataclasses.replace(model, model=str(EMBEDDED))
@@ -117,13 +128,16 @@ def write_audit(title: str, what: str, session: Session, trace: Trace, out: Path
     )
     allowed = ALLOWED[what]
     found = violations(trace, render_page(title, about, trace, []), allowed)
-    listed = ", ".join(sorted(allowed))
-    said = found or [
-        f"no autograd, no unpickling, no package beside {listed} and the standard library, and no "
-        "function that ran and is not shown"
-    ]
-    write_text(out / "audit.html", render_page(title, about, trace, said))
-    write_text(out / "audit.txt", render_text(title, about, trace, said))
+    verdict = found
+    if not found:
+        packages = ", ".join(sorted(allowed))
+        verdict = [
+            f"no autograd, no unpickling, no package beside {packages} and the standard library, "
+            "and no function that ran and is not shown"
+        ]
+    write_text(out / "audit.html", render_page(title, about, trace, verdict))
+    write_text(out / "audit.txt", render_text(title, about, trace, verdict))
+
     print(text_table(count_table(trace)))
     counts = Counts.of(list(trace.records.values()))
     print(
@@ -131,7 +145,7 @@ def write_audit(title: str, what: str, session: Session, trace: Trace, out: Path
         f"{counts.lines_run:,} of their {counts.lines_of_functions:,} code lines ran, in files of "
         f"{counts.lines_of_files:,}"
     )
-    for line in said:
+    for line in verdict:
         print(f"VIOLATION: {line}" if found else line)
     print(f"written: {out / 'audit.html'}, {out / 'audit.txt'}")
     return found
@@ -146,14 +160,15 @@ def tracer_for(model: Llama) -> Tracer:
 
 
 def rows() -> list[Row]:
-    """The rows that are worked on."""
-    return [
-        Row(
-            f"row-{number}",
-            ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}),
+    """ROWS as rows of data."""
+    made = []
+    for number, (prompt, answer) in enumerate(ROWS):
+        messages = (
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": answer},
         )
-        for number, (prompt, answer) in enumerate(ROWS)
-    ]
+        made.append(Row(f"row-{number}", messages))
+    return made
 
 
 def trace_step(session: Session) -> Trace:
@@ -172,11 +187,12 @@ def trace_step(session: Session) -> Trace:
 def trace_distill(session: Session) -> Trace:
     """One row: prompt, sampling, selection, its line in the file."""
     config = DistillConfig(max_new_tokens=NEW_TOKENS)
+    one_row = rows()[1:2]
     generator = ChatGenerator(session.model, session.chat, SamplerConfig())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "distilled.jsonl"
         with tracer_for(session.model) as tracer:
-            distill(generator, rows()[1:2], out, config, settings={"audit": "one row"})
+            distill(generator, one_row, out, config, settings={"audit": "one row"})
     return tracer.trace
 
 
@@ -195,8 +211,11 @@ class _DecodedUnderTrace(Sampler):
 
 
 def trace_decode(session: Session) -> Trace:
-    """One decode step of four sequences, behind their prefill."""
-    requests = [Request(row.id, session.chat.prompt_ids(row.messages[:1])) for row in rows()]
+    """One decode step of four sequences, after their prefill."""
+    requests = []
+    for row in rows():
+        prompt_ids = session.chat.prompt_ids(row.messages[:1])
+        requests.append(Request(row.id, prompt_ids))
     config = SamplerConfig(max_new_tokens=2, ignore_eos=True, draft="off", graphs=False)
     tokenizer = session.chat.tokenizer
     with _DecodedUnderTrace(session.model, tokenizer.decode, (), config) as sampler:
@@ -206,8 +225,15 @@ def trace_decode(session: Session) -> Trace:
     return sampler.trace
 
 
+class Work(NamedTuple):
+    """Work that can be audited: the title of its page, and the function that traces it."""
+
+    title: str
+    trace: Callable[[Session], Trace]
+
+
 WORK = {
-    "step": ("One optimizer step", trace_step),
-    "distill": ("One distilled row", trace_distill),
-    "decode": ("One decode step", trace_decode),
+    "step": Work("One optimizer step", trace_step),
+    "distill": Work("One distilled row", trace_distill),
+    "decode": Work("One decode step", trace_decode),
 }

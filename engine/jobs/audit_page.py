@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
+from engine.jobs.audit_records import Record, Trace
 from engine.jobs.audit_source import source_of
-from engine.jobs.audit_trace import Record, Trace
 from engine.report.page import Html, tag
 
 STYLE = Path(__file__).with_name("audit_page.css")
-COLUMNS = (
+COLUMNS = [
     "room",
     "functions",
     "code lines run",
     "code lines of the functions",
     "code lines of the files",
     "files",
-)
+]
 UNTRACED = "compiled: its lines are not traced, all count as run"
 LEGEND = (
     tag("span", "solid bar: the line ran", class_="ran"),
@@ -36,7 +38,7 @@ MARKS = {"ran": "+", "idle": "-", "text": " "}  # in audit.txt
 
 @dataclass(frozen=True)
 class Counts:
-    """What ran in a room, or in all of them."""
+    """The size of the code that ran, in one room or in all of them."""
 
     functions: int
     lines_run: int  # code lines in statements of which a line ran
@@ -46,62 +48,92 @@ class Counts:
 
     @classmethod
     def of(cls, records: list[Record]) -> Counts:
-        files = {record.function.path: source_of(record.function) for record in records}
+        """The counts of these functions."""
+        lines_run = 0
+        lines_of_functions = 0
+        files = {}
+        for record in records:
+            source = source_of(record.function)
+            lines_run += len(record.ran)
+            lines_of_functions += len(source.code_of(record.function))
+            files[source.path] = source
         return cls(
             functions=len(records),
-            lines_run=sum(len(record.ran) for record in records),
-            lines_of_functions=sum(
-                len(source_of(record.function).code_of(record.function)) for record in records
-            ),
+            lines_run=lines_run,
+            lines_of_functions=lines_of_functions,
             lines_of_files=sum(len(source.code) for source in files.values()),
             files=len(files),
         )
 
     def cells(self) -> list[str]:
-        numbers = (
-            self.functions,
-            self.lines_run,
-            self.lines_of_functions,
-            self.lines_of_files,
-            self.files,
-        )
-        return [f"{number:,}" for number in numbers]
+        """The numbers of a row of the table, in the order of COLUMNS."""
+        return [
+            f"{self.functions:,}",
+            f"{self.lines_run:,}",
+            f"{self.lines_of_functions:,}",
+            f"{self.lines_of_files:,}",
+            f"{self.files:,}",
+        ]
 
 
 def count_table(trace: Trace) -> list[list[str]]:
-    """A row per room, in the order of the first calls, and the total."""
+    """COLUMNS, a row per room in the order of the first calls, and the total."""
+    records = list(trace.records.values())
     rooms: dict[str, list[Record]] = {}
-    for record in trace.records.values():
+    for record in records:
         rooms.setdefault(record.function.room, []).append(record)
-    rows = [[room, *Counts.of(records).cells()] for room, records in rooms.items()]
-    total = Counts.of(list(trace.records.values()))
-    return [list(COLUMNS), *rows, ["total", *total.cells()]]
+    rows = [[room, *Counts.of(of_room).cells()] for room, of_room in rooms.items()]
+    total = ["total", *Counts.of(records).cells()]
+    return [COLUMNS, *rows, total]
 
 
 # ---- one function
 
 
-def facts(record: Record) -> list[tuple[str, list[str]]]:
-    """What is known of the calls: a heading and its lines."""
-    found: list[tuple[str, list[str]]] = []
+class Fact(NamedTuple):
+    """A heading, and what is known under it, line by line."""
+
+    heading: str
+    lines: list[str]
+
+
+class MarkedLine(NamedTuple):
+    """A line of a function's source."""
+
+    number: int
+    mark: str  # "ran", "idle", or "text" for a blank line, a comment or a docstring
+    text: str
+
+
+def facts(record: Record) -> list[Fact]:
+    """What is known of the calls of a function; headings without a line are left out."""
+    found: list[Fact] = []
     launch = record.launch
     if launch is not None:
-        grid = " x ".join(map(str, launch.grid))
-        found.append(("launched", [f"{times(record.launches)}; first over a grid of {grid}"]))
-        constants = [f"{name} = {value}" for name, value in launch.constants.items()]
-        found.append(("constants", [", ".join(constants)]))
-        found.append(("launched with", [f"{name}: {text}" for name, text in launch.arguments]))
+        grid = " x ".join(str(size) for size in launch.grid)
+        launches = f"{times(record.launches)}; first over a grid of {grid}"
+        constants = ", ".join(f"{name} = {value}" for name, value in launch.constants.items())
+        found.append(Fact("launched", [launches]))
+        found.append(Fact("constants", [constants]))
+        found.append(Fact("launched with", _named_lines(launch.arguments)))
         if record.calls:
-            found.append(("programs", [f"{record.calls:,}, in triton's interpreter"]))
+            programs = f"{record.calls:,}, in triton's interpreter"
+            found.append(Fact("programs", [programs]))
     elif record.calls:
-        found.append(("called", [times(record.calls)]))
-        found.append(("arguments", [f"{name}: {text}" for name, text in record.arguments]))
-        found.append(("result", record.results))
+        found.append(Fact("called", [times(record.calls)]))
+        found.append(Fact("arguments", _named_lines(record.arguments)))
+        found.append(Fact("result", record.results))
     if record.untraced:
-        found.append(("lines", [UNTRACED]))
-    calls = [f"{name} ({n:,})" for name, n in record.torch.items()]
-    found.append(("calls in torch", [", ".join(calls)] if calls else []))
-    return [(heading, lines) for heading, lines in found if lines]
+        found.append(Fact("lines", [UNTRACED]))
+    if record.torch:
+        calls = ", ".join(f"{name} ({count:,})" for name, count in record.torch.items())
+        found.append(Fact("calls in torch", [calls]))
+    return [fact for fact in found if fact.lines]
+
+
+def _named_lines(named: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for every name and its text."""
+    return [f"{name}: {text}" for name, text in named]
 
 
 def times(count: int) -> str:
@@ -109,55 +141,73 @@ def times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def marked_lines(record: Record) -> list[tuple[int, str, str]]:
-    """(number, "ran", "idle" or "text", the line) of every line of the function."""
-    source, ran = source_of(record.function), record.ran
+def marked_lines(record: Record) -> list[MarkedLine]:
+    """Every line of the function."""
+    source = source_of(record.function)
+    ran = record.ran
     marked = []
     for number in source.lines_of(record.function):
-        mark = "text"  # blank, a comment or a docstring
+        mark = "text"
         if number in source.code:
             mark = "ran" if number in ran else "idle"
-        marked.append((number, mark, source.lines[number - 1]))
+        marked.append(MarkedLine(number, mark, source.lines[number - 1]))
     return marked
 
 
 def short_name(record: Record) -> str:
     """The name inside its file: RunningSequence.append."""
-    parts = record.function.name.split(".")
-    module = record.function.path.rpartition(".")[0].removesuffix("/__init__").count("/") + 1
-    is_c = record.function.path.endswith(".c")
-    return parts[-1] if is_c else ".".join(parts[module:])
+    function = record.function
+    parts = function.name.split(".")
+    if function.path.endswith(".c"):
+        return parts[-1]
+    module = function.path.removesuffix(".py").removesuffix("/__init__")
+    of_module = len(module.split("/"))  # leading parts that name the module
+    return ".".join(parts[of_module:])
 
 
 # ---- audit.html
 
 
-def render_page(title: str, about: str, trace: Trace, said: list[str]) -> str:
-    """The page. about: what was run. said: the lines under the table, findings first."""
+def render_page(title: str, about: str, trace: Trace, verdict: list[str]) -> str:
+    """The page.
+
+    about      the model and the operations
+    verdict    the lines under the table: the violations, or one line that there are none
+    """
+    records = list(trace.records.values())
+    navigation = tag(
+        "nav", tag("h2", "In reading order"), _side_list(records), aria_label="Functions"
+    )
+    sections = [_section(number, record) for number, record in enumerate(records, 1)]
+    content = tag(
+        "main",
+        tag("h1", title),
+        tag("p", about, class_="lede"),
+        tag("p", *LEGEND, class_="legend"),
+        _html_table(count_table(trace)),
+        *[_verdict_line(line) for line in verdict],
+        *sections,
+    )
+    return f"{_head(title)}{navigation}\n{content}\n</body>\n</html>\n"
+
+
+def _head(title: str) -> str:
+    """The page up to its body, with the style and the policy that allows no other."""
     style = STYLE.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    head = (
+    return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"{tag('title', title)}\n<style>{style}</style>\n</head>\n<body>\n"
     )
-    records = list(trace.records.values())
-    body = [
-        tag("nav", tag("h2", "In reading order"), _side_list(records), aria_label="Functions"),
-        tag(
-            "main",
-            tag("h1", title),
-            tag("p", about, class_="lede"),
-            tag("p", *LEGEND, class_="legend"),
-            _html_table(count_table(trace)),
-            *(tag("p", line, class_="good" if line.startswith("no ") else "bad") for line in said),
-            *(_section(number, record) for number, record in enumerate(records, 1)),
-        ),
-    ]
-    return head + "\n".join(body) + "\n</body>\n</html>\n"
+
+
+def _verdict_line(line: str) -> Html:
+    """A violation, or the line "no autograd, ..."."""
+    return tag("p", line, class_="good" if line.startswith("no ") else "bad")
 
 
 def _side_list(records: list[Record]) -> Html:
@@ -172,11 +222,13 @@ def _side_list(records: list[Record]) -> Html:
 
 
 def _html_table(rows: list[list[str]]) -> Html:
-    head = tag("tr", *(tag("th", cell, scope="col") for cell in rows[0]))
-    body = [
-        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
-        for row in rows[1:]
-    ]
+    """The table of counts; the first row and the first column are headers."""
+    header, *others = rows
+    head = tag("tr", *[tag("th", cell, scope="col") for cell in header])
+    body = []
+    for name, *numbers in others:
+        cells = [tag("td", number) for number in numbers]
+        body.append(tag("tr", tag("th", name, scope="row"), *cells))
     caption = "What ran, per room. Code lines are not blank, comments or docstrings."
     whole = tag(
         "table", tag("caption", tag("span", caption)), tag("thead", head), tag("tbody", *body)
@@ -185,28 +237,29 @@ def _html_table(rows: list[list[str]]) -> Html:
 
 
 def _section(number: int, record: Record) -> Html:
+    """A function: where it stands, what is known of its calls, its marked source."""
     function = record.function
     heading = tag("h3", tag("span", f"{number}. "), short_name(record))
     where: list[str] = [f"{function.path}, lines {function.first} to {function.last}"]
     if record.called_from:
-        where += [
-            ", first called from ",
-            tag("a", record.called_from, href=f"#{record.called_from}"),
-        ]
-    listed = [
-        tag("div", tag("dt", name), tag("dd", *(tag("div", line) for line in lines)))
-        for name, lines in facts(record)
-    ]
-    lines = [
-        tag("span", tag("b", str(line_number)), text, class_=mark)
-        for line_number, mark, text in marked_lines(record)
-    ]
+        where.append(", first called from ")
+        where.append(tag("a", record.called_from, href=f"#{record.called_from}"))
+
+    known = []
+    for fact in facts(record):
+        texts = [tag("div", line) for line in fact.lines]
+        known.append(tag("div", tag("dt", fact.heading), tag("dd", *texts)))
+
+    source = []
+    for line in marked_lines(record):
+        line_number = tag("b", str(line.number))
+        source.append(tag("span", line_number, line.text, class_=line.mark))
     return tag(
         "section",
         heading,
         tag("p", *where, class_="where"),
-        tag("dl", *listed),
-        tag("pre", *lines, tabindex="0"),
+        tag("dl", *known),
+        tag("pre", *source, tabindex="0"),
         id=function.name,
     )
 
@@ -214,31 +267,31 @@ def _section(number: int, record: Record) -> Html:
 # ---- audit.txt
 
 
-def render_text(title: str, about: str, trace: Trace, said: list[str]) -> str:
+def render_text(title: str, about: str, trace: Trace, verdict: list[str]) -> str:
     """The same as plain text: `+` stands before lines that ran, `-` before those that did not."""
-    parts = [title, about, "", text_table(count_table(trace)), "", *said]
+    lines = [title, about, "", text_table(count_table(trace)), "", *verdict]
     for number, record in enumerate(trace.records.values(), 1):
         function = record.function
-        parts += ["", f"{number}. {function.name}"]
         where = f"{function.path}:{function.first}-{function.last}"
         if record.called_from:
             where += f", first called from {record.called_from}"
-        parts.append(f"   {where}")
-        for heading, lines in facts(record):
-            parts += [f"   {heading}: {line}" for line in lines]
-        parts += [
-            f"{line_number:5} {MARKS[mark]} {text}".rstrip()
-            for line_number, mark, text in marked_lines(record)
-        ]
-    return "\n".join(parts) + "\n"
+        lines += ["", f"{number}. {function.name}", f"   {where}"]
+        for fact in facts(record):
+            lines += [f"   {fact.heading}: {line}" for line in fact.lines]
+        for line in marked_lines(record):
+            lines.append(f"{line.number:5} {MARKS[line.mark]} {line.text}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 def text_table(rows: list[list[str]]) -> str:
     """Columns of equal width, the first left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = []
+    for column in zip(*rows, strict=True):
+        widths.append(max(len(cell) for cell in column))
     lines = []
     for row in rows:
-        first = row[0].ljust(widths[0])
-        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *others]))
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells))
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The sources that an audit shows: files of ours, their functions, code lines and statements
 
-A function here is one at the top of a module or in a class; functions, lambdas and comprehensions
+A function here stands at the top of a module or in a class; functions, lambdas and comprehensions
 inside it belong to it. Code lines are lines that are not blank, comments or docstrings.
 """
 
@@ -27,6 +27,7 @@ NO_CODE = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Function:
     """A function or method: its name, and its lines in its file."""
 
     name: str  # module.function or module.Class.function: its anchor on the page
-    path: str  # engine/train/step.py
-    first: int  # decorators included
+    path: str  # from the root of the clone: engine/train/step.py
+    first: int  # number of its first line, decorators included
     last: int
 
     @property
@@ -51,27 +52,28 @@ class Function:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of ours."""
+    """A file of the clone. Lines are numbered from 1."""
 
     path: str
     lines: tuple[str, ...]
     code: frozenset[int]  # numbers of the code lines
     functions: tuple[Function, ...]
     statements: dict[int, int]  # line -> first line of the innermost statement that it belongs to
-    executable: frozenset[int]  # first lines of the statements that compile to something
+    executable: frozenset[int]  # first lines of the statements that compile to instructions
 
     def function_at(self, line: int) -> Function:
         """The function around that line; the module's top level where there is none."""
         for function in self.functions:
             if function.first <= line <= function.last:
                 return function
-        return Function(f"{module_of(self.path)}.{TOP_LEVEL}", self.path, 1, len(self.lines))
+        name = f"{module_of(self.path)}.{TOP_LEVEL}"
+        return Function(name, self.path, 1, len(self.lines))
 
     def lines_of(self, function: Function) -> list[int]:
         """Numbers of its lines; of a top level those outside all functions."""
         numbers = list(range(function.first, function.last + 1))
         if function.name.endswith(f".{TOP_LEVEL}"):
-            numbers = [n for n in numbers if self.function_at(n) == function]
+            numbers = [number for number in numbers if self.function_at(number) == function]
         return numbers
 
     def code_of(self, function: Function) -> list[int]:
@@ -79,18 +81,20 @@ class SourceFile:
         return [number for number in self.lines_of(function) if number in self.code]
 
     def whole_statements(self, function: Function, traced: set[int]) -> set[int]:
-        """Code lines of the function in statements of which a line was traced.
+        """The code lines of the function that ran: a statement ran if one of its lines was traced.
 
-        A statement that compiles to nothing (an annotation, `global`) goes with the line above it.
+        A statement that compiles to no instruction (an annotation, `global`) counts as the line
+        above it does.
         """
+        # first lines of the statements that ran
         started = {self.statements[line] for line in traced if line in self.statements}
         ran: set[int] = set()
-        above_ran = False
+        statement_ran = False
         for line in self.code_of(function):
             start = self.statements.get(line)
             if start in self.executable:
-                above_ran = start in started
-            if above_ran:
+                statement_ran = start in started
+            if statement_ran:
                 ran.add(line)
         return ran
 
@@ -102,9 +106,9 @@ def module_of(path: str) -> str:
 
 @functools.cache
 def path_of(filename: str) -> str | None:
-    """The path inside the clone of a file of ours; None for other files, and for the audit's own.
+    """The path inside the clone of a file of FLOORS; None for other files and the audit's own.
 
-    filename: as code objects have it.
+    filename: co_filename of a code object.
     """
     file = Path(filename)
     if not file.is_absolute() or not file.is_relative_to(ROOT):
@@ -124,22 +128,31 @@ def read_source(path: str) -> SourceFile:
     for node in ast.walk(tree):  # outer statements come first, inner ones replace them
         if isinstance(node, ast.stmt | ast.ExceptHandler):
             start = _first_line(node)
-            for line in range(start, node.end_lineno + 1):
+            for line in _span(start, node.end_lineno):
                 statements[line] = start
     compiled = _compiled_lines(compile(text, path, "exec"))
+    executable = {statements[line] for line in compiled if line in statements}
     return SourceFile(
         path=path,
         lines=tuple(text.splitlines()),
         code=frozenset(_code_lines(text, tree)),
         functions=tuple(_functions(tree, module_of(path), path)),
         statements=statements,
-        executable=frozenset(statements[line] for line in compiled if line in statements),
+        executable=frozenset(executable),
     )
 
 
+def _span(first: int, last: int) -> range:
+    """The numbers of the lines from `first` to `last`, both included."""
+    return range(first, last + 1)
+
+
 def _first_line(node: ast.stmt | ast.ExceptHandler) -> int:
-    decorators = getattr(node, "decorator_list", [])
-    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    """The line on which a statement begins, its decorators included."""
+    first = node.lineno
+    for decorator in getattr(node, "decorator_list", []):
+        first = min(first, decorator.lineno)
+    return first
 
 
 def _functions(
@@ -165,15 +178,21 @@ def _compiled_lines(code: CodeType) -> set[int]:
 
 
 def _code_lines(text: str, tree: ast.Module) -> set[int]:
+    """Numbers of the lines that are not blank, comments or docstrings."""
     documentation: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                documentation |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if not isinstance(node, DOCUMENTED):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            docstring = node.body[0]
+            documentation.update(_span(docstring.lineno, docstring.end_lineno))
+
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
-            lines |= set(range(token.start[0], token.end[0] + 1))
+            first, _ = token.start
+            last, _ = token.end
+            lines.update(_span(first, last))
     return lines - documentation
 
 
@@ -182,12 +201,16 @@ def _code_lines(text: str, tree: ast.Module) -> set[int]:
 
 @functools.cache
 def c_function(name: str) -> Function:
-    """The C function of that name in kernels/cpu/native/, by its definition at the line's start."""
+    """The C function of that name in kernels/cpu/native/.
+
+    Its definition begins a line, and ends with the next line that is a single brace.
+    """
     definition = re.compile(rf"^[a-z][\w \*]*\b{name}\(")
     for file in sorted((ROOT / "kernels" / "cpu" / "native").glob("*.c")):
         lines = file.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
-            if definition.match(line) and not line.rstrip().endswith(";"):
+            is_declaration = line.rstrip().endswith(";")
+            if definition.match(line) and not is_declaration:
                 last = lines.index("}", number) + 1
                 path = file.relative_to(ROOT).as_posix()
                 return Function(f"kernels.cpu.native.{file.name}.{name}", path, number, last)
@@ -198,14 +221,29 @@ def c_function(name: str) -> Function:
 def read_c(path: str) -> SourceFile:
     """A C file of the clone; its lines are not traced, so it has no statements."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    # comments become blank, line by line
-    blanked = re.sub(
-        r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.DOTALL
+    without_comments = re.sub(r"/\*.*?\*/", _only_line_ends, text, flags=re.DOTALL)
+    code = set()
+    for number, line in enumerate(without_comments.splitlines(), 1):
+        before_comment, _, _ = line.partition("//")
+        if before_comment.strip():
+            code.add(number)
+    return SourceFile(
+        path=path,
+        lines=tuple(text.splitlines()),
+        code=frozenset(code),
+        functions=(),
+        statements={},
+        executable=frozenset(),
     )
-    code = {n for n, line in enumerate(blanked.splitlines(), 1) if line.split("//")[0].strip()}
-    return SourceFile(path, tuple(text.splitlines()), frozenset(code), (), {}, frozenset())
+
+
+def _only_line_ends(comment: re.Match[str]) -> str:
+    """The line ends of a comment, so that the lines below it keep their numbers."""
+    return "\n" * comment[0].count("\n")
 
 
 def source_of(function: Function) -> SourceFile:
-    """The file that the function stands in."""
-    return read_c(function.path) if function.path.endswith(".c") else read_source(function.path)
+    """The file in which the function is defined."""
+    if function.path.endswith(".c"):
+        return read_c(function.path)
+    return read_source(function.path)

@@ -32,11 +32,13 @@ def generate_job(
     samples: int = 1,
     out: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer one prompt (text) or the prompts of a file; to `out`, line by line, or printed.
+    """Answer one prompt (text) or the prompts of a file; write `out` line by line, or print.
 
     system     a system message for every prompt that has none
     prefix     the beginning of every answer; the model continues it
     samples    answers per prompt
+
+    Returns the lines of `out`, in the order of the prompts. ValueError where `out` exists.
     """
     session.require_one_process("generation")
     if not 1 <= samples <= MOST_SAMPLES:
@@ -44,24 +46,30 @@ def generate_job(
     if out is not None and out.exists():
         raise ValueError(f"{out} exists already; choose another --out")
     rows = _rows(session, prompts)
-    lora = None if adapter is None else session.adapter(adapter)
     if system:
         rows = [_with_system(row, system) for row in rows]
-    session.note_other_system([] if adapter is None else [adapter], rows)
+    lora = None
+    if adapter is not None:
+        lora = session.adapter(adapter)
+        session.note_other_system([adapter], rows)
 
     requests = []
     for row in rows:
         ids = session.chat.prompt_ids(row.messages, prefix)
-        requests += [Request(row.id, ids, sample=k) for k in range(samples)]
+        requests += [Request(row.id, ids, sample=number) for number in range(samples)]
     generator = ChatGenerator(session.model, session.chat, sampling)
     with generator.sampler(lora) as sampler:
         completions = sampler.run(requests)
         bar = progress(completions, total=len(requests), desc="generate", unit="answer")
-        answers = _collect((_record(completion, prefix) for completion in bar), out)
+        answers = _collect(bar, prefix, out)
 
-    # in the order of the rows; they were finished in another one
-    order = {row.id: n for n, row in enumerate(rows)}
-    in_order = sorted(answers, key=lambda a: (order[a["id"]], a["sample"]))
+    # answers were finished in another order than that of the rows
+    row_numbers = {row.id: number for number, row in enumerate(rows)}
+
+    def position(answer: dict[str, Any]) -> tuple[int, int]:
+        return row_numbers[answer["id"]], answer["sample"]
+
+    in_order = sorted(answers, key=position)
     if out is None:
         _print(in_order)
     elif in_order != answers:
@@ -79,25 +87,30 @@ def _rows(session: Session, prompts: DataConfig | str) -> list[Row]:
 
 
 def _with_system(row: Row, system: str) -> Row:
+    """The row with a system message in front, unless it has one."""
     if row.messages[0]["role"] == "system":
         return row
     message = {"role": "system", "content": system}
     return dataclasses.replace(row, messages=(message, *row.messages))
 
 
-def _collect(answers: Iterable[dict[str, Any]], out: Path | None) -> list[dict[str, Any]]:
-    """The answers as they are finished; each is appended to `out` at once."""
+def _collect(
+    completions: Iterable[Completion], prefix: str, out: Path | None
+) -> list[dict[str, Any]]:
+    """The answers in the order in which they are finished; each is appended to `out` at once."""
     if out is None:
-        return list(answers)
-    collected = []
+        return [_record(completion, prefix) for completion in completions]
+    answers = []
     with AppendedLines(out) as file:
-        for answer in answers:
+        for completion in completions:
+            answer = _record(completion, prefix)
             file.write(answer)
-            collected.append(answer)
-    return collected
+            answers.append(answer)
+    return answers
 
 
 def _record(completion: Completion, prefix: str) -> dict[str, Any]:
+    """A line of the output file."""
     return {
         "id": completion.id,
         "sample": completion.sample,
@@ -109,6 +122,9 @@ def _record(completion: Completion, prefix: str) -> dict[str, Any]:
 
 
 def _print(answers: list[dict[str, Any]]) -> None:
+    """Print the answers; where there are several, each behind its prompt's id and its number."""
     for answer in answers:
-        label = "" if len(answers) == 1 else f"[{answer['id']}, sample {answer['sample']}] "
-        print(f"{label}{answer['answer']}")
+        text = answer["answer"]
+        if len(answers) > 1:
+            text = f"[{answer['id']}, sample {answer['sample']}] {text}"
+        print(text)

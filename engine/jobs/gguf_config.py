@@ -1,7 +1,8 @@
 """config.json of a GGUF file's model, from its metadata.
 
-A GGUF states Llama 3's rope scaling by its effect, a tensor `rope_freqs` of d/2 divisors. The
-parameters are recovered from it and must reproduce it, else the file is refused.
+A GGUF states Llama 3's rope scaling by its effect: a tensor `rope_freqs` of d/2 divisors of the
+frequencies (d: head size). The parameters of config.json are recovered from it and must reproduce
+it, else the file is refused.
 """
 
 from __future__ import annotations
@@ -17,18 +18,36 @@ from engine.jobs.gguf_reader import dequantised, need
 from model.config import LlamaConfig
 from model.rope import inverse_frequencies
 
-# Everything under `llama.` this importer understands; any other key could change the result.
-KNOWN_KEYS = frozenset(
-    "block_count context_length embedding_length feed_forward_length vocab_size "
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
-    "attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scaling.type "
-    "rope.scaling.factor rope.scaling.original_context_length tensor_data_layout".split()
-)
+# The keys under `llama.` that this importer understands; any other could change the result
+KNOWN_KEYS = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+}
 
 
 def llama_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
-    """config.json of the model, from the metadata and the tensors' presence."""
-    llama = {k.removeprefix("llama."): v for k, v in meta.items() if k.startswith("llama.")}
+    """config.json of the model, from the metadata and the names of the tensors.
+
+    ValueError for a key that is missing or unknown, and for a shape that no Llama has.
+    """
+    llama = {}  # the values under `llama.`
+    for key, value in meta.items():
+        if key.startswith("llama."):
+            llama[key.removeprefix("llama.")] = value
     unknown = sorted(set(llama) - KNOWN_KEYS)
     if unknown:
         raise ValueError(f"{source}: llama.{unknown[0]} = {llama[unknown[0]]} is not supported")
@@ -36,7 +55,8 @@ def llama_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) ->
     def of_llama(key: str) -> Any:
         return need(meta, f"llama.{key}", source)
 
-    hidden, heads = of_llama("embedding_length"), of_llama("attention.head_count")
+    hidden = of_llama("embedding_length")
+    heads = of_llama("attention.head_count")
     kv_heads = llama.get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ValueError(f"{source}: head counts differ from layer to layer; not supported")
@@ -77,36 +97,41 @@ def _rope_scaling(
     llama: dict[str, Any], tensors: dict[str, Any], source: Path
 ) -> dict[str, Any] | None:
     """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
-    kind, divisors = llama.get("rope.scaling.type", "none"), tensors.get("rope_freqs.weight")
+    kind = llama.get("rope.scaling.type", "none")
+    divisors = tensors.get("rope_freqs.weight")
     if kind == "none" and divisors is None:
         return None
     if kind == "none":
-        # The slowest frequencies are divided by the factor itself. The other numbers are the same
-        # in every Llama 3 release; check_rope_divisors shows whether they hold here.
+        # the largest divisor is the factor itself, that of the slowest frequencies
+        factor = dequantised(divisors, slice(None)).max()
+        # the other numbers are the same in every Llama 3 release; check_rope_divisors shows whether
+        # they hold here
         return {
             "rope_type": "llama3",
-            "factor": _shortest(dequantised(divisors, slice(None)).max()),
+            "factor": _shortest(factor),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
     if kind == "linear" and divisors is None:
         return {"rope_type": "linear", "factor": _shortest(llama.get("rope.scaling.factor", 0))}
+    beside = "without" if divisors is None else "with"
     raise ValueError(
-        f"{source}: rope scaling {kind!r} {'with' if divisors else 'without'} rope_freqs.weight; "
-        "only Llama 3's (rope_freqs.weight alone), 'linear' and 'none' are supported"
+        f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight; only Llama 3's "
+        "(rope_freqs.weight alone), 'linear' and 'none' are supported"
     )
 
 
 def check_rope_divisors(config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
-    """ValueError unless rope_freqs.weight is what the recovered Llama 3 parameters make."""
-    if config.rope_scaling["rope_type"] == "llama3":
-        plain = inverse_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
-        made = (plain / inverse_frequencies(config)).numpy()
-        found = dequantised(tensors["rope_freqs.weight"], slice(None))
-        if found.shape != made.shape or not np.allclose(found, made, rtol=1e-4):
-            factor = config.rope_scaling["factor"]
-            raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
+    """ValueError unless the recovered Llama 3 parameters give the divisors of rope_freqs.weight."""
+    if config.rope_scaling["rope_type"] != "llama3":
+        return
+    plain = inverse_frequencies(replace(config, rope_scaling={"rope_type": "default"}))
+    expected = (plain / inverse_frequencies(config)).numpy()  # (d/2,)
+    found = dequantised(tensors["rope_freqs.weight"], slice(None))
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        factor = config.rope_scaling["factor"]
+        raise ValueError(f"{source}: rope_freqs.weight is not Llama 3's scaling by {factor}")
 
 
 def write_stated(path: Path, values: dict[str, Any]) -> None:

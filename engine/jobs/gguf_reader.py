@@ -14,15 +14,28 @@ from typing import Any, BinaryIO
 import numpy as np
 
 # The value types of GGUF metadata: bytes of each scalar type, then the two others
-SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-STRING, ARRAY = 8, 9
+SCALAR_BYTES = {
+    0: 1,  # uint8
+    1: 1,  # int8
+    2: 2,  # uint16
+    3: 2,  # int16
+    4: 4,  # uint32
+    5: 4,  # int32
+    6: 4,  # float32
+    7: 1,  # bool
+    10: 8,  # uint64
+    11: 8,  # int64
+    12: 8,  # float64
+}
+STRING = 8  # its length in bytes (uint64), then the bytes
+ARRAY = 9  # the type of its elements (uint32), their number (uint64), then the elements
 LARGEST_ARRAY = 1 << 24  # elements: no vocabulary has as many
-DEEPEST_ARRAY = 4  # arrays in arrays
+DEEPEST_ARRAY = 4  # levels of arrays in arrays
 LONGEST_KEY = 1 << 16  # bytes
 
 
 def optional(package: str) -> Any:
-    """Import `gguf` or `tokenizers`, saying how to get it."""
+    """Import `gguf` or `tokenizers`; ImportError says how to install it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -33,7 +46,10 @@ def optional(package: str) -> Any:
 
 
 def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata values by key, and the reader's memory-mapped tensors by name."""
+    """Metadata values by key, and the memory-mapped tensors of the package `gguf` by name.
+
+    ValueError for a damaged file, one part of several, and a model that is no Llama.
+    """
     gguf = optional("gguf")
     try:
         check_lengths(source)
@@ -59,17 +75,20 @@ def need(meta: dict[str, Any], key: str, source: Path) -> Any:
 
 
 def check_lengths(source: Path) -> None:
-    """ValueError where the metadata promise more than the file holds.
+    """ValueError where the metadata state more than the file holds.
 
-    gguf's reader believes every length and makes an object per element before it looks.
+    The reader of the package gguf trusts every length and makes an object per element before it
+    reads the elements.
     """
     with source.open("rb") as file:
         header = _Header(file, size=source.stat().st_size)
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if header.number("I") & 0xFFFF == 0:  # written on a machine of the other byte order
+        version = header.number("I")
+        if version & 0xFFFF == 0:  # a small number whose bytes stand in the other order
             header.order = ">"
-        tensors, keys = header.number("Q"), header.number("Q")
+        tensors = header.number("Q")
+        keys = header.number("Q")
         if max(tensors, keys) > header.size // 12:
             raise ValueError(f"{tensors} tensors and {keys} keys have no room in the file")
         for _ in range(keys):
@@ -77,7 +96,8 @@ def check_lengths(source: Path) -> None:
             if length > LONGEST_KEY:
                 raise ValueError(f"a key of {length} bytes")
             key = file.read(length).decode("utf-8", errors="replace")
-            header.skip_value(header.number("I"), key)
+            kind = header.number("I")
+            header.skip_value(kind, key)
 
 
 @dataclass
@@ -89,9 +109,10 @@ class _Header:
     order: str = "<"  # byte order, as struct names it
 
     def number(self, form: str) -> int:
-        """The number that stands here, by its letter of struct."""
+        """Read a number. form: its format character of the module struct."""
         form = self.order + form
-        (value,) = struct.unpack(form, self.file.read(struct.calcsize(form)))
+        data = self.file.read(struct.calcsize(form))
+        (value,) = struct.unpack(form, data)
         return value
 
     def left(self) -> int:
@@ -117,10 +138,11 @@ class _Header:
 
     def skip_array(self, key: str, depth: int) -> None:
         """Move past the elements of an array."""
-        inner, count = self.number("I"), self.number("Q")
+        inner = self.number("I")
+        count = self.number("Q")
         least_bytes = SCALAR_BYTES.get(inner, 8)  # a string and an array begin with a length
         if count > LARGEST_ARRAY or count * least_bytes > self.left():
-            raise ValueError(f"{key} is an array of {count} elements, which cannot be")
+            raise ValueError(f"{key} is an array of {count} elements: more than the file can hold")
         if inner in SCALAR_BYTES:
             self.skip(count * least_bytes, key)
             return
@@ -129,7 +151,7 @@ class _Header:
 
 
 def dequantised(tensor: Any, rows: slice) -> np.ndarray:
-    """Rows of a tensor in fp32; ValueError for an unknown format and for NaN or infinity."""
+    """Rows of a tensor as contiguous fp32; ValueError for an unknown format, NaN or infinity."""
     gguf = optional("gguf")
     try:
         values = gguf.dequantize(tensor.data[rows], tensor.tensor_type)

@@ -8,13 +8,16 @@ from typing import Any
 from engine.jobs.gguf_config import write_stated
 from engine.jobs.gguf_reader import need, optional
 
-# tokenizer.ggml.pre of Llama 3: one thing by three names. smaug-bpe is a tokenizer.json of its
-# first weeks: it cuts text likewise, but does not say that whole words are taken without merges.
-LLAMA3_NAMES, EARLY_LLAMA3 = ("llama-bpe", "llama3", "llama-v3"), "smaug-bpe"
-# tokenizer.ggml.token_type
-CONTROL, USER_DEFINED = 3, 4
-# How Llama 3 cuts text before byte-level BPE: contractions, words with one leading mark, at most
-# three digits, punctuation, line ends, spaces.
+# The values of tokenizer.ggml.pre for Llama 3, three names of one pre-tokenizer
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+# A tokenizer.json of Llama 3's first weeks: it cuts text in the same way, but does not say that a
+# whole word of the vocabulary is one token, without merges
+EARLY_LLAMA3 = "smaug-bpe"
+# values of tokenizer.ggml.token_type
+CONTROL = 3
+USER_DEFINED = 4
+# Llama 3 cuts text into these pieces before byte-level BPE: contractions, words with one leading
+# mark, at most three digits, punctuation, line ends, spaces
 LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,7 +29,8 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
 
     ValueError for another kind of vocabulary, and where the pre-tokenizer is unknown or not stated.
     """
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    kind = meta.get("tokenizer.ggml.model")
+    pre = meta.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(
             f"{source}: vocabulary of type {kind!r}; only byte-level BPE ('gpt2') is imported, so "
@@ -35,21 +39,24 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     tk = optional("tokenizers")
     pre_tokenizer = _pre_tokenizer(tk, pre, source)
     tokens = meta["tokenizer.ggml.tokens"]
-    vocab = {token: id for id, token in enumerate(tokens)}
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ValueError(f"{source}: the vocabulary spells two tokens the same way")
-    merges = [tuple(merge.split(" ")) for merge in need(meta, "tokenizer.ggml.merges", source)]
-    # Llama 3 takes a whole word that is in the vocabulary, whatever the merges would make of it.
+    merge_lines = need(meta, "tokenizer.ggml.merges", source)
+    merges = [tuple(line.split(" ")) for line in merge_lines]
+    # Llama 3 takes a whole word that is in the vocabulary, even where merges give other tokens
     bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
     tokenizer = tk.Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = tk.decoders.ByteLevel()
-    for id, special in _added(meta).items():
-        token = tk.AddedToken(tokens[id], normalized=False, special=special)
-        if special:
+
+    for token_id, is_special in _added_tokens(meta).items():
+        token = tk.AddedToken(tokens[token_id], normalized=False, special=is_special)
+        if is_special:
             tokenizer.add_special_tokens([token])
         else:
             tokenizer.add_tokens([token])
+
     bos_id = meta.get("tokenizer.ggml.bos_token_id")
     adds_bos = meta.get("tokenizer.ggml.add_bos_token", pre in LLAMA3_NAMES)
     if adds_bos and bos_id is not None:
@@ -61,14 +68,16 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
 
 
 def _pre_tokenizer(tk: Any, pre: str | None, source: Path) -> Any:
-    """The cuts before BPE; `pre` is tokenizer.ggml.pre."""
-    cut, byte_level = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel
+    """The `tokenizers` object that cuts text before BPE; `pre` is tokenizer.ggml.pre."""
+    cut = tk.pre_tokenizers
     if pre == "smollm":
         digits = cut.Digits(individual_digits=True)
-        return cut.Sequence([digits, byte_level(add_prefix_space=False)])
-    if pre in (*LLAMA3_NAMES, EARLY_LLAMA3):
-        split = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
-        return cut.Sequence([split, byte_level(add_prefix_space=False, use_regex=False)])
+        byte_level = cut.ByteLevel(add_prefix_space=False)
+        return cut.Sequence([digits, byte_level])
+    if pre in LLAMA3_NAMES or pre == EARLY_LLAMA3:
+        pieces = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
+        byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+        return cut.Sequence([pieces, byte_level])
     if pre is None:
         raise ValueError(
             f"{source}: tokenizer.ggml.pre is absent: the file was made before May 2024 and does "
@@ -81,28 +90,37 @@ def _pre_tokenizer(tk: Any, pre: str | None, source: Path) -> Any:
     )
 
 
-def _added(meta: dict[str, Any]) -> dict[int, bool]:
+def _added_tokens(meta: dict[str, Any]) -> dict[int, bool]:
     """Id -> whether it is special (a control token), for tokens that are matched before BPE."""
     kinds = meta.get("tokenizer.ggml.token_type", [])
-    return {id: kind == CONTROL for id, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)}
+    added = {}
+    for token_id, kind in enumerate(kinds):
+        if kind in (CONTROL, USER_DEFINED):
+            added[token_id] = kind == CONTROL
+    return added
 
 
 def write_token_settings(out: Path, meta: dict[str, Any], max_length: int) -> None:
-    """The three small files beside tokenizer.json that name the special tokens and the template."""
+    """Write tokenizer_config.json, special_tokens_map.json and generation_config.json into `out`.
+
+    They name the special tokens, the chat template and the tokens that end an answer.
+    """
     tokens = meta["tokenizer.ggml.tokens"]
-    # eot and eom: an instruct model may close a turn with another token than a document.
+    # eot and eom: an instruct model may close a turn with another token than a document
     keys = ("bos", "eos", "unknown", "padding", "eot", "eom")
     ids = {key: meta.get(f"tokenizer.ggml.{key}_token_id") for key in keys}
     roles = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     named = {role: tokens[ids[key]] for key, role in roles.items() if ids[key] is not None}
+
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added_tokens = {}
+    for token_id, is_special in _added_tokens(meta).items():
+        token = {"content": tokens[token_id], **flags, "special": is_special}
+        added_tokens[str(token_id)] = token
     settings = {
-        # Not the checkpoint's own class: transformers 5 rebuilds those and drops the digit split.
+        # not the checkpoint's own class: transformers 5 rebuilds those and drops the digit split
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {
-            str(id): {"content": tokens[id], **flags, "special": special}
-            for id, special in _added(meta).items()
-        },
+        "added_tokens_decoder": added_tokens,
         **named,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
@@ -110,10 +128,13 @@ def write_token_settings(out: Path, meta: dict[str, Any], max_length: int) -> No
     }
     write_stated(out / "tokenizer_config.json", settings)
     write_stated(out / "special_tokens_map.json", named)
-    ends = sorted({ids[key] for key in ("eos", "eot", "eom")} - {None})
-    eos: int | list[int] | None = ends or None
+
+    ends = {ids[key] for key in ("eos", "eot", "eom") if ids[key] is not None}
+    eos: int | list[int] | None = None
     if len(ends) == 1:
-        eos = ends[0]
+        (eos,) = ends
+    elif ends:
+        eos = sorted(ends)
     generation = {
         "bos_token_id": ids["bos"],
         "eos_token_id": eos,

@@ -1,7 +1,8 @@
 """The weights of a GGUF file: dequantised to fp32, renamed, written as model.safetensors.
 
-GGUF stores the rows of q and k so that the rotation pairs neighbours (2i, 2i + 1); Hugging Face
-pairs (i, i + d/2). Inside each head the rows go from (d/2, 2) to (2, d/2).
+RoPE rotates pairs of rows of q and k. In a GGUF the rows of a pair are neighbours, (2i, 2i + 1) of
+their head; in Hugging Face's layout they are (i, i + d/2), d the head size. So the rows of every
+head go from (d/2, 2) to (2, d/2).
 """
 
 from __future__ import annotations
@@ -18,8 +19,15 @@ from engine.jobs.gguf_reader import dequantised
 from model.config import LlamaConfig
 from model.layout import checkpoint_shapes
 
-BLOCK_ROWS = 4096  # of a matrix, dequantised and written at a time
-GGUF_NAMES = {  # of the part between "model.layers.i." and ".weight"
+BLOCK_ROWS = 4096  # rows of a matrix that are dequantised and written at a time
+# Hugging Face's name of a tensor without ".weight" -> GGUF's: outside the layers, and inside one
+# ("model.layers.i." and "blk.i." left out)
+OUTER_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -34,21 +42,48 @@ GGUF_NAMES = {  # of the part between "model.layers.i." and ".weight"
 
 def _gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem = name.removesuffix(".weight")
-    if stem in ends:
-        return f"{ends[stem]}.weight"
+    if stem in OUTER_NAMES:
+        return f"{OUTER_NAMES[stem]}.weight"
     layer, _, module = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{GGUF_NAMES[module]}.weight"
+    return f"blk.{layer}.{LAYER_NAMES[module]}.weight"
 
 
 def write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
     """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values.
 
-    ValueError where tensors are missing, unknown, or of another shape than `config` asks for.
+    ValueError where tensors are missing, unknown, or of another shape than `config` states.
     """
     shapes = checkpoint_shapes(config)  # Hugging Face name -> shape
-    hf_names = {_gguf_name(name): name for name in shapes}
+    hf_names = {_gguf_name(name): name for name in shapes}  # by GGUF name
+    _check_tensors(shapes, hf_names, tensors, source)
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0  # byte offset in the values
+    for hf_name, shape in shapes.items():
+        end = start + 4 * math.prod(shape)
+        header[hf_name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start on a multiple of 8
+
+    permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, hf_name in hf_names.items():
+            module = hf_name.split(".")[-2]  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
+            for block in _blocks(tensors[name], permuted_heads.get(module)):
+                file.write(block.astype("<f4", copy=False).data)
+
+
+def _check_tensors(
+    shapes: dict[str, tuple[int, ...]],
+    hf_names: dict[str, str],
+    tensors: dict[str, Any],
+    source: Path,
+) -> None:
+    """ValueError where tensors are missing, unknown or of another shape."""
     missing = sorted(set(hf_names) - set(tensors))
     unexpected = sorted(set(tensors) - set(hf_names) - {"rope_freqs.weight"})
     if missing or unexpected:
@@ -56,31 +91,23 @@ def write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], sour
             f"{source}: not a plain Llama: missing tensors {missing[:4]}, unexpected "
             f"{unexpected[:4]} (biases and mixtures of experts are not supported)"
         )
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
     for name, hf_name in hf_names.items():
         shape = tuple(int(n) for n in reversed(tensors[name].shape))  # GGUF: fastest first
         if shape != shapes[hf_name]:
             raise ValueError(f"{source}: {name} has shape {shape}, expected {shapes[hf_name]}")
-        start, end = end, end + 4 * math.prod(shape)
-        header[hf_name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # values start on a multiple of 8
-    permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, hf_name in hf_names.items():
-            module = hf_name.split(".")[-2]
-            for block in _blocks(tensors[name], permuted_heads.get(module)):
-                file.write(block.astype("<f4", copy=False).data)
 
 
 def _blocks(tensor: Any, permuted_heads: int | None) -> Iterator[np.ndarray]:
-    """A tensor in fp32, BLOCK_ROWS rows at a time; q and k, which are permuted, in one block."""
-    if permuted_heads:
-        hidden = tensor.shape[0]
-        pairs = dequantised(tensor, slice(None)).reshape(permuted_heads, -1, 2, hidden)
-        yield np.ascontiguousarray(pairs.swapaxes(1, 2))  # (heads, d/2, 2, D) -> (heads, 2, d/2, D)
+    """A tensor in fp32, BLOCK_ROWS rows at a time; q and k, which are permuted, in one block.
+
+    permuted_heads: number of heads of q or k, None for other tensors.
+    """
+    if permuted_heads is not None:
+        hidden = tensor.shape[0]  # D
+        rows = dequantised(tensor, slice(None))  # (heads * d, D)
+        pairs = rows.reshape(permuted_heads, -1, 2, hidden)  # (heads, d/2, 2, D)
+        halves = pairs.swapaxes(1, 2)  # (heads, 2, d/2, D)
+        yield np.ascontiguousarray(halves)
         return
     for start in range(0, len(tensor.data), BLOCK_ROWS):
         yield dequantised(tensor, slice(start, start + BLOCK_ROWS))

@@ -18,19 +18,19 @@ from engine.train.validate import ValidateConfig
 from engine.verify.verifiers import get_verifier
 from model.lora import LoraConfig
 
-J = TypeVar("J")
+J = TypeVar("J")  # SdftConfig, StudyConfig or PreflightConfig
 
 
 @dataclass(frozen=True)
 class JobConfig(Generic[J]):
-    """The settings of the stages, and those of the job around them.
+    """The settings of every stage, and those of the job itself.
 
     A job that has no tasks or no validation has None there.
     """
 
     model: ModelConfig
     data: DataConfig
-    job: J  # SdftConfig, StudyConfig or PreflightConfig
+    job: J
     distill: DistillConfig
     sampling: SamplerConfig
     encode: EncodeConfig
@@ -40,7 +40,7 @@ class JobConfig(Generic[J]):
     validate: ValidateConfig | None = None
 
     def parts(self) -> list[Any]:
-        """The settings objects that are there, in the order of the fields."""
+        """The settings objects, in the order of the fields, without those that are None."""
         values = [getattr(self, field.name) for field in dataclasses.fields(self)]
         return [value for value in values if value is not None]
 
@@ -51,16 +51,16 @@ class JobConfig(Generic[J]):
         get_verifier(self.distill.verify)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """{class name: {field: value}}, as summary.json and study.json hold them."""
+        """Class name -> field -> value, as summary.json and study.json hold them."""
         return {type(part).__name__: dataclasses.asdict(part) for part in self.parts()}
 
     def as_begun(self, distilled: Path) -> JobConfig[J]:
-        """This, with the date and dtype that the job of this distilled file was begun with."""
+        """A copy with the date and dtype that the job of this distilled file was started with."""
         model = as_begun(self.model, meta_file(distilled))
         return dataclasses.replace(self, model=model)
 
     def as_published(self) -> JobConfig[J]:
-        """This; under --paper-exact long examples are cut as the published code cuts them."""
+        """A copy in which --paper-exact cuts long examples as the published code does."""
         if not self.distill.paper_exact:
             return self
         encode = dataclasses.replace(self.encode, cut_in_proportion=True)

@@ -1,10 +1,10 @@
-"""Preflight: will self-distillation change anything for this model on these rows? A sample decides
+"""Preflight: measures on a sample whether self-distillation changes anything for model and data
 
     plain       the model answers the plain prompt, greedily: score, likelihood of its own answers
-    shown       it rewrites the reference, as distillation would (same template, sampling, rules):
-                score, acceptance, copying, length
-    gap         over the tokens of the rewrites, the model shown the reference (p) beside itself
-                under the plain prompt (q): KL(p || q) and -log q + log p, nats per token
+    shown       the model rewrites the reference, as distillation would (same template, sampling,
+                rules): score, acceptance, copying, length
+    gap         two predictions of the tokens of the rewrites: the model is shown the reference (p),
+                or has the plain prompt only (q): KL(p || q) and log p - log q, nats per token
     cost        seconds and bytes of the whole job, extrapolated from the sample
 
 The result is GO, or the reasons against it (preflight_reasons.py holds every threshold with its
@@ -50,7 +50,8 @@ from model.lora import Lora, adapter_shapes
 HEDGES = re.compile(
     r"\b(?:wait|hmm+|maybe|perhaps|alternatively|actually|probably|let me (?:check|think))\b", re.I
 )
-FEW_HEDGES = 0.5  # per 100 words; a model below this has no habit that could be lost
+FEW_HEDGES = 0.5  # per 100 words; a model that hedges less has no hedging to lose
+WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ Config = JobConfig[PreflightConfig]
 def preflight(session: Session, config: Config) -> dict[str, Any]:
     """Measure a sample and print the figures, GO or the reasons against it, and a line of JSON.
 
-    Of a cascade only one guided try is measured: more tries accept more, and take longer.
+    Only one guided try of a cascade is measured: more tries accept more, and take longer. Returns
+    the figures of the line of JSON.
     """
     session.require_one_process("preflight")
     one_try = dataclasses.replace(config.distill, cascade="guided:1")
@@ -82,11 +84,14 @@ def preflight(session: Session, config: Config) -> dict[str, Any]:
     config = config.as_published()
     rows = config.data.load(check=can_be_asked(session.chat, config.distill))
     examples = encode_rows(session, config, rows, "reference")  # ValueError for a row too long
-    config.train.highest_rate(len(examples))
-    chosen = [_first_turn(row) for row in evenly_spaced(rows, config.job.sample)]
-    sample = Rows(chosen, rows.path, rows.sha256)
-    figures: dict[str, Any] = {"rows": len(rows), "sample": len(sample)}
-    figures["own_template"] = float(session.config.chat_format in (None, "own"))
+    config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
+    sample = sample_of(rows, config.job.sample)
+    own_template = session.config.chat_format in (None, "own")
+    figures: dict[str, Any] = {
+        "rows": len(rows),
+        "sample": len(sample),
+        "own_template": float(own_template),
+    }
 
     # 1. plain prompts, answered greedily
     answers = plain_answers(session, config, sample)
@@ -100,21 +105,32 @@ def preflight(session: Session, config: Config) -> dict[str, Any]:
     figures |= gap(session, config.distill, rewriting.targets)
 
     # 4. the cost of the whole job
-    per_row = {"distill": rewriting.distill_seconds, "score": rewriting.score_seconds}
-    seconds = {stage: total / len(sample) * len(rows) for stage, total in per_row.items()}
-    seconds |= training_seconds(session, config, examples, rewriting.lines)
-    figures["seconds"] = seconds
-    figures["disk_mb"] = (
-        disk_bytes(session, config, rewriting.bytes / len(sample) * len(rows)) / 1e6
-    )
+    figures["seconds"] = {
+        "distill": rewriting.distill_seconds / len(sample) * len(rows),
+        "score": rewriting.score_seconds / len(sample) * len(rows),
+        **training_seconds(session, config, examples, rewriting.lines),
+    }
+    distilled_bytes = rewriting.bytes / len(sample) * len(rows)
+    figures["disk_mb"] = disk_bytes(session, config, distilled_bytes) / 1e6
     figures["took"] = time.perf_counter() - started
 
+    # 5. the verdict
     reasons = reasons_that_hold(figures)
     figures["go"] = not any(reason.stops for reason in reasons)
-    figures["reasons"] = [f"{r.figure} {figures[r.figure]:.3f}: {r.why}" for r in reasons]
+    figures["reasons"] = [reason.text(figures) for reason in reasons]
     print(report_text(figures, reasons, config.distill.verify))
     print(json.dumps(figures))
     return figures
+
+
+def sample_of(rows: Rows, count: int) -> Rows:
+    """`count` rows spread over the file; of a conversation the part up to its first answer."""
+    sample = []
+    for row in evenly_spaced(rows, count):
+        first_prompt = prompts_of(row)[0]
+        messages = row.messages[: len(first_prompt) + 1]  # with the answer that is trained on
+        sample.append(dataclasses.replace(row, messages=tuple(messages)))
+    return Rows(sample, rows.path, rows.sha256)
 
 
 # ---- the plain prompt
@@ -125,8 +141,10 @@ def plain_answers(session: Session, config: Config, sample: Sequence[Row]) -> li
     chat = session.chat
     requests = []
     for row in sample:
-        most = config.distill.limit(len(chat.response_ids(row.reference)))
-        requests.append(Request(row.id, chat.prompt_ids(row.messages[:-1]), most))
+        reference_tokens = len(chat.response_ids(row.reference))
+        max_new = config.distill.limit(reference_tokens)
+        prompt_ids = chat.prompt_ids(row.messages[:-1])
+        requests.append(Request(row.id, prompt_ids, max_new))
     greedy = config.sampling.greedy(SamplerConfig.max_new_tokens)
     with ChatGenerator(session.model, chat, greedy).sampler() as sampler:
         by_id = {answer.id: answer for answer in sampler.run(requests)}
@@ -135,13 +153,17 @@ def plain_answers(session: Session, config: Config, sample: Sequence[Row]) -> li
 
 def figures_of_answers(sample: Sequence[Row], answers: Sequence[Completion]) -> dict[str, float]:
     """own_nll (nats per token), and the shares of answers that ended and that are garbled."""
-    logprobs = [p for answer in answers for p in answer.logprobs]
-    conversations = ["\n".join(m["content"] for m in row.messages) for row in sample]
-    pairs = zip(answers, conversations, strict=True)
+    logprobs: list[float] = []
+    ended, unreadable = [], []
+    for row, answer in zip(sample, answers, strict=True):
+        conversation = "\n".join(message["content"] for message in row.messages)
+        logprobs += answer.logprobs
+        ended.append(answer.finish == "stop")
+        unreadable.append(why_garbled(answer.text, conversation) is not None)
     return {
         "own_nll": -sum(logprobs) / max(1, len(logprobs)),
-        "ended": _share(answer.finish == "stop" for answer in answers),
-        "garbled": _share(why_garbled(answer.text, text) is not None for answer, text in pairs),
+        "ended": _mean(ended),
+        "garbled": _mean(unreadable),
     }
 
 
@@ -157,7 +179,7 @@ class Rewriting:
     differ: float  # share of the targets that are not the reference
     distill_seconds: float
     score_seconds: float
-    bytes: int  # of both files
+    bytes: int  # size of distilled.jsonl and of its scores
 
 
 def rewrite(session: Session, config: Config, sample: Rows) -> Rewriting:
@@ -168,9 +190,14 @@ def rewrite(session: Session, config: Config, sample: Rows) -> Rewriting:
         generator = ChatGenerator(model, chat, config.sampling)
         report = distill(generator, sample, file, config.distill, settings={})
         means = score(model, chat, report.lines, Path(directory) / "scores.jsonl", {})
-        size = sum(f.stat().st_size for f in Path(directory).glob("*.jsonl"))
+        size = sum(written.stat().st_size for written in Path(directory).glob("*.jsonl"))
     return Rewriting(
-        report.lines, report.targets, report.differ, report.seconds, means.seconds, size
+        lines=report.lines,
+        targets=report.targets,
+        differ=report.differ,
+        distill_seconds=report.seconds,
+        score_seconds=means.seconds,
+        bytes=size,
     )
 
 
@@ -181,24 +208,30 @@ def figures_of_rewrites(
     answers: Sequence[Completion],
     rewriting: Rewriting,
 ) -> dict[str, Any]:
-    """Acceptance, scores beside the plain answers', copying, length and hedging of the rewrites."""
+    """Acceptance and scores of the rewrites beside the plain answers; copying, length, hedging.
+
+    plain, shown and lift (shown - plain) only with a verifier; hedges_kept only where the plain
+    answers hedge.
+    """
     lines = rewriting.targets
     figures: dict[str, Any] = {
         "status": dict(Counter(line.status for line in lines)),
         "differ": rewriting.differ,
-        "accepted": _share(line.status in KEPT for line in lines),
+        "accepted": _mean([line.status in KEPT for line in lines]),
     }
     if config.distill.verify != "none":
-        verifier = get_verifier(config.distill.verify)
-        plain = zip(sample, answers, strict=True)
-        shown = zip(sample, lines, strict=True)
-        figures["plain"] = _share(verifier(row, answer.text)[0] for row, answer in plain)
-        figures["shown"] = _share(verifier(row, line.response)[0] for row, line in shown)
-        figures["lift"] = figures["shown"] - figures["plain"]
-    figures["copy"] = _mean([copied(x.response, x.reference) for x in lines if x.response])
-    chat = session.chat
-    lengths = [x.response_tokens / len(chat.response_ids(x.reference)) for x in lines]
+        plain = share_right(config, sample, [answer.text for answer in answers])
+        shown = share_right(config, sample, [line.response for line in lines])
+        figures |= {"plain": plain, "shown": shown, "lift": shown - plain}
+
+    copied_shares = [copied(line.response, line.reference) for line in lines if line.response]
+    figures["copy"] = _mean(copied_shares)
+    lengths = []
+    for line in lines:
+        reference_tokens = len(session.chat.response_ids(line.reference))
+        lengths.append(line.response_tokens / reference_tokens)
     figures["length"] = statistics.median(lengths)
+
     hedges_plain = hedges_per_100_words(answer.text for answer in answers)
     hedges_shown = hedges_per_100_words(line.response for line in lines)
     figures |= {"hedges_plain": hedges_plain, "hedges_shown": hedges_shown}
@@ -207,45 +240,72 @@ def figures_of_rewrites(
     return figures
 
 
+def share_right(config: Config, sample: Sequence[Row], texts: Sequence[str]) -> float:
+    """Share of the texts, one a row, that pass --verify."""
+    verifier = get_verifier(config.distill.verify)
+    verdicts = []
+    for row, text in zip(sample, texts, strict=True):
+        ok, _ = verifier(row, text)
+        verdicts.append(bool(ok))
+    return _mean(verdicts)
+
+
 def copied(text: str, source: str) -> float:
-    """Share of the n-grams of words in `text` that stand in `source` too.
+    """Share of the n-grams of words in `text` that occur in `source` too.
 
     n is NGRAM, or less where one of the texts is shorter. Case and punctuation do not count.
     """
-    words, source_words = (re.findall(r"\w+", part.lower()) for part in (text, source))
+    words = WORD.findall(text.lower())
+    source_words = WORD.findall(source.lower())
     n = min(NGRAM, len(words), max(1, len(source_words)))
     if n == 0:
         return 0.0
-    known = set(_ngrams(source_words, n))
-    return _share(ngram in known for ngram in _ngrams(words, n))
+    in_source = set(_ngrams(source_words, n))
+    return _mean([ngram in in_source for ngram in _ngrams(words, n)])
 
 
 def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    starts = range(len(words) - n + 1)
+    return [tuple(words[start : start + n]) for start in starts]
 
 
 def hedges_per_100_words(texts: Iterable[str]) -> float:
     """Hedging expressions per 100 words, all texts together."""
     joined = " ".join(texts)
-    return 100 * len(HEDGES.findall(joined)) / max(1, len(joined.split()))
+    hedges = len(HEDGES.findall(joined))
+    words = len(joined.split())
+    return 100 * hedges / max(1, words)
 
 
 # ---- the gap
 
 
 def gap(session: Session, config: DistillConfig, lines: Sequence[Distilled]) -> dict[str, float]:
-    """The model shown the reference beside itself under the plain prompt, over sampled tokens.
+    """How much the predictions of the sampled tokens depend on the shown reference.
 
-    kl, reverse_kl and nll_gap (plain less shown) in nats per token, the end token included where
-    it was sampled; nll_plain. A forced beginning does not count.
+    p: the model is shown the reference; q: the same model has the plain prompt only.
+
+        kl, reverse_kl    KL(p || q), KL(q || p)
+        nll_plain         -log q
+        nll_gap           log p - log q
+
+    All in nats per token, the end token included where it was sampled. A forced beginning does not
+    count.
     """
     model, chat = session.model, session.chat
     template = TEMPLATES[config.template]
-    # the forced beginning stands in the target, or only in the prompt that shows the reference
-    in_target = config.rules.prefix_in_target
-    forced = len(chat.prefix_ids(template.prefix)) if in_target else 0
-    prefix = "" if in_target else template.prefix
-    kl = reverse_kl = nll_plain = nll_shown = 0.0
+    # the forced beginning is part of the target, or only of the prompt that shows the reference
+    if config.rules.prefix_in_target:
+        prefix = ""
+        forced = len(chat.prefix_ids(template.prefix))  # leading tokens that do not count
+    else:
+        prefix = template.prefix
+        forced = 0
+
+    kl = 0.0
+    reverse_kl = 0.0
+    nll_plain = 0.0
+    nll_shown = 0.0
     tokens = 0
     for line in lines:
         answer = list(line.response_ids)
@@ -257,16 +317,17 @@ def gap(session: Session, config: DistillConfig, lines: Sequence[Distilled]) -> 
         longest = max(len(shown_prompt), len(plain_prompt)) + len(answer)
         if len(answer) <= forced or longest > model.config.max_position:
             continue
-        shown, plain = (
-            hidden_states(model, [*ids, *answer], len(ids) + forced, None)  # (answer tokens, D)
-            for ids in (shown_prompt, plain_prompt)
-        )
+        start_shown = len(shown_prompt) + forced
+        start_plain = len(plain_prompt) + forced
+        shown = hidden_states(model, [*shown_prompt, *answer], start_shown, None)  # (counted, D)
+        plain = hidden_states(model, [*plain_prompt, *answer], start_plain, None)  # (counted, D)
         drift = compare(model, shown, plain, answer[forced:])
         kl += drift.kl
         reverse_kl += drift.reverse_kl
         nll_plain += drift.nll
         nll_shown += drift.seed_nll
         tokens += len(shown)
+
     count = max(1, tokens)
     return {
         "kl": kl / count,
@@ -282,58 +343,51 @@ def gap(session: Session, config: DistillConfig, lines: Sequence[Distilled]) -> 
 def training_seconds(
     session: Session, config: Config, examples: Sequence[Example], lines: Sequence[Distilled]
 ) -> dict[str, float]:
-    """Seconds of both trainings, from one forward and backward of a batch of each.
+    """Seconds of both trainings, from one timed forward and backward pass of a batch of each.
 
     examples    of the whole file, with its references
+    lines       the distilled sample
+
+    The targets of the whole file are taken to be longer or shorter than its references as those of
+    the sample are.
     """
-    model, training, seconds = session.model, config.train, {}
+    model, training = session.model, config.train
     adapter = Lora.init(config.lora, model.config, model.device, model.dtype)
-    sampled_tokens: dict[str, int] = {}
+    epochs = training.epochs
+    if training.max_steps:
+        epochs = training.max_steps * training.batch_rows / len(examples)
+    sample_tokens: dict[str, int] = {}  # by arm
+    seconds: dict[str, float] = {}
     for arm, target in ARM_TARGETS.items():
-        of_arm = encode_rows(session, config, lines, target)
-        sampled_tokens[arm] = _tokens(of_arm)
-        batch = of_arm[: training.batch_rows]
+        sample = encode_rows(session, config, lines, target)
+        sample_tokens[arm] = _tokens(sample)
+        batch = sample[: training.batch_rows]
         if arm == "sft":  # the first step compiles and fills caches: not timed
             step_gradients(model, adapter, batch[:1], 1, training.micro_tokens, "none")
         started = time.perf_counter()
         gradients = step_gradients(model, adapter, batch, 1, training.micro_tokens, "none")
         gradients.nll.sum().item()  # waits for the device
         tokens_per_second = _tokens(batch) / (time.perf_counter() - started)
-        epoch_tokens = _tokens(examples) * sampled_tokens[arm] / sampled_tokens["sft"]
-        epochs = training.epochs
-        if training.max_steps:
-            epochs = training.max_steps * training.batch_rows / len(examples)
+        epoch_tokens = _tokens(examples) * sample_tokens[arm] / sample_tokens["sft"]
         seconds[f"train {arm}"] = epoch_tokens * epochs / tokens_per_second
     return seconds
 
 
-def disk_bytes(session: Session, config: Config, distilled: float) -> float:
-    """Bytes on disk: `distilled` of the distilled files, and both run directories."""
+def disk_bytes(session: Session, config: Config, distilled_bytes: float) -> float:
+    """Bytes on disk: the distilled files, and the two run directories."""
     shapes = adapter_shapes(config.lora, session.model.config).values()
     adapter = 4 * sum(rows * columns for rows, columns in shapes)  # fp32
-    # a checkpoint holds the adapter, AdamW's two moments and the parameters; one more than `keep`
-    # is there while it is written
-    run_directory = adapter * (1 + 4 * (config.train.keep + 1))
-    return distilled + 2 * run_directory
+    # the adapter, AdamW's two moments and the parameters
+    checkpoint = 4 * adapter
+    # a new checkpoint is written before the oldest one of `keep` is deleted
+    run_directory = adapter + checkpoint * (config.train.keep + 1)
+    return distilled_bytes + 2 * run_directory
 
 
 def _tokens(examples: Sequence[Example]) -> int:
     return sum(len(example.ids) for example in examples)
 
 
-# ---- helpers
-
-
-def _first_turn(row: Row) -> Row:
-    """A conversation up to the first answer that is trained on."""
-    end = len(prompts_of(row)[0]) + 1
-    return dataclasses.replace(row, messages=tuple(row.messages[:end]))
-
-
-def _share(flags: Iterable[Any]) -> float:
-    values = [bool(flag) for flag in flags]
-    return _mean(values)
-
-
 def _mean(values: Sequence[float]) -> float:
+    """The mean of numbers or verdicts, 0 for none."""
     return sum(values) / max(1, len(values))

@@ -9,8 +9,8 @@
     OUT/tokens.jsonl, OUT/answers.jsonl    what only the report shows (engine/report/collect.py)
     OUT/summary.json, OUT/table.txt, OUT/report.html
 
-Every stage keeps what it finished and is skipped when it is complete: after a kill the same command
-continues. Weights are loaded once.
+Every stage keeps the rows it has finished, and a complete stage is skipped: after a kill the same
+command continues. The weights are loaded once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from engine.train.validate import Validator
 
 @dataclass(frozen=True)
 class SdftConfig:
-    """The job around the stages' own settings."""
+    """The settings of the whole job that belong to no single stage."""
 
     out: str  # directory of the run; the same command resumes there
     eval_data: str | None = None  # held-out rows that the seed model and both adapters answer,
@@ -57,20 +57,25 @@ class SdftConfig:
     eval_limit: int | None = None  # use only the first N held-out rows [default: all]
     eval_max_new: int = 256  # most new tokens in an answer to a held-out row
     retention_max_new: int = 96  # most new tokens in an answer to a general prompt
-    no_score: bool = False  # do not measure how likely the seed model finds references and rewrites
-    report_rows: int = 48  # rows of which the report shows the likelihood of every token
-    report_answers: int = 16  # general prompts, and held-out rows, of which the report shows all
-    #   answers
+    no_score: bool = False  # do not measure the seed model's likelihood of references and rewrites
+    report_rows: int = 48  # training rows that the report shows with the likelihood of every token
+    report_answers: int = 16  # general prompts, and held-out rows, that the report shows with the
+    #   answers to them
 
     def check(self) -> None:
-        """ValueError for numbers that cannot be."""
+        """ValueError for a number that is out of its bounds."""
         if self.report_rows < 0 or self.report_answers < 0:
             raise ValueError(
                 f"report_rows {self.report_rows}, report_answers {self.report_answers}: expected "
                 "at least 0"
             )
-        counts = ("eval_limit", "eval_max_new", "retention_max_new")
-        check_numbers(self, **dict.fromkeys(counts, (1, MOST)))
+        at_least_one = (1, MOST)
+        check_numbers(
+            self,
+            eval_limit=at_least_one,
+            eval_max_new=at_least_one,
+            retention_max_new=at_least_one,
+        )
 
 
 Config = JobConfig[SdftConfig]
@@ -104,10 +109,12 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
             results.likelihood = score_lines(session, config, out, inputs.rows, results)
         print(results.likelihood.text())
 
+    lines = results.distilled.lines
     for arm in TUNED:
         with timed(seconds, f"train {arm}"):
-            lines, validator = results.distilled.lines, inputs.validator
-            results.trained[arm] = train_arm(session, config, arm, lines, out / arm, validator)
+            results.trained[arm] = train_arm(
+                session, config, arm, lines, out / arm, inputs.validator
+            )
 
     if inputs.held_out:
         with timed(seconds, "evaluate"):
@@ -136,11 +143,11 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows of the job, read and checked."""
+    """The data of the job, read and checked."""
 
-    rows: Rows
-    held_out: Rows | None
-    validator: Validator | None
+    rows: Rows  # to train on
+    held_out: Rows | None  # None without --eval-data
+    validator: Validator | None  # None without --val-every
 
 
 @dataclass
@@ -148,20 +155,21 @@ class Results:
     """The results of the stages, filled in as they finish."""
 
     distilled: DistillReport | None = None
-    likelihood: LikelihoodSums | None = None
-    trained: dict[str, TrainedArm] = field(default_factory=dict)  # by arm
-    scores: dict[str, Score] = field(default_factory=dict)  # by arm
+    likelihood: LikelihoodSums | None = None  # None with --no-score
+    trained: dict[str, TrainedArm] = field(default_factory=dict)  # by "sft", "sdft"
+    scores: dict[str, Score] = field(default_factory=dict)  # by "seed", "sft", "sdft"
     tasks: Scores = field(default_factory=dict)
-    drift: dict[str, dict[str, Any]] = field(default_factory=dict)  # by arm but the seed
+    drift: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "sft", "sdft"
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, since the last start
 
     @property
     def arms(self) -> Arms:
-        """The seed and the trained adapters."""
-        return {"seed": None} | {arm: trained.lora for arm, trained in self.trained.items()}
+        """The adapter of every arm; the seed model has none."""
+        adapters = {arm: trained.lora for arm, trained in self.trained.items()}
+        return {"seed": None} | adapters
 
     def record(self, session: Session) -> dict[str, Any]:
-        """The content of summary.json, but the settings."""
+        """The content of summary.json, except the settings."""
         likelihood = None
         if self.likelihood is not None:
             likelihood = dataclasses.asdict(self.likelihood)
@@ -189,7 +197,7 @@ def load_inputs(session: Session, config: Config) -> Inputs:
     rows = config.data.load(check=can_be_asked(session.chat, config.distill))
     held_out = held_out_rows(session, config, rows)
     examples = encode_rows(session, config, rows, "reference")
-    config.train.highest_rate(len(examples))
+    config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
     validator = None
     if config.validate is not None and config.validate.val_every:
         validator = Validator(config.validate, config.data, session)
@@ -221,14 +229,15 @@ def answer_held_out(
     session: Session, config: Config, out: Path, held_out: Rows, results: Results
 ) -> dict[str, Score]:
     """Greedy answers of all arms to the held-out rows, judged, in OUT/evaluation.jsonl."""
-    most, verify = config.job.eval_max_new, config.distill.verify
+    max_new = config.job.eval_max_new
+    verify = config.distill.verify
     settings = _arm_settings(session, out) | {
         "data": held_out.sha256,
         "rows": len(held_out),
         "verify": verify,
-        "max_new": most,
+        "max_new": max_new,
     }
-    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(most))
+    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(max_new))
     file = out / "evaluation.jsonl"
     return evaluate(generator, held_out, verify, results.arms, file, settings)
 
@@ -237,10 +246,10 @@ def measure_retention(
     session: Session, config: Config, out: Path, results: Results
 ) -> dict[str, dict[str, Any]]:
     """Drift of both adapters over the seed's answers, in OUT/retention.jsonl."""
-    most = {"max_new": config.job.retention_max_new}
+    limit = {"max_new": config.job.retention_max_new}
     generator = _general_generator(session, config)
-    answers = seed_answers(generator, out / "seed_answers.jsonl", session.settings | most)
-    settings = _arm_settings(session, out) | most
+    answers = seed_answers(generator, out / "seed_answers.jsonl", session.settings | limit)
+    settings = _arm_settings(session, out) | limit
     return retention(session.model, answers, results.arms, out / "retention.jsonl", settings)
 
 
@@ -249,10 +258,10 @@ def collect_for_report(
 ) -> None:
     """Write OUT/tokens.jsonl and OUT/answers.jsonl."""
     settings = _arm_settings(session, out)
-    sft, sdft = (
-        evenly_spaced(results.trained[arm].examples, config.job.report_rows) for arm in TUNED
-    )
     tokenizer = session.chat.tokenizer
+    shown = config.job.report_rows
+    sft = evenly_spaced(results.trained["sft"].examples, shown)
+    sdft = evenly_spaced(results.trained["sdft"].examples, shown)
     token_nll(session.model, tokenizer, sft, sdft, out / "tokens.jsonl", settings)
     tuned_answers(
         _general_generator(session, config),
@@ -265,12 +274,13 @@ def collect_for_report(
 
 
 def _arm_settings(session: Session, out: Path) -> dict[str, Any]:
-    """The settings of every file that the trained adapters have a part in."""
-    return session.settings | {"adapters": adapter_hashes([str(out / arm) for arm in TUNED])}
+    """The settings of a file whose content depends on the trained adapters."""
+    directories = [str(out / arm) for arm in TUNED]
+    return session.settings | {"adapters": adapter_hashes(directories)}
 
 
 def _general_generator(session: Session, config: Config) -> ChatGenerator:
-    """Answers general prompts; seed and tuned models under the same limit."""
+    """Greedy answers to general prompts, of --retention-max-new tokens at most for every arm."""
     greedy = config.sampling.greedy(config.job.retention_max_new)
     return ChatGenerator(session.model, session.chat, greedy)
 
@@ -280,21 +290,19 @@ def _general_generator(session: Session, config: Config) -> ChatGenerator:
 
 def closing_text(config: Config, out: Path, results: Results) -> str:
     """The table of the arms, and the places of the files."""
-    lines = [
-        [
-            "",
-            f"target ({config.distill.verify})",
-            "95 % interval",
-            "held-out NLL",
-            "KL to seed",
-            "KL from seed",
-            "same top-1",
-            "train loss",
-            "train s",
-        ]
+    header = [
+        "",
+        f"target ({config.distill.verify})",
+        "95 % interval",
+        "held-out NLL",
+        "KL to seed",
+        "KL from seed",
+        "same top-1",
+        "train loss",
+        "train s",
     ]
-    lines += [[name, *_cells(arm, results)] for arm, name in ARM_NAMES.items()]
-    text = [table(lines), "", results.distilled.text()]
+    arms = [[name, *_cells(arm, results)] for arm, name in ARM_NAMES.items()]
+    text = [table([header, *arms]), "", results.distilled.text()]
     if results.likelihood is not None:
         text.append(results.likelihood.text())
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results.seconds.items())
@@ -311,14 +319,22 @@ def closing_text(config: Config, out: Path, results: Results) -> str:
 
 def _cells(arm: str, results: Results) -> list[str]:
     """An arm's line of the table, after its name."""
-    cells = ["-", "-", "-"]
+    target = ["-", "-", "-"]
     if arm in results.scores:
         score = results.scores[arm]
-        cells = [*score.cells(), f"{score.nll:.3f}"]
+        target = [*score.cells(), f"{score.nll:.3f}"]
+
+    # the seed model has no drift from itself
     drift = results.drift.get(arm, {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0})
-    cells += [f"{drift['kl']:.4f}", f"{drift['reverse_kl']:.4f}", f"{drift['agreement']:.1%}"]
-    if arm not in results.trained:
-        return [*cells, "-", "-"]
-    training = results.trained[arm].summary
-    loss = f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}"
-    return [*cells, loss, f"{training['seconds']:.0f}"]
+    retention_cells = [
+        f"{drift['kl']:.4f}",
+        f"{drift['reverse_kl']:.4f}",
+        f"{drift['agreement']:.1%}",
+    ]
+
+    training_cells = ["-", "-"]
+    if arm in results.trained:
+        training = results.trained[arm].summary
+        loss = f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}"
+        training_cells = [loss, f"{training['seconds']:.0f}"]
+    return [*target, *retention_cells, *training_cells]

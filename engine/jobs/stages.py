@@ -26,7 +26,7 @@ from model.trained_chat import TrainedChat, common_system
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Put the seconds that the block takes into `seconds`."""
+    """Put the seconds that the block takes into `seconds`, under the name of the stage."""
     started = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - started
@@ -35,22 +35,27 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def held_out_rows(
     session: Session, config: JobConfig[Any], trained_on: Sequence[Row]
 ) -> Rows | None:
-    """The held-out rows of --eval-data, None where none are given.
+    """The held-out rows of --eval-data, None without that flag.
 
-    ValueError where one of them is trained on, or does not fit the model (`rows_to_judge`).
+    ValueError where one of them is trained on too, or does not fit the model (`rows_to_judge`).
     """
     if config.job.eval_data is None:
         return None
     data = config.data.beside(config.job.eval_data, config.job.eval_limit)
     held_out = rows_to_judge(session, data)
-    questions = {str(row.messages[:-1]) for row in trained_on}
-    both = [row.id for row in held_out if str(row.messages[:-1]) in questions]
+    trained_prompts = {_prompt_of(row) for row in trained_on}
+    both = [row.id for row in held_out if _prompt_of(row) in trained_prompts]
     if both:
         raise ValueError(
             f"{len(both)} held-out rows are also trained on, first {both[:5]}: a score over them "
             "says nothing; give other --eval-data"
         )
     return held_out
+
+
+def _prompt_of(row: Row) -> str:
+    """A row's messages before its last answer, as one comparable text."""
+    return str(row.messages[:-1])
 
 
 def encode_rows(
@@ -61,6 +66,9 @@ def encode_rows(
     seed: int = 0,
 ) -> list[Example]:
     """Examples whose answers are the `target`; prints how many were encoded, cut and left out.
+
+    target    "reference", or "target" of distilled lines (`EncodeConfig.target`)
+    seed      draws which accepted rewrites --mix replaces by their references
 
     ValueError where turns are too long, or nothing is left.
     """
@@ -74,7 +82,7 @@ class TrainedArm:
     """An adapter, and how it was trained."""
 
     lora: Lora
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # of the training: counts, losses, seconds
     examples: list[Example]
 
 
@@ -86,9 +94,10 @@ def train_arm(
     out: Path,
     validator: Validator | None = None,
 ) -> TrainedArm:
-    """Train the adapter of an arm ("sft" or "sdft") into `out`, or resume or load it there.
+    """Train the adapter of an arm ("sft" or "sdft") into the run directory `out`.
 
-    The arms are trained on the same lines in the same order; only the answers differ.
+    A run that was killed there continues; a finished one is only loaded. Both arms are trained on
+    the same lines in the same order; only the answers differ.
     """
     examples = encode_rows(session, config, lines, ARM_TARGETS[arm], config.train.seed)
     lora, summary = train(

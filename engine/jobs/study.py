@@ -6,11 +6,12 @@
         evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, tasks/TASK.jsonl
     OUT/table.txt, OUT/study.json, OUT/pareto.png      the findings (study_findings.py)
 
-One list is varied at a time, the others staying at their first value; `grid` takes every
-combination. SFT knows no rewrites, so no mix: its run is shared by the settings that differ in the
-mix only. The rewrites are the same for all training seeds. Everything is kept as it is made and
-never made again: after a kill the same command continues. Training seeds are the outer loop, and
-the findings so far are written after each.
+One list is varied at a time while the others stay at their first value; with --grid every
+combination is trained. SFT trains on the references alone, so the mix does not apply to it:
+settings that differ only in the mix share one SFT run. The rewrites are the same for all training
+seeds. Every result is written as soon as it exists and is never computed again: after a kill the
+same command continues. Training seeds are the outer loop, and the findings so far are written
+after each seed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from engine.data.distilled import Distilled
 from engine.data.rows import Row, Rows
@@ -33,7 +35,8 @@ from engine.evaluate.target_task import ANSWER, NATS, evaluate, nll_file
 from engine.evaluate.tasks.run import TASKS, run_tasks
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import encode_rows, held_out_rows, train_arm
-from engine.jobs.study_findings import ArmResults, MeasuredRun, all_arms, draw, findings
+from engine.jobs.study_findings import ArmResults, MeasuredRun, Pairs, all_arms, findings
+from engine.jobs.study_plot import draw
 from engine.measure.seed_answers import SeedAnswer, seed_answers
 from engine.runtime.files import read_jsonl, write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
@@ -47,7 +50,7 @@ from model.lora import Lora
 _NUMBER = (float, int)
 # fields of a line of retention.jsonl
 DRIFT = {"prompt": str, "kl": _NUMBER, "reverse_kl": _NUMBER, "agree": int, "tokens": int}
-# figures of a training that stand in the findings
+# keys of a training's summary that the findings repeat
 BUDGET = ("examples", "steps", "tokens", "response_tokens", "first_loss", "last_loss")
 N = TypeVar("N", int, float)
 
@@ -72,7 +75,10 @@ class StudyConfig:
     grid: bool = False  # train every combination, instead of varying one list at a time
 
     def numbers(self, name: str, kind: Callable[[str], N]) -> list[N]:
-        """A list's values; ValueError where one is no number or stands there twice."""
+        """The values of the list in field `name`.
+
+        ValueError where a value is no number or occurs twice.
+        """
         text = getattr(self, name)
         try:
             values = [kind(part) for part in text.split(",")]
@@ -85,7 +91,7 @@ class StudyConfig:
         return values
 
     def check(self) -> None:
-        """ValueError for numbers that make no study."""
+        """ValueError for a number that is out of its bounds."""
         limits = (self.seeds, self.eval_max_new, self.retention_max_new)
         if min(limits) < 1 or self.alpha < 0:
             raise ValueError(
@@ -98,44 +104,62 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """What both arms share; with the training seed it names a pair of runs."""
+    """The varied values of an SFT run and of the SDFT run beside it."""
 
     lr: float
     rank: int
-    mix: float
-    rows: int
+    mix: float  # share of the accepted rewrites that are replaced by their references
+    rows: int  # training rows
 
     @property
     def name(self) -> str:
-        mix = f"-mix{self.mix:g}" if self.mix else ""
-        return f"lr{self.lr:g}-r{self.rank}-rows{self.rows}{mix}"
+        """The name of its directory."""
+        name = f"lr{self.lr:g}-r{self.rank}-rows{self.rows}"
+        return f"{name}-mix{self.mix:g}" if self.mix else name
 
     def of_arm(self, arm: str) -> Setting:
-        """The setting of that arm's run: SFT knows no mix."""
-        return dataclasses.replace(self, mix=0.0) if arm == "sft" else self
+        """The setting of that arm's run: SFT has no rewrites to mix."""
+        if arm == "sft":
+            return dataclasses.replace(self, mix=0.0)
+        return self
 
 
 Config = JobConfig[StudyConfig]
-Run = tuple[Setting, str]  # a setting of an arm, and the arm
+
+
+class Run(NamedTuple):
+    """A run, but for its training seed."""
+
+    setting: Setting  # of the arm (`Setting.of_arm`)
+    arm: str  # sft or sdft
 
 
 def settings_of(job: StudyConfig, rows: int) -> list[Setting]:
-    """The settings in order; `rows` is the count where none are listed."""
-    row_counts = [rows] if job.rows_list is None else job.numbers("rows_list", int)
-    lists: list[list[Any]] = [
-        job.numbers("lr", float),
-        job.numbers("rank", int),
-        job.numbers("mix", float),
-        row_counts,
-    ]
+    """The settings to compare, the first one first. rows: the count where --rows-list is absent."""
+    lists: dict[str, list[Any]] = {
+        "lr": job.numbers("lr", float),
+        "rank": job.numbers("rank", int),
+        "mix": job.numbers("mix", float),
+        "rows": [rows] if job.rows_list is None else job.numbers("rows_list", int),
+    }
     if job.grid:
-        return [Setting(*values) for values in itertools.product(*lists)]
-    middle = [values[0] for values in lists]
-    settings = [Setting(*middle)]
-    for i, values in enumerate(lists):
+        return [Setting(*values) for values in itertools.product(*lists.values())]
+
+    first = Setting(**{name: values[0] for name, values in lists.items()})
+    settings = [first]
+    for name, values in lists.items():
         for value in values[1:]:
-            settings.append(Setting(*middle[:i], value, *middle[i + 1 :]))
+            settings.append(dataclasses.replace(first, **{name: value}))
     return settings
+
+
+def runs_of(settings: Sequence[Setting]) -> list[Run]:
+    """The runs of all settings, each once: settings that differ in the mix share their SFT run."""
+    runs = []
+    for setting in settings:
+        for arm in TUNED:
+            runs.append(Run(setting.of_arm(arm), arm))
+    return list(dict.fromkeys(runs))
 
 
 def config_of(config: Config, setting: Setting, seed: int) -> Config:
@@ -158,7 +182,10 @@ def study_job(config: Config) -> dict[str, Any]:
 
 
 def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
-    """All runs, and the findings after each training seed; returns the content of study.json."""
+    """Train and measure all runs, and write the findings after each training seed.
+
+    Returns the content of study.json.
+    """
     session.require_one_process("a study")
     config.check()
     config = config.as_published()
@@ -176,26 +203,30 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
         scoring=True,
         resume=True,
     )
-    lines = {s.rows: _turns_of(report.lines, rows[: s.rows]) for s in settings}
+    facts = _facts(session, config, report, likelihood)
+    lines: dict[int, list[Distilled]] = {}  # by count of training rows
+    for setting in settings:
+        lines[setting.rows] = _turns_of(report.lines, rows[: setting.rows])
     measure = Measure(session, config, held_out, general_answers(session, config, out))
     seed_model = ArmResults("", "seed", [measure.seed(out / "seed")])
 
-    # 2. every training seed, setting and arm; settings that differ in the mix share their SFT run
-    runs: list[Run] = list(dict.fromkeys((s.of_arm(arm), arm) for s in settings for arm in TUNED))
-    measured: dict[Run, list[MeasuredRun]] = {run: [] for run in runs}
-    facts = _facts(session, config, report, likelihood)
+    # 2. every training seed, setting and arm
+    runs = runs_of(settings)
+    measured: dict[Run, list[MeasuredRun]] = {run: [] for run in runs}  # one for every seed so far
     count = config.job.seeds * len(runs)
-    for k in range(config.job.seeds):
-        seed = config.train.seed + k
-        for i, (setting, arm) in enumerate(runs):
-            number = k * len(runs) + i + 1
+    number = 0
+    first_seed = config.train.seed
+    for seed in range(first_seed, first_seed + config.job.seeds):
+        for run in runs:
+            number += 1
+            setting, arm = run
             print(f"run {number} of {count}: {setting.name}, seed {seed}, {arm}")
             place = out / setting.name / f"seed{seed}" / arm
             of_run = config_of(config, setting, seed)
             trained = train_arm(session, of_run, arm, lines[setting.rows], place)
             result = measure.adapter(place, arm, trained.lora)
             result.training = training_figures(place, trained.summary)
-            measured[setting, arm].append(result)
+            measured[run].append(result)
 
         # 3. the findings so far
         pairs = pairs_of(settings, measured)
@@ -203,17 +234,25 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
         write_json(out / "study.json", facts | found)
         write_text(out / "table.txt", text + "\n")
         drawing = draw(seed_model, pairs, out / "pareto.png")
-    seconds = [f"{arm.name} {arm.arm} {arm.seconds:.0f}" for arm in all_arms(seed_model, pairs)[1:]]
-    print(f"\n{text}\nseconds of training, mean over seeds: {', '.join(seconds)}\n{drawing}")
+
+    print(f"\n{text}")
+    print(f"seconds of training, mean over seeds: {_seconds_text(seed_model, pairs)}")
+    print(drawing)
     print(f"all figures: {out}/study.json; adapters: {out}/<setting>/seed<n>/<arm>")
     return facts | found
 
 
+def _seconds_text(seed_model: ArmResults, pairs: Pairs) -> str:
+    """Setting, arm and seconds of training of every adapter, as text."""
+    trained = all_arms(seed_model, pairs)[1:]  # the seed model is the first
+    return ", ".join(f"{arm.name} {arm.arm} {arm.seconds:.0f}" for arm in trained)
+
+
 def general_answers(session: Session, config: Config, out: Path) -> list[SeedAnswer]:
     """The seed's greedy answers to the general prompts, in OUT/seed/answers.jsonl."""
-    most = config.job.retention_max_new
-    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(most))
-    settings = session.settings | {"max_new": most}
+    max_new = config.job.retention_max_new
+    generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(max_new))
+    settings = session.settings | {"max_new": max_new}
     return seed_answers(generator, out / "seed" / "answers.jsonl", settings)
 
 
@@ -223,8 +262,11 @@ def pairs_of(
     """(SFT, SDFT) of every setting."""
     pairs = []
     for setting in settings:
-        of_arms = [(setting.of_arm(arm), arm) for arm in TUNED]
-        pairs.append([ArmResults(own.name, arm, measured[own, arm]) for own, arm in of_arms])
+        pair = []
+        for arm in TUNED:
+            run = Run(setting.of_arm(arm), arm)
+            pair.append(ArmResults(run.setting.name, arm, measured[run]))
+        pairs.append(pair)
     return pairs
 
 
@@ -236,14 +278,20 @@ def check_inputs(session: Session, config: Config, rows: Rows, settings: Sequenc
             part.check()
     held_out = held_out_rows(session, config, rows)
     assert held_out is not None, "a study has held-out rows"
-    for count in dict.fromkeys(setting.rows for setting in settings):
+    row_counts = dict.fromkeys(setting.rows for setting in settings)  # each once, in order
+    for count in row_counts:
         examples = encode_rows(session, config, rows[:count], "reference")
         config.train.highest_rate(len(examples))
     return held_out
 
 
 def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
-    """The rows of the largest count; ValueError where the file has fewer, or what `check` says."""
+    """As many rows as the largest count of --rows-list, or all.
+
+    check    refuses an unusable row by ValueError (`DataConfig.load`)
+
+    ValueError where the file has fewer rows.
+    """
     job, data = config.job, config.data
     if job.rows_list is None:
         return data.load(check=check)
@@ -253,8 +301,9 @@ def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
             f"rows_list {job.rows_list!r}, limit {data.limit}: expected counts of at least 1, and "
             "no --limit beside them"
         )
-    rows = dataclasses.replace(data, limit=max(counts)).load(check=check)
-    if len(rows) < max(counts):
+    most = max(counts)
+    rows = dataclasses.replace(data, limit=most).load(check=check)
+    if len(rows) < most:
         raise ValueError(f"rows_list {job.rows_list!r}: {data.data} has {len(rows)} rows")
     return rows
 
@@ -268,7 +317,7 @@ def _turns_of(lines: Sequence[Distilled], rows: Sequence[Row]) -> list[Distilled
 def _facts(
     session: Session, config: Config, report: DistillReport, likelihood: LikelihoodSums | None
 ) -> dict[str, Any]:
-    """The content of study.json, but the findings."""
+    """The content of study.json, except the findings."""
     return {
         "settings": config.settings(),
         "environment": environment(),
@@ -279,7 +328,7 @@ def _facts(
 
 
 def training_figures(place: Path, summary: dict[str, Any]) -> dict[str, float]:
-    """The budget and losses of a training, and its seconds, also those before a kill."""
+    """The budget and losses of a training, and its seconds, those before a kill included."""
     steps = read_jsonl(place / "metrics.jsonl", METRICS | {"tokens_s": float})
     seconds = sum(line["tokens"] / line["tokens_s"] for line in steps)
     return {name: summary[name] for name in BUDGET} | {"seconds": seconds}
@@ -287,7 +336,7 @@ def training_figures(place: Path, summary: dict[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures the seed and adapters on everything, item by item."""
+    """Measures the seed model and the adapters on held-out rows, tasks and drift, item by item."""
 
     session: Session
     config: Config
@@ -309,27 +358,34 @@ class Measure:
 
     def held_out_rows(self, place: Path, arm: str, lora: Lora | None) -> MeasuredRun:
         """Answers to the held-out rows, judged, and the likelihood of the references."""
-        session, verify = self.session, self.config.distill.verify
-        most, file = self.config.job.eval_max_new, place / "evaluation.jsonl"
+        session = self.session
+        verify = self.config.distill.verify
+        max_new = self.config.job.eval_max_new
+        file = place / "evaluation.jsonl"
         settings = self._settings(place, lora) | {
             "data": self.held_out.sha256,
             "rows": len(self.held_out),
             "verify": verify,
-            "max_new": most,
+            "max_new": max_new,
         }
-        generator = ChatGenerator(session.model, session.chat, self.config.sampling.greedy(most))
+        generator = ChatGenerator(session.model, session.chat, self.config.sampling.greedy(max_new))
         evaluate(generator, self.held_out, verify, {arm: lora}, file, settings)
-        judged = {line["id"]: line for line in read_jsonl(file, ANSWER)}
-        nats = {line["id"]: line for line in read_jsonl(nll_file(file), NATS)}
+
+        answers = {line["id"]: line for line in read_jsonl(file, ANSWER)}
+        likelihoods = {line["id"]: line for line in read_jsonl(nll_file(file), NATS)}
+        ids = [row.id for row in self.held_out]
+        right = None
+        if answers:  # --verify none judges no answers
+            right = [answers[row_id]["ok"] for row_id in ids]
         return MeasuredRun(
-            ids=[row.id for row in self.held_out],
-            right=[judged[row.id]["ok"] for row in self.held_out] if judged else None,
-            nll=[nats[row.id]["nll"] for row in self.held_out],
-            tokens=[nats[row.id]["tokens"] for row in self.held_out],
+            ids=ids,
+            right=right,
+            nll=[likelihoods[row_id]["nll"] for row_id in ids],
+            tokens=[likelihoods[row_id]["tokens"] for row_id in ids],
         )
 
     def tasks(self, place: Path, arm: str, lora: Lora | None) -> dict[str, list[bool]]:
-        """Further tasks, one greedy answer an item: verdicts by "task scorer"."""
+        """Verdicts on the items of the --task tasks, by "task scorer"; one greedy answer each."""
         config = self.config
         if config.tasks is None or not config.tasks.task:
             return {}
@@ -338,7 +394,7 @@ class Measure:
         verdicts = {}
         for task in scores:
             lines = read_jsonl(place / "tasks" / f"{task}.jsonl", {"id": str, "scores": dict})
-            lines.sort(key=lambda line: line["id"])
+            lines.sort(key=itemgetter("id"))  # the same order for every arm
             for scorer in TASKS[task].scorers:
                 verdicts[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
         return verdicts
@@ -352,6 +408,7 @@ class Measure:
         return [by_prompt[answer.prompt] for answer in self.answers]
 
     def _settings(self, place: Path, lora: Lora | None) -> dict[str, Any]:
+        """The settings of a file of measurements in `place`."""
         if lora is None:
             return dict(self.session.settings)
         return self.session.settings | {"adapters": adapter_hashes([str(place)])}

@@ -4,8 +4,8 @@ Everything is paired: both arms answered the same held-out rows and were compare
 the same answers to the same general prompts. A difference is SDFT - SFT.
 
     interval     `crossed_bootstrap` (engine/measure/intervals.py): held-out rows, or general
-                 prompts, are drawn again, the same for both arms and all seeds; with several
-                 training seeds these too
+                 prompts, are resampled, the same for both arms and all seeds; with several
+                 training seeds the seeds are resampled too
     p            right or wrong on the same rows: McNemar's exact test for each training seed;
                  combined, the exact test that flips the signs of the rows' differences, each summed
                  over the seeds. It is a test over rows; the spread over seeds is in the interval
@@ -18,19 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.evaluate.arms import ARM_NAMES
 from engine.measure.intervals import crossed_bootstrap, lost_won, mcnemar, sign_flip_test, wilson
 from engine.runtime.terminal import table
-from model.durable import file_beside
 
 SIGNIFICANT = 0.05  # a difference of verdicts is reported below this p
 DRIFT_NAMES = ("kl", "reverse_kl", "agree")
-Estimate = tuple[float, float, float]  # a mean and its 95 % interval
+NOT_SEEN = "no difference seen"
+
+
+class Estimate(NamedTuple):
+    """A mean and the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Sums(NamedTuple):
+    """A measurement summed over the tokens of each item, under every training seed."""
+
+    values: np.ndarray  # (seeds, items)
+    weights: list[int]  # (items,) tokens
 
 
 @dataclass
@@ -42,8 +55,24 @@ class MeasuredRun:
     nll: list[float]  # nats of the references, summed over `tokens`
     tokens: list[int]
     drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
-    training: dict[str, float] = field(default_factory=dict)
+    training: dict[str, float] = field(default_factory=dict)  # study.training_figures
     tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
+
+    def figures(self) -> dict[str, Any]:
+        """Counts of right answers and means per token, for study.json."""
+        figures: dict[str, Any] = {
+            "nll": sum(self.nll) / sum(self.tokens),
+            "training": self.training,
+        }
+        if self.right is not None:
+            figures["right"] = sum(self.right)
+        if self.tasks:
+            figures["tasks"] = {name: sum(verdicts) for name, verdicts in self.tasks.items()}
+        if self.drift:
+            tokens = sum(line["tokens"] for line in self.drift)
+            for name in DRIFT_NAMES:
+                figures[name] = sum(line[name] for line in self.drift) / tokens
+        return figures
 
 
 @dataclass
@@ -59,26 +88,29 @@ class ArmResults:
         """Whether answers to the held-out rows were judged."""
         return self.runs[0].right is not None
 
-    def on_task(self, task: str) -> ArmResults:
-        """The same runs, with their verdicts on a further task in place of the held-out rows."""
-        runs = [MeasuredRun([], run.tasks[task], [], []) for run in self.runs]
-        return ArmResults(self.name, self.arm, runs)
-
     @property
     def seconds(self) -> float:
         """Seconds of training, the mean over the runs."""
         return sum(run.training["seconds"] for run in self.runs) / len(self.runs)
 
+    def on_task(self, task: str) -> ArmResults:
+        """The same runs, with their verdicts on a further task in place of the held-out rows."""
+        runs = [MeasuredRun([], run.tasks[task], [], []) for run in self.runs]
+        return ArmResults(self.name, self.arm, runs)
+
     def right(self) -> np.ndarray:
-        """Verdicts as (seeds, rows) of 0 and 1."""
+        """Verdicts as (seeds, rows) int64 of 0 and 1."""
         return np.array([run.right for run in self.runs], dtype=np.int64)
 
-    def sums(self, name: str) -> tuple[np.ndarray, list[int]]:
-        """(seeds, items) and weights (items,): "nll" over held-out rows, drift over prompts."""
+    def sums(self, name: str) -> Sums:
+        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts."""
+        first = self.runs[0]
         if name == "nll":
-            return np.array([run.nll for run in self.runs]), self.runs[0].tokens
-        values = [[line[name] for line in run.drift] for run in self.runs]
-        return np.array(values), [line["tokens"] for line in self.runs[0].drift]
+            return Sums(np.array([run.nll for run in self.runs]), first.tokens)
+        values = []
+        for run in self.runs:
+            values.append([line[name] for line in run.drift])
+        return Sums(np.array(values), [line["tokens"] for line in first.drift])
 
     def estimate(self, name: str) -> Estimate:
         """A mean and its interval; `name` is right, nll, kl, reverse_kl or agree.
@@ -89,40 +121,39 @@ class ArmResults:
         if name == "right":
             right = self.right()
             share = float(right.mean())
-            return share, *wilson(share, right.shape[1])
+            low, high = wilson(share, right.shape[1])
+            return Estimate(share, low, high)
+        # drift is measured against the seed model itself
         if self.arm == "seed" and name == "agree":
-            return 1.0, 1.0, 1.0  # drift is measured against the seed itself
+            return Estimate(1.0, 1.0, 1.0)
         if self.arm == "seed" and name != "nll":
-            return 0.0, 0.0, 0.0
-        return crossed_bootstrap(*self.sums(name))
+            return Estimate(0.0, 0.0, 0.0)
+        sums = self.sums(name)
+        return Estimate(*crossed_bootstrap(sums.values, sums.weights))
 
     def figures(self) -> dict[str, Any]:
         """Every figure of these runs, for study.json."""
+        figures: dict[str, Any] = {"setting": self.name, "arm": self.arm, "runs": len(self.runs)}
         names = ["nll", *DRIFT_NAMES]
         if self.judged:
             names = ["right", *names]
-        figures: dict[str, Any] = {"setting": self.name, "arm": self.arm, "runs": len(self.runs)}
         for name in names:
-            mean, *interval = self.estimate(name)
-            figures[name] = {"value": mean, "interval": tuple(interval)}
-        figures["by_seed"] = [_figures_of_run(run) for run in self.runs]
+            mean, low, high = self.estimate(name)
+            figures[name] = {"value": mean, "interval": (low, high)}
+        figures["by_seed"] = [run.figures() for run in self.runs]
         return figures
 
 
 Pairs = Sequence[Sequence[ArmResults]]  # (SFT, SDFT) of every setting
 
 
-def _figures_of_run(run: MeasuredRun) -> dict[str, Any]:
-    figures: dict[str, Any] = {"nll": sum(run.nll) / sum(run.tokens), "training": run.training}
-    if run.right is not None:
-        figures["right"] = sum(run.right)
-    if run.tasks:
-        figures["tasks"] = {name: sum(right) for name, right in run.tasks.items()}
-    if run.drift:
-        tokens = sum(line["tokens"] for line in run.drift)
-        for name in DRIFT_NAMES:
-            figures[name] = sum(line[name] for line in run.drift) / tokens
-    return figures
+def all_arms(seed: ArmResults, pairs: Pairs) -> list[ArmResults]:
+    """The seed model, then all arms, each once: settings that differ in the mix share their SFT."""
+    arms = {(seed.arm, seed.name): seed}
+    for pair in pairs:
+        for arm in pair:
+            arms[arm.arm, arm.name] = arm
+    return list(arms.values())
 
 
 # ---- differences
@@ -132,8 +163,10 @@ def difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
     """SDFT - SFT in every measurement, with intervals, tests and words."""
     found: dict[str, Any] = {"setting": sdft.name}
     for name in ("nll", *DRIFT_NAMES):
-        (before, weights), (after, _) = sft.sums(name), sdft.sums(name)
-        found[name] = crossed_bootstrap(after - before, weights)
+        of_sft = sft.sums(name)
+        of_sdft = sdft.sums(name)
+        by_item = of_sdft.values - of_sft.values  # (seeds, items)
+        found[name] = Estimate(*crossed_bootstrap(by_item, of_sft.weights))
     if sdft.judged:
         found |= verdict_difference(sft, sdft)
     found["words"] = in_words(found)
@@ -143,56 +176,50 @@ def difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
 def verdict_difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
     """SDFT - SFT in right answers: the mean with its interval, and the tests."""
     by_row = sdft.right() - sft.right()  # (seeds, rows) of -1, 0 and 1
-    counts = [list(lost_won(*runs)) for runs in zip(sft.right(), sdft.right(), strict=True)]
+    equal_weights = [1.0] * by_row.shape[1]
+    counts = []  # for every training seed: rows that only SFT, and that only SDFT got right
+    for of_sft, of_sdft in zip(sft.right(), sdft.right(), strict=True):
+        lost, won = lost_won(of_sft, of_sdft)
+        counts.append([lost, won])
     return {
-        "right": crossed_bootstrap(by_row, [1.0] * by_row.shape[1]),
+        "right": Estimate(*crossed_bootstrap(by_row, equal_weights)),
         "lost_won": counts,
-        "p_by_seed": [mcnemar(*pair) for pair in counts],
+        "p_by_seed": [mcnemar(lost, won) for lost, won in counts],
         "p": sign_flip_test(by_row.sum(0).tolist()),
     }
 
 
-def task_differences(seed: ArmResults, pairs: Pairs) -> tuple[list[dict[str, Any]], list[str]]:
-    """Further tasks, a line per setting and scorer: figures, and the lines of the text."""
-    found: list[dict[str, Any]] = []
-    lines = [["setting", "task, scorer", "seed", "SFT", "SDFT", "SDFT - SFT"]]
-    for sft, sdft in pairs:
-        for name in seed.runs[0].tasks:
-            arms = [arm.on_task(name) for arm in (seed, sft, sdft)]
-            verdicts = verdict_difference(arms[1], arms[2])
-            words = _verdict_words(verdicts, "higher", "lower")
-            found.append({"setting": sdft.name, "task": name, "words": words} | verdicts)
-            lines.append([sdft.name, name, *map(_share, arms), words])
-    return found, ["", "elsewhere:", table(lines)] if found else []
-
-
 def in_words(found: dict[str, Any]) -> str:
-    """A difference as text; "no difference seen" where an interval holds 0."""
+    """A difference as text; NOT_SEEN where an interval holds 0."""
     parts = []
     if "right" in found:
         parts.append("target: " + _verdict_words(found, "SDFT better", "SFT better"))
-    for name, label, better, worse in (
-        ("nll", "held-out NLL", "SDFT fits better", "SFT fits better"),
-        ("kl", "KL to seed", "SDFT forgot less", "SFT forgot less"),
-    ):
-        mean, low, high = found[name]
-        words = "no difference seen"
-        if high < 0:
-            words = better
-        elif low > 0:
-            words = worse
-        parts.append(f"{label}: {words} ({mean:+.4f}, {low:+.4f} to {high:+.4f})")
+    parts.append(
+        "held-out NLL: " + _mean_words(found["nll"], "SDFT fits better", "SFT fits better")
+    )
+    parts.append("KL to seed: " + _mean_words(found["kl"], "SDFT forgot less", "SFT forgot less"))
     return "; ".join(parts)
 
 
-def _verdict_words(found: dict[str, Any], better: str, worse: str) -> str:
-    """Whether the shares of right answers differ, by interval and test."""
+def _mean_words(estimate: Estimate, if_less: str, if_more: str) -> str:
+    """The words for a difference of NLL or KL: lower is better."""
+    mean, low, high = estimate
+    words = NOT_SEEN
+    if high < 0:
+        words = if_less
+    elif low > 0:
+        words = if_more
+    return f"{words} ({mean:+.4f}, {low:+.4f} to {high:+.4f})"
+
+
+def _verdict_words(found: dict[str, Any], if_more: str, if_less: str) -> str:
+    """The words for a difference of the shares of right answers, by interval and test."""
     mean, low, high = found["right"]
-    words = "no difference seen"
+    words = NOT_SEEN
     if found["p"] < SIGNIFICANT and low > 0:
-        words = better
+        words = if_more
     elif found["p"] < SIGNIFICANT and high < 0:
-        words = worse
+        words = if_less
     interval = f"{100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{words} ({interval}, p {_p_values(found)})"
 
@@ -206,22 +233,32 @@ def _p_values(found: dict[str, Any]) -> str:
     return f"{combined} (by seed {by_seed})"
 
 
+# ---- the Pareto front
+
+
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """For every (goodness, drift): True where no other point beats it.
-
-    A point beats another that is no better and drifted no less, unless the two are equal.
-    """
-
-    def beats(other: tuple[float, float], point: tuple[float, float]) -> bool:
-        return other[0] >= point[0] and other[1] <= point[1] and other != point
-
-    return [not any(beats(other, point) for other in points) for point in points]
+    """For every point (goodness, drift): whether no other point beats it."""
+    front = []
+    for point in points:
+        beaten = any(_beats(other, point) for other in points)
+        front.append(not beaten)
+    return front
 
 
-def all_arms(seed: ArmResults, pairs: Pairs) -> list[ArmResults]:
-    """The seed and all arms, each once: settings that differ in the mix share their SFT."""
-    arms = [seed, *(arm for pair in pairs for arm in pair)]
-    return list({(arm.arm, arm.name): arm for arm in arms}.values())
+def _beats(other: tuple[float, float], point: tuple[float, float]) -> bool:
+    """Whether `other` is at least as good and drifted no more, and the two are not equal."""
+    goodness, drift = point
+    other_goodness, other_drift = other
+    return other_goodness >= goodness and other_drift <= drift and other != point
+
+
+def _front_of(arms: Sequence[ArmResults]) -> list[bool]:
+    """For every arm: whether it is on the Pareto front of target against KL to the seed."""
+    points = []
+    for arm in arms:
+        goodness = arm.estimate("right").mean if arm.judged else -arm.estimate("nll").mean
+        points.append((goodness, arm.estimate("kl").mean))
+    return pareto_front(points)
 
 
 # ---- the text
@@ -230,84 +267,109 @@ def all_arms(seed: ArmResults, pairs: Pairs) -> list[ArmResults]:
 def findings(seed: ArmResults, pairs: Pairs, verify: str) -> tuple[dict[str, Any], str]:
     """The findings as study.json holds them, and the closing table."""
     arms = all_arms(seed, pairs)
-    if seed.judged:
-        goodness = [arm.estimate("right")[0] for arm in arms]
-    else:
-        goodness = [-arm.estimate("nll")[0] for arm in arms]
-    drift = [arm.estimate("kl")[0] for arm in arms]
-    on_front = pareto_front(list(zip(goodness, drift, strict=True)))
-
-    lines = [
-        [
-            "setting",
-            "arm",
-            f"target ({verify})",
-            "95 % interval",
-            "held-out NLL",
-            "KL to seed",
-            "95 % interval",
-            "KL from seed",
-            "same top-1",
-            "examples",
-            "steps",
-            "tokens",
-            "loss tokens",
-            "front",
-        ]
+    on_front = _front_of(arms)
+    header = [
+        "setting",
+        "arm",
+        f"target ({verify})",
+        "95 % interval",
+        "held-out NLL",
+        "KL to seed",
+        "95 % interval",
+        "KL from seed",
+        "same top-1",
+        "examples",
+        "steps",
+        "tokens",
+        "loss tokens",
+        "front",
     ]
+    lines = [header]
+    figures = []
     for arm, is_best in zip(arms, on_front, strict=True):
-        lines.append([arm.name or "-", ARM_NAMES[arm.arm], *_cells(arm), "*" if is_best else ""])
-    differences = [difference(*pair) for pair in pairs]
+        mark = "*" if is_best else ""
+        lines.append([arm.name or "-", ARM_NAMES[arm.arm], *_cells(arm), mark])
+        figures.append(arm.figures() | {"front": is_best})
+
+    differences = [difference(sft, sdft) for sft, sdft in pairs]
     tasks, task_lines = task_differences(seed, pairs)
     text = [table(lines), "", "SDFT - SFT:"]
     text += [f"  {found['setting']}: {found['words']}" for found in differences]
-    text += [*task_lines, "", *_notes(seed, pairs)]
-    figures = [
-        arm.figures() | {"front": is_best} for arm, is_best in zip(arms, on_front, strict=True)
-    ]
+    text += task_lines
+    text += ["", *_notes(seed, pairs)]
     record = {"points": figures, "differences": differences, "elsewhere": tasks}
     return record, "\n".join(text)
 
 
 def _cells(arm: ArmResults) -> list[str]:
     """An arm's line of the table, after its names and before its mark."""
-    cells = ["-", "-"]
+    target = ["-", "-"]
     if arm.judged:
-        _, low, high = arm.estimate("right")
-        cells = [_share(arm), f"{low:.1%} - {high:.1%}"]
-    cells.append(f"{arm.estimate('nll')[0]:.3f}")
-    kl, low, high = arm.estimate("kl")
-    cells += [f"{kl:.4f}", "-" if arm.arm == "seed" else f"{low:.4f} - {high:.4f}"]
-    cells += [f"{arm.estimate('reverse_kl')[0]:.4f}", f"{arm.estimate('agree')[0]:.1%}"]
+        right = arm.estimate("right")
+        target = [_share(arm), f"{right.low:.1%} - {right.high:.1%}"]
+
+    kl = arm.estimate("kl")
+    kl_interval = f"{kl.low:.4f} - {kl.high:.4f}"
+    budget = ["-", "-", "-", "-"]
     if arm.arm == "seed":
-        return [*cells, "-", "-", "-", "-"]
-    budget = arm.runs[0].training  # other training seeds differ in the draw of the mix at most
-    return cells + [f"{budget[n]}" for n in ("examples", "steps", "tokens", "response_tokens")]
+        kl_interval = "-"
+    else:
+        training = arm.runs[0].training  # other seeds differ in the draw of the mix at most
+        names = ("examples", "steps", "tokens", "response_tokens")
+        budget = [f"{training[name]}" for name in names]
+    return [
+        *target,
+        f"{arm.estimate('nll').mean:.3f}",
+        f"{kl.mean:.4f}",
+        kl_interval,
+        f"{arm.estimate('reverse_kl').mean:.4f}",
+        f"{arm.estimate('agree').mean:.1%}",
+        *budget,
+    ]
 
 
 def _share(arm: ArmResults) -> str:
     """Share of right answers over all seeds, with the count of each seed."""
-    right = arm.right()
+    right = arm.right()  # (seeds, rows)
     counts = "+".join(str(count) for count in right.sum(1))
     return f"{right.mean():.1%} ({counts}/{right.shape[1]})"
 
 
+def task_differences(seed: ArmResults, pairs: Pairs) -> tuple[list[dict[str, Any]], list[str]]:
+    """The --task tasks, by setting and scorer: figures for study.json, and lines of the text."""
+    found: list[dict[str, Any]] = []
+    lines = [["setting", "task, scorer", "seed", "SFT", "SDFT", "SDFT - SFT"]]
+    for sft, sdft in pairs:
+        for name in seed.runs[0].tasks:
+            of_seed, of_sft, of_sdft = seed.on_task(name), sft.on_task(name), sdft.on_task(name)
+            verdicts = verdict_difference(of_sft, of_sdft)
+            words = _verdict_words(verdicts, "higher", "lower")
+            found.append({"setting": sdft.name, "task": name, "words": words} | verdicts)
+            shares = [_share(of_seed), _share(of_sft), _share(of_sdft)]
+            lines.append([sdft.name, name, *shares, words])
+    if not found:
+        return [], []
+    return found, ["", "elsewhere:", table(lines)]
+
+
 def _notes(seed: ArmResults, pairs: Pairs) -> list[str]:
     """How to read the table."""
-    first = pairs[0][0]
-    seeds, rows, prompts = len(first.runs), len(seed.runs[0].ids), len(first.runs[0].drift)
+    first_sft = pairs[0][0]
+    seeds = len(first_sft.runs)
     several = seeds > 1
-    drawn = (
+    rows = len(seed.runs[0].ids)
+    prompts = len(first_sft.runs[0].drift)
+    resampled = (
         f"the {rows} held-out rows or the {prompts} general prompts drawn again, the same for "
         "both arms"
     )
     if several:
-        drawn += f" and all seeds, and the {seeds} training seeds too"
+        resampled += f" and all seeds, and the {seeds} training seeds too"
     notes = [
         "KL in nats per token over the seed's own answers to general prompts: to seed is "
-        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. front: nothing "
-        "is better at both.",
-        f"Intervals of differences, NLL and KL: 95 %, 2000 bootstrap draws, {drawn}.",
+        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. front: no other "
+        "line is better at both target and KL to seed.",
+        f"Intervals of differences, NLL and KL: 95 %, 2000 bootstrap draws, {resampled}.",
     ]
     if seed.judged:
         as_one = ", as if all seeds were one run" if several else ""
@@ -325,58 +387,3 @@ def _notes(seed: ArmResults, pairs: Pairs) -> list[str]:
     else:
         notes.append("One training seed: how much another would change is not in any interval.")
     return notes
-
-
-# ---- the plot
-
-
-def draw(seed: ArmResults, pairs: Pairs, file: Path) -> str:
-    """Draw the Pareto plot as a PNG; returns the line to print about it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"{file} is not drawn: matplotlib is missing, pip install -e '.[report]'"
-    colours = {"seed": "#555555", "sft": "#b4521e", "sdft": "#1f6f8b"}
-    goal = "right" if seed.judged else "nll"
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for pair in pairs:  # a line from a setting's SFT to its SDFT
-        x, y = ([arm.estimate(axis)[0] for arm in pair] for axis in ("kl", goal))
-        axes.plot(x, y, color="#bbbbbb", linewidth=0.8, zorder=1)
-    in_legend: set[str] = set()
-    for arm in all_arms(seed, pairs):
-        x, y = arm.estimate("kl"), arm.estimate(goal)
-        axes.errorbar(
-            x[0],
-            y[0],
-            xerr=_error_bar(x),
-            yerr=_error_bar(y),
-            color=colours[arm.arm],
-            fmt="o",
-            markersize=6,
-            elinewidth=0.8,
-            label=None if arm.arm in in_legend else ARM_NAMES[arm.arm],
-            zorder=3,
-        )
-        in_legend.add(arm.arm)
-        offset = (6, -11) if arm.arm == "sdft" else (6, 5)  # the two may lie on each other
-        axes.annotate(arm.name, (x[0], y[0]), offset, textcoords="offset points", fontsize=7)
-    axes.set_xlabel("KL(seed || tuned) on general prompts, nats per token: left is less forgotten")
-    if seed.judged:
-        axes.set_ylabel("share of held-out rows right: up is better")
-    else:
-        axes.set_ylabel("NLL of held-out references: down is better")
-    axes.margins(x=0.12, y=0.08)
-    axes.grid(color="#dddddd", linewidth=0.5)
-    axes.legend(frameon=False)
-    with file_beside(file) as beside:
-        figure.savefig(beside, format="png", dpi=130, metadata={"Software": None})
-    return f"target against retention: {file}"
-
-
-def _error_bar(estimate: Estimate) -> list[list[float]]:
-    """Lengths below and above the mean, as matplotlib takes them."""
-    mean, low, high = estimate
-    return [[max(0.0, mean - low)], [max(0.0, high - mean)]]

@@ -2,8 +2,9 @@
 
 torch computes with OpenMP threads, which wait for each other by spinning. On a core that another
 process needs too, a spinning thread keeps the thread that it waits for from running: beside one
-busy process a step takes three times as long, beside a second torch many times. libgomp reads how
-long to spin from the environment when it is loaded, which importing torch does.
+busy process a step takes three times as long, beside a second torch many times. libgomp, torch's
+OpenMP library, reads from the environment how long to spin. It does so when it is loaded, so the
+variable must be set before torch is imported.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ set_here: set[str] = set()
 
 def let_waiting_threads_sleep() -> None:
     """Set how long libgomp spins, for this process and its children, unless the user has set it."""
-    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+    is_set = any(name in os.environ for name in WAITING)
+    if "torch" not in sys.modules and not is_set:
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
         set_here.add("GOMP_SPINCOUNT")
 
 
 def waiting() -> str:
-    """The variables of WAITING that are set, as "NAME=VALUE, ..."."""
+    """The variables of WAITING that are set, as "NAME=VALUE, ..."; "" where none is."""
     return ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
 
 
 def _quota(folder: Path) -> float:
     """Cores that the processes of a control group may use together; infinite without a limit.
 
-    The group's folder has one file with both numbers (version 2), or two files (version 1).
+    The group may compute for `quota` microseconds of every `period`. Its folder has one file with
+    both numbers (version 2), or two files (version 1). "max" and -1 are no limit.
     """
     both = folder / "cpu.max"
     try:
@@ -48,8 +51,9 @@ def _quota(folder: Path) -> float:
         else:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
-        microseconds = int(quota)  # "max", -1: no limit
-        return microseconds / int(period) if microseconds > 0 else math.inf
+        if int(quota) <= 0:
+            return math.inf
+        return int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return math.inf
 
@@ -87,6 +91,7 @@ def cores(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) 
 
 
 def within_limits(threads: int) -> int:
-    """`threads`, but at most one for each core; any number that the user set in the environment."""
-    set_by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-    return threads if set_by_user else min(threads, cores())
+    """`threads`, but at most one for each core, unless the user set them in the environment."""
+    if "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ:
+        return threads
+    return min(threads, cores())

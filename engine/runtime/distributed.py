@@ -3,15 +3,15 @@
     torchrun --nproc-per-node 2 scripts/train.py ...              each process holds all weights
     torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a shard (model/sharded.py)
 
-The rank of a process counts from 0. gloo carries tensors on CPUs, which all flags are; NCCL carries
-tensors on GPUs.
+The processes are numbered from 0: their rank. gloo carries tensors on CPUs, NCCL tensors on GPUs;
+booleans and counts (`any_rank`, `max_over_ranks`) are always CPU tensors.
 
 How long a process waits for the others:
-    in a sum      Timeouts.collective: all ranks are at the same step, so a missing one is lost
+    in a sum      Timeouts.collective. All ranks are at the same step, so a missing one is lost
     at a barrier  as long as they live: one rank may distil for hours after another has finished.
                   Meanwhile they exchange heartbeats; a rank that misses one for
                   Timeouts.heartbeat is lost
-A lost rank ends the job on every other one with a ValueError that says how to resume.
+When a rank is lost, every other one ends with a ValueError that says how to resume.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 class Timeouts:
     """How long a rank waits for the others; a test takes shorter ones."""
 
-    collective: timedelta = timedelta(minutes=30)  # checkpoints and validation take less
-    heartbeat: timedelta = timedelta(minutes=10)  # on a busy machine one is late by seconds only
+    collective: timedelta = timedelta(minutes=30)  # longer than a checkpoint or a validation takes
+    heartbeat: timedelta = timedelta(minutes=10)  # a busy machine delays one by seconds only
     pause: float = 2.0  # seconds between two heartbeats
 
 
@@ -59,29 +59,29 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.group = dist.new_group(backend="gloo", timeout=timeouts.heartbeat)
         self.timeouts = timeouts
-        self.barriers = 0  # that this rank has reached
-        self.barriers_of = [0] * size  # that each rank had reached at the last heartbeat
-        self.at_barrier = False  # heartbeats then follow each other without a pause
+        self.barriers = 0  # number of barriers that this rank has reached
+        self.barriers_of = [0] * size  # the same of each rank, at the last heartbeat
+        self.at_barrier = False  # True: heartbeats follow each other without a pause
         self.wake = threading.Event()  # ends the pause between two heartbeats
-        self.leaving = False
-        self.lost = ""  # why the heartbeats have ended, "" while they go on
+        self.leaving = False  # this rank is about to end
+        self.why_ended: str | None = None  # why the heartbeats have ended; None while they go on
         self.broken = False  # they have ended because a process is stopped or dead
 
     def run(self) -> None:
         """Exchange heartbeats until a rank leaves, or is lost."""
-        while not self.lost:
-            own = torch.tensor([-1 if self.leaving else self.barriers])
+        while self.why_ended is None:
+            own = torch.tensor([-1 if self.leaving else self.barriers])  # -1: this rank leaves
             gathered = [torch.empty_like(own) for _ in self.barriers_of]
             try:
                 dist.all_gather(gathered, own, group=self.group)
             except RuntimeError as error:
-                self.lost = first_line(error)
+                self.why_ended = first_line(error)
                 self.broken = True
                 return
             counts = [int(count) for count in gathered]
             self.barriers_of = [max(pair) for pair in zip(self.barriers_of, counts, strict=True)]
-            if min(counts) < 0:
-                self.lost = f"rank {counts.index(-1)} has ended"
+            if -1 in counts:
+                self.why_ended = f"rank {counts.index(-1)} has ended"
             elif not self.at_barrier:
                 self.wake.wait(self.timeouts.pause)
                 self.wake.clear()
@@ -100,8 +100,8 @@ class Heartbeat(threading.Thread):
 
     def check(self) -> None:
         """RuntimeError if a rank is lost."""
-        if self.lost:
-            raise RuntimeError(self.lost)
+        if self.why_ended is not None:
+            raise RuntimeError(self.why_ended)
 
     def leave(self) -> None:
         """End the heartbeats; the other ranks learn it from the next one."""
@@ -109,7 +109,8 @@ class Heartbeat(threading.Thread):
         self.wake.set()
         pause = self.timeouts.pause
         self.join(timeout=self.timeouts.heartbeat.total_seconds() + pause)
-        self.broken |= self.is_alive()  # a rank that is stopped did not answer
+        if self.is_alive():  # a rank that is stopped did not answer
+            self.broken = True
         time.sleep(pause / 10)  # the others read the last heartbeat before its connections close
         self.group = None
 
@@ -128,7 +129,7 @@ class World:
         return self.rank == 0
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place and the same bits in each; returns `tensor`.
+        """The sum over all ranks, in place, bitwise the same in each; returns `tensor`.
 
         ValueError if a rank is lost. On a GPU this does not synchronise: call
         `wait_for_device` before the host reads the sum.
@@ -142,7 +143,8 @@ class World:
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return bool(self.all_reduce_sum_(torch.tensor(float(flag))))
+        count = self.all_reduce_sum_(torch.tensor(float(flag)))
+        return bool(count)
 
     def max_over_ranks(self, count: int) -> int:
         """The largest count of any rank."""
@@ -156,8 +158,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            lost = any(word in str(error) for word in ("Connection", "gloo", "NCCL", "Timed out"))
-            if self.size == 1 or not lost:
+            words = ("Connection", "gloo", "NCCL", "Timed out")  # of messages about a lost rank
+            is_lost = any(word in str(error) for word in words)
+            if self.size == 1 or not is_lost:
                 raise
             raise ValueError(_lost_rank(self, error)) from None
 
@@ -170,9 +173,9 @@ class World:
                 raise ValueError(_lost_rank(self, error)) from None
 
     def wait_for_device(self, device: torch.device) -> None:
-        """Wait until a GPU has finished all it was given; ValueError if a rank is lost.
+        """Wait until a GPU has finished its work; ValueError if a rank is lost.
 
-        Without that rank a sum on NCCL never ends, and reading its result never returns.
+        Without the lost rank a sum on NCCL never ends, and reading its result would never return.
         """
         if self.size == 1 or device.type != "cuda":
             return
@@ -234,7 +237,7 @@ def discard_stdout() -> contextlib.ExitStack:
 
 
 def _leave(heartbeat: Heartbeat, kind: str) -> None:
-    """Leave the process group; NCCL's is left as it is if a rank is lost: it would wait for it."""
+    """Leave the process group. NCCL's is not destroyed if a rank is lost: that would never end."""
     heartbeat.leave()
     if kind == "cpu" or not heartbeat.broken:
         dist.destroy_process_group()
@@ -243,8 +246,8 @@ def _leave(heartbeat: Heartbeat, kind: str) -> None:
 def shares(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices into `lengths` for each of `size` ranks, so that all get about as many tokens.
 
-    The longest row comes first, and each goes to the rank with the fewest tokens so far. The same
-    input gives the same shares; a rank may get none.
+    The rows are dealt out from the longest to the shortest, each to the rank with the fewest tokens
+    so far. The same input gives the same shares; a rank may get none.
     """
     indices: list[list[int]] = [[] for _ in range(size)]
     tokens = [0] * size

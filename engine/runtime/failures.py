@@ -1,4 +1,4 @@
-"""Errors that a user can cause end a script with one line; a fault of ours keeps its traceback."""
+"""Errors that a user can cause end a script with one line; a bug of ours keeps its traceback."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from model.durable import why
 
 
 def explain(error: BaseException, lower: str = "") -> str | None:
-    """The message for an error that a user can cause; None for a fault of ours.
+    """The message for an error that a user can cause; None for a bug of ours.
 
     lower    advice for this script where memory is short: the flags that need less
     """
-    from engine.runtime.process_memory import first_line, is_out_of_memory  # torch is there by now
+    # imported here because it imports torch, which nothing else of this module needs
+    from engine.runtime.process_memory import first_line, is_out_of_memory
 
     if is_out_of_memory(error):
         advice = f": {lower}" if lower else ""
@@ -24,6 +25,6 @@ def explain(error: BaseException, lower: str = "") -> str | None:
         return f"{place}{why(error)}"
     if isinstance(error, (ValueError, OSError, SafetensorError)):
         return str(error)
-    if isinstance(error, ImportError) and error.name is None:  # our message about a missing package
-        return str(error)
+    if isinstance(error, ImportError) and error.name is None:
+        return str(error)  # our message about a missing package; Python's own has a name
     return None

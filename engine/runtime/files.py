@@ -29,21 +29,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line, the whole file written beside and renamed."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
 
 
 Kinds = Mapping[str, Any]  # field that a line must have -> its type, or a tuple of types
 
 
 def read_jsonl(path: Path, fields: Kinds | None = None) -> list[dict[str, Any]]:
-    """The objects of a JSONL file that we wrote; [] where there is no file.
+    """The objects of a JSONL file that a job wrote; [] where there is no file.
 
     A torn last line, which a kill leaves, is ignored. ValueError with file and line for one that is
     broken, or lacks one of `fields`.
     """
+    # only b"\n" ends a line: splitlines would also cut at U+2028, which a model may write
+    *lines, _ = whole_lines(path).split(b"\n")  # nothing follows the last newline
     records = []
-    # Only b"\n" ends a line: splitlines would also cut at U+2028, which a model may write.
-    for number, line in enumerate(whole_lines(path).split(b"\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
@@ -52,26 +54,36 @@ def read_jsonl(path: Path, fields: Kinds | None = None) -> list[dict[str, Any]]:
             raise _damaged(path, number, f"is no object but a {type(record).__name__}")
         for name, kind in (fields or {}).items():
             value = record.get(name)
-            is_unasked_bool = type(value) is bool and kind is not bool  # a bool is an int too
-            if is_unasked_bool or not isinstance(value, kind):
+            if not _is_of_kind(value, kind):
                 fault = f"is {value!r:.60}" if name in record else "is missing"
                 raise _damaged(path, number, f"is damaged: {name} {fault}")
         records.append(record)
     return records
 
 
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """As isinstance, but True and False are no numbers."""
+    if isinstance(value, bool) and kind is not bool:
+        return False
+    return isinstance(value, kind)
+
+
 def _damaged(path: Path, number: int, fault: str) -> ValueError:
+    """The error about a line of a file of ours that a job did not write so."""
     return ValueError(
         f"{path}:{number} {fault}; it is not as it was written: restore the file from a copy, or "
-        "delete that line, and the same command makes it again"
+        "delete that line, and the same command writes it anew"
     )
 
 
 def whole_lines(path: Path) -> bytes:
     """The bytes of a file up to its last newline; b"" where there is no file."""
     check_file(path)
-    content = path.read_bytes() if path.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
+    if not path.exists():
+        return b""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1  # 0 where there is no newline
+    return content[:end]
 
 
 def cut_torn_line(path: Path) -> None:
@@ -100,13 +112,15 @@ class AppendedLines:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one object."""
-        line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        left = memoryview(line.encode())  # bytes still to be written
         before = self.file.tell()
         if not self._is_in_place():
             raise OSError(f"{self.path} is no longer there; nothing more can be kept")
         try:
-            while line:
-                line = line[self.file.write(line) :]
+            while left:
+                written = self.file.write(left)  # perhaps a part of them
+                left = left[written:]
         except OSError as error:
             self.file.truncate(before)
             raise OSError(
@@ -136,4 +150,6 @@ class AppendedLines:
 
 def sha256(data: str | bytes) -> str:
     """The hash of bytes, or of a text in UTF-8, as hex digits."""
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+    if isinstance(data, str):
+        data = data.encode()
+    return hashlib.sha256(data).hexdigest()

@@ -1,9 +1,7 @@
-"""How the scripts' flags are presented: headings of the help, the short list of each script, and
-other names.
+"""Tables about the scripts' flags: headings of the help, the short list of each script, synonyms.
 
-What a flag means stands beside its field (engine/runtime/flags.py). Here is only which flags a
-reader sees first, and what to offer for a name that no flag has. tests/runtime/test_help.py fails
-where a table and the flags of the scripts differ.
+The meaning of a flag stands beside its field (engine/runtime/flags.py). tests/runtime/test_help.py
+fails where a table and the flags of the scripts differ.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ COMMON = {
         device""",
 }
 
-# field -> the present name of its flag, where that is another one; the field's own works too
+# field -> the name of its flag, where that differs; the field's own name is accepted too
 RENAMED = {"invariant": "batch-invariant"}
 
 # names that other programs use (transformers, peft, TRL, LLaMA-Factory, vLLM) -> the flag here

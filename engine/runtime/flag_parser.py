@@ -6,7 +6,7 @@
 A help text may end in `[default: ...]`: the default in words, where the value alone says little
 (None, or a 0 that means "choose for me"). Otherwise the help shows the value itself.
 
-The beginning of a flag's name stands for the flag where no other flag begins so, as in argparse.
+As in argparse, the beginning of a flag's name stands for the flag if no other flag begins with it.
 A wrong name ends the program with one line and exit code 2:
 
     error: unknown flag --learning-rate; did you mean --lr?
@@ -27,9 +27,9 @@ from engine.runtime.flag_groups import GROUPS, SYNONYMS
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*$")  # a name as it is typed; -1e-3 and "-a b" are values
 DEFAULT = re.compile(r"\s*\[default: (.*)\]$")  # the end of a help text
-HELP_COLUMN = 26  # where the texts begin, counted from 0
-WIDEST = 100  # columns of the help
-SHORT = 24  # characters of a default that stays on one line
+HELP_COLUMN = 26  # column at which the texts begin, counted from 0
+WIDEST = 100  # most columns of the help
+SHORT = 24  # most characters of a default that is kept on one line
 UNBROKEN = "\u00a0"  # a space at which textwrap breaks no line
 
 
@@ -77,26 +77,35 @@ class FlagParser(argparse.ArgumentParser):
             if text == "--":  # positional arguments follow
                 return full + list(typed[place:])
             name, equals, value = text.partition("=")
-            full.append(self._full_name(name) + equals + value if FLAG.match(name) else text)
+            if FLAG.match(name):
+                full.append(self._full_name(name) + equals + value)
+            else:
+                full.append(text)
         return full
 
     def _full_name(self, typed: str) -> str:
-        known = [name for action in self.arguments for name in action.option_strings]
+        """The flag that was typed; a name of none or of several ends the program."""
+        known: list[str] = []
+        for action in self.arguments:
+            known += action.option_strings
         if typed in known:
             return typed
-        begun = []  # the flags that begin as it does
+
+        candidates = []  # flags whose name begins with it
         if self.allow_abbrev and typed.startswith("--"):
-            begun = [name for name in known if name.startswith(typed)]
+            candidates = [name for name in known if name.startswith(typed)]
+        meant = None  # the flag here for a name that other programs use
         synonym = SYNONYMS.get(_plain(typed))
-        meant = f"--{synonym}" if f"--{synonym}" in known else None
-        if begun and meant is not None and meant not in begun:
-            begun = []  # `--tasks` begins `--tasks-dir`, but whoever types it means `--task`
-        if len(begun) == 1:
-            return begun[0]
-        if begun:
-            likely = f"; did you mean {meant}?" if meant else ""
-            self.error(f"flag {typed} is ambiguous: {' or '.join(begun)}{likely}")
-        near = [meant] if meant else _nearest(typed, known)
+        if synonym is not None and f"--{synonym}" in known:
+            meant = f"--{synonym}"
+        if meant is not None and meant not in candidates:
+            candidates = []  # `--tasks` begins `--tasks-dir`, but whoever types it means `--task`
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            hint = "" if meant is None else f"; did you mean {meant}?"
+            self.error(f"flag {typed} is ambiguous: {' or '.join(candidates)}{hint}")
+        near = _nearest(typed, known) if meant is None else [meant]
         if near:
             self.error(f"unknown flag {typed}; did you mean {' or '.join(near)}?")
         self.error(f"unknown flag {typed}; --help-all lists every flag")
@@ -113,7 +122,8 @@ class FlagParser(argparse.ArgumentParser):
         lines = [(self.description or "").strip()]
         shown = 0
         for heading, actions in self._by_heading():
-            actions = [a for a in actions if everything or self._is_common(a)]
+            if not everything:
+                actions = [action for action in actions if self._is_common(action)]
             if actions:
                 lines += ["", f"{heading}:"]
             for action in actions:
@@ -126,11 +136,14 @@ class FlagParser(argparse.ArgumentParser):
         return "\n".join(lines) + "\n"
 
     def _count(self) -> int:
-        return sum(not isinstance(action, _PrintHelp) for action in self.arguments)
+        """Number of flags, without --help and --help-all."""
+        return len([action for action in self.arguments if not isinstance(action, _PrintHelp)])
 
     def _is_common(self, action: argparse.Action) -> bool:
-        is_help = isinstance(action, _PrintHelp)
-        return self.common is None or is_help or action.required or name_of(action) in self.common
+        """Whether `--help` shows the flag."""
+        if self.common is None or action.required or isinstance(action, _PrintHelp):
+            return True
+        return name_of(action) in self.common
 
     def _by_heading(self) -> Iterator[tuple[str, list[argparse.Action]]]:
         """Every argument once; one that has no heading comes last."""
@@ -145,10 +158,12 @@ class FlagParser(argparse.ArgumentParser):
         default = self._default(action, words)
         if default and len(default) <= SHORT:
             default = default.replace(" ", UNBROKEN)
+        if default:
+            text = f"{text} [{default}]"
         spelling = "  " + _spelling(action)
         indent = " " * HELP_COLUMN
         lines = textwrap.wrap(
-            f"{text} [{default}]" if default else text,
+            text,
             width,
             initial_indent=indent,
             subsequent_indent=indent,
@@ -160,7 +175,7 @@ class FlagParser(argparse.ArgumentParser):
         return [spelling.ljust(HELP_COLUMN) + lines[0].strip(), *lines[1:]]
 
     def _default(self, action: argparse.Action, words: str | None) -> str:
-        """What stands in the brackets behind a text; "" for nothing."""
+        """The text in brackets at the end of a help text; "" for none."""
         if action.required:
             return "required"
         if words is not None and action.dest not in self.replaced:
@@ -168,9 +183,11 @@ class FlagParser(argparse.ArgumentParser):
         value = action.default
         if isinstance(action, argparse.BooleanOptionalAction):
             return "default: on" if value else "default: off"
-        if action.nargs == 0 or value in (None, []):
+        if action.nargs == 0 or value is None or value == []:
             return ""
-        return f"default: {float(value):g}" if action.type is float else f"default: {value}"
+        if action.type is float:
+            return f"default: {float(value):g}"
+        return f"default: {value}"
 
 
 class _PrintHelp(argparse.Action):
@@ -186,15 +203,19 @@ class _PrintHelp(argparse.Action):
 
 
 def name_of(action: argparse.Action) -> str:
-    """A flag's first long name without dashes; a positional argument's own."""
-    long = [name for name in action.option_strings if name.startswith("--")]
-    return long[0].removeprefix("--") if long else action.dest
+    """A flag's first long name without dashes; a positional argument's own name."""
+    for name in action.option_strings:
+        if name.startswith("--"):
+            return name.removeprefix("--")
+    return action.dest
 
 
 def split_default(text: str) -> tuple[str, str | None]:
-    """A help text and the default that it tells in words, if it does."""
-    words = DEFAULT.search(text)
-    return (text[: words.start()], words[1]) if words else (text, None)
+    """A help text without the default that it gives in words, and those words or None."""
+    match = DEFAULT.search(text)
+    if match is None:
+        return text, None
+    return text[: match.start()], match[1]
 
 
 def _spelling(action: argparse.Action) -> str:
@@ -211,12 +232,16 @@ def _spelling(action: argparse.Action) -> str:
 
 
 def _plain(name: str) -> str:
-    """A typed name as the tables spell it: `--Max_Length` is max-length."""
+    """A typed name in the spelling of the tables: `--Max_Length` is max-length."""
     return name.strip("-").lower().replace("_", "-")
 
 
 def _nearest(typed: str, known: Sequence[str]) -> list[str]:
     """The most similar flag, else up to three that share a word with it."""
-    near = difflib.get_close_matches(f"--{_plain(typed)}", known, n=1, cutoff=0.7)
-    words = {word for word in _plain(typed).split("-") if len(word) > 2}
-    return near or [name for name in known if words & set(name.split("-"))][:3]
+    plain = _plain(typed)
+    most_similar = difflib.get_close_matches(f"--{plain}", known, n=1, cutoff=0.7)
+    if most_similar:
+        return most_similar
+    words = {word for word in plain.split("-") if len(word) > 2}
+    sharing = [name for name in known if words & set(name.split("-"))]
+    return sharing[:3]

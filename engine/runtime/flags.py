@@ -1,7 +1,8 @@
 """Command-line flags derived from the fields of a frozen dataclass: a default exists once.
 
-A field's trailing comment is its help text, so `--help` says what a reader of the code sees. It may
-continue in comment lines below the field, and it may end in `[default: ...]`, the default in words:
+A field's trailing comment is its help text, so `--help` shows the comment that a reader of the code
+sees. It may continue in comment lines below the field, and it may end in `[default: ...]`, the
+default in words:
 
     rows: int = 0  # sequences decoded together
     #   [default: auto (64; 32 on a CPU)]
@@ -32,75 +33,103 @@ METAVARS = {int: "N", float: "X"}  # what a help text shows for a value; else th
 
 
 class InWords(NamedTuple):
-    """A default of a script whose value does not say what holds."""
+    """A script's own default for a flag, and the words for it in the help."""
 
     value: Any
-    words: str  # for the help
+    words: str
 
 
 def make_parser(doc: str, script: str | None = None) -> FlagParser:
     """A parser whose help begins with the script's docstring as it is written.
 
-    script: the one whose flags in COMMON `--help` shows; None: it shows all flags.
+    script: the key in COMMON of the flags that `--help` shows; None: it shows all flags.
     """
-    return FlagParser(doc, COMMON[script].split() if script else None)
+    common = None if script is None else COMMON[script].split()
+    return FlagParser(doc, common)
 
 
 def add_flags(
     parser: FlagParser, cls: type, leave_out: Collection[str] = (), **defaults: Any
 ) -> None:
-    """One flag per field of `cls`.
+    """One flag per field of `cls`, except those in `leave_out`.
 
-    defaults: replace a field's own, each by a value or by one InWords.
+    defaults: field -> a value or InWords, in place of the field's own default.
     """
     types = typing.get_type_hints(cls)
     source = inspect.getsource(cls)
     for field in dataclasses.fields(cls):
         if field.name in leave_out:
             continue
-        kinds = [t for t in typing.get_args(types[field.name]) if t is not type(None)]
-        kind = kinds[0] if kinds else types[field.name]
-        given: dict[str, Any] = {"dest": field.name}
-        default = defaults.get(field.name, field.default)
+        default = field.default
         text = _comment(source, field.name)
         if field.name in defaults:
+            default = defaults[field.name]
             text, _ = split_default(text)  # its words are of the field's own default
         if isinstance(default, InWords):
             text += f" [default: {default.words}]"
             default = default.value
-        if default is dataclasses.MISSING:
-            given["required"] = True
-        else:
-            given["default"] = default
-        if kind is bool:
-            # --truncate can be undone by --no-truncate, for a preset that sets it
-            either = argparse.BooleanOptionalAction
-            given["action"] = "store_true" if field.name.startswith("no_") else either
-        else:
-            word = field.name.rpartition("_")[2].upper()
-            given |= {"type": kind, "metavar": METAVARS.get(kind, word)}
-        if typing.get_origin(types[field.name]) is tuple:  # repeatable; None where not given
-            given |= {"action": "append", "default": None}
-        flags = ["--" + name.replace("_", "-") for name in _names(field.name)]
-        parser.add_argument(*flags, **given).help = text  # set last: argparse 3.10 appends to it
+        given = _argument(field.name, types[field.name], default)
+        action = parser.add_argument(*_flags(field.name), **given)
+        action.help = text  # here, because argparse of Python 3.10 would append to it above
 
 
-def _names(field: str) -> list[str]:
-    """The names of a field's flag, the one that the help shows first."""
-    return [RENAMED[field], field] if field in RENAMED else [field]
+def _argument(name: str, hint: Any, default: Any) -> dict[str, Any]:
+    """The keyword arguments of `add_argument` for a field with that type hint."""
+    given: dict[str, Any] = {"dest": name}
+    if default is dataclasses.MISSING:
+        given["required"] = True
+    else:
+        given["default"] = default
+    kind = _value_type(hint)
+    if kind is not bool:
+        _, _, last_word = name.rpartition("_")
+        given["type"] = kind
+        given["metavar"] = METAVARS.get(kind, last_word.upper())
+    elif name.startswith("no_"):
+        given["action"] = "store_true"
+    else:
+        # --truncate can be undone by --no-truncate, for a preset that sets it
+        given["action"] = argparse.BooleanOptionalAction
+    if typing.get_origin(hint) is tuple:  # the flag may be repeated
+        given["action"] = "append"
+        given["default"] = None
+    return given
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of one typed value: int for `int`, `int | None` and `tuple[int, ...]`."""
+    for member in typing.get_args(hint):
+        if member is not type(None):
+            return member
+    return hint
+
+
+def _flags(field: str) -> list[str]:
+    """The spellings of a field's flag, the one that the help shows first."""
+    names = [field]
+    if field in RENAMED:
+        names = [RENAMED[field], field]
+    return ["--" + name.replace("_", "-") for name in names]
 
 
 def from_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
-    """The dataclass from parsed flags, checked; `given` overrides them."""
+    """The dataclass from parsed flags, checked; `given` overrides them by field.
+
+    A field that has neither keeps its own default.
+    """
     values = {}
     for field in dataclasses.fields(cls):
-        value = given.get(field.name, getattr(args, field.name, dataclasses.MISSING))
+        if field.name in given:
+            value = given[field.name]
+        elif hasattr(args, field.name):
+            value = getattr(args, field.name)
+        else:
+            continue
+        if value is None and isinstance(field.default, tuple):  # a repeatable flag, not typed
+            continue
         if isinstance(value, list):
             value = tuple(value)
-        if value is not dataclasses.MISSING and not (
-            value is None and isinstance(field.default, tuple)
-        ):
-            values[field.name] = value
+        values[field.name] = value
     config = cls(**values)
     if hasattr(config, "check"):
         config.check()
@@ -116,15 +145,17 @@ def _comment(source: str, name: str) -> str:
 
 def run_main(
     main: Callable[[], None],
-    goes_on: str = "the same command goes on",
-    kept: str = "what was finished is kept",
+    next_step: str = "run the same command again to continue",
+    kept: str = "all finished results are kept",
     lower: str = "",
 ) -> None:
-    """Run a script: what a user caused ends as one message and exit code 2, not as a traceback.
+    """Run a script: an error that a user can cause ends it with one message and exit code 2.
 
-    goes_on, kept    what a script says behind Ctrl-C or SIGTERM (exit codes 130 and 143): how to go
-                     on, and what is there where the stage itself does not say
-    lower            what takes less memory, where a stage itself does not say
+    Ctrl-C and SIGTERM end it with exit codes 130 and 143; a bug of ours keeps its traceback.
+
+    next_step    end of the message after Ctrl-C or SIGTERM: how to continue
+    kept         the results that are kept, for that message, where the stage names none itself
+    lower        advice where memory is short, where the stage gives none itself
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -135,8 +166,8 @@ def run_main(
         with catch_signals():
             main()
     except KeyboardInterrupt as interrupt:
-        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped()
-        message = f"{NAMES[stopped.by]}: {stopped.kept or kept}; {goes_on}"
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped()  # else Python's own
+        message = f"{NAMES[stopped.by]}: {stopped.kept or kept}; {next_step}"
         sys.exit(_stop(message, stopped.code))
     except Exception as error:
         message = explain(error, lower)
@@ -146,7 +177,10 @@ def run_main(
 
 
 class _Shown(io.TextIOBase):
-    """A terminal to which file contents can send no commands: they are shown as escapes."""
+    """A terminal that shows control characters as escapes, so that printed text commands nothing.
+
+    A model, or a file of data, may hold such characters.
+    """
 
     def __init__(self, terminal: TextIO) -> None:
         self.terminal = terminal
@@ -169,5 +203,6 @@ class _Shown(io.TextIOBase):
 
 
 def _stop(message: str, code: int) -> int:
+    """Print the last message of a script; returns its exit code."""
     print(visible(message), file=sys.stderr)
     return code

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-MOST = 10**9  # the upper bound of a number without one of its own
-SEEDS = (-(2**63), 2**63 - 1)  # of 64 bits
+MOST = 10**9  # the upper bound of a number that has no bound of its own
+SEEDS = (-(2**63), 2**63 - 1)  # integers of 64 bits
 
 
 def check_numbers(config: Any, **bounds: tuple[float, float]) -> None:

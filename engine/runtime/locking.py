@@ -1,7 +1,7 @@
 """One job at a time on an `--out`; leftovers of killed jobs are removed
 
 A lock is flock on a file that lies in a directory of results, or beside a file of them. The system
-releases it when the process ends, in whatever way. Jobs that write take it; programs that only read
+releases it when the process ends, however it ends. Jobs that write take it; programs that only read
 do not. Under torchrun, rank 0 holds it for all ranks.
 """
 
@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -24,13 +24,15 @@ except ImportError:  # not Unix
     fcntl = None
 
 LOCK = ".lock"
+# errors of flock where another process holds the lock, and where the file system has no locks
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+# errors of open in a directory where this user may not write
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _ADVICE = "wait for it to end, stop it, or choose another --out"
-_PARTIAL = re.compile(r"\.(.+)\.(\d+)\.partial")
-# State of this process: lock file -> how often it is taken. A stage of a job takes the lock that
-# its job holds already; flock would refuse that, since it takes two descriptors for two owners.
+_PARTIAL = re.compile(r"\.(.+)\.(\d+)\.partial")  # .NAME.PID.partial (model/durable.py)
+# State of this process: lock file -> how often it is taken. A stage takes the lock that its job
+# holds already; flock would refuse that, because it counts two descriptors as two owners.
 _held: dict[Path, int] = {}
 
 
@@ -65,7 +67,8 @@ def lock_file(out: Path | None) -> Iterator[None]:
     with _directory_while_used(out.parent), _locked(file, out) as held:
         if held:
             partial = out.parent.glob(".*.partial")
-            _remove_leftovers((p for p in partial if p.name[1:].startswith(out.name)), out)
+            of_out = [path for path in partial if path.name.startswith(f".{out.name}")]
+            _remove_leftovers(of_out, out)
         yield
 
 
@@ -107,7 +110,8 @@ def _locked(file: Path, out: Path) -> Iterator[bool]:
         yield True
     finally:
         del _held[file]
-        # Before the release, so that a process that has opened the file makes its own.
+        # before the release: a process that waits with this file open finds it gone and makes its
+        # own (`_take`)
         file.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -126,10 +130,6 @@ def _take(file: Path, out: Path) -> int | None:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(file.stat(), os.fstat(descriptor)):
-                break
-        except FileNotFoundError:
-            pass
         except OSError as error:
             os.close(descriptor)
             if error.errno in _TAKEN:
@@ -142,9 +142,18 @@ def _take(file: Path, out: Path) -> int | None:
                 "off the same --out"
             )
             return None
+        if _is_at_its_path(descriptor, file):
+            _write_holder(descriptor)
+            return descriptor
         os.close(descriptor)  # its holder has removed the file meanwhile: make another
-    _write_holder(descriptor)
-    return descriptor
+
+
+def _is_at_its_path(descriptor: int, file: Path) -> bool:
+    """Whether the open file is still the one at that path."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock_file(file: Path) -> int | None:
@@ -177,16 +186,15 @@ def _holder(file: Path) -> str:
     return text or "another process"
 
 
-def _remove_leftovers(paths: Iterator[Path], out: Path) -> None:
+def _remove_leftovers(paths: Iterable[Path], out: Path) -> None:
     """Remove and count the partial files and directories of processes that are dead."""
     count = 0
     size = 0  # bytes
-    for path in list(paths):
+    for path in list(paths):  # all are found before the first is removed
         match = _PARTIAL.fullmatch(path.name)
         if match is None or _alive(int(match[2])):
             continue
-        files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        size += sum(p.stat().st_size for p in files)
+        size += _size(path)
         count += 1
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -196,14 +204,23 @@ def _remove_leftovers(paths: Iterator[Path], out: Path) -> None:
         print(f"{out}: {count} leftovers of killed jobs removed ({size / 1e6:.1f} MB)")
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def _alive(pid: int) -> bool:
-    """Whether another process has this id. This one has begun no file yet: its id is an old one."""
+    """Whether another process has this id.
+
+    This process has begun no partial file yet: one with its id is of an older process.
+    """
     if pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's
+    except (OSError, OverflowError):  # of another user; or no id that a process can have
         return True
     return True

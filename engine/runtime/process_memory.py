@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4  # glibc's malloc.h
+# options of mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD = -1  # bytes free at the end of the heap before they are returned to the system
+M_TOP_PAD = -2  # bytes by which the heap grows beyond a request
+M_MMAP_THRESHOLD = -3  # bytes from which on an allocation is a mapping of its own
+M_MMAP_MAX = -4  # number of such mappings
 
 
 def keep_freed_memory() -> bool:
@@ -49,7 +53,7 @@ def give_back_freed_memory(device: str | torch.device) -> None:
 
 
 def _mallopt(settings: dict[int, int]) -> bool:
-    """Set options of glibc's malloc; whether it has them and accepted them all."""
+    """Set options of glibc's malloc; returns whether it has them and accepted them all."""
     mallopt = _libc_function("mallopt")
     if mallopt is None:
         return False
@@ -58,10 +62,19 @@ def _mallopt(settings: dict[int, int]) -> bool:
 
 
 def _libc_function(name: str) -> Any:
-    """A function of the C library; None where it has none of this name (musl), or not on Linux."""
+    """A function of the C library; None where it lacks that name (musl), and not on Linux."""
     if not sys.platform.startswith("linux"):
         return None
     return getattr(ctypes.CDLL(None), name, None)
+
+
+def _kilobytes_line(file: Path, name: str) -> int | None:
+    """Bytes of the line "NAME: 1234 kB" of a file in /proc; None where there is none."""
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            _, kilobytes, *_ = line.split()
+            return 1024 * int(kilobytes)
+    return None
 
 
 def _status(name: str) -> int:
@@ -69,16 +82,13 @@ def _status(name: str) -> int:
     file = Path("/proc/self/status")
     if not file.exists():
         return 0
-    for line in file.read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    return 0
+    return _kilobytes_line(file, name) or 0
 
 
 def peak_memory(device: str | torch.device) -> int:
     """Bytes: the largest resident set of this process so far, or torch's peak on a GPU.
 
-    VmHWM and not ru_maxrss, which starts at the resident set of the parent when it forked.
+    VmHWM, and not ru_maxrss, whose first value is the resident set of the parent when it forked.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -95,19 +105,22 @@ def held_memory(device: str | torch.device) -> int:
 def free_memory(device: str | torch.device) -> int:
     """Bytes that this process can still allocate, as the system or the GPU's driver reports them.
 
-    On a GPU plus the memory that torch has cached and does not use: for the driver it is in use.
+    On a GPU, the memory that torch has cached and does not use is added: the driver counts it as
+    in use.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    available = _kilobytes_line(Path("/proc/meminfo"), "MemAvailable")
+    assert available is not None, "/proc/meminfo has no line MemAvailable"
+    return available
 
 
+# the advice in the messages about sampling and training
 SAMPLE_LESS = "lower --rows or --kv-memory"
 TRAIN_LESS = "lower --micro-tokens, then --max-length, or take --recompute full"
-# Messages of torch, oneDNN, CUDA's libraries, the loader and the system where memory is short.
+# Messages of torch, oneDNN, CUDA's libraries, the loader and the system where memory is short
 _NO_MEMORY = re.compile(
     "DefaultCPUAllocator|can.?t allocate memory|cannot allocate memory|not enough memory|"
     "out of memory|bad_alloc|could not create a primitive|ALLOC_FAILED|failed to map segment",
@@ -118,7 +131,8 @@ _NO_MEMORY = re.compile(
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was short.
 
-    On a GPU it has a class of its own; on a CPU only the message of a RuntimeError tells.
+    On a GPU the error has a class of its own; on a CPU it is a RuntimeError like others, and only
+    its message tells.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -150,5 +164,5 @@ def memory_for(doing: str, lower: str) -> Iterator[None]:
         message = f"out of memory while {doing} ({first_line(error)}): {lower}"
     else:
         return
-    # Outside of `except`, so that the error and the tensors in its traceback are freed.
+    # outside of `except`, so that the error and the tensors in its traceback are freed
     raise ValueError(message)

@@ -11,20 +11,24 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def published(out: Path) -> dict[str, str]:
-    """{file: sha256} of the finished adapter's weights, for meta.json.
+    """File name -> hash of the finished adapter's weights, for meta.json.
 
-    Its adapter_config.json may be edited: the base model may have moved.
+    Without adapter_config.json: a user may edit it where the base model has moved.
     """
     return {WEIGHTS: sha256((out / WEIGHTS).read_bytes())}
 
 
 def refuse_damaged(adapter: Path) -> None:
-    """ValueError for the adapter of a finished run whose weights the run did not write."""
+    """ValueError for a finished run whose weights differ from the hash that it recorded."""
     meta = read_json(adapter / "meta.json", {})
-    recorded = meta.get("published") if meta.get("finished") else None
-    if isinstance(recorded, dict) and (adapter / WEIGHTS).is_file():
-        if recorded.get(WEIGHTS) not in (None, published(adapter)[WEIGHTS]):
-            raise ValueError(
-                f"{adapter / WEIGHTS} is not what its run wrote (its hash in meta.json differs); "
-                "repair it with the command of the training and --resume, or of the whole job"
-            )
+    weights = adapter / WEIGHTS
+    if not meta.get("finished") or not weights.is_file():
+        return
+    recorded = meta.get("published")
+    if not isinstance(recorded, dict) or recorded.get(WEIGHTS) is None:
+        return  # a run of an older version
+    if recorded[WEIGHTS] != published(adapter)[WEIGHTS]:
+        raise ValueError(
+            f"{weights} is not what its run wrote (its hash in meta.json differs); repair it with "
+            "the command of the training and --resume, or of the whole job"
+        )

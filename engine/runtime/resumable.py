@@ -1,4 +1,4 @@
-"""JSONL files of results that a job begins, and that the same command continues after a kill
+"""JSONL files of results: begun by a job, and continued by the same command after a kill
 
     OUT              one JSON object a line, appended as soon as it is finished
     OUT.meta.json    the settings of the job; OUT is not continued under other settings
@@ -25,12 +25,13 @@ by_id = itemgetter("id")
 
 
 class ResumedLines:
-    """The finished lines of OUT by key, and a file that takes the others.
+    """The finished lines of OUT by key, and the open file that takes the others.
 
     key       the key of a line; lines of one file have different keys
     wanted    fields that a line must have, with their types
     resume    False: ValueError where OUT exists already
-    keep      which lines of an earlier run count as finished (default: all)
+    keep      whether a line of an earlier run counts as finished (default: every line does)
+    world     the processes that share the work (default: this one)
 
     ValueError where OUT was begun under other settings, or a line lacks a field.
     """
@@ -46,7 +47,10 @@ class ResumedLines:
         keep: Callable[[Line], bool] | None = None,
         world: World | None = None,
     ) -> None:
-        self.out, self.key, self.wanted, self.keep = out, key, wanted, keep
+        self.out = out
+        self.key = key
+        self.wanted = wanted
+        self.keep = keep
         self.world = world or World()
         if self.world.is_rank0:
             self._check_settings(settings, resume)
@@ -54,8 +58,8 @@ class ResumedLines:
         self.done: dict[Any, Line] = {}
         for file in (out, *self.parts()):
             self._read(file)
-        several = self.world.size > 1
-        self.file = AppendedLines(self._part(self.world.rank) if several else out)
+        own_file = self._part(self.world.rank) if self.world.size > 1 else out
+        self.file = AppendedLines(own_file)
         self.world.barrier()  # no process merges the parts before all have read them
 
     def write(self, line: Line) -> None:
@@ -77,15 +81,15 @@ class ResumedLines:
         if self.world.size > 1:
             for file in self.parts():
                 self._read(file)
-        order = list(order)
-        ordered = list(dict.fromkeys([*order, *self.done]))
+        asked = list(order)
+        ordered = list(dict.fromkeys([*asked, *self.done]))  # each key once
         if self.world.is_rank0 and (self.parts() or list(self.done) != ordered):
             write_jsonl(self.out, [self.done[key] for key in ordered])
         self.world.barrier()
         if self.world.is_rank0:
             for file in self.parts():
                 file.unlink()
-        return [self.done[key] for key in order]
+        return [self.done[key] for key in asked]
 
     def parts(self) -> list[Path]:
         """The parts on disk, of this job or of a killed one."""
@@ -95,6 +99,7 @@ class ResumedLines:
         return self.out.with_name(f"{self.out.name}.part{rank}")
 
     def _read(self, file: Path) -> None:
+        """Add the finished lines of OUT or a part to `done`."""
         for line in read_jsonl(file, self.wanted):
             if self.keep is None or self.keep(line):
                 self.done.setdefault(self.key(line), line)
@@ -112,12 +117,13 @@ class ResumedLines:
                 f"{self.out} has no {meta.name} beside it: not made by this program; choose "
                 "another name"
             )
-        changes = differing(read_json(meta), settings) if begun else []
-        if changes:
-            raise ValueError(
-                f"{self.out} was begun with other settings and cannot be resumed under these "
-                "(choose another name, or delete it):\n  " + "\n  ".join(changes)
-            )
+        if begun:
+            changes = differing(read_json(meta), settings)
+            if changes:
+                raise ValueError(
+                    f"{self.out} was begun with other settings and cannot be resumed under these "
+                    "(choose another name, or delete it):\n  " + "\n  ".join(changes)
+                )
         write_json(meta, settings)
 
     def __enter__(self) -> ResumedLines:

@@ -23,7 +23,9 @@ def model_fingerprint(path: str | Path) -> str:
     """
     path = Path(path)
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(filter(Path.is_file, path.glob("*.safetensors"))):
+    for file in sorted(path.glob("*.safetensors")):
+        if not file.is_file():
+            continue
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
@@ -64,10 +66,11 @@ def _commit() -> str | None:
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """'name: old -> new' for every setting that differs; nested names are joined by dots."""
-    now = json.loads(json.dumps(now))  # as `was` was read from a file: tuples are lists
+    now = json.loads(json.dumps(now))  # tuples become lists, as in `was`, which is from a file
     changes = []
-    for name in sorted({*was, *now}):
-        old, new = was.get(name), now.get(name)
+    for name in sorted(was.keys() | now.keys()):
+        old = was.get(name)
+        new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             changes += [f"{name}.{change}" for change in differing(old, new)]
         elif old != new:

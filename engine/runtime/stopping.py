@@ -1,11 +1,13 @@
 """How a job stops on Ctrl-C and SIGTERM, which mean the same in every stage
 
-    first     finishes the current unit where that is worth it (running sequences, a training step:
-              `Stopping`), else drops it; keeps all that is finished; raises `Stopped`
-    second    raises `Stopped` at once, in the middle of a unit
-    third     the system ends the process
+A unit of work is one training step, or the sequences that are being sampled together.
 
-Files are whole at any moment (lines are appended, files are renamed into place), so dropping a unit
+    first signal     the current unit is finished where that is worth it (`Stopping`), else dropped;
+                     all that is finished is kept; `Stopped` is raised
+    second signal    `Stopped` is raised at once, in the middle of a unit
+    third signal     the system ends the process
+
+Files are whole at any moment (lines are appended, files are renamed into place), so a dropped unit
 costs work and never a file. No stage that runs under `catch_signals` continues after a signal.
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-# torchrun and `timeout` signal the process and its group: signals within this time count as one.
+# torchrun and `timeout` signal the process and its group: signals within this time count as one
 TOGETHER_SECONDS = 0.3
 
 
@@ -53,7 +55,8 @@ class _Signals:
         """Handle a signal: call `first` for the first one, raise `Stopped` for the second."""
         now = time.monotonic()
         if self.by is None:
-            self.by, self.since = by, now
+            self.by = by
+            self.since = now
             first()
         elif now - self.since > TOGETHER_SECONDS:
             for number in NAMES:
@@ -72,7 +75,7 @@ def _handled_by(note: Callable[[int, Any], None]) -> Iterator[None]:
     Without effect on a signal that the process was started to ignore (by `nohup` or `&`), and
     outside of the main thread, where Python handles no signals.
     """
-    before = {}
+    before = {}  # the handlers of both signals outside of the block
     if threading.current_thread() is threading.main_thread():
         for number in NAMES:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -106,17 +109,18 @@ def catch_signals() -> Iterator[None]:
 class Stopping:
     """Inside `with`, the first signal only sets `asked`, so that the current unit can be finished.
 
-    The block then calls `end`, which raises `Stopped`. Its own end raises `Stopped` too, with
-    `kept`, if a signal came after the block last read `asked`. The second signal raises at once.
+    The block then calls `end`, which raises `Stopped`. If a signal comes after the block last read
+    `asked`, the end of the block raises `Stopped`, with `kept`. The second signal raises at once.
 
-    meaning    what happens until then, for the message of the first signal
+    meaning    for the message of the first signal: the work that is still finished
     """
 
     def __init__(self, meaning: str) -> None:
         self.meaning = meaning
         self.by: int | None = None  # the number of the first signal
-        self.kept = ""  # what is finished, at the end of the block
+        self.kept = ""  # names the results that are kept, for the end of the block
         self.finish: Callable[[], None] = lambda: None  # called by the first signal
+        self._handlers = contextlib.ExitStack()  # of the signals, inside the block
 
     @property
     def asked(self) -> bool:
@@ -135,15 +139,15 @@ class Stopping:
         _signals.receive(by, first)
 
     def end(self, kept: str) -> None:
-        """Raise `Stopped`; `kept` says what is finished. All ranks of a job call it together."""
-        raise Stopped(kept, self.by or signal.SIGTERM)  # without a signal of its own: another rank
+        """Raise `Stopped`; `kept` names the results that are kept. All ranks call it together."""
+        # another rank may have got the signal
+        raise Stopped(kept, self.by or signal.SIGTERM)
 
     def __enter__(self) -> Stopping:
-        self._handling = _handled_by(self._note)
-        self._handling.__enter__()
+        self._handlers.enter_context(_handled_by(self._note))
         return self
 
     def __exit__(self, kind: type | None, *error: object) -> None:
-        self._handling.__exit__(kind, *error)
+        self._handlers.close()
         if kind is None and self.asked:  # a signal that the block has not seen
             raise Stopped(self.kept, self.by)

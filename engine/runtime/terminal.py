@@ -16,12 +16,15 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 def table(rows: list[list[str]]) -> str:
     """Rows of cells as aligned text: the first row is the header, the first column flush left."""
-    columns = range(len(rows[0]))
-    widths = [max(len(row[column]) for row in rows) for column in columns]
+    widths = []
+    for column in zip(*rows, strict=True):
+        widths.append(max(len(cell) for cell in column))
     lines = []
     for row in rows:
-        first = row[0].ljust(widths[0])
-        others = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *others]).rstrip())
+        cells = [row[0].ljust(widths[0])]
+        for cell, width in zip(row[1:], widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        lines.append("  ".join(cells).rstrip())
+    header, *others = lines
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join([header, rule, *others])

@@ -28,22 +28,25 @@ class SamplerConfig:
     min_p: float = 0.0  # drop tokens below this share of the largest probability; 0 keeps all
     repetition_penalty: float = 1.0  # above 1 makes tokens that occurred before less likely
     max_new_tokens: int = 512  # most new tokens in an answer
-    seed: int = 0  # random seed; with row id, sample and position it names each random number
+    seed: int = 0  # random seed; a random number depends only on it, the row's id, the number of
+    #   the sample and the position in the answer
     stop: tuple[str, ...] = ()  # text that ends an answer and is cut off; may be repeated
     #   [default: none]
     ignore_eos: bool = False  # continue past end tokens up to --max-new-tokens (for benchmarks)
     prefill_tokens: int = 0  # most prompt tokens in one forward pass; longer prompts are split
     #   [default: auto (1024; 512 on a CPU)]
-    page_size: int = 64  # tokens per block of the key/value cache; attention splits a context there
-    kv_memory: float = 0.0  # GB for keys and values; sequences that find no room wait
+    page_size: int = 64  # tokens per block of the key/value cache; attention splits long contexts
+    #   at the ends of blocks
+    kv_memory: float = 0.0  # GB for the key/value cache; sequences that do not fit in it wait
     #   [default: auto (as much as --rows needs; on a GPU at most what is free)]
     draft: str = "auto"  # auto, off or always: guess tokens from the reference and check several in
     #   one forward pass (speculative decoding); auto does so where it is faster
     invariant: bool = False  # make texts independent of --rows, order and drafts on a GPU too
     #   (batch-invariant); slower
-    steps: int = 0  # decode steps per synchronisation with the host
+    steps: int = 0  # decode steps that the GPU runs before the CPU reads their tokens
     #   [default: auto (8 with CUDA graphs; else 1)]
-    graphs: bool = True  # on a GPU, run decode steps as CUDA graphs, and wait less for the host
+    graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs, so that they wait less for
+    #   the CPU
 
     def settings(self) -> dict[str, Any]:
         """The settings that a text depends on, which identify a run; not those of speed."""

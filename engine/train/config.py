@@ -20,16 +20,17 @@ class TrainConfig:
     epochs: int = 2  # passes over the training rows
     max_steps: int = 0  # optimizer steps, instead of --epochs [default: as many as the epochs take]
     batch_rows: int = 8  # rows per optimizer step (the batch size)
-    micro_tokens: int = 1024  # tokens per micro-batch: affects memory and speed; results by
-    #   rounding only
+    micro_tokens: int = 1024  # tokens in one forward and backward pass (a micro-batch): affects
+    #   memory and speed; results by rounding only
     schedule: str = "cosine"  # cosine, linear or constant: the learning rate after the warm-up
     warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
     clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0 is off
     seed: int = 0  # random seed of the adapter's first values, the order of the rows, dropout, and
     #   of sampling where a script samples
-    recompute: str = "auto"  # none, selective or full: what the backward pass computes again to
-    #   save memory [default: auto (the least that fits in --memory-gb)]
+    recompute: str = "auto"  # none, selective or full: how many activations the backward pass
+    #   computes again instead of keeping them, to save memory
+    #   [default: auto (the least that fits in --memory-gb)]
     memory_gb: float = 0.0  # GB that --recompute auto may plan for
     #   [default: auto (what the process holds and what is free)]
     save_every: int = 50  # optimizer steps between checkpoints
@@ -75,9 +76,10 @@ class EncodeConfig:
     #   else the reference: SDFT), reference (SFT), or response (every rewrite)
     mix: float = 0.0  # share of the accepted rewrites, from 0 to 1, replaced by their references
     max_length: int = MAX_LENGTH  # most tokens of prompt and answer together
-    truncate: bool = False  # cut the end of longer answers, and count them, instead of stopping
-    cut_in_proportion: bool = False  # cut prompt and answer of longer rows in proportion, and count
-    #   them, as --paper-exact does
+    truncate: bool = False  # cut off and count the ends of longer answers, instead of stopping with
+    #   an error
+    cut_in_proportion: bool = False  # cut prompt and answer of longer rows in proportion to their
+    #   lengths, and count them, as --paper-exact does
 
     def check(self) -> None:
         """ValueError for settings that cannot be."""

@@ -45,8 +45,8 @@ class ValidateConfig:
     val_limit: int = 32  # use only the first N rows of --val-data
     val_prompts: int = 8  # general prompts on which validation measures the drift from the seed
     #   model (KL); 0 is off
-    best: str = "last"  # last, nll or kl: the checkpoint that becomes the adapter is the last one,
-    #   or that with the lowest held-out loss, or that with the least drift
+    best: str = "last"  # which checkpoint becomes the adapter: last, nll (the lowest loss on
+    #   --val-data) or kl (the least drift from the seed model)
 
     def check(self) -> None:
         """ValueError for settings that cannot be, or that measure nothing."""

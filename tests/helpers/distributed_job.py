@@ -1,5 +1,4 @@
-"""What each process of tests/runtime/test_distributed.py does: started by torchrun, never by
-pytest.
+"""The program of each process of tests/runtime/test_distributed.py; torchrun starts it, not pytest.
 
 python -m torch.distributed.run --nproc-per-node N tests/helpers/distributed_job.py JOB.json
 """
@@ -14,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -37,23 +37,25 @@ from tests.helpers.training import LORA, SMALL, examples
 
 
 def lines(count: int) -> list[Distilled]:
-    """Distilled lines of made text, of all lengths, one without a response."""
-    return [
-        Distilled(
-            id=f"r{i}/0",
-            messages=[{"role": "user", "content": "Say " + "abc" * (i % 4)}],
-            reference="no " * (i % 5 + 1),
-            response="yes" * (i % 3),
-            response_ids=[121, 101, 115] * (i % 3),
-            target="",
-            status="accepted",
-            stage="",
-            finish="stop",
-            prompt_tokens=1,
-            response_tokens=3 * (i % 3),
-        )
-        for i in range(count)
-    ]
+    """Distilled lines of made text, of several lengths; every third has no response."""
+    return [line(i) for i in range(count)]
+
+
+def line(i: int) -> Distilled:
+    words = i % 3  # of the response; "yes" is three tokens
+    return Distilled(
+        id=f"r{i}/0",
+        messages=[{"role": "user", "content": "Say " + "abc" * (i % 4)}],
+        reference="no " * (i % 5 + 1),
+        response="yes" * words,
+        response_ids=[121, 101, 115] * words,
+        target="",
+        status="accepted",
+        stage="",
+        finish="stop",
+        prompt_tokens=1,
+        response_tokens=3 * words,
+    )
 
 
 def main() -> None:
@@ -74,26 +76,24 @@ def main() -> None:
             found[f"loss {policy} {count}"] = world.all_reduce_sum_(gradients.nll.sum())
             found[f"grads {policy} {count}"] = world.all_reduce_sum_(lora.grads).clone()
 
-    # 2. what is looked at, and what sharded weights refuse
+    # 2. the size of a shard, validation and scores of sharded weights; they cannot be sampled from
     chat = Chat.from_dir(job["model"], load_tokenizer(job["model"]))
     if shard:
-        pieces = [piece for name in model.weights for piece, _ in model.weights.local(name)]
-        held = sum(piece.numel() for piece in pieces)
+        held = 0
+        for name in model.weights:
+            held += sum(piece.numel() for piece, _ in model.weights.local(name))
         found["held"] = torch.tensor(held)
-        looking = ValidateConfig(val_every=1, val_data=job["held_out"], val_prompts=2)
-        validator = Validator(looking, DataConfig(job["held_out"]), session_of(model, chat))
+        config = ValidateConfig(val_every=1, val_data=job["held_out"], val_prompts=2)
+        validator = Validator(config, DataConfig(job["held_out"]), session_of(model, chat))
         found["validation"] = torch.tensor(validator(lora))
         score(model, chat, lines(7), Path(job["scores"]), {}, world)
-        try:
-            Sampler(model, chat.tokenizer.decode, chat.end_ids, SamplerConfig()).__enter__()
-        except ValueError as error:
-            assert "without --shard" in str(error)
-        else:
-            raise AssertionError("a sampler was opened on sharded weights")
+        sampler = Sampler(model, chat.tokenizer.decode, chat.end_ids, SamplerConfig())
+        with pytest.raises(ValueError, match="without --shard"), sampler:
+            pass
     if world.is_rank0:
         save_file(found, job["found"])
 
-    # 3. a run, in which rank 1 may be killed
+    # 3. a training, in which rank 1 may be killed
     micro_step = step_module.micro_step
 
     def killing(model, lora, batch, policy):

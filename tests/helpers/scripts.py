@@ -19,9 +19,8 @@ def run_script(name, *args, code=0):
 def write_word_problems(folder, train=8, test=4):
     """Write train.json and test.json with that many rows; returns the folder."""
     for name, first, count in (("train", 1, train), ("test", 50, test)):
-        rows = [
-            {"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."}
-            for i in range(first, first + count)
-        ]
+        rows = []
+        for i in range(first, first + count):
+            rows.append({"question": f"What is {i} plus {i}?", "answer": f"The answer is {2 * i}."})
         (folder / f"{name}.json").write_text(json.dumps(rows))
     return folder

@@ -14,6 +14,7 @@ VARIABLE = "TESTED_LIBRARY"
 
 def pytest_configure(config):
     library = native.bind(Path(os.environ[VARIABLE]))
+    loader = native.Loader(loaded=native.Loaded(library))
     stack = contextlib.ExitStack()
-    stack.enter_context(native.loading_by(native.Loader(loaded=native.Loaded(library))))
+    stack.enter_context(native.loading_by(loader))
     config.add_cleanup(stack.close)

@@ -1,7 +1,8 @@
-"""One of two processes of tests/runtime/test_distributed.py, on gloo: what happens while others
-wait for it
+"""One of two processes of tests/runtime/test_distributed.py, on gloo: rank 0 waits for rank 1
 
 python tests/helpers/waiting_job.py DEED        RANK, WORLD_SIZE and MASTER_* in the environment
+
+DEED is what rank 1 does meanwhile: busy, stopped, stopped in a sum, killed or ended.
 """
 
 from __future__ import annotations
@@ -28,11 +29,9 @@ def main() -> None:
     world = start(timeouts=timeouts)
     for _ in range(5):
         world.barrier()
-    assert (
-        world.any_rank(world.is_rank0)
-        and not world.any_rank(False)
-        and world.max_over_ranks(7 - world.rank) == 7
-    )
+    assert world.any_rank(world.is_rank0)
+    assert not world.any_rank(False)
+    assert world.max_over_ranks(7 - world.rank) == 7
     print("joined", file=sys.stderr)
     if not world.is_rank0:
         if deed == "busy":  # longer than both timeouts

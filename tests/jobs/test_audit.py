@@ -1,4 +1,4 @@
-"""The audit: what it shows of a traced step, and what turns its check red."""
+"""The audit: the page of a traced step, and the violations that its check finds."""
 
 import contextlib
 import html
@@ -16,6 +16,7 @@ from engine.jobs import audit, audit_trace
 from engine.jobs.audit import AuditConfig, audit_job, with_a_model
 from engine.jobs.audit_check import ANCHOR, COMPUTING, ran, violations
 from engine.jobs.audit_page import Counts, count_table, marked_lines, render_page, render_text
+from engine.jobs.audit_records import describe
 from engine.jobs.audit_source import (
     ROOT,
     c_function,
@@ -23,7 +24,7 @@ from engine.jobs.audit_source import (
     read_source,
     source_of,
 )
-from engine.jobs.audit_trace import Tracer, describe
+from engine.jobs.audit_trace import Tracer
 from engine.session import ModelConfig, Session
 from kernels import rms_norm, swiglu
 from kernels.attention.triton_forward import attention_forward_triton
@@ -130,12 +131,11 @@ def test_a_record_has_shapes_counts_and_functions_of_torch(step):
     assert norm.torch["aten.mul"] == norm.calls
 
 
-def test_the_table_adds_up(step):
+def test_the_rooms_of_the_table_add_up_to_its_total(step):
     header, *rooms, total = count_table(step)
     for column in range(1, len(header)):
-        assert sum(int(row[column].replace(",", "")) for row in rooms) == int(
-            total[column].replace(",", "")
-        )
+        counts = [int(row[column].replace(",", "")) for row in rooms]
+        assert sum(counts) == int(total[column].replace(",", ""))
     counts = Counts.of(list(step.records.values()))
     assert 0 < counts.lines_run <= counts.lines_of_functions < counts.lines_of_files
     assert {row[0] for row in rooms} >= {"engine/train", "engine/data", "model", "kernels"}
@@ -310,8 +310,9 @@ def test_the_reference_operations_are_autograd(tmp_path):
 
 @pytest.mark.parametrize("what", ["distill", "decode"])
 def test_sampling_is_clean_and_shown(what, session, tmp_path, capsys):
-    trace = audit.WORK[what][1](session)
-    assert audit.write_audit(audit.WORK[what][0], what, session, trace, tmp_path) == []
+    work = audit.WORK[what]
+    trace = work.trace(session)
+    assert audit.write_audit(work.title, what, session, trace, tmp_path) == []
     assert "engine.sampling.model_runner.ModelRunner.decode" in trace.records
     prefill = "engine.sampling.model_runner.ModelRunner.prefill"
     assert (prefill in trace.records) == (what == "distill")

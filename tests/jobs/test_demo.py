@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from engine.jobs.demo import problems, read_table, write_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = re.compile(r"((?:\d+ [-+*/] \d+ = \d+\. ){1,2})The answer is (\d+)\.")
+STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def test_rows_have_the_shape_load_rows_reads(tmp_path):
@@ -32,7 +36,8 @@ def test_a_thousand_rows_share_neither_text_nor_numbers():
     assert len({p.question for p in made}) == 1000
     assert len({(p.schema, p.numbers) for p in made}) == 1000
     # What is asked differs even where only names were drawn anew.
-    assert len({re.sub(r"\b[A-Z]\w+", "", p.question) for p in made}) > 990
+    without_names = {re.sub(r"\b[A-Z]\w+", "", problem.question) for problem in made}
+    assert len(without_names) > 990
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -42,10 +47,11 @@ def test_every_reference_is_right(seed):
         match = REFERENCE.fullmatch(problem.answer)
         assert match, problem.answer
         results, used = [], []
-        for p, op, q, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", match[1]):
-            p, q, result = int(p), int(q), int(result)
-            exact = {"+": p + q, "-": p - q, "*": p * q, "/": p / q}[op]
-            assert result == exact and 0 < result <= 200, problem.answer
+        for left, sign, right, stated in re.findall(STEP, match[1]):
+            p = int(left)
+            q = int(right)
+            result = int(stated)
+            assert result == EXACT[sign](p, q) and 0 < result <= 200, problem.answer
             if results:
                 assert results[-1] in (p, q)
             results.append(result)
@@ -71,12 +77,15 @@ def test_all_schemas_and_wordings_are_drawn():
         letters = set(re.findall(r"\b[a-d]\b", " ".join(schema.steps)))
         assert letters == set(schema.ranges), schema.name
         for wording in schema.wordings:
-            fields = set(re.findall(r"{(\w+)}", wording))
-            assert {f for f in fields if len(f) == 1} == letters, wording
-            assert {f.rstrip("123").lower() for f in fields if len(f) > 1} <= set(words), wording
+            placeholders = set(re.findall(r"{(\w+)}", wording))
+            numbers = {name for name in placeholders if len(name) == 1}
+            kinds = {name.rstrip("123").lower() for name in placeholders - numbers}
+            assert numbers == letters, wording
+            assert kinds <= set(words), wording
     made = problems(600, seed=0)
-    counts = [sum(p.schema == schema.name for p in made) for schema in schemas]
-    assert max(counts) - min(counts) <= 1
+    counts = Counter(problem.schema for problem in made)
+    assert set(counts) == {schema.name for schema in schemas}
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_too_many_rows_name_the_schema_that_is_used_up():
@@ -88,11 +97,15 @@ def test_bytes_depend_on_the_seed_alone(tmp_path):
     """Two processes with different hash seeds write the same files; another seed does not."""
     code = "import sys; from pathlib import Path; from engine.jobs.demo import write_demo; "
     code += "write_demo(Path(sys.argv[1]), 300, 60, int(sys.argv[2]))"
-    digests = []
-    for run, (hash_seed, seed) in enumerate([("1", "5"), ("2", "5"), ("1", "6")]):
-        out = tmp_path / str(run)
+
+    def digest(hash_seed, seed):
+        out = tmp_path / f"{hash_seed}-{seed}"
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, "-c", code, out, seed], env=env, cwd=tmp_path, check=True)
-        files = [(out / name).read_bytes() for name in ("train.json", "test.json")]
-        digests.append(hashlib.sha256(b"".join(files)).hexdigest())
-    assert digests[0] == digests[1] != digests[2]
+        train = (out / "train.json").read_bytes()
+        test = (out / "test.json").read_bytes()
+        return hashlib.sha256(train + test).hexdigest()
+
+    first = digest(hash_seed="1", seed="5")
+    assert digest(hash_seed="2", seed="5") == first
+    assert digest(hash_seed="1", seed="6") != first

@@ -1,7 +1,7 @@
-"""Import of GGUF files: weights bit for bit, configuration, tokenizer, what is refused.
+"""Import of GGUF files: weights bit for bit, configuration, tokenizer, and refused files.
 
-Files are written here from random small Llamas with gguf's own writer, the rows of q and k put in
-GGUF's order by an index computed here; the demo model is the real one.
+The files are written from random small Llamas with gguf's own writer; the rows of q and k are put
+into GGUF's order by an index computed here. The demo model is the real one.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def gguf_name(hf_name: str) -> str:
 def neighbours_first(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows in GGUF's order: of each head first row 0 and row d/2, then 1 and d/2 + 1, ..."""
     d = weight.shape[0] // heads
-    order = [h * d + i + half for h in range(heads) for i in range(d // 2) for half in (0, d // 2)]
+    order = []
+    for head in range(heads):
+        for i in range(d // 2):
+            first = head * d + i
+            order += [first, first + d // 2]
     return weight[order]
 
 
@@ -72,6 +76,8 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
     """
     config = json.loads((hf_dir / "config.json").read_text())
     weights = load_file(hf_dir / "model.safetensors")
+    vocab = vocabulary()
+    normal = len(vocab) - len(SPECIAL)
     metadata = {
         "llama.block_count": config["num_hidden_layers"],
         "llama.context_length": config["max_position_embeddings"],
@@ -87,8 +93,8 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
         "llama.vocab_size": config["vocab_size"],
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": vocabulary(),
-        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(vocabulary()) - len(SPECIAL)),
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * normal,
         "tokenizer.ggml.merges": MERGES,
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
@@ -119,11 +125,12 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
         if weight.ndim == 1 or quantised == gguf.GGMLQuantizationType.F32:
             stored_kind, stored = gguf.GGMLQuantizationType.F32, weight
         else:
-            # Quantised along a row, so the order of rows changes nothing about the values.
+            # quantised along a row, so the order of rows changes nothing about the values
             stored_kind, stored = quantised, gguf.quantize(weight, quantised)
             expected[name] = gguf.dequantize(stored, quantised)
-        count = heads.get(name.split(".")[-2])
-        stored = neighbours_first(stored, count) if count else stored
+        module = name.split(".")[-2]
+        if module in heads:
+            stored = neighbours_first(stored, heads[module])
         writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
     for name, value in extra.items():
         if isinstance(value, np.ndarray):
@@ -149,10 +156,12 @@ def texts() -> list[str]:
     ).split(" ")
     gaps = [" ", "  ", "   ", "\n", "\n\n", " \n", "\t", "\t\t", "\r\n", "", ".", ", ", "'"]
     draw = random.Random(7)
-    made = [
-        "".join(draw.choice(words) + draw.choice(gaps) for _ in range(draw.randint(1, 12)))
-        for _ in range(260)
-    ]
+    made = []
+    for _ in range(260):
+        text = ""
+        for _ in range(draw.randint(1, 12)):
+            text += draw.choice(words) + draw.choice(gaps)
+        made.append(text)
     edges = ["a", " a", "  a", "a ", "a  ", "\n", "\n\n\n", " \n \n", "\t5", "  5", " 5 5", "5  5"]
     code = [
         "for i in range(10):\n    print(i, 'x')\n\n\nif a  == 22:\n\treturn\n",
@@ -175,7 +184,7 @@ def test_weights_come_back_bit_for_bit(tmp_path, hf_dir, kind):
         np.testing.assert_array_equal(found[name], weight, err_msg=name)
 
 
-def test_config_comes_back(tmp_path, hf_dir):
+def test_config_equals_that_of_the_original(tmp_path, hf_dir):
     write_gguf(tmp_path / "m.gguf", hf_dir)
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -233,7 +242,7 @@ def test_llama3_rope_scaling_is_recovered(tmp_path, tiny_llama_dir, factor):
     }
 
 
-def test_linear_rope_scaling(tmp_path, hf_dir):
+def test_linear_rope_scaling_is_kept(tmp_path, hf_dir):
     extra = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
     write_gguf(tmp_path / "m.gguf", hf_dir, **extra)
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -241,7 +250,7 @@ def test_linear_rope_scaling(tmp_path, hf_dir):
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}
 
 
-# What is refused
+# Files that are refused
 
 REFUSED = {
     "architecture": ({"general.architecture": "qwen2"}, "architecture 'qwen2'"),
@@ -287,8 +296,8 @@ def test_a_vocabulary_that_repeats_itself_is_refused(tmp_path, hf_dir):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
-def promise(path: Path, kind: int, payload: bytes) -> None:
-    """A GGUF whose one metadata value says more than is there."""
+def write_metadata(path: Path, kind: int, payload: bytes) -> None:
+    """Write a GGUF with one metadata value, whose lengths may be more than the file holds."""
     key = b"tokenizer.ggml.tokens"
     head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", kind)
     path.write_bytes(head + payload + bytes(1000))
@@ -297,7 +306,9 @@ def promise(path: Path, kind: int, payload: bytes) -> None:
 @pytest.mark.parametrize(
     ("kind", "payload", "named"),
     [
-        *((9, struct.pack("<IQ", inner, 1 << 40), "1099511627776 elements") for inner in (0, 8, 9)),
+        (9, struct.pack("<IQ", 0, 1 << 40), "1099511627776 elements"),
+        (9, struct.pack("<IQ", 8, 1 << 40), "1099511627776 elements"),
+        (9, struct.pack("<IQ", 9, 1 << 40), "1099511627776 elements"),
         (9, struct.pack("<IQ", 0, 1 << 20), "an array of 1048576 elements"),
         (9, struct.pack("<IQ", 9, 1) * 100, "unknown type 9"),
         (9, struct.pack("<IQ", 77, 1), "unknown type 77"),
@@ -307,7 +318,7 @@ def promise(path: Path, kind: int, payload: bytes) -> None:
 )
 def test_impossible_lengths_are_refused_before_reading(tmp_path, kind, payload, named):
     """gguf's reader would make an object for each of 2^40 elements."""
-    promise(tmp_path / "m.gguf", kind, payload)
+    write_metadata(tmp_path / "m.gguf", kind, payload)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=f"not a readable GGUF.*tokenizer.ggml.tokens.*{named}"):
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
@@ -318,7 +329,7 @@ def test_impossible_lengths_are_refused_before_reading(tmp_path, kind, payload, 
         import_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
-def test_other_kinds_of_gguf_are_refused(tmp_path):
+def test_files_that_are_no_gguf_are_refused(tmp_path):
     source = tmp_path / "m.gguf"
     for text, named in {
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a Git LFS pointer",
@@ -425,7 +436,7 @@ def test_of_two_processes_at_once_the_second_finds_the_work_done(tmp_path, hf_di
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
-def test_llama3_cuts_and_whole_words(tmp_path, hf_dir, pre):
+def test_llama3_cuts_three_digits_and_keeps_whole_words(tmp_path, hf_dir, pre):
     write_gguf(tmp_path / "m.gguf", hf_dir, pre=pre)
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
@@ -460,12 +471,16 @@ def test_smollm_cuts_digits_one_by_one(tmp_path, hf_dir):
     assert tokenizer.encode("hello").tokens == ["he", "l", "l", "o"]
 
 
-def test_the_demo_tokenizer_round_trip(smollm2_dir):
-    """Every text comes back, but for 21 bytes that SmolLM2's vocabulary does not have."""
+def test_the_demo_tokenizer_decodes_every_text_it_encodes(smollm2_dir):
+    """Except six control characters, whose bytes SmolLM2's vocabulary does not have."""
     tokenizer = tokenizers.Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
+
+    def decoded(text):
+        return tokenizer.decode(tokenizer.encode(text).ids)
+
     for text in texts():
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    lost = [n for n in range(128) if tokenizer.decode(tokenizer.encode(chr(n)).ids) != chr(n)]
+        assert decoded(text) == text
+    lost = [number for number in range(128) if decoded(chr(number)) != chr(number)]
     assert lost == [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D]
 
 
@@ -473,9 +488,9 @@ def test_the_demo_tokenizer_round_trip(smollm2_dir):
 
 
 def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, tmp_path):
-    """In a process of its own: what it says, a second call, and the most memory it ever held.
+    """In a process of its own: its output, its peak memory, and a second call.
 
-    Importing torch takes about 0.2 GB of it; holding all weights would take 0.54 GB more.
+    Importing torch takes about 0.2 GB; holding all weights would take 0.54 GB more.
     """
     out = tmp_path / "demo"
     program = str(ROOT / "scripts" / "import_gguf.py")
@@ -484,7 +499,9 @@ def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, 
     watched = (
         "import runpy, sys; sys.argv = sys.argv[1:];"
         "runpy.run_path(sys.argv[0], run_name='__main__');"
-        "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])"
+        "lines = open('/proc/self/status').readlines();"
+        "(peak,) = [line for line in lines if line.startswith('VmHWM')];"
+        "print(peak.split()[1])"
     )
     first = subprocess.run(
         [sys.executable, "-c", watched, *script[1:], out],
@@ -507,7 +524,7 @@ def test_script_on_the_demo_model_needs_less_memory_than_the_model(smollm2_dir, 
 
 
 def compare(run_peer, tmp_path: Path, source: Path, imported: Path) -> tuple[dict, list[str]]:
-    """Run the peer and check what holds for every import; returns its answer and the texts."""
+    """Run transformers on the same GGUF and compare; returns its answer and the texts."""
     asked = texts()
     (tmp_path / "texts.json").write_text(json.dumps(asked))
     answer = run_peer("gguf_peer.py", source, imported, tmp_path / "texts.json")
@@ -529,14 +546,14 @@ def test_demo_equals_transformers_reading_the_same_gguf(smollm2_dir, run_peer, t
 
     # transformers' conversion drops the digit split. SmolLM2 has no token of two digits, so what
     # shows is several spaces before a digit, and numerals like ² that merge with what precedes.
-    differ = [
-        text
-        for text, ours, theirs in zip(asked, answer["fast"], answer["converted"], strict=True)
-        if ours != theirs
-    ]
+    differ = []
+    for text, ours, theirs in zip(asked, answer["fast"], answer["converted"], strict=True):
+        if ours != theirs:
+            differ.append(text)
     print(f"{len(differ)} of {len(asked)} texts differ from transformers' conversion:", differ)
     assert [text for text in differ if len(text) < 6] == ["  5", "5  5"]
-    assert all(any(c.isnumeric() for c in text) for text in differ)
+    for text in differ:
+        assert any(char.isnumeric() for char in text)
 
 
 @pytest.mark.peers

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -22,16 +23,12 @@ FLAGS += ["--epochs", "1", "--batch-rows", "4", "--rank", "2", "--report-rows", 
 FLAGS += ["--report-answers", "3"]
 
 
-def test_the_main_job(chat_dir, problems, tmp_path):
+def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
+    chat_dir, problems, tmp_path
+):
     out = tmp_path / "run"
-    args = [
-        "--model",
-        chat_dir,
-        "--data",
-        problems / "train.json",
-        "--eval-data",
-        problems / "test.json",
-    ]
+    args = ["--model", chat_dir, "--data", problems / "train.json"]
+    args += ["--eval-data", problems / "test.json"]
     args += ["--verify", "number", "--out", out, *FLAGS]
     printed = script("sdft", *args)
     result = json.loads((out / "summary.json").read_text())
@@ -43,43 +40,35 @@ def test_the_main_job(chat_dir, problems, tmp_path):
     for arm in ("sft", "sdft"):
         Llama.from_pretrained(chat_dir).bind(load_lora(out / arm))
     _check_report(out, printed)
-    # the same command again does nothing again
+    # the same command again computes nothing
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
     files += ["tokens.jsonl", "answers.jsonl"]
-    before = [(out / f).read_bytes() for f in files]
+    before = [(out / name).read_bytes() for name in files]
     script("sdft", *args)
-    assert [(out / f).read_bytes() for f in files] == before
+    assert [(out / name).read_bytes() for name in files] == before
     again = json.loads((out / "summary.json").read_text())
-    assert {k: again[k] for k in ("evaluation", "retention")} == {
-        k: result[k] for k in ("evaluation", "retention")
-    }
-    # and under another setting it is refused, naming it
-    said = script("sdft", *args, "--template", "refer", code=2)
-    assert "distill.template: 'using' -> 'refer'" in said and "Traceback" not in said
+    for name in ("evaluation", "retention"):
+        assert again[name] == result[name]
+    # another setting is refused by name
+    printed = script("sdft", *args, "--template", "refer", code=2)
+    assert "distill.template: 'using' -> 'refer'" in printed and "Traceback" not in printed
 
 
 def test_both_arms_are_validated_and_keep_their_best(chat_dir, problems, tmp_path):
     out = tmp_path / "run"
-    args = [
-        "--model",
-        chat_dir,
-        "--data",
-        problems / "train.json",
-        "--no-score",
-        "--out",
-        out,
-        *FLAGS,
-    ]
-    looking = ["--val-every", "1", "--val-data", problems / "test.json", "--val-prompts", "1"]
-    script("sdft", *args, *looking, "--best", "kl")
+    args = ["--model", chat_dir, "--data", problems / "train.json", "--no-score", "--out", out]
+    args += FLAGS
+    validation = ["--val-every", "1", "--val-data", problems / "test.json", "--val-prompts", "1"]
+    script("sdft", *args, *validation, "--best", "kl")
     result = json.loads((out / "summary.json").read_text())
     for arm in ("sft", "sdft"):
-        noted = read_jsonl(out / arm / "validation.jsonl")
-        assert [x["step"] for x in noted] == [1, 2] and all(x["nll"] > 0 for x in noted)
+        lines = read_jsonl(out / arm / "validation.jsonl")
+        assert [line["step"] for line in lines] == [1, 2]
+        assert all(line["nll"] > 0 for line in lines)
         best = result["training"][arm]["best"]
-        assert best["metric"] == "kl" and best["value"] == min(x["kl"] for x in noted)
-    said = script("sdft", *args, code=2)  # not the same run without it
-    assert "validate" in said and "Traceback" not in said
+        assert best["metric"] == "kl" and best["value"] == min(line["kl"] for line in lines)
+    printed = script("sdft", *args, code=2)  # without validation it is another run
+    assert "validate" in printed and "Traceback" not in printed
     assert "--best nll needs" in script("sdft", *args, "--best", "nll", code=2)
 
 
@@ -87,27 +76,36 @@ def _check_report(out, printed):
     """The page, the training texts with the likelihoods that score.py found, the tuned answers."""
     assert f"report: {out}/report.html" in printed and "8 rows" in printed
     assert f'"name":"{out.name}"' in (out / "report.html").read_text()
-    scores = {s["id"]: s for s in read_jsonl(out / "distilled.jsonl.scores.jsonl")}
+    scores = {line["id"]: line for line in read_jsonl(out / "distilled.jsonl.scores.jsonl")}
     tokens = read_jsonl(out / "tokens.jsonl")
     assert len(tokens) == 5 and len({line["id"] for line in tokens}) == 5
     for line in tokens:
         sft, score = line["sft"], scores[line["id"]]
         assert len(sft["pieces"]) == sft["prompt"] + len(sft["nll"])
-        assert sum(sft["nll"]) / len(sft["nll"]) == pytest.approx(score["reference_nll"], abs=1e-3)
-        assert "".join(sft["pieces"][sft["prompt"] : -1]).startswith("The answer is")
+        mean_nll = sum(sft["nll"]) / len(sft["nll"])
+        assert mean_nll == pytest.approx(score["reference_nll"], abs=1e-3)
+        answer = "".join(sft["pieces"][sft["prompt"] : -1])
+        assert answer.startswith("The answer is")
+
+    # the answers to the three general prompts with the largest drift of either arm
     lines = read_jsonl(out / "answers.jsonl")
     general = [line for line in lines if "prompt" in line]
-    assert {arm: sum(x["arm"] == arm for x in general) for arm in ("sft", "sdft")} == {
-        "sft": 3, "sdft": 3}  # fmt: skip
+    assert Counter(line["arm"] for line in general) == {"sft": 3, "sdft": 3}
     drift = {}
     for line in read_jsonl(out / "retention.jsonl"):
         kl = line["kl"] / line["tokens"]
         drift[line["prompt"]] = max(kl, drift.get(line["prompt"], 0))
-    assert {line["prompt"] for line in general} == set(sorted(drift, key=drift.get)[-3:])
+    most_drifted = sorted(drift, key=drift.get)[-3:]
+    assert {line["prompt"] for line in general} == set(most_drifted)
+
     held_out = [line for line in lines if "id" in line]
-    assert len(held_out) == 6 and all(0 <= x["kl"] < x["tokens"] for x in held_out)
-    seed = {x["id"]: x for x in read_jsonl(out / "evaluation.jsonl") if x["arm"] == "seed"}
-    assert all(x["tokens"] - len(seed[x["id"]]["ids"]) in (0, 1) for x in held_out)
+    assert len(held_out) == 6
+    answers = read_jsonl(out / "evaluation.jsonl")
+    seed_answers = {line["id"]: line for line in answers if line["arm"] == "seed"}
+    for line in held_out:
+        assert 0 <= line["kl"] < line["tokens"]
+        # the seed's answer, with its end token where it ended
+        assert line["tokens"] - len(seed_answers[line["id"]]["ids"]) in (0, 1)
 
 
 def test_held_out_rows_must_not_be_trained_on(chat_dir, problems, tmp_path):
@@ -116,7 +114,7 @@ def test_held_out_rows_must_not_be_trained_on(chat_dir, problems, tmp_path):
     assert "8 held-out rows are also trained on" in script("sdft", *args, code=2)
 
 
-def test_the_stages_one_by_one(chat_dir, problems, tmp_path):
+def test_the_scripts_of_single_stages_take_each_others_files(chat_dir, problems, tmp_path):
     model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     distilled = tmp_path / "d.jsonl"
     said = script("distill", *model, *train, "--out", distilled, "--max-new-tokens", "8")
@@ -140,8 +138,8 @@ def test_the_stages_one_by_one(chat_dir, problems, tmp_path):
     said = script("generate", *model, "--prompt", "Hi", "--max-new-tokens", "3", "--adapter", run)
     script("generate", *model, *train, "--samples", "2", "--temperature", "1",
            "--max-new-tokens", "3", "--out", tmp_path / "g.jsonl")  # fmt: skip
-    answers = [json.loads(x) for x in (tmp_path / "g.jsonl").read_text().splitlines()]
-    assert len(answers) == 16 and {a["sample"] for a in answers} == {0, 1}
+    answers = [json.loads(line) for line in (tmp_path / "g.jsonl").read_text().splitlines()]
+    assert len(answers) == 16 and {answer["sample"] for answer in answers} == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -162,8 +160,8 @@ def test_the_stages_one_by_one(chat_dir, problems, tmp_path):
 def test_mistakes_get_one_clear_message_before_work_starts(
     chat_dir, problems, tmp_path, args, said
 ):
-    names = {"TINY": str(chat_dir), "DATA": str(problems / "train.json")}
-    args = [names.get(a, a) for a in args]
+    paths = {"TINY": str(chat_dir), "DATA": str(problems / "train.json")}
+    args = [paths.get(arg, arg) for arg in args]
     printed = script("sdft", *args, "--out", tmp_path / "run", code=2)
     assert said in printed and "Traceback" not in printed and "error: " in printed
     assert not (tmp_path / "run").exists()
@@ -187,19 +185,12 @@ def no_system(tiny_llama_dir):
 def test_validation_reads_its_file_as_training_does(chat_dir, problems, tmp_path):
     """--system, --columns and --skip-bad; train.py and sdft.py find the same number."""
     for name in ("train", "test"):
-        rows = json.loads((problems / f"{name}.json").read_text())
-        rows = [{"q": r["question"], "a": r["answer"]} for r in rows] + [{"q": "", "a": "x"}]
-        (problems / f"{name}.json").write_text(json.dumps(rows))
-    args = [
-        "--model",
-        chat_dir,
-        "--data",
-        problems / "train.json",
-        "--epochs",
-        "1",
-        "--batch-rows",
-        "4",
-    ]
+        file = problems / f"{name}.json"
+        rows = [{"q": row["question"], "a": row["answer"]} for row in json.loads(file.read_text())]
+        unusable = {"q": "", "a": "x"}
+        file.write_text(json.dumps([*rows, unusable]))
+    args = ["--model", chat_dir, "--data", problems / "train.json"]
+    args += ["--epochs", "1", "--batch-rows", "4"]
     args += ["--columns", "prompt=q,response=a", "--skip-bad", "--system", "Count.", "--rank", "2"]
     args += ["--val-every", "1", "--val-data", problems / "test.json", "--val-prompts", "0"]
     said = script("train", *args, "--out", tmp_path / "sft", "--lr", "1e-3")
@@ -209,26 +200,32 @@ def test_validation_reads_its_file_as_training_does(chat_dir, problems, tmp_path
     job += ["--report-answers", "0", "--lr", "1e-3", "--out", tmp_path / "run"]
     script("sdft", *args, *job)
     assert [x["nll"] for x in read_jsonl(tmp_path / "run" / "sft" / "validation.jsonl")] == found
+    # the system message changes the loss, so it was read
     session = Session.open(ModelConfig(str(chat_dir)))
-    told, plain = (
-        DataConfig(str(problems / "test.json"), "prompt=q,response=a", skip_bad=True, system=system)
-        for system in ("Count.", None)
-    )
-    looking = ValidateConfig(val_every=1, val_data=told.data, val_prompts=0)
+    validation = ValidateConfig(val_every=1, val_data=str(problems / "test.json"), val_prompts=0)
     lora = load_lora(tmp_path / "sft")
     session.model.bind(lora)
-    nll = {system: Validator(looking, system, session)(lora)[0]
-           for system in (told, plain)}  # fmt: skip
-    assert nll[told] == pytest.approx(found[-1], rel=1e-6) and abs(nll[plain] - nll[told]) > 1e-3
+
+    def held_out_nll(system):
+        data = DataConfig(
+            str(problems / "test.json"), "prompt=q,response=a", skip_bad=True, system=system
+        )
+        return Validator(validation, data, session)(lora)[0]
+
+    with_system = held_out_nll("Count.")
+    assert with_system == pytest.approx(found[-1], rel=1e-6)
+    assert abs(held_out_nll(None) - with_system) > 1e-3
 
 
 def test_rows_refused_by_the_template_are_listed_and_skipped(no_system, problems, tmp_path):
     """Rows with a system message, in every script; all of them at once, and before any work."""
-    rows = json.loads((problems / "train.json").read_text())
-    mixed = [r | ({"messages": [{"role": "system", "content": "s"},
-             {"role": "user", "content": r["question"]},
-             {"role": "assistant", "content": r["answer"]}]} if i % 2 else {})
-             for i, r in enumerate(rows[:6])]  # fmt: skip
+    mixed = json.loads((problems / "train.json").read_text())[:6]
+    for row in mixed[1::2]:
+        row["messages"] = [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
     (problems / "mixed.json").write_text(json.dumps(mixed))
     args = ["--model", no_system, "--data", problems / "mixed.json"]
     flags = ["--max-new-tokens", "4", "--epochs", "1"]
@@ -254,9 +251,14 @@ def test_messages_that_are_context_only_go_through_the_whole_job(chat_dir, tmp_p
     """OpenAI's weight 0: not rewritten, not scored, not trained on; the context of what follows."""
 
     def talk(i):
-        turns = [("user", f"What is {i}?", {}), ("assistant", "Wrong.", {"weight": 0})]
-        turns += [("user", "Again.", {}), ("assistant", f"It is {i}.", {"weight": 1})]
-        return {"messages": [{"role": r, "content": c} | more for r, c, more in turns]}
+        return {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": "Wrong.", "weight": 0},
+                {"role": "user", "content": "Again."},
+                {"role": "assistant", "content": f"It is {i}.", "weight": 1},
+            ]
+        }
 
     data, out = tmp_path / "talk.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(talk(i)) + "\n" for i in range(4)))
@@ -266,11 +268,12 @@ def test_messages_that_are_context_only_go_through_the_whole_job(chat_dir, tmp_p
     assert "4 turns: " in said and "4 further turns are context only" in said
     assert said.count("examples 4, ") == 3 and said.count("context 4") == 3
     lines = load_distilled(out / "distilled.jsonl")
-    assert [(line.status == "context_only") for line in lines] == [True, False] * 4
-    for line in lines[1::2]:
+    assert [line.status == "context_only" for line in lines] == [True, False] * 4
+    rewritten = lines[1::2]
+    for line in rewritten:
         assert line.messages[1] == {"role": "assistant", "content": "Wrong."}
-    scored = [x["id"] for x in read_jsonl(out / "distilled.jsonl.scores.jsonl")]
-    assert scored == [line.id for line in lines[1::2]]
+    scored = [line["id"] for line in read_jsonl(out / "distilled.jsonl.scores.jsonl")]
+    assert scored == [line.id for line in rewritten]
     plain = script("train", *args, "--out", tmp_path / "sft", *FLAGS[6:12])
     assert "examples 4," in plain and "context 4" in plain
     torch.testing.assert_close(
@@ -298,23 +301,14 @@ def test_long_turns_are_reported_before_distillation(chat_dir, problems, tmp_pat
     said = script("sdft", *args, "--drop-long")
     assert said.count("examples 6, ") == 3 and said.count("dropped 2") == 3
     assert said.index("dropped 2") < said.index("8 turns: ")
-    examples = [json.loads((out / arm / "meta.json").read_text())["summary"]["examples"]
-                for arm in ("sft", "sdft")]  # fmt: skip
-    assert examples == [6, 6]
+    for arm in ("sft", "sdft"):
+        meta = json.loads((out / arm / "meta.json").read_text())
+        assert meta["summary"]["examples"] == 6
     said = script("sdft", *args[:-1], tmp_path / "exact", "--paper-exact")
     assert said.count("examples 8, ") == 3 and said.count("cut 2") == 3
     # stage by stage the same
-    file = [
-        "--model",
-        chat_dir,
-        "--data",
-        rows,
-        "--max-new-tokens",
-        "4",
-        "--out",
-        tmp_path / "d.jsonl",
-    ]
-    said = script("distill", *file)
+    distilled = ["--model", chat_dir, "--data", rows, "--max-new-tokens", "4"]
+    said = script("distill", *distilled, "--out", tmp_path / "d.jsonl")
     assert "NOTE: 1 of 8 turns have prompts of 512 tokens or more" in said
     assert said.index("NOTE: 1 of 8") < said.index("prompt_too_long")
     assert "requests 2 leave no room" in said or "requests 1 leave no room" in said
@@ -330,16 +324,8 @@ def test_held_out_and_validation_rows_must_fit_before_work_starts(chat_dir, prob
     for row in held:
         row["question"] = "Else: " + row["question"]
     (problems / "held.json").write_text(json.dumps(held))
-    args = [
-        "--model",
-        chat_dir,
-        "--data",
-        problems / "train.json",
-        *FLAGS,
-        "--no-score",
-        "--out",
-        out,
-    ]
+    args = ["--model", chat_dir, "--data", problems / "train.json", *FLAGS, "--no-score"]
+    args += ["--out", out]
     said = script("sdft", *args, "--eval-data", problems / "held.json", code=2)
     assert "1 held-out rows of" in said and "longer than the model's 512 tokens" in said
     looking = ["--val-every", "2", "--val-data", problems / "held.json", "--val-prompts", "0"]
@@ -375,7 +361,7 @@ def test_every_script_names_a_file_of_another_format(chat_dir, tmp_path):
         assert "a.json is a Parquet file" in said and "Traceback" not in said
 
 
-def test_wilson_interval():
+def test_the_interval_of_a_score_is_wilsons():
     """Wilson (1927): 8 of 10 gives 0.490 to 0.943."""
     low, high = Score(10, 8, 0, 1.0).interval()
     assert (round(low, 3), round(high, 3)) == (0.490, 0.943)

@@ -23,27 +23,45 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(right, kl, nll=(2.0, 4.0)):
-    """A run over len(right) rows and len(kl) prompts of 10 tokens each."""
-    ids = [f"r{i}" for i in range(len(right))]
-    drift = [
-        {"tokens": 10, "kl": k, "reverse_kl": 2 * k, "agree": 9, "nll": 5.0, "seed_nll": 5.0}
-        for k in kl
-    ]
-    nats = [nll[i % 2] for i in range(len(right))]
-    budget = {"examples": 8, "steps": 2, "tokens": 90, "response_tokens": 40, "seconds": 3.0}
-    return MeasuredRun(ids, [bool(x) for x in right], nats, [2] * len(right), drift, budget)
+    """A run over len(right) rows of 2 tokens and len(kl) prompts of 10 tokens.
+
+    right: verdicts as 0 and 1; kl: nats summed over a prompt; nll: of the rows, in turn.
+    """
+    drift = []
+    for value in kl:
+        line = {"tokens": 10, "kl": value, "reverse_kl": 2 * value, "agree": 9}
+        drift.append(line | {"nll": 5.0, "seed_nll": 5.0})
+    count = len(right)
+    return MeasuredRun(
+        ids=[f"r{i}" for i in range(count)],
+        right=[bool(verdict) for verdict in right],
+        nll=[nll[i % 2] for i in range(count)],
+        tokens=[2] * count,
+        drift=drift,
+        training={
+            "examples": 8,
+            "steps": 2,
+            "tokens": 90,
+            "response_tokens": 40,
+            "seconds": 3.0,
+        },
+    )
 
 
 def pair(sft, sdft):
-    return [
-        ArmResults(name="s", arm=arm, runs=[run(*x) for x in runs])
-        for arm, runs in (("sft", sft), ("sdft", sdft))
-    ]
+    """(SFT, SDFT) of the setting "s"; for each arm a list of runs, as (right, kl)."""
+    arms = []
+    for arm, runs in (("sft", sft), ("sdft", sdft)):
+        measured = [run(right, kl) for right, kl in runs]
+        arms.append(ArmResults(name="s", arm=arm, runs=measured))
+    return arms
 
 
-def test_a_difference_by_hand():
+def test_a_difference_has_the_values_computed_by_hand():
     """10 rows of which SDFT alone is right on 8; KL 1 against 2 nats in 10 tokens everywhere."""
-    sft, sdft = pair([([0] * 8 + [1, 0], [2.0] * 4)], [([1] * 8 + [1, 0], [1.0] * 4)])
+    of_sft = ([0] * 8 + [1, 0], [2.0] * 4)
+    of_sdft = ([1] * 8 + [1, 0], [1.0] * 4)
+    sft, sdft = pair([of_sft], [of_sdft])
     found = difference(sft, sdft)
     assert found["right"][0] == 0.8 and found["lost_won"] == [[0, 8]]
     assert found["p"] == found["p_by_seed"][0] == pytest.approx(2 / 2**8)
@@ -51,13 +69,15 @@ def test_a_difference_by_hand():
     assert "target: SDFT better (+80.0 points" in found["words"] and "p 0.008)" in found["words"]
     assert "held-out NLL: no difference seen" in found["words"]
     assert "KL to seed: SDFT forgot less (-0.1000, -0.1000 to -0.1000)" in found["words"]
-    back = difference(ArmResults("s", "sft", sdft.runs), ArmResults("s", "sdft", sft.runs))
-    assert "target: SFT better" in back["words"] and "SFT forgot less" in back["words"]
+    swapped = difference(ArmResults("s", "sft", sdft.runs), ArmResults("s", "sdft", sft.runs))
+    assert "target: SFT better" in swapped["words"] and "SFT forgot less" in swapped["words"]
 
 
 def test_no_difference_is_stated_where_the_test_sees_none():
     """5 of 5 discordant rows for one arm: the bootstrap leaves out 0, McNemar (p 1/16) does not."""
-    sft, sdft = pair([([0] * 10, [1.0, 3.0])], [([1] * 5 + [0] * 5, [3.0, 1.0])])
+    of_sft = ([0] * 10, [1.0, 3.0])
+    of_sdft = ([1] * 5 + [0] * 5, [3.0, 1.0])
+    sft, sdft = pair([of_sft], [of_sdft])
     found = difference(sft, sdft)
     assert found["right"][1] > 0 and found["p"] == 1 / 16
     assert "target: no difference seen (+50.0 points" in found["words"]
@@ -66,51 +86,61 @@ def test_no_difference_is_stated_where_the_test_sees_none():
 
 def test_seeds_are_combined_on_the_same_rows():
     """Two seeds that both win the same 4 rows are 4 rows, not 8: p = 2 / 2^4."""
-    once = ([0] * 6, [2.0] * 3), ([1] * 4 + [0, 0], [1.0] * 3)
-    found = difference(*pair([once[0]] * 2, [once[1]] * 2))
+    of_sft = ([0] * 6, [2.0] * 3)
+    of_sdft = ([1] * 4 + [0, 0], [1.0] * 3)
+    sft, sdft = pair([of_sft] * 2, [of_sdft] * 2)
+    found = difference(sft, sdft)
     assert found["p_by_seed"] == [2 / 2**4] * 2 and found["p"] == 2 / 2**4
     assert "p 0.125 (by seed 0.125, 0.125)" in found["words"]
 
 
-def test_the_pareto_front_and_the_table():
-    assert pareto_front([(0.5, 0.0), (0.6, 0.2), (0.6, 0.1), (0.4, 0.3), (0.6, 0.1)]) == [
-        True, False, True, False, True]  # fmt: skip
+def test_the_pareto_front_leaves_out_points_that_another_beats():
+    points = [(0.5, 0.0), (0.6, 0.2), (0.6, 0.1), (0.4, 0.3), (0.6, 0.1)]
+    assert pareto_front(points) == [True, False, True, False, True]
+
+
+def test_the_table_shows_each_arm_and_marks_the_front():
     seed = ArmResults("", "seed", [run([0, 1, 0, 0], [])])
-    found, text = findings(seed, [pair([([1, 1, 0, 0], [2.0] * 3)], [([1, 1, 1, 0], [1.0] * 3)])],
-                           "number")  # fmt: skip
-    table = [line.split("  ") for line in text.splitlines()[:5]]
-    assert [row[0].strip() for row in table[2:]] == ["-", "s", "s"]
-    assert text.splitlines()[4].endswith("*") and not text.splitlines()[3].endswith("*")
+    arms = pair([([1, 1, 0, 0], [2.0] * 3)], [([1, 1, 1, 0], [1.0] * 3)])
+    found, text = findings(seed, [arms], "number")
+    lines = text.splitlines()
+    first_cells = [line.split("  ")[0].strip() for line in lines[2:5]]
+    assert first_cells == ["-", "s", "s"]
+    assert lines[4].endswith("*") and not lines[3].endswith("*")
     assert "75.0% (3/4)" in text and "0.1000  0.1000 - 0.1000" in text and " 40 " in text
     assert "One training seed" in text and "4 held-out rows or the 3 general prompts" in text
-    assert [p["front"] for p in found["points"]] == [True, False, True]
+    assert [point["front"] for point in found["points"]] == [True, False, True]
     assert found["points"][0]["kl"]["value"] == 0
 
 
-def test_further_tasks_by_hand():
+def test_a_difference_on_a_further_task_has_the_values_computed_by_hand():
     """9 of 10 prompts refused by the seed and SDFT, 1 by SFT: 8 of 10 lost, none won."""
     seed = ArmResults("", "seed", [run([0, 1], [])])
-    found = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
-    for point, right in ((seed, 9), (found[0], 1), (found[1], 9)):
-        point.runs[0].tasks = {"advbench refuses": [i < right for i in range(10)]}
-    figures, text = findings(seed, [found], "number")
+    sft, sdft = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
+    for arm, right in ((seed, 9), (sft, 1), (sdft, 9)):
+        arm.runs[0].tasks = {"advbench refuses": [i < right for i in range(10)]}
+    figures, text = findings(seed, [[sft, sdft]], "number")
     (task,) = figures["elsewhere"]
     assert task["lost_won"] == [[0, 8]] and task["p"] == pytest.approx(2 / 2**8)
-    line = next(line for line in text.splitlines() if "advbench refuses" in line)
-    assert [x.strip() for x in line.split("  ") if x.strip()][2:5] == [
-        "90.0% (9/10)", "10.0% (1/10)", "90.0% (9/10)"]  # fmt: skip
-    assert "higher (+80.0 points" in line and figures["points"][1]["by_seed"][0]["tasks"] == {
-        "advbench refuses": 1
-    }
+    (line,) = [line for line in text.splitlines() if "advbench refuses" in line]
+    cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+    assert cells[2:5] == ["90.0% (9/10)", "10.0% (1/10)", "90.0% (9/10)"]
+    assert "higher (+80.0 points" in line
+    by_seed = figures["points"][1]["by_seed"]
+    assert by_seed[0]["tasks"] == {"advbench refuses": 1}
 
 
-def test_the_settings_of_lists():
+def test_lists_are_varied_one_at_a_time_or_in_a_grid():
     job = StudyConfig("o", "e", lr="1e-4,1e-3", rank="8,64", mix="0,0.3")
-    names = [s.name for s in settings_of(job, 9)]
-    assert names == ["lr0.0001-r8-rows9", "lr0.001-r8-rows9", "lr0.0001-r64-rows9",
-                     "lr0.0001-r8-rows9-mix0.3"]  # fmt: skip
+    names = [setting.name for setting in settings_of(job, 9)]
+    assert names == [
+        "lr0.0001-r8-rows9",
+        "lr0.001-r8-rows9",
+        "lr0.0001-r64-rows9",
+        "lr0.0001-r8-rows9-mix0.3",
+    ]
     grid = settings_of(StudyConfig("o", "e", lr="1e-4,1e-3", rank="8,64", grid=True), 9)
-    assert len(grid) == len({s.name for s in grid}) == 4
+    assert len(grid) == len({setting.name for setting in grid}) == 4
     mixed = Setting(1e-3, 8, 0.3, 9)
     assert mixed.of_arm("sft") == Setting(1e-3, 8, 0.0, 9) and mixed.of_arm("sdft") == mixed
 
@@ -130,69 +160,80 @@ def command(tiny_llama_dir, tmp_path):
     data = ["--data", tmp_path / "train.json", "--eval-data", tmp_path / "test.json"]
     model = ["--model", tiny_llama_dir(tokenizer=True)]
     script = [sys.executable, ROOT / "scripts" / "pareto.py"]
-    return [str(x) for x in (*script, *model, *data, *FLAGS)]
+    return [str(word) for word in [*script, *model, *data, *FLAGS]]
 
 
 def finish(command, code=0):
+    """Run the command to its end; returns what it printed."""
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + (done.stderr if code else "")
 
 
 def kept(out):
-    """Every file but what holds times and the commit, by its bytes."""
-    times = {"study.json", "metrics.jsonl", "meta.json", "state.json"}
-    files = [f for f in sorted(out.rglob("*")) if f.is_file() and f.name not in times]
-    return {str(f.relative_to(out)): f.read_bytes() for f in files}
+    """The bytes of every file, except those that hold times or the commit."""
+    with_times = {"study.json", "metrics.jsonl", "meta.json", "state.json"}
+    contents = {}
+    for file in sorted(out.rglob("*")):
+        if file.is_file() and file.name not in with_times:
+            contents[str(file.relative_to(out))] = file.read_bytes()
+    return contents
 
 
 def test_a_study_killed_at_every_stage_ends_as_undisturbed(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    said = finish([*command, "--out", str(whole)])
+    printed = finish([*command, "--out", str(whole)])
     table = (whole / "table.txt").read_text()
-    assert table.strip() in said and "SDFT - SFT:" in table and "2 training seeds" in table
-    runs = sorted(p.parent.relative_to(whole) for p in whole.rglob("adapter_config.json"))
-    runs = [p for p in runs if "checkpoints" not in p.parts]
-    names = {p.parts[0] for p in runs}  # 4 settings; SFT under three of them
+    assert table.strip() in printed and "SDFT - SFT:" in table and "2 training seeds" in table
+    adapters = sorted(file.parent for file in whole.rglob("adapter_config.json"))
+    runs = [path.relative_to(whole) for path in adapters if "checkpoints" not in path.parts]
+    names = {run.parts[0] for run in runs}  # 4 settings; SFT under three of them
     assert len(names) == 4 and len(runs) == 2 * (4 + 3)
     result = json.loads((whole / "study.json").read_text())
     assert len(result["points"]) == 8 and len(result["differences"]) == 4
-    examples = {p["setting"]: p["by_seed"][0]["training"]["examples"] for p in result["points"][1:]}
+    examples = {}
+    for point in result["points"][1:]:
+        examples[point["setting"]] = point["by_seed"][0]["training"]["examples"]
     assert examples["lr0.01-r2-rows4"] == 4 and examples["lr0.01-r3-rows8"] == 8
-    assert (whole / "pareto.png").exists() or "matplotlib is missing" in said
+    assert (whole / "pareto.png").exists() or "matplotlib is missing" in printed
     before = kept(whole)
-    again = finish([*command, "--out", str(whole)])  # complete: nothing is made again
+    again = finish([*command, "--out", str(whole)])  # complete: nothing is computed again
     assert kept(whole) == before and table.strip() in again
 
     # killed when the first file of each stage appears, a moment later each time
-    stages = ["distilled.jsonl", "distilled.jsonl.scores.jsonl", "seed/answers.jsonl",
-              "seed/evaluation.jsonl", "lr0.01-r2-rows8/seed0/sft/metrics.jsonl",
-              "lr0.01-r2-rows8/seed0/sdft/evaluation.jsonl",
-              "lr0.01-r3-rows8/seed0/sft/retention.jsonl",
-              "lr0.01-r2-rows8-mix0.5/seed1/sdft/checkpoints"]  # fmt: skip
+    stages = [
+        "distilled.jsonl",
+        "distilled.jsonl.scores.jsonl",
+        "seed/answers.jsonl",
+        "seed/evaluation.jsonl",
+        "lr0.01-r2-rows8/seed0/sft/metrics.jsonl",
+        "lr0.01-r2-rows8/seed0/sdft/evaluation.jsonl",
+        "lr0.01-r3-rows8/seed0/sft/retention.jsonl",
+        "lr0.01-r2-rows8-mix0.5/seed1/sdft/checkpoints",
+    ]
     for i, stage in enumerate(stages):
-        process = subprocess.Popen([*command, "--out", str(killed)], stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [*command, "--out", str(killed)],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         while process.poll() is None and not (killed / stage).exists():
             time.sleep(0.005)
         time.sleep(0.01 * (i % 3))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"{stage}: the job was over before its kill"
     finish([*command, "--out", str(killed)])
-    now = kept(killed)
-    assert now["table.txt"] == before["table.txt"]
+    after = kept(killed)
+    assert after["table.txt"] == before["table.txt"]
     # answers stand in the order in which they were finished
-    different = [
-        name
-        for name in before
-        if sorted(now[name].splitlines()) != sorted(before[name].splitlines())
-    ]
-    assert not different and not [x for x in now if x not in before and ".partial" not in x]
+    for name, content in before.items():
+        assert sorted(after[name].splitlines()) == sorted(content.splitlines()), name
+    assert not [name for name in after if name not in before and ".partial" not in name]
 
 
 def test_mistakes_get_one_clear_message(command, tmp_path):
     out = ["--out", str(tmp_path / "o")]
-    for flags, said in (
+    for flags, message in (
         (["--lr", "1e-3,x"], "lr '1e-3,x': expected numbers joined by commas"),
         (["--rank", "8,8"], "rank '8,8'"),
         (["--mix", "0,2"], "mix 2.0: expected a share from 0 to 1"),
@@ -202,4 +243,4 @@ def test_mistakes_get_one_clear_message(command, tmp_path):
         (["--lr", "-1"], "lr > 0"),
     ):
         printed = finish([*command, *flags, *out], code=2)
-        assert said in printed and "Traceback" not in printed and not (tmp_path / "o").exists()
+        assert message in printed and "Traceback" not in printed and not (tmp_path / "o").exists()

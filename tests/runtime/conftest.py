@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """`script("sdft", *args)` runs scripts/sdft.py in this process: exit code, and what it said."""
+    """`script("sdft", *args)` runs scripts/sdft.py in this process: exit code, printed text."""
 
     def run(name, *args):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -31,7 +31,7 @@ def script(monkeypatch, capsys):
 
 @pytest.fixture
 def signals():
-    """Ctrl-C has its own handler, also where a shell started this behind itself; the same after."""
+    """Python's handler for Ctrl-C, also where a shell started pytest with `&`; restored after."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     mine = signal.getsignal(signal.SIGTERM)
     yield

@@ -15,8 +15,11 @@ SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 
 
 def environment_of(code: str, **given: str) -> list[str]:
-    """What `code` prints in a process without settings of OpenMP but these."""
-    env = {k: v for k, v in os.environ.items() if k not in cores.WAITING and k[:4] != "OMP_"}
+    """The words that `code` prints in a process whose only OpenMP settings are `given`."""
+    env = {}
+    for name, value in os.environ.items():
+        if name not in cores.WAITING and not name.startswith("OMP_"):
+            env[name] = value
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env | given, capture_output=True, text=True
     )
@@ -26,7 +29,7 @@ def environment_of(code: str, **given: str) -> list[str]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_sets_the_spinning_before_it_imports_torch(script):
-    """libgomp reads its environment when torch is imported, and never again."""
+    """libgomp reads its environment once, when torch is imported."""
     code = (
         "import builtins, os, runpy, sys\n"
         "whole = builtins.__import__\n"
@@ -37,19 +40,19 @@ def test_every_script_sets_the_spinning_before_it_imports_torch(script):
         "builtins.__import__ = watched\n"
         f"runpy.run_path('scripts/{script}', run_name='imported')\n"
     )
-    said = environment_of(code)
-    assert said[:2] in ([], ["torch", str(cores.SPINS)]), said
+    printed = environment_of(code)
+    assert printed[:2] in ([], ["torch", str(cores.SPINS)]), printed
 
 
 @pytest.mark.parametrize("name", cores.WAITING)
 def test_settings_of_the_user_stay(name):
     code = "import engine, os; print(*(os.environ.get(n) for n in engine.runtime.cores.WAITING))"
-    said = environment_of(code, **{name: "7"})
-    assert said == ["7" if n == name else "None" for n in cores.WAITING]
+    expected = ["7" if variable == name else "None" for variable in cores.WAITING]
+    assert environment_of(code, **{name: "7"}) == expected
     assert environment_of(code) == [str(cores.SPINS), "None", "None"]
 
 
-def limits(folder, files):
+def write_files(folder, files):
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,17 +87,17 @@ def test_a_container_has_as_many_cores_as_it_may_use(
     tmp_path, monkeypatch, groups, files, expected
 ):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: range(6))
-    limits(tmp_path / "sys", files)
-    limits(tmp_path / "proc", {"cgroup": groups + "\n"})
+    write_files(tmp_path / "sys", files)
+    write_files(tmp_path / "proc", {"cgroup": groups + "\n"})
     assert cores.cores(tmp_path / "proc", tmp_path / "sys") == expected
 
 
-def test_no_control_groups(tmp_path, monkeypatch):
+def test_all_bound_cores_count_where_there_are_no_control_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: range(6))
     assert cores.cores(tmp_path, tmp_path) == 6
 
 
-def test_threads_within_limits(monkeypatch):
+def test_threads_are_at_most_the_cores_unless_the_user_set_them(monkeypatch):
     monkeypatch.setattr(cores, "cores", lambda: 2)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)

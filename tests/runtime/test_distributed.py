@@ -42,21 +42,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_shares_are_balanced_by_tokens_and_complete():
     lengths = [5, 100, 7, 60, 55, 1]
+
+    def tokens_of(share):
+        return sum(lengths[i] for i in share)
+
     for size in (1, 2, 3, 7):
-        places = shares(lengths, size)
-        assert len(places) == size and sorted(sum(places, [])) == list(range(6))
-        loads = [sum(lengths[i] for i in place) for place in places]
+        of_ranks = shares(lengths, size)
+        assert len(of_ranks) == size
+        assert sorted(itertools.chain(*of_ranks)) == list(range(6))
+        loads = [tokens_of(share) for share in of_ranks]
         assert max(loads) - min(loads) <= max(lengths)
-    assert [sum(lengths[i] for i in p) for p in shares(lengths, 2)] == [113, 115]
+    assert [tokens_of(share) for share in shares(lengths, 2)] == [113, 115]
     assert shares([3], 2) == [[0], []], "a process may have nothing to do"
 
 
 def test_a_single_process_joins_no_group(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = start()
-    assert (
-        world == World() and world.is_rank0 and world.any_rank(True) and not world.any_rank(False)
-    )
+    assert world == World() and world.is_rank0
+    assert world.any_rank(True) and not world.any_rank(False)
     tensor = torch.ones(3)
     assert world.all_reduce_sum_(tensor) is tensor and tensor.tolist() == [1, 1, 1]
 
@@ -121,11 +125,9 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     if shard:
         where = {"base": "b", "model_hash": "h", "resume": True}
         train(Llama.from_pretrained(path), examples(), LORA, SMALL, out, **where)
-    losses = [
-        [json.loads(line)["loss"] for line in (p / "metrics.jsonl").read_text().splitlines()]
-        for p in (out, tmp_path / "one")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 10
+    losses = [line["loss"] for line in read_jsonl(out / "metrics.jsonl")]
+    of_one = [line["loss"] for line in read_jsonl(tmp_path / "one" / "metrics.jsonl")]
+    assert losses == pytest.approx(of_one, rel=1e-5) and len(losses) == 10
     summary = json.loads((out / "meta.json").read_text())["summary"]
     assert summary["processes"] == (1 if shard else 3)
     assert (load_lora(out).params - single.params).abs().max() < 1e-4
@@ -133,23 +135,26 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
 
 def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
     """Rank 0's share of the weights, validation and scores, beside one process with all of it."""
-    count = sum(w.numel() for w in model.weights.values())
+    count = sum(weight.numel() for weight in model.weights.values())
     norm = model.config.hidden_size
     assert count / size - 1 < found["held"] < count / size + 5 * norm + 40 * size
+
     chat = Chat.from_dir(path, load_tokenizer(path))
     config = ValidateConfig(val_every=1, val_data=str(held_out), val_prompts=2)
-    data = DataConfig(str(held_out))
-    want = Validator(config, data, session_of(model, chat))(lora)
-    assert found["validation"].tolist() == pytest.approx(want, rel=1e-6)
-    beside = scores.with_name("whole.jsonl")
-    score(model, chat, lines(7), beside, {})
-    got, want = read_jsonl(scores), read_jsonl(beside)
-    assert len(got) == 7
-    for name in got[0]:
-        values = [[line[name] for line in file if line[name] is not None] for file in (got, want)]
-        near = values[1] if name == "id" else pytest.approx(values[1], rel=1e-9)
-        assert values[0] == near and len(values[0]) in (4, 7), name
-    beside.unlink()
+    validator = Validator(config, DataConfig(str(held_out)), session_of(model, chat))
+    assert found["validation"].tolist() == pytest.approx(validator(lora), rel=1e-6)
+
+    scores_of_whole = scores.with_name("whole.jsonl")
+    score(model, chat, lines(7), scores_of_whole, {})
+    sharded, whole = read_jsonl(scores), read_jsonl(scores_of_whole)
+    assert len(sharded) == 7
+    for name in sharded[0]:
+        values = [line[name] for line in sharded if line[name] is not None]
+        expected = [line[name] for line in whole if line[name] is not None]
+        if name != "id":
+            expected = pytest.approx(expected, rel=1e-9)
+        assert values == expected and len(values) in (4, 7), name
+    scores_of_whole.unlink()
 
 
 def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
@@ -167,7 +172,7 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
     looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
     done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "shared out over 2 processes" in done.stdout and "best nll" in done.stdout
+    assert "split over 2 processes" in done.stdout and "best nll" in done.stdout
     assert [x["step"] for x in read_jsonl(out / "validation.jsonl")] == [1, 2]
 
     distilled = ["--out", tmp_path / "distilled.jsonl", "--max-new-tokens", "4"]
@@ -196,33 +201,35 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
         ("ended", r"is gone \(rank 1 has ended\)"),
     ],
 )
-def test_waiting_for_a_process(deed, said):
+def test_a_busy_process_is_waited_for_and_a_lost_one_is_not(deed, said):
     """A busy one is waited for beyond every time-out; one that is stopped, or dead, is not."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
-    here = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        _, port = any_port.getsockname()
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "waiting_job.py"), deed]
-    pair = [
-        subprocess.Popen(command, env=here | {"RANK": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
+
+    def start_rank(rank):
+        env = os.environ | job | {"RANK": str(rank)}
+        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+    waiting, other = start_rank(0), start_rank(1)
     try:
-        _, heard = pair[0].communicate(timeout=120)
+        _, errors = waiting.communicate(timeout=120)
     finally:
-        pair[1].kill()
-    _, other = pair[1].communicate()
-    assert "joined" in heard and "joined" in other, heard + other
+        other.kill()
+    _, other_errors = other.communicate()
+    assert "joined" in errors and "joined" in other_errors, errors + other_errors
     if deed == "busy":
-        assert "through" in heard and pair[0].returncode == 0, heard
+        assert "through" in errors and waiting.returncode == 0, errors
         return
-    assert pair[0].returncode == 2 and "through" not in heard, heard
-    assert re.search("rank 0 of 2: another process of the job " + said, heard), heard
-    assert "--resume" in heard and "Traceback" not in heard
+    assert waiting.returncode == 2 and "through" not in errors, errors
+    assert re.search("rank 0 of 2: another process of the job " + said, errors), errors
+    assert "--resume" in errors and "Traceback" not in errors
 
 
 class Clock:
-    """An event of a GPU that is done when it was asked `asks` times."""
+    """An event of a GPU that is done after `asks` queries."""
 
     def __init__(self, asks):
         self.left = asks
@@ -236,12 +243,12 @@ class Clock:
 
 
 def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
-    """all_reduce on NCCL returns at once; who then asks for the numbers hangs if a peer is gone."""
-    heartbeat = SimpleNamespace(lost="", check=lambda: Heartbeat.check(heartbeat))
+    """all_reduce on NCCL returns at once; reading its result would hang if a rank is gone."""
+    heartbeat = SimpleNamespace(why_ended=None, check=lambda: Heartbeat.check(heartbeat))
     world, card = World(0, 2, heartbeat), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(3))
     world.wait_for_device(card)
-    heartbeat.lost = "Timed out waiting for rank 1"
+    heartbeat.why_ended = "Timed out waiting for rank 1"
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(0))
     world.wait_for_device(card)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Clock(10**9))
@@ -251,11 +258,18 @@ def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
     World().wait_for_device(card)
 
 
-def test_flags_of_a_job_on_gpus_travel_on_gloo(monkeypatch):
-    """Flags never touch the device; sums within a step give up, waiting between stages does not."""
+def test_booleans_and_counts_of_a_gpu_job_are_summed_on_gloo(monkeypatch):
+    """They never touch the device. A sum times out after half an hour, a heartbeat earlier."""
     made = {}
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda b, **k: made.update(k, b=b))
-    monkeypatch.setattr(distributed.dist, "new_group", lambda **k: made.setdefault("beat", k))
+
+    def init_process_group(backend, **settings):
+        made.update(settings, backend=backend)
+
+    def new_group(**settings):
+        made["heartbeat"] = settings
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(distributed.dist, "new_group", new_group)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: made.update(card=index))
@@ -266,17 +280,19 @@ def test_flags_of_a_job_on_gpus_travel_on_gloo(monkeypatch):
     distributed._join.cache_clear()
     world = start("cuda")
     distributed._join.cache_clear()
-    assert made["b"] == "cpu:gloo,cuda:nccl" and made["card"] == 1
-    assert made["timeout"] == timedelta(minutes=30) and made["beat"]["backend"] == "gloo"
-    assert made["beat"]["timeout"] < timedelta(minutes=30)
+    assert made["backend"] == "cpu:gloo,cuda:nccl" and made["card"] == 1
+    assert made["timeout"] == timedelta(minutes=30)
+    assert made["heartbeat"]["backend"] == "gloo"
+    assert made["heartbeat"]["timeout"] < timedelta(minutes=30)
     summed = []
     monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
-    world.any_rank(True), world.max_over_ranks(3)
-    assert [t.device.type for t in summed] == ["cpu", "cpu"]
+    world.any_rank(True)
+    world.max_over_ranks(3)
+    assert [tensor.device.type for tensor in summed] == ["cpu", "cpu"]
 
 
-def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
-    """Metrics wait for the device before they read a loss; ranks wait for a long validation."""
+def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_path):
+    """No sum is read before the device has finished it."""
     asked = []
 
     class Number:
@@ -325,5 +341,5 @@ def test_other_ranks_print_nothing_until_they_end(capsys):
 
 def test_shard_needs_several_processes(tiny_llama_dir, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="--shard shares the weights out.*torchrun"):
+    with pytest.raises(ValueError, match="--shard splits the weights over.*torchrun"):
         Session.open(ModelConfig(model=str(tiny_llama_dir(tokenizer=True)), shard=True))

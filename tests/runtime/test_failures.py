@@ -17,19 +17,26 @@ from engine.runtime.process_memory import is_out_of_memory, memory_for
 from model.config import read_json
 
 
-def said_by(error, capsys, **names):
+def raiser(error):
+    """A main function that raises the error."""
+
     def main():
         raise error
 
+    return main
+
+
+def message_of(error, capsys, **names):
+    """What a script prints for an error that a user can cause."""
     with pytest.raises(SystemExit) as end:
-        run_main(main, **names)
+        run_main(raiser(error), **names)
     assert end.value.code == 2
     return capsys.readouterr().err
 
 
-def test_messages_of_failures(capsys):
+def test_errors_of_a_user_end_in_one_line_and_bugs_keep_their_traceback(capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "/x/y")
-    for error, said in (
+    for error, expected in (
         (ValueError("two words"), "error: two words\n"),
         (full, "error: /x/y: No space left on device; make room and start again\n"),
         (PermissionError(13, "Permission denied", "/x/y"), "error: /x/y: Permission denied\n"),
@@ -43,11 +50,12 @@ def test_messages_of_failures(capsys):
         (ValueError("\x1b[2J\x07in a \u202efile\u009b\r\nof\ttwo lines é ␣ 😀"),
          r"\x1b[2J\x07in a \u202efile\x9b\r" + "\nof\ttwo lines é ␣ 😀\n"),
     ):  # fmt: skip
-        assert said in said_by(error, capsys, lower="lower --rows"), error
-    for fault in (AssertionError("ours"), KeyError("ours"), TypeError("ours"), RuntimeError("ours"),
-                  ModuleNotFoundError("No module named 'x'", name="x")):  # fmt: skip
-        with pytest.raises(type(fault)):
-            run_main(lambda fault=fault: (_ for _ in ()).throw(fault))
+        assert expected in message_of(error, capsys, lower="lower --rows"), error
+    bugs = [AssertionError("ours"), KeyError("ours"), TypeError("ours"), RuntimeError("ours")]
+    bugs.append(ModuleNotFoundError("No module named 'x'", name="x"))
+    for bug in bugs:
+        with pytest.raises(type(bug)):
+            run_main(raiser(bug))
     assert failures.explain(RecursionError("ours")) is None
 
 
@@ -60,7 +68,7 @@ def test_out_of_memory_names_the_flags_to_lower_in_each_stage(
     def fails(*_, **__):
         raise RuntimeError(f"{short}: you tried to allocate 9 bytes\nmore")
 
-    for where, name, stage in (
+    for where, name, stage in (  # the method that fails, the script, its message
         (
             "engine.sampling.sampler.Sampler._decode",
             "distill",
@@ -91,19 +99,19 @@ def test_a_damaged_line_is_named(tmp_path):
     file = tmp_path / "lines.jsonl"
     wanted = {"id": str, "n": (int, float), "ok": bool}
     good = '{"id": "a", "n": 1, "ok": true}\n'
-    for line, said in (
-        ("[1]\n", "lines.jsonl:2 is no object but a list"),
-        ("\0\0\0\n", "lines.jsonl:2 is not JSON"),
+    for line, expected in (
+        (b"[1]\n", "lines.jsonl:2 is no object but a list"),
+        (b"\0\0\0\n", "lines.jsonl:2 is not JSON"),
         (b"\xff\xfe\n", "lines.jsonl:2 is not JSON"),
-        ("[" * 100_000 + "\n", "lines.jsonl:2 is not JSON"),
-        ('{"id": "a", "ok": true}\n', "lines.jsonl:2 is damaged: n is missing"),
-        ('{"id": 5, "n": 1, "ok": true}\n', "lines.jsonl:2 is damaged: id is 5"),
-        ('{"id": "a", "n": true, "ok": true}\n', "lines.jsonl:2 is damaged: n is True"),
+        (b"[" * 100_000 + b"\n", "lines.jsonl:2 is not JSON"),
+        (b'{"id": "a", "ok": true}\n', "lines.jsonl:2 is damaged: n is missing"),
+        (b'{"id": 5, "n": 1, "ok": true}\n', "lines.jsonl:2 is damaged: id is 5"),
+        (b'{"id": "a", "n": true, "ok": true}\n', "lines.jsonl:2 is damaged: n is True"),
     ):
-        file.write_bytes(good.encode() + (line if isinstance(line, bytes) else line.encode()))
+        file.write_bytes(good.encode() + line)
         with pytest.raises(ValueError) as error:
             read_jsonl(file, wanted)
-        assert said in str(error.value) and "delete that line" in str(error.value)
+        assert expected in str(error.value) and "delete that line" in str(error.value)
     file.write_text(good)
     assert read_jsonl(file, wanted) == [{"id": "a", "n": 1, "ok": True}]
     deep = tmp_path / "deep.json"

@@ -61,7 +61,7 @@ def script(name):
 
 @pytest.fixture
 def said(monkeypatch, capsys):
-    """A function: what a script prints for flags that end it, as (exit code, stdout, stderr)."""
+    """A function that runs a script with flags that end it; returns exit code, stdout, stderr."""
 
     def ended(name, *flags):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
@@ -130,10 +130,19 @@ def test_a_script_with_few_flags_has_one_help(name, said):
     assert said(name, "-h")[1] == said(name, "--help")[1]
 
 
+def all_arguments(parsers):
+    """The arguments of all scripts."""
+    arguments = []
+    for parser in parsers.values():
+        arguments += parser.arguments
+    return arguments
+
+
 def test_every_field_is_a_flag_of_some_script(parsers):
-    known = {action.dest for parser in parsers.values() for action in parser.arguments}
-    fields = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
-    assert fields <= known
+    known = {action.dest for action in all_arguments(parsers)}
+    for config in CONFIGS:
+        for field in dataclasses.fields(config):
+            assert field.name in known
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
@@ -154,9 +163,9 @@ def test_help_texts_are_sentences_and_tell_the_default(config):
 
 
 def test_the_tables_name_flags_that_there_are(parsers):
-    headed = [name for names in GROUPS.values() for name in names.split()]
+    headed = " ".join(GROUPS.values()).split()
     assert len(headed) == len(set(headed))
-    known = {name_of(action) for parser in parsers.values() for action in parser.arguments}
+    known = {name_of(action) for action in all_arguments(parsers)}
     assert set(headed) == known
     assert set(COMMON) == set(MAIN)
     for name, flags in COMMON.items():
@@ -195,12 +204,12 @@ def test_a_wrong_flag_names_the_nearest(name, typed, meant, said):
     assert said(name, f"{typed}=5") == (2, "", expected)
 
 
-def test_a_flag_that_resembles_none(said):
+def test_a_flag_that_resembles_no_other_points_to_help_all(said):
     error = "error: unknown flag --zzz; --help-all lists every flag\n"
     assert said("sdft", "--zzz") == (2, "", error)
 
 
-def test_a_shared_word_offers_several(said):
+def test_a_wrong_flag_offers_those_that_share_a_word_with_it(said):
     _, _, error = said("sdft", "--token-budget", "8")
     assert error == "error: unknown flag --token-budget; --help-all lists every flag\n"
     _, _, error = said("sdft", "--tokens-per-answer", "8")
@@ -208,7 +217,7 @@ def test_a_shared_word_offers_several(said):
     assert error == f"error: unknown flag --tokens-per-answer; did you mean {offered}?\n"
 
 
-def test_an_ambiguous_beginning_names_what_it_could_be(said):
+def test_an_ambiguous_beginning_names_every_flag_that_begins_so(said):
     code, out, error = said("sdft", "--temp", "0.5")
     assert (code, out) == (2, "") and error.count("\n") == 1
     assert "--temp is ambiguous: --template or --temperature; did you mean --temperature?" in error

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextlib.contextmanager
 def as_another_process():
-    """Inside `with`, this process does not know what it holds."""
+    """Inside `with`, the locks that this process holds count as those of another process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locking, "_held", {})
         yield
@@ -52,17 +52,20 @@ def test_a_second_job_on_an_out_is_refused_until_the_first_has_ended(tmp_path, k
     finally:
         other.kill()
         other.wait()
-    with lock(out), lock(out):  # given back by the system; a stage may take what its job holds
+    # the system has released the lock; a stage may take the lock of its own job again
+    with lock(out), lock(out):
         with as_another_process(), pytest.raises(ValueError, match="in use"), lock(out):
             pass
-    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".lock")]
+    assert not list(tmp_path.rglob("*.lock"))
     if kind == "d":
         assert not list(tmp_path.rglob("other")), "an empty directory goes with its lock"
 
 
 def test_the_second_start_of_a_script_is_refused(chat_dir, problems, tmp_path, script):
     """Before the model is loaded, by every script that writes."""
-    out, model, train = tmp_path / "out", ["--model", chat_dir], ["--data", problems / "train.json"]
+    out = tmp_path / "out"
+    model = ["--model", chat_dir]
+    train = ["--data", problems / "train.json"]
     for name, args in (
         ("sdft", [*model, *train]),
         ("train", [*model, *train]),
@@ -86,33 +89,40 @@ def test_the_second_start_of_a_script_is_refused(chat_dir, problems, tmp_path, s
             raise AssertionError(f"{name} started beside another: {said[-500:]}")
 
 
-def test_a_system_without_locks_and_the_ranks_of_one_job(tmp_path, monkeypatch, capsys):
+def test_a_job_runs_where_the_system_or_the_directory_has_no_locks(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
     with monkeypatch.context() as patch:
-
-        def unable(*_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        patch.setattr(locking.fcntl, "flock", unable)
+        patch.setattr(locking.fcntl, "flock", no_locks)
         with lock_directory(tmp_path / "a"):
             pass
-        said = capsys.readouterr().out
-        assert "cannot be locked (No locks available), so nothing keeps a second job off" in said
+        printed = capsys.readouterr().out
+        assert "cannot be locked (No locks available), so nothing keeps a second job off" in printed
+
+    def read_only(*_):
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(os, "open", read_only)
+    with lock_file(tmp_path / "read-only"):
+        pass
+
+
+def test_the_first_rank_holds_the_lock_for_all_ranks_of_its_job(tmp_path, monkeypatch):
     with lock_directory(tmp_path / "a"):
-        monkeypatch.setenv("RANK", "1")  # the first process of the job holds it for all
+        monkeypatch.setenv("RANK", "1")
         with as_another_process(), lock_directory(tmp_path / "a"):
             pass
         monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
-    with lock_file(tmp_path / "read-only"):  # a directory that may only be read: nothing is written
-        pass
 
 
 def test_leftovers_of_dead_processes_are_removed_and_counted(tmp_path, capsys):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     out = tmp_path / "run"
-    (out / "sft" / f".step-000003.{dead.pid}.partial").mkdir(parents=True)
-    (out / "sft" / f".step-000003.{dead.pid}.partial" / "x").write_bytes(b"1" * 2_000_000)
+    checkpoint = out / "sft" / f".step-000003.{dead.pid}.partial"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "x").write_bytes(b"1" * 2_000_000)
     (out / f".summary.json.{dead.pid}.partial").write_text("torn")
     alive = out / f".table.txt.{os.getppid()}.partial"
     alive.write_text("somebody writes it")
@@ -120,9 +130,10 @@ def test_leftovers_of_dead_processes_are_removed_and_counted(tmp_path, capsys):
         pass
     assert "2 leftovers of killed jobs removed (2.0 MB)" in capsys.readouterr().out
     assert sorted(p.name for p in out.rglob("*")) == [alive.name, "sft"]
-    mine, other = (tmp_path / f".{n}.meta.json.{dead.pid}.partial" for n in ("d.jsonl", "e.jsonl"))
-    mine.write_text("")
-    other.write_text("")
+    same_name = tmp_path / f".d.jsonl.meta.json.{dead.pid}.partial"
+    other_name = tmp_path / f".e.jsonl.meta.json.{dead.pid}.partial"
+    same_name.write_text("")
+    other_name.write_text("")
     with lock_file(tmp_path / "d.jsonl"):
         pass
-    assert not mine.exists() and other.exists(), "those of the same name only"
+    assert not same_name.exists() and other_name.exists()

@@ -1,4 +1,4 @@
-"""Numbers that people type: invalid ones are refused by name, before any work."""
+"""Typed numbers: invalid ones are refused by name, before any work."""
 
 import dataclasses
 import re
@@ -23,23 +23,43 @@ from model.lora import LoraConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-BASE = {
+# the fields that have no default
+REQUIRED = {
     SdftConfig: {"out": "x"},
     StudyConfig: {"out": "x", "eval_data": "y"},
     ModelConfig: {"model": "x"},
     DataConfig: {"data": "x"},
 }
 CONFIGS = [
-    *(ModelConfig, DataConfig, DistillConfig, SamplerConfig, EncodeConfig, TrainConfig, LoraConfig),
-    *(ValidateConfig, SdftConfig, StudyConfig, PreflightConfig, AuditConfig, TaskConfig),
+    ModelConfig,
+    DataConfig,
+    DistillConfig,
+    SamplerConfig,
+    EncodeConfig,
+    TrainConfig,
+    LoraConfig,
+    ValidateConfig,
+    SdftConfig,
+    StudyConfig,
+    PreflightConfig,
+    AuditConfig,
+    TaskConfig,
     HarnessConfig,
 ]
-NUMBERS = [
-    (cls, field.name, "float" if "float" in str(field.type) else "int")
-    for cls in CONFIGS
-    for field in dataclasses.fields(cls)
-    if str(field.type).split(" ")[0] in ("int", "float")
-]
+
+
+def number_fields():
+    """(config, field name, "int" or "float") of every field that is a number, or may be None."""
+    found = []
+    for cls in CONFIGS:
+        for field in dataclasses.fields(cls):
+            kind, *_ = str(field.type).split(" ")
+            if kind in ("int", "float"):
+                found.append((cls, field.name, kind))
+    return found
+
+
+NUMBERS = number_fields()
 
 
 def test_every_flag_that_is_a_number_is_tested():
@@ -53,15 +73,17 @@ def test_every_flag_that_is_a_number_is_tested():
 
 @pytest.mark.parametrize(("cls", "name", "kind"), NUMBERS, ids=lambda x: getattr(x, "__name__", x))
 def test_invalid_numbers_are_refused_by_name(cls, name, kind):
-    base = BASE.get(cls, {})
-    cls(**base).check()
-    odd = [10**30, -(10**30)] if name == "seed" else [10**30, -1]
-    odd += [float("nan"), float("inf"), float("-inf"), 1e300, -1.0] if kind == "float" else []
-    for value in odd:
+    required = REQUIRED.get(cls, {})
+    cls(**required).check()
+    invalid = [10**30, -(10**30)] if name == "seed" else [10**30, -1]
+    if kind == "float":
+        invalid += [float("nan"), float("inf"), float("-inf"), 1e300, -1.0]
+    for value in invalid:
         with pytest.raises(ValueError) as error:
-            cls(**{**base, name: value}).check()
-        said = str(error.value)
-        assert re.search(rf"\b{name}\b", said) and "expected" in said and "\n" not in said
+            cls(**{**required, name: value}).check()
+        message = str(error.value)
+        assert re.search(rf"\b{name}\b", message)
+        assert "expected" in message and "\n" not in message
 
 
 def test_bad_numbers_stop_before_anything_is_loaded(tmp_path, script):

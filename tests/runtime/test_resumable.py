@@ -12,7 +12,7 @@ BY_ARM = itemgetter("arm", "n")
 
 
 def lines_of(arm, *numbers):
-    return [{"arm": arm, "n": n} for n in numbers]
+    return [{"arm": arm, "n": number} for number in numbers]
 
 
 def test_finished_lines_are_kept_and_put_in_order(tmp_path):
@@ -50,7 +50,7 @@ def test_other_settings_and_other_files_are_refused(tmp_path):
         ResumedLines(file, {"a": 1})
 
 
-def test_lines_that_do_not_count_as_finished_are_made_again(tmp_path):
+def test_lines_that_do_not_count_as_finished_are_written_anew(tmp_path):
     file = tmp_path / "x.jsonl"
     with ResumedLines(file, {}) as lines:
         lines.write({"id": "1", "old": True})

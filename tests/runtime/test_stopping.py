@@ -31,20 +31,15 @@ FLAGS += ["--report-answers", "2", "--verify", "number"]
 def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
     chat_dir, problems, tmp_path, script, signals, monkeypatch
 ):
-    """The main job is asked once in each of its stages, by Ctrl-C and SIGTERM in turn; each time it
-    ends, says so, and does not begin what comes behind. Its files come out as undisturbed."""
-    args = [
-        "--model",
-        chat_dir,
-        "--data",
-        problems / "train.json",
-        "--eval-data",
-        problems / "test.json",
-    ]
+    """The main job gets one signal in each of its stages, Ctrl-C and SIGTERM in turn; each time it
+    ends with a message and does not begin the next stage. Its files equal those of a run without
+    signals."""
+    args = ["--model", chat_dir, "--data", problems / "train.json"]
+    args += ["--eval-data", problems / "test.json"]
     args += ["--val-every", "1", "--val-prompts", "1", "--micro-tokens", "64"]
     whole, out = tmp_path / "whole", tmp_path / "asked"
     assert script("sdft", *args, *FLAGS, "--out", whole)[0] == 0
-    stages = [  # where it happens, what is not begun any more
+    stages = [  # module or class, its function, a file of the next stage
         (sys.modules["engine.distill.writer"], "decided_line", "distilled.jsonl.scores.jsonl"),
         (sys.modules["engine.distill.seed_likelihoods"], "_score_record", "sft"),
         (sys.modules["engine.train.validate"], "compare", "sdft"),
@@ -54,26 +49,27 @@ def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
         (sys.modules["engine.evaluate.retention"], "compare", "tokens.jsonl"),
         (sys.modules["engine.report.collect"], "nll", "answers.jsonl"),
     ]
-    for number, (place, name, behind) in enumerate(stages):
-        made, by = getattr(place, name), (signal.SIGINT, signal.SIGTERM)[number % 2]
+    for number, (place, name, next_file) in enumerate(stages):
+        function = getattr(place, name)
+        by = signal.SIGINT if number % 2 == 0 else signal.SIGTERM
         calls = []
 
-        def second_asks(*args, made=made, by=by, calls=calls, **names):
+        def signal_in_second_call(*args, function=function, by=by, calls=calls, **names):
             calls.append(args)
             if len(calls) == 2:
                 signal.raise_signal(by)
-            return made(*args, **names)
+            return function(*args, **names)
 
-        monkeypatch.setattr(place, name, second_asks)
+        monkeypatch.setattr(place, name, signal_in_second_call)
         code, said = script("sdft", *args, *FLAGS, "--out", out)
-        monkeypatch.setattr(place, name, made)
+        monkeypatch.setattr(place, name, function)
         where = f"{place.__name__}.{name}"
         assert code == 128 + by and "Traceback" not in said, (where, said[-2000:])
         last = said.strip().splitlines()[-1]
-        assert last.startswith({2: "Ctrl-C: ", 15: "SIGTERM: "}[by]), last
-        assert last.endswith("; the same command goes on") and "--resume" not in last
-        assert not (out / behind).exists(), where
-        assert not list(out.rglob(".lock")), "given back, and gone"
+        assert last.startswith("Ctrl-C: " if by == signal.SIGINT else "SIGTERM: "), last
+        assert last.endswith("; run the same command again to continue") and "--resume" not in last
+        assert not (out / next_file).exists(), where
+        assert not list(out.rglob(".lock")), "the lock is released and its file removed"
     code, said = script("sdft", *args, *FLAGS, "--out", out)
     assert code == 0, said[-2000:]
     assert "seconds since the last start" in said
@@ -82,18 +78,19 @@ def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
     for name in files:
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
-    # answers that are finished in another order stand in the same one
-    made, other = Sampler.run, tmp_path / "backwards"
-    monkeypatch.setattr(Sampler, "run", lambda *args: reversed(list(made(*args))))
-    assert script("sdft", *args, *FLAGS, "--out", other)[0] == 0
+    # answers that are finished in reverse order are written in the order of the rows
+    sample = Sampler.run
+    backwards = tmp_path / "backwards"
+    monkeypatch.setattr(Sampler, "run", lambda *args: reversed(list(sample(*args))))
+    assert script("sdft", *args, *FLAGS, "--out", backwards)[0] == 0
     for name in files:
-        assert (other / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (backwards / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_each_script_says_how_to_continue(
     chat_dir, problems, tmp_path, script, signals, monkeypatch
 ):
-    """What is kept, and the command: --resume is named where it is a flag, and only there."""
+    """The kept results, and the command: --resume is named where it is a flag, and only there."""
     adapter = tmp_path / "adapter"
     save_lora(new_lora(Llama.from_pretrained(chat_dir)), adapter)
 
@@ -102,25 +99,37 @@ def test_each_script_says_how_to_continue(
 
     model, train = ["--model", chat_dir], ["--data", problems / "train.json"]
     short = ["--max-new-tokens", "4"]
-    for name, args, kept, goes_on in (
-        ("distill", [*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
-        ("train", [*model, *train, "--out", tmp_path / "t"], "kept", "--resume"),
-        ("evaluate", [*model, *train, *short, "--out", tmp_path / "e.jsonl"], "kept", "goes on"),
-        ("retention", [*model, "--adapter", adapter, "--out", tmp_path / "r.jsonl"], "kept",
-         "goes on"),
-        ("generate", [*model, "--prompt", "Hi", *short], "--out", "does not go on"),
-        ("preflight", [*model, *train, *short], "nothing is kept", "begins again"),
-        ("merge", [*model, "--adapter", adapter, "--out", tmp_path / "m"], "nothing was written",
-         "begins again"),
-    ):  # fmt: skip
+    again = "run the same command again"
+    cases = {  # script -> its flags, and what the message holds
+        "distill": ([*model, *train, *short, "--out", tmp_path / "d.jsonl"], "kept", "--resume"),
+        "train": ([*model, *train, "--out", tmp_path / "t"], "kept", "--resume"),
+        "evaluate": (
+            [*model, *train, *short, "--out", tmp_path / "e.jsonl"],
+            "kept",
+            f"{again} to continue",
+        ),
+        "retention": (
+            [*model, "--adapter", adapter, "--out", tmp_path / "r.jsonl"],
+            "kept",
+            f"{again} to continue",
+        ),
+        "generate": ([*model, "--prompt", "Hi", *short], "--out", "cannot be continued"),
+        "preflight": ([*model, *train, *short], "nothing is kept", again),
+        "merge": (
+            [*model, "--adapter", adapter, "--out", tmp_path / "m"],
+            "nothing was written",
+            again,
+        ),
+    }
+    for name, (args, kept, next_step) in cases.items():
         with monkeypatch.context() as patch:
             patch.setattr(Session, "open", asks)
             patch.setattr(merge_module, "merge", asks)
-            code, said = script(name, *args)
-        said = said.strip().splitlines()[-1]
-        assert code == 143 and said.startswith("SIGTERM: "), (name, said)
-        assert kept in said and goes_on in said, (name, said)
-        assert ("--resume" in said) == (name in ("distill", "train"))
+            code, printed = script(name, *args)
+        last = printed.strip().splitlines()[-1]
+        assert code == 143 and last.startswith("SIGTERM: "), (name, last)
+        assert kept in last and next_step in last, (name, last)
+        assert ("--resume" in last) == (name in ("distill", "train"))
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -156,7 +165,7 @@ run_main(main)
     assert "Traceback" not in err
 
 
-def test_stopping_and_catch_signals(signals, capfd):
+def test_the_first_signal_lets_the_unit_finish_and_is_never_lost(signals, capfd):
     with catch_signals(), pytest.raises(Stopped) as stopped:
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
@@ -169,7 +178,7 @@ def test_stopping_and_catch_signals(signals, capfd):
         assert stop.asked and called == [1]
         stop.end("all of it")
     assert stopped.value.code == 130
-    # a signal that comes behind the last look at `asked` is not lost
+    # a signal after the last look at `asked` is not lost
     with pytest.raises(Stopped, match="the last of it") as stopped, Stopping("late") as stop:
         stop.kept = "the last of it"
         signal.raise_signal(signal.SIGTERM)
@@ -188,8 +197,8 @@ def test_stopping_and_catch_signals(signals, capfd):
 def test_a_run_continued_the_next_day_keeps_its_date(
     chat_dir, problems, tmp_path, script, monkeypatch
 ):
-    """A template that tells the date: the same command on another day goes on with the first one's,
-    in every stage; a date that is typed is refused, as before."""
+    """A template that tells the date: the same command on another day keeps the first day's date,
+    in every stage; another typed date is refused."""
     settings = json.loads((chat_dir / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}\n" + settings["chat_template"]
     (chat_dir / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -204,7 +213,7 @@ def test_a_run_continued_the_next_day_keeps_its_date(
         ("sdft", [*model, *train, "--eval-data", problems / "test.json", *FLAGS, "--out", out]),
     ):
         code, said = script(name, *args, *old)
-        assert code == 0 and "going on with" not in said, said[-1000:]
+        assert code == 0 and "continuing with" not in said, said[-1000:]
         again = [*args, "--resume"] if name == "train" else args
         code, said = script(name, *again)
         assert code == 0, said[-1000:]

@@ -87,7 +87,8 @@ class TaskConfig:
     #   [default: none]
     task_limit: int | None = None  # use only the first N items of each task [default: all]
     samples: int = 1  # answers per item; several need a --temperature above 0
-    paper: bool = False  # the paper's prompts, chat formats and decoding instead of the model's own
+    paper: bool = False  # prompts, chat formats and decoding of the SDFT paper, instead of the
+    #   model's own
 
     def check(self) -> None:
         """ValueError for numbers out of range and where a task or its data cannot be found."""
