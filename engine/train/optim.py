@@ -15,7 +15,6 @@ from kernels.registry import Ops
 from model.lora import Lora
 
 SCHEDULES = ("cosine", "linear", "constant")
-GRADIENT_SCALE = 3  # index in `AdamW.scalars`, which are lr, two bias corrections, scale
 
 
 def learning_rate(schedule: str, step: int, steps: int, peak: float, warmup: float) -> float:
@@ -71,11 +70,11 @@ class Optimizer:
         """
         self.step += 1
         norm = ops.grad_norm(lora.grads) * scale  # () fp64
-        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)  # (4,) fp64
+        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)
         if clip:
-            # The factor joins the scale in fp64, before the kernel rounds it to fp32.
+            # The factor joins the scale in fp64, before the kernel rounds the product to fp32.
             clip_factor = (clip / norm).clamp(max=1.0)  # () fp64
-            scalars[GRADIENT_SCALE] *= clip_factor
+            scalars = scalars.clipped(clip_factor)
         compute_copy = None if lora.compute is lora.params else lora.compute
         ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute_copy)
         return norm
