@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.data.encode import Example
 from engine.train.config import TrainConfig
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 
@@ -37,16 +37,8 @@ def run_training(
     lora: LoraConfig = LORA,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train on `rows` (`examples()`) into `out`."""
-    return train(
-        model,
-        rows or examples(),
-        lora,
-        config,
-        Path(out),
-        base="b",
-        model_hash="h",
-        resume=resume,
-    )
+    frozen = FrozenModel(model, directory="b", fingerprint="h")
+    return train(frozen, rows or examples(), lora, config, Path(out), resume=resume)
 
 
 def metrics_lines(out: Path) -> list[dict[str, Any]]:

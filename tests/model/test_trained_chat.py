@@ -24,7 +24,7 @@ from engine.runtime.files import read_jsonl
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_trained
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.train import train_job
+from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
 from model.chat import Chat
 from model.chat_formats import FORMATS
@@ -68,17 +68,15 @@ def train(
     """Train an adapter until the tiny model says its one answer by heart."""
     data = out.with_suffix(".jsonl")
     data.write_text(json.dumps(ROW) + "\n")
-    config = TrainConfig(lr=2e-2, max_steps=60, batch_rows=1, schedule="constant", save_every=30)
-    train_job(
-        Session.open(ModelConfig(str(base), dtype="float32", chat_format=chat_format)),
-        DataConfig(str(data), **given),
-        EncodeConfig(),
-        config,
-        LoraConfig(rank=8, modules="all"),
-        ValidateConfig(),
-        out,
-        resume=resume,
+    session = Session.open(ModelConfig(str(base), dtype="float32", chat_format=chat_format))
+    config = TrainJobConfig(
+        data=DataConfig(str(data), **given),
+        encode=EncodeConfig(),
+        train=TrainConfig(lr=2e-2, max_steps=60, batch_rows=1, schedule="constant", save_every=30),
+        lora=LoraConfig(rank=8, modules="all"),
+        validate=ValidateConfig(),
     )
+    train_job(session, config, out, resume=resume)
     return out
 
 

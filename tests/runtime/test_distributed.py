@@ -25,7 +25,7 @@ from engine.session import ModelConfig, Session
 from engine.train.loop import Run
 from engine.train.metrics import Metrics, PendingStep
 from engine.train.step import SINGLE_PROCESS, step_gradients
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
@@ -78,7 +78,7 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
         loss = step_gradients(model, lora, examples(count), 3, 64, "none", SINGLE_PROCESS).nll.sum()
         alone[count] = loss, lora.grads.clone()
     one = Llama.from_pretrained(path)
-    single, _ = train(one, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    single, _ = train(FrozenModel(one, "b", "h"), examples(), LORA, SMALL, tmp_path / "one")
     held_out, scores = tmp_path / "held_out.json", tmp_path / "scores.jsonl"
     held_out.write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in "abc"]))
 
@@ -119,8 +119,8 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             assert_sharded_is_whole(path, model, lora, size, found, held_out, scores)
             scores.unlink()
     if shard:
-        where = {"base": "b", "model_hash": "h", "resume": True}
-        train(Llama.from_pretrained(path), examples(), LORA, SMALL, out, **where)
+        frozen = FrozenModel(Llama.from_pretrained(path), "b", "h")
+        train(frozen, examples(), LORA, SMALL, out, resume=True)
     losses = [
         [json.loads(line)["loss"] for line in (p / "metrics.jsonl").read_text().splitlines()]
         for p in (out, tmp_path / "one")

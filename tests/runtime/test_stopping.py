@@ -225,7 +225,7 @@ from engine.distill import distill, writer
 from engine.train import step
 from engine.runtime.distributed import start
 from engine.runtime.stopping import Stopped
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
 from tests.helpers.training import LORA, SMALL, examples
 torch.set_num_threads(1)
@@ -250,7 +250,8 @@ for stage in ("distill", "train"):
                             world=world)
         else:
             step.micro_step = second_call(step.micro_step, 1)
-            train(model, examples(), LORA, SMALL, out / "t", base="b", model_hash="h", world=world)
+            frozen = FrozenModel(model, "b", "h", world=world)
+            train(frozen, examples(), LORA, SMALL, out / "t")
     except Stopped as stopped:
         (out / f"{{stage}}{{world.rank}}").write_text(f"{{stopped.code}} {{stopped}}")
 """

@@ -15,7 +15,7 @@ import traceback
 import torch
 
 from engine.data.rows import load_rows
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.peft_format import load_lora, save_lora
@@ -170,7 +170,7 @@ def test_fuzz_run_directory(tiny_llama_dir, tmp_path):
     rows = examples(8)
 
     def go(folder):
-        return train(model, rows, LORA, SMALL, folder, base="b", model_hash="h", resume=True)
+        return train(FrozenModel(model, "b", "h"), rows, LORA, SMALL, folder, resume=True)
 
     def make(folder):
         go(folder)

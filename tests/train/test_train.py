@@ -29,7 +29,7 @@ from engine.train.loop import batches
 from engine.train.metrics import summary_text
 from engine.train.optim import learning_rate
 from engine.train.step import micro_step
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from engine.train.validate import ValidateConfig, Validator
 from kernels.adamw import AdamW
 from kernels.registry import TORCH, TRITON
@@ -260,7 +260,7 @@ KILLED = """
 import sys
 sys.path.insert(0, {root!r})
 import engine.train.step as step_module
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from tests.helpers.training import SMALL, LORA, examples
 from model.llama import Llama
 from pathlib import Path
@@ -273,8 +273,8 @@ def micro_step(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args)
 step_module.micro_step = micro_step
-train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
-               base="b", model_hash="h", resume=True)
+train(FrozenModel(Llama.from_pretrained({model!r}), "b", "h"), examples(), LORA, SMALL,
+      Path({out!r}), resume=True)
 """
 
 
@@ -355,7 +355,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_is_resumed(tiny_llama_dir, tmp
     path, out = tiny_llama_dir(), tmp_path / "asked"
     whole, _ = run_training(Llama.from_pretrained(path), tmp_path / "whole")
     torn = KILLED[KILLED.index("        with open") : KILLED.index("        os.kill")]
-    begin = KILLED.index("train(Llama")
+    begin = KILLED.index("train(FrozenModel")
     script = KILLED[:begin].replace(torn, "").replace("SIGKILL", by.name) + STOPPED
     last = ((9, True), (0, True)) if by == signal.SIGTERM else ((0, True),)
     for kill, resume in ((4, False), *last):
@@ -377,8 +377,8 @@ STOPPED = """
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from engine.runtime.flags import run_main
 def main():
-    train(Llama.from_pretrained({model!r}), examples(), LORA, SMALL, Path({out!r}),
-          base="b", model_hash="h", resume={resume})
+    train(FrozenModel(Llama.from_pretrained({model!r}), "b", "h"), examples(), LORA, SMALL,
+          Path({out!r}), resume={resume})
     print("went on")
 run_main(main, "the same command with --resume goes on")
 """
@@ -549,10 +549,8 @@ def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
 
     seen = []
     config = dataclasses.replace(SMALL, keep=1)
-    lora, summary = train(
-        tiny, examples(), LORA, config, tmp_path / "run", base="b", model_hash="h",
-        validator=Likes(),
-    )  # fmt: skip
+    frozen = FrozenModel(tiny, "b", "h")
+    lora, summary = train(frozen, examples(), LORA, config, tmp_path / "run", validator=Likes())
     assert len(seen) == 5 and summary["best"] == {"metric": "nll", "value": 0.0, "step": 4}
     assert torch.equal(load_lora(tmp_path / "run").params, seen[1])
     assert torch.equal(lora.params, seen[1]) and not torch.equal(seen[1], seen[4])
