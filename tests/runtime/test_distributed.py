@@ -307,8 +307,19 @@ def test_no_sum_is_read_before_its_device_is_waited_for(tmp_path):
     asked.clear()
     looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
     model = SimpleNamespace(is_sharded=False)
-    run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
-    Run.validate(run, 1, 0)
+    run = Run(
+        model=model,
+        lora=None,
+        optimizer=None,
+        examples=[],
+        config=None,
+        out=tmp_path,
+        base="b",
+        validator=looking,
+        world=world,
+        state={"best": {}},
+    )
+    run.validate(step=1, epoch=0)
     assert asked == ["barrier", "sum on cpu"]
 
 
