@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from engine.data.config import DataConfig
 from engine.data.data_file import DataFile
 from engine.data.distilled import Distilled, is_distilled, load_distilled
-from engine.data.encode import Example, check_examples, encode, template_takes
+from engine.data.encode import EncodeRules, Example, check_examples, encode, template_takes
 from engine.data.rows import Row, Rows
 from engine.session import Session
 from engine.train.config import EncodeConfig
@@ -50,12 +50,10 @@ def encode_examples(
     seed: draws the rewrites that `encoding.mix` replaces by their reference. skip_refused: leave
     out turns that the chat template refuses. ValueError where turns are too long, or none is left.
     """
-    context = session.model.config.max_position
-    examples, counts = encode(
-        rows,
-        session.chat,
-        target=encoding.target,
+    context = session.model.config.max_position  # tokens
+    rules = EncodeRules(
         max_length=min(encoding.max_length, context),
+        target=encoding.target,
         model_limit=context,
         truncate=encoding.truncate,
         drop_long=data.drop_long,
@@ -64,6 +62,7 @@ def encode_examples(
         mix=encoding.mix,
         seed=seed,
     )
+    examples, counts = encode(rows, session.chat, rules)
     printed = [f"{name} {count}" for name, count in dataclasses.asdict(counts).items() if count]
     print(f"training on the {encoding.target}: {', '.join(printed)}")
     check_examples(examples)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.data.config import DataConfig
-from engine.data.encode import Example, encode, template_takes
+from engine.data.encode import EncodeRules, Example, encode, template_takes
 from engine.data.rows import Row, listing
 from engine.data.subset import evenly_spaced
 from engine.measure.divergence import compare, hidden_states
@@ -161,7 +161,8 @@ def held_out_examples(data: DataConfig, session: Session) -> list[Example]:
     """
     rows = data.load(check=template_takes(session.chat))
     context = session.model.config.max_position  # tokens
-    examples, _ = encode(rows, session.chat, target="reference", max_length=context, drop_long=True)
+    rules = EncodeRules(max_length=context, target="reference", drop_long=True)
+    examples, _ = encode(rows, session.chat, rules)
     encoded = {example.id for example in examples}
     too_long = []
     for row in rows:

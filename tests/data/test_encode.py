@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from engine.data.distilled import CONTEXT, KEPT, Distilled, is_distilled, load_distilled
-from engine.data.encode import Example, encode
+from engine.data.encode import EncodeRules, Example, encode
 from engine.data.fit import cut_in_proportion
 from engine.data.pack import pack
 from engine.data.rows import Row
@@ -162,7 +162,7 @@ def test_every_assistant_turn_of_a_row_is_an_example():
         Row("t", (user("q"), bot("x"))),
     ]
     for target in ("target", "reference"):
-        examples, counts = encode(rows, StubChat(), target=target, max_length=99)
+        examples, counts = encode(rows, StubChat(), EncodeRules(target=target, max_length=99))
         assert made(examples) == [
             ("r/0", ids("system>s|user>a|"), [*ids("b"), END]),
             ("r/1", ids("system>s|user>a|assistant>b|user>c|"), [*ids("<s>"), END]),
@@ -172,11 +172,11 @@ def test_every_assistant_turn_of_a_row_is_an_example():
         assert counts.tokens == sum(len(e.ids) for e in examples)
         assert counts.response_tokens == 2 + 4 + 2
     with pytest.raises(ValueError, match="row r has no response.*distill.py"):
-        encode(rows, StubChat(), target="response", max_length=99)
+        encode(rows, StubChat(), EncodeRules(target="response", max_length=99))
     with pytest.raises(ValueError, match="target='best'; expected one of"):
-        encode(rows, StubChat(), target="best", max_length=99)
+        encode(rows, StubChat(), EncodeRules(target="best", max_length=99))
     with pytest.raises(ValueError, match="row p has no reference"):
-        encode([Row("p", (user("q"),))], StubChat(), max_length=99)
+        encode([Row("p", (user("q"),))], StubChat(), EncodeRules(max_length=99))
 
 
 def distilled(*records) -> list[Distilled]:
@@ -194,7 +194,7 @@ LINES = distilled(
 
 
 def test_a_kept_rewrite_is_trained_on_its_sampled_ids():
-    examples, counts = encode(LINES, StubChat(), max_length=99)
+    examples, counts = encode(LINES, StubChat(), EncodeRules(max_length=99))
     context = "user>q|assistant>resp|user>q2|"
     assert made(examples) == [
         ("r/0", ids("user>q|"), [900, 901, END]),
@@ -205,17 +205,20 @@ def test_a_kept_rewrite_is_trained_on_its_sampled_ids():
 
 
 def test_every_response_can_be_trained_on_but_a_cut_one_gets_no_end():
-    examples, counts = encode(LINES, StubChat(), target="response", max_length=99)
+    examples, counts = encode(LINES, StubChat(), EncodeRules(target="response", max_length=99))
     assert [e.ids[e.n_prompt :] for e in examples] == [[900, 901, END], [902], [903, 904, END]]
     assert (counts.from_response, counts.unfinished) == (3, 1)
     empty = distilled(line(**REJECTED, response="", response_ids=[], response_tokens=0))
-    assert made(encode(empty, StubChat(), max_length=99)[0])[0][2] == [*ids("ref"), END]
+    assert made(encode(empty, StubChat(), EncodeRules(max_length=99))[0])[0][2] == [
+        *ids("ref"),
+        END,
+    ]
     with pytest.raises(ValueError, match="r/0 .'q'.: no token to train on"):
-        encode(empty, StubChat(), target="response", max_length=99, truncate=True)
+        encode(empty, StubChat(), EncodeRules(target="response", max_length=99, truncate=True))
 
 
 def test_the_reference_target_has_references_in_its_context():
-    examples, counts = encode(LINES, StubChat(), target="reference", max_length=99)
+    examples, counts = encode(LINES, StubChat(), EncodeRules(target="reference", max_length=99))
     assert made(examples) == [
         ("r/0", ids("user>q|"), [*ids("ref"), END]),
         ("r/1", ids("user>q|assistant>ref|user>q2|"), [*ids("ref2"), END]),
@@ -223,45 +226,47 @@ def test_the_reference_target_has_references_in_its_context():
     ]
     assert counts.from_response == 0
     row = Row("r", (user("q"), bot("ref"), user("q2"), bot("ref2"), user("q3"), bot("ref3")))
-    assert examples == encode([row], StubChat(), max_length=99)[0], "as from the data file itself"
+    assert examples == encode([row], StubChat(), EncodeRules(max_length=99))[0], (
+        "as from the data file itself"
+    )
     with pytest.raises(ValueError, match="r/2: the line of its earlier turn r/1 is absent"):
-        encode([LINES[0], LINES[2]], StubChat(), target="reference", max_length=99)
+        encode([LINES[0], LINES[2]], StubChat(), EncodeRules(target="reference", max_length=99))
 
 
 def test_a_turn_that_is_too_long_is_named_or_truncated():
     rows = [Row(name, (user("q" * n), bot("abcdef"))) for name, n in [("short", 1), ("long", 3)]]
-    encode(rows, StubChat(), max_length=9 + 7)
+    encode(rows, StubChat(), EncodeRules(max_length=9 + 7))
     for room in range(1, 7):
         with pytest.raises(ValueError, match="longer than max_length") as error:
-            encode(rows, StubChat(), max_length=9 + room)
+            encode(rows, StubChat(), EncodeRules(max_length=9 + room))
         assert "long/0 ('qqq'): 9 + 7 tokens" in str(error.value)
         assert ("short/0" in str(error.value)) == (room < 5)
-        examples, counts = encode(rows, StubChat(), max_length=9 + room, truncate=True)
+        examples, counts = encode(rows, StubChat(), EncodeRules(max_length=9 + room, truncate=True))
         assert examples[1].ids == [*ids("user>qqq|"), *ids("abcdef"[:room])]
         assert len(examples[0].ids) == min(14, 9 + room)
         assert counts.truncated == 1 + (room < 5)
         assert counts.response_tokens == room + min(7, 2 + room)
     for truncate in (False, True):
         with pytest.raises(ValueError, match="long/0 .*: 9 prompt tokens leave no room"):
-            encode(rows, StubChat(), max_length=9, truncate=truncate)
+            encode(rows, StubChat(), EncodeRules(max_length=9, truncate=truncate))
 
 
 def test_drop_long_leaves_out_the_long_turn_only():
     talk = Row("talk", (user("a"), bot("b"), user("c" * 30), bot("d"), user("e"), bot("f")))
     short = Row("short", (user("q"), bot("x")))
     with pytest.raises(ValueError, match="--drop-long") as error:
-        encode([talk, short], StubChat(), max_length=40)
+        encode([talk, short], StubChat(), EncodeRules(max_length=40))
     assert "talk/1" in str(error.value) and "talk/0" not in str(error.value)
-    examples, counts = encode([talk, short], StubChat(), max_length=40, drop_long=True)
+    examples, counts = encode([talk, short], StubChat(), EncodeRules(max_length=40, drop_long=True))
     assert [e.id for e in examples] == ["talk/0", "short/0"] and counts.dropped == 2
     # an answer that is too long goes with its turn, or only loses its end under truncate
     long = Row("long", (user("q"), bot("y" * 40)))
     with pytest.raises(ValueError, match="--drop-long"):
-        encode([short, long], StubChat(), max_length=20)
-    examples, counts = encode([short, long], StubChat(), max_length=20, drop_long=True)
+        encode([short, long], StubChat(), EncodeRules(max_length=20))
+    examples, counts = encode([short, long], StubChat(), EncodeRules(max_length=20, drop_long=True))
     assert [e.id for e in examples] == ["short/0"] and (counts.dropped, counts.truncated) == (1, 0)
     both = {"drop_long": True, "truncate": True}
-    examples, counts = encode([talk, short, long], StubChat(), max_length=20, **both)
+    examples, counts = encode([talk, short, long], StubChat(), EncodeRules(max_length=20, **both))
     assert [e.id for e in examples] == ["talk/0", "short/0", "long/0"]
     assert (counts.dropped, counts.truncated, len(examples[-1].ids)) == (2, 1, 20)
 
@@ -276,7 +281,9 @@ def test_every_target_drops_the_same_turns():
         line(id="d/0", **REJECTED, response="r" * 20, response_ids=[900] * 20, response_tokens=20),
     )
     for settings in ({"target": "reference"}, {"target": "target"}, {"mix": 0.5}, {"mix": 1.0}):
-        examples, counts = encode(lines, StubChat(), max_length=20, drop_long=True, **settings)
+        examples, counts = encode(
+            lines, StubChat(), EncodeRules(max_length=20, drop_long=True, **settings)
+        )
         assert [e.id for e in examples] == ["a/0", "d/0"] and counts.dropped == 2
 
 
@@ -312,7 +319,9 @@ def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():
                 return self.response_ids("".join(parts))
 
         row, limit = Row("r", tuple(messages)), 64
-        examples, counts = encode([row], Closing(), max_length=limit, in_proportion=True)
+        examples, counts = encode(
+            [row], Closing(), EncodeRules(max_length=limit, in_proportion=True)
+        )
         tokens = [(asked, answered + 1) for asked, answered in sizes]
         with_loss = sum(len(e.ids) - e.n_prompt for e in examples)
         want = published_lengths(tokens, limit)
@@ -337,16 +346,16 @@ def test_turns_that_the_template_refuses_are_named_as_such():
     told = {"id": "s/0", "messages": [system("s"), user("q")]}
     lines = distilled(line(), line(**told))
     with pytest.raises(ValueError, match="1 turns are refused by the chat template; ") as error:
-        encode(lines, Refusing(), max_length=99)
+        encode(lines, Refusing(), EncodeRules(max_length=99))
     text = str(error.value)
     assert "s/0: the chat template" in text and "--skip-bad" in text and "max" not in text
-    examples, counts = encode(lines, Refusing(), max_length=99, skip_refused=True)
+    examples, counts = encode(lines, Refusing(), EncodeRules(max_length=99, skip_refused=True))
     assert [e.id for e in examples] == ["r/0"] and counts.refused == 1
 
 
 def test_context_only_turns_carry_no_loss():
     row = Row("r", (user("a"), bot("b"), user("c"), bot("d")), context_only=frozenset({0}))
-    examples, counts = encode([row], StubChat(), max_length=99)
+    examples, counts = encode([row], StubChat(), EncodeRules(max_length=99))
     assert made(examples) == [("r/1", ids("user>a|assistant>b|user>c|"), [*ids("d"), END])]
     assert counts.context == 1
     silent = {"status": CONTEXT, "response": "", "response_ids": [], "response_tokens": 0}
@@ -354,7 +363,7 @@ def test_context_only_turns_carry_no_loss():
     second = line(id="r/1", messages=[user("q"), bot("b"), user("c")])
     for target in ("target", "reference", "response"):
         examples, counts = encode(
-            distilled(first, second), StubChat(), target=target, max_length=99
+            distilled(first, second), StubChat(), EncodeRules(target=target, max_length=99)
         )
         assert [e.id for e in examples] == ["r/1"] and counts.context == 1
         assert examples[0].ids[: examples[0].n_prompt] == ids("user>q|assistant>b|user>c|")
@@ -362,15 +371,15 @@ def test_context_only_turns_carry_no_loss():
 
 def test_answers_that_the_template_does_not_render_whole_are_counted():
     rows = [Row("r", (user("a"), bot("<t>b"))), Row("s", (user("a"), bot("b")))]
-    _, counts = encode(rows, StubChat(), max_length=99)
+    _, counts = encode(rows, StubChat(), EncodeRules(max_length=99))
     assert (counts.examples, counts.unrendered) == (2, 1)
 
 
 def test_sampled_ids_beyond_the_embeddings_are_refused_before_training():
     far = distilled(line(response_ids=[900, 10000]))
     with pytest.raises(ValueError, match="r/0: beyond the embeddings"):
-        encode(far, StubChat(), max_length=99)
-    encode(far, StubChat(), target="reference", max_length=99)
+        encode(far, StubChat(), EncodeRules(max_length=99))
+    encode(far, StubChat(), EncodeRules(target="reference", max_length=99))
 
 
 def test_errors_propose_only_flags_that_can_help():
@@ -379,7 +388,7 @@ def test_errors_propose_only_flags_that_can_help():
 
     def said(room, **limits):
         with pytest.raises(ValueError) as error:
-            encode(rows, StubChat(), max_length=9 + room, **limits)
+            encode(rows, StubChat(), EncodeRules(max_length=9 + room, **limits))
         return str(error.value)
 
     assert "raise --max-length, or --truncate answers" in said(3, model_limit=20)
@@ -424,7 +433,7 @@ def test_packing_on_random_lengths():
 def test_show_marks_every_token_that_carries_loss():
     chat = StubChat()
     rows = [Row("r", (user("a b\n" * 30), bot("yes no")))] * 3
-    examples, _ = encode(rows, chat, max_length=200)
+    examples, _ = encode(rows, chat, EncodeRules(max_length=200))
     text = show(examples, StubTokenizer(), 2)
     assert text.count("r/0: 133 tokens, 7 with loss (*)") == 2
     assert all(len(row) <= 96 for row in text.splitlines())
@@ -456,15 +465,17 @@ def test_show_writes_each_loss_after_its_token():
 def test_mix_replaces_that_share_of_rewrites_by_references():
     many = distilled(*(line(id=f"r{i}/0") for i in range(300)), line(id="x/0", **REJECTED))
     settings = {"max_length": 99, "mix": 0.3, "seed": 1}
-    examples, counts = encode(many, StubChat(), **settings)
+    examples, counts = encode(many, StubChat(), EncodeRules(**settings))
     assert 60 <= counts.mixed <= 120 and counts.from_response == 300 - counts.mixed
-    given, _ = encode(many, StubChat(), target="reference", max_length=99)
-    kept, _ = encode(many, StubChat(), max_length=99)
+    given, _ = encode(many, StubChat(), EncodeRules(target="reference", max_length=99))
+    kept, _ = encode(many, StubChat(), EncodeRules(max_length=99))
     taken = [i for i in range(300) if examples[i].ids != kept[i].ids]
     assert len(taken) == counts.mixed and all(examples[i].ids == given[i].ids for i in taken)
-    assert encode(many[::-1], StubChat(), **settings)[0] == examples[::-1], "by row, not by place"
-    assert encode(many, StubChat(), **{**settings, "seed": 2})[0] != examples
-    assert encode(many, StubChat(), max_length=99, mix=1.0)[0] == given
+    assert encode(many[::-1], StubChat(), EncodeRules(**settings))[0] == examples[::-1], (
+        "by row, not by place"
+    )
+    assert encode(many, StubChat(), EncodeRules(**{**settings, "seed": 2}))[0] != examples
+    assert encode(many, StubChat(), EncodeRules(max_length=99, mix=1.0))[0] == given
     for wrong in ({"mix": 1.5}, {"mix": 0.3, "target": "reference"}):
         with pytest.raises(ValueError, match="a share from 0 to 1 of the rewrites"):
-            encode(many, StubChat(), max_length=99, **wrong)
+            encode(many, StubChat(), EncodeRules(max_length=99, **wrong))

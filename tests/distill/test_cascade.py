@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.data.distilled import KEPT, load_distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row, load_rows
 from engine.distill import writer as writer_module
 from engine.distill.cascade import (
@@ -366,10 +366,10 @@ def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path, monke
     assert guided.max_new_tokens == unguided.max_new_tokens == 64 + 3 * 2048
     (line,) = report.lines
     assert line.target == line.reference == reference and line.status not in KEPT
-    (example,), counts = encode(report.lines, chat, max_length=4096)
+    (example,), counts = encode(report.lines, chat, EncodeRules(max_length=4096))
     assert len(example.ids) - example.n_prompt == 2049 and counts.truncated == 0
     with pytest.raises(ValueError, match="longer than max_length=1024"):
-        encode(report.lines, chat, max_length=1024)
+        encode(report.lines, chat, EncodeRules(max_length=1024))
 
 
 def conversation():
@@ -410,7 +410,7 @@ def test_the_published_defects_and_nothing_else(tiny_llama_dir, tmp_path):
     prefix = len(chat.prefix_ids("Great! Let's think step by step. "))
     assert all(x.response_tokens == 9 + prefix for x in ours if x.finish == "length")
     assert all(x.response.startswith("Great!") and x.status not in KEPT for x in ours)
-    examples, counts = encode(paper, chat, max_length=2048)
+    examples, counts = encode(paper, chat, EncodeRules(max_length=2048))
     assert counts.end_added == len(cut) and counts.unfinished == 0
     by_id = {e.id: e for e in examples}
     for line in cut:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.data.distilled import load_distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row
 from engine.distill import writer as writer_module
 from engine.distill.config import DistillConfig
@@ -321,7 +321,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
     system = {"role": "system", "content": "Be brief."}
     bad = [*rows(2), Row("bad", (system, *rows(1)[0].messages))]
     with pytest.raises(ValueError, match="bad/0.*no system"):
-        encode(bad, chat, max_length=400)
+        encode(bad, chat, EncodeRules(max_length=400))
     with pytest.raises(ValueError, match="row bad/0.*no system"):
         distill(model, chat, bad, tmp_path / "d.jsonl", CONFIG, SAMPLING, settings={})
 

@@ -13,7 +13,7 @@ import pytest
 
 from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row
 from engine.distill.distill import check_rows
 from engine.distill.seed_likelihoods import score
@@ -335,10 +335,10 @@ def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
         Row(f"r{n}", (*ASKED, {"role": "assistant", "content": text}))
         for n, text in enumerate(answers)
     ]
-    assert encode(rows[:1], chat, max_length=99)[1].examples == 1
+    assert encode(rows[:1], chat, EncodeRules(max_length=99))[1].examples == 1
     beyond = "r1/0: the token '<tool>' has the id 259, .* for 259 ids"
     with pytest.raises(ValueError, match=beyond):
-        encode(rows, chat, max_length=99)
+        encode(rows, chat, EncodeRules(max_length=99))
     with pytest.raises(ValueError, match=f"(?s)1 turns cannot be asked of this model.*{beyond}"):
         check_rows(chat, rows)
     with pytest.raises(ValueError, match="'<tool>' has the id 259"):
@@ -373,7 +373,7 @@ def test_references_and_rewrites_are_scored_behind_the_prompts_they_are_trained_
     (found,) = read_jsonl(tmp_path / "scores.jsonl")
     prompts = {}
     for name, target in (("reference", "reference"), ("response", "target")):
-        (example,), _ = encode([line], chat, target=target, max_length=99)
+        (example,), _ = encode([line], chat, EncodeRules(target=target, max_length=99))
         prompts[name] = example.ids[: example.n_prompt]
         wanted = nll(model, prompts[name], example.ids[example.n_prompt :])
         assert found[f"{name}_nll"] == pytest.approx(wanted.mean().item(), rel=1e-5)

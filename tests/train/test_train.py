@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.data.config import DataConfig
-from engine.data.encode import Example, check_examples, encode
+from engine.data.encode import EncodeRules, Example, check_examples, encode
 from engine.data.pack import MicroBatch, shared_prompt_prefix
 from engine.data.rows import load_rows
 from engine.evaluate.target_task import reference_nll
@@ -100,7 +100,7 @@ def test_loss_falls_on_real_rows_of_the_real_model(smollm2_dir, tmp_path):
     (tmp_path / "data").mkdir()
     write_demo(tmp_path / "data", n_train=8, n_test=1)
     rows = load_rows(tmp_path / "data" / "train.json")
-    encoded, _ = encode(rows, Chat.from_dir(smollm2_dir, tokenizer), max_length=512)
+    encoded, _ = encode(rows, Chat.from_dir(smollm2_dir, tokenizer), EncodeRules(max_length=512))
     config = TrainConfig(lr=2e-3, epochs=5, batch_rows=4, micro_tokens=512)
     model = Llama.from_pretrained(smollm2_dir)
     run_training(model, tmp_path / "run", config, encoded, lora=LoraConfig())
