@@ -22,9 +22,11 @@ def examples(count: int = 20, vocab: int = 300, seed: int = 0) -> list[Example]:
     rng = random.Random(seed)
     made = []
     for i in range(count):
-        n_prompt, n = rng.randint(1, 20), rng.randint(1, 25)
-        ids = [rng.randrange(vocab) for _ in range(n_prompt)] + [(7 * k) % 50 for k in range(n)]
-        made.append(Example(f"r{i}/0", ids, n_prompt))
+        n_prompt = rng.randint(1, 20)
+        n_response = rng.randint(1, 25)
+        prompt = [rng.randrange(vocab) for _ in range(n_prompt)]
+        response = [(7 * k) % 50 for k in range(n_response)]
+        made.append(Example(f"r{i}/0", prompt + response, n_prompt))
     return made
 
 
@@ -44,4 +46,5 @@ def run_training(
 def metrics_lines(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the speed."""
     text = (Path(out) / "metrics.jsonl").read_text()
-    return [{**json.loads(line), "tokens_s": 0} for line in text.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line | {"tokens_s": 0} for line in lines]
