@@ -24,7 +24,7 @@ from benchmarks.shapes import SHAPES, model_config
 from engine.data.encode import Example
 from engine.runtime.process_memory import held_memory, keep_freed_memory, peak_memory
 from engine.runtime.terminal import table
-from engine.train.memory_plan import predict, saved_per_token
+from engine.train.memory_plan import StepSize, predict, saved_per_token
 from engine.train.optim import Optimizer
 from engine.train.step import step_gradients, step_update
 from model.llama import Llama
@@ -55,9 +55,8 @@ def by_arithmetic() -> list[dict[str, Any]]:
         weights = 2 * (config.num_layers * layer + heads)
         for tokens in (2048, 8192, 16384):
             for policy in POLICIES:
-                sizes = {"tokens": tokens, "longest": 2048, "response": tokens // 2}
-                sizes |= {"dtype": torch.bfloat16, "held": weights, "device": "cuda"}
-                plan = predict(config, LoraConfig(), policy, **sizes)
+                size = StepSize(tokens, 2048, tokens // 2, torch.bfloat16)
+                plan = predict(config, LoraConfig(), policy, size, "cuda", weights)
                 layer_mb = tokens * saved_per_token(config, policy, torch.bfloat16, 16) / 1e6
                 row = {"model": name, "tokens": tokens, "policy": policy, "layer_mb": layer_mb}
                 rows.append(row | {"saved": plan.saved, "weights": weights, "peak": plan.total})
@@ -75,8 +74,8 @@ def worker(path: str, modules: str, policy: str, tokens: int) -> None:
         Example(str(i), [(31 * i + 7 * k) % vocab for k in range(ROW)], ROW // 2)
         for i in range(tokens // ROW)
     ]
-    sizes = {"tokens": tokens, "longest": ROW, "response": tokens // 2, "dtype": model.dtype}
-    plan = predict(model.config, lora.config, policy, held=held_memory("cpu"), **sizes)
+    size = StepSize(tokens, ROW, tokens // 2, model.dtype)
+    plan = predict(model.config, lora.config, policy, size, "cpu", held_memory("cpu"))
     optimizer = Optimizer.fresh(lora, weight_decay=0.0)
     for _ in range(2):
         gradients = step_gradients(model, lora, rows, optimizer.step + 1, tokens, policy)

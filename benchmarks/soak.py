@@ -28,7 +28,7 @@ from engine.data.encode import Example
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import keep_freed_memory
 from engine.train.config import TrainConfig
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from kernels.select_ops import choose
 from model.llama import Llama
 from model.lora import LoraConfig
@@ -57,8 +57,7 @@ def worker(out: Path, steps: int) -> None:
         rows.append(Example(f"r{i}", ids, rng.randint(1, len(ids) - 1)))
     settings = TrainConfig(lr=1e-3, max_steps=steps, micro_tokens=128, save_every=100, keep=2)
     lora = LoraConfig(rank=4, modules="all", dropout=0.05)
-    where = {"base": "tiny", "model_hash": "tiny", "resume": out.exists()}
-    train(model, rows, lora, settings, out, **where)
+    train(FrozenModel(model, "tiny", "tiny"), rows, lora, settings, out, resume=out.exists())
 
 
 def run(out: Path, steps: int, kill_at: int | None) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.clock import machine, record
 from benchmarks.processes import OutOfMemory, why_out_of_memory
-from engine.data.encode import Example, encode
+from engine.data.encode import EncodeRules, Example, encode
 from engine.data.pack import MicroBatch, pack
 from engine.data.rows import load_rows
 from engine.runtime.cores import set_here
@@ -317,7 +317,7 @@ def main() -> None:
         print(f"WARNING: the machine is busy (load {load:.1f}); timings will be wrong")
     chat = Chat.from_dir(Path(args.model), load_tokenizer(Path(args.model)))
     rows = load_rows(args.data, limit=args.rows * (args.steps + 1))
-    examples, _ = encode(rows, chat, max_length=2048)
+    examples, _ = encode(rows, chat, EncodeRules(max_length=2048))
     encoded = [{"ids": e.ids, "n_prompt": e.n_prompt} for e in examples]
     steps = [encoded[i : i + args.rows] for i in range(0, len(encoded), args.rows)]
     about = machine("cpu")

@@ -7,10 +7,10 @@
 
 (Loshchilov & Hutter 2019, decoupled decay, as torch.optim.AdamW orders it.)
 
-shapes     params, grads, m, v, compute (P,)    scalars (4,): lr, 1 - b1^t, 1 - b2^t, scale
+shapes     params, grads, m, v, compute (P,)    scalars: four () fp64 (StepScalars)
 precision  masters, moments and gradients fp32 (fp64 where the model is)
 traffic    reads 4P, writes 3P and the copy, once per optimizer step
-triton     one launch for the step, which reads `scalars` on the device
+triton     one launch for the step, which reads the scalars on the device
            the norm in fp64: a partial sum per program, added in order by a second launch
 tiles      BP elements per program; one configuration for every P
 """
@@ -20,6 +20,7 @@ tiles      BP elements per program; one configuration for every P
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +41,31 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled; the paper's runs use none
 
-    def scalars(self, lr: float, step: int, scale: float, device: str | torch.device) -> Tensor:
-        """The numbers that do change, as one (4,) fp64 tensor; `step` counts from 1."""
+    def scalars(
+        self, lr: float, step: int, scale: float, device: str | torch.device
+    ) -> StepScalars:
+        """The numbers of one step, copied to the device at once without waiting for it.
+
+        lr: learning rate. step: counts from 1. scale: factor of the gradient.
+        """
         assert step >= 1, f"steps count from 1, got {step}"
-        corrections = (1 - self.beta1**step, 1 - self.beta2**step)
-        return upload([lr, *corrections, scale], torch.float64, device)
+        correction1 = 1 - self.beta1**step
+        correction2 = 1 - self.beta2**step
+        uploaded = upload([lr, correction1, correction2, scale], torch.float64, device)  # (4,)
+        return StepScalars(*uploaded.unbind())
+
+
+class StepScalars(NamedTuple):
+    """The numbers that change from step to step: () fp64 each, on the device of the parameters."""
+
+    lr: Tensor
+    correction1: Tensor  # 1 - b1^t, bias correction of the first moment
+    correction2: Tensor  # 1 - b2^t, bias correction of the second moment
+    scale: Tensor  # factor of the gradient
+
+    def clipped(self, clip_factor: Tensor) -> StepScalars:
+        """These, with the gradient also multiplied by `clip_factor`, () fp64."""
+        return self._replace(scale=self.scale * clip_factor)
 
 
 # ---- reference: the definition
@@ -55,12 +76,12 @@ def adamw_reference_(
     grads: Tensor,
     m: Tensor,
     v: Tensor,
-    scalars: Tensor,
+    scalars: StepScalars,
     config: AdamW,
     compute: Tensor | None = None,
 ) -> None:
     """In fp64 from beginning to end; in place on params, m, v and compute."""
-    lr, correction1, correction2, scale = scalars.double()
+    lr, correction1, correction2, scale = scalars
     g = scale * grads.double()
     m64 = config.beta1 * m.double() + (1 - config.beta1) * g
     v64 = config.beta2 * v.double() + (1 - config.beta2) * g * g
@@ -87,15 +108,16 @@ def adamw_(
     grads: Tensor,
     m: Tensor,
     v: Tensor,
-    scalars: Tensor,
+    scalars: StepScalars,
     config: AdamW,
     compute: Tensor | None = None,
 ) -> None:
     """One step, in place on params, m, v and compute; grads are left as they are."""
-    assert params.shape == grads.shape == m.shape == v.shape and scalars.shape == (4,), (
-        f"params {params.shape}, grads {grads.shape}, m {m.shape}, v {v.shape}, {scalars.shape}"
+    assert params.shape == grads.shape == m.shape == v.shape, (
+        f"params {params.shape}, grads {grads.shape}, m {m.shape}, v {v.shape}: expected one shape"
     )
-    lr, correction1, correction2, scale = scalars.unbind()  # () fp64: scalars, not promoting
+    # () tensors do not promote, so g and all else stay in the dtype of params
+    lr, correction1, correction2, scale = scalars
     g = grads * scale
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
@@ -123,7 +145,10 @@ def adamw_kernel(
     m_ptr,  # (P,)
     v_ptr,  # (P,)
     compute_ptr,  # (P,), written if COPY
-    scalars_ptr,  # (4,) fp64
+    lr_ptr,  # () fp64, as the three that follow
+    correction1_ptr,
+    correction2_ptr,
+    scale_ptr,
     P,
     one_minus_beta1,
     one_minus_beta2,
@@ -135,10 +160,10 @@ def adamw_kernel(
     """One step of BP parameters; COPY: the compute-dtype copy too."""
     offsets = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
     mask = offsets < P
-    lr = tl.load(scalars_ptr).to(tl.float32)
-    correction1 = tl.load(scalars_ptr + 1).to(tl.float32)
-    correction2 = tl.load(scalars_ptr + 2).to(tl.float32)
-    scale = tl.load(scalars_ptr + 3).to(tl.float32)
+    lr = tl.load(lr_ptr).to(tl.float32)
+    correction1 = tl.load(correction1_ptr).to(tl.float32)
+    correction2 = tl.load(correction2_ptr).to(tl.float32)
+    scale = tl.load(scale_ptr).to(tl.float32)
     p = tl.load(params_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grads_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     g = grad * scale
@@ -187,7 +212,7 @@ def adamw_triton_(
     grads: Tensor,
     m: Tensor,
     v: Tensor,
-    scalars: Tensor,
+    scalars: StepScalars,
     config: AdamW,
     compute: Tensor | None = None,
 ) -> None:
@@ -198,14 +223,14 @@ def adamw_triton_(
     assert all(t.shape == params.shape and t.is_contiguous() for t in tensors), (
         f"expected flat buffers of one size, got {[(t.shape, t.stride()) for t in tensors]}"
     )
-    assert scalars.shape == (4,) and scalars.is_contiguous(), f"scalars {tuple(scalars.shape)}"
     P = params.numel()
     tiles = tile_config("adamw_kernel", params.device)
     grid = (cdiv(P, tiles["BP"]),)
     one_minus_beta1 = 1 - config.beta1
     one_minus_beta2 = 1 - config.beta2
     launch(
-        adamw_kernel, grid, params, grads, m, v, compute, scalars, P,
+        adamw_kernel, grid, params, grads, m, v, compute,
+        scalars.lr, scalars.correction1, scalars.correction2, scalars.scale, P,
         one_minus_beta1, one_minus_beta2, config.eps, config.weight_decay,
         COPY=compute is not None, **tiles,
     )  # fmt: skip

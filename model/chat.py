@@ -36,6 +36,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from model.chat_formats import (
     FORMATS,
@@ -51,7 +52,10 @@ from model.chat_formats import (
 from model.template import ChatTemplate, TemplateStopped
 from model.tokenizer_base import Tokenizer, any_of
 
-QUESTION, ANSWER = "A-QUESTION", "AN-ANSWER"  # of the conversation that probes a template
+# the texts of the conversation that probes a template
+QUESTION = "A-QUESTION"
+ANSWER = "AN-ANSWER"
+PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that stand for spelled control tokens
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class Target:
     prompt: list[int]  # everything that the template writes before a finished answer
     answer: list[int]  # the answer and the text that the template puts around it, no end token
     as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
+
+
+class Masked(NamedTuple):
+    """Messages whose spelled control tokens are replaced by private-use characters."""
+
+    turns: list[dict[str, str]]
+    stand_ins: dict[str, str]  # private-use character -> the spelling that it stands for
 
 
 class Chat:
@@ -94,17 +105,20 @@ class Chat:
         self._source = template
         self._template = ChatTemplate(template, name, self.now)
         self._variables = dict(tokenizer.named)
-        self._bos = self._opening = ""
+        self._bos = ""
+        self._opening = ""
         if name in FORMATS:
             check_tokenizer(name, tokenizer)
             if tokenizer.add_bos:
                 self._bos = tokenizer.named["bos_token"]
             self._variables["bos_token"] = self._bos
-        if turn_tokens := self._turn_tokens() - {*tokenizer.special}:
-            self.tokenizer = tokenizer.with_control(turn_tokens)
-        self._part = re.compile(rf"{any_of(self.tokenizer.added).pattern}|\w+|\W")
+        not_yet_special = self._turn_tokens() - set(tokenizer.special)
+        if not_yet_special:
+            self.tokenizer = tokenizer.with_control(not_yet_special)
+        added_token = any_of(self.tokenizer.added).pattern
+        self._part = re.compile(rf"{added_token}|\w+|\W")
         self._find_edges_of_answers()
-        self.end_ids = tuple(dict.fromkeys([self.end_id, *eos_ids]))
+        self.end_ids = tuple(dict.fromkeys([self.end_id, *eos_ids]))  # each once, end_id first
         self.check_ids(self.end_ids, "which ends an answer")
 
     @classmethod
@@ -160,7 +174,8 @@ class Chat:
         """
         if self.name not in FORMATS:
             return self._source
-        values = {"bos_token": self._bos, "eos_token": self.tokenizer.named.get("eos_token", "")}
+        bos_token = self._bos
+        eos_token = self.tokenizer.named.get("eos_token", "")
         opening = ""
         if self._bos:
             question = [{"role": "user", "content": QUESTION}]
@@ -168,9 +183,10 @@ class Chat:
                 opening = "{{- bos_token }}"
             rendered = self.render(question, add_generation_prompt=True)
             if self._encode(rendered, {}) != self.tokenizer.encode_template(rendered):
-                values["bos_token"] += " "
-        assignments = "".join(f"{{%- set {k} = {json.dumps(v)} %}}" for k, v in values.items())
-        return assignments + opening + self._source
+                bos_token += " "
+        set_bos = f"{{%- set bos_token = {json.dumps(bos_token)} %}}"
+        set_eos = f"{{%- set eos_token = {json.dumps(eos_token)} %}}"
+        return set_bos + set_eos + opening + self._source
 
     def check_ids(self, ids: Sequence[int], note: str = "") -> None:
         """ValueError naming the first of `ids` that lies beyond the model's embeddings.
@@ -179,10 +195,13 @@ class Chat:
         """
         if self.rows is None or not ids or max(ids) < self.rows:
             return
-        id = next(id for id in ids if id >= self.rows)
-        piece = repr(self.tokenizer.piece(id))
+        too_large = [id for id in ids if id >= self.rows]
+        id = too_large[0]
+        token = f"the token {self.tokenizer.piece(id)!r}"
+        if note:
+            token += f", {note},"
         raise ValueError(
-            f"the token {piece}{f', {note},' if note else ''} has the id {id}, but the model has "
+            f"{token} has the id {id}, but the model has "
             f"embeddings for {self.rows} ids (0 to {self.rows - 1}): tokenizer files and weights "
             "do not fit together; take all from one checkpoint, or leave that token out"
         )
@@ -194,12 +213,14 @@ class Chat:
         that appended, since the model is not to write it.
         """
         turns, stand_ins = self._masked(messages, add_generation_prompt)
-        return self._text(turns, add_generation_prompt).translate(str.maketrans(stand_ins))
+        text = self._text(turns, add_generation_prompt)
+        return text.translate(str.maketrans(stand_ins))
 
     def prompt_ids(self, messages: Messages, prefix: str = "") -> list[int]:
         """Ids of the conversation and the generation prompt, then of `prefix` (`prefix_ids`)."""
         turns, stand_ins = self._masked(messages, add_generation_prompt=True)
-        return self._encode(self._text(turns, True), stand_ins) + self.prefix_ids(prefix)
+        prompt = self._text(turns, add_generation_prompt=True)
+        return self._encode(prompt, stand_ins) + self.prefix_ids(prefix)
 
     def target(self, messages: Messages, text: str) -> Target:
         """The answer `text` to `messages` as the template renders it: the text a model learns.
@@ -210,13 +231,15 @@ class Chat:
         """
         conversation = [*messages, {"role": "assistant", "content": text}]
         turns, stand_ins = self._masked(conversation, add_generation_prompt=False)
-        prompt, whole = self._text(turns[:-1], True), self._text(turns, False)
         answer = turns[-1]["content"]
+        prompt = self._text(turns[:-1], add_generation_prompt=True)
+        whole = self._text(turns, add_generation_prompt=False)
         before = self._common(prompt, whole)
         opened = prompt[len(before) :]  # the beginning of an answer that only the prompt writes
         rendered = None
         if len(opened) > len(self._header):  # nothing in common after the question
-            before, opened = prompt, ""
+            before = prompt
+            opened = ""
         else:
             rendered = self._rendered_answer(before, whole, answer)
         as_rendered = rendered is not None
@@ -224,8 +247,9 @@ class Chat:
             rendered = answer if opened else self._lead + answer
         if not rendered.strip():
             rendered = ""
-        ids = self._encode_pieces(rendered, stand_ins, continues=True)
-        return Target(self._encode(before, stand_ins), ids, as_rendered)
+        answer_ids = self._encode_pieces(rendered, stand_ins, continues=True)
+        prompt_ids = self._encode(before, stand_ins)
+        return Target(prompt_ids, answer_ids, as_rendered)
 
     def _rendered_answer(self, before: str, whole: str, answer: str) -> str | None:
         """The part of `whole` after `before` that the model is to write.
@@ -243,9 +267,13 @@ class Chat:
             rendered = rest.removesuffix(self._after)
         rendered = rendered.removesuffix(self._spaces)
         # The prompt may contain the beginning of the answer: a think block that it opens.
-        shown = before[len(before) - len(self._header) :] + rendered.removesuffix(self._tail)
-        own = "".join(answer.split())
-        return rendered if own and "".join(shown.split()).endswith(own) else None
+        end_of_prompt = before[len(before) - len(self._header) :]
+        shown = end_of_prompt + rendered.removesuffix(self._tail)
+        answer_without_spaces = "".join(answer.split())
+        shown_without_spaces = "".join(shown.split())
+        if answer_without_spaces and shown_without_spaces.endswith(answer_without_spaces):
+            return rendered
+        return None
 
     def prefix_ids(self, prefix: str) -> list[int]:
         """Ids of a forced beginning of the answer.
@@ -266,32 +294,30 @@ class Chat:
         """
         encoded = prefix.rstrip(" ")  # by prefix_ids
         lead = prefix[len(encoded) :] if encoded else self._lead
-        (text,), stand_ins = self._mask([text])
-        return self._encode_pieces(lead + text, stand_ins, continues=True)
+        masked_texts, stand_ins = self._mask([text])
+        return self._encode_pieces(lead + masked_texts[0], stand_ins, continues=True)
 
     def spells_special(self, messages: Messages) -> bool:
         """Whether a message spells a special token, so that `prompt_ids` encodes it piecewise."""
         pattern = self.tokenizer.special_pattern
         return any(pattern.search(message["content"]) for message in messages)
 
-    def _masked(
-        self, messages: Messages, add_generation_prompt: bool
-    ) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """The checked messages, spelled special tokens masked; stand-in -> spelling."""
+    def _masked(self, messages: Messages, add_generation_prompt: bool) -> Masked:
+        """The messages, checked, their spelled special tokens masked."""
         check_messages(messages)
         if self.name in FORMATS:
             check_turns(self.name, messages, add_generation_prompt)
         texts, stand_ins = self._mask([message["content"] for message in messages])
-        turns = [
-            {"role": message["role"], "content": text}
-            for message, text in zip(messages, texts, strict=True)
-        ]
-        return turns, stand_ins
+        turns = []
+        for message, text in zip(messages, texts, strict=True):
+            turns.append({"role": message["role"], "content": text})
+        return Masked(turns, stand_ins)
 
     def _template_text(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
         """Masked messages rendered by the template, nothing added."""
+        length = sum(len(turn["content"]) for turn in turns)
         return self._template.render(
-            sum(len(turn["content"]) for turn in turns),
+            length,
             messages=[dict(turn) for turn in turns],
             tools=None,
             documents=None,
@@ -304,20 +330,33 @@ class Chat:
         text = self._template_text(turns, add_generation_prompt)
         if not text.startswith(self._bos):
             text = self._bos + text
-        return text + self._opening if add_generation_prompt else text
+        if add_generation_prompt:
+            text += self._opening
+        return text
 
     def _turn_tokens(self) -> set[str]:
         """Added tokens that the template writes around finished turns, special or not.
 
         Those that are blank or a plain word are not taken for control tokens.
         """
-        added = any_of(s for s in self.tokenizer.added if not s.strip().isalnum() and s.strip())
+        candidates = []
+        for spelling in self.tokenizer.added:
+            stripped = spelling.strip()
+            if stripped and not stripped.isalnum():
+                candidates.append(spelling)
+        pattern = any_of(candidates)
         system = {"role": "system", "content": QUESTION}
         question = {"role": "user", "content": QUESTION}
-        answered = [question, {"role": "assistant", "content": ANSWER}]
-        for turns in ([system, *answered, question], [*answered, question], answered):
+        answer = {"role": "assistant", "content": ANSWER}
+        probes = (
+            [system, question, answer, question],
+            [question, answer, question],
+            [question, answer],
+        )
+        for turns in probes:
             try:
-                return set(added.findall(self._text(turns, False)))
+                text = self._text(turns, add_generation_prompt=False)
+                return set(pattern.findall(text))
             except TemplateStopped:
                 raise
             except ValueError:  # it takes no system message, or one question only
@@ -338,14 +377,16 @@ class Chat:
         """
         question = [{"role": "user", "content": QUESTION}]
         answered = [*question, {"role": "assistant", "content": ANSWER}]
-        prompt, unprompted = self._text(question, True), self._text(question, False)
-        whole = self._text(answered, False)
+        prompt = self._text(question, add_generation_prompt=True)
+        unprompted = self._text(question, add_generation_prompt=False)
+        whole = self._text(answered, add_generation_prompt=False)
         before, answer, self._after = whole.rpartition(ANSWER)
         if not answer:
             raise ValueError(f"the {self.name} chat template leaves out the assistant's text")
         lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        # A template that ignores add_generation_prompt: all but spaces belongs to the prompt.
-        self._opening = lead.rstrip(" ") if prompt == unprompted else ""
+        ignores_prompt = prompt == unprompted
+        # Of a template that ignores add_generation_prompt, all but spaces belongs to the prompt.
+        self._opening = lead.rstrip(" ") if ignores_prompt else ""
         prompt += self._opening
         self._lead = lead[len(self._opening) :]
         self._header = prompt.rpartition(QUESTION)[2]
@@ -361,13 +402,15 @@ class Chat:
         if len(common) == len(prompt):
             return None
         if len(prompt) - len(common) <= len(self._header):
-            prompt_end, answered = self._header, whole.rpartition(QUESTION)[2]
+            prompt_end = self._header
+            answered = whole.rpartition(QUESTION)[2]
             effect = (
                 "the references are trained on as it writes them, the model's own answers as they "
                 "were sampled"
             )
         else:
-            prompt_end, answered = prompt, whole
+            prompt_end = prompt
+            answered = whole
             effect = "answers are trained on behind the prompt, which it would not write so"
         return (
             f"the {self.name} chat template ends a prompt with {prompt_end!r} and writes a "
@@ -376,46 +419,57 @@ class Chat:
 
     def _find_closing(self) -> None:
         """Find the token that closes an answer, and the text before it (see above)."""
-        special = self.tokenizer.special
         closing = self.tokenizer.special_pattern.search(self._after)
-        self._closing = closing.group() if closing else ""
-        self.end_id = special[self._closing] if closing else self.tokenizer.eos_id
+        if closing is None:
+            self._closing = ""
+            self._tail = ""
+            self.end_id = self.tokenizer.eos_id
+        else:
+            self._closing = closing.group()
+            self._tail = self._after[: closing.start()]
+            self.end_id = self.tokenizer.special[self._closing]
+        self._spaces = "" if self._tail.strip(" ") else self._tail
         if self.end_id is None:
             raise ValueError(
                 f"the {self.name} chat template closes the assistant's turn by no special token "
                 "and the tokenizer has no eos_token; name one in tokenizer_config.json"
             )
-        self._tail = self._after[: closing.start()] if closing else ""
-        self._spaces = "" if self._tail.strip(" ") else self._tail
 
     def _common(self, prompt: str, text: str) -> str:
         """The prompt where the text begins with it, else their common beginning in whole tokens
         and words."""
         if text.startswith(prompt):
             return prompt
-        parts = [self._part.findall(t) for t in (prompt, text)]
-        return "".join(os.path.commonprefix(parts))
+        parts_of_both = [self._part.findall(prompt), self._part.findall(text)]
+        common = os.path.commonprefix(parts_of_both)  # it compares lists item by item too
+        return "".join(common)
 
     def _mask(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
-        """`texts` with each spelled special token as one private-use character; stand-in ->
-        spelling. Characters that occur in the texts or the template are not used."""
+        """(texts with each spelled special token as one private-use character, {that character:
+        spelling}). Characters that occur in the texts or the template are not used."""
         pattern = self.tokenizer.special_pattern
-        spelled = sorted({match for text in texts for match in pattern.findall(text)})
+        spelled: set[str] = set()
+        for text in texts:
+            spelled.update(pattern.findall(text))
         if not spelled:
             return texts, {}
         taken = set(self._source).union(*texts)
-        free = [c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in taken][: len(spelled)]
-        stand_in_of = dict(zip(spelled, free, strict=True))
+        free = [chr(code) for code in PRIVATE_USE if chr(code) not in taken]
+        stand_in_of = dict(zip(sorted(spelled), free[: len(spelled)], strict=True))
         masked = [pattern.sub(lambda match: stand_in_of[match.group()], text) for text in texts]
-        return masked, {stand_in: spelling for spelling, stand_in in stand_in_of.items()}
+        stand_ins = {stand_in: spelling for spelling, stand_in in stand_in_of.items()}
+        return masked, stand_ins
 
     def _encode(self, text: str, stand_ins: dict[str, str]) -> list[int]:
         """Ids of a rendered conversation; `stand_ins` come from `_mask`."""
         if not self._bos:
             return self._encode_pieces(text, stand_ins)
         ids: list[int] = []
-        for part in text.split(self._bos)[1:]:  # the format's own bos: those of messages are masked
-            ids += [self.tokenizer.bos_id, *self._encode_pieces(part, stand_ins)]
+        # Every bos in the text is the format's own: those of messages are masked. The first one
+        # opens the text, so nothing stands before it.
+        for part in text.split(self._bos)[1:]:
+            ids.append(self.tokenizer.bos_id)
+            ids += self._encode_pieces(part, stand_ins)
         return ids
 
     def _encode_pieces(
@@ -425,9 +479,14 @@ class Chat:
 
         `continues`: the text follows other text.
         """
+        parts = [text]
+        if stand_ins:
+            any_stand_in = "".join(stand_ins)
+            parts = re.split(f"([{any_stand_in}])", text)  # the group keeps the stand-ins
         ids: list[int] = []
-        parts = re.split(f"([{''.join(stand_ins)}])", text) if stand_ins else [text]
-        for part in filter(None, parts):
+        for part in parts:
+            if not part:
+                continue
             if part in stand_ins:
                 ids += self.tokenizer.encode(stand_ins[part], continues=continues)
             else:

@@ -72,11 +72,12 @@ def check_messages(messages: Messages) -> None:
     """ValueError for messages without a known role or without text."""
     if not messages:
         raise ValueError("the conversation is empty; expected at least one message")
-    for n, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
+    for number, message in enumerate(messages):
+        role = message.get("role")
+        content = message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise ValueError(
-                f"message {n} has role {role!r} and content of type {type(content).__name__}; "
+                f"message {number} has role {role!r} and content of type {type(content).__name__}; "
                 "expected system, user or assistant and a string"
             )
 
@@ -85,9 +86,10 @@ def check_turns(format_name: str, messages: Messages, add_generation_prompt: boo
     """ValueError for an order of roles that a built-in format cannot take."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
-    alternating = [("user", "assistant")[n % 2] for n in range(len(turns))]
-    ends_well = not add_generation_prompt or turns[-1:] == ["user"]
-    if not turns or turns != alternating or not ends_well:
+    alternate = all(role == "user" for role in turns[0::2])
+    alternate = alternate and all(role == "assistant" for role in turns[1::2])
+    ends_with_user = turns[-1:] == ["user"]
+    if not turns or not alternate or (add_generation_prompt and not ends_with_user):
         raise ValueError(
             f"chat format {format_name} cannot take the roles {roles}; expected an optional "
             "system message, then user and assistant in turns (a prompt ends with user)"
@@ -113,7 +115,7 @@ def check_tokenizer(format_name: str, tokenizer: Tokenizer) -> None:
 
 
 def checkpoint_template(path: Path) -> str:
-    """The source of the checkpoint's default chat template."""
+    """The source of the checkpoint's default chat template; ValueError where it has none."""
     file = path / "chat_template.jinja"  # takes precedence over tokenizer_config.json
     if file.exists():
         check_file(file)
@@ -122,9 +124,7 @@ def checkpoint_template(path: Path) -> str:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8: {error}") from None
     template = read_json(path / "tokenizer_config.json", {}).get("chat_template")
-    if isinstance(template, list) and all(
-        isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in template
-    ):
+    if isinstance(template, list) and all(_is_named_template(entry) for entry in template):
         named = {str(entry["name"]): entry["template"] for entry in template}
         if "default" not in named:
             raise ValueError(
@@ -143,6 +143,11 @@ def checkpoint_template(path: Path) -> str:
             "expected the text of a template, or a list of named ones"
         )
     return template
+
+
+def _is_named_template(entry: object) -> bool:
+    """Whether an entry of a list of chat templates has the form {"name": ..., "template": ...}."""
+    return isinstance(entry, dict) and "name" in entry and "template" in entry
 
 
 def checkpoint_eos_ids(path: Path) -> list[int]:

@@ -33,8 +33,9 @@ from model.terminal import visible
 
 SECONDS = 10.0
 CHARACTERS = 1 << 24
-CHARACTERS_EACH = 256  # and so many for every character of the conversation
+CHARACTERS_EACH = 256  # more for every character of the conversation
 LARGEST = 1_000_000
+LONGEST_REASON = 500  # characters of an exception's message that are shown
 
 
 class TemplateLimit(Exception):
@@ -42,7 +43,7 @@ class TemplateLimit(Exception):
 
 
 class TemplateStopped(ValueError):
-    """The same, as the error that users see."""
+    """A template exceeded its limits, as the error that users see."""
 
 
 class ChatTemplate:
@@ -72,8 +73,8 @@ class ChatTemplate:
                 pieces.append(piece)
         except TemplateLimit as error:
             raise TemplateStopped(
-                f"the {self.name} chat template was stopped: {error}; a template that conversations"
-                " are rendered with needs a fraction of that: look into it"
+                f"the {self.name} chat template was stopped: {error}; ordinary chat templates need "
+                "a fraction of that: look into it"
             ) from None
         except jinja2.TemplateError as error:
             raise ValueError(
@@ -90,10 +91,15 @@ class ChatTemplate:
 
 
 def _reason(error: BaseException) -> str:
-    """An exception's message as one line of at most 500 characters."""
+    """An exception's message, or its type's name, as one line of at most LONGEST_REASON
+    characters."""
     text = visible(" ".join(str(error).split(" ")))
-    text = " ".join(text.split("\n")) or type(error).__name__
-    return text if len(text) <= 500 else text[:500] + " ..."
+    line = " ".join(text.split("\n"))
+    if not line:
+        line = type(error).__name__
+    if len(line) > LONGEST_REASON:
+        line = line[:LONGEST_REASON] + " ..."
+    return line
 
 
 class _Budget:
@@ -103,11 +109,14 @@ class _Budget:
         self._own = threading.local()
 
     def begin(self, length: int) -> None:
+        """Begin a rendering of a conversation of `length` characters."""
         self._own.most = CHARACTERS + CHARACTERS_EACH * length
-        self._own.made = self._own.written = 0
+        self._own.made = 0  # characters and items
+        self._own.written = 0  # characters
         self._own.deadline = time.thread_time() + SECONDS
 
     def end(self) -> None:
+        """End the rendering."""
         self._own.deadline = None
 
     def tick(self) -> None:
@@ -146,10 +155,11 @@ def _check_numbers(values: Iterable[Any]) -> None:
 
 
 def _check_texts(values: Iterable[Any]) -> None:
-    """TemplateLimit for a list of texts that are too long together."""
+    """TemplateLimit for a list among the values whose texts are too long together."""
     for value in values:
         if isinstance(value, (list, tuple)):
-            _check_product(1, sum(len(item) for item in value if isinstance(item, str)))
+            length = sum(len(item) for item in value if isinstance(item, str))
+            _check_product(1, length)
 
 
 def _check_widths(text: Any) -> None:
@@ -159,14 +169,19 @@ def _check_widths(text: Any) -> None:
 
 
 def _digits(value: int) -> str:
-    return str(value) if value.bit_length() < 200 else f"of {value.bit_length()} bits"
+    """A number for a message; a huge one by its size, since printing it takes long."""
+    if value.bit_length() < 200:
+        return str(value)
+    return f"of {value.bit_length()} bits"
 
 
 def _size(value: Any) -> int:
-    """Characters, items or bits."""
+    """Characters of a text, items of a list, bits of a number; 0 for anything else."""
     if isinstance(value, int):
         return value.bit_length()
-    return len(value) if isinstance(value, (str, list, tuple)) else 0
+    if isinstance(value, (str, list, tuple)):
+        return len(value)
+    return 0
 
 
 class _CountLoops(NodeTransformer):
@@ -179,10 +194,12 @@ class _CountLoops(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered("_joined", nodes.List(node.nodes, lineno=node.lineno))
+        parts = nodes.List(node.nodes, lineno=node.lineno)
+        return _filtered("_joined", parts)
 
 
 def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
+    """The node `{{ node | name }}`."""
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
@@ -192,9 +209,9 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
+        tag = next(parser.stream)
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        return nodes.Scope(body, lineno=tag.lineno)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -207,7 +224,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(**settings)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _CountLoops().visit(super()._parse(source, name, filename))
+        tree = super()._parse(source, name, filename)
+        return _CountLoops().visit(tree)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         # (named as in jinja2, so that no keyword of a call can be taken for them)
@@ -222,7 +240,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             _check_numbers([right])
-            _check_product(_size(left), right if isinstance(right, int) else 0)
+            if isinstance(right, int):
+                _check_product(_size(left), right)
         elif operator == "*":
             both_numbers = isinstance(left, int) and isinstance(right, int)
             if both_numbers:
@@ -233,15 +252,21 @@ class _Environment(ImmutableSandboxedEnvironment):
                 _check_product(_size(left), right)
         elif operator == "%":
             _check_widths(left)
-        return self.budget.made(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        return self.budget.made(result)
 
 
 def _check_method(budget: _Budget, text: str, name: str, args: tuple) -> tuple:
-    """The arguments of a method of `text`; TemplateLimit where the result would be too long."""
+    """The arguments of a method of `text`, an iterator that is to be joined as a list.
+
+    TemplateLimit where the result would be too long.
+    """
     if name.startswith("format"):
         _check_widths(text)
-    elif name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
-        _check_product(text.count(args[0]), len(args[1]))
+    elif name == "replace" and len(args) > 1:
+        old, new = args[:2]
+        if isinstance(old, str) and isinstance(new, str):
+            _check_product(text.count(old), len(new))
     elif name == "join" and args:
         items = list(budget.counted(args[0]))
         _check_product(len(text), len(items))
@@ -258,8 +283,9 @@ def _check_product(a: int, b: int) -> None:
 def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
     """A filter whose arguments are checked and whose result counts."""
 
-    # jinja2 hands its environment or context to some filters, before the value
-    value = 1 if hasattr(function, "jinja_pass_arg") else 0
+    # the value's place among the arguments: jinja2 hands its environment or context to some filters
+    # before it
+    value_at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)  # also jinja2's marks on a filter, its attributes
     def counting(*args: Any, **kwargs: Any) -> Any:
@@ -268,13 +294,17 @@ def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
         if name == "replace":
             texts = [text for text in (*args, *kwargs.values()) if isinstance(text, str)]
             if len(texts) > 2:
-                _check_product(texts[0].count(texts[1]), len(texts[2]))
-        if name == "join" and len(args) > value:
-            items = list(budget.counted(args[value]))
-            separator = [*args[value + 1 : value + 2], *kwargs.values()]
-            _check_product(max(map(_size, separator), default=0), len(items))
-            args = (*args[:value], items, *args[value + 1 :])
-        _check_numbers([*args[value + 1 :], *kwargs.values()])
+                text, old, new = texts[:3]
+                _check_product(text.count(old), len(new))
+        if name == "join" and len(args) > value_at:
+            before = args[:value_at]
+            items = list(budget.counted(args[value_at]))
+            after = args[value_at + 1 :]
+            separators = [*after[:1], *kwargs.values()]
+            longest = max((_size(separator) for separator in separators), default=0)
+            _check_product(longest, len(items))
+            args = (*before, items, *after)
+        _check_numbers([*args[value_at + 1 :], *kwargs.values()])
         _check_texts(args)
         return budget.made(function(*args, **kwargs))
 
@@ -283,7 +313,8 @@ def _counting(budget: _Budget, name: str, function: Callable) -> Callable:
 
 def _environment(now: datetime) -> _Environment:
     """Jinja as transformers sets it up for chat templates."""
-    version = tuple(int(part) for part in re.findall(r"\d+", jinja2.__version__)[:3])
+    numbers = re.findall(r"\d+", jinja2.__version__)
+    version = tuple(int(number) for number in numbers[:3])
     if version < (3, 1, 6):  # older sandboxes can be escaped, and templates are untrusted
         raise ValueError(
             f"jinja2 {jinja2.__version__} cannot run a checkpoint's template safely -> "
@@ -305,7 +336,7 @@ def _environment(now: datetime) -> _Environment:
         return json.dumps(value, ensure_ascii=ensure_ascii, **style)
 
     def joined(parts: list[Any]) -> str:
-        texts = list(map(str, parts))
+        texts = [str(part) for part in parts]
         _check_texts([texts])
         return budget.made("".join(texts))
 

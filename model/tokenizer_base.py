@@ -50,7 +50,8 @@ class Tokenizer(ABC):
         self.special = dict(sorted(special.items(), key=lambda item: item[1]))
         self.bos_id = special.get(named.get("bos_token", ""))
         self.eos_id = special.get(named.get("eos_token", ""))
-        self.vocab_size = max(*bytes_of, *special.values()) + 1
+        largest_id = max(*bytes_of, *special.values())
+        self.vocab_size = largest_id + 1
         self.add_bos = False
         self.special_pattern = any_of(special)
         self._spelling = {id: spelling for spelling, id in special.items()}
@@ -86,7 +87,8 @@ class Tokenizer(ABC):
         text.encode()  # UnicodeEncodeError (a ValueError) for a lone surrogate
         ids = self._encode_plain(text, continues)
         if not self._never_plain.isdisjoint(ids):
-            spelling = next(self._spelling[id] for id in ids if id in self._never_plain)
+            forged = [id for id in ids if id in self._never_plain]
+            spelling = self._spelling[forged[0]]
             raise ValueError(
                 f"this tokenizer makes the special token {spelling!r} out of plain text, so a user "
                 "could forge it; its vocabulary cannot be used safely"
@@ -99,8 +101,11 @@ class Tokenizer(ABC):
         if not continues:
             return self._encode_template(text)
         match = self.special_pattern.search(text)
-        head = text[: match.start()] if match else text
-        return self.encode(head, continues=True) + self._encode_template(text[len(head) :])
+        if match is None:
+            plain, rest = text, ""
+        else:
+            plain, rest = text[: match.start()], text[match.start() :]
+        return self.encode(plain, continues=True) + self._encode_template(rest)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`: special tokens skipped, bytes that are not UTF-8 as U+FFFD.
@@ -124,12 +129,20 @@ class Tokenizer(ABC):
 
 
 def any_of(spellings: Iterable[str]) -> re.Pattern:
-    """Matches any of `spellings`, the longest first; never matches when there are none."""
-    longest_first = sorted(filter(None, spellings), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    """Matches any of `spellings`, the longest first; never matches when there are none.
+
+    An empty spelling is left out: it would match everywhere.
+    """
+    not_empty = [spelling for spelling in spellings if spelling]
+    longest_first = sorted(not_empty, key=len, reverse=True)
+    if not longest_first:
+        return re.compile("(?!)")
+    return re.compile("|".join(re.escape(spelling) for spelling in longest_first))
 
 
 def bytes_of_piece(piece: str) -> bytes:
     """The bytes of a sentencepiece piece: <0xNN> is a byte, U+2581 a space."""
     byte = BYTE_PIECE.fullmatch(piece)
-    return bytes.fromhex(byte.group(1)) if byte else piece.replace(SPACE, " ").encode()
+    if byte:
+        return bytes.fromhex(byte.group(1))
+    return piece.replace(SPACE, " ").encode()

@@ -57,23 +57,34 @@ class TokenizerFiles:
         listed: dict[str, int],
         control: Collection[str],
     ) -> TokenizerFiles:
-        # LLaMA-1 conversions have empty names: they name nothing.
-        named = {role: _spelling(spellings[role]) for role in ROLES if role in spellings}
-        named = {role: spelling for role, spelling in named.items() if spelling != ""}
-        ids = {role: next(iter(role_ids(path / "config.json", role)), None) for role in ROLES[:2]}
-        extra = spellings.get("additional_special_tokens")
-        extra = extra or spellings.get("extra_special_tokens") or []
-        extra = extra.values() if isinstance(extra, dict) else extra
-        special = {_spelling(token) for token in extra} | {s for s in named.values() if s}
-        special |= {*control}
+        """The files' contents as one object; `spellings` are those of tokenizer_config.json and of
+        special_tokens_map.json, `listed` is added_tokens.json."""
+        # 1. bos, eos, ...: by name, and by id in config.json
+        named: dict[str, str | None] = {}
+        for role in ROLES:
+            if role in spellings:
+                spelling = _spelling(spellings[role])
+                if spelling != "":  # LLaMA-1 conversions have empty names: they name nothing
+                    named[role] = spelling
+        ids: dict[str, int | None] = {}
+        for role in ("bos_token", "eos_token"):
+            ids_of_role = role_ids(path / "config.json", role)
+            ids[role] = ids_of_role[0] if ids_of_role else None
 
+        # 2. the special tokens
+        special = set(control)
+        special |= {spelling for spelling in named.values() if spelling}
+        special |= {_spelling(token) for token in _extra_special_tokens(spellings)}
+
+        # 3. the added tokens, some of which are special too
+        added: dict[int, dict[str, Any]] = {}
         declared = settings.get("added_tokens_decoder")
         if declared is not None:
-            added = {_added_id(id): token for id, token in declared.items()}
+            for id, token in declared.items():
+                added[_added_id(id)] = token
         else:
-            added = {
-                _added_id(id): {"content": s, "special": s in special} for s, id in listed.items()
-            }
+            for spelling, id in listed.items():
+                added[_added_id(id)] = {"content": spelling, "special": spelling in special}
         special |= {token["content"] for token in added.values() if token.get("special")}
         return cls(settings, named, ids, added, frozenset(special))
 
@@ -81,10 +92,12 @@ class TokenizerFiles:
         """Role -> spelling: the name in these files, else the tokenizer's own, else that of the id
         in config.json, if it is one of the control tokens `special`."""
         spelling_of = {id: spelling for spelling, id in special.items()}
-        roles: dict[str, str | None] = {
-            role: spelling_of[id] for role, id in self.ids.items() if id in spelling_of
-        }
-        roles |= own | self.named
+        roles: dict[str, str | None] = {}
+        for role, id in self.ids.items():
+            if id in spelling_of:
+                roles[role] = spelling_of[id]
+        roles |= own
+        roles |= self.named  # None where a file states that there is no such token
         return {role: spelling for role, spelling in roles.items() if spelling}
 
     def add_to(self, tokenizer: Any, file: Path, hidden: Collection[str] = ()) -> None:
@@ -92,13 +105,15 @@ class TokenizerFiles:
         out, except the `hidden` ones. ValueError where ids disagree."""
         from tokenizers import AddedToken
 
-        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        own_added = tokenizer.get_added_tokens_decoder()  # id -> AddedToken
+        known = {token.content: token for token in own_added.values()}
         for id, entry in sorted(self.added.items()):
             spelling = entry["content"]
             if spelling in hidden:
                 continue
             if spelling not in known:
-                flags = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+                no_flags = ("content", "__type")
+                flags = {name: value for name, value in entry.items() if name not in no_flags}
                 known[spelling] = AddedToken(spelling, **flags)
                 tokenizer.add_tokens([known[spelling]])
             own_id = tokenizer.token_to_id(spelling)
@@ -108,8 +123,10 @@ class TokenizerFiles:
                     "take all tokenizer files from one checkpoint"
                 )
         # A special token without an id has no row in the model either, so it is left out.
-        for spelling in sorted(self.special - {*hidden}):
-            token = known.get(spelling) or AddedToken(spelling, normalized=False)
+        for spelling in sorted(self.special - set(hidden)):
+            token = known.get(spelling)
+            if token is None:
+                token = AddedToken(spelling, normalized=False)
             if tokenizer.token_to_id(spelling) is not None and not token.special:
                 token.special = True
                 tokenizer.add_special_tokens([token])
@@ -125,12 +142,12 @@ class TokenizerFiles:
                     f"{file} spells id {id} {pieces[id]!r}, the files beside it say "
                     f"{token['content']!r}; take all tokenizer files from one checkpoint"
                 )
-            strips = [f for f in ("lstrip", "rstrip", "single_word") if token.get(f)]
-            if strips:
-                raise ValueError(
-                    f"{file}: the added token {token['content']!r} sets {strips[0]}, which is not "
-                    "supported with a tokenizer.model; save the tokenizer as tokenizer.json"
-                )
+            for flag in ("lstrip", "rstrip", "single_word"):
+                if token.get(flag):
+                    raise ValueError(
+                        f"{file}: the added token {token['content']!r} sets {flag}, which is not "
+                        "supported with a tokenizer.model; save the tokenizer as tokenizer.json"
+                    )
         return {token["content"]: id for id, token in self.added.items() if id not in pieces}
 
 
@@ -138,15 +155,28 @@ def role_ids(file: Path, role: str) -> list[int]:
     """The ids that config.json or generation_config.json gives a role (`eos_token`): none, one or
     several. ValueError naming the file where its value is no token id, list of them or null."""
     value = read_json(file, {}).get(f"{role}_id")
-    ids = value if isinstance(value, list) else [value]
     if value is None:
-        ids = []
+        return []
+    ids = value if isinstance(value, list) else [value]
     for id in ids:
-        if type(id) is not int or not 0 <= id <= LARGEST_ID:  # not isinstance: true would be an int
+        is_int = type(id) is int  # not isinstance, for which true is an int
+        if not is_int or not 0 <= id <= LARGEST_ID:
             raise ValueError(
                 f"{file}: {role}_id is {value!r}; expected a token id, a list of token ids or null"
             )
     return ids
+
+
+def _extra_special_tokens(spellings: dict[str, Any]) -> Collection[Any]:
+    """The special tokens that have no role: texts, or objects with flags."""
+    extra = spellings.get("additional_special_tokens")
+    if not extra:
+        extra = spellings.get("extra_special_tokens")
+    if not extra:
+        return []
+    if isinstance(extra, dict):  # name -> token
+        return extra.values()
+    return extra
 
 
 def _spelling(token: Any) -> str | None:

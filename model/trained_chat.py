@@ -23,7 +23,7 @@ from model.config import read_json
 from model.durable import file_beside
 
 FILE = "chat.json"
-OWN = "own"  # the flag's word for the checkpoint's own template
+OWN = "own"  # the value of --chat-format for the checkpoint's own template
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,27 @@ class TrainedChat:
         if not file.exists():
             return None
         record = read_json(file)
-        kinds: dict[str, Any] = dict.fromkeys(("chat_format", "template", "template_hash"), str)
-        kinds |= {"end_id": int, "end_token": str, "system": (str, type(None))}
-        for name, kind in kinds.items():
-            if not isinstance(record.get(name), kind):
+        types: dict[str, Any] = {
+            "chat_format": str,
+            "template": str,
+            "template_hash": str,
+            "end_id": int,
+            "end_token": str,
+            "system": (str, type(None)),
+        }
+        for name, expected in types.items():
+            if not isinstance(record.get(name), expected):
                 raise ValueError(
                     f"{file}: {name} is {record.get(name)!r}, which training does not write; "
                     "restore the file, or delete it and name --chat-format yourself"
                 )
-        if record["chat_format"] not in (OWN, *FORMATS):
+        known_formats = (OWN, *FORMATS)
+        if record["chat_format"] not in known_formats:
             raise ValueError(
                 f"{file}: chat format {record['chat_format']!r}; expected one of "
-                f"{', '.join((OWN, *FORMATS))}"
+                f"{', '.join(known_formats)}"
             )
-        return cls(**{name: record[name] for name in kinds})
+        return cls(**{name: record[name] for name in types})
 
     def write(self, directory: Path) -> None:
         """Put the record into a directory: written beside, then renamed."""
@@ -91,32 +98,27 @@ class TrainedChat:
                 "it was trained with another chat template than the model's directory has now: its "
                 "answers will not be what training made them"
             )
-        if chat.tokenizer.piece(chat.end_id) != self.end_token:
+        end_token = chat.tokenizer.piece(chat.end_id)
+        if end_token != self.end_token:
             return (
                 f"its answers were trained to end with {self.end_token!r}, here they end with "
-                f"{chat.tokenizer.piece(chat.end_id)!r}"
+                f"{end_token!r}"
             )
         return None
 
     def install(self, directory: Path) -> None:
         """Give the model in `directory` the chat template and the end token of its training."""
-        known = checkpoint_eos_ids(directory)
-        ends = list(dict.fromkeys([self.end_id, *known]))
-        if ends != known:
-            config = read_json(directory / "config.json")
-            generation = read_json(
-                directory / "generation_config.json",
-                {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config},
-            )
-            stops = ends if len(ends) > 1 else ends[0]
-            _write(directory / "generation_config.json", generation | {"eos_token_id": stops})
-            _write(directory / "config.json", config | {"eos_token_id": stops})
+        known_ids = checkpoint_eos_ids(directory)
+        end_ids = list(dict.fromkeys([self.end_id, *known_ids]))  # each once, the trained one first
+        if end_ids != known_ids:
+            _set_end_ids(directory, end_ids)
         if self.chat_format == OWN:
             return
         (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
-        settings = read_json(directory / "tokenizer_config.json", {})
-        if settings:  # older programs look here
-            _write(directory / "tokenizer_config.json", settings | {"chat_template": self.template})
+        settings_file = directory / "tokenizer_config.json"  # older programs look here
+        settings = read_json(settings_file, {})
+        if settings:
+            _write(settings_file, settings | {"chat_template": self.template})
 
     def text(self) -> str:
         """A line for the user of the model."""
@@ -128,10 +130,29 @@ class TrainedChat:
 
 def common_system(conversations: Iterable[Sequence[Mapping[str, str]]]) -> str | None:
     """The system message that all conversations begin with, None where they differ or have none."""
-    first = [messages[0] for messages in conversations]
-    systems = {m["content"] if m["role"] == "system" else None for m in first}
-    return systems.pop() if len(systems) == 1 else None
+    systems: set[str | None] = set()
+    for messages in conversations:
+        first = messages[0]
+        systems.add(first["content"] if first["role"] == "system" else None)
+    if len(systems) != 1:
+        return None
+    (system,) = systems
+    return system
+
+
+def _set_end_ids(directory: Path, end_ids: list[int]) -> None:
+    """Name the end tokens in generation_config.json and config.json, as the list or the one id."""
+    config_file = directory / "config.json"
+    generation_file = directory / "generation_config.json"
+    config = read_json(config_file)
+    # what transformers would make of config.json where there is no generation_config.json
+    inherited = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+    generation = read_json(generation_file, inherited)
+    stops = {"eos_token_id": end_ids if len(end_ids) > 1 else end_ids[0]}
+    _write(generation_file, generation | stops)
+    _write(config_file, config | stops)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory
 from engine.session import ModelConfig, Session, as_begun
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.train import train_job
+from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
 
@@ -52,13 +52,18 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model = from_flags(ModelConfig, args)
-    kinds = (DataConfig, EncodeConfig, TrainConfig, LoraConfig, ValidateConfig)
-    configs = [from_flags(kind, args) for kind in kinds]
+    config = TrainJobConfig(
+        data=from_flags(DataConfig, args),
+        encode=from_flags(EncodeConfig, args),
+        train=from_flags(TrainConfig, args),
+        lora=from_flags(LoraConfig, args),
+        validate=from_flags(ValidateConfig, args),
+    )
     with lock_directory(args.out):
         if args.out is not None:
             model = as_begun(model, args.out / "meta.json")
         session = Session.open(model)
-        train_job(session, *configs, args.out, show_rows=args.show, resume=args.resume)
+        train_job(session, config, args.out, show_rows=args.show, resume=args.resume)
 
 
 if __name__ == "__main__":

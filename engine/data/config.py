@@ -14,7 +14,7 @@ from engine.runtime.limits import MOST, check_numbers
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows of which file."""
+    """The data file, and which of its rows are used."""
 
     data: str  # file of rows (JSON, JSONL or CSV; may be gzipped) or of distilled data
     columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target; an
@@ -41,9 +41,10 @@ class DataConfig:
         check: raises ValueError for a row that cannot be used, as `template_takes` does for one
         that the chat template refuses. opened: the file, if it is open already.
         """
+        columns = parse_columns(self.columns) if self.columns else None
         rows = load_rows(
-            opened or self.data,
-            columns=parse_columns(self.columns) if self.columns else None,
+            self.data if opened is None else opened,
+            columns=columns,
             skip_bad=self.skip_bad,
             limit=self.limit,
             need_reference=need_reference,

@@ -1,8 +1,9 @@
-"""A record becomes the messages of a conversation: conversation_of(record, shape)."""
+"""A record becomes the messages of a conversation: `conversation_of(record, shape)`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from engine.data.fields import as_text, is_given, kind, message, required_field
 
@@ -27,24 +28,34 @@ UNSUPPORTED = {
 }
 
 
-def conversation_of(
-    record: dict, shape: dict[str, str], need_reference: bool
-) -> tuple[list[dict], set[str]]:
-    """(the messages, names of keys of messages that were not used).
+class Conversation(NamedTuple):
+    """The messages of a record.
 
-    A message is {"role", "content"}, and "trained": bool where the record says it. ValueError for
-    a record that is no conversation, or needs what is not supported.
+    A message is {"role", "content"}, and "trained": bool where the record says whether the message
+    is to be trained on.
+    """
+
+    messages: list[dict]
+    unused_keys: set[str]  # keys of messages that are given and not read: "messages[].name"
+
+
+def conversation_of(record: dict, shape: dict[str, str], need_reference: bool) -> Conversation:
+    """The conversation of a record of this shape, the assistant's answer last.
+
+    need_reference: False for a conversation that ends with the user's message instead. ValueError
+    for a record that is no conversation, or has an unsupported field that would change its texts.
     """
     if "messages" in shape:
-        messages, unused = _messages_of_a_list(record, shape, need_reference)
+        messages, unused_keys = _conversation_of_list(record, shape, need_reference)
     else:
         messages = _messages_of_fields(record, shape, need_reference)
-        unused = set()
+        unused_keys = set()
     if is_given(record, shape, "system"):
+        name = shape["system"]
         if messages[0]["role"] == "system":
-            raise ValueError(f"both a system message and a {shape['system']!r} field; keep one")
-        messages.insert(0, message("system", record[shape["system"]], shape["system"]))
-    return messages, unused
+            raise ValueError(f"both a system message and a {name!r} field; keep one")
+        messages.insert(0, message("system", record[name], name))
+    return Conversation(messages, unused_keys)
 
 
 def _messages_of_fields(
@@ -53,43 +64,56 @@ def _messages_of_fields(
     """The messages of a record that has its prompt and its answer in fields of their own."""
     messages = []
     if is_given(record, shape, "history"):
-        name, history = shape["history"], record[shape["history"]]
-        fault = f"{name!r} is not a list of [user, assistant] pairs"
-        if not isinstance(history, list):
-            raise ValueError(fault)
-        for i, pair in enumerate(history, 1):
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise ValueError(fault)
-            messages.append(message("user", as_text(pair[0]), f"{name} {i}, user"))
-            messages.append(message("assistant", as_text(pair[1]), f"{name} {i}, assistant"))
-    prompt = as_text(required_field(record, shape["prompt"]))
-    messages.append(message("user", prompt, shape["prompt"]))
+        name = shape["history"]
+        messages = _messages_of_history(record[name], name)
+    name = shape["prompt"]
+    prompt = as_text(required_field(record, name))
+    user_message = message("user", prompt, name)
     if is_given(record, shape, "input"):
-        extra = message("user", as_text(record[shape["input"]]), shape["input"])
-        messages[-1]["content"] += "\n" + extra["content"]
+        name = shape["input"]
+        extra = message("user", as_text(record[name]), name)
+        user_message["content"] += "\n" + extra["content"]
+    messages.append(user_message)
     if need_reference:
-        answer = as_text(required_field(record, shape["response"]))
-        messages.append(message("assistant", answer, shape["response"]))
+        name = shape["response"]
+        answer = as_text(required_field(record, name))
+        messages.append(message("assistant", answer, name))
     return messages
 
 
-def _messages_of_a_list(
+def _messages_of_history(history: object, name: str) -> list[dict[str, str]]:
+    """The earlier turns, from a list of [user, assistant] pairs in the field `name`."""
+    fault = f"{name!r} is not a list of [user, assistant] pairs"
+    if not isinstance(history, list):
+        raise ValueError(fault)
+    messages = []
+    for number, pair in enumerate(history, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(fault)
+        question, answer = pair
+        messages.append(message("user", as_text(question), f"{name} {number}, user"))
+        messages.append(message("assistant", as_text(answer), f"{name} {number}, assistant"))
+    return messages
+
+
+def _conversation_of_list(
     record: dict, shape: dict[str, str], need_reference: bool
-) -> tuple[list[dict], set[str]]:
-    """The messages of a list of {role, content} or {from, value}, and names of unused keys."""
+) -> Conversation:
+    """The conversation of a list of {role, content} or {from, value}."""
     name = shape["messages"]
     entries = required_field(record, name)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{name!r} is {kind(entries)}, expected a list of messages")
     messages: list[dict] = []
-    unused: set[str] = set()
+    unused_keys: set[str] = set()
     for number, entry in enumerate(entries, 1):
         messages.append(_message_of_entry(entry, number))
-        unused |= {f"{name}[].{key}" for key in _unused_keys(entry)}
+        for key in _unused_keys(entry):
+            unused_keys.add(f"{name}[].{key}")
     if not need_reference and messages[-1]["role"] == "assistant":
         messages.pop()
     check_turns(messages, last="assistant" if need_reference else "user")
-    return messages, unused
+    return Conversation(messages, unused_keys)
 
 
 def _message_of_entry(entry: object, number: int) -> dict:
@@ -106,8 +130,8 @@ def _message_of_entry(entry: object, number: int) -> dict:
         known = ", ".join(SPEAKERS)
         raise ValueError(f"message {number}: unknown role {speaker!r}; known: {known}")
     role = SPEAKERS[speaker]
-    text = _text_of_parts(entry.get("content", entry.get("value")), number)
-    made = message(role, text, f"message {number}")
+    content = entry.get("content", entry.get("value"))
+    made = message(role, _text_of_parts(content, number), f"message {number}")
     trained = _is_trained_on(entry, number)
     if trained and role != "assistant":
         raise ValueError(
@@ -120,14 +144,16 @@ def _message_of_entry(entry: object, number: int) -> dict:
 
 def _unused_keys(entry: dict) -> set[str]:
     """The keys of an entry that are given and from which nothing is read."""
-    used = {"role", "from", "content", "value", *TRAINED}
-    return {key for key, value in entry.items() if value not in (None, "", [], {})} - used
+    given = {key for key, value in entry.items() if value not in (None, "", [], {})}
+    read = {"role", "from", "content", "value", *TRAINED}
+    return given - read
 
 
 def _text_of_parts(content: object, number: int) -> object:
     """The text of a message; a list of text parts is joined, as chat templates join them."""
     if not isinstance(content, list) or not content:
         return as_text(content)
+    texts = []
     for part in content:
         part_type = part.get("type") if isinstance(part, dict) else kind(part)
         is_text = isinstance(part, dict) and part_type in ("text", "input_text", "output_text")
@@ -136,7 +162,8 @@ def _text_of_parts(content: object, number: int) -> object:
                 f"'message {number}' is a list with a part that is no text ({part_type}); expected "
                 'text, or parts {"type": "text", "text": ...}'
             )
-    return "".join(part["text"] for part in content)
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _is_trained_on(entry: dict, number: int) -> bool | None:
@@ -147,10 +174,12 @@ def _is_trained_on(entry: dict, number: int) -> bool | None:
             raise ValueError(
                 f"message {number}: {key!r} is {value!r}; expected 0 or 1 (false or true)"
             )
-    answers = {bool(value) for value in flags.values()}
-    if len(answers) > 1:
+    if not flags:
+        return None
+    values = [bool(value) for value in flags.values()]
+    if any(value != values[0] for value in values):
         raise ValueError(f"message {number}: {', '.join(flags)} contradict each other")
-    return answers.pop() if answers else None
+    return values[0]
 
 
 def context_only_turns(messages: Sequence[dict]) -> frozenset[int]:
@@ -158,11 +187,14 @@ def context_only_turns(messages: Sequence[dict]) -> frozenset[int]:
 
     ValueError where that is every turn.
     """
-    turns = [turn.get("trained") for turn in messages if turn["role"] == "assistant"]
-    context_only = frozenset(i for i, trained in enumerate(turns) if trained is False)
-    if turns and len(context_only) == len(turns):
+    answers = [turn for turn in messages if turn["role"] == "assistant"]
+    context_only = set()
+    for number, answer in enumerate(answers):
+        if answer.get("trained") is False:
+            context_only.add(number)
+    if answers and len(context_only) == len(answers):
         raise ValueError("no message of the assistant is to be trained on")
-    return context_only
+    return frozenset(context_only)
 
 
 def check_turns(messages: Sequence[dict[str, str]], last: str) -> None:
@@ -170,11 +202,11 @@ def check_turns(messages: Sequence[dict[str, str]], last: str) -> None:
 
     One system message may come first.
     """
-    first = 1 if messages and messages[0]["role"] == "system" else 0
-    for i, turn in enumerate(messages[first:]):
-        role = ("user", "assistant")[i % 2]
-        if turn["role"] != role:
-            number = first + i + 1
-            raise ValueError(f"message {number} is the {turn['role']}'s, expected the {role}'s")
+    first = 1 if messages and messages[0]["role"] == "system" else 0  # after the system message
+    expected = "user"
+    for number, turn in enumerate(messages[first:], first + 1):
+        if turn["role"] != expected:
+            raise ValueError(f"message {number} is the {turn['role']}'s, expected the {expected}'s")
+        expected = "assistant" if expected == "user" else "user"
     if len(messages) == first or messages[-1]["role"] != last:
         raise ValueError(f"the conversation does not end with the {last}")

@@ -17,9 +17,7 @@ def csv_records(file: DataFile) -> Iterator[tuple[int, object]]:
     ValueError for broken quotes, a column name that occurs twice, columns separated by ; tab or |.
     """
     csv.field_size_limit(MAX_CHARACTERS)  # the module's own limit is 131,072 characters
-    # A lone "\r" ends a line too, as in files of old Macs.
-    text = (part for line in lines(file) for part in io.StringIO(line, newline=""))
-    reader = csv.reader(text, strict=True)
+    reader = csv.reader(_csv_lines(file), strict=True)
     header: list[str] = []
     line = 1
     while True:
@@ -27,19 +25,22 @@ def csv_records(file: DataFile) -> Iterator[tuple[int, object]]:
             cells = next(reader, None)
         except csv.Error as error:
             raise ValueError(f"{file.path}:{line}: bad CSV: {error}; repair it") from None
-        if cells is None:
+        if cells is None:  # the end of the file
             return
-        is_blank_line = not cells
-        if is_blank_line:
-            pass
-        elif not header:
+        if cells and not header:  # a blank line has no cells
             _check_header(f"{file.path}:{line}", cells)
             header = cells
-        elif len(cells) == len(header):
+        elif cells and len(cells) == len(header):
             yield line, dict(zip(header, cells, strict=True))
-        else:
+        elif cells:
             yield line, ValueError(f"{len(cells)} cells, expected {len(header)} as in the header")
         line = reader.line_num + 1
+
+
+def _csv_lines(file: DataFile) -> Iterator[str]:
+    """The lines of a file; a lone "\\r" ends a line too, as in files of old Macs."""
+    for line in lines(file):
+        yield from io.StringIO(line, newline="")
 
 
 def _check_header(place: str, header: list[str]) -> None:

@@ -18,7 +18,7 @@ import shlex
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from model.file_checks import check_file
 
@@ -30,21 +30,36 @@ _PANDAS = (
     "python -c \"import pandas; pandas.{read}({{name!r}}).to_json({{out!r}}, orient='records', "
     'lines=True)"'
 )
-# (first bytes, what such a file is, what to do; {file} is quoted for a shell, {name!r} for Python)
+
+
+class ForeignFormat(NamedTuple):
+    """A file format that is refused."""
+
+    magic: bytes  # the first bytes of such a file
+    name: str
+    conversion: str  # advice; {file} is the file's name for a shell, {name!r} and {out!r} in Python
+
+
 FOREIGN_FORMATS = (
-    (b"PAR1", "a Parquet file", _PANDAS.format(read="read_parquet")),
-    (b"ARROW1", "an Arrow (Feather) file", _PANDAS.format(read="read_feather")),
-    (b"\xff\xff\xff\xff", "an Arrow stream (a file of a saved Hugging Face data set)",
-     "load the data set with `datasets` and write it with its to_json({out!r})"),
-    (b"PK\x03\x04", "a zip archive (an .xlsx workbook is one)",
-     "save a workbook's sheet as CSV (UTF-8), unpack anything else: unzip {file}"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save the sheet as CSV (UTF-8)"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d {file}"),
-    (b"BZh", "compressed with bzip2", "bzip2 -dk {file}"),
-    (b"\xfd7zXZ\x00", "compressed with xz", "xz -dk {file}"),
-    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
-    (b"%PDF", "a PDF document", "write its rows as JSONL"),
-)  # fmt: skip
+    ForeignFormat(b"PAR1", "a Parquet file", _PANDAS.format(read="read_parquet")),
+    ForeignFormat(b"ARROW1", "an Arrow (Feather) file", _PANDAS.format(read="read_feather")),
+    ForeignFormat(
+        b"\xff\xff\xff\xff",
+        "an Arrow stream (a file of a saved Hugging Face data set)",
+        "load the data set with `datasets` and write it with its to_json({out!r})",
+    ),
+    ForeignFormat(
+        b"PK\x03\x04",
+        "a zip archive (an .xlsx workbook is one)",
+        "save a workbook's sheet as CSV (UTF-8), unpack anything else: unzip {file}",
+    ),
+    ForeignFormat(b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save the sheet as CSV (UTF-8)"),
+    ForeignFormat(b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d {file}"),
+    ForeignFormat(b"BZh", "compressed with bzip2", "bzip2 -dk {file}"),
+    ForeignFormat(b"\xfd7zXZ\x00", "compressed with xz", "xz -dk {file}"),
+    ForeignFormat(b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    ForeignFormat(b"%PDF", "a PDF document", "write its rows as JSONL"),
+)
 
 
 class DataFile:
@@ -61,8 +76,10 @@ class DataFile:
         check_file(self.path)
         self._hash = hashlib.sha256()
         self._opened = self.path.open("rb")
-        gzipped = self._opened.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC)
-        self._file: BinaryIO = gzip.GzipFile(fileobj=self._opened) if gzipped else self._opened
+        self._file: BinaryIO = self._opened
+        beginning = self._opened.peek(len(GZIP_MAGIC))
+        if beginning.startswith(GZIP_MAGIC):
+            self._file = gzip.GzipFile(fileobj=self._opened)
         self._stream = self._decoded_chunks()
         self._peeked: list[str] = []  # chunks that `head` or `first_line` read ahead of `chunks`
 
@@ -79,33 +96,43 @@ class DataFile:
 
     def chunks(self) -> Iterator[str]:
         """The text from its beginning, in chunks; to be called once."""
-        peeked, self._peeked = self._peeked, []
+        peeked = self._peeked
+        self._peeked = []
         return itertools.chain(peeked, self._stream)
+
+    def _peek_chunk(self) -> str | None:
+        """The next chunk, kept for `chunks`; None at the end of the file."""
+        chunk = next(self._stream, None)
+        if chunk is not None:
+            self._peeked.append(chunk)
+        return chunk
+
+    def _peeked_characters(self) -> int:
+        """Characters in the chunks that are kept for `chunks`."""
+        return sum(len(chunk) for chunk in self._peeked)
 
     def head(self) -> str:
         """At least the first HEAD_CHARACTERS characters, or all if there are fewer.
 
         `chunks` still begins at the beginning of the file.
         """
-        while sum(map(len, self._peeked)) < HEAD_CHARACTERS:
-            chunk = next(self._stream, None)
-            if chunk is None:
+        while self._peeked_characters() < HEAD_CHARACTERS:
+            if self._peek_chunk() is None:
                 break
-            self._peeked.append(chunk)
         return "".join(self._peeked)
 
     def first_line(self) -> str:
         """The first line that is not blank; `chunks` still begins at the beginning of the file."""
-        line, newline, _ = self.head().lstrip(" \t\r\n").partition("\n")
+        text = self.head().lstrip(" \t\r\n")
+        line, newline, _ = text.partition("\n")
         parts = [line]
         while not newline:
-            chunk = next(self._stream, None)
+            chunk = self._peek_chunk()
             if chunk is None:
                 break
-            self._peeked.append(chunk)
             line, newline, _ = chunk.partition("\n")
             parts.append(line)
-            check_size(self.path, sum(map(len, self._peeked)))
+            check_size(self.path, self._peeked_characters())
         return "".join(parts)
 
     def sha256(self) -> str:
@@ -130,7 +157,8 @@ class DataFile:
         decoder = codecs.getincrementaldecoder("utf-8")()
         data = self._read_chunk()
         self._refuse_foreign_format(data)
-        offset, line = 0, 1  # of the beginning of `data`
+        offset = 0  # bytes before `data`
+        line = 1  # in which `data` begins
         mark_may_follow = True
         while True:
             undecoded = len(decoder.getstate()[0])  # bytes of a character that `data` completes
@@ -144,26 +172,29 @@ class DataFile:
                 text = text.removeprefix("\ufeff")
                 mark_may_follow = False
             yield text
+            line += text.count("\n")
             if fault is not None:
+                byte = fault.object[fault.start]
+                at = offset - undecoded + fault.start
                 raise ValueError(
-                    f"{self.path} is not UTF-8: byte 0x{fault.object[fault.start]:02x} at offset "
-                    f"{offset + fault.start - undecoded} (line {line + text.count(chr(10))}); "
+                    f"{self.path} is not UTF-8: byte 0x{byte:02x} at offset {at} (line {line}); "
                     "convert it: iconv -f ENCODING -t UTF-8"
                 )
             if not data:
                 return
             offset += len(data)
-            line += text.count("\n")
             data = self._read_chunk()
 
     def _refuse_foreign_format(self, data: bytes) -> None:
         """ValueError where the first bytes are those of one of FOREIGN_FORMATS."""
-        for magic, format_name, command in FOREIGN_FORMATS:
-            if data.startswith(magic):
-                name, out = str(self.path), f"{self.path.stem}.jsonl"
-                command = command.format(file=shlex.quote(name), name=name, out=out)
+        for foreign in FOREIGN_FORMATS:
+            if data.startswith(foreign.magic):
+                name = str(self.path)
+                advice = foreign.conversion.format(
+                    file=shlex.quote(name), name=name, out=f"{self.path.stem}.jsonl"
+                )
                 raise ValueError(
-                    f"{self.path} is {format_name}; expected JSON, JSONL or CSV: {command}"
+                    f"{self.path} is {foreign.name}; expected JSON, JSONL or CSV: {advice}"
                 )
 
 
@@ -176,9 +207,10 @@ def lines(file: DataFile) -> Iterator[str]:
     unfinished: list[str] = []  # the parts of a line whose newline has not come yet
     size = 0  # characters in `unfinished`
     for chunk in file.chunks():
-        *whole, rest = chunk.split("\n")
-        for line in whole:
-            yield "".join((*unfinished, line, "\n"))
+        *ended, rest = chunk.split("\n")
+        for line in ended:
+            unfinished.append(line)
+            yield "".join(unfinished) + "\n"
             unfinished = []
             size = 0
         unfinished.append(rest)

@@ -51,15 +51,15 @@ def is_distilled(path: str | Path | DataFile) -> bool:
             return is_distilled(file)
     if not path.head().lstrip().startswith("{") or path.suffix == ".csv":
         return False
-    first = path.first_line()
-    return all(name in first for name in ('"response_ids"', '"target"', '"status"'))
+    line = path.first_line()
+    return '"response_ids"' in line and '"target"' in line and '"status"' in line
 
 
 def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Rows:
     """The lines of a distilled file as Distilled; ValueError names those that break its rules.
 
-    limit: stop after so many lines; the rest is not checked. A torn last line breaks the rules:
-    `distill.py --resume` completes a killed run.
+    The result's `sha256` is that of the whole file. limit: stop after so many lines; the rest is
+    not checked. A torn last line breaks the rules: `distill.py --resume` completes a killed run.
     """
     loaded: list[Distilled] = []
     bad: list[str] = []
@@ -93,8 +93,9 @@ def _distilled(record: object) -> Distilled:
     _check_fields(record)
     line = Distilled(**record)
     _check_context(line)
-    if not all(type(i) is int and i >= 0 for i in line.response_ids):
-        raise ValueError("'response_ids' holds something else than token ids")
+    for token in line.response_ids:
+        if type(token) is not int or token < 0:
+            raise ValueError("'response_ids' holds something else than token ids")
     if line.prompt_tokens < 0 or line.response_tokens != len(line.response_ids):
         raise ValueError(
             f"prompt_tokens={line.prompt_tokens}, response_tokens={line.response_tokens} "
@@ -107,14 +108,16 @@ def _distilled(record: object) -> Distilled:
         )
     message("assistant", line.reference, "reference")
     for stage, statuses in line.tries.items():
-        if not isinstance(statuses, list) or not all(isinstance(s, str) for s in statuses):
+        is_list = isinstance(statuses, list)
+        if not is_list or not all(isinstance(status, str) for status in statuses):
             raise ValueError(f"'tries' of {stage!r}: expected a list of statuses")
     _check_target(line)
     return line
 
 
 def _check_fields(record: object) -> None:
-    """The field names, of which `tries` may be absent, and the type of each value."""
+    """ValueError for other field names than Distilled's, of which `tries` may be absent, and for
+    a value of another type."""
     names = [field.name for field in fields(Distilled)]
     if not isinstance(record, dict) or record.keys() | {"tries"} != set(names):
         got = ", ".join(record) if isinstance(record, dict) else kind(record)
@@ -132,7 +135,8 @@ def _check_fields(record: object) -> None:
 
 
 def _check_context(line: Distilled) -> None:
-    """The messages before the turn, and that the id counts the assistant's among them."""
+    """ValueError for messages that are no context of a turn, or an id that does not count the
+    assistant's among them."""
     for number, entry in enumerate(line.messages, 1):
         if not isinstance(entry, dict) or entry.keys() != {"role", "content"}:
             raise ValueError(f"message {number}: expected an object of role and content")
@@ -146,10 +150,10 @@ def _check_context(line: Distilled) -> None:
 
 
 def _check_target(line: Distilled) -> None:
-    """The target is the response where the status keeps it, else the reference."""
+    """ValueError unless the target is the response, for a status in KEPT, or the reference."""
     kept = line.status in KEPT
     if kept and not line.response_ids:
         raise ValueError(f"status {line.status!r}, but 'response_ids' is empty")
-    if line.target != (line.response if kept else line.reference):
-        source = "response" if kept else "reference"
+    source = "response" if kept else "reference"
+    if line.target != getattr(line, source):
         raise ValueError(f"status {line.status!r}, but 'target' is not the {source}")

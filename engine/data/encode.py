@@ -1,7 +1,7 @@
 """Encoding: rows, or lines of distilled data, become examples of token ids
 
     rows = load_rows("train.jsonl")                     # or load_distilled("distilled.jsonl")
-    examples, counts = encode(rows, chat, max_length=1024)
+    examples, counts = encode(rows, chat, EncodeRules(max_length=1024))
 
 Nothing is cut or left out silently: a turn that does not fit raises an error that names it, or is
 cut or left out where a flag says so, and counted. turns.py says which answer is trained on, fit.py
@@ -36,6 +36,44 @@ class Example:
     n_prompt: int
 
 
+@dataclass(frozen=True)
+class EncodeRules:
+    """Which answer of a turn is trained on, and what becomes of turns that are too long.
+
+    max_length     tokens of a whole example. Longer ones raise ValueError naming them, or with
+                   `truncate` lose the end of their answer. A prompt is not cut: one that leaves no
+                   room for an answer raises in any case
+    target         the answer. Of distilled lines: "target" (the sampled ids where the rewrite was
+                   kept, never a re-encoding; else the reference), "response" (always the sampled
+                   ids) or "reference" (then earlier answers in the context are references too: the
+                   control never sees a rewrite). Rows only have their reference
+    model_limit    tokens of the model's context: at this length no message proposes --max-length
+    drop_long      turns that would raise for their length are left out, of distilled data also
+                   those that would as another target: all targets train on the same turns. Other
+                   turns of a conversation stay
+    in_proportion  longer turns lose the ends of prompt and answer instead, as in the published code
+                   (`cut_in_proportion`); a turn is left out where nothing of its answer remains
+    skip_refused   turns that the chat template refuses are left out instead of raising ValueError
+    mix            share of the kept rewrites of "target" that are replaced by their reference,
+                   drawn by row id and `seed`; the contexts stay as they are
+    """
+
+    max_length: int
+    target: str = "target"
+    model_limit: int | None = None
+    truncate: bool = False
+    drop_long: bool = False
+    in_proportion: bool = False
+    skip_refused: bool = False
+    mix: float = 0.0
+    seed: int = 0
+
+    @property
+    def leaves_out_long(self) -> bool:
+        """Whether turns that are too long are left out instead of raising ValueError."""
+        return self.drop_long or self.in_proportion
+
+
 @dataclass
 class EncodeCounts:
     """Counts of an encoding; all that are not zero are printed for the user."""
@@ -57,69 +95,53 @@ class EncodeCounts:
 
     def add(self, example: Example, turn: TrainedTurn, encoded: EncodedTurn, fit: Fit) -> None:
         """Count an example and how it was made."""
+        tokens = len(example.ids)
         self.examples += 1
-        self.tokens += len(example.ids)
-        self.response_tokens += len(example.ids) - example.n_prompt
-        if len(example.ids) < len(encoded.prompt) + len(encoded.answer):
-            if fit.in_proportion:
-                self.cut += 1
-            else:
-                self.truncated += 1
+        self.tokens += tokens
+        self.response_tokens += tokens - example.n_prompt
+        is_cut = tokens < len(encoded.prompt) + len(encoded.answer)
+        if is_cut and fit.in_proportion:
+            self.cut += 1
+        elif is_cut:
+            self.truncated += 1
+        if turn.sampled_ids is not None:
+            self.from_response += 1
+        if not turn.ends:
+            self.unfinished += 1
+        if turn.end_added:
+            self.end_added += 1
+        if turn.mixed:
+            self.mixed += 1
+        if not encoded.as_rendered:
+            self.unrendered += 1
         answer = {"role": "assistant", "content": turn.text}
-        self.from_response += turn.sampled_ids is not None
-        self.unfinished += not turn.ends
-        self.end_added += turn.end_added
-        self.mixed += turn.mixed
-        self.unrendered += not encoded.as_rendered
-        self.special += fit.chat.spells_special([*turn.messages, answer])
+        if fit.chat.spells_special([*turn.messages, answer]):
+            self.special += 1
 
 
 def encode(
     rows: Sequence[Row] | Sequence[Distilled],
     chat: Chat,
-    *,
-    target: str = "target",
-    max_length: int,
-    model_limit: int | None = None,
-    truncate: bool = False,
-    drop_long: bool = False,
-    in_proportion: bool = False,
-    skip_refused: bool = False,
-    mix: float = 0.0,
-    seed: int = 0,
+    rules: EncodeRules,
 ) -> tuple[list[Example], EncodeCounts]:
     """One example per assistant turn: prompt ids, answer ids, the chat's end token.
 
-    target         the answer. Of distilled lines: "target" (the sampled ids where the rewrite was
-                   kept, never a re-encoding; else the reference), "response" (always the sampled
-                   ids) or "reference" (then earlier answers in the context are references too: the
-                   control never sees a rewrite). Rows only have their reference
-    max_length     tokens of a whole example. Longer ones raise ValueError naming them, or with
-                   `truncate` lose the end of their answer. A prompt is not cut: one that leaves no
-                   room for an answer raises in any case
-    model_limit    tokens of the model's context: at this length no message proposes --max-length
-    drop_long      turns that would raise for their length are left out, of distilled data also
-                   those that would as another target: all targets train on the same turns. Other
-                   turns of a conversation stay
-    in_proportion  longer turns lose the ends of prompt and answer instead, as in the published code
-                   (`cut_in_proportion`); a turn is left out where nothing of its answer remains
-    skip_refused   turns that the chat template refuses are left out instead of raising ValueError
-    mix            share of the kept rewrites of "target" that are replaced by their reference,
-                   drawn by row id and `seed`; the contexts stay as they are
-
     A response that hit the sampler's token limit gets no end token: a model must not learn to stop
     there. (Selection keeps such a response under --paper-exact only, which trains it with an end
-    token, as published: counted.) An answer without a token raises ValueError. Everything that is
-    cut or left out is counted.
+    token, as published: counted.) Everything that is cut or left out is counted.
+
+    ValueError, naming the turns, where the rules refuse their length, where an answer has no token,
+    and where the chat template refuses a conversation (but for `skip_refused`).
     """
-    check_target(rows, target, mix)
-    fit = Fit(chat, max_length, truncate, in_proportion)
-    may_drop = drop_long or in_proportion
-    too_long_elsewhere = _too_long_as_some_target(rows, fit, seed) if may_drop else frozenset()
+    check_target(rows, rules.target, rules.mix)
+    fit = Fit(chat, rules.max_length, rules.truncate, rules.in_proportion)
+    too_long_elsewhere: frozenset[str] = frozenset()
+    if rules.leaves_out_long:
+        too_long_elsewhere = _too_long_as_some_target(rows, fit, rules.seed)
     counts = EncodeCounts(context=_count_context_only(rows))
     faults = _Faults()
     examples = []
-    for turn in turns_to_train_on(rows, target, mix, seed):
+    for turn in turns_to_train_on(rows, rules.target, rules.mix, rules.seed):
         try:
             encoded = fit.encode(turn)
         except ValueError as error:  # the chat template refuses this conversation
@@ -129,17 +151,17 @@ def encode(
             faults.empty.append(f"{_named(turn)}: no token to train on")
             continue
         cut = fit.cut(turn, encoded)
-        if may_drop and (cut is None or turn.id in too_long_elsewhere):
+        if rules.leaves_out_long and (cut is None or turn.id in too_long_elsewhere):
             counts.dropped += 1
             continue
         if cut is None:
-            faults.add_too_long(turn, encoded, max_length)
+            faults.add_too_long(turn, encoded, rules.max_length)
             continue
-        example = Example(turn.id, *cut)
+        example = Example(turn.id, cut.ids, cut.n_prompt)
         examples.append(example)
         counts.add(example, turn, encoded, fit)
     counts.refused = len(faults.refused)
-    faults.raise_first(max_length, model_limit, skip_refused)
+    faults.raise_first(rules)
     return examples, counts
 
 
@@ -157,14 +179,16 @@ def _count_context_only(rows: Sequence[Row] | Sequence[Distilled]) -> int:
 def _too_long_as_some_target(
     rows: Sequence[Row] | Sequence[Distilled], fit: Fit, seed: int
 ) -> frozenset[str]:
-    """Turns of distilled data that are too long as a reference or as a rewrite, mixed or not.
+    """Ids of the turns of distilled data that are too long as a reference or as a rewrite, mixed
+    or not.
 
     They are left out for every target, so that all arms train on the same turns.
     """
     if not rows or isinstance(rows[0], Row):
         return frozenset()
     too_long = set()
-    for target, mix in (("reference", 0.0), ("target", 0.0), ("target", 1.0)):
+    every_target = (("reference", 0.0), ("target", 0.0), ("target", 1.0))  # (target, mix)
+    for target, mix in every_target:
         for turn in turns_to_train_on(rows, target, mix, seed):
             try:
                 encoded = fit.encode(turn)
@@ -176,8 +200,9 @@ def _too_long_as_some_target(
 
 
 def _named(turn: TrainedTurn) -> str:
-    """The turn's id, which may be a hash, with the beginning of what the user says."""
-    return f"{turn.id} ({turn.messages[-1]['content'][:40]!r})"
+    """The turn's id, which may be a hash, with the beginning of the user's message."""
+    beginning = turn.messages[-1]["content"][:40]
+    return f"{turn.id} ({beginning!r})"
 
 
 @dataclass
@@ -191,15 +216,17 @@ class _Faults:
 
     def add_too_long(self, turn: TrainedTurn, encoded: EncodedTurn, max_length: int) -> None:
         """Note a turn that does not fit."""
-        n_prompt, n_answer = len(encoded.prompt), len(encoded.answer)
+        n_prompt = len(encoded.prompt)
+        n_answer = len(encoded.answer)
         if n_prompt >= max_length:
             self.no_room.append(f"{_named(turn)}: {n_prompt} prompt tokens leave no room")
         else:
             self.too_long.append(f"{_named(turn)}: {n_prompt} + {n_answer} tokens")
 
-    def raise_first(self, max_length: int, model_limit: int | None, skip_refused: bool) -> None:
+    def raise_first(self, rules: EncodeRules) -> None:
         """ValueError with the turns of the first reason there is, and what to do about them."""
-        if self.refused and not skip_refused:
+        max_length = rules.max_length
+        if self.refused and not rules.skip_refused:
             fault = f"{len(self.refused)} turns are refused by the chat template"
             way_out = "change them, or leave them out with --skip-bad"
             raise ValueError(listing(fault, self.refused, way_out))
@@ -208,20 +235,20 @@ class _Faults:
             raise ValueError(listing(fault, self.empty, "remove them"))
         if self.no_room:
             fault = f"{len(self.no_room)} turns cannot be trained on with max_length={max_length}"
-            way_out = _way_out("leave them out with --drop-long", max_length, model_limit)
+            way_out = _way_out("leave them out with --drop-long", rules)
             raise ValueError(listing(fault, self.no_room, way_out))
         if self.too_long:
             fault = f"{len(self.too_long)} turns are longer than max_length={max_length}"
             otherwise = "--truncate answers, or leave them out with --drop-long"
-            way_out = _way_out(otherwise, max_length, model_limit)
+            way_out = _way_out(otherwise, rules)
             raise ValueError(listing(fault, self.too_long, way_out))
 
 
-def _way_out(otherwise: str, max_length: int, model_limit: int | None) -> str:
-    """What to do about long turns: a larger --max-length only where the model's context has it."""
-    if model_limit is None or max_length < model_limit:
+def _way_out(otherwise: str, rules: EncodeRules) -> str:
+    """Advice for long turns: a larger --max-length only where the model's context has room."""
+    if rules.model_limit is None or rules.max_length < rules.model_limit:
         return f"raise --max-length, or {otherwise}"
-    return f"the model itself was made for {model_limit} tokens: {otherwise}"
+    return f"the model itself was made for {rules.model_limit} tokens: {otherwise}"
 
 
 # ---- checks of rows and examples
@@ -232,7 +259,11 @@ def prompts_of(row: Row) -> list[tuple[dict[str, str], ...]]:
     is trained on, or all messages of a row without an answer."""
     if row.messages[-1]["role"] != "assistant":
         return [row.messages]
-    return [row.messages[:at] for k, at in enumerate(row.turns) if k not in row.context_only]
+    prompts = []
+    for turn, index in enumerate(row.turns):
+        if turn not in row.context_only:
+            prompts.append(row.messages[:index])
+    return prompts
 
 
 def template_takes(chat: Chat) -> Callable[[Row], None]:
@@ -249,7 +280,11 @@ def check_examples(examples: Sequence[Example]) -> None:
     """ValueError where there is no example, or naming those that cannot be trained on."""
     if not examples:
         raise ValueError("there is nothing to train on: no example (all turns were left out)")
-    empty = [e.id for e in examples if not 0 < e.n_prompt < len(e.ids)]
+    empty = []
+    for example in examples:
+        has_both = 0 < example.n_prompt < len(example.ids)
+        if not has_both:
+            empty.append(example.id)
     if empty:
         raise ValueError(f"{len(empty)} rows have no prompt or no response token: {empty[:10]}")
 
@@ -258,5 +293,6 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of the examples: ids, tokens, and where the loss begins."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.id, example.ids, example.n_prompt]).encode())
+        text = json.dumps([example.id, example.ids, example.n_prompt])
+        digest.update(text.encode())
     return digest.hexdigest()

@@ -6,7 +6,14 @@ import re
 
 from engine.data.json_records import Number
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no text that UTF-8 can write
+TYPE_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "a boolean",
+    type(None): "null",
+}
 
 
 def message(role: str, text: object, where: str) -> dict[str, str]:
@@ -24,27 +31,30 @@ def as_text(value: object) -> object:
     """A number as the text it was written as; everything else as it is."""
     if isinstance(value, Number):
         return value.text
-    return str(value) if type(value) is int else value
+    if type(value) is int:  # not isinstance, for which a bool is an int
+        return str(value)
+    return value
 
 
 def kind(value: object) -> str:
     """The type of a JSON value in words, for messages: "text", "a list", "empty" ..."""
     if value in ([], {}, ""):
         return "empty"
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    return TYPE_NAMES.get(type(value), "a number")
 
 
 def required_field(record: dict, name: str) -> object:
     """The value of a field; ValueError, listing the record's fields, where it is missing."""
     if name not in record:
-        raise ValueError(f"no field {name!r} among {', '.join(map(repr, record)) or 'none'}")
+        given = ", ".join(repr(field) for field in record)
+        raise ValueError(f"no field {name!r} among {given or 'none'}")
     return record[name]
 
 
 def is_given(record: dict, shape: dict[str, str], role: str) -> bool:
     """Whether an optional field is there and not empty: null, blanks and [] count as empty."""
-    value = as_text(record.get(shape.get(role)))
+    name = shape.get(role)
+    value = as_text(record.get(name))
     if isinstance(value, str):
         return bool(value.strip())
     return bool(value)

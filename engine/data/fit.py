@@ -19,6 +19,20 @@ class EncodedTurn(NamedTuple):
     as_rendered: bool  # whether the chat template writes the whole answer
 
 
+class CutTurn(NamedTuple):
+    """The tokens of a turn within the length rules."""
+
+    ids: list[int]
+    n_prompt: int  # of `ids`, those of the prompt; the others carry the loss
+
+
+class TurnTokens(NamedTuple):
+    """The tokens of one turn of a conversation."""
+
+    source: list[int]  # before the answer
+    target: list[int]  # the answer with its end token
+
+
 class Fit:
     """Encodes turns, and applies the length rules of a training.
 
@@ -42,64 +56,69 @@ class Fit:
         """
         if turn.sampled_ids is None:
             target = self.chat.target(turn.messages, turn.text)
-            prompt, answer, as_rendered = target.prompt, target.answer, target.as_rendered
+            prompt = target.prompt
+            answer = target.answer
+            as_rendered = target.as_rendered
         else:
             self.chat.check_ids(turn.sampled_ids)
             prompt = self.chat.prompt_ids(turn.messages)
-            answer, as_rendered = turn.sampled_ids, True
+            answer = turn.sampled_ids
+            as_rendered = True
         if answer and turn.ends:
             answer = [*answer, self.chat.end_id]
         return EncodedTurn(prompt, answer, as_rendered)
 
-    def cut(self, turn: TrainedTurn, encoded: EncodedTurn) -> tuple[list[int], int] | None:
-        """The ids of the example, and how many of them are the prompt's; None: it does not fit."""
-        prompt, answer = encoded.prompt, encoded.answer
+    def cut(self, turn: TrainedTurn, encoded: EncodedTurn) -> CutTurn | None:
+        """The turn within the length rules; None where it does not fit."""
+        prompt = encoded.prompt
+        answer = encoded.answer
         if self.in_proportion:
-            earlier = self._earlier_turns(turn.messages, prompt)
-            done = sum(len(source) + len(target) for source, target in earlier)
-            return cut_in_proportion([*earlier, (prompt[done:], answer)], self.max_length)
+            turns = self._earlier_turns(turn.messages, prompt)
+            done = sum(len(earlier.source) + len(earlier.target) for earlier in turns)
+            turns.append(TurnTokens(prompt[done:], answer))
+            return cut_in_proportion(turns, self.max_length)
         room = self.max_length - len(prompt)
         if room < 1 or (len(answer) > room and not self.truncate):
             return None
-        return prompt + answer[:room], len(prompt)
+        return CutTurn(prompt + answer[:room], len(prompt))
 
     def _earlier_turns(
         self, messages: Sequence[dict[str, str]], prompt: list[int]
-    ) -> list[tuple[list[int], list[int]]]:
-        """The earlier turns in a prompt, as parts of its ids: those before each answer, and those
-        of the answer with its end token.
+    ) -> list[TurnTokens]:
+        """The earlier turns in a prompt, as parts of its ids.
 
         The parts are found by their lengths; where a token merges with the next turn's text, a
         boundary can be off by one.
         """
-        parts: list[tuple[list[int], list[int]]] = []
+        turns: list[TurnTokens] = []
         done = 0
-        for at, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                start = len(self.chat.prompt_ids(messages[:at]))
-                end = start + len(self.chat.response_ids(message["content"])) + 1
-                parts.append((prompt[done:start], prompt[start:end]))
+                start = len(self.chat.prompt_ids(messages[:index]))
+                n_answer = len(self.chat.response_ids(message["content"])) + 1  # and the end token
+                end = start + n_answer
+                turns.append(TurnTokens(prompt[done:start], prompt[start:end]))
                 done = end
-        return parts
+        return turns
 
 
-def cut_in_proportion(
-    turns: Sequence[tuple[list[int], list[int]]], limit: int
-) -> tuple[list[int], int] | None:
+def cut_in_proportion(turns: Sequence[TurnTokens], limit: int) -> CutTurn | None:
     """A conversation within `limit` tokens as the published code cuts it (LLaMA-Factory of 2023).
 
-    turns: the ids before each answer, and those of the answer with its end token. Of `limit` tokens
-    prompt and answer of a turn get the shares that they have in the turn, the answer at least one
-    token; the whole conversation then loses its end. Returns the ids, and how many precede the last
-    answer; None where nothing of that answer is left.
+    Of `limit` tokens prompt and answer of a turn get the shares that they have in the turn, the
+    answer at least one token; the whole conversation then loses its end. Returns the ids, with the
+    number that precede the last answer; None where nothing of that answer is left.
     """
     ids: list[int] = []
     before_last = 0
     for source, target in turns:
         # the order of these operations is theirs: at exactly `limit` tokens rounding can cut one
-        target_limit = max(int(limit * (len(target) / (len(source) + len(target)))), 1)
+        target_share = len(target) / (len(source) + len(target))
+        target_limit = max(int(limit * target_share), 1)
         ids += source[: limit - target_limit]
         before_last = len(ids)
         ids += target[:target_limit]
     ids = ids[:limit]
-    return (ids, before_last) if before_last < len(ids) else None
+    if before_last >= len(ids):
+        return None
+    return CutTurn(ids, before_last)

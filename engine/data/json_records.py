@@ -19,7 +19,7 @@ CUT_OFF_WITHIN = 16
 
 
 class Number(float):
-    """A JSON number with a point or an exponent; `text` is how it was written: 0.50 stays 0.50."""
+    """A JSON number with a point or an exponent, with the text it was written as: "0.50"."""
 
     text: str
 
@@ -88,8 +88,8 @@ class _Buffer:
         self._path = file.path
         self._chunks = iter(file.chunks())
         self._decoder = json.JSONDecoder(parse_float=Number)
-        self._line = 1  # of the place `_counted_to` in `text`
-        self._counted_to = 0
+        self._counted_to = 0  # the place in `text` up to which lines are counted
+        self._line = 1  # the line of that place
 
     def line_of(self, at: int) -> int:
         """The line of a place in `text`, which must not lie before that of the last call."""
@@ -115,9 +115,9 @@ class _Buffer:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                at_the_end = error.pos > len(self.text) - CUT_OFF_WITHIN
-                cut_off = at_the_end or error.msg.startswith("Unterminated")  # a string
-                if cut_off and self._grow():
+                is_at_the_end = error.pos > len(self.text) - CUT_OFF_WITHIN
+                is_open_string = error.msg.startswith("Unterminated")
+                if (is_at_the_end or is_open_string) and self._grow():
                     continue
                 raise
             if end == len(self.text) and self._grow():  # the digits of a number may continue
@@ -128,19 +128,20 @@ class _Buffer:
     def _grow(self) -> bool:
         """Drop the text before `at` and double the rest; False at the end of the file."""
         self.line_of(self.at)  # counts the lines that are dropped
-        parts = [self.text[self.at :]]
-        missing = len(parts[0]) + 1
+        rest = self.text[self.at :]
+        missing = len(rest) + 1  # characters
         check_size(self._path, missing)
+        chunks = []
         for chunk in self._chunks:
-            parts.append(chunk)
+            chunks.append(chunk)
             missing -= len(chunk)
             if missing <= 0:
                 break
-        grown = any(parts[1:])
-        self.text = "".join(parts)
+        added = "".join(chunks)
+        self.text = rest + added
         self.at = 0
         self._counted_to = 0
-        return grown
+        return bool(added)
 
 
 def _parse_value(file: DataFile, text: _Buffer) -> object:

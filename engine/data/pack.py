@@ -64,10 +64,13 @@ def shared_prompt_prefix(examples: Sequence[Example]) -> int:
     prompts = [example.ids[: example.n_prompt - 1] for example in examples]
     length = 0
     for tokens_at_length in zip(*prompts, strict=False):  # ends with the shortest prompt
-        if len(set(tokens_at_length)) > 1:
+        is_shared = len(set(tokens_at_length)) == 1
+        if not is_shared:
             break
         length += 1
-    return length if length >= MIN_SHARED else 0
+    if length < MIN_SHARED:
+        return 0
+    return length
 
 
 @dataclass
@@ -96,7 +99,7 @@ class MicroBatch:
         owners: list[str] = []
         row_lengths: list[int] = []
         for number, example in enumerate(examples):
-            skipped = prefix if number else 0  # tokens that the first row already holds
+            skipped = 0 if number == 0 else prefix  # tokens that the first row holds already
             row_start = len(tokens) - skipped  # index that this example's token 0 has, or would
             tokens += example.ids[skipped:-1]
             row_lengths.append(len(example.ids) - 1 - skipped)

@@ -6,6 +6,7 @@ A shape is {role: field name}. It is found by the field names (SHAPES), or named
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.data.fields import is_given
 from engine.data.records import advice_for_wrapped_rows
@@ -38,9 +39,11 @@ def parse_columns(text: str) -> dict[str, str]:
     """
     columns: dict[str, str] = {}
     for part in text.split(","):
-        role, equals, name = (piece.strip() for piece in part.partition("="))
-        is_named = name or (role == "id" and equals)
-        if not is_named or role not in ROLES or role in columns:
+        role, equals, name = part.partition("=")
+        role = role.strip()
+        name = name.strip()
+        makes_ids = role == "id" and equals != "" and not name
+        if not (name or makes_ids) or role not in ROLES or role in columns:
             raise ValueError(
                 f"--columns: cannot read {part.strip()!r} in {text!r}; expected ROLE=FIELD, each "
                 f"role once, roles being {', '.join(ROLES)} (id= for ids made of the texts)"
@@ -56,10 +59,19 @@ def check_columns(columns: dict[str, str], need_reference: bool) -> None:
         raise ValueError(f"columns: unknown roles {sorted(unknown)}; expected {', '.join(ROLES)}")
     if columns.keys() <= {"id", "tests"}:  # beside these each row's shape is still found
         return
-    if ("messages" in columns) == ("prompt" in columns):
+    names_both = "messages" in columns and "prompt" in columns
+    names_neither = "messages" not in columns and "prompt" not in columns
+    if names_both or names_neither:
         raise ValueError(f"columns={columns}: name either 'prompt' or 'messages'")
     if need_reference and "prompt" in columns and "response" not in columns:
         raise ValueError(f"columns={columns}: the answer is missing; add response=FIELD")
+
+
+class FittingShape(NamedTuple):
+    """A known shape whose needed fields a record has."""
+
+    shape: dict[str, str]
+    names: list[str]  # of the fields that it needs
 
 
 def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]:
@@ -67,36 +79,39 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
 
     ValueError where no shape fits, or several fit that take their texts from different fields.
     """
-    needed = ("messages", "prompt", "response") if need_reference else ("messages", "prompt")
-    fitting = []  # (shape, names of the fields that it needs)
-    every_shape = {}  # as keys, for the message: each once and in order
+    needed_roles = ("messages", "prompt", "response") if need_reference else ("messages", "prompt")
+    fitting: list[FittingShape] = []
+    descriptions: list[str] = []  # of every shape by its needed fields, for the message
     for shape in SHAPES:
-        names = [shape[role] for role in needed if role in shape]
-        every_shape["/".join(names)] = None
+        names = [shape[role] for role in needed_roles if role in shape]
+        description = "/".join(names)
+        if description not in descriptions:
+            descriptions.append(description)
         if all(name in record for name in names):
-            fitting.append((shape, names))
+            fitting.append(FittingShape(shape, names))
     if not fitting:
-        fields = ", ".join(map(repr, record)) or "(none)"
+        fields = ", ".join(repr(name) for name in record) or "(none)"
         advice = advice_for_wrapped_rows(path, record)
         raise ValueError(
             f"fields {fields} fit no known shape; "
-            f"expected {' or '.join(every_shape)}, or --columns{advice}"
+            f"expected {' or '.join(descriptions)}, or --columns{advice}"
         )
-    shape, names = fitting[0]
-    ambiguous = any(others != names for _, others in fitting)
-    if "messages" not in shape and ambiguous:
-        both = " and ".join("/".join(others) for _, others in fitting)
-        raise ValueError(f"the row fits {both}; say which with --columns")
-    no_input = shape is _ALPACA and not is_given(record, shape, "input")
-    if no_input and is_given(record, _DOLLY, "input"):
-        return {**shape, "input": "context"}
-    return shape
+    first = fitting[0]
+    is_ambiguous = any(other.names != first.names for other in fitting)
+    if "messages" not in first.shape and is_ambiguous:
+        all_fitting = " and ".join("/".join(fits.names) for fits in fitting)
+        raise ValueError(f"the row fits {all_fitting}; say which with --columns")
+    # a row of Alpaca's fields with Dolly's context instead of an input
+    is_alpaca_without_input = first.shape is _ALPACA and not is_given(record, _ALPACA, "input")
+    if is_alpaca_without_input and is_given(record, _DOLLY, "input"):
+        return {**_ALPACA, "input": "context"}
+    return first.shape
 
 
 def check_fields_are_supported(
     record: dict, shape: dict[str, str], found_shape: dict[str, str]
 ) -> None:
-    """ValueError for a field that would change what is trained on and is not supported.
+    """ValueError for a field that is not supported and would change the texts or the loss.
 
     found_shape    the shape that `find_shape` found; {} where --columns names the text
     """

@@ -33,7 +33,8 @@ def records(file: DataFile) -> Iterator[tuple[int, object]]:
     Raises ValueError, naming file, line and reason, where nothing can be read past a fault.
     """
     head = file.head()
-    head = head[JSON_SPACE.match(head).end() :]
+    begin = JSON_SPACE.match(head).end()
+    head = head[begin:]
     if file.suffix == ".csv":
         return csv_records(file)
     if head.startswith("["):
@@ -51,16 +52,21 @@ def records(file: DataFile) -> Iterator[tuple[int, object]]:
     )
 
 
-# ---- JSON in another form: what it is, and the command that makes JSONL of it
+# ---- JSON in another form, and the command that makes JSONL of it
 
 
 def _why_not_jsonl(path: Path, head: str) -> str | None:
-    """What a file holds whose first line begins with "{" and is not a JSON value.
+    """Why a file whose first line begins with "{" and is not a JSON value cannot be read.
 
     None where its beginning shows no form that is known and not supported.
     """
-    first, *others = (line.strip() for line in head.split("\n"))
-    second = next((line for line in others if line), "")
+    lines_of_head = [line.strip() for line in head.split("\n")]
+    first = lines_of_head[0]
+    second = ""  # the next line that is not blank
+    for line in lines_of_head[1:]:
+        if line:
+            second = line
+            break
     first_is_an_object = first.endswith(",") and _is_json(first[:-1])
     if first_is_an_object and (second.endswith(",") or not second):
         return (
@@ -74,6 +80,7 @@ def _why_not_jsonl(path: Path, head: str) -> str | None:
 
 
 def _is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -87,7 +94,8 @@ def _key_of_rows(head: str) -> str:
     at = 1  # past "{"
     try:
         while True:
-            key, at = decoder.raw_decode(head, JSON_SPACE.match(head, at).end())
+            begin = JSON_SPACE.match(head, at).end()
+            key, at = decoder.raw_decode(head, begin)
             at = _COLON.match(head, at).end()
             if _LIST_OF_OBJECTS.match(head, at):
                 return "" if key in PARTS_OF_A_ROW else key
@@ -103,7 +111,10 @@ def advice_for_wrapped_rows(path: Path, record: dict[str, Any]) -> str:
         if not isinstance(value, list) or not value:
             continue
         are_objects = all(isinstance(row, dict) for row in value)
-        if are_objects and not {"role", "from"} & value[0].keys():  # those are messages
+        if not are_objects:
+            continue
+        are_messages = "role" in value[0] or "from" in value[0]
+        if not are_messages:
             command = _unwrap_command(path, key)
             return f"; it holds a list of objects under {key!r}: if those are the rows, {command}"
     return ""

@@ -20,9 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.data.conversation import context_only_turns, conversation_of
 from engine.data.data_file import DataFile
@@ -81,9 +82,18 @@ class Rows(list):
     inputs    names of fields other than `input` that were read as the prompt's input
     """
 
-    def __init__(self, rows: list, path: Path, sha256: str, bad=(), unused=(), inputs=()):
+    def __init__(
+        self,
+        rows: list,
+        path: Path,
+        sha256: str,
+        bad: Iterable[BadRow] = (),
+        unused: Iterable[str] = (),
+        inputs: Iterable[str] = (),
+    ) -> None:
         super().__init__(rows)
-        self.path, self.sha256 = path, sha256
+        self.path = path
+        self.sha256 = sha256
         self.bad: list[BadRow] = list(bad)
         self.unused: tuple[str, ...] = tuple(sorted(unused))
         self.inputs: tuple[str, ...] = tuple(sorted(inputs))
@@ -151,8 +161,11 @@ class _Reader:
         system: str | None,
         check: Callable[[Row], None] | None,
     ) -> None:
-        self.path, self.columns, self.need_reference = path, columns, need_reference
-        self.system, self.check = system, check
+        self.path = path
+        self.columns = columns or {}  # {role: field}
+        self.need_reference = need_reference
+        self.system = system
+        self.check = check
         self.rows: list[Row] = []
         self.bad: list[BadRow] = []
         self.unused: set[str] = set()
@@ -182,20 +195,29 @@ class _Reader:
             raise record
         if not isinstance(record, dict):
             raise ValueError(f"the row is {kind(record)}, expected an object")
-        columns = self.columns or {}
-        text_is_named = bool({"prompt", "messages"} & columns.keys())
-        found_shape = {} if text_is_named else find_shape(self.path, record, self.need_reference)
-        shape = {**found_shape, **columns}
+
+        # 1. the texts: which fields they are in, and the conversation that they make
+        found_shape: dict[str, str] = {}
+        if "prompt" not in self.columns and "messages" not in self.columns:
+            found_shape = find_shape(self.path, record, self.need_reference)
+        shape = {**found_shape, **self.columns}
         check_fields_are_supported(record, shape, found_shape)
         turns, unused_keys = conversation_of(record, shape, self.need_reference)
-        messages = tuple({"role": m["role"], "content": m["content"]} for m in turns)
-        context_only = context_only_turns(turns) if self.need_reference else frozenset()
+        messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+        context_only: frozenset[int] = frozenset()
+        if self.need_reference:
+            context_only = context_only_turns(turns)
+
+        # 2. the id (without the added system message, so that it stays the same), and the tests
         row_id = _row_id(record, shape.get("id", "id"), messages, self._copies)
         tests = _tests(record, shape)
         if row_id in self._line_of_id:
             raise _DuplicateId(f"id {row_id!r} is taken by line {self._line_of_id[row_id]}")
+
+        # 3. the row
         if self.system and messages[0]["role"] != "system":
-            messages = (message("system", self.system, "--system"), *messages)
+            system_message = message("system", self.system, "--system")
+            messages = (system_message, *messages)
         row = Row(row_id, messages, tests, context_only)
         if self.check is not None:
             self.check(row)
@@ -214,20 +236,22 @@ class _Reader:
         if found_shape:
             used.add("input")  # an empty one, beside a context
         self.unused |= record.keys() - used
-        if found_shape.get("input", "input") != "input" and is_given(record, shape, "input"):
-            self.inputs.add(found_shape["input"])
+        input_name = found_shape.get("input", "input")
+        if input_name != "input" and is_given(record, shape, "input"):
+            self.inputs.add(input_name)
 
     def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
         """ValueError for bad rows that are not to be skipped, or if there is no usable row."""
-        listed = [f"{self.path}:{b.line} (row {b.row}): {b.reason}" for b in self.bad]
+        listed = [f"{self.path}:{bad.line} (row {bad.row}): {bad.reason}" for bad in self.bad]
         faults = Counter(bad.fault for bad in self.bad)
-        for fault, (fails, advice) in _MOST_ROWS_FAIL.items():
-            if faults[fault] > 1 and 2 * faults[fault] > self.count:
-                what = f"{self.path}: {faults[fault]} of {self.count} rows {fails}"
-                raise ValueError(listing(what, listed, advice))
+        for common in _COMMON_FAULTS:
+            count = faults[common.fault]
+            if count > 1 and 2 * count > self.count:
+                error = f"{self.path}: {count} of {self.count} rows {common.text}"
+                raise ValueError(listing(error, listed, common.advice))
         if self.bad and not skip_bad:
-            what = f"{self.path}: {len(self.bad)} unusable rows"
-            raise ValueError(listing(what, listed, self._way_out(faults, skip_bad)))
+            error = f"{self.path}: {len(self.bad)} unusable rows"
+            raise ValueError(listing(error, listed, self._way_out(faults, skip_bad)))
         if not self.rows:
             first = f"; the first: {listed[0]}" if listed else ""
             raise ValueError(
@@ -251,25 +275,34 @@ class _Reader:
         return f"{rename}; {repair}"
 
 
-# fault -> (what most rows of the file have in common, advice), where --skip-bad is no way out
-_MOST_ROWS_FAIL = {
-    "syntax": (
+class _CommonFault(NamedTuple):
+    """A fault that ends the load whatever `skip_bad` is, where most rows have it."""
+
+    fault: str  # of a BadRow
+    text: str  # the end of "N of M rows ..."
+    advice: str
+
+
+_COMMON_FAULTS = (
+    _CommonFault(
+        "syntax",
         "cannot be parsed",
         "the file is not in the expected format (JSONL is one JSON object a line, a CSV has as "
         "many cells in every row as in its header); --skip-bad would lose the good rows too: "
         "repair it",
     ),
-    "id": (
+    _CommonFault(
+        "id",
         "have an id that an earlier row has",
         "the ids name sources, not rows; --skip-bad would lose good rows: give --columns id= (with "
         "the roles that you named), and ids are made of the texts",
     ),
-}
+)
 
 
-def listing(what: str, faults: list[str], way_out: str) -> str:
-    """An error's text: what is wrong, what to do, the first ten faults and how many more."""
-    lines = [f"{what}; {way_out}:", *faults[:10]]
+def listing(error: str, faults: list[str], way_out: str) -> str:
+    """The text of an error: what is wrong, what to do, the first ten faults and how many more."""
+    lines = [f"{error}; {way_out}:", *faults[:10]]
     if len(faults) > 10:
         lines.append(f"... and {len(faults) - 10} more")
     return "\n  ".join(lines)
@@ -281,11 +314,13 @@ def _tests(record: dict, shape: dict[str, str]) -> str:
     ValueError for another value, but only where --columns names the field.
     """
     name = shape.get("tests", "tests")
-    tests = record.get(name) or ""
-    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
-        tests = "\n".join(tests)
+    tests = record.get(name)
+    if not tests:
+        return ""
     if isinstance(tests, str):
         return tests
+    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+        return "\n".join(tests)
     if "tests" in shape:
         raise ValueError(f"{name!r} is {kind(tests)}, expected text or a list of texts")
     return ""
@@ -296,11 +331,16 @@ def _row_id(record: dict, name: str, messages: tuple[dict, ...], copies: Counter
     given = record.get(name) if name else None
     if given is not None:
         is_id = isinstance(given, str | int) and not isinstance(given, bool)
-        if not is_id or not str(given).strip():
+        is_blank = is_id and not str(given).strip()
+        if not is_id or is_blank:
             raise ValueError(f"{name!r} is {kind(given)}, expected text or an integer")
-        if SURROGATE.search(str(given)):
+        row_id = str(given)
+        if SURROGATE.search(row_id):
             raise ValueError(f"{name!r} holds half of a surrogate pair, which UTF-8 cannot write")
-        return str(given)
-    digest = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+        return row_id
+    text = json.dumps(messages, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     copies[digest] += 1
-    return digest if copies[digest] == 1 else f"{digest}-{copies[digest]}"
+    if copies[digest] == 1:
+        return digest
+    return f"{digest}-{copies[digest]}"

@@ -26,26 +26,31 @@ def show(
     """
     lines = []
     for number, example in enumerate(examples[:n]):
-        prompt, response = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
-        nats = None if losses is None else losses[number]
-        mean = "" if nats is None else f", {sum(nats) / len(response):.3f} nats each"
-        lines.append(
-            f"{example.id}: {len(example.ids)} tokens, {len(response)} with loss (*){mean}"
-        )
-        lines += _wrapped("    ", _pieces(prompt, tokenizer))
+        prompt = example.ids[: example.n_prompt]
+        response = example.ids[example.n_prompt :]
         pieces = _pieces(response, tokenizer)
-        if nats is not None:
+        heading = f"{example.id}: {len(example.ids)} tokens, {len(response)} with loss (*)"
+        if losses is not None:
+            nats = losses[number]
+            heading += f", {sum(nats) / len(response):.3f} nats each"
             pieces = [f"{piece}:{value:.2f}" for piece, value in zip(pieces, nats, strict=True)]
+        lines.append(heading)
+        lines += _wrapped("    ", _pieces(prompt, tokenizer))
         lines += _wrapped("  * ", pieces)
     return "\n".join(lines)
 
 
 def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """Each token as id and piece; a piece's own spaces become ␣, so lines break between tokens."""
-    return [f"{token}{tokenizer.piece(token)!r}".replace(" ", "␣") for token in ids]
+    pieces = []
+    for token in ids:
+        piece = f"{token}{tokenizer.piece(token)!r}"
+        pieces.append(piece.replace(" ", "␣"))
+    return pieces
 
 
 def _wrapped(margin: str, pieces: list[str]) -> list[str]:
+    """Lines of at most WIDTH columns that begin with the margin and break between pieces."""
     return textwrap.wrap(
         " ".join(pieces),
         width=WIDTH,

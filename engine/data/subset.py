@@ -8,5 +8,6 @@ from typing import Any
 
 def evenly_spaced(items: Sequence[Any], n: int) -> list[Any]:
     """At most n of the items, evenly spaced, the first among them."""
-    n = min(n, len(items))
-    return [items[i * len(items) // n] for i in range(n)]
+    count = len(items)
+    n = min(n, count)
+    return [items[i * count // n] for i in range(n)]

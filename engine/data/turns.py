@@ -28,7 +28,7 @@ class TrainedTurn:
 
 
 def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float) -> None:
-    """ValueError for a target or a mix that these rows do not have."""
+    """ValueError for a target that is not known, and for a mix that these rows cannot give."""
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; expected one of {', '.join(TARGETS)}")
     can_mix = not mix or (target == "target" and not isinstance(rows[0], Row))
@@ -61,22 +61,28 @@ def turns_to_train_on(
 
 
 def _turns_of_row(row: Row) -> Iterator[TrainedTurn]:
-    for number, at in enumerate(row.turns):
+    """The assistant turns of a plain row, but for those that are context only."""
+    for number, index in enumerate(row.turns):
         if number not in row.context_only:
-            answer = row.messages[at]["content"]
-            yield TrainedTurn(f"{row.id}/{number}", row.messages[:at], answer)
+            answer = row.messages[index]["content"]
+            yield TrainedTurn(f"{row.id}/{number}", row.messages[:index], answer)
 
 
 def _turn_of_line(
     line: Distilled, target: str, mix: float, seed: int, references: dict[str, str]
 ) -> TrainedTurn:
+    """The turn of a distilled line, with the answer that `target` and `mix` ask for.
+
+    references: of every line, by its id.
+    """
     kept = line.status in KEPT
     if target == "reference":
-        return TrainedTurn(line.id, _with_references(line, references), line.reference)
-    if target == "target" and kept and _uniform(line.id, seed) < mix:
-        return TrainedTurn(line.id, line.messages, line.reference, mixed=True)
+        context = _with_references(line, references)
+        return TrainedTurn(line.id, context, line.reference)
     if target == "target" and not kept:
         return TrainedTurn(line.id, line.messages, line.reference)
+    if target == "target" and _uniform(line.id, seed) < mix:
+        return TrainedTurn(line.id, line.messages, line.reference, mixed=True)
     cut = line.finish == "length" and line.status != "identical"
     end_added = cut and kept  # selection keeps cut rewrites under --paper-exact only
     return TrainedTurn(

@@ -18,7 +18,7 @@ from engine.evaluate.target_task import rows_to_judge
 from engine.jobs.job_config import JobConfig
 from engine.session import Session
 from engine.train.examples import encode_examples
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from engine.train.validate import Validator
 from model.lora import Lora
 from model.trained_chat import TrainedChat, common_system
@@ -100,18 +100,15 @@ def train_arm(
     the same lines in the same order; only the answers differ.
     """
     examples = encode_rows(session, config, lines, ARM_TARGETS[arm], config.train.seed)
+    system = common_system([line.messages for line in lines])
     lora, summary = train(
-        session.model,
+        FrozenModel.of(session),
         examples,
         config.lora,
         config.train,
         out,
-        base=session.config.model,
-        model_hash=session.fingerprint,
-        resume=out.exists(),
-        world=session.world,
+        chat=TrainedChat.of(session.chat, system),
         validator=validator,
-        date=session.settings.get("date"),
-        chat=TrainedChat.of(session.chat, common_system([line.messages for line in lines])),
+        resume=out.exists(),
     )
     return TrainedArm(lora, summary, examples)

@@ -58,12 +58,16 @@ def open_run(
     """Create a run directory, or check that the one there is the same run; returns its meta.
 
     date: the one that prompts tell, kept for when the run is resumed (session.as_begun); None where
-    they tell none.
+    they tell none. ValueError where the directory exists without `resume`, is no run, or was begun
+    under other settings.
     """
     meta_file = out / "meta.json"
+    # hidden files alone: a run that was killed before its first file was renamed
     is_new = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
-    if is_new:  # hidden files alone: a run that was killed before its first file was renamed
-        meta = {"settings": settings, "finished": False} | ({"date": date} if date else {})
+    if is_new:
+        meta = {"settings": settings, "finished": False}
+        if date:
+            meta["date"] = date
         write_json(meta_file, meta)
         return meta
     if not resume:
@@ -74,7 +78,7 @@ def open_run(
         )
     meta = _read_meta(meta_file)
     changes = differing(meta["settings"], settings)
-    if changes and date and "date" not in meta:  # a run of an older version
+    if changes and date and "date" not in meta:  # it was begun by an older version
         changes.append("(prompts tell a date: --date YYYY-MM-DD, the day on which it was begun)")
     if changes:
         raise ValueError(
@@ -87,27 +91,33 @@ def open_run(
 def _read_meta(meta_file: Path) -> dict[str, Any]:
     """The content of meta.json; ValueError where it is not what was written."""
     meta = read_json(meta_file)
-    expected_summary = dict if meta.get("finished") else type(None)
-    if type(meta.get("finished")) is not bool or type(meta.get("summary")) is not expected_summary:
+    finished = meta.get("finished")
+    summary = meta.get("summary")
+    right_summary = isinstance(summary, dict) if finished else summary is None
+    if type(finished) is not bool or not right_summary:
         raise ValueError(f"{meta_file}: finished or summary is not what was written")
-    if not isinstance(meta.get("settings"), dict):
-        raise ValueError(f"{meta_file}: settings is {meta.get('settings')!r}")
+    settings = meta.get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{meta_file}: settings is {settings!r}, expected an object")
     return meta
 
 
 def load_checkpoint(saved: Path, lora: Lora, optimizer: Optimizer) -> dict[str, Any]:
     """Put a checkpoint into an adapter and an optimizer of the same shape; returns its state.
 
-    ValueError names the file that is missing or broken.
+    Masters and moments are read exactly. ValueError names the file that is missing or broken.
     """
     state = _read_state(saved)
     _check_hashes(saved, state, STATE_FILES)
     file = saved / "optimizer.safetensors"
+    targets = {"m": optimizer.m, "v": optimizer.v, "params": lora.params}
     with open_safetensors(file) as tensors:
-        for name, target in (("m", optimizer.m), ("v", optimizer.v), ("params", lora.params)):
+        for name, target in targets.items():
             tensor = tensors.get_tensor(name)
             if tensor.shape != target.shape:
-                raise ValueError(f"{file}: {name} has {tensor.numel()}, not {target.numel()}")
+                raise ValueError(
+                    f"{file}: {name} has {tensor.numel()} numbers, expected {target.numel()}"
+                )
             target.copy_(tensor)
     _refresh_compute_copy(lora)
     optimizer.step = state["step"]
@@ -121,41 +131,48 @@ def _read_state(saved: Path) -> dict[str, Any]:
     expected = {"step": int, "micro_tokens": int, "best": dict, "sha256": dict}
     for name, kind in expected.items():
         if type(state.get(name)) is not kind:
-            raise ValueError(f"{file}: {name} is {state.get(name)!r}")
-    spent, since_step = state.get("spent", NOTHING_SPENT), state.get("since_step", 0)
-    right_names = isinstance(spent, dict) and set(spent) == set(NOTHING_SPENT)
-    if not right_names or not all(map(_is_amount, spent.values())) or type(since_step) is not int:
+            raise ValueError(f"{file}: {name} is {state.get(name)!r}, expected {kind.__name__}")
+    spent = state.get("spent", NOTHING_SPENT)
+    since_step = state.get("since_step", 0)
+    if not _is_spent(spent) or type(since_step) is not int:
         raise ValueError(f"{file}: spent or since_step is not what was written")
-    if saved != checkpoint_dir(saved.parent.parent, state["step"]) or state["micro_tokens"] < 1:
+    out = saved.parent.parent
+    if saved != checkpoint_dir(out, state["step"]) or state["micro_tokens"] < 1:
         raise ValueError(f"{file}: step or micro_tokens is not what was written")
     return state
 
 
-def _is_amount(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+def _is_spent(value: Any) -> bool:
+    """Whether a value has the names of NOTHING_SPENT, with finite numbers that are not negative."""
+    if not isinstance(value, dict) or set(value) != set(NOTHING_SPENT):
+        return False
+    for amount in value.values():
+        if type(amount) not in (int, float) or not math.isfinite(amount) or amount < 0:
+            return False
+    return True
 
 
 def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> None:
     """ValueError where a file of a checkpoint is not what its state.json says."""
     hashes = state.get("sha256")
+    is_readable = isinstance(hashes, dict)
     for name in names:
-        if name in ADAPTER_FILES and isinstance(hashes, dict) and name not in hashes:
-            continue  # a checkpoint of an older version
-        is_right = (
-            isinstance(hashes, dict)
-            and (saved / name).exists()
-            and hashes.get(name) == sha256((saved / name).read_bytes())
-        )
+        if is_readable and name in ADAPTER_FILES and name not in hashes:
+            continue  # a checkpoint of an older version, which has no hashes of the adapter
+        file = saved / name
+        is_right = is_readable and file.exists() and hashes.get(name) == sha256(file.read_bytes())
         if not is_right:
             raise ValueError(
-                f"{saved / name} is missing or not what was written (its hash in state.json "
-                f"differs); delete {saved} to resume from the checkpoint before it"
+                f"{file} is missing or not what was written (its hash in state.json differs); "
+                f"delete {saved} to resume from the checkpoint before it"
             )
 
 
 def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
     """Set metrics.jsonl back to a checkpoint (None: to the start); returns its lines."""
-    lines = read_jsonl(saved / "metrics.jsonl", METRICS) if saved else []
+    lines = []
+    if saved is not None:
+        lines = read_jsonl(saved / "metrics.jsonl", METRICS)
     write_jsonl(out / "metrics.jsonl", lines)
     return lines
 
@@ -186,8 +203,9 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoints/step-N, then delete all but the newest `keep` and that of `best_step`.
 
-    base: the model's directory, for the adapter's config. state: what a resumed run needs beside
-    the tensors.
+    base: the model's directory, for the adapter's config. state: the values that a resumed run
+    needs beside the tensors. best_step: 0 where no validation was the best yet. chat: written into
+    the checkpoint as chat.json.
     """
     saved = checkpoint_dir(out, optimizer.step)
     if not saved.exists():
@@ -198,12 +216,14 @@ def save_checkpoint(
             tensors = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
             save_file(tensors, beside / "optimizer.safetensors")
             shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
-            names = (*STATE_FILES, *ADAPTER_FILES)
-            hashes = {name: sha256((beside / name).read_bytes()) for name in names}
+            hashes = {}
+            for name in STATE_FILES + ADAPTER_FILES:
+                hashes[name] = sha256((beside / name).read_bytes())
             text = json.dumps({**state, "step": optimizer.step, "sha256": hashes})
             (beside / "state.json").write_text(text + "\n", encoding="utf-8")
+    best = checkpoint_dir(out, best_step)
     for old in checkpoints(out)[:-keep]:
-        if old != checkpoint_dir(out, best_step):
+        if old != best:
             shutil.rmtree(old)
     return saved
 
@@ -212,7 +232,8 @@ def record_validation(out: Path, line: dict[str, Any]) -> None:
     """Append to validation.jsonl; lines of this step or a later one (of a killed run) go."""
     file = out / "validation.jsonl"
     cut_torn_line(file)
-    earlier = [x for x in read_jsonl(file, {"step": int}) if x["step"] < line["step"]]
+    lines = read_jsonl(file, {"step": int})
+    earlier = [old for old in lines if old["step"] < line["step"]]
     write_jsonl(file, [*earlier, line])
 
 
@@ -223,6 +244,7 @@ def load_adapter(saved: Path, lora: Lora) -> None:
 
 
 def _refresh_compute_copy(lora: Lora) -> None:
+    """Copy the masters into the compute copy, where the model is 16-bit and has one."""
     if lora.compute is not lora.params:
         lora.compute.copy_(lora.params)
 
@@ -231,7 +253,10 @@ def _refresh_compute_copy(lora: Lora) -> None:
 
 
 def publish(out: Path, saved: Path) -> None:
-    """Copy a checkpoint's adapter to the top of the run, each file written beside and renamed."""
+    """Copy a checkpoint's adapter to the top of the run, each file written beside and renamed.
+
+    ValueError where the checkpoint's files are not what its state.json says.
+    """
     _check_hashes(saved, read_json(saved / "state.json"), ADAPTER_FILES)
     for name in ADAPTER_FILES:
         with file_beside(out / name) as beside:
@@ -245,14 +270,15 @@ def check_published(out: Path, recorded: Any, saved: Path) -> None:
     ValueError where that is impossible. Runs of older versions have no record: without their
     checkpoint nothing can be compared.
     """
-    now = _hash_of(out / WEIGHTS)
+    published = _hash_of(out / WEIGHTS)
     in_checkpoint = _hash_of(saved / WEIGHTS)
-    right = in_checkpoint
+    expected = in_checkpoint
     if isinstance(recorded, dict):
-        right = recorded.get(WEIGHTS, in_checkpoint)
-    if now is not None and right in (None, now) and (out / "adapter_config.json").is_file():
+        expected = recorded.get(WEIGHTS, in_checkpoint)
+    is_whole = published is not None and (out / "adapter_config.json").is_file()
+    if is_whole and (expected is None or expected == published):
         return
-    if in_checkpoint is None or in_checkpoint != right:
+    if in_checkpoint is None or in_checkpoint != expected:
         raise ValueError(
             f"{out / WEIGHTS} is not what the run wrote, and {saved} cannot replace it; take it "
             f"from a copy, or delete {out} and train again"
@@ -262,4 +288,5 @@ def check_published(out: Path, recorded: Any, saved: Path) -> None:
 
 
 def _hash_of(file: Path) -> str | None:
+    """The sha256 of a file; None where there is none."""
     return sha256(file.read_bytes()) if file.is_file() else None

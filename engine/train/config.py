@@ -38,7 +38,9 @@ class TrainConfig:
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a run over `count` examples."""
-        return self.max_steps or self.epochs * cdiv(count, self.batch_rows)
+        if self.max_steps:
+            return self.max_steps
+        return self.epochs * cdiv(count, self.batch_rows)
 
     def highest_rate(self, count: int) -> float:
         """The highest learning rate of a run over `count` examples; ValueError where the warm-up
@@ -46,11 +48,13 @@ class TrainConfig:
         return highest_rate(self.schedule, self.steps(count), self.lr, self.warmup)
 
     def check(self) -> None:
-        """ValueError for numbers that cannot train."""
+        """ValueError for values out of range, and for names that are not known."""
         for name in ("epochs", "batch_rows", "micro_tokens", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.lr <= 0 or self.clip < 0 or self.weight_decay < 0 or not 0 <= self.warmup < 1:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+        is_negative = self.clip < 0 or self.weight_decay < 0
+        if self.lr <= 0 or is_negative or not 0 <= self.warmup < 1:
             raise ValueError(
                 f"lr {self.lr}, clip {self.clip}, weight_decay {self.weight_decay}, warmup "
                 f"{self.warmup}: expected lr > 0, clip and decay >= 0, 0 <= warmup < 1"
@@ -82,7 +86,7 @@ class EncodeConfig:
     #   lengths, and count them, as --paper-exact does
 
     def check(self) -> None:
-        """ValueError for settings that cannot be."""
+        """ValueError for values out of range, and for names that are not known."""
         if self.target not in TARGETS:
             raise ValueError(f"target {self.target!r}: expected one of {', '.join(TARGETS)}")
         if not 0 <= self.mix <= 1:

@@ -8,22 +8,30 @@ from collections.abc import Sequence
 from engine.data.config import DataConfig
 from engine.data.data_file import DataFile
 from engine.data.distilled import Distilled, is_distilled, load_distilled
-from engine.data.encode import Example, check_examples, encode, template_takes
+from engine.data.encode import EncodeRules, Example, check_examples, encode, template_takes
 from engine.data.rows import Row, Rows
 from engine.session import Session
 from engine.train.config import EncodeConfig
 
 
 def rows_to_train_on(session: Session, data: DataConfig) -> Rows:
-    """The rows of the file, or its lines where it is distilled data; the file is opened once."""
+    """The rows of the file, or its lines where it is distilled data; the file is opened once.
+
+    Prints how many there are. ValueError for rows or lines that cannot be used.
+    """
     with DataFile(data.data) as file:
         if not is_distilled(file):
             return data.load(check=template_takes(session.chat), opened=file)
         lines = load_distilled(file, data.limit)
-    flags = {"--columns": data.columns, "--system": data.system}
-    given = ", ".join(flag for flag, value in flags.items() if value)
-    ignored = f"; {given} do not change distilled data" if given else ""
-    print(f"data: {len(lines)} distilled turns from {data.data}{ignored}")
+    text = f"data: {len(lines)} distilled turns from {data.data}"
+    ignored_flags = []
+    if data.columns:
+        ignored_flags.append("--columns")
+    if data.system:
+        ignored_flags.append("--system")
+    if ignored_flags:
+        text += f"; {', '.join(ignored_flags)} do not change distilled data"
+    print(text)
     return lines
 
 
@@ -36,18 +44,16 @@ def encode_examples(
     seed: int = 0,
     skip_refused: bool = False,
 ) -> list[Example]:
-    """Examples of the rows, no longer than the model's context; prints the counts of
-    `EncodeCounts`.
+    """Examples of the rows, no longer than the model's context; prints the counts that are not 0
+    (`EncodeCounts`).
 
     seed: draws the rewrites that `encoding.mix` replaces by their reference. skip_refused: leave
     out turns that the chat template refuses. ValueError where turns are too long, or none is left.
     """
-    context = session.model.config.max_position
-    examples, counts = encode(
-        rows,
-        session.chat,
-        target=encoding.target,
+    context = session.model.config.max_position  # tokens
+    rules = EncodeRules(
         max_length=min(encoding.max_length, context),
+        target=encoding.target,
         model_limit=context,
         truncate=encoding.truncate,
         drop_long=data.drop_long,
@@ -56,7 +62,8 @@ def encode_examples(
         mix=encoding.mix,
         seed=seed,
     )
-    numbers = [f"{name} {n}" for name, n in dataclasses.asdict(counts).items() if n]
-    print(f"training on the {encoding.target}: {', '.join(numbers)}")
+    examples, counts = encode(rows, session.chat, rules)
+    printed = [f"{name} {count}" for name, count in dataclasses.asdict(counts).items() if count]
+    print(f"training on the {encoding.target}: {', '.join(printed)}")
     check_examples(examples)
     return examples

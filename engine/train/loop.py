@@ -1,8 +1,9 @@
 """The training loop: `Run.loop`, and the methods that it calls
 
-batches        the order of the examples, fixed by the seed
-Run.loop       per step: gradients, update, metrics; at times validation and a checkpoint
-Run.finish     publish the last or the best adapter, and the summary
+batches            the order of the examples, fixed by the seed
+Run.loop           for each step: train_step, then validation and a checkpoint where they are due
+Run.train_step     gradients, update, metrics
+Run.finish         publishes the last or the best adapter, and returns the summary
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +30,7 @@ from engine.runtime.process_memory import (
 from engine.runtime.stopping import Stopping
 from engine.train import checkpoint
 from engine.train.config import TrainConfig
-from engine.train.memory_plan import MemoryPlan, choose_policy
+from engine.train.memory_plan import MemoryPlan, StepSize, choose_policy
 from engine.train.metrics import Metrics
 from engine.train.mfu import step_operations
 from engine.train.optim import Optimizer, learning_rate
@@ -41,15 +42,24 @@ from model.lora import Lora
 from model.trained_chat import TrainedChat
 
 
-def batches(count: int, config: TrainConfig) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, example indices) of every optimizer step; each epoch has an order of its own."""
+class Batch(NamedTuple):
+    """The examples of one optimizer step."""
+
+    epoch: int  # counts from 0
+    indices: list[int]  # into the examples of the run
+
+
+def batches(count: int, config: TrainConfig) -> Iterator[Batch]:
+    """The batches of all optimizer steps over `count` examples; each epoch has its own order."""
     steps_left = config.steps(count)
     epoch = 0
     while steps_left:
-        generator = torch.Generator().manual_seed(mix("order", config.seed, epoch) >> 1)
+        epoch_seed = mix("order", config.seed, epoch) >> 1  # 63 bits: manual_seed takes no more
+        generator = torch.Generator().manual_seed(epoch_seed)
         order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, min(count, steps_left * config.batch_rows), config.batch_rows):
-            yield epoch, order[start : start + config.batch_rows]
+        rows_of_epoch = min(count, steps_left * config.batch_rows)
+        for start in range(0, rows_of_epoch, config.batch_rows):
+            yield Batch(epoch, order[start : start + config.batch_rows])
             steps_left -= 1
         epoch += 1
 
@@ -68,7 +78,8 @@ class Run:
     validator: Validator | None
     world: World
     chat: TrainedChat | None = None  # written beside the adapter
-    # of the last checkpoint: micro_tokens, best, and what `save` adds
+    # state.json of the last checkpoint; in a new run only `micro_tokens`, the size of micro-batches
+    # that fits the memory, and `best`, the best validation so far ({} before the first)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
     # of all starts of the run, as far as checkpoints have it: seconds, tokens, operations (mfu.py)
     # of all ranks together, and the largest peak of memory
@@ -76,51 +87,74 @@ class Run:
     counted_until: float = 0.0  # time.perf_counter() up to which `spent` has the seconds
     spent_since_step: int = 0  # above 0 in a run whose first checkpoints did not have `spent`
 
+    # ---- the steps
+
     def loop(self, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
-        """Do the steps that are left; `metrics_so_far` are the metrics of the finished ones."""
-        config, optimizer, world = self.config, self.optimizer, self.world
-        schedule = list(batches(len(self.examples), config))
+        """Do the steps that are left; `metrics_so_far` are the metrics of the finished ones.
+
+        ValueError for a step that the guards refuse (metrics.py), or that does not fit the memory.
+        Raises `Stopped` after a checkpoint where `stop` was asked on any rank.
+        """
+        schedule = list(batches(len(self.examples), self.config))
+        steps = len(schedule)
         self._restore_state()
         plan = self.plan_memory()
         print(plan.text())
         self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
-        with Metrics(metrics_file, self.out.name, metrics_so_far, len(schedule), world) as metrics:
-            for epoch, indices in schedule[optimizer.step :]:
-                step = optimizer.step + 1
-                examples = [self.examples[i] for i in indices]
-                lr = learning_rate(config.schedule, step, len(schedule), config.lr, config.warmup)
+        with Metrics(metrics_file, self.out.name, metrics_so_far, steps, self.world) as metrics:
+            for batch in schedule[self.optimizer.step :]:
+                step = self.optimizer.step + 1
+                self.train_step(step, steps, batch, plan.policy, metrics)
 
-                # 1. forward and backward, one AdamW
-                gradients = self.gradients(examples, step, plan.policy)
-                result = step_update(
-                    self.model, self.lora, optimizer, gradients, lr, config.clip, world
-                )
-                tokens = self.count_work(examples)
-                record = {"step": step, "epoch": epoch, "lr": lr, "tokens": tokens}
-                record["response_tokens"] = gradients.n_response
-                metrics.add(record, result, examples)
-
-                # 2. validation and a checkpoint, where they are due
-                last = step == len(schedule)
-                stopping = world.any_rank(stop.asked)
-                validation_due = self.validation_due(step, last)
-                checkpoint_due = last or stopping or step % config.save_every == 0
+                # validation and a checkpoint, where they are due
+                is_last = step == steps
+                is_stopping = self.world.any_rank(stop.asked)
+                validation_due = self.validation_due(step, is_last)
+                checkpoint_due = is_last or is_stopping or step % self.config.save_every == 0
                 if validation_due or checkpoint_due:
                     metrics.flush()  # so that a checkpoint holds checked steps only
-                    is_best = validation_due and self.validate(step, epoch)
-                    if is_best or checkpoint_due:
-                        self.save(step, epoch)
-                if stopping and not last:
-                    stop.end(f"step {step} of {len(schedule)} is in {self.out}")
+                if validation_due and self.validate(step, batch.epoch):
+                    checkpoint_due = True  # the best adapter so far must be on disk
+                if checkpoint_due:
+                    self.save(step, batch.epoch)
+                if is_stopping and not is_last:
+                    stop.end(f"step {step} of {steps} is in {self.out}")
             metrics.flush()
         self.count_time()
 
+    def train_step(
+        self, step: int, steps: int, batch: Batch, policy: str, metrics: Metrics
+    ) -> None:
+        """Step `step` of `steps`: forward and backward, one AdamW, a line of metrics.
+
+        policy: recomputation in the backward (model/tape.py).
+        """
+        config = self.config
+        examples = [self.examples[i] for i in batch.indices]
+        gradients = self.gradients(examples, step, policy)
+        lr = learning_rate(config.schedule, step, steps, config.lr, config.warmup)
+        result = step_update(
+            self.model, self.lora, self.optimizer, gradients, lr, config.clip, self.world
+        )
+        record = {
+            "step": step,
+            "epoch": batch.epoch,
+            "lr": lr,
+            "tokens": self.count_work(examples),
+            "response_tokens": gradients.n_response,
+        }
+        metrics.add(record, result, examples)
+
     def gradients(self, examples: Sequence[Example], step: int, policy: str) -> Gradients:
-        """Forward and backward; out of memory halves the micro-batches on every rank."""
+        """`step_gradients`; where any rank runs out of memory, all try again with micro-batches of
+        half the size.
+
+        ValueError where one row at a time is too much, or under sharded weights.
+        """
         while True:
             micro_tokens = self.state["micro_tokens"]
-            gradients, failure = None, None
+            failure = None
             try:
                 gradients = step_gradients(
                     self.model, self.lora, examples, step, micro_tokens, policy, self.world
@@ -129,59 +163,87 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
-                if self.model.is_sharded:
-                    raise ValueError(
-                        f"step {step}: out of memory ({failure}); under --shard no process can try "
-                        "again alone: --resume with more of them, or begin anew (another --out) "
-                        "with a lower --micro-tokens"
-                    ) from None
+            if failure is not None and self.model.is_sharded:
+                raise ValueError(
+                    f"step {step}: out of memory ({failure}); under --shard no process can try "
+                    "again alone: --resume with more of them, or begin anew (another --out) "
+                    "with a lower --micro-tokens"
+                )
             if not self.world.any_rank(failure is not None):
                 return gradients
-            longest = max(examples, key=lambda example: len(example.ids))
-            if micro_tokens <= len(longest.ids):
-                more = "" if policy == "full" else "--recompute full, or "
-                raise ValueError(
-                    f"step {step}: out of memory with one row at a time; the longest is "
-                    f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
-                    f"{more}a lower --max-length ({failure or 'in another process'})"
-                )
-            self.state["micro_tokens"] = max(micro_tokens // 2, 1)
-            print(
-                f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
-                f"continuing with {self.state['micro_tokens']}"
-            )
+            self._halve_micro_batches(examples, step, policy, failure or "in another process")
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _halve_micro_batches(
+        self, examples: Sequence[Example], step: int, policy: str, failure: str
+    ) -> None:
+        """Halve `micro_tokens`; ValueError where a micro-batch holds only one row already."""
+        micro_tokens = self.state["micro_tokens"]
+        longest = max(examples, key=lambda example: len(example.ids))
+        if micro_tokens <= len(longest.ids):
+            recompute_more = "" if policy == "full" else "--recompute full, or "
+            raise ValueError(
+                f"step {step}: out of memory with one row at a time; the longest is "
+                f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
+                f"{recompute_more}a lower --max-length ({failure})"
+            )
+        self.state["micro_tokens"] = max(micro_tokens // 2, 1)
+        print(
+            f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
+            f"continuing with {self.state['micro_tokens']}"
+        )
+
     def plan_memory(self) -> MemoryPlan:
-        """The recomputation policy, and the peak of memory it is predicted to have."""
+        """The recomputation policy, and the peak of memory that is predicted for it."""
         lengths = [len(example.ids) for example in self.examples]
-        all_tokens, longest = sum(lengths), max(lengths)
+        all_tokens = sum(lengths)
         all_response = all_tokens - sum(example.n_prompt for example in self.examples)
+        longest = max(lengths)
         tokens = min(max(self.state["micro_tokens"], longest), all_tokens)
+        size = StepSize(
+            tokens=tokens,
+            longest=longest,
+            response=round(tokens * all_response / all_tokens),
+            dtype=self.model.dtype,
+        )
         return choose_policy(
             self.config.recompute,
             self.config.memory_gb,
             self.model.config,
             self.lora.config,
+            size,
             self.model.device,
-            tokens=tokens,
-            longest=longest,
-            response=round(tokens * all_response / all_tokens),
-            dtype=self.model.dtype,
             held=held_memory(self.model.device) + self.model.weights.gather_bytes,
         )
 
     # ---- validation and checkpoints
 
-    def validation_due(self, step: int, last: bool) -> bool:
-        """Whether this step is followed by a validation; the last one is."""
+    def validation_due(self, step: int, is_last: bool) -> bool:
+        """Whether this step is followed by a validation; the last one is, where there are any."""
         if self.validator is None:
             return False
-        return last or step % self.validator.config.val_every == 0
+        return is_last or step % self.validator.config.val_every == 0
 
     def validate(self, step: int, epoch: int) -> bool:
-        """Measure the adapter, record it; whether it is the best so far. Rank 0's values count."""
+        """Measure the adapter and record the values; returns whether it is the best so far."""
+        measures = self._measure()
+        if self.world.is_rank0:
+            line = {"step": step, "epoch": epoch, **measures}
+            checkpoint.record_validation(self.out, line)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+        print(f"\nstep {step}: {text}")
+        metric = self.validator.config.best
+        if metric == "last":
+            return False
+        best_value = self.state["best"].get("value", math.inf)
+        if measures[metric] >= best_value:
+            return False
+        self.state["best"] = {"metric": metric, "value": measures[metric], "step": step}
+        return True
+
+    def _measure(self) -> dict[str, float]:
+        """The validator's values by name: those of rank 0, which all ranks get."""
         names = self.validator.names
         values = torch.zeros(len(names), dtype=torch.float64)
         # every rank helps to gather sharded weights
@@ -189,26 +251,21 @@ class Run:
             measured = torch.tensor(self.validator(self.lora), dtype=torch.float64)
             if self.world.is_rank0:
                 values += measured
-        self.world.barrier()  # rank 0 may take long
-        values = self.world.all_reduce_sum_(values).tolist()
-        measures = dict(zip(names, values, strict=True))
-        if self.world.is_rank0:
-            line = {"step": step, "epoch": epoch, **measures}
-            checkpoint.record_validation(self.out, line)
-        text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
-        print(f"\nstep {step}: {text}")
-        metric, best = self.validator.config.best, self.state["best"]
-        if metric == "last" or measures[metric] >= best.get("value", math.inf):
-            return False
-        self.state["best"] = {"metric": metric, "value": measures[metric], "step": step}
-        return True
+        self.world.barrier()  # validation may take rank 0 longer than a sum waits
+        self.world.all_reduce_sum_(values)  # the other ranks add zeros
+        return dict(zip(names, values.tolist(), strict=True))
 
     def save(self, step: int, epoch: int) -> None:
         """Rank 0 writes a checkpoint; all wait for it."""
         if self.world.is_rank0:
             self.count_time()
-            state = {**self.state, "epoch": epoch, "seed": self.config.seed}
-            state |= {"spent": self.spent, "since_step": self.spent_since_step}
+            state = {
+                **self.state,
+                "epoch": epoch,
+                "seed": self.config.seed,
+                "spent": self.spent,
+                "since_step": self.spent_since_step,
+            }
             checkpoint.save_checkpoint(
                 self.out,
                 self.lora,
@@ -222,11 +279,12 @@ class Run:
         self.world.barrier()
 
     def _restore_state(self) -> None:
-        """The state of the last checkpoint, or that of a new run."""
+        """Begin with the state of the last checkpoint, or with that of a new run."""
         self.state = {"micro_tokens": self.config.micro_tokens, "best": {}} | self.state
         self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
         self.spent_since_step = self.state.get("since_step", 0)
-        if self.optimizer.step and "spent" not in self.state:  # of an older version
+        is_resumed = self.optimizer.step > 0
+        if is_resumed and "spent" not in self.state:  # the checkpoint is of an older version
             self.spent_since_step = self.optimizer.step
 
     # ---- account of time and work
@@ -234,9 +292,10 @@ class Run:
     def count_work(self, examples: Sequence[Example]) -> int:
         """Add a step's operations and tokens to what was spent; returns the tokens."""
         lengths = [len(example.ids) for example in examples]
+        tokens = sum(lengths)
         self.spent["operations"] += step_operations(self.model.config, lengths)
-        self.spent["tokens"] += sum(lengths)
-        return sum(lengths)
+        self.spent["tokens"] += tokens
+        return tokens
 
     def count_time(self) -> None:
         """Add the time since the last call to what was spent."""
@@ -248,7 +307,10 @@ class Run:
     # ---- the end of a run
 
     def finish(self) -> dict[str, Any]:
-        """Publish the last or the best adapter; returns the summary (rank 0)."""
+        """Publish the last or the best adapter; returns the summary, {} on the ranks after 0.
+
+        ValueError where every B is zero, so that the adapter changes nothing.
+        """
         best_step = self.state["best"].get("step", self.optimizer.step)
         best = checkpoint.checkpoint_dir(self.out, best_step)
         if best_step != self.optimizer.step:
@@ -264,11 +326,14 @@ class Run:
         return self._summary()
 
     def _summary(self) -> dict[str, Any]:
+        """Losses, speed, memory and sizes of the whole run, as meta.json keeps them."""
         lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
         losses = [line["loss"] for line in lines]
-        tenth = max(1, len(lines) // 10)
-        spent, seconds = self.spent, self.spent["seconds"]
+        tenth = max(1, len(lines) // 10)  # steps whose mean is the first and the last loss
+        spent = self.spent
+        seconds = spent["seconds"]
         adapted = sum(".lora_A." in name for name in self.lora.slots)
+        all_linears = 7 * self.model.config.num_layers
         on_gpu = self.model.device.type == "cuda"
         return {
             "examples": len(self.examples),
@@ -286,13 +351,17 @@ class Run:
             "processes": self.world.size,
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "parameters": self.lora.params.numel(),
-            "linears": f"{adapted}/{7 * self.model.config.num_layers}",
+            "linears": f"{adapted}/{all_linears}",
             "ops": self.model.ops.name,
         }
 
     def load_finished(self, meta: dict[str, Any]) -> None:
-        """Put the adapter of a finished run into `self.lora`, once its hash is checked."""
-        steps, best = meta["summary"].get("steps"), meta["summary"].get("best")
+        """Put the adapter of a finished run into `self.lora`, once its hash is checked.
+
+        ValueError where meta.json or the adapter is not what the run wrote.
+        """
+        steps = meta["summary"].get("steps")
+        best = meta["summary"].get("best")
         best_step = best.get("step", steps) if isinstance(best, dict) else None
         if type(steps) is not int or type(best_step) is not int:
             raise ValueError(f"{self.out / 'meta.json'}: summary is not what was written")
@@ -300,7 +369,9 @@ class Run:
         if self.world.is_rank0:
             checkpoint.check_published(self.out, meta.get("published"), saved)
         self.world.barrier()
-        if best_step == steps and saved.exists() and self.lora.params.dtype == torch.float64:
-            checkpoint.load_checkpoint(saved, self.lora, self.optimizer)  # not rounded to fp32
+        # adapter files are fp32; the masters of an fp64 run are in the last checkpoint alone
+        in_last_checkpoint = best_step == steps and saved.exists()
+        if in_last_checkpoint and self.lora.params.dtype == torch.float64:
+            checkpoint.load_checkpoint(saved, self.lora, self.optimizer)
         else:
             checkpoint.load_adapter(self.out, self.lora)

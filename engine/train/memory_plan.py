@@ -19,7 +19,7 @@ for any model by arithmetic alone (`python -m benchmarks.memory`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,6 @@ from engine.runtime.process_memory import free_memory, held_memory
 from kernels.attention.torch_form import PACKED_BLOCK
 from kernels.linear_cross_entropy import CHUNK_BYTES
 from model.config import LlamaConfig
-from model.layout import GROUPS
 from model.lora import LoraConfig, adapter_shapes
 from model.tape import POLICIES
 
@@ -36,6 +35,16 @@ from model.tape import POLICIES
 # measured by benchmarks/memory.py
 LIBRARIES = {"cpu": 250 << 20, "cuda": 0}
 SLACK = 1.05  # an allocator's loss to the gaps between tensors of changing sizes
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """The largest micro-batch of a step, which decides the step's peak."""
+
+    tokens: int  # T
+    longest: int  # tokens of its longest row
+    response: int  # N: of its tokens, those with loss
+    dtype: torch.dtype  # of the model
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
+        """The peak in bytes."""
         return self.held + self.adapter + round(SLACK * (self.saved + self.work))
 
     def text(self) -> str:
@@ -63,7 +73,8 @@ class MemoryPlan:
 
 def saved_per_token(config: LlamaConfig, policy: str, dtype: torch.dtype, ranks: int) -> int:
     """Bytes that a layer saves per token; `ranks` is the width of all S of a layer."""
-    heads_width, qkv_width = config.qkv_sizes[0], sum(config.qkv_sizes)
+    heads_width = config.qkv_sizes[0]  # H d
+    qkv_width = sum(config.qkv_sizes)
     width = config.hidden_size  # the residual stream at the layer's entry, in dtype
     statistics = 1  # numbers in the accumulation type: rstd, lse
     if policy != "full":
@@ -78,79 +89,76 @@ def predict(
     config: LlamaConfig,
     lora: LoraConfig,
     policy: str,
-    *,
-    tokens: int,  # of the largest micro-batch
-    longest: int,  # tokens of its longest row
-    response: int,  # of its tokens, those with loss
-    dtype: torch.dtype,
+    size: StepSize,
     device: str = "cpu",
-    held: int = 0,  # bytes
+    held: int = 0,
 ) -> MemoryPlan:
-    """The peak of a step whose largest micro-batch is of that size."""
-    parameters = sum(rows * columns for rows, columns in adapter_shapes(lora, config).values())
-    compute_copy = dtype.itemsize if dtype.itemsize < 4 else 0
+    """The peak of a step of this size under a policy.
+
+    device: its type. held: bytes that the process or the device holds before the step.
+    """
+    itemsize = size.dtype.itemsize
+    shapes = adapter_shapes(lora, config).values()
+    parameters = sum(rows * columns for rows, columns in shapes)
+    compute_copy = itemsize if itemsize < 4 else 0
     adapted = lora.module_names()
-    adapted_groups = [m for members in GROUPS.values() for m in members if m in adapted]
-    ranks = lora.rank * len(adapted_groups)
-    per_token = saved_per_token(config, policy, dtype, ranks)
-    head = _head_work(config, tokens, response, dtype, device)
-    layer = _layer_work(config, adapted, policy, tokens, longest, response, dtype, device)
+    ranks = lora.rank * len(adapted)
+    per_token = saved_per_token(config, policy, size.dtype, ranks)
+    head = _head_work(config, size, device)
+    layer = _layer_work(config, adapted, policy, size, device)
     return MemoryPlan(
         policy=policy,
         held=held + LIBRARIES[device],
         adapter=parameters * (16 + compute_copy),  # four fp32 buffers, the copy
-        saved=config.num_layers * tokens * per_token,
+        saved=config.num_layers * size.tokens * per_token,
         work=max(head, layer),
     )
 
 
-def _head_work(
-    config: LlamaConfig, tokens: int, response: int, dtype: torch.dtype, device: str
-) -> int:
+def _head_work(config: LlamaConfig, size: StepSize, device: str) -> int:
     """Bytes of the loss: hidden states and their gradient, a chunk of logits."""
-    all_logits = response * config.vocab_size * max(4, dtype.itemsize)
+    itemsize = size.dtype.itemsize
+    all_logits = size.response * config.vocab_size * max(4, itemsize)
     chunk = min(CHUNK_BYTES[device], all_logits)
-    if dtype.itemsize < 4:
+    if itemsize < 4:
         chunk += chunk // 2  # its 16-bit copy
-    hidden = tokens * 2 * config.hidden_size * dtype.itemsize  # 2 (T, D)
-    selected = 2 * response * config.hidden_size * dtype.itemsize  # 2 (N, D)
+    hidden = 2 * size.tokens * config.hidden_size * itemsize  # 2 (T, D)
+    selected = 2 * size.response * config.hidden_size * itemsize  # 2 (N, D)
     return hidden + chunk + selected
 
 
 def _layer_work(
-    config: LlamaConfig,
-    adapted: Sequence[str],
-    policy: str,
-    tokens: int,
-    longest: int,
-    response: int,
-    dtype: torch.dtype,
-    device: str,
+    config: LlamaConfig, adapted: Collection[str], policy: str, size: StepSize, device: str
 ) -> int:
     """Bytes of a layer's backward: the larger of its two halves, with the recomputed tensors.
 
     Both halves hold the hidden states, their gradient and the residual's, and two norms' outputs.
     """
-    D, F = config.hidden_size, config.intermediate_size
-    heads_width, qkv_width = config.qkv_sizes[0], sum(config.qkv_sizes)
+    D = config.hidden_size
+    F = config.intermediate_size
+    heads_width = config.qkv_sizes[0]  # H d
+    qkv_width = sum(config.qkv_sizes)
+    itemsize = size.dtype.itemsize
+    one_column = size.tokens * itemsize  # bytes of one number a token
 
     # the feed-forward half: SwiGLU with its temporaries, inputs of adapted products once more
     model_widths = 5 if "mlp.gate_proj" in adapted or "mlp.up_proj" in adapted else 4
     feed_widths = 5 if "mlp.down_proj" in adapted else 4
-    feed_forward = tokens * dtype.itemsize * (model_widths * D + feed_widths * F)
+    feed_forward = one_column * (model_widths * D + feed_widths * F)
 
     # the attention half: do, dqkv, the gradient of the qkv product; a block of scores
-    block = min(longest, PACKED_BLOCK[device])
-    scores = 3 * config.num_heads * block * longest * max(4, dtype.itemsize)
-    attention = tokens * dtype.itemsize * (6 * D + heads_width + qkv_width) + scores
+    block = min(size.longest, PACKED_BLOCK[device])
+    scores = 3 * config.num_heads * block * size.longest * max(4, itemsize)
+    attention = one_column * (6 * D + heads_width + qkv_width) + scores
 
-    recomputed = {
+    recomputed_width = {
         "none": 0,
         "selective": 2 * F,
         "full": qkv_width + heads_width + D + 2 * F,
     }[policy]
-    selected = response * D * dtype.itemsize  # (N, D), the loss's gradient
-    return max(feed_forward, attention) + tokens * dtype.itemsize * recomputed + selected
+    recomputed = one_column * recomputed_width
+    selected = size.response * D * itemsize  # (N, D), the loss's gradient
+    return max(feed_forward, attention) + recomputed + selected
 
 
 def available(device: str | torch.device) -> int:
@@ -163,35 +171,38 @@ def choose_policy(
     memory_gb: float,
     config: LlamaConfig,
     lora: LoraConfig,
+    size: StepSize,
     device: str | torch.device,
-    **sizes: int | torch.dtype,
+    held: int = 0,
 ) -> MemoryPlan:
     """The plan of the requested policy; for `auto` the least recomputation that fits memory_gb.
 
-    memory_gb: 0 stands for `available`. sizes: as `predict` takes them. ValueError where no policy
-    fits, with the setting that would help.
+    memory_gb: 0 stands for `available`. held: bytes held before the step. ValueError where no
+    policy fits, with the setting that would help.
     """
-    kind = torch.device(device).type
-    plans = [predict(config, lora, policy, device=kind, **sizes) for policy in POLICIES]
+    device_type = torch.device(device).type
     if requested != "auto":
-        return plans[POLICIES.index(requested)]
-    limit = memory_gb * 1e9 or available(device)
+        return predict(config, lora, requested, size, device_type, held)
+    limit = memory_gb * 1e9 if memory_gb else available(device)
+    plans = [predict(config, lora, policy, size, device_type, held) for policy in POLICIES]
     for plan in plans:
         if plan.total <= limit:
             return plan
     smallest = plans[-1]
     raise ValueError(
-        f"even with --recompute full a step of {sizes['tokens']} tokens needs "
+        f"even with --recompute full a step of {size.tokens} tokens needs "
         f"{smallest.total / 1e9:.2f} GB, {limit / 1e9:.2f} GB may be used; "
-        f"{_advice(smallest, limit, sizes)}"
+        f"{_advice(smallest, limit, size)}"
     )
 
 
-def _advice(smallest: MemoryPlan, limit: float, sizes: dict[str, int | torch.dtype]) -> str:
-    """The setting to lower where no policy fits."""
+def _advice(smallest: MemoryPlan, limit: float, size: StepSize) -> str:
+    """The setting to lower where no policy fits within `limit` bytes."""
     if smallest.held + smallest.adapter > limit:
         advice = "the model and the adapter alone need more: take a smaller model"
-        return advice + (", or lower --rank" if smallest.adapter > limit / 10 else "")
-    if sizes["tokens"] > sizes["longest"]:
+        if smallest.adapter > limit / 10:
+            advice += ", or lower --rank"
+        return advice
+    if size.tokens > size.longest:
         return "lower --micro-tokens"
-    return f"lower --max-length: one row has {sizes['longest']} tokens"
+    return f"lower --max-length: one row has {size.longest} tokens"

@@ -17,7 +17,7 @@ from engine.runtime.distributed import World
 from engine.runtime.files import AppendedLines
 from engine.runtime.terminal import progress
 from engine.train.mfu import stated_rate
-from engine.train.step import StepResult
+from engine.train.step import Gradients, StepResult
 
 WINDOW = 10  # steps whose mean loss is compared with that of the first WINDOW steps
 FLUSH_EVERY = {"cpu": 1, "cuda": 10}  # steps; on a CPU there is nothing to wait for
@@ -26,13 +26,13 @@ FLUSH_EVERY = {"cpu": 1, "cuda": 10}  # steps; on a CPU there is nothing to wait
 class PendingStep(NamedTuple):
     """A step whose numbers are still on the device."""
 
-    record: dict[str, Any]  # the part of its line that the host knows
+    record: dict[str, Any]  # the part of its line in metrics.jsonl that the host knows
     result: StepResult
     examples: Sequence[Example]
 
 
 class Metrics:
-    """Appends to metrics.jsonl, shows the progress bar, checks every step.
+    """Appends to metrics.jsonl, shows the progress bar, checks every step. A context manager.
 
     ValueError, which ends the run, for a loss or gradient norm that is not finite, a gradient of
     zero in the first step, and a loss that explodes.
@@ -72,30 +72,33 @@ class Metrics:
 
         tokens_s of a line is the rate of all steps since the last flush.
         """
-        tokens = sum(step.record["tokens"] for step in self.pending)
         if self.pending:
             self.world.wait_for_device(self.pending[-1].result.loss.device)
-        numbers = [(s.result.loss.item(), s.result.norm.item()) for s in self.pending]
-        tokens_s = tokens / max(1e-9, time.perf_counter() - self.last_flush)
-        for step, (loss, norm) in zip(self.pending, numbers, strict=True):
-            self._check(step, loss, norm)
+        losses = [step.result.loss.item() for step in self.pending]  # waits for the device
+        norms = [step.result.norm.item() for step in self.pending]
+        tokens = sum(step.record["tokens"] for step in self.pending)
+        seconds = max(1e-9, time.perf_counter() - self.last_flush)
+        tokens_s = tokens / seconds
+        for step, loss, norm in zip(self.pending, losses, norms, strict=True):
+            self._check_step(step, loss, norm)
+            self._check_not_exploded(step, loss)
             self.losses.append(loss)
-            if self.log:
-                measured = {"loss": loss, "grad_norm": norm, "tokens_s": tokens_s}
-                self.log.write({**step.record, **measured})
+            if self.log is not None:
+                line = {**step.record, "loss": loss, "grad_norm": norm, "tokens_s": tokens_s}
+                self.log.write(line)
             self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_s:.0f} tokens/s", refresh=False)
             self.bar.update()
         self.pending.clear()
         self.last_flush = time.perf_counter()
 
-    def _check(self, pending: PendingStep, loss: float, norm: float) -> None:
-        """ValueError for a step that a run must not continue from."""
-        step, gradients = pending.record["step"], pending.result.gradients
+    def _check_step(self, pending: PendingStep, loss: float, norm: float) -> None:
+        """ValueError for a loss or norm that is not finite, or a first gradient of zero."""
+        step = pending.record["step"]
         advice = "Look at these rows, or lower --lr"
         if not math.isfinite(loss):
-            bad = (~gradients.nll.isfinite()).nonzero()[:, 0].tolist()
-            rows = sorted({gradients.owners[i] for i in bad}) or "of another process"
-            raise ValueError(f"step {step}: the loss is {loss}; rows {rows}. {advice}")
+            rows = _rows_that_are_not_finite(pending.result.gradients)
+            named = rows if rows else "of another process"
+            raise ValueError(f"step {step}: the loss is {loss}; rows {named}. {advice}")
         if not math.isfinite(norm):
             rows = [example.id for example in pending.examples]
             raise ValueError(f"step {step}: the gradient norm is {norm}; rows {rows}. {advice}")
@@ -104,42 +107,66 @@ class Metrics:
                 "step 1: the gradient is exactly zero, so nothing can be learned; is B without a "
                 "path to the loss (--modules), or every response token already certain?"
             )
-        if len(self.losses) >= WINDOW:
-            first = self.losses[:WINDOW]
-            recent = [*self.losses[1 - WINDOW :], loss]
-            first_mean = sum(first) / len(first)
-            recent_mean = sum(recent) / len(recent)
-            if recent_mean > 2 * first_mean + 1:
-                raise ValueError(
-                    f"step {step}: the loss has exploded, {recent_mean:.2f} over the last {WINDOW} "
-                    f"steps after {first_mean:.2f} over the first; lower --lr, or use --warmup 0.1"
-                )
+
+    def _check_not_exploded(self, pending: PendingStep, loss: float) -> None:
+        """ValueError where the mean loss of the last WINDOW steps, this one among them, is far
+        above that of the first WINDOW steps."""
+        if len(self.losses) < WINDOW:
+            return
+        first = self.losses[:WINDOW]
+        recent = [*self.losses[1 - WINDOW :], loss]
+        first_mean = sum(first) / len(first)
+        recent_mean = sum(recent) / len(recent)
+        if recent_mean > 2 * first_mean + 1:
+            step = pending.record["step"]
+            raise ValueError(
+                f"step {step}: the loss has exploded, {recent_mean:.2f} over the last {WINDOW} "
+                f"steps after {first_mean:.2f} over the first; lower --lr, or use --warmup 0.1"
+            )
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        if self.log:
+        if self.log is not None:
             self.log.close()
+
+
+def _rows_that_are_not_finite(gradients: Gradients) -> list[str]:
+    """Ids of the examples of this rank with a response token whose loss is not finite."""
+    bad = (~gradients.nll.isfinite()).nonzero()[:, 0]  # indices of such tokens
+    return sorted({gradients.owners[index] for index in bad.tolist()})
 
 
 def summary_text(summary: dict[str, Any], out: Path) -> str:
     """The summary of a run (`Run.finish`) in one line, for the terminal."""
-    best, rate = summary["best"], summary["operations_s"]
-    stated = stated_rate(summary["device"])
     since_step = summary.get("since_step", 0)
     since = f" since step {since_step}" if since_step else ""
-    mfu = f", MFU {rate / stated / summary['processes']:.1%}" if stated else ""
-    text = (
+    work = (
         f"{summary['steps']} steps, {summary['tokens']} tokens ({summary['response_tokens']} with "
-        f"loss) in {summary['seconds']:.0f} s{since}, {summary['tokens_s']:.0f} tokens/s, "
-        f"{rate / 1e12:.3g} TFLOP/s (4 P a token + 7 L^2 H d a row and layer){mfu}; loss "
-        f"{summary['first_loss']:.4f} -> {summary['last_loss']:.4f}"
+        f"loss) in {summary['seconds']:.0f} s{since}"
     )
+
+    rate = summary["operations_s"]  # of all processes together
+    speed = (
+        f"{summary['tokens_s']:.0f} tokens/s, "
+        f"{rate / 1e12:.3g} TFLOP/s (4 P a token + 7 L^2 H d a row and layer)"
+    )
+    stated = stated_rate(summary["device"])  # of one card
+    if stated is not None:
+        mfu = rate / stated / summary["processes"]
+        speed += f", MFU {mfu:.1%}"
+
+    loss = f"loss {summary['first_loss']:.4f} -> {summary['last_loss']:.4f}"
+    parts = [f"{work}, {speed}", loss]
+    best = summary["best"]
     if best:
-        text += f"; best {best['metric']} {best['value']:.4f} at step {best['step']}"
-    return text + (
-        f"; peak memory {summary['peak_bytes'] / 1e9:.2f} GB; ops {summary['ops']}; "
-        f"LoRA on {summary['linears']} linears; adapter in {out}"
-    )
+        parts.append(f"best {best['metric']} {best['value']:.4f} at step {best['step']}")
+    parts += [
+        f"peak memory {summary['peak_bytes'] / 1e9:.2f} GB",
+        f"ops {summary['ops']}",
+        f"LoRA on {summary['linears']} linears",
+        f"adapter in {out}",
+    ]
+    return "; ".join(parts)

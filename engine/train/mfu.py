@@ -29,11 +29,12 @@ def step_operations(config: LlamaConfig, lengths: Sequence[int]) -> float:
     over half a square, 2 operations.
     """
     heads_width = config.qkv_sizes[0]  # H d
-    weights_per_layer = config.hidden_size * (
-        sum(config.qkv_sizes) + heads_width + 3 * config.intermediate_size
-    )
-    weights = config.num_layers * weights_per_layer + config.vocab_size * config.hidden_size
-    sum_of_squares = sum(n * n for n in lengths)
+    qkv_width = sum(config.qkv_sizes)
+    widths = qkv_width + heads_width + 3 * config.intermediate_size  # of all linears together
+    layers = config.num_layers * config.hidden_size * widths
+    head = config.vocab_size * config.hidden_size
+    weights = layers + head  # P
+    sum_of_squares = sum(length * length for length in lengths)
     products = 4 * weights * sum(lengths)
     attention = 7 * sum_of_squares * heads_width * config.num_layers
     return products + attention

@@ -36,10 +36,10 @@ SINGLE_PROCESS = World()
 
 @dataclass
 class Gradients:
-    """Result of the forward and backward of a step, beside `lora.grads`."""
+    """Result of the forward and backward of a step, beside the gradient in `lora.grads`."""
 
-    nll: Tensor  # (N of all micro-batches of this rank,) nats
-    owners: list[str]  # example id of each
+    nll: Tensor  # (sum of N over this rank's micro-batches,), nats of each response token
+    owners: list[str]  # example id of each response token
     n_response: int  # response tokens of the step, all ranks together
 
 
@@ -48,7 +48,7 @@ class StepResult:
     """Result of a step; the tensors are on the device."""
 
     loss: Tensor  # () fp64, nats per response token, all ranks together
-    norm: Tensor  # () fp64, of the gradient before clipping
+    norm: Tensor  # () fp64, Euclidean norm of the mean loss's gradient, before clipping
     gradients: Gradients
 
 
@@ -63,32 +63,33 @@ def step_gradients(
 ) -> Gradients:
     """Phases 1 and 2: forward and backward of this rank's share of the examples.
 
-    step: number of this optimizer step, which dropout masks depend on. micro_tokens: tokens of a
-    micro-batch. policy: recomputation in the backward (model/tape.py).
+    step: number of this optimizer step, which dropout masks depend on. micro_tokens: most tokens
+    of a micro-batch. policy: recomputation in the backward (model/tape.py).
     """
-    # 1. share by tokens, pack
-    n_response = sum(len(e.ids) - e.n_prompt for e in examples)
-    rank_examples = [
-        [examples[i] for i in indices]
-        for indices in shares([len(e.ids) for e in examples], world.size)
-    ]
-    rank_batches = [pack([len(e.ids) for e in each], micro_tokens) for each in rank_examples]
-    own_examples = rank_examples[world.rank]
-    own_batches = rank_batches[world.rank]
+    n_response = sum(len(example.ids) - example.n_prompt for example in examples)
+
+    # 1. share the examples out over the ranks by tokens, pack every rank's share
+    lengths = [len(example.ids) for example in examples]
+    share_of_rank = shares(lengths, world.size)  # rank -> indices into `examples`
+    batches_of_rank: list[list[list[int]]] = []  # rank -> micro-batches: indices into its share
+    for share in share_of_rank:
+        batches_of_rank.append(pack([lengths[i] for i in share], micro_tokens))
+    own_examples = [examples[i] for i in share_of_rank[world.rank]]
+    own_batches = batches_of_rank[world.rank]
     # a dropout mask belongs to one row, so a prefix can be shared only without dropout
     share_prefix = model.device.type in model.ops.shares_prefix and not lora.config.dropout
 
     # 2. forward and backward of every micro-batch
     lora.grads.zero_()
-    nlls = [lora.grads.new_empty(0)]
+    nlls = [lora.grads.new_empty(0)]  # so that a rank without a micro-batch has an empty tensor
     owners: list[str] = []
     for indices in own_batches:
-        chosen = [own_examples[i] for i in indices]
-        batch = MicroBatch.build(chosen, step, model.device, share_prefix)
+        batch_examples = [own_examples[i] for i in indices]
+        batch = MicroBatch.build(batch_examples, step, model.device, share_prefix)
         nlls.append(micro_step(model, lora, batch, policy))
         owners += batch.owners
     if model.is_sharded:  # every rank must gather the layers equally often
-        most_batches = max(len(batches) for batches in rank_batches)
+        most_batches = max(len(batches) for batches in batches_of_rank)
         for _ in range(most_batches - len(own_batches)):
             micro_step(model, lora, MicroBatch.idle(step, model.device), policy)
     return Gradients(torch.cat(nlls), owners, n_response)
@@ -97,12 +98,13 @@ def step_gradients(
 def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tensor:
     """Forward, loss and backward of one micro-batch.
 
-    Returns nll (N,) in nats; adds the gradient of its sum to `lora.grads`.
+    Returns nll (N,), nats of each response token; adds the gradient of its sum to `lora.grads`.
     """
     tape = Tape(policy)
     hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)  # (T, D)
     nll, dselected = model.nll(hidden[batch.select], batch.targets)  # (N,), (N, D)
-    dhidden = torch.zeros_like(hidden).index_copy_(0, batch.select, dselected)  # (T, D)
+    dhidden = torch.zeros_like(hidden)  # (T, D)
+    dhidden.index_copy_(0, batch.select, dselected)  # the other positions have no loss
     model.backward(dhidden, tape)
     return nll
 
@@ -118,10 +120,10 @@ def step_update(
 ) -> StepResult:
     """Phase 3: one all-reduce, one norm and one AdamW over the flat buffer.
 
-    lr: learning rate of this step. clip: largest gradient norm, 0 to not clip.
+    lr: learning rate of this step. clip: largest gradient norm; 0 leaves the gradient as it is.
     """
     world.all_reduce_sum_(lora.grads)
     loss_sum = world.all_reduce_sum_(gradients.nll.sum(dtype=torch.float64))
-    scale = 1 / gradients.n_response
+    scale = 1 / gradients.n_response  # from the summed loss to the mean over response tokens
     norm = optimizer.update(model.ops, lora, lr, scale, clip)
     return StepResult(loss_sum * scale, norm, gradients)

@@ -1,6 +1,6 @@
 """Training an adapter: LoRA on packed rows, every gradient written down (model/llama.py)
 
-    train_job    scripts/train.py: rows -> examples -> train, or print encoded examples
+    train_job    the job of scripts/train.py: rows -> examples -> train, or print encoded examples
     train        a run directory from beginning to end; the loop itself is `Run.loop` (loop.py)
 
 A step depends on (seed, step) alone, so on a CPU a resumed run is the undisturbed run, bit for bit.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,47 +44,89 @@ from model.trained_chat import TrainedChat, common_system
 FREE_TO_CHANGE = ("save_every", "keep", "memory_gb")
 
 
+@dataclass(frozen=True)
+class TrainJobConfig:
+    """All settings of `train_job`."""
+
+    data: DataConfig
+    encode: EncodeConfig
+    train: TrainConfig
+    lora: LoraConfig
+    validate: ValidateConfig
+
+    def check(self) -> None:
+        """ValueError for settings that cannot run."""
+        for settings in (self.data, self.encode, self.train, self.lora, self.validate):
+            settings.check()
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The model that an adapter is trained over, and what a run records of it."""
+
+    model: Llama
+    directory: str  # as the adapter's config names it
+    fingerprint: str  # hash of the model's files; a run is resumed on the same model only
+    date: str | None = None  # the one that prompts tell, None where they tell none
+    world: World = SINGLE_PROCESS  # the processes of the job
+
+    @classmethod
+    def of(cls, session: Session) -> FrozenModel:
+        """The model of a session."""
+        return cls(
+            session.model,
+            session.config.model,
+            session.fingerprint,
+            session.settings.get("date"),
+            session.world,
+        )
+
+
+# ---- the job of scripts/train.py
+
+
 def train_job(
     session: Session,
-    data: DataConfig,
-    encoding: EncodeConfig,
-    config: TrainConfig,
-    lora_config: LoraConfig,
-    validating: ValidateConfig,
+    config: TrainJobConfig,
     out: Path | None,
     *,
     show_rows: int | None = None,
     resume: bool = False,
 ) -> dict[str, Any] | None:
-    """Train on a file of rows or of distilled data; returns the summary.
+    """Train on a file of rows or of distilled data into `out`; returns the summary.
 
-    With `show_rows` that many encoded examples are printed instead, and nothing is trained.
+    With `show_rows` that many encoded examples are printed instead; nothing is trained, and the
+    result is None.
     """
-    for settings in (data, encoding, config, lora_config, validating):
-        settings.check()
+    config.check()
     if show_rows is not None and show_rows < 1:
         raise ValueError(f"--show {show_rows}: expected at least 1 row")
-    rows = rows_to_train_on(session, data)
+    rows = rows_to_train_on(session, config.data)
     examples = encode_examples(
-        rows, session, data, encoding, seed=config.seed, skip_refused=data.skip_bad
+        rows,
+        session,
+        config.data,
+        config.encode,
+        seed=config.train.seed,
+        skip_refused=config.data.skip_bad,
     )
     if show_rows is not None:
         print_examples(session, examples[:show_rows])
         return None
-    config.highest_rate(len(examples))
+    config.train.highest_rate(len(examples))  # ValueError before the validator's work
+    validator = None
+    if config.validate.val_every:
+        validator = Validator(config.validate, config.data, session)
+    system = common_system([row.messages for row in rows])
     _, summary = train(
-        session.model,
+        FrozenModel.of(session),
         examples,
-        lora_config,
-        config,
+        config.lora,
+        config.train,
         out,
-        base=session.config.model,
-        model_hash=session.fingerprint,
+        chat=TrainedChat.of(session.chat, system),
+        validator=validator,
         resume=resume,
-        validator=Validator(validating, data, session) if validating.val_every else None,
-        world=session.world,
-        date=session.settings.get("date"),
-        chat=TrainedChat.of(session.chat, common_system([row.messages for row in rows])),
     )
     if session.world.is_rank0:
         print(summary_text(summary, out))
@@ -94,97 +137,116 @@ def print_examples(session: Session, examples: Sequence[Example]) -> None:
     """Print every token of the examples, those with loss with their nats under the seed."""
     losses = []
     for example in examples:
-        prompt, answer = example.ids[: example.n_prompt], example.ids[example.n_prompt :]
+        prompt = example.ids[: example.n_prompt]
+        answer = example.ids[example.n_prompt :]
         losses.append(nll(session.model, prompt, answer).tolist())
     print(show(examples, session.chat.tokenizer, len(examples), losses))
 
 
+# ---- a run directory from beginning to end
+
+
 @memory_for("training", TRAIN_LESS)
 def train(
-    model: Llama,
+    frozen: FrozenModel,
     examples: Sequence[Example],
     lora_config: LoraConfig,
     config: TrainConfig,
     out: Path,
     *,
-    base: str,
-    model_hash: str,
-    resume: bool = False,
-    validator: Validator | None = None,
-    world: World = SINGLE_PROCESS,
-    date: str | None = None,
     chat: TrainedChat | None = None,
+    validator: Validator | None = None,
+    resume: bool = False,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train an adapter into the run directory `out`; returns it and the summary.
 
-    base         the model's directory, as the adapter's config names it
-    model_hash   of the model's files; a run is resumed on the same model only
-    resume       load a finished run; continue a killed one from its last checkpoint, in any number
-                 of processes
-    date         the one that prompts tell, None where they tell none
-    chat         how the prompts were made, written beside the adapter (chat.json)
+    chat       how the prompts were made, written beside the adapter (chat.json)
+    validator  measures the adapter between steps (validate.py)
+    resume     load a finished run; continue a killed one from its last checkpoint, in any number
+               of processes
 
-    A step that is not finite or a loss that explodes stops with ValueError; the checkpoints stay.
-    Ctrl-C or SIGTERM finishes the running step, writes a checkpoint and raises `Stopped`. Holds the
-    lock of `out`.
+    ValueError for a step that is not finite or a loss that explodes; the checkpoints stay. Ctrl-C
+    or SIGTERM finishes the running step, writes a checkpoint and raises `Stopped`. Holds the lock
+    of `out`.
     """
     config.check()
     check_examples(examples)
     _warn_of_long_warmup(config, len(examples))
+    model = frozen.model
+    world = frozen.world
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
     lora = Lora.init(lora_config, model.config, model.device, model.dtype)
-    optimizer = Optimizer.fresh(lora, config.weight_decay)
-    run = Run(model, lora, optimizer, examples, config, out, base, validator, world, chat)
-    settings = run_settings(model, examples, lora_config, config, model_hash, validator)
+    run = Run(
+        model=model,
+        lora=lora,
+        optimizer=Optimizer.fresh(lora, config.weight_decay),
+        examples=examples,
+        config=config,
+        out=out,
+        base=frozen.directory,
+        validator=validator,
+        world=world,
+        chat=chat,
+    )
+    settings = run_settings(frozen, examples, lora_config, config, validator)
     with lock_directory(out):
-        meta = _open_run(out, settings, resume, date, world)
+        meta = _open_run(out, settings, resume, frozen.date, world)
         if meta["finished"]:
             run.load_finished(meta)
             return lora, meta["summary"]
-        saved = _last_checkpoint(out)
-        if saved is not None:
-            run.state = checkpoint.load_checkpoint(saved, lora, optimizer)
-        metrics_so_far = checkpoint.restore_metrics(out, saved) if world.is_rank0 else []
+        metrics_so_far = _restore(run)
         with Stopping("the running step is finished and a checkpoint written") as stop:
-            try:
-                with world.report_lost_rank():
-                    run.loop(metrics_so_far, stop)
-            except ValueError as error:
-                saved = _last_checkpoint(out)
-                kept = "no checkpoint was written yet"
-                if saved is not None:
-                    kept = f"the last good state is {saved}"
-                raise ValueError(f"{error}. {kept}") from None
+            _do_steps(run, metrics_so_far, stop)
             summary = run.finish()
             if world.is_rank0:
                 _write_finished(out, meta, summary)
             stop.kept = f"the adapter in {out} is finished"
-            stopping = world.any_rank(stop.asked)
-        if stopping:
+            is_stopping = world.any_rank(stop.asked)
+        if is_stopping:
             stop.end(stop.kept)
     return lora, summary
 
 
+def _restore(run: Run) -> list[dict[str, Any]]:
+    """Put the last checkpoint, if there is one, into the run; returns its metrics (rank 0)."""
+    saved = _last_checkpoint(run.out)
+    if saved is not None:
+        run.state = checkpoint.load_checkpoint(saved, run.lora, run.optimizer)
+    if not run.world.is_rank0:
+        return []
+    return checkpoint.restore_metrics(run.out, saved)
+
+
+def _do_steps(run: Run, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
+    """Do the steps that are left; a ValueError is raised again with the last good checkpoint."""
+    try:
+        with run.world.report_lost_rank():
+            run.loop(metrics_so_far, stop)
+    except ValueError as error:
+        saved = _last_checkpoint(run.out)
+        kept = "no checkpoint was written yet"
+        if saved is not None:
+            kept = f"the last good state is {saved}"
+        raise ValueError(f"{error}. {kept}") from None
+
+
 def run_settings(
-    model: Llama,
+    frozen: FrozenModel,
     examples: Sequence[Example],
     lora_config: LoraConfig,
     config: TrainConfig,
-    model_hash: str,
     validator: Validator | None,
 ) -> dict[str, Any]:
     """The settings of a run in its meta.json; a run is resumed only under equal ones."""
-    train_settings = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in FREE_TO_CHANGE
-    }
+    train_settings = dataclasses.asdict(config)
+    for name in FREE_TO_CHANGE:
+        del train_settings[name]
     settings = {
         "train": train_settings,
         "lora": dataclasses.asdict(lora_config),
-        "model": model_hash,
+        "model": frozen.fingerprint,
         "data": fingerprint(examples),
-        "dtype": str(model.dtype),
+        "dtype": str(frozen.model.dtype),
     }
     if validator is not None:
         settings["validate"] = dataclasses.asdict(validator.config)
@@ -192,6 +254,7 @@ def run_settings(
 
 
 def _warn_of_long_warmup(config: TrainConfig, count: int) -> None:
+    """Print a warning where the learning rate never reaches its peak over `count` examples."""
     highest = config.highest_rate(count)
     if highest < config.lr:
         print(
@@ -213,6 +276,7 @@ def _open_run(
 
 
 def _last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint; None where there is none."""
     saved = checkpoint.checkpoints(out)
     return saved[-1] if saved else None
 

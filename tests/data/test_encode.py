@@ -6,6 +6,7 @@ The chat here is a stub with one id per character, so every expected id can be r
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from engine.data.distilled import CONTEXT, KEPT, Distilled, is_distilled, load_distilled
-from engine.data.encode import Example, encode
+from engine.data.encode import EncodeRules, Example, encode
 from engine.data.fit import cut_in_proportion
 from engine.data.pack import pack
 from engine.data.rows import Row
@@ -32,22 +33,30 @@ class StubChat:
     end_id = END
 
     def prompt_ids(self, messages, prefix=""):
-        return self.response_ids("".join(f"{m['role']}>{m['content']}|" for m in messages) + prefix)
+        turns = [f"{message['role']}>{message['content']}|" for message in messages]
+        return self.response_ids("".join(turns) + prefix)
 
     def response_ids(self, text, prefix=""):
         return [ord(char) for char in text]
 
     def target(self, messages, text):
-        return Target(
-            self.prompt_ids(messages), self.response_ids(text), as_rendered="<t>" not in text
-        )
+        prompt = self.prompt_ids(messages)
+        answer = self.response_ids(text)
+        return Target(prompt, answer, as_rendered="<t>" not in text)
 
     def check_ids(self, ids):
         if any(token > 9999 for token in ids):
             raise ValueError("beyond the embeddings")
 
     def spells_special(self, messages):
-        return any("<s>" in m["content"] for m in messages)
+        return any("<s>" in message["content"] for message in messages)
+
+
+def encode_with(rows, chat=None, **rules):
+    """`encode` with StubChat, unless another chat is given."""
+    if chat is None:
+        chat = StubChat()
+    return encode(rows, chat, EncodeRules(**rules))
 
 
 class StubTokenizer:
@@ -125,7 +134,7 @@ def test_a_distilled_line_that_breaks_the_rules_is_named(tmp_path, changes, reas
     assert reason in str(error.value)
 
 
-def test_absent_fields_torn_lines_and_repeated_ids_of_distilled_data(tmp_path):
+def test_distilled_data_with_absent_fields_torn_lines_or_repeated_ids_is_refused(tmp_path):
     for name in line():
         record = line()
         del record[name]
@@ -153,6 +162,7 @@ def ids(text: str) -> list[int]:
 
 
 def made(examples: list[Example]) -> list[tuple]:
+    """(id, prompt ids, answer ids) of each example."""
     return [(e.id, e.ids[: e.n_prompt], e.ids[e.n_prompt :]) for e in examples]
 
 
@@ -162,7 +172,7 @@ def test_every_assistant_turn_of_a_row_is_an_example():
         Row("t", (user("q"), bot("x"))),
     ]
     for target in ("target", "reference"):
-        examples, counts = encode(rows, StubChat(), target=target, max_length=99)
+        examples, counts = encode_with(rows, target=target, max_length=99)
         assert made(examples) == [
             ("r/0", ids("system>s|user>a|"), [*ids("b"), END]),
             ("r/1", ids("system>s|user>a|assistant>b|user>c|"), [*ids("<s>"), END]),
@@ -172,11 +182,11 @@ def test_every_assistant_turn_of_a_row_is_an_example():
         assert counts.tokens == sum(len(e.ids) for e in examples)
         assert counts.response_tokens == 2 + 4 + 2
     with pytest.raises(ValueError, match="row r has no response.*distill.py"):
-        encode(rows, StubChat(), target="response", max_length=99)
+        encode_with(rows, target="response", max_length=99)
     with pytest.raises(ValueError, match="target='best'; expected one of"):
-        encode(rows, StubChat(), target="best", max_length=99)
+        encode_with(rows, target="best", max_length=99)
     with pytest.raises(ValueError, match="row p has no reference"):
-        encode([Row("p", (user("q"),))], StubChat(), max_length=99)
+        encode_with([Row("p", (user("q"),))], max_length=99)
 
 
 def distilled(*records) -> list[Distilled]:
@@ -194,7 +204,7 @@ LINES = distilled(
 
 
 def test_a_kept_rewrite_is_trained_on_its_sampled_ids():
-    examples, counts = encode(LINES, StubChat(), max_length=99)
+    examples, counts = encode_with(LINES, max_length=99)
     context = "user>q|assistant>resp|user>q2|"
     assert made(examples) == [
         ("r/0", ids("user>q|"), [900, 901, END]),
@@ -204,18 +214,21 @@ def test_a_kept_rewrite_is_trained_on_its_sampled_ids():
     assert (counts.from_response, counts.unfinished) == (2, 0)
 
 
-def test_every_response_can_be_trained_on_but_a_cut_one_gets_no_end():
-    examples, counts = encode(LINES, StubChat(), target="response", max_length=99)
+def test_every_response_can_be_trained_on_and_a_cut_one_gets_no_end_token():
+    examples, counts = encode_with(LINES, target="response", max_length=99)
     assert [e.ids[e.n_prompt :] for e in examples] == [[900, 901, END], [902], [903, 904, END]]
     assert (counts.from_response, counts.unfinished) == (3, 1)
     empty = distilled(line(**REJECTED, response="", response_ids=[], response_tokens=0))
-    assert made(encode(empty, StubChat(), max_length=99)[0])[0][2] == [*ids("ref"), END]
+    assert made(encode_with(empty, max_length=99)[0])[0][2] == [
+        *ids("ref"),
+        END,
+    ]
     with pytest.raises(ValueError, match="r/0 .'q'.: no token to train on"):
-        encode(empty, StubChat(), target="response", max_length=99, truncate=True)
+        encode_with(empty, target="response", max_length=99, truncate=True)
 
 
 def test_the_reference_target_has_references_in_its_context():
-    examples, counts = encode(LINES, StubChat(), target="reference", max_length=99)
+    examples, counts = encode_with(LINES, target="reference", max_length=99)
     assert made(examples) == [
         ("r/0", ids("user>q|"), [*ids("ref"), END]),
         ("r/1", ids("user>q|assistant>ref|user>q2|"), [*ids("ref2"), END]),
@@ -223,45 +236,45 @@ def test_the_reference_target_has_references_in_its_context():
     ]
     assert counts.from_response == 0
     row = Row("r", (user("q"), bot("ref"), user("q2"), bot("ref2"), user("q3"), bot("ref3")))
-    assert examples == encode([row], StubChat(), max_length=99)[0], "as from the data file itself"
+    assert examples == encode_with([row], max_length=99)[0], "as from the data file itself"
     with pytest.raises(ValueError, match="r/2: the line of its earlier turn r/1 is absent"):
-        encode([LINES[0], LINES[2]], StubChat(), target="reference", max_length=99)
+        encode_with([LINES[0], LINES[2]], target="reference", max_length=99)
 
 
 def test_a_turn_that_is_too_long_is_named_or_truncated():
     rows = [Row(name, (user("q" * n), bot("abcdef"))) for name, n in [("short", 1), ("long", 3)]]
-    encode(rows, StubChat(), max_length=9 + 7)
+    encode_with(rows, max_length=9 + 7)
     for room in range(1, 7):
         with pytest.raises(ValueError, match="longer than max_length") as error:
-            encode(rows, StubChat(), max_length=9 + room)
+            encode_with(rows, max_length=9 + room)
         assert "long/0 ('qqq'): 9 + 7 tokens" in str(error.value)
         assert ("short/0" in str(error.value)) == (room < 5)
-        examples, counts = encode(rows, StubChat(), max_length=9 + room, truncate=True)
+        examples, counts = encode_with(rows, max_length=9 + room, truncate=True)
         assert examples[1].ids == [*ids("user>qqq|"), *ids("abcdef"[:room])]
         assert len(examples[0].ids) == min(14, 9 + room)
         assert counts.truncated == 1 + (room < 5)
         assert counts.response_tokens == room + min(7, 2 + room)
     for truncate in (False, True):
         with pytest.raises(ValueError, match="long/0 .*: 9 prompt tokens leave no room"):
-            encode(rows, StubChat(), max_length=9, truncate=truncate)
+            encode_with(rows, max_length=9, truncate=truncate)
 
 
 def test_drop_long_leaves_out_the_long_turn_only():
     talk = Row("talk", (user("a"), bot("b"), user("c" * 30), bot("d"), user("e"), bot("f")))
     short = Row("short", (user("q"), bot("x")))
     with pytest.raises(ValueError, match="--drop-long") as error:
-        encode([talk, short], StubChat(), max_length=40)
+        encode_with([talk, short], max_length=40)
     assert "talk/1" in str(error.value) and "talk/0" not in str(error.value)
-    examples, counts = encode([talk, short], StubChat(), max_length=40, drop_long=True)
+    examples, counts = encode_with([talk, short], max_length=40, drop_long=True)
     assert [e.id for e in examples] == ["talk/0", "short/0"] and counts.dropped == 2
     # an answer that is too long goes with its turn, or only loses its end under truncate
     long = Row("long", (user("q"), bot("y" * 40)))
     with pytest.raises(ValueError, match="--drop-long"):
-        encode([short, long], StubChat(), max_length=20)
-    examples, counts = encode([short, long], StubChat(), max_length=20, drop_long=True)
+        encode_with([short, long], max_length=20)
+    examples, counts = encode_with([short, long], max_length=20, drop_long=True)
     assert [e.id for e in examples] == ["short/0"] and (counts.dropped, counts.truncated) == (1, 0)
     both = {"drop_long": True, "truncate": True}
-    examples, counts = encode([talk, short, long], StubChat(), max_length=20, **both)
+    examples, counts = encode_with([talk, short, long], max_length=20, **both)
     assert [e.id for e in examples] == ["talk/0", "short/0", "long/0"]
     assert (counts.dropped, counts.truncated, len(examples[-1].ids)) == (2, 1, 20)
 
@@ -276,7 +289,7 @@ def test_every_target_drops_the_same_turns():
         line(id="d/0", **REJECTED, response="r" * 20, response_ids=[900] * 20, response_tokens=20),
     )
     for settings in ({"target": "reference"}, {"target": "target"}, {"mix": 0.5}, {"mix": 1.0}):
-        examples, counts = encode(lines, StubChat(), max_length=20, drop_long=True, **settings)
+        examples, counts = encode_with(lines, max_length=20, drop_long=True, **settings)
         assert [e.id for e in examples] == ["a/0", "d/0"] and counts.dropped == 2
 
 
@@ -296,6 +309,18 @@ def test_cutting_in_proportion_matches_the_published_code():
     assert cut_in_proportion([([1] * 71, [2] * 29)], 100) == ([1] * 71 + [2] * 28, 71)
 
 
+class Closing(StubChat):
+    """An earlier answer is closed as it is trained on: by one token."""
+
+    def prompt_ids(self, messages, prefix=""):
+        text = ""
+        for message in messages:
+            text += message["content"]
+            if message["role"] == "assistant":
+                text += "|"
+        return self.response_ids(text)
+
+
 def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():
     rng = random.Random(1)
     for _ in range(200):
@@ -304,19 +329,13 @@ def test_a_conversation_is_cut_turn_by_turn_and_then_at_its_end():
         for asked, answered in sizes:
             messages += [user("u" * asked), bot("b" * answered)]
 
-        class Closing(StubChat):
-            """An earlier answer is closed as it is trained on: by one token."""
-
-            def prompt_ids(self, messages, prefix=""):
-                parts = [m["content"] + "|" * (m["role"] == "assistant") for m in messages]
-                return self.response_ids("".join(parts))
-
         row, limit = Row("r", tuple(messages)), 64
-        examples, counts = encode([row], Closing(), max_length=limit, in_proportion=True)
+        examples, counts = encode_with([row], chat=Closing(), max_length=limit, in_proportion=True)
         tokens = [(asked, answered + 1) for asked, answered in sizes]
         with_loss = sum(len(e.ids) - e.n_prompt for e in examples)
-        want = published_lengths(tokens, limit)
-        assert with_loss == want[1] and max(len(e.ids) for e in examples) <= want[0]
+        want_tokens, want_with_loss = published_lengths(tokens, limit)
+        assert with_loss == want_with_loss
+        assert max(len(e.ids) for e in examples) <= want_tokens
         assert counts.dropped == len(sizes) - len(examples)
         whole = [sum(map(sum, tokens[: k + 1])) for k in range(len(sizes))]
         if max(whole) < limit:
@@ -333,44 +352,42 @@ class Refusing(StubChat):
 
 
 def test_turns_that_the_template_refuses_are_named_as_such():
-    """Not as a matter of length: raising --max-length helps nobody."""
+    """The error does not mention --max-length, which would not help."""
     told = {"id": "s/0", "messages": [system("s"), user("q")]}
     lines = distilled(line(), line(**told))
     with pytest.raises(ValueError, match="1 turns are refused by the chat template; ") as error:
-        encode(lines, Refusing(), max_length=99)
+        encode_with(lines, chat=Refusing(), max_length=99)
     text = str(error.value)
     assert "s/0: the chat template" in text and "--skip-bad" in text and "max" not in text
-    examples, counts = encode(lines, Refusing(), max_length=99, skip_refused=True)
+    examples, counts = encode_with(lines, chat=Refusing(), max_length=99, skip_refused=True)
     assert [e.id for e in examples] == ["r/0"] and counts.refused == 1
 
 
 def test_context_only_turns_carry_no_loss():
     row = Row("r", (user("a"), bot("b"), user("c"), bot("d")), context_only=frozenset({0}))
-    examples, counts = encode([row], StubChat(), max_length=99)
+    examples, counts = encode_with([row], max_length=99)
     assert made(examples) == [("r/1", ids("user>a|assistant>b|user>c|"), [*ids("d"), END])]
     assert counts.context == 1
     silent = {"status": CONTEXT, "response": "", "response_ids": [], "response_tokens": 0}
     first = line(reference="b", target="b", **silent)
     second = line(id="r/1", messages=[user("q"), bot("b"), user("c")])
     for target in ("target", "reference", "response"):
-        examples, counts = encode(
-            distilled(first, second), StubChat(), target=target, max_length=99
-        )
+        examples, counts = encode_with(distilled(first, second), target=target, max_length=99)
         assert [e.id for e in examples] == ["r/1"] and counts.context == 1
         assert examples[0].ids[: examples[0].n_prompt] == ids("user>q|assistant>b|user>c|")
 
 
 def test_answers_that_the_template_does_not_render_whole_are_counted():
     rows = [Row("r", (user("a"), bot("<t>b"))), Row("s", (user("a"), bot("b")))]
-    _, counts = encode(rows, StubChat(), max_length=99)
+    _, counts = encode_with(rows, max_length=99)
     assert (counts.examples, counts.unrendered) == (2, 1)
 
 
 def test_sampled_ids_beyond_the_embeddings_are_refused_before_training():
     far = distilled(line(response_ids=[900, 10000]))
     with pytest.raises(ValueError, match="r/0: beyond the embeddings"):
-        encode(far, StubChat(), max_length=99)
-    encode(far, StubChat(), target="reference", max_length=99)
+        encode_with(far, max_length=99)
+    encode_with(far, target="reference", max_length=99)
 
 
 def test_errors_propose_only_flags_that_can_help():
@@ -379,7 +396,7 @@ def test_errors_propose_only_flags_that_can_help():
 
     def said(room, **limits):
         with pytest.raises(ValueError) as error:
-            encode(rows, StubChat(), max_length=9 + room, **limits)
+            encode_with(rows, max_length=9 + room, **limits)
         return str(error.value)
 
     assert "raise --max-length, or --truncate answers" in said(3, model_limit=20)
@@ -402,20 +419,22 @@ def test_packing_is_first_fit_longest_first():
         pack([1], 0)
 
 
-def test_packing_on_random_lengths():
+def test_random_lengths_are_packed_once_each_within_the_limit_and_without_waste():
     rng = random.Random(1)
     for _ in range(200):
         lengths = [rng.randint(1, 60) for _ in range(rng.randint(1, 40))]
-        room = rng.randint(1, 80)
-        batches = pack(lengths, room)
-        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-        sums = [sum(lengths[i] for i in batch) for batch in batches]
-        assert all(s <= room or len(b) == 1 for s, b in zip(sums, batches, strict=True))
-        assert max(lengths) in [lengths[i] for i in batches[0]]
-        assert all(batch == sorted(batch) for batch in batches)
-        assert batches == pack(lengths, room)
-        # no two batches could have been one
-        assert all(a + b > room for n, a in enumerate(sums) for b in sums[:n])
+        micro_tokens = rng.randint(1, 80)
+        batches = pack(lengths, micro_tokens)
+        packed = [index for batch in batches for index in batch]
+        assert sorted(packed) == list(range(len(lengths)))
+        tokens = [sum(lengths[index] for index in batch) for batch in batches]
+        for batch, batch_tokens in zip(batches, tokens, strict=True):
+            assert batch_tokens <= micro_tokens or len(batch) == 1
+            assert batch == sorted(batch)
+        assert max(lengths) in [lengths[index] for index in batches[0]]
+        assert batches == pack(lengths, micro_tokens)
+        for one, other in itertools.combinations(tokens, 2):
+            assert one + other > micro_tokens, "two batches could have been one"
 
 
 # ---- show
@@ -424,7 +443,7 @@ def test_packing_on_random_lengths():
 def test_show_marks_every_token_that_carries_loss():
     chat = StubChat()
     rows = [Row("r", (user("a b\n" * 30), bot("yes no")))] * 3
-    examples, _ = encode(rows, chat, max_length=200)
+    examples, _ = encode_with(rows, chat=chat, max_length=200)
     text = show(examples, StubTokenizer(), 2)
     assert text.count("r/0: 133 tokens, 7 with loss (*)") == 2
     assert all(len(row) <= 96 for row in text.splitlines())
@@ -439,10 +458,11 @@ def test_show_marks_every_token_that_carries_loss():
 
 
 def test_retention_prompts_are_64_distinct_ones_in_8_categories():
-    assert len({prompt for _, prompt in PROMPTS}) == 64
     categories = [category for category, _ in PROMPTS]
+    prompts = [prompt for _, prompt in PROMPTS]
+    assert len(set(prompts)) == 64
     assert all(categories.count(category) == 8 for category in categories)
-    assert all(prompt == prompt.strip() and len(prompt) < 260 for _, prompt in PROMPTS)
+    assert all(prompt == prompt.strip() and len(prompt) < 260 for prompt in prompts)
     assert set(KEPT) == {"accepted", "identical"}
 
 
@@ -456,15 +476,15 @@ def test_show_writes_each_loss_after_its_token():
 def test_mix_replaces_that_share_of_rewrites_by_references():
     many = distilled(*(line(id=f"r{i}/0") for i in range(300)), line(id="x/0", **REJECTED))
     settings = {"max_length": 99, "mix": 0.3, "seed": 1}
-    examples, counts = encode(many, StubChat(), **settings)
+    examples, counts = encode_with(many, **settings)
     assert 60 <= counts.mixed <= 120 and counts.from_response == 300 - counts.mixed
-    given, _ = encode(many, StubChat(), target="reference", max_length=99)
-    kept, _ = encode(many, StubChat(), max_length=99)
+    given, _ = encode_with(many, target="reference", max_length=99)
+    kept, _ = encode_with(many, max_length=99)
     taken = [i for i in range(300) if examples[i].ids != kept[i].ids]
     assert len(taken) == counts.mixed and all(examples[i].ids == given[i].ids for i in taken)
-    assert encode(many[::-1], StubChat(), **settings)[0] == examples[::-1], "by row, not by place"
-    assert encode(many, StubChat(), **{**settings, "seed": 2})[0] != examples
-    assert encode(many, StubChat(), max_length=99, mix=1.0)[0] == given
+    assert encode_with(many[::-1], **settings)[0] == examples[::-1], "by row, not by place"
+    assert encode_with(many, **{**settings, "seed": 2})[0] != examples
+    assert encode_with(many, max_length=99, mix=1.0)[0] == given
     for wrong in ({"mix": 1.5}, {"mix": 0.3, "target": "reference"}):
         with pytest.raises(ValueError, match="a share from 0 to 1 of the rewrites"):
-            encode(many, StubChat(), max_length=99, **wrong)
+            encode_with(many, max_length=99, **wrong)

@@ -65,7 +65,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("record, messages", SHAPES.values(), ids=SHAPES)
-def test_shapes_are_found(tmp_path, record, messages):
+def test_the_shape_of_a_record_is_found_by_its_field_names(tmp_path, record, messages):
     for path in (
         write(tmp_path / "a.json", json.dumps([record])),
         jsonl(tmp_path / "a.jsonl", record),
@@ -100,7 +100,7 @@ def test_columns_name_fields_and_unused_fields_are_listed(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "prompt", "prompt=", "=a", "prompt=a,prompt=b", "goal=prompt", "prompt=a,,"]
 )
-def test_columns_that_cannot_be_read(text):
+def test_columns_that_cannot_be_parsed_are_refused(text):
     with pytest.raises(ValueError, match="expected ROLE=FIELD"):
         parse_columns(text)
 
@@ -108,7 +108,7 @@ def test_columns_that_cannot_be_read(text):
 @pytest.mark.parametrize(
     "columns", [{"response": "a"}, {"prompt": "a"}, {"prompt": "a", "messages": "b"}, {"goal": "a"}]
 )
-def test_columns_that_make_no_row(tmp_path, columns):
+def test_columns_from_which_no_row_can_be_made_are_refused(tmp_path, columns):
     with pytest.raises(ValueError, match="columns"):
         load_rows(jsonl(tmp_path / "a.jsonl", {"a": "b"}), columns=columns)
 
@@ -176,7 +176,7 @@ def said(**assistant) -> str:
     return json.dumps({"messages": [{"role": "user", "content": "x"}, answer]})
 
 
-BAD += [  # what would be lost, or trained on against what the row says
+BAD += [  # texts that would be lost, or trained on although the row says otherwise
     (said(tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls are not supported"),
     (said(content=None, tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls"),
     (said(function_call={"name": "f"}), "message 2 has 'function_call': tool calls are not"),
@@ -224,7 +224,9 @@ def test_the_first_ten_bad_rows_are_listed_and_all_are_counted(tmp_path):
         load_rows(path)
     text = str(error.value)
     assert "13 unusable rows" in text and "and 3 more" in text
-    assert all((f"a.jsonl:{n} (row" in text) == (n <= 10) for n in range(1, 14))
+    for line in range(1, 14):
+        is_listed = f"a.jsonl:{line} (row" in text
+        assert is_listed == (line <= 10)
     assert "--skip-bad" in text
     rows = load_rows(path, skip_bad=True)
     assert len(rows) == 1 and [bad.line for bad in rows.bad] == list(range(1, 14))
@@ -294,7 +296,7 @@ def test_a_file_without_rows_is_refused(tmp_path, name, text):
         load_rows(write(tmp_path / name, text))
 
 
-def test_other_refusals(tmp_path):
+def test_unknown_formats_empty_arrays_and_absent_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="begins with 'q'; expected"):
         load_rows(write(tmp_path / "a.txt", "question"))
     with pytest.raises(ValueError, match="no usable row"):
@@ -398,13 +400,13 @@ def test_ids_of_random_files_are_unique_and_independent_of_other_rows(tmp_path):
             assert [row.id for row in alone] == [ids[i] for i in distinct]
 
 
-# ---- what a message says beside its text
+# ---- keys of messages beside the text
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss_mask", "loss"])
 @pytest.mark.parametrize("no, yes", [(0, 1), (False, True), (0.0, 1.0), (False, None)])
 def test_an_answer_that_is_not_to_be_trained_on_stays_as_context(tmp_path, capsys, key, no, yes):
-    """OpenAI's `weight` and what other programs call it."""
+    """OpenAI's `weight`, and the names of other programs for it."""
     turns = [user("What is 2 + 2?"), bot("Five, obviously.") | {key: no}, user("Think again.")]
     turns += [bot("It is four.") | {key: yes}]
     path = jsonl(tmp_path / "a.jsonl", {"messages": turns})
@@ -418,7 +420,7 @@ def test_an_answer_that_is_not_to_be_trained_on_stays_as_context(tmp_path, capsy
     assert "1 of the assistant's messages are context only" in capsys.readouterr().out
 
 
-def test_other_keys_of_messages_are_named(tmp_path, capsys):
+def test_unread_keys_of_messages_are_listed_as_unused(tmp_path, capsys):
     turns = [user("a") | {"name": "Ann"}, bot("b") | {"name": "", "tool_calls": [], "weight": 1}]
     path = jsonl(tmp_path / "a.jsonl", {"messages": turns, "topic": 1})
     rows = load_rows(path)
@@ -465,7 +467,7 @@ def test_a_context_is_read_as_the_input(tmp_path, capsys, record):
         assert rows[0].messages[0]["content"] == "q" and "context" in rows.unused
 
 
-def test_ids_that_name_sources_can_be_replaced(tmp_path):
+def test_ids_that_name_sources_can_be_replaced_by_ids_of_the_texts(tmp_path):
     records = [{"id": "doc1", "question": f"q{i}", "answer": "a"} for i in range(5)]
     path = jsonl(tmp_path / "a.jsonl", *records)
     for skip_bad in (False, True):
@@ -514,7 +516,7 @@ def test_a_row_that_the_check_refuses_is_bad_like_any_other(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
-def test_another_format_is_named(tmp_path, beginning, said, name):
+def test_a_file_of_another_format_is_refused_by_its_name(tmp_path, beginning, said, name):
     path = write(tmp_path / name, beginning + bytes(range(256)))
     for load in (load_rows, is_distilled, load_distilled):
         with pytest.raises(ValueError, match=said):
@@ -565,7 +567,7 @@ def test_objects_over_several_lines_are_read(tmp_path):
         load_rows(write(tmp_path / "b.jsonl", text.replace("}\n{", "},\n{")), skip_bad=True)
 
 
-def test_commas_after_every_line_are_named(tmp_path):
+def test_commas_after_every_line_are_refused_with_the_command_that_removes_them(tmp_path):
     path = write(tmp_path / "a.jsonl", f"{GOOD},\n{GOOD},\n{GOOD}\n")
     for skip_bad in (False, True):
         with pytest.raises(ValueError, match="a comma after every line") as error:
@@ -593,6 +595,19 @@ def test_a_long_cell_is_whole(tmp_path):
     assert [len(row.reference) for row in load_rows(path)] == [300_000, 1]
 
 
+MEMORY_OF_FIVE_ROWS = """
+import resource, sys
+from engine.data.rows import load_rows
+
+def largest_kilobytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = largest_kilobytes()
+rows = load_rows(sys.argv[1], limit=5)
+print(len(rows), rows.sha256, largest_kilobytes() - before)
+"""
+
+
 @pytest.mark.parametrize("form", ["jsonl", "array", "objects", "csv", "gz"])
 def test_a_large_file_takes_the_memory_of_the_rows_asked_for(tmp_path, form):
     """40 MB, one character of four bytes in a row: five rows, and the hash of all."""
@@ -608,27 +623,22 @@ def test_a_large_file_takes_the_memory_of_the_rows_asked_for(tmp_path, form):
         data = ((json.dumps(row, ensure_ascii=False, indent=1) + "\n") * count).encode()
     else:
         data = (line * count).encode()
-    path = tmp_path / f"a.{'csv' if form == 'csv' else 'json'}{'.gz' if form == 'gz' else ''}"
+    names = {"csv": "a.csv", "gz": "a.json.gz"}
+    path = tmp_path / names.get(form, "a.json")
     path.write_bytes(gzip.compress(data, 1) if form == "gz" else data)
-    program = (
-        "import resource, sys; from engine.data.rows import load_rows; "
-        "usage = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = usage(); "
-        "rows = load_rows(sys.argv[1], limit=5); print(len(rows), rows.sha256, usage() - before)"
-    )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, path], env=env, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", MEMORY_OF_FIVE_ROWS, path]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     rows, sha256, kilobytes = done.stdout.split()
     assert rows == "5" and sha256 == hashlib.sha256(data).hexdigest()
-    assert int(kilobytes) < 30_000, "a megabyte a piece; 40 MB of bytes were 320 MB before"
+    assert int(kilobytes) < 30_000, "the 40 MB are read in chunks of a megabyte"
 
 
 @pytest.mark.parametrize(
     "text", [f"{GOOD}\n{GOOD}", f"[{GOOD}]", "question,answer\nq,aaaaaaaaaaaaa"]
 )
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text):
-    """A damaged file, or a gzip bomb: it is named."""
+    """A damaged file, or a gzip bomb: the error names it."""
     monkeypatch.setattr("engine.data.data_file.MAX_CHARACTERS", 12)
     monkeypatch.setattr("engine.data.data_file.HEAD_CHARACTERS", 4)
     monkeypatch.setattr("engine.data.data_file.CHUNK_BYTES", 4)
@@ -638,7 +648,7 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch, text)
 
 
 def test_any_chunk_size_gives_the_same_rows_and_faults(tmp_path, monkeypatch):
-    """Lines, characters and values that go over the end of a piece, and faults in line and byte."""
+    """Lines, characters and values that go over the end of a chunk; faults by line and byte."""
     rng = random.Random(0)
     records = [
         {"question": "é\U0001f600\\" * rng.randint(1, 30) + f"{i}", "answer": i * 1.5, "n": [i]}
@@ -659,12 +669,13 @@ def test_any_chunk_size_gives_the_same_rows_and_faults(tmp_path, monkeypatch):
     at = faulty.index(b"\n", len(faulty) // 2) + 1
     faulty = faulty[:at] + b"\xe2\x82\xff" + faulty[at:]  # a character that is not whole
     monkeypatch.setattr("engine.data.data_file.HEAD_CHARACTERS", 16)
-    for piece in (1, 2, 3, 7, 61, 1000):
-        monkeypatch.setattr("engine.data.data_file.CHUNK_BYTES", piece)
+    for chunk_bytes in (1, 2, 3, 7, 61, 1000):
+        monkeypatch.setattr("engine.data.data_file.CHUNK_BYTES", chunk_bytes)
         for name, rows in whole.items():
             again = load_rows(tmp_path / name, **skip)
             assert list(again) == list(rows) and again.sha256 == rows.sha256
-            assert again.bad == rows.bad and len(rows.bad) == 59 * (name == "c.json")
+            assert again.bad == rows.bad
+            assert len(rows.bad) == (59 if name == "c.json" else 0)
         line = faulty.count(b"\n", 0, at) + 1
         with pytest.raises(ValueError, match=f"byte 0xe2 at offset {at} .line {line}."):
             load_rows(write(tmp_path / "d.jsonl", faulty))
@@ -704,9 +715,8 @@ def test_published_files_load_whole(shared_data, name, count):
     rows = load_rows(path, columns=columns)
     assert len(rows) == count == len({row.id for row in rows})
     assert not rows.bad and not rows.unused and not is_distilled(path)
-    assert [row.id for row in load_rows(path, columns=columns, limit=50)] == [
-        r.id for r in rows[:50]
-    ]
+    first_rows = load_rows(path, columns=columns, limit=50)
+    assert [row.id for row in first_rows] == [row.id for row in rows[:50]]
     if name.endswith("json"):
         raw = json.loads(path.read_text())
         for record, row in zip(raw, rows, strict=True):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.data.distilled import KEPT, load_distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row, load_rows
 from engine.distill import writer as writer_module
 from engine.distill.cascade import (
@@ -415,10 +415,10 @@ def test_a_reference_of_2048_tokens_is_never_cut(tiny_llama_dir, tmp_path, monke
     (line,) = report.lines
     assert line.target == line.reference == reference
     assert line.status not in KEPT
-    (example,), counts = encode(report.lines, chat, max_length=4096)
+    (example,), counts = encode(report.lines, chat, EncodeRules(max_length=4096))
     assert len(example.ids) - example.n_prompt == 2049 and counts.truncated == 0
     with pytest.raises(ValueError, match="longer than max_length=1024"):
-        encode(report.lines, chat, max_length=1024)
+        encode(report.lines, chat, EncodeRules(max_length=1024))
 
 
 def question_row(name, reference):
@@ -467,7 +467,7 @@ def test_paper_exact_has_the_published_defects_and_no_others(tiny_llama_dir, tmp
         assert line.status not in KEPT
         if line.finish == "length":
             assert line.response_tokens == 9 + len(prefix)
-    examples, counts = encode(paper, chat, max_length=2048)
+    examples, counts = encode(paper, chat, EncodeRules(max_length=2048))
     assert counts.end_added == len(cut)
     assert counts.unfinished == 0
     answers = {example.id: example.ids[example.n_prompt :] for example in examples}

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from engine.data.distilled import load_distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row
 from engine.distill import writer as writer_module
 from engine.distill.config import DistillConfig
@@ -340,7 +340,7 @@ def test_a_row_that_the_chat_template_refuses_is_named(tiny, tmp_path):
     system = {"role": "system", "content": "Be brief."}
     bad = [*good, Row("bad", (system, *good[0].messages))]
     with pytest.raises(ValueError, match="bad/0.*no system"):
-        encode(bad, chat, max_length=400)
+        encode(bad, chat, EncodeRules(max_length=400))
     generator = ChatGenerator(model, chat, SAMPLING)
     with pytest.raises(ValueError, match="row bad/0.*no system"):
         distill(generator, bad, tmp_path / "d.jsonl", CONFIG, settings={})

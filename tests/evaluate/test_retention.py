@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.data.config import DataConfig
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import load_rows
 from engine.evaluate.retention import retention, retention_job, similarity
 from engine.evaluate.target_task import reference_nll
@@ -70,7 +70,7 @@ def test_the_references_nll_equals_fp64_and_is_kept_by_row(tiny, tmp_path):
     rows = load_rows(data)
     found = reference_nll(model, chat, rows, {"seed": None}, tmp_path / "n", {})
     lines = read_jsonl(tmp_path / "n")
-    examples, _ = encode(rows, chat, target="reference", max_length=512)
+    examples, _ = encode(rows, chat, EncodeRules(target="reference", max_length=512))
     assert [x["tokens"] for x in lines] == [len(e.ids) - e.n_prompt for e in examples]
     for example, line in zip(examples, lines, strict=True):
         logits = model.logits(example.ids[:-1]).double()  # (T - 1, V)

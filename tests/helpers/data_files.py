@@ -1,16 +1,19 @@
-"""Data files and messages, in few characters."""
+"""Short ways to write data files and messages."""
 
 import json
 from pathlib import Path
 
 
 def write(path: Path, text: str | bytes) -> Path:
+    """Write a file; returns its path."""
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return path
 
 
 def jsonl(path: Path, *records) -> Path:
-    return write(path, "".join(json.dumps(record) + "\n" for record in records))
+    """Write records one a line; returns the path."""
+    lines = [json.dumps(record) + "\n" for record in records]
+    return write(path, "".join(lines))
 
 
 def user(text):

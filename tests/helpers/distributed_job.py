@@ -25,7 +25,7 @@ from engine.runtime.flags import run_main
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.train import step as step_module
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
@@ -104,8 +104,8 @@ def main() -> None:
     step_module.micro_step = killing
     out = Path(job["out"])
     model = Llama.from_pretrained(job["model"], shard=shard)
-    where = {"base": "b", "model_hash": "h", "resume": out.exists(), "world": world}
-    train(model, examples(), LORA, SMALL, out, **where)
+    frozen = FrozenModel(model, "b", "h", world=world)
+    train(frozen, examples(), LORA, SMALL, out, resume=out.exists())
 
 
 if __name__ == "__main__":

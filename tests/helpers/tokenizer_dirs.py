@@ -1,4 +1,4 @@
-"""Tokenizer directories to test with, and texts: golden, composed of special tokens, real."""
+"""Tokenizer directories for tests, and texts: golden, composed of special tokens, real."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ write a response to the instruction that completes the request
 def golden(name: str) -> Iterator[dict]:
     """The lines of tests/golden/`name`."""
     with (GOLDEN / name).open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+        for line in lines:
+            yield json.loads(line)
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON."""
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
@@ -42,18 +44,18 @@ def golden_checkpoint(path: Path, name: str, vocabulary: Path) -> Path:
 
 def train_sentencepiece(path: Path, **settings: object) -> Path:
     """Train `path`/tokenizer.model: byte-fallback BPE with Llama's settings, 360 pieces."""
+    defaults = {
+        "vocab_size": 360,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 4),
         model_prefix=str(path / "tokenizer"),
-        **{
-            "vocab_size": 360,
-            "model_type": "bpe",
-            "byte_fallback": True,
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "minloglevel": 2,
-            **settings,
-        },
+        **(defaults | settings),
     )
     (path / "tokenizer.vocab").unlink()
     return path
@@ -81,9 +83,7 @@ def tiny_converted(path: Path) -> Path:
     file.unlink()
     pieces = [model.id_to_piece(id) for id in range(model.get_piece_size())]
     scores = {piece: model.get_score(id) for id, piece in enumerate(pieces)}
-    cuts = [(piece[:n], piece[n:]) for piece in pieces for n in range(1, len(piece))]
-    merges = [pair for pair in cuts if pair[0] in scores and pair[1] in scores]
-    merges.sort(key=lambda pair: (scores["".join(pair)], len(pair[0])), reverse=True)
+    merges = _merges(scores)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     unspace = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
     decoders = [
@@ -132,6 +132,24 @@ def tiny_converted(path: Path) -> Path:
     return path
 
 
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merges of a BPE vocabulary, as transformers derives them: every cut of a piece into two
+    pieces, that of the highest score first, of equal scores that with the longer first part."""
+    merges = []
+    for piece in scores:
+        for n in range(1, len(piece)):
+            first, second = piece[:n], piece[n:]
+            if first in scores and second in scores:
+                merges.append((first, second))
+
+    def rank(pair: tuple[str, str]) -> tuple[float, int]:
+        first, second = pair
+        return scores[first + second], len(first)
+
+    merges.sort(key=rank, reverse=True)
+    return merges
+
+
 def tiny_unigram(path: Path) -> Path:
     """A trained Unigram model as transformers converts one: a tokenizer.json alone."""
     path.mkdir()
@@ -172,10 +190,13 @@ def tiny_unigram(path: Path) -> Path:
 
 
 def spelled(special: dict[str, int], count: int, seed: int = 0) -> Iterator[str]:
-    """Texts put together from special spellings, halves of them, and what may stand around."""
+    """Texts put together from special spellings, halves of them, and other short texts."""
     draw = random.Random(seed)
     whole = list(special)
-    halves = [part for text in whole for part in (text[: len(text) // 2], text[len(text) // 2 :])]
+    halves = []
+    for text in whole:
+        middle = len(text) // 2
+        halves += [text[:middle], text[middle:]]
     around = ["", " ", "\n", "a", "word ", "\u2581", "<", ">", "|", "\U000f0000", "é"]
     for _ in range(count):
         kinds = draw.choices([whole, halves, around], [4, 2, 3], k=draw.randint(1, 7))
@@ -188,6 +209,8 @@ def real_texts(shared_data: Path, per_file: int) -> list[str]:
     found = []
     for name in names:
         rows = json.loads((shared_data / f"{name}.json").read_text(encoding="utf-8"))
-        texts = [text for row in rows for text in row.values() if isinstance(text, str) and text]
+        texts = []
+        for row in rows:
+            texts += [value for value in row.values() if isinstance(value, str) and value]
         found += random.Random(0).sample(texts, per_file)
     return found

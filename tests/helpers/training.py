@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.data.encode import Example
 from engine.train.config import TrainConfig
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 
@@ -22,9 +22,11 @@ def examples(count: int = 20, vocab: int = 300, seed: int = 0) -> list[Example]:
     rng = random.Random(seed)
     made = []
     for i in range(count):
-        n_prompt, n = rng.randint(1, 20), rng.randint(1, 25)
-        ids = [rng.randrange(vocab) for _ in range(n_prompt)] + [(7 * k) % 50 for k in range(n)]
-        made.append(Example(f"r{i}/0", ids, n_prompt))
+        n_prompt = rng.randint(1, 20)
+        n_response = rng.randint(1, 25)
+        prompt = [rng.randrange(vocab) for _ in range(n_prompt)]
+        response = [(7 * k) % 50 for k in range(n_response)]
+        made.append(Example(f"r{i}/0", prompt + response, n_prompt))
     return made
 
 
@@ -37,19 +39,12 @@ def run_training(
     lora: LoraConfig = LORA,
 ) -> tuple[Lora, dict[str, Any]]:
     """Train on `rows` (`examples()`) into `out`."""
-    return train(
-        model,
-        rows or examples(),
-        lora,
-        config,
-        Path(out),
-        base="b",
-        model_hash="h",
-        resume=resume,
-    )
+    frozen = FrozenModel(model, directory="b", fingerprint="h")
+    return train(frozen, rows or examples(), lora, config, Path(out), resume=resume)
 
 
 def metrics_lines(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the speed."""
     text = (Path(out) / "metrics.jsonl").read_text()
-    return [{**json.loads(line), "tokens_s": 0} for line in text.splitlines()]
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line | {"tokens_s": 0} for line in lines]

@@ -16,7 +16,7 @@ import pytest
 
 from engine.data.config import DataConfig
 from engine.data.distilled import load_distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.distill.distill import can_be_asked
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
@@ -208,7 +208,7 @@ def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
     rows = data.load(check=can_be_asked(chat, asked))
     assert len(rows) == count
     given = {"target": "target", "max_length": 1024, "truncate": made[EncodeConfig].truncate}
-    examples, counts = encode(rows, chat, drop_long=data.drop_long, **given)
+    examples, counts = encode(rows, chat, EncodeRules(drop_long=data.drop_long, **given))
     assert (len(examples), counts.dropped) == (count - long, long)
     config = JobConfig(
         model=made[ModelConfig],
@@ -222,7 +222,9 @@ def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
     )
     exact = config.as_published().encode
     assert exact.cut_in_proportion and not made[EncodeConfig].cut_in_proportion
-    examples, counts = encode(rows, chat, drop_long=data.drop_long, in_proportion=True, **given)
+    examples, counts = encode(
+        rows, chat, EncodeRules(drop_long=data.drop_long, in_proportion=True, **given)
+    )
     assert len(examples) == count and counts.dropped == 0
     cut = 0
     for row, example in zip(rows, examples, strict=True):
@@ -236,7 +238,7 @@ def test_a_preset_runs_on_the_whole_published_file(llama2, shared_data, name):
     assert counts.cut == cut
     if long:
         with pytest.raises(ValueError, match=f"{long} turns cannot be trained on .*--drop-long"):
-            encode(rows, chat, **given)
+            encode(rows, chat, EncodeRules(**given))
 
 
 def test_the_script_takes_a_whole_published_file(tiny_llama_dir, llama2, shared_data, tmp_path):

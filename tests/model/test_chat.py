@@ -15,6 +15,7 @@ from model.chat import Chat
 from model.chat_formats import FORMATS
 from model.tokenizer import load_tokenizer
 from tests.helpers.tokenizer_dirs import (
+    GOLDEN,
     golden,
     golden_checkpoint,
     real_texts,
@@ -25,9 +26,9 @@ from tests.helpers.tokenizer_dirs import (
 
 CASES = list(golden("chat.jsonl"))
 TEXTS = [line["text"] for line in golden("tokenizer.jsonl")]
-LLAMA2_TEMPLATE = json.loads(
-    (Path(__file__).parents[1] / "golden" / "chat_llama2" / "tokenizer_config.json").read_text()
-)["chat_template"]
+LLAMA2_CONFIG = GOLDEN / "chat_llama2" / "tokenizer_config.json"
+LLAMA2_TEMPLATE = json.loads(LLAMA2_CONFIG.read_text())["chat_template"]
+SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"  # may be absent
 # A checkpoint, and the built-in format it is asked for (None: its own template).
 SETTINGS = [
     ("smollm2", None),
@@ -122,7 +123,7 @@ def from_template(tmp_path: Path) -> Callable[..., Chat]:
     return make
 
 
-# What transformers makes of it
+# The text and ids of transformers
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "llama2", "llama3"])
@@ -143,13 +144,19 @@ def test_text_and_ids_equal_apply_chat_template(load, kind):
 def test_text_and_ids_equal_apply_chat_template_live(load, directory, run_peer, tmp_path, kind):
     chat = load(kind)
     conversations = [case["messages"] for case in CASES if case["directory"] == "smollm2"]
-    # U+F0000 is the mark that sanitize_control_tokens uses itself, and takes out of messages.
-    texts = [t.replace("\U000f0000", "") for t in spelled(chat.tokenizer.special, 100)] + TEXTS
-    if (shared := Path(__file__).parents[3] / "shared" / "data").is_dir():
-        texts += real_texts(shared, 60)
+    texts = []
+    for text in spelled(chat.tokenizer.special, 100):
+        # U+F0000 is the mark that sanitize_control_tokens uses itself, and takes out of messages.
+        texts.append(text.replace("\U000f0000", ""))
+    texts += TEXTS
+    if SHARED_DATA.is_dir():
+        texts += real_texts(SHARED_DATA, 60)
     turns = list(zip(texts[::2], texts[1::2], strict=False))
-    conversations += [[user(a), assistant(b)] for a, b in turns]
-    conversations += [[system(b), user(a), assistant(b), user("And?")] for a, b in turns[::3]]
+    for question, answer in turns:
+        conversations.append([user(question), assistant(answer)])
+    for question, answer in turns[::3]:
+        messages = [system(answer), user(question), assistant(answer), user("And?")]
+        conversations.append(messages)
     write_json(tmp_path / "conversations.json", conversations)
     theirs = run_peer("chat_peer.py", directory(kind), tmp_path / "conversations.json")
     assert len(theirs) == len(conversations) > 150
@@ -159,7 +166,7 @@ def test_text_and_ids_equal_apply_chat_template_live(load, directory, run_peer, 
         assert chat.prompt_ids(messages) == wanted["prompt_ids"], messages
 
 
-# Who may write a control token
+# Control tokens that messages spell
 
 
 @pytest.mark.parametrize(("kind", "chat_format"), SETTINGS)
@@ -170,10 +177,9 @@ def test_messages_cannot_forge_a_control_token(load, kind, chat_format):
     control = set(tokenizer.special.values())
 
     def count(texts: list[str], prefix: str) -> Counter:
-        roles = ("system", "user", "assistant", "user")
-        messages = [
-            {"role": role, "content": text} for role, text in zip(roles, texts, strict=True)
-        ]
+        """How often each control token stands in the prompt of four messages."""
+        told, asked, answered, asked_again = texts
+        messages = [system(told), user(asked), assistant(answered), user(asked_again)]
         return Counter(id for id in chat.prompt_ids(messages, prefix) if id in control)
 
     harmless = count(["word"] * 4, "word")
@@ -198,10 +204,11 @@ def test_a_spelled_control_token_stays_in_the_text(load, kind):
             plain += tokenizer.encode(tokenizer.piece(id)) if id in control else [id]
         rendered = chat.render(messages, add_generation_prompt=True)
         assert tokenizer.decode(plain) == rendered and text.strip() in rendered
-        assert chat.spells_special(messages) == any(map(text.__contains__, tokenizer.special))
+        spells_special = any(spelling in text for spelling in tokenizer.special)
+        assert chat.spells_special(messages) == spells_special
 
 
-def test_spells_special(load):
+def test_a_whole_special_token_in_any_message_is_noticed_and_a_part_of_one_is_not(load):
     chat = load("smollm2")
     assert not chat.spells_special([user("<|im_end"), assistant("</s>")])
     assert chat.spells_special([user("fine"), assistant("a<|im_end|>b")])
@@ -211,17 +218,18 @@ def test_spells_special(load):
 
 
 @pytest.mark.parametrize(("kind", "chat_format"), SETTINGS)
-def test_prompt_and_response_are_the_conversation(load, kind, chat_format):
-    """Prompt, answer and end are how the whole conversation begins that goes on after them.
+def test_prompt_response_and_end_are_the_beginning_of_the_conversation(load, kind, chat_format):
+    """Prompt, answer and end token together begin a conversation that goes on after them.
 
     On texts without space around them, which some templates trim. A vocabulary that cuts line
     breaks before a word otherwise than at the end of a text (SmolLM2's) is not asked to follow
     Llama 3's two line breaks.
     """
     chat = load("llama3_lines" if kind == "llama3" else kind, chat_format)
-    texts = [text.strip() for text in TEXTS if text.strip()]
-    if kind in ("smollm2", "llama2") and (s := Path(__file__).parents[3] / "shared/data").is_dir():
-        texts += [text.strip() for text in real_texts(s, 100) if text.strip()]
+    texts = list(TEXTS)
+    if kind in ("smollm2", "llama2") and SHARED_DATA.is_dir():
+        texts += real_texts(SHARED_DATA, 100)
+    texts = [text.strip() for text in texts if text.strip()]
     compared, exceptions = 0, []
     for question, answer in zip(texts, texts[1:], strict=False):
         messages = [user(question), assistant(answer), user("And?")]
@@ -235,7 +243,9 @@ def test_prompt_and_response_are_the_conversation(load, kind, chat_format):
 
 def goes_on(chat: Chat, whole: list[int], joined: list[int]) -> bool:
     """Whether `whole` is `joined`, the end of the turn (maybe after a space), and more."""
-    return whole[: len(joined)] == joined and chat.end_id in whole[len(joined) :][:2]
+    begins_with_joined = whole[: len(joined)] == joined
+    two_after = whole[len(joined) : len(joined) + 2]
+    return begins_with_joined and chat.end_id in two_after
 
 
 @pytest.mark.parametrize(
@@ -252,7 +262,7 @@ def goes_on(chat: Chat, whole: list[int], joined: list[int]) -> bool:
         ("tiny", "alpaca", "</s>"),
     ],
 )
-def test_end_of_a_turn(load, kind, chat_format, end):
+def test_the_token_that_closes_a_turn_is_found(load, kind, chat_format, end):
     chat = load(kind, chat_format)
     assert chat.tokenizer.piece(chat.end_id) == end
     assert chat.name == (chat_format or "checkpoint")
@@ -284,7 +294,7 @@ def test_a_turn_that_nothing_closes_ends_with_eos(from_template, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "chat_format"), SETTINGS)
-def test_forced_beginning_of_the_answer(load, kind, chat_format):
+def test_a_forced_beginning_and_the_rest_are_the_ids_of_the_whole_answer(load, kind, chat_format):
     chat = load(kind, chat_format)
     prefix, rest = "Great! Let's think step by step. ", "First, 1 + 1 = 2."
     messages = [system("Be brief."), user("1 + 1?")]
@@ -303,13 +313,15 @@ def test_forced_beginning_of_the_answer(load, kind, chat_format):
 def test_the_space_after_inst_belongs_to_the_answer(load):
     """Llama 2 with sentencepiece: `[/INST] Blue`; after a line break the answer just goes on."""
     chat = load("tiny")
-    assert chat.tokenizer.piece(chat.response_ids("blue")[0]).startswith(" ")
-    assert chat.tokenizer.decode(chat.response_ids("blue")) == "blue"
-    assert not chat.tokenizer.piece(load("tiny", "alpaca").response_ids("blue")[0]).startswith(" ")
+    ids = chat.response_ids("blue")
+    assert chat.tokenizer.piece(ids[0]).startswith(" ")
+    assert chat.tokenizer.decode(ids) == "blue"
+    after_line_break = load("tiny", "alpaca").response_ids("blue")
+    assert not chat.tokenizer.piece(after_line_break[0]).startswith(" ")
 
 
 def test_a_template_that_ignores_the_generation_prompt_gets_its_header(from_template):
-    """A template without add_generation_prompt: what it writes before answers ends the prompt."""
+    """A template without add_generation_prompt: its text before an answer ends the prompt."""
     chat = from_template(
         "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + eos_token + '\n' }}"
         "{% endfor %}"
@@ -356,7 +368,7 @@ def test_a_template_that_ignores_the_generation_prompt_gets_its_header(from_temp
         ),
     ],
 )
-def test_built_in_format(load, kind, chat_format, text):
+def test_a_built_in_format_writes_this_text(load, kind, chat_format, text):
     chat = load(kind, chat_format)
     messages = [system("Be brief."), user(" One? "), assistant("1"), user("Two?")]
     if chat_format == "llama3" and not chat.tokenizer.add_bos:
@@ -413,7 +425,8 @@ def test_one_bos_at_most_opens_a_text(load, kind, chat_format):
     ids = chat.prompt_ids([user("<s> <|begin_of_text|>"), assistant("1"), user("Two?")])
     wanted = chat_format is None or chat.tokenizer.add_bos
     assert (ids[0] == bos) == wanted
-    assert all(pair != (bos, bos) for pair in zip(ids, ids[1:], strict=False))
+    neighbours = zip(ids, ids[1:], strict=False)
+    assert (bos, bos) not in list(neighbours)
 
 
 def test_a_bos_that_the_user_spells_is_plain_text(load):
@@ -437,7 +450,7 @@ def test_chatml_whose_bos_opens_turns_has_no_second_one(tmp_path, smollm2_dir):
 # Templates from a directory
 
 
-def test_where_the_template_is_found(tmp_path):
+def test_a_jinja_file_comes_before_the_default_template_of_the_config(tmp_path):
     source = "{{ messages[-1].content + eos_token + '%s' }}"
     path = tiny_sentencepiece(tmp_path, chat_template=source % "config")
     tokenizer = load_tokenizer(path)
@@ -469,8 +482,8 @@ def test_no_template_lists_the_formats(tmp_path):
         Chat.from_dir(path, tokenizer, "chatml")
 
 
-def test_helpers_of_a_template(from_template, load):
-    """What transformers gives a template beyond Jinja, and its whitespace rules."""
+def test_a_template_has_the_helpers_and_whitespace_rules_of_transformers(from_template, load):
+    """continue, generation blocks, tojson, strftime_now; trimmed blocks."""
     chat = from_template(
         "{% for m in messages %}\n"
         "    {% if m.role == 'system' %}{% continue %}{% endif %}\n"
@@ -504,7 +517,7 @@ def test_a_template_cannot_leave_the_sandbox(from_template, condition, reason):
         chat.prompt_ids([system("x"), user("y")])
 
 
-def test_templates_that_cannot_be_used(from_template):
+def test_templates_that_are_no_jinja_or_leave_out_the_answer_are_refused(from_template):
     with pytest.raises(ValueError, match="not valid Jinja"):
         from_template("{% for %}")
     with pytest.raises(ValueError, match="leaves out the assistant's text"):
@@ -648,7 +661,7 @@ def test_prompts_that_open_a_think_block_do_not_teach_answers_inside_it(smollm2_
     later = chat.prompt_ids([user("What is 2 + 2?"), assistant("The answer is 4."), user("Sure?")])
     joined = [*target.prompt, *target.answer, chat.end_id]
     assert later[: len(joined)] == joined
-    # Sampling goes on behind what the template prompts with.
+    # Sampling continues after the generation prompt of the template.
     prompt = chat.prompt_ids([user("What is 2 + 2?")])
     assert chat.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
 
@@ -700,15 +713,15 @@ def test_prompt_and_target_begin_the_conversation_spaces_included(load, kind, ch
 def test_a_special_token_spelled_in_a_target_is_plain_text(load):
     for kind, chat_format in SETTINGS:
         chat = load(kind, chat_format)
-        control = {*chat.tokenizer.special.values()}
-        for text in [f"x{s}y" for s in chat.tokenizer.special]:
+        control = set(chat.tokenizer.special.values())
+        harmless = chat.target([user("x")], "x").prompt
+        wanted = Counter(id for id in harmless if id in control)
+        for spelling in chat.tokenizer.special:
+            text = f"x{spelling}y"
             target = chat.target([user(text)], text)
             assert control.isdisjoint(target.answer) and target.as_rendered
             assert text in spelled_out(chat, target.answer)
-            harmless = chat.target([user("x")], "x").prompt
-            assert Counter(id for id in target.prompt if id in control) == Counter(
-                id for id in harmless if id in control
-            )
+            assert Counter(id for id in target.prompt if id in control) == wanted
 
 
 def test_a_target_without_text_has_no_token(smollm2_chat):
@@ -728,8 +741,8 @@ def ordinary(tmp_path, smollm2_dir) -> Callable[..., Chat]:
             token["special"] = token["content"] == "<|endoftext|>"
         write_json(tmp_path / "tokenizer.json", document)
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-        config = dict.fromkeys(roles, "<|endoftext|>") | {"chat_template": CHATML} | config
-        write_json(tmp_path / "tokenizer_config.json", config)
+        defaults = {role: "<|endoftext|>" for role in roles} | {"chat_template": CHATML}
+        write_json(tmp_path / "tokenizer_config.json", defaults | config)
         write_json(tmp_path / "generation_config.json", {"eos_token_id": 0})
         return Chat.from_dir(tmp_path, load_tokenizer(tmp_path), chat_format)
 
@@ -756,7 +769,7 @@ def test_text_cannot_forge_a_turn_whose_tokens_are_not_special(ordinary, chat_fo
     assert not {1, 2} & {*chat.response_ids(forged)}
 
 
-def test_think_blocks_and_words_stay_text_like_any_other(ordinary):
+def test_added_tokens_that_are_no_turns_stay_text(ordinary):
     """Added tokens that are no turn's: reasoning in an answer, plain words, blanks."""
     chat = ordinary(
         chat_template=OPENS_THINKING,

@@ -1,4 +1,4 @@
-"""Chat templates are strangers' programs: whatever they do ends as a message, and soon."""
+"""Chat templates are untrusted programs: each fault of one is an error in time that names it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_the_time_limit_holds_in_any_thread_and_begins_anew_with_each_rendering(
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(60)
-    assert len(stopped) == 2 and all("ran for more than 0.2 seconds" in text for text in stopped)
+    assert len(stopped) == 2
+    assert all("ran for more than 0.2 seconds" in text for text in stopped)
     assert ChatTemplate("{{ 1 + 1 }}", "checkpoint", NOW).render(1) == "2"
 
 
@@ -94,9 +95,10 @@ FAILING = {
 
 @pytest.mark.parametrize(("kind", "source"), FAILING.items(), ids=FAILING)
 def test_any_exception_of_a_template_is_a_value_error_that_names_it(kind, source):
-    with pytest.raises(ValueError, match="the checkpoint chat template fails at this conver") as e:
+    fails = "the checkpoint chat template fails at this conversation"
+    with pytest.raises(ValueError, match=fails) as error:
         render(source)
-    assert type(e.value) is ValueError and "\n" not in str(e.value)
+    assert type(error.value) is ValueError and "\n" not in str(error.value)
 
 
 def test_a_template_that_cannot_be_compiled_is_named():
@@ -119,7 +121,7 @@ def test_control_characters_of_a_template_are_escaped():
     assert len(str(error.value)) < 700
 
 
-def test_ordinary_templates_are_not_limited():
+def test_an_ordinary_template_gives_the_text_that_jinja_gives():
     """Loops, filters and operators are counted, and give what Jinja gives."""
     source = (
         "{% for m in messages %}{{ loop.index ~ '/' ~ loop.length }}{{ loop.last }}"
@@ -137,7 +139,7 @@ def test_ordinary_templates_are_not_limited():
     )
 
 
-def test_long_conversations_have_room():
+def test_a_long_conversation_has_a_larger_budget():
     text = "word " * 400_000
     source = "{% for m in messages %}{{ m.role + ': ' + m.content | trim ~ '\n' }}{% endfor %}"
     made = ChatTemplate(source, "checkpoint", NOW)

@@ -92,7 +92,8 @@ def test_ids_equal_transformers(load, kind):
 def test_ids_equal_transformers_live(load, directory, run_peer, tmp_path, request, kind):
     tokenizer = load(kind)
     texts = TEXTS + list(spelled(tokenizer.special, 200))
-    if (shared := Path(__file__).parents[3] / "shared" / "data").is_dir():
+    shared = Path(__file__).parents[3] / "shared" / "data"
+    if shared.is_dir():
         texts += real_texts(shared, 100)
     write_json(tmp_path / "texts.json", texts)
     theirs = run_peer("tokenizer_peer.py", directory(kind), tmp_path / "texts.json")
@@ -120,12 +121,12 @@ def test_text_that_continues_gets_no_space(load, kind):
     """Cut before a word or a line break, two encodings are the encoding of the whole."""
     tokenizer = load(kind)
     for head, tail in (("the fox", " jumps"), ("the answer is", "\nthe text"), ("a  b", "\n")):
-        assert tokenizer.encode(head) + tokenizer.encode(tail, continues=True) == (
-            tokenizer.encode(head + tail)
-        )
+        joined = tokenizer.encode(head) + tokenizer.encode(tail, continues=True)
+        assert joined == tokenizer.encode(head + tail)
     for word in ("the", "Größe", "12"):
-        assert not tokenizer.piece(tokenizer.encode(word, continues=True)[0]).startswith(" ")
-    spelling = next(iter(tokenizer.special))
+        first = tokenizer.encode(word, continues=True)[0]
+        assert not tokenizer.piece(first).startswith(" ")
+    spelling = list(tokenizer.special)[0]
     ids = tokenizer.encode_template(f"the{spelling} fox", continues=True)
     assert ids == [
         *tokenizer.encode("the", continues=True),
@@ -133,12 +134,12 @@ def test_text_that_continues_gets_no_space(load, kind):
     ]
 
 
-def test_space_before_a_text_and_after_special_tokens(tmp_path, load):
+def test_settings_decide_on_a_space_before_a_text_and_after_special_tokens(tmp_path, load):
     modern, legacy = load("tiny_sentencepiece"), load("tiny_legacy")
     never = load_tokenizer(tiny_sentencepiece(tmp_path, add_prefix_space=False))
 
     def pieces(tokenizer: Tokenizer, text: str) -> str:
-        return "".join(map(tokenizer.piece, tokenizer.encode_template(text)))
+        return "".join(tokenizer.piece(id) for id in tokenizer.encode_template(text))
 
     for tokenizer in (modern, legacy):
         assert tokenizer.encode("the") == tokenizer.encode(" the") == never.encode(" the")
@@ -175,7 +176,7 @@ def test_metaspace_has_the_ids_of_its_source(tmp_path, load):
         assert ours.decode(ours.encode(text)) == source.decode(source.encode(text))
 
 
-def test_byte_level_vocabulary_that_puts_a_space(tiny_llama_dir):
+def test_a_byte_level_vocabulary_puts_its_space_before_a_text_only(tiny_llama_dir):
     pytest.importorskip("tokenizers")
     path = tiny_llama_dir(tokenizer=True)
     document = json.loads((path / "tokenizer.json").read_text())
@@ -199,8 +200,8 @@ def test_vocabulary_that_forges_a_special_token_is_refused(tiny_llama_dir):
     path = tiny_llama_dir(tokenizer=True)
     document = json.loads((path / "tokenizer.json").read_text())
     vocab = document["model"]["vocab"]
-    special = [token["content"] for token in document["added_tokens"]]
-    for spelling in (*special, "/s", "</s", "</s>"):
+    added = [token["content"] for token in document["added_tokens"]]
+    for spelling in added + ["/s", "</s", "</s>"]:
         vocab[spelling] = len(vocab)
     document["model"]["merges"] = [["/", "s"], ["<", "/s"], ["</s", ">"]]
     document["pre_tokenizer"]["use_regex"] = False  # it would cut between the four characters
@@ -217,8 +218,8 @@ def test_vocabulary_that_forges_a_special_token_is_refused(tiny_llama_dir):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip(load, kind):
-    """Exact, but that sentencepiece has one spelling for a space and for U+2581."""
+def test_decoding_gives_back_the_encoded_text(load, kind):
+    """Exactly, but that sentencepiece has one spelling for a space and for U+2581."""
     tokenizer = load(kind)
     for text in TEXTS:
         wanted = text
@@ -235,8 +236,8 @@ def test_bytes_without_a_token_are_left_out(load):
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "tiny_sentencepiece", "tiny_converted"])
-def test_decoding_grows_with_its_ids(load, kind):
-    """What a shorter list decodes to stays, but for a last character that is not complete yet."""
+def test_the_text_of_fewer_ids_is_a_prefix_of_the_whole_text(load, kind):
+    """But for a last character that is not complete yet."""
     tokenizer = load(kind)
     for text in ("Größe 漢字 😀👍🏽 done", "a\u0301 शहर", " leading"):
         ids = tokenizer.encode(text)
@@ -248,10 +249,12 @@ def test_decoding_grows_with_its_ids(load, kind):
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "tiny_sentencepiece", "tiny_converted"])
-def test_decoding_odd_ids(load, kind):
+def test_parts_of_characters_special_ids_and_unknown_ids_are_decoded(load, kind):
+    """To U+FFFD, to nothing, and to nothing."""
     tokenizer = load(kind)
-    first, *rest = tokenizer.encode("😀", continues=True)
-    assert rest, "wanted a character of several tokens"
+    ids = tokenizer.encode("😀", continues=True)
+    assert len(ids) > 1, "wanted a character of several tokens"
+    first = ids[0]
     assert set(tokenizer.decode([first])) == {"\ufffd"}
     assert tokenizer.piece(first).startswith("<0xF0>")
     word = tokenizer.encode("the fox")
@@ -261,7 +264,7 @@ def test_decoding_odd_ids(load, kind):
     assert [tokenizer.piece(id) for id in tokenizer.special.values()] == list(tokenizer.special)
 
 
-# What the files say
+# Names and ids in the files beside a vocabulary
 
 
 def test_bos_and_eos_come_from_the_files(tmp_path):
@@ -284,7 +287,7 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
 
 def test_ids_in_config_json_are_used_last_and_only_for_control_tokens(tiny_llama_dir):
     """A tokenizer.json names no roles: config.json does, unless its ids are of another vocabulary,
-    or the class or the post-processor knows better."""
+    or the class or the post-processor names them."""
     pytest.importorskip("tokenizers")
 
     def roles(tokenizer_config: dict, **config: object) -> tuple:
@@ -310,7 +313,10 @@ def test_llama_class_and_post_processor_name_bos_and_eos(tmp_path):
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (1, eos, True)
 
 
-@pytest.mark.parametrize("value", [-5, 10**12, "x", {}, True, 1.5, [2, "x"], [-1], [None]])
+NO_TOKEN_IDS = [-5, 10**12, "x", {}, True, 1.5, [2, "x"], [-1], [None]]
+
+
+@pytest.mark.parametrize("value", NO_TOKEN_IDS)
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_end_ids_that_are_not_token_ids_are_refused_by_name(tmp_path, file, value):
     path = train_sentencepiece(tmp_path)
@@ -389,8 +395,9 @@ def test_unigram_text_that_spells_control_pieces_is_encoded_as_sentencepiece_doe
     assert source.special == ours.special == {"<unk>": 0, "<s>": 1, "</s>": 2}
     texts = ["a<s>b", "<s>", "</s> the", "the<unk>", "a <s><s> b</s>", "<s", *TEXTS]
     texts += spelled(source.special, 200)
-    # A converted file also matches the text <0x0A> as the byte; it is followed in that.
-    for text in (text for text in texts if "<0x" not in text):
+    for text in texts:
+        if "<0x" in text:  # a converted file matches the text <0x0A> as the byte, as we do
+            continue
         assert ours.encode(text, continues=True) == source.encode(text, continues=True), text
         assert ours.encode(text) == source.encode(text), text
     pieces = [ours.piece(id) for id in ours.encode("a<s>b", continues=True)]
@@ -405,7 +412,7 @@ def test_tokenizer_json_adds_bos_by_its_post_processor(load):
     assert smollm2.named["unk_token"] == "<|endoftext|>"
 
 
-def test_added_tokens_of_a_sentencepiece_checkpoint(tmp_path):
+def test_added_tokens_of_a_sentencepiece_checkpoint_are_matched_in_text(tmp_path):
     path = tiny_sentencepiece(tmp_path, additional_special_tokens=["<|im_end|>"])
     write_json(path / "added_tokens.json", {"<|im_end|>": 360, "<tool>": 361, "<tool>s": 362})
     listed = load_tokenizer(path)
@@ -441,7 +448,7 @@ def test_unsupported_flags_of_added_tokens_are_refused(tmp_path, entry, reason):
         load_tokenizer(path)
 
 
-def test_tokens_declared_beside_a_tokenizer_json(load):
+def test_tokens_declared_beside_a_tokenizer_json_are_added_to_it(load):
     """The llama3 directory declares six tokens that its tokenizer.json leaves out."""
     tokenizer = load("llama3")
     assert tokenizer.vocab_size == 49158
@@ -460,10 +467,10 @@ def test_tokens_declared_with_another_id_are_refused(tiny_llama_dir):
         load_tokenizer(path)
 
 
-# What cannot be loaded
+# Files that cannot be loaded
 
 
-def test_missing_tokenizer_names_what_was_looked_for(tmp_path):
+def test_a_missing_tokenizer_is_an_error_that_names_both_files(tmp_path):
     with pytest.raises(ValueError, match="looked for tokenizer.json and tokenizer.model"):
         load_tokenizer(tmp_path)
 
@@ -478,7 +485,7 @@ def test_tokenizer_json_without_the_package_names_the_extra(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"IQ== 0\nIg== 1\n", b"\x00\xff" * 40])
-def test_model_file_of_another_kind(tmp_path, content):
+def test_a_tokenizer_model_that_is_no_sentencepiece_model_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         load_tokenizer(tmp_path)
@@ -498,7 +505,7 @@ def test_model_that_merges_spaces_is_refused(tmp_path):
         ({"model": {"type": "Nonesuch"}}, "cannot be read by tokenizers"),
     ],
 )
-def test_tokenizer_json_of_another_kind(tiny_llama_dir, change, reason):
+def test_a_tokenizer_json_with_another_model_or_decoder_is_refused(tiny_llama_dir, change, reason):
     pytest.importorskip("tokenizers")
     path = tiny_llama_dir(tokenizer=True)
     document = json.loads((path / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""What training knew goes out with the model: chat format, end token, system message."""
+"""Chat format, end token and system message of a training are recorded with the adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
-from engine.data.encode import encode
+from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row
 from engine.distill.distill import check_rows
 from engine.distill.seed_likelihoods import score
@@ -24,7 +24,7 @@ from engine.runtime.files import read_jsonl
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session, as_trained
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.train import train_job
+from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
 from model.chat import Chat
 from model.chat_formats import FORMATS
@@ -40,10 +40,11 @@ from tests.helpers.tokenizer_dirs import FLAGS, golden_checkpoint, tiny_sentence
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"prompt": "Say hi.", "completion": "hi hi"}
 ASKED = [{"role": "user", "content": "Say hi."}]
-END, OLD = 258, 256  # <|im_end|>, <|endoftext|>
+END = 258  # <|im_end|>
+OLD = 256  # <|endoftext|>
 
 
-_made: dict[str, Path] = {}  # made once, for it takes seconds
+_made: dict[str, Path] = {}  # a base model and an adapter, made once: training takes seconds
 
 
 @pytest.fixture
@@ -68,17 +69,15 @@ def train(
     """Train an adapter until the tiny model says its one answer by heart."""
     data = out.with_suffix(".jsonl")
     data.write_text(json.dumps(ROW) + "\n")
-    config = TrainConfig(lr=2e-2, max_steps=60, batch_rows=1, schedule="constant", save_every=30)
-    train_job(
-        Session.open(ModelConfig(str(base), dtype="float32", chat_format=chat_format)),
-        DataConfig(str(data), **given),
-        EncodeConfig(),
-        config,
-        LoraConfig(rank=8, modules="all"),
-        ValidateConfig(),
-        out,
-        resume=resume,
+    session = Session.open(ModelConfig(str(base), dtype="float32", chat_format=chat_format))
+    config = TrainJobConfig(
+        data=DataConfig(str(data), **given),
+        encode=EncodeConfig(),
+        train=TrainConfig(lr=2e-2, max_steps=60, batch_rows=1, schedule="constant", save_every=30),
+        lora=LoraConfig(rank=8, modules="all"),
+        validate=ValidateConfig(),
     )
+    train_job(session, config, out, resume=resume)
     return out
 
 
@@ -132,7 +131,7 @@ def test_an_old_run_without_a_record_resumes(base, tmp_path):
     assert not (run / "checkpoints" / "step-000030" / FILE).exists()
 
 
-def test_the_system_message_of_all_rows():
+def test_the_common_system_message_is_the_one_that_all_rows_have():
     told = [{"role": "system", "content": "s"}, *ASKED]
     assert common_system([told, told]) == "s"
     assert common_system([told, ASKED]) is None and common_system([ASKED]) is None
@@ -156,7 +155,7 @@ def test_a_broken_record_is_named(adapter, tmp_path, change, reason):
         TrainedChat.read(tmp_path)
 
 
-# Asking with an adapter
+# Prompts for an adapter
 
 
 def test_the_recorded_format_is_used_when_none_is_typed(adapter, base, capsys):
@@ -171,23 +170,25 @@ def test_scripts_prompt_an_adapter_as_it_was_trained(adapter, base, tmp_path, sc
     """Without its record the base, which has no template, could not be asked at all."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--model", base]
-    command += ["--adapter", adapter, "--data", data, "--out", tmp_path / "out.jsonl"]
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--model", str(base)]
+    command += ["--adapter", str(adapter), "--data", str(data)]
+    command += ["--out", str(tmp_path / "out.jsonl")]
     command += ["--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32"]
-    command += {"retention": []}.get(script, ["--system", "Be kind."])
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    if script != "retention":
+        command += ["--system", "Be kind."]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "chat format chatml: as the adapter was trained (its chat.json)" in done.stdout
     assert "WARNING" not in done.stdout
 
 
-def test_warning_of_another_format_on_the_command_line(adapter, base, capsys):
+def test_another_format_on_the_command_line_gives_a_warning(adapter, base, capsys):
     generate(base, adapter, chat_format="alpaca")
     said = capsys.readouterr().out
     assert f"WARNING: adapter {adapter}: it was trained with --chat-format chatml, this run" in said
 
 
-def test_warning_of_a_changed_template(capsys, tmp_path, tiny_llama_dir):
+def test_a_changed_template_gives_a_warning(capsys, tmp_path, tiny_llama_dir):
     path = tiny_llama_dir(tokenizer=True)
     own = train(path, tmp_path / "own", chat_format=None)
     assert TrainedChat.read(own).chat_format == OWN and TrainedChat.read(own).system is None
@@ -202,8 +203,9 @@ def test_warning_of_a_changed_template(capsys, tmp_path, tiny_llama_dir):
     assert "trained with another chat template than the model's" in capsys.readouterr().out
 
 
-def test_note_of_a_missing_system_message(adapter, base, capsys, tmp_path):
-    session = Session.open(as_trained(ModelConfig(str(base), dtype="float32"), [str(adapter)]))
+def test_prompts_without_the_trained_system_message_give_a_note(adapter, base, capsys, tmp_path):
+    config = as_trained(ModelConfig(str(base), dtype="float32"), [str(adapter)])
+    session = Session.open(config)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(ROW) + "\n")
     sampling = SamplerConfig(temperature=0.0, max_new_tokens=4)
@@ -213,7 +215,10 @@ def test_note_of_a_missing_system_message(adapter, base, capsys, tmp_path):
         evaluate_job(session, rows, "number", [str(adapter)], out, sampling)
         said = capsys.readouterr().out
         note = "was trained with the system message 'Be kind.', these prompts have "
-        assert (f"{note}{word}" in said) if word else (note not in said)
+        if word is None:
+            assert note not in said
+        else:
+            assert f"{note}{word}" in said
 
 
 def test_adapters_of_several_formats_are_not_mixed(adapter, base, tmp_path):
@@ -252,7 +257,9 @@ def test_a_merged_model_has_the_template_and_end_token_of_its_training(merged, c
 
 
 @pytest.mark.peers
-def test_a_merged_model_in_transformers(merged, adapter, base, run_peer, tmp_path):
+def test_transformers_prompts_a_merged_model_as_it_was_trained(
+    merged, adapter, base, run_peer, tmp_path
+):
     system = {"role": "system", "content": "Be kind."}
     conversations = [
         [system, *ASKED],
@@ -315,18 +322,19 @@ def test_a_built_in_format_as_a_template_gives_the_same_ids(kind, chat_format, t
     ):
         assert again.prompt_ids(messages) == built_in.prompt_ids(messages)
     assert (again.end_id, again.end_ids[0]) == (built_in.end_id, built_in.end_id)
-    ours, theirs = (chat.target(ASKED, "the fox") for chat in (built_in, again))
-    assert (ours.prompt, ours.answer) == (theirs.prompt, theirs.answer)
+    wanted = built_in.target(ASKED, "the fox")
+    target = again.target(ASKED, "the fox")
+    assert (target.prompt, target.answer) == (wanted.prompt, wanted.answer)
 
 
-# What stands in the data
+# Rows and their prompts
 
 
 def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
     tiny_llama_dir, tmp_path
 ):
-    """Two files of a checkpoint that are each valid and do not fit: found before the first row is
-    asked, and before the first step."""
+    """Two files of a checkpoint that are each valid and do not fit: refused before the first row is
+    sampled, and before the first step."""
     path = tiny_llama_dir(tokenizer=True, vocab=259)
     document = json.loads((path / "tokenizer.json").read_text())
     document["added_tokens"].append({"id": 259, "content": "<tool>", "special": False, **FLAGS})
@@ -337,10 +345,10 @@ def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
         Row(f"r{n}", (*ASKED, {"role": "assistant", "content": text}))
         for n, text in enumerate(answers)
     ]
-    assert encode(rows[:1], chat, max_length=99)[1].examples == 1
+    assert encode(rows[:1], chat, EncodeRules(max_length=99))[1].examples == 1
     beyond = "r1/0: the token '<tool>' has the id 259, .* for 259 ids"
     with pytest.raises(ValueError, match=beyond):
-        encode(rows, chat, max_length=99)
+        encode(rows, chat, EncodeRules(max_length=99))
     with pytest.raises(ValueError, match=f"(?s)1 turns cannot be encoded for this model.*{beyond}"):
         check_rows(chat, rows)
     with pytest.raises(ValueError, match="'<tool>' has the id 259"):
@@ -349,7 +357,7 @@ def test_a_row_that_needs_a_token_beyond_the_embeddings_is_named_at_the_start(
     write_json(path / "tokenizer_config.json", settings | {"eos_token": "<tool>"})
     template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     (path / "chat_template.jinja").write_text(template)
-    (path / "model.safetensors").write_bytes(b"never looked at")
+    (path / "model.safetensors").write_bytes(b"not read before the error")
     with pytest.raises(ValueError, match="'<tool>'.* has the id 259"):
         Session.open(ModelConfig(str(path)))
 
@@ -375,7 +383,7 @@ def test_references_and_rewrites_are_scored_behind_the_prompts_they_are_trained_
     (found,) = read_jsonl(tmp_path / "scores.jsonl")
     prompts = {}
     for name, target in (("reference", "reference"), ("response", "target")):
-        (example,), _ = encode([line], chat, target=target, max_length=99)
+        (example,), _ = encode([line], chat, EncodeRules(target=target, max_length=99))
         prompts[name] = example.ids[: example.n_prompt]
         wanted = nll(model, prompts[name], example.ids[example.n_prompt :])
         assert found[f"{name}_nll"] == pytest.approx(wanted.mean().item(), rel=1e-5)

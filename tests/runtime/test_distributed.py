@@ -25,7 +25,7 @@ from engine.session import ModelConfig, Session
 from engine.train.loop import Run
 from engine.train.metrics import Metrics, PendingStep
 from engine.train.step import SINGLE_PROCESS, step_gradients
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
@@ -82,7 +82,7 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
         loss = step_gradients(model, lora, examples(count), 3, 64, "none", SINGLE_PROCESS).nll.sum()
         alone[count] = loss, lora.grads.clone()
     one = Llama.from_pretrained(path)
-    single, _ = train(one, examples(), LORA, SMALL, tmp_path / "one", base="b", model_hash="h")
+    single, _ = train(FrozenModel(one, "b", "h"), examples(), LORA, SMALL, tmp_path / "one")
     held_out, scores = tmp_path / "held_out.json", tmp_path / "scores.jsonl"
     held_out.write_text(json.dumps([{"instruction": f"Say {w}", "output": w} for w in "abc"]))
 
@@ -123,8 +123,8 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             assert_sharded_is_whole(path, model, lora, size, found, held_out, scores)
             scores.unlink()
     if shard:
-        where = {"base": "b", "model_hash": "h", "resume": True}
-        train(Llama.from_pretrained(path), examples(), LORA, SMALL, out, **where)
+        frozen = FrozenModel(Llama.from_pretrained(path), "b", "h")
+        train(frozen, examples(), LORA, SMALL, out, resume=True)
     losses = [line["loss"] for line in read_jsonl(out / "metrics.jsonl")]
     of_one = [line["loss"] for line in read_jsonl(tmp_path / "one" / "metrics.jsonl")]
     assert losses == pytest.approx(of_one, rel=1e-5) and len(losses) == 10
@@ -323,8 +323,19 @@ def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_pa
     asked.clear()
     looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
     model = SimpleNamespace(is_sharded=False)
-    run = SimpleNamespace(world=world, validator=looking, model=model, state={"best": {}})
-    Run.validate(run, 1, 0)
+    run = Run(
+        model=model,
+        lora=None,
+        optimizer=None,
+        examples=[],
+        config=None,
+        out=tmp_path,
+        base="b",
+        validator=looking,
+        world=world,
+        state={"best": {}},
+    )
+    run.validate(step=1, epoch=0)
     assert asked == ["barrier", "sum on cpu"]
 
 

@@ -235,7 +235,7 @@ from engine.train import step
 from engine.runtime.distributed import start
 from engine.runtime.stopping import Stopped
 from engine.sampling.chat_generator import ChatGenerator
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from tests.helpers.distillation import CONFIG, SAMPLING, load, rows
 from tests.helpers.training import LORA, SMALL, examples
 torch.set_num_threads(1)
@@ -260,7 +260,8 @@ for stage in ("distill", "train"):
             distill.distill(generator, rows(), out / "d.jsonl", CONFIG, settings={{}}, world=world)
         else:
             step.micro_step = second_call(step.micro_step, 1)
-            train(model, examples(), LORA, SMALL, out / "t", base="b", model_hash="h", world=world)
+            frozen = FrozenModel(model, "b", "h", world=world)
+            train(frozen, examples(), LORA, SMALL, out / "t")
     except Stopped as stopped:
         (out / f"{{stage}}{{world.rank}}").write_text(f"{{stopped.code}} {{stopped}}")
 """

@@ -1,4 +1,4 @@
-"""200 seeded corruptions of what a user can hand us: each works or is a ValueError naming the file.
+"""200 seeded corruptions of a user's files: each works, or is a ValueError that names the file.
 
 Five kinds of files, 40 corruptions each: a model's config and weights, adapters, data, and run
 directories. A corruption changes bytes, cuts, repeats, or puts another value into a JSON document.
@@ -15,7 +15,7 @@ import traceback
 import torch
 
 from engine.data.rows import load_rows
-from engine.train.train import train
+from engine.train.train import FrozenModel, train
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.peft_format import load_lora, save_lora
@@ -28,7 +28,7 @@ ODD = (None, -1, 0, 1.5, 10**12, "x", "", [], {}, True, "NaN", [1, 2], {"a": 1},
 
 
 def corrupt_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, drop, repeat or insert; where the header or the first lines are, mostly."""
+    """Flip, cut, drop, repeat, insert or zero bytes, mostly in the header or the first lines."""
     at = rng.randrange(min(len(content), rng.choice((16, 400, 10**9))))
     size = rng.choice((1, 1, 8, 200))
     kind = rng.choice(("flip", "cut", "drop", "repeat", "insert", "zero"))
@@ -67,14 +67,20 @@ def corrupt_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def corrupt(file, rng: random.Random) -> None:
+    """Corrupt a file in place: its values where it is JSON, three times in five, or its bytes."""
     content = file.read_bytes()
-    structured = file.suffix == ".json" and rng.random() < 0.6
-    file.write_bytes((corrupt_json if structured else corrupt_bytes)(content, rng))
+    if file.suffix == ".json" and rng.random() < 0.6:
+        corrupted = corrupt_json(content, rng)
+    else:
+        corrupted = corrupt_bytes(content, rng)
+    file.write_bytes(corrupted)
 
 
 def fuzz(kind, make, files, use, tmp_path):
     """`make(folder)` once; every case corrupts one of its files in a copy and calls `use`."""
-    whole, outcomes, faults = tmp_path / "whole", {"works": 0, "refused": 0}, []
+    whole = tmp_path / "whole"
+    outcomes = {"works": 0, "refused": 0}
+    faults = []
     make(whole)
     shutil.copytree(whole, tmp_path / "control")
     use(tmp_path / "control", tmp_path / "out")
@@ -97,14 +103,16 @@ def fuzz(kind, make, files, use, tmp_path):
         except BaseException as error:  # noqa: BLE001
             where = "".join(traceback.format_exception(error)[-3:])
             faults.append(f"{case}: {file.name}: {type(error).__name__}: {error}\n{where}")
-        if time.perf_counter() - started > SLOW:
-            faults.append(f"{case}: {file.name}: took {time.perf_counter() - started:.0f} s")
+        seconds = time.perf_counter() - started
+        if seconds > SLOW:
+            faults.append(f"{case}: {file.name}: took {seconds:.0f} s")
         shutil.rmtree(folder)
     assert not faults, f"{len(faults)} of {CASES}:\n" + "\n".join(faults)
     assert outcomes["refused"] > CASES // 4, f"{outcomes}: these corruptions prove little"
 
 
 def copy_of(source):
+    """A `make` that copies a folder."""
     return lambda folder: shutil.copytree(source, folder)
 
 
@@ -113,21 +121,21 @@ def forward(model, lora=None):
         model.logits(torch.tensor([1, 2, 3]), lora)
 
 
-def test_fuzz_config(tiny_llama_dir, tmp_path):
+def test_a_corrupted_config_works_or_is_refused_by_name(tiny_llama_dir, tmp_path):
     def use(folder, out):
         forward(Llama.from_pretrained(folder))
 
     fuzz("config", copy_of(tiny_llama_dir()), lambda _: ["config.json"], use, tmp_path)
 
 
-def test_fuzz_weights(tiny_llama_dir, tmp_path):
+def test_corrupted_weights_work_or_are_refused_by_name(tiny_llama_dir, tmp_path):
     def use(folder, out):
         forward(Llama.from_pretrained(folder))
 
     fuzz("weights", copy_of(tiny_llama_dir()), lambda _: ["model.safetensors"], use, tmp_path)
 
 
-def test_fuzz_adapter(tiny_llama_dir, tmp_path):
+def test_a_corrupted_adapter_works_or_is_refused_by_name(tiny_llama_dir, tmp_path):
     model = Llama.from_pretrained(tiny_llama_dir())
 
     def use(folder, out):
@@ -147,7 +155,7 @@ def test_fuzz_adapter(tiny_llama_dir, tmp_path):
     fuzz("adapter", make, lambda _: names, use, tmp_path)
 
 
-def test_fuzz_data(tmp_path):
+def test_corrupted_data_files_work_or_are_refused_by_name(tmp_path):
     rows = [{"instruction": f"Say {i} é", "input": "", "output": f"ok {i}"} for i in range(6)]
 
     def make(folder):
@@ -164,13 +172,13 @@ def test_fuzz_data(tmp_path):
     fuzz("data", make, lambda _: ["a.json", "b.jsonl", "c.csv"], use, tmp_path)
 
 
-def test_fuzz_run_directory(tiny_llama_dir, tmp_path):
-    """A killed run with one file corrupted: resumed, or refused."""
+def test_a_corrupted_run_directory_is_resumed_or_refused_by_name(tiny_llama_dir, tmp_path):
+    """Of a killed run; one of the files that resuming reads is corrupted."""
     model = Llama.from_pretrained(tiny_llama_dir(layers=1))
     rows = examples(8)
 
     def go(folder):
-        return train(model, rows, LORA, SMALL, folder, base="b", model_hash="h", resume=True)
+        return train(FrozenModel(model, "b", "h"), rows, LORA, SMALL, folder, resume=True)
 
     def make(folder):
         go(folder)
@@ -180,9 +188,14 @@ def test_fuzz_run_directory(tiny_llama_dir, tmp_path):
         )
         shutil.rmtree(folder / "checkpoints" / "step-000004")
 
-    def files(folder):
-        read = ("optimizer.safetensors", "state.json", "metrics.jsonl")
-        return ["meta.json", *(f"checkpoints/step-000003/{name}" for name in read)]
+    def files(_):
+        saved = "checkpoints/step-000003"
+        return [
+            "meta.json",
+            f"{saved}/optimizer.safetensors",
+            f"{saved}/state.json",
+            f"{saved}/metrics.jsonl",
+        ]
 
     def use(folder, out):
         with contextlib.redirect_stdout(None):
@@ -192,5 +205,5 @@ def test_fuzz_run_directory(tiny_llama_dir, tmp_path):
 
 
 def test_a_config_that_works_is_read_as_written(tiny_llama_dir):
-    """The control: what is not corrupted is accepted."""
+    """The control: a config that is not corrupted is accepted."""
     assert LlamaConfig.from_dir(tiny_llama_dir()).num_layers == 2
