@@ -227,7 +227,8 @@ def test_the_summary_says_how_many_sequences_fit(tiny):
         with Sampler(tiny, text, (), config) as sampler:
             done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 30) for i in range(9)]))
         assert len(done) == 9 and sampler.stats.fitting_sequences == fitting
-        assert sampler.stats.cache_bytes == (pages or 12) * page
+        pages_taken = pages or 12
+        assert sampler.stats.cache_bytes == pages_taken * page
         assert f"GB for keys and values fit {fitting} sequences" in sampler.stats.text()
 
 
