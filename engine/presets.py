@@ -2,9 +2,9 @@
 
     python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
 
-`yang2024-*` are the settings of the paper (2402.13669) for its seven training sets: template, chat
-form, selection, LoRA, rate, schedule, epochs, batch, cut-off and decoding, as published (paper.md
-1.2 to 1.4). `default` is for other models, with their own chat template, and was chosen by
+`yang2024-*` are the settings of the SDFT paper (arXiv 2402.13669) and its published code for their
+seven training sets: template, chat form, selection, LoRA, rate, schedule, epochs, batch, cut-off
+and decoding. `default` is for other models, with their own chat template, and was chosen by
 measurement: LoRA on all linears at 3e-4, with the paper's dropout; else the flags' own defaults.
 
 How it was chosen (SmolLM2-135M-Instruct, SDFT, 120 rows, 2 epochs, one training seed; the table is
@@ -25,7 +25,7 @@ the published behaviour of those marked (x), which change what is trained on (`s
 
                        published                              here
     (x) numbers        two texts without an integer are       `number`: the same exact number
-                       equal; "1, 2" is 12, "5-3" is -3
+                       equal; "1,2" is 12, "5-3" is -3
     (x) calls          compared letter by letter, as a        `call`: the same call, parsed
                        substring
     (x) programs       "```python" and a beginning are        `code`: the program passes the row's

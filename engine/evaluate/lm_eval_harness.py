@@ -3,7 +3,7 @@
 The harness (extra `eval`: lm-eval) brings tasks, prompts and metrics; `HarnessModel` is the model
 that it asks for log-likelihoods and texts. A context is computed once for all its continuations
 (the choices of a question; `Scorer` in engine/measure/likelihood.py). No chat template is applied,
-as in the paper (paper.md 1.6).
+as in the SDFT paper (arXiv 2402.13669).
 
     OUT/lm_eval.jsonl    a line per arm and task: {arm, task, n, metrics, right}
 """

@@ -133,11 +133,14 @@ def label(text: str, longest: int = 28) -> str:
 def overview(runs: Sequence[Run]) -> list[Plot]:
     """Target against retention, all runs in one figure; [] where the target was not measured."""
     points = []
+    judged = None  # whether answers were judged, as in the first run whose target was measured
     for run in runs:
-        points += _points(run, len(runs) > 1)
+        of_run = _points(run, len(runs) > 1)
+        if of_run and judged is None:
+            judged = run.scores["seed"].n > 0
+        points += of_run
     if not points:
         return []
-    judged = runs[0].scores["seed"].n > 0
     goal = "target, share right" if judged else "held-out NLL, nats per token"
     table = [["Model", "KL to seed", "95 % interval", goal.capitalize(), "95 % interval"]]
     for point in points:

@@ -51,7 +51,8 @@ ALL_TASKS = (
     INSTRUCTIONS,
 )
 TASKS: dict[str, Task] = {task.name: task for task in ALL_TASKS}
-# The paper's decoding (paper.md 1.4): sampled once; HumanEval greedy within 2,048 tokens in all.
+# The decoding of the paper's evaluation scripts: sampled once; HumanEval greedy, at most 2,048
+# tokens in all.
 PAPER_SAMPLING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50, "max_new_tokens": 512}
 PAPER_GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 2048}
 # The chat format "plain": the contents of the messages, and nothing around them.
