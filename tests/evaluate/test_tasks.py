@@ -396,7 +396,7 @@ def test_each_task_answers_every_item_once_for_each_arm(sandboxed, session, data
 
 
 def test_paper_mode_asks_in_the_papers_prompts_and_formats(session, data):
-    """paper.md 1.2: gsm8k_infer in Llama 2's format, Alpaca for the rest, octocoder as it is."""
+    """Its scripts: gsm8k_infer in Llama 2's format, Alpaca for the rest, octocoder as it is."""
 
     def asked(name, file=None):
         items, _ = TASKS[name].load(file or data / TASKS[name].file, True)

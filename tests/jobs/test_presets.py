@@ -1,6 +1,7 @@
 """Presets: the published values, typed flags that win over them, and names that are nearly right.
 
-The table is typed from the paper's record (paper.md 1.2 to 1.4), not derived from the presets.
+The table is typed from the SDFT paper (arXiv 2402.13669) and its published scripts; it is not
+derived from the presets.
 """
 
 import dataclasses

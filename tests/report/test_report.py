@@ -20,6 +20,7 @@ from engine.report import plots
 from engine.report.findings import findings, tables_over_seeds
 from engine.report.load import load_run, load_runs
 from engine.report.page import Html, inline_json, report_job, tag, write_report
+from engine.report.plots import overview
 from engine.runtime.files import read_jsonl, write_json, write_jsonl
 from tests.helpers.made_run import make_run
 
@@ -151,6 +152,19 @@ def test_parts_that_a_run_lacks_are_left_out_of_the_page(tmp_path):
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "NLL per token of the held-out references: seed 1.500" in page
+
+
+def test_a_run_without_held_out_rows_stands_beside_one_that_has_them(tmp_path):
+    """Its arms are no points of the overview, and the other run's are, whichever is named first."""
+    bare = make_run(tmp_path / "bare", 12)
+    change(bare, lambda s: s.update(evaluation={}))
+    (bare / "evaluation.jsonl").unlink()
+    full = make_run(tmp_path / "full", 12, seed=1)
+    for runs in ([bare, full], [full, bare]):
+        write_report(runs, tmp_path / "report.html")
+        (plot,) = overview(load_runs(runs))
+        assert {row[0].split(" · ")[1] for row in plot.table[1:]} == {"full"}
+        assert len(plot.table) == 1 + 3
 
 
 def test_a_difference_is_stated_only_where_it_is_significant(tmp_path):

@@ -67,7 +67,8 @@ def test_every_flag_that_is_a_number_is_tested():
     used = set()
     for file in (ROOT / "scripts").glob("*.py"):
         used |= set(re.findall(r"\b(\w+Config)\b", file.read_text()))
-    assert used == {*named, "JobConfig"}, "JobConfig holds the others and has no numbers"
+    hold_others = {"JobConfig", "TrainJobConfig"}  # they have no numbers of their own
+    assert used == named | hold_others
     assert len(NUMBERS) > 40
 
 
