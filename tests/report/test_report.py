@@ -20,7 +20,6 @@ from engine.report import plots
 from engine.report.findings import findings, tables_over_seeds
 from engine.report.load import load_run, load_runs
 from engine.report.page import Html, inline_json, report_job, tag, write_report
-from engine.report.plots import overview
 from engine.runtime.files import read_jsonl, write_json, write_jsonl
 from tests.helpers.made_run import make_run
 
@@ -162,7 +161,7 @@ def test_a_run_without_held_out_rows_stands_beside_one_that_has_them(tmp_path):
     full = make_run(tmp_path / "full", 12, seed=1)
     for runs in ([bare, full], [full, bare]):
         write_report(runs, tmp_path / "report.html")
-        (plot,) = overview(load_runs(runs))
+        (plot,) = plots.overview(load_runs(runs))
         assert {row[0].split(" · ")[1] for row in plot.table[1:]} == {"full"}
         assert len(plot.table) == 1 + 3
 
