@@ -155,9 +155,9 @@ def dropout_tile(
     # Lane 2 i + half of a block is that half of word i: the last joins vary fastest.
     low02 = tl.join(w0 & 0xFFFF, w2 & 0xFFFF)  # (BM, BK / 8, 2)
     low13 = tl.join(w1 & 0xFFFF, w3 & 0xFFFF)
+    low = tl.join(low02, low13)  # (BM, BK / 8, 2, 2)
     high02 = tl.join(w0 >> 16, w2 >> 16)
     high13 = tl.join(w1 >> 16, w3 >> 16)
-    low = tl.join(low02, low13)  # (BM, BK / 8, 2, 2)
     high = tl.join(high02, high13)
     lanes = tl.reshape(tl.join(low, high), (BM, BK))
     return tl.where(lanes >= threshold, 65536.0 / (65536 - threshold), 0.0)

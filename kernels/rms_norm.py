@@ -213,9 +213,8 @@ def rms_norm_backward_kernel(
     w = tl.load(w_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)  # (BD,)
     rstd = tl.load(rstd_ptr + tokens, mask=token_mask, other=0.0)[:, None]  # (BT, 1)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # (BT, BD)
-    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
     x_hat = x * rstd
+    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     g = dy * w[None, :]
     projection = tl.sum(g * x_hat, axis=1) / D  # (BT,)
     dx = rstd * (g - x_hat * projection[:, None])
