@@ -82,6 +82,19 @@ _DKV = (
     (32, 64, 8, 3),
 )
 
+_SWIGLU = (
+    (1, 2048, 4),
+    (1, 1024, 4),
+    (1, 1024, 2),
+    (1, 2048, 8),
+    (2, 1024, 4),
+    (1, 4096, 8),
+    (1, 512, 2),
+    (4, 512, 4),
+    (2, 1024, 8),
+    (1, 512, 4),
+)
+
 # By kernel and, after a space, the beginning of a shape class.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     # elementwise and by rows: bandwidth
@@ -125,32 +138,8 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         (8, 8, 8),
         (16, 4, 4),
     ),
-    "swiglu_forward_kernel": configs(
-        "BT BF w",
-        (1, 2048, 4),
-        (1, 1024, 4),
-        (1, 1024, 2),
-        (1, 2048, 8),
-        (2, 1024, 4),
-        (1, 4096, 8),
-        (1, 512, 2),
-        (4, 512, 4),
-        (2, 1024, 8),
-        (1, 512, 4),
-    ),
-    "swiglu_backward_kernel": configs(
-        "BT BF w",
-        (1, 2048, 4),
-        (1, 1024, 4),
-        (1, 1024, 2),
-        (1, 2048, 8),
-        (2, 1024, 4),
-        (1, 4096, 8),
-        (1, 512, 2),
-        (4, 512, 4),
-        (2, 1024, 8),
-        (1, 512, 4),
-    ),
+    "swiglu_forward_kernel": configs("BT BF w", *_SWIGLU),
+    "swiglu_backward_kernel": configs("BT BF w", *_SWIGLU),
     "adamw_kernel": configs(
         "BP w",
         (1024, 4),

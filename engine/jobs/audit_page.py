@@ -17,6 +17,7 @@ from typing import NamedTuple
 from engine.jobs.audit_records import Record, Trace
 from engine.jobs.audit_source import source_of
 from engine.report.page import Html, tag
+from engine.runtime.terminal import aligned
 
 STYLE = Path(__file__).with_name("audit_page.css")
 COLUMNS = [
@@ -284,14 +285,6 @@ def render_text(title: str, about: str, trace: Trace, verdict: list[str]) -> str
 
 
 def text_table(rows: list[list[str]]) -> str:
-    """Columns of equal width, the first left, the others right."""
-    widths = []
-    for column in zip(*rows, strict=True):
-        widths.append(max(len(cell) for cell in column))
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        for cell, width in zip(row[1:], widths[1:], strict=True):
-            cells.append(cell.rjust(width))
-        lines.append("  ".join(cells))
+    """The counts as aligned text, without a rule under the header."""
+    lines, _ = aligned(rows)
     return "\n".join(lines)

@@ -14,8 +14,8 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
     return tqdm(*args, mininterval=seconds, **kwargs)
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells as aligned text: the first row is the header, the first column flush left."""
+def aligned(rows: list[list[str]]) -> tuple[list[str], list[int]]:
+    """A line for each row of cells, and the columns' widths; the first column is flush left."""
     widths = []
     for column in zip(*rows, strict=True):
         widths.append(max(len(cell) for cell in column))
@@ -25,6 +25,12 @@ def table(rows: list[list[str]]) -> str:
         for cell, width in zip(row[1:], widths[1:], strict=True):
             cells.append(cell.rjust(width))
         lines.append("  ".join(cells).rstrip())
+    return lines, widths
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells as aligned text, the first of them as a header over a rule."""
+    lines, widths = aligned(rows)
     header, *others = lines
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([header, rule, *others])
