@@ -14,7 +14,7 @@ with all its threads ("torch").
 sample: --rows prompts decoded together, greedy, --new tokens each; tokens a second, prompts not
 counted. score: answer tokens a second. train: tokens of the rows a second, LoRA r 8 on q and v.
 All of them on the word problems of the quickstart. What is sampled must be the same every time.
-The last line is JSON. Nobody else should use the machine meanwhile.
+The last line is JSON. No other work should run on the machine meanwhile.
 """
 
 from __future__ import annotations

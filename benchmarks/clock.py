@@ -85,7 +85,7 @@ def header(about: dict[str, Any], rates: dict[str, float], dtype: str) -> str:
 
 
 def record(document: dict[str, Any], wanted: bool) -> None:
-    """Append to $OUT, if there is one, and to benchmarks/results if that is wanted; print.
+    """Print the document; append it to $OUT, if there is one, and where `wanted` to results/.
 
     The tables in pages are made of these records (`python -m benchmarks.tables`), so a record
     without `machine`'s answer in `environment` is refused.

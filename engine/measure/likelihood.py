@@ -52,7 +52,7 @@ def nll(
 
 @dataclass
 class ScoringRequest:
-    """A prompt and the answers whose likelihoods are wanted, all token ids."""
+    """A prompt and the answers to score behind it, all token ids."""
 
     id: str
     prompt: list[int]

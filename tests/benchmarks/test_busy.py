@@ -11,7 +11,7 @@ import pytest
 from benchmarks import busy
 
 
-def test_it_runs(tiny_llama_dir, monkeypatch, capsys):
+def test_jobs_take_turns_quiet_and_beside_a_busy_process(tiny_llama_dir, monkeypatch, capsys):
     path = tiny_llama_dir(tokenizer=True, max_position_embeddings=2048)
     flags = "--jobs sample,train --neighbours none,process --rows 3 --new 2 --repeats 2"
     monkeypatch.setattr(sys, "argv", ["busy", "--model", str(path), *flags.split()])

@@ -52,7 +52,7 @@ def test_running_per_step():
     assert list(floor.running_per_step([4, 1, 2, 3], 9)) == [3, 2, 1]
 
 
-def test_diverging():
+def test_diverging_names_rows_and_the_first_position_that_differs():
     assert sampler.diverging([[1, 2], [3], [4, 5]], [[1, 2], [3, 4], [9, 5]]) == {1: 1, 2: 0}
 
 
