@@ -23,7 +23,8 @@ from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.job_config import JobConfig
-from engine.jobs.study import StudyConfig, study_job
+from engine.jobs.study import study_job
+from engine.jobs.study_config import StudyConfig
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.sampling.requests import SamplerConfig

@@ -6,22 +6,15 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import Distilled
 from engine.data.encode import Example
 from engine.data.rows import Row, Rows
-from engine.evaluate.arms import ARM_TARGETS
 from engine.evaluate.target_task import rows_to_judge
 from engine.jobs.job_config import JobConfig
 from engine.session import Session
 from engine.train.examples import encode_examples
-from engine.train.train import FrozenModel, train
-from engine.train.validate import Validator
-from model.lora import Lora
-from model.trained_chat import TrainedChat, common_system
 
 
 @contextlib.contextmanager
@@ -75,40 +68,3 @@ def encode_rows(
     mix = config.encode.mix if target == "target" else 0.0
     encoding = dataclasses.replace(config.encode, target=target, mix=mix)
     return encode_examples(rows, session, config.data, encoding, seed=seed)
-
-
-@dataclass(frozen=True)
-class TrainedArm:
-    """An adapter, and how it was trained."""
-
-    lora: Lora
-    summary: dict[str, Any]  # of the training: counts, losses, seconds
-    examples: list[Example]
-
-
-def train_arm(
-    session: Session,
-    config: JobConfig[Any],
-    arm: str,
-    lines: Sequence[Distilled],
-    out: Path,
-    validator: Validator | None = None,
-) -> TrainedArm:
-    """Train the adapter of an arm ("sft" or "sdft") into the run directory `out`.
-
-    A run that was killed there continues; a finished one is only loaded. Both arms are trained on
-    the same lines in the same order; only the answers differ.
-    """
-    examples = encode_rows(session, config, lines, ARM_TARGETS[arm], config.train.seed)
-    system = common_system([line.messages for line in lines])
-    lora, summary = train(
-        FrozenModel.of(session),
-        examples,
-        config.lora,
-        config.train,
-        out,
-        chat=TrainedChat.of(session.chat, system),
-        validator=validator,
-        resume=out.exists(),
-    )
-    return TrainedArm(lora, summary, examples)

@@ -1,7 +1,8 @@
 """The findings of a study: target against retention per arm, differences with intervals, in words
 
-Everything is paired: both arms answered the same held-out rows and were compared with the seed over
-the same answers to the same general prompts. A difference is SDFT - SFT.
+Everything is paired: all arms answered the same held-out rows and were compared with the seed over
+the same answers to the same general prompts. Differences are taken under every setting, from the
+first arm of --arms (SDFT - SFT); comparison.py compares all arms at equal target.
 
     interval     `crossed_bootstrap` (engine/measure/intervals.py): held-out rows, or general
                  prompts, are resampled, the same for both arms and all seeds; with several
@@ -11,175 +12,56 @@ the same answers to the same general prompts. A difference is SDFT - SFT.
                  over the seeds. It is a test over rows; the spread over seeds is in the interval
 
 A difference is reported where its interval leaves out zero and, on the target, the combined p is
-below 0.05 too; otherwise "no difference seen". Nothing corrects for looking at many settings.
+below 0.05 too; otherwise "no difference seen". Nothing corrects these for looking at many settings
+and arms; the comparison at equal target is corrected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-
-from engine.evaluate.arms import ARM_NAMES
-from engine.measure.intervals import crossed_bootstrap, lost_won, mcnemar, sign_flip_test, wilson
+from engine.evaluate.arm_grammar import way_of
+from engine.jobs.comparison import SIGNIFICANT, compare, comparison_record, comparison_text
+from engine.jobs.costs import Cost
+from engine.jobs.measured import DRIFT_NAMES, ArmResults, Estimate, all_points
+from engine.measure.intervals import crossed_bootstrap, lost_won, mcnemar, sign_flip_test
 from engine.runtime.terminal import table
 
-SIGNIFICANT = 0.05  # a difference of verdicts is reported below this p
-DRIFT_NAMES = ("kl", "reverse_kl", "agree")
 NOT_SEEN = "no difference seen"
 
-
-class Estimate(NamedTuple):
-    """A mean and the ends of its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class Sums(NamedTuple):
-    """A measurement summed over the tokens of each item, under every training seed."""
-
-    values: np.ndarray  # (seeds, items)
-    weights: list[int]  # (items,) tokens
-
-
-@dataclass
-class MeasuredRun:
-    """The measurements of one run, item by item."""
-
-    ids: list[str]  # held-out rows
-    right: list[bool] | None  # None where nothing is judged
-    nll: list[float]  # nats of the references, summed over `tokens`
-    tokens: list[int]
-    drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
-    training: dict[str, float] = field(default_factory=dict)  # study.training_figures
-    tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
-
-    def figures(self) -> dict[str, Any]:
-        """Counts of right answers and means per token, for study.json."""
-        figures: dict[str, Any] = {
-            "nll": sum(self.nll) / sum(self.tokens),
-            "training": self.training,
-        }
-        if self.right is not None:
-            figures["right"] = sum(self.right)
-        if self.tasks:
-            figures["tasks"] = {name: sum(verdicts) for name, verdicts in self.tasks.items()}
-        if self.drift:
-            tokens = sum(line["tokens"] for line in self.drift)
-            for name in DRIFT_NAMES:
-                figures[name] = sum(line[name] for line in self.drift) / tokens
-        return figures
-
-
-@dataclass
-class ArmResults:
-    """A setting and arm with its runs, one for every training seed."""
-
-    name: str  # of the setting; "" for the seed model
-    arm: str  # seed | sft | sdft
-    runs: list[MeasuredRun]
-
-    @property
-    def judged(self) -> bool:
-        """Whether answers to the held-out rows were judged."""
-        return self.runs[0].right is not None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, the mean over the runs."""
-        return sum(run.training["seconds"] for run in self.runs) / len(self.runs)
-
-    def on_task(self, task: str) -> ArmResults:
-        """The same runs, with their verdicts on a further task in place of the held-out rows."""
-        runs = [MeasuredRun([], run.tasks[task], [], []) for run in self.runs]
-        return ArmResults(self.name, self.arm, runs)
-
-    def right(self) -> np.ndarray:
-        """Verdicts as (seeds, rows) int64 of 0 and 1."""
-        return np.array([run.right for run in self.runs], dtype=np.int64)
-
-    def sums(self, name: str) -> Sums:
-        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts."""
-        first = self.runs[0]
-        if name == "nll":
-            return Sums(np.array([run.nll for run in self.runs]), first.tokens)
-        values = []
-        for run in self.runs:
-            values.append([line[name] for line in run.drift])
-        return Sums(np.array(values), [line["tokens"] for line in first.drift])
-
-    def estimate(self, name: str) -> Estimate:
-        """A mean and its interval; `name` is right, nll, kl, reverse_kl or agree.
-
-        The share of right answers has Wilson's interval, as if the seeds were one run: where all
-        are wrong a bootstrap would have no spread.
-        """
-        if name == "right":
-            right = self.right()
-            share = float(right.mean())
-            low, high = wilson(share, right.shape[1])
-            return Estimate(share, low, high)
-        # drift is measured against the seed model itself
-        if self.arm == "seed" and name == "agree":
-            return Estimate(1.0, 1.0, 1.0)
-        if self.arm == "seed" and name != "nll":
-            return Estimate(0.0, 0.0, 0.0)
-        sums = self.sums(name)
-        return Estimate(*crossed_bootstrap(sums.values, sums.weights))
-
-    def figures(self) -> dict[str, Any]:
-        """Every figure of these runs, for study.json."""
-        figures: dict[str, Any] = {"setting": self.name, "arm": self.arm, "runs": len(self.runs)}
-        names = ["nll", *DRIFT_NAMES]
-        if self.judged:
-            names = ["right", *names]
-        for name in names:
-            mean, low, high = self.estimate(name)
-            figures[name] = {"value": mean, "interval": (low, high)}
-        figures["by_seed"] = [run.figures() for run in self.runs]
-        return figures
-
-
-Pairs = Sequence[Sequence[ArmResults]]  # (SFT, SDFT) of every setting
-
-
-def all_arms(seed: ArmResults, pairs: Pairs) -> list[ArmResults]:
-    """The seed model, then all arms, each once: settings that differ in the mix share their SFT."""
-    arms = {(seed.arm, seed.name): seed}
-    for pair in pairs:
-        for arm in pair:
-            arms[arm.arm, arm.name] = arm
-    return list(arms.values())
+Groups = Sequence[Sequence[ArmResults]]  # the points of every setting, the reference first
 
 
 # ---- differences
 
 
-def difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
-    """SDFT - SFT in every measurement, with intervals, tests and words."""
-    found: dict[str, Any] = {"setting": sdft.name}
+def difference(reference: ArmResults, arm: ArmResults) -> dict[str, Any]:
+    """arm - reference in every measurement, with intervals, tests and words."""
+    found: dict[str, Any] = {
+        "setting": arm.name,
+        "arm": arm.arm,
+        "reference": reference.arm,
+        "reference_setting": reference.name,
+    }
     for name in ("nll", *DRIFT_NAMES):
-        of_sft = sft.sums(name)
-        of_sdft = sdft.sums(name)
-        by_item = of_sdft.values - of_sft.values  # (seeds, items)
-        found[name] = Estimate(*crossed_bootstrap(by_item, of_sft.weights))
-    if sdft.judged:
-        found |= verdict_difference(sft, sdft)
-    found["words"] = in_words(found)
+        of_reference = reference.sums(name)
+        of_arm = arm.sums(name)
+        by_item = of_arm.values - of_reference.values  # (seeds, items)
+        found[name] = Estimate(*crossed_bootstrap(by_item, of_reference.weights))
+    if arm.judged:
+        found |= verdict_difference(reference, arm)
+    found["words"] = in_words(found, arm.title, reference.title)
     return found
 
 
-def verdict_difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
-    """SDFT - SFT in right answers: the mean with its interval, and the tests."""
-    by_row = sdft.right() - sft.right()  # (seeds, rows) of -1, 0 and 1
+def verdict_difference(reference: ArmResults, arm: ArmResults) -> dict[str, Any]:
+    """arm - reference in right answers: the mean with its interval, and the tests."""
+    by_row = arm.right() - reference.right()  # (seeds, rows) of -1, 0 and 1
     equal_weights = [1.0] * by_row.shape[1]
-    counts = []  # for every training seed: rows that only SFT, and that only SDFT got right
-    for of_sft, of_sdft in zip(sft.right(), sdft.right(), strict=True):
-        lost, won = lost_won(of_sft, of_sdft)
+    counts = []  # for every training seed: rows that only the reference, and that only the arm got
+    for of_reference, of_arm in zip(reference.right(), arm.right(), strict=True):
+        lost, won = lost_won(of_reference, of_arm)
         counts.append([lost, won])
     return {
         "right": Estimate(*crossed_bootstrap(by_row, equal_weights)),
@@ -189,15 +71,16 @@ def verdict_difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
     }
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """A difference as text; NOT_SEEN where an interval holds 0."""
+def in_words(found: dict[str, Any], arm: str, reference: str) -> str:
+    """A difference as text; NOT_SEEN where an interval holds 0. arm, reference: their titles."""
     parts = []
     if "right" in found:
-        parts.append("target: " + _verdict_words(found, "SDFT better", "SFT better"))
-    parts.append(
-        "held-out NLL: " + _mean_words(found["nll"], "SDFT fits better", "SFT fits better")
-    )
-    parts.append("KL to seed: " + _mean_words(found["kl"], "SDFT forgot less", "SFT forgot less"))
+        words = _verdict_words(found, f"{arm} better", f"{reference} better")
+        parts.append(f"target: {words}")
+    words = _mean_words(found["nll"], f"{arm} fits better", f"{reference} fits better")
+    parts.append(f"held-out NLL: {words}")
+    words = _mean_words(found["kl"], f"{arm} forgot less", f"{reference} forgot less")
+    parts.append(f"KL to seed: {words}")
     return "; ".join(parts)
 
 
@@ -264,10 +147,15 @@ def _front_of(arms: Sequence[ArmResults]) -> list[bool]:
 # ---- the text
 
 
-def findings(seed: ArmResults, pairs: Pairs, verify: str) -> tuple[dict[str, Any], str]:
-    """The findings as study.json holds them, and the closing table."""
-    arms = all_arms(seed, pairs)
-    on_front = _front_of(arms)
+def findings(
+    seed: ArmResults, groups: Groups, verify: str, costs: Mapping[str, Cost]
+) -> tuple[dict[str, Any], str]:
+    """The findings as study.json holds them, and the closing table.
+
+    costs: of every way (`way_of` an arm), by its name
+    """
+    points = all_points(seed, groups)
+    on_front = _front_of(points)
     header = [
         "setting",
         "arm",
@@ -286,19 +174,57 @@ def findings(seed: ArmResults, pairs: Pairs, verify: str) -> tuple[dict[str, Any
     ]
     lines = [header]
     figures = []
-    for arm, is_best in zip(arms, on_front, strict=True):
+    for point, is_best in zip(points, on_front, strict=True):
         mark = "*" if is_best else ""
-        lines.append([arm.name or "-", ARM_NAMES[arm.arm], *_cells(arm), mark])
-        figures.append(arm.figures() | {"front": is_best})
+        lines.append([point.name or "-", point.title, *_cells(point), mark])
+        figures.append(point.figures() | {"front": is_best})
 
-    differences = [difference(sft, sdft) for sft, sdft in pairs]
-    tasks, task_lines = task_differences(seed, pairs)
-    text = [table(lines), "", "SDFT - SFT:"]
-    text += [f"  {found['setting']}: {found['words']}" for found in differences]
+    differences = [difference(reference, arm) for reference, arm in listed_pairs(groups)]
+    tasks, task_lines = task_differences(seed, groups)
+    goals = compare(seed, points[1:])
+    text = [table(lines), "", *difference_lines(differences, groups)]
     text += task_lines
-    text += ["", *_notes(seed, pairs)]
+    text += comparison_text(goals, costs, with_seconds=False)
+    text += ["", *_notes(seed, groups)]
     record = {"points": figures, "differences": differences, "elsewhere": tasks}
+    record["costs"] = {way: cost.record() for way, cost in costs.items()}
+    record["equal_target"] = comparison_record(goals, costs)
     return record, "\n".join(text)
+
+
+def listed_pairs(groups: Groups) -> list[tuple[ArmResults, ArmResults]]:
+    """(reference, arm) of every setting: the first of its arms, and each other that --arms names.
+
+    A pair whose two runs several settings share is there once.
+    """
+    pairs: dict[tuple[str, str, str, str], tuple[ArmResults, ArmResults]] = {}
+    for group in groups:
+        listed = [point for point in group if point.listed]
+        reference = listed[0]
+        for arm in listed[1:]:
+            key = (reference.name, reference.arm, arm.name, arm.arm)
+            pairs[key] = (reference, arm)
+    return list(pairs.values())
+
+
+def difference_lines(differences: Sequence[dict[str, Any]], groups: Groups) -> list[str]:
+    """The differences as text, under a heading for each pair of arms."""
+    titles = {point.arm: point.title for group in groups for point in group}
+    lines: list[str] = []
+    by_pair: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for found in differences:
+        by_pair.setdefault((found["arm"], found["reference"]), []).append(found)
+    for (arm, reference), of_pair in by_pair.items():
+        lines.append(f"{titles[arm]} - {titles[reference]}:")
+        lines += [f"  {_setting_of(found)}: {found['words']}" for found in of_pair]
+    return lines
+
+
+def _setting_of(found: dict[str, Any]) -> str:
+    """The setting of a difference; with the reference's where that differs in more than the mix."""
+    setting, other = found["setting"], found["reference_setting"]
+    without_mix, _, _ = setting.partition("-mix")
+    return setting if other in (setting, without_mix) else f"{setting} against {other}"
 
 
 def _cells(arm: ArmResults) -> list[str]:
@@ -335,33 +261,41 @@ def _share(arm: ArmResults) -> str:
     return f"{right.mean():.1%} ({counts}/{right.shape[1]})"
 
 
-def task_differences(seed: ArmResults, pairs: Pairs) -> tuple[list[dict[str, Any]], list[str]]:
+def task_differences(seed: ArmResults, groups: Groups) -> tuple[list[dict[str, Any]], list[str]]:
     """The --task tasks, by setting and scorer: figures for study.json, and lines of the text."""
     found: list[dict[str, Any]] = []
-    lines = [["setting", "task, scorer", "seed", "SFT", "SDFT", "SDFT - SFT"]]
-    for sft, sdft in pairs:
+    lines: list[str] = []
+    by_pair: dict[tuple[str, str], list[list[str]]] = {}
+    for reference, arm in listed_pairs(groups):
+        titles = (reference.title, arm.title)
         for name in seed.runs[0].tasks:
-            of_seed, of_sft, of_sdft = seed.on_task(name), sft.on_task(name), sdft.on_task(name)
-            verdicts = verdict_difference(of_sft, of_sdft)
+            of_seed = seed.on_task(name)
+            of_reference, of_arm = reference.on_task(name), arm.on_task(name)
+            verdicts = verdict_difference(of_reference, of_arm)
             words = _verdict_words(verdicts, "higher", "lower")
-            found.append({"setting": sdft.name, "task": name, "words": words} | verdicts)
-            shares = [_share(of_seed), _share(of_sft), _share(of_sdft)]
-            lines.append([sdft.name, name, *shares, words])
-    if not found:
-        return [], []
-    return found, ["", "elsewhere:", table(lines)]
+            names = {"setting": arm.name, "arm": arm.arm, "reference": reference.arm}
+            found.append(names | {"task": name, "words": words} | verdicts)
+            shares = [_share(of_seed), _share(of_reference), _share(of_arm)]
+            by_pair.setdefault(titles, []).append([arm.name, name, *shares, words])
+    for (reference_title, arm_title), rows in by_pair.items():
+        difference_title = f"{arm_title} - {reference_title}"
+        names = ["seed", reference_title, arm_title, difference_title]
+        lines += ["", "elsewhere:", table([["setting", "task, scorer", *names], *rows])]
+    return found, lines
 
 
-def _notes(seed: ArmResults, pairs: Pairs) -> list[str]:
+def _notes(seed: ArmResults, groups: Groups) -> list[str]:
     """How to read the table."""
-    first_sft = pairs[0][0]
-    seeds = len(first_sft.runs)
+    first = groups[0][0]
+    seeds = len(first.runs)
     several = seeds > 1
     rows = len(seed.runs[0].ids)
-    prompts = len(first_sft.runs[0].drift)
+    prompts = len(first.runs[0].drift)
+    ways = {way_of(point.arm) for group in groups for point in group}
+    arms = "both arms" if len(ways) == 2 else "all arms"
     resampled = (
         f"the {rows} held-out rows or the {prompts} general prompts drawn again, the same for "
-        "both arms"
+        f"{arms}"
     )
     if several:
         resampled += f" and all seeds, and the {seeds} training seeds too"

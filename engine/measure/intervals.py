@@ -6,6 +6,7 @@
     mcnemar             test of two arms on the same items, each right or wrong
     sign_flip_test      the same over several seeds: the signs of differences are flipped
     t_interval          interval of the mean over a few seeds
+    holm                p values corrected for the number of tests that were looked at
 
 All intervals are of 95 %, all p values two-sided. An interval of too few items is nan.
 
@@ -13,6 +14,7 @@ All intervals are of 95 %, all p values two-sided. An interval of too few items 
     Fisher 1935       The design of experiments, section 21 (the randomisation test)
     McNemar 1947      Note on the sampling error of the difference between correlated proportions
     Efron 1979        Bootstrap methods: another look at the jackknife (percentile intervals)
+    Holm 1979         A simple sequentially rejective multiple test procedure
     Owen 2007         The pigeonhole bootstrap, arXiv 0712.1111
 """
 
@@ -167,3 +169,23 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     t = T_975[row] if row < len(T_975) else Z_975
     half_width = t * deviation / math.sqrt(n)
     return mean, mean - half_width, mean + half_width
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values of m tests corrected for their number (Holm 1979), in the order given.
+
+    With p_1 <= p_2 <= ... <= p_m the corrected value of the k-th is
+
+        max over j <= k of  min(1, (m - j + 1) p_j)
+
+    Of the tests below a level after it, the chance that one or more is wrong is at most that level,
+    however the tests depend on each other.
+    """
+    count = len(p_values)
+    order = sorted(range(count), key=lambda i: p_values[i])
+    corrected = [1.0] * count
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (count - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected

@@ -13,7 +13,7 @@ from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.audit import AuditConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
-from engine.jobs.study import StudyConfig
+from engine.jobs.study_config import StudyConfig
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig

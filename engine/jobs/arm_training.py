@@ -1,0 +1,242 @@
+"""Training the arms of a job: what they are trained on is made once and shared by all of them
+
+    Material     the distilled lines, the unguided ones, the answers for replay, the place of the
+                 seed's likelihoods per token; only what the arms need is made
+    train_arm    the examples of an arm, and its training into a run directory
+    arm_cost     the tokens and seconds that it took
+
+All arms train over one frozen model with the same seed and the same number of optimizer steps:
+that of the references. An arm with fewer rows (rft) passes over them more often, one with more
+(replay) less often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.distilled import Distilled
+from engine.data.encode import Example, fingerprint
+from engine.data.rows import Rows
+from engine.distill.config import DistillConfig
+from engine.distill.distill import distill, distill_settings
+from engine.distill.distill_report import DistillReport
+from engine.evaluate.arm_grammar import Arm
+from engine.jobs.costs import Cost, StageSeconds
+from engine.jobs.job_config import JobConfig
+from engine.jobs.stages import encode_rows
+from engine.measure.token_nll import token_nll
+from engine.runtime.files import read_jsonl
+from engine.sampling.chat_generator import ChatGenerator
+from engine.session import Session
+from engine.train.losses import Loss
+from engine.train.train import FrozenModel, train
+from engine.train.validate import Validator
+from model.lora import Lora
+from model.trained_chat import TrainedChat, common_system
+
+# methods that are trained on rewrites shown the reference, and so need distilled.jsonl
+GUIDED = ("sdft", "rft")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the arms are trained on."""
+
+    folder: Path  # of the seed's likelihoods per token
+    lines: Sequence[Distilled]  # references, and rewrites that were shown them
+    unguided: Sequence[Distilled] | None = None  # for `self`; None where no arm needs them
+
+    def of_rows(self, names: set[str]) -> Material:
+        """The material of the rows with these ids."""
+        unguided = None if self.unguided is None else _turns_of(self.unguided, names)
+        return Material(self.folder, _turns_of(self.lines, names), unguided)
+
+
+def _turns_of(lines: Sequence[Distilled], names: set[str]) -> list[Distilled]:
+    """The turns of those rows; a line's id is "row/turn"."""
+    return [line for line in lines if line.id.rpartition("/")[0] in names]
+
+
+def check_arms(config: JobConfig[Any], arms: Sequence[Arm]) -> None:
+    """ValueError for arms that the other settings rule out, before any work."""
+    if any(arm.method == "self" for arm in arms):
+        unguided_config(config.distill).check()
+
+
+def make_material(
+    session: Session,
+    config: JobConfig[Any],
+    rows: Rows,
+    report: DistillReport,
+    arms: Sequence[Arm],
+    out: Path,
+    stages: StageSeconds,
+) -> Material:
+    """What the arms need beside the distilled lines of `report`, made in `out` where it is missing.
+
+    Takes the seconds of every stage into `stages`, those of the distillation too.
+    """
+    stages.add("distill", report.seconds, report.written, len(report.lines))
+    unguided = None
+    if any(arm.method == "self" for arm in arms):
+        of_self = unguided_report(session, config, rows, out / "unguided.jsonl")
+        stages.add("unguided", of_self.seconds, of_self.written, len(of_self.lines))
+        print(f"unguided answers, for the arm self: {of_self.text()}")
+        unguided = of_self.lines
+    return Material(out, report.lines, unguided)
+
+
+def unguided_config(config: DistillConfig) -> DistillConfig:
+    """The settings of a distillation in which the seed model is never shown the reference."""
+    return config.unguided()
+
+
+def unguided_report(
+    session: Session, config: JobConfig[Any], rows: Rows, file: Path
+) -> DistillReport:
+    """The seed's own answers to the plain prompts, verified like rewrites, in `file`."""
+    unguided = unguided_config(config.distill)
+    return distill(
+        ChatGenerator(session.model, session.chat, config.sampling),
+        rows,
+        file,
+        unguided,
+        settings=distill_settings(session, rows, unguided, config.sampling),
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """An adapter, and how it was trained."""
+
+    lora: Lora
+    summary: dict[str, Any]  # of the training: counts, losses, seconds
+    examples: list[Example]
+
+
+def train_arm(
+    session: Session,
+    config: JobConfig[Any],
+    arm: Arm,
+    material: Material,
+    out: Path,
+    stages: StageSeconds,
+    validator: Validator | None = None,
+) -> TrainedArm:
+    """Train the adapter of an arm into the run directory `out`.
+
+    A run that was killed there continues; a finished one is only loaded. Arms with as many rows are
+    trained on the same ones in the same order; only the answers differ.
+    """
+    examples = examples_of(session, config, arm, material)
+    config = config_of_arm(session, config, arm, material, len(examples))
+    loss = Loss.parse(config.train.loss)
+    if loss.needs_seed:
+        _score(session, examples, material.folder, stages)
+    system = common_system([line.messages for line in material.lines])
+    lora, summary = train(
+        FrozenModel.of(session, material.folder),
+        examples,
+        config.lora,
+        config.train,
+        out,
+        chat=TrainedChat.of(session.chat, system),
+        validator=validator,
+        resume=out.exists(),
+    )
+    return TrainedArm(lora, summary, examples)
+
+
+def examples_of(
+    session: Session, config: JobConfig[Any], arm: Arm, material: Material
+) -> list[Example]:
+    """The examples of an arm; prints how many were encoded, cut and left out."""
+    seed = config.train.seed
+    if arm.method == "sft":
+        return encode_rows(session, config, material.lines, "reference", seed)
+    if arm.method == "self":
+        assert material.unguided is not None, "made for the arm self"
+        return encode_rows(session, config, material.unguided, "target", seed)
+    if arm.method == "rft":
+        encode = dataclasses.replace(config.encode, drop_rejected=True)
+        config = dataclasses.replace(config, encode=encode)
+    return encode_rows(session, config, material.lines, "target", seed)
+
+
+def config_of_arm(
+    session: Session, config: JobConfig[Any], arm: Arm, material: Material, count: int
+) -> JobConfig[Any]:
+    """The settings of an arm's training over `count` examples: its loss, rate and budget.
+
+    Where it has more or fewer examples than there are references, the number of optimizer steps is
+    set to that of the references.
+    """
+    changes: dict[str, Any] = {"loss": arm.loss}
+    if arm.rate is not None:
+        changes["lr"] = arm.rate
+    may_differ = arm.method not in ("sft", "sdft")  # those two have an example for every turn
+    if may_differ and not config.train.max_steps:
+        references = encode_rows(session, config, material.lines, "reference")
+        if count != len(references):
+            steps = config.train.steps(len(references))
+            changes["max_steps"] = steps
+            print(f"{arm.title}: {count} examples, {steps} steps as for {len(references)}")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def _score(
+    session: Session, examples: Sequence[Example], folder: Path, stages: StageSeconds
+) -> None:
+    """Take the likelihoods of the examples' tokens under the seed, for all arms that need them."""
+    before = _scored_lines(folder)
+    started = time.perf_counter()
+    token_nll(session.model, examples, folder, session.fingerprint)
+    seconds = time.perf_counter() - started
+    stages.add(_score_stage(examples), seconds, _scored_lines(folder) - before, len(examples))
+
+
+def _score_stage(examples: Sequence[Example]) -> str:
+    """The stage in which these examples are scored."""
+    return f"score {fingerprint(examples)[:12]}"
+
+
+def _scored_lines(folder: Path) -> int:
+    """The examples that are scored in a folder so far."""
+    return sum(len(read_jsonl(file)) for file in folder.glob("seed-nll-*.jsonl"))
+
+
+# ---- cost
+
+
+def arm_cost(
+    arm: Arm, material: Material, trained: TrainedArm, train_seconds: float, stages: StageSeconds
+) -> Cost:
+    """The cost of an arm alone, of one training. Stages that other arms need too count in full.
+
+    Generated are the tokens of the answers that the files keep: one for every turn.
+    """
+    generated, generate_seconds = 0, 0.0
+    if arm.method in GUIDED:
+        generated = sum(line.response_tokens for line in material.lines)
+        generate_seconds = stages.of("distill")
+    if arm.method == "self":
+        generated = sum(line.response_tokens for line in material.unguided or ())
+        generate_seconds = stages.of("unguided")
+    scored, score_seconds = 0, 0.0
+    if Loss.parse(arm.loss).needs_seed:
+        scored = sum(len(example.ids) for example in trained.examples)
+        score_seconds = stages.of(_score_stage(trained.examples))
+    return Cost(
+        generated=generated,
+        scored=scored,
+        trained=trained.summary["tokens"],
+        generate_seconds=generate_seconds,
+        score_seconds=score_seconds,
+        train_seconds=train_seconds,
+    )

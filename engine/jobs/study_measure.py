@@ -1,0 +1,113 @@
+"""The measurements of a study: held-out rows, further tasks and drift, item by item, on disk.
+
+The files of a training lie in its run directory and hold all of its points: the adapter at every
+scale, and earlier checkpoints of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from engine.data.rows import Rows
+from engine.evaluate.arm_grammar import STEP, way_of
+from engine.evaluate.arms import Arms, adapter_hashes
+from engine.evaluate.retention import retention
+from engine.evaluate.target_task import evaluate
+from engine.evaluate.tasks.run import TASKS, run_tasks
+from engine.jobs.job_config import JobConfig
+from engine.jobs.measured import MeasuredRun, drift_lines, held_out_runs
+from engine.measure.seed_answers import SeedAnswer
+from engine.runtime.files import read_jsonl
+from engine.sampling.chat_generator import ChatGenerator
+from engine.session import Session
+from model.lora import Lora
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures the seed model and the adapters on held-out rows, tasks and drift, item by item."""
+
+    session: Session
+    config: JobConfig[Any]  # of a study
+    held_out: Rows
+    answers: Sequence[SeedAnswer]  # the seed's, to general prompts
+
+    def seed(self, place: Path) -> MeasuredRun:
+        """Held-out rows and tasks of the seed model; it has no drift."""
+        arms: Arms = {"seed": None}
+        run = self.held_out_rows(place, arms)["seed"]
+        run.tasks = self.tasks(place, "seed", None)
+        return run
+
+    def adapters(self, place: Path, adapters: Mapping[str, Lora]) -> dict[str, MeasuredRun]:
+        """Held-out rows, tasks and drift of the points of one training, in its run directory.
+
+        adapters    by the name of the point
+        """
+        arms: Arms = dict(adapters)
+        runs = self.held_out_rows(place, arms)
+        drift = self.drift(place, arms)
+        for name, lora in adapters.items():
+            runs[name].tasks = self.tasks(place, name, lora)
+            runs[name].drift = drift[name]
+        return runs
+
+    def held_out_rows(self, place: Path, arms: Arms) -> dict[str, MeasuredRun]:
+        """Answers to the held-out rows, judged, and the likelihood of the references, by arm."""
+        session = self.session
+        verify = self.config.distill.verify
+        max_new = self.config.job.eval_max_new
+        file = place / "evaluation.jsonl"
+        settings = self._settings(place, is_seed=None in arms.values()) | {
+            "data": self.held_out.sha256,
+            "rows": len(self.held_out),
+            "verify": verify,
+            "max_new": max_new,
+        }
+        generator = ChatGenerator(session.model, session.chat, self.config.sampling.greedy(max_new))
+        evaluate(generator, self.held_out, verify, arms, file, settings)
+        return held_out_runs(file, arms, [row.id for row in self.held_out])
+
+    def tasks(self, place: Path, arm: str, lora: Lora | None) -> dict[str, list[bool]]:
+        """Verdicts on the items of the --task tasks, by "task scorer"; one greedy answer each.
+
+        Every point has its own folder, since the settings of a task's file name its adapter.
+        """
+        config = self.config
+        if config.tasks is None or not config.tasks.task:
+            return {}
+        folder = place / f"tasks{_suffix(arm)}"
+        greedy = config.sampling.greedy(config.job.eval_max_new)
+        scores = run_tasks(self.session, config.tasks, {arm: lora}, folder, greedy)
+        verdicts = {}
+        for task in scores:
+            lines = read_jsonl(folder / f"{task}.jsonl", {"id": str, "scores": dict})
+            lines.sort(key=itemgetter("id"))  # the same order for every arm
+            for scorer in TASKS[task].scorers:
+                verdicts[f"{task} {scorer}"] = [line["scores"][scorer] for line in lines]
+        return verdicts
+
+    def drift(self, place: Path, adapters: Arms) -> dict[str, list[dict[str, Any]]]:
+        """Drift over the seed's answers, by point: a line per general prompt in their order."""
+        settings = self._settings(place, is_seed=False)
+        settings |= {"max_new": self.config.job.retention_max_new}
+        file = place / "retention.jsonl"
+        retention(self.session.model, self.answers, adapters, file, settings)
+        return drift_lines(file, adapters, [answer.prompt for answer in self.answers])
+
+    def _settings(self, place: Path, *, is_seed: bool) -> dict[str, Any]:
+        """The settings of a file of measurements in `place`."""
+        if is_seed:
+            return dict(self.session.settings)
+        return self.session.settings | {"adapters": adapter_hashes([str(place)])}
+
+
+def _suffix(arm: str) -> str:
+    """What tells a point from the others of its training: "", "@0.5", "-step-40"."""
+    if arm == "seed":
+        return ""
+    return arm.removeprefix(way_of(arm)).replace(STEP, "-step-")
