@@ -3,7 +3,8 @@
     OUT/distilled.jsonl                        the rewrites, made once for all runs (engine/distill)
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
     OUT/<setting>/seed<n>/<arm>/               a run directory (engine/train), and the measurements:
-        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, tasks/TASK.jsonl
+        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, retention_task.jsonl,
+        tasks/TASK.jsonl
     OUT/table.txt, OUT/study.json, OUT/pareto.png      the findings (study_findings.py)
 
 One list is varied at a time while the others stay at their first value; with --grid every
@@ -32,12 +33,14 @@ from engine.distill.seed_likelihoods import LikelihoodSums
 from engine.evaluate.arms import TUNED, adapter_hashes
 from engine.evaluate.retention import retention
 from engine.evaluate.target_task import ANSWER, NATS, evaluate, nll_file
+from engine.evaluate.task_retention import TASK_DRIFT, RowAnswer, row_answers, task_retention
 from engine.evaluate.tasks.run import TASKS, run_tasks
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import encode_rows, held_out_rows, train_arm
 from engine.jobs.study_findings import ArmResults, MeasuredRun, Pairs, all_arms, findings
 from engine.jobs.study_plot import draw
 from engine.measure.seed_answers import SeedAnswer, seed_answers
+from engine.measure.update_norms import update_norms
 from engine.runtime.files import read_jsonl, write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.locking import lock_directory
@@ -209,6 +212,7 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
         lines[setting.rows] = _turns_of(report.lines, rows[: setting.rows])
     measure = Measure(session, config, held_out, general_answers(session, config, out))
     seed_model = ArmResults("", "seed", [measure.seed(out / "seed")])
+    measure = dataclasses.replace(measure, task_answers=measure.seed_to_rows(out / "seed"))
 
     # 2. every training seed, setting and arm
     runs = runs_of(settings)
@@ -342,6 +346,7 @@ class Measure:
     config: Config
     held_out: Rows
     answers: Sequence[SeedAnswer]  # the seed's, to general prompts
+    task_answers: Sequence[RowAnswer] = ()  # the seed's, to the held-out rows
 
     def seed(self, place: Path) -> MeasuredRun:
         """Held-out rows and tasks of the seed model; it has no drift."""
@@ -354,6 +359,8 @@ class Measure:
         run = self.held_out_rows(place, arm, lora)
         run.tasks = self.tasks(place, arm, lora)
         run.drift = self.drift(place, arm, lora)
+        run.task_drift = self.task_drift(place, arm, lora)
+        run.norms = update_norms(self.session.model, lora)
         return run
 
     def held_out_rows(self, place: Path, arm: str, lora: Lora | None) -> MeasuredRun:
@@ -406,6 +413,35 @@ class Measure:
         retention(self.session.model, self.answers, {arm: lora}, file, settings)
         by_prompt = {line["prompt"]: line for line in read_jsonl(file, DRIFT)}
         return [by_prompt[answer.prompt] for answer in self.answers]
+
+    def seed_to_rows(self, place: Path) -> list[RowAnswer]:
+        """The seed's answers to the held-out rows; `place` holds its evaluation.jsonl."""
+        session = self.session
+        max_new = self.config.job.retention_max_new
+        return row_answers(
+            ChatGenerator(session.model, session.chat, self.config.sampling.greedy(max_new)),
+            self.held_out,
+            place / "retention_task.jsonl",
+            session.settings | self._task_settings(),
+            judged=place / "evaluation.jsonl",
+        )
+
+    def task_drift(self, place: Path, arm: str, lora: Lora) -> list[dict[str, Any]]:
+        """Drift over the seed's answers to the held-out rows, a line per row in their order."""
+        settings = self._settings(place, lora) | self._task_settings()
+        file = place / "retention_task.jsonl"
+        task_retention(self.session.model, self.task_answers, {arm: lora}, file, settings)
+        by_id = {line["id"]: line for line in read_jsonl(file, TASK_DRIFT)}
+        return [by_id[answer.id] for answer in self.task_answers]
+
+    def _task_settings(self) -> dict[str, Any]:
+        """The settings that drift over the held-out rows depends on, beside model and adapter."""
+        return {
+            "data": self.held_out.sha256,
+            "rows": len(self.held_out),
+            "max_new": self.config.job.retention_max_new,
+            "eval_max_new": self.config.job.eval_max_new,
+        }
 
     def _settings(self, place: Path, lora: Lora | None) -> dict[str, Any]:
         """The settings of a file of measurements in `place`."""

@@ -55,6 +55,8 @@ class MeasuredRun:
     nll: list[float]  # nats of the references, summed over `tokens`
     tokens: list[int]
     drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
+    task_drift: list[dict[str, Any]] = field(default_factory=list)  # of retention_task.jsonl
+    norms: dict[str, Any] = field(default_factory=dict)  # of the update (`update_norms`)
     training: dict[str, float] = field(default_factory=dict)  # study.training_figures
     tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
 
@@ -72,6 +74,11 @@ class MeasuredRun:
             tokens = sum(line["tokens"] for line in self.drift)
             for name in DRIFT_NAMES:
                 figures[name] = sum(line[name] for line in self.drift) / tokens
+        if self.task_drift:
+            tokens = sum(line["tokens"] for line in self.task_drift)
+            figures["task_kl"] = sum(line["kl"] for line in self.task_drift) / tokens
+        if self.norms:
+            figures["update_norms"] = self.norms
         return figures
 
 
@@ -89,6 +96,16 @@ class ArmResults:
         return self.runs[0].right is not None
 
     @property
+    def has_task_drift(self) -> bool:
+        """Whether drift was measured on the held-out rows; the seed has none anywhere."""
+        return self.arm == "seed" or bool(self.runs[0].task_drift)
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the update, the mean over the runs; 0 for the seed."""
+        return sum(run.norms.get("norm", 0.0) for run in self.runs) / len(self.runs)
+
+    @property
     def seconds(self) -> float:
         """Seconds of training, the mean over the runs."""
         return sum(run.training["seconds"] for run in self.runs) / len(self.runs)
@@ -103,17 +120,23 @@ class ArmResults:
         return np.array([run.right for run in self.runs], dtype=np.int64)
 
     def sums(self, name: str) -> Sums:
-        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts."""
+        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts;
+        "task_kl" is the KL over the seed's answers to the held-out rows.
+        """
         first = self.runs[0]
+        values = []
         if name == "nll":
             return Sums(np.array([run.nll for run in self.runs]), first.tokens)
-        values = []
+        if name == "task_kl":
+            for run in self.runs:
+                values.append([line["kl"] for line in run.task_drift])
+            return Sums(np.array(values), [line["tokens"] for line in first.task_drift])
         for run in self.runs:
             values.append([line[name] for line in run.drift])
         return Sums(np.array(values), [line["tokens"] for line in first.drift])
 
     def estimate(self, name: str) -> Estimate:
-        """A mean and its interval; `name` is right, nll, kl, reverse_kl or agree.
+        """A mean and its interval; `name` is right, nll, kl, reverse_kl, agree or task_kl.
 
         The share of right answers has Wilson's interval, as if the seeds were one run: where all
         are wrong a bootstrap would have no spread.
@@ -137,6 +160,8 @@ class ArmResults:
         names = ["nll", *DRIFT_NAMES]
         if self.judged:
             names = ["right", *names]
+        if self.has_task_drift:
+            names.append("task_kl")
         for name in names:
             mean, low, high = self.estimate(name)
             figures[name] = {"value": mean, "interval": (low, high)}
@@ -167,6 +192,10 @@ def difference(sft: ArmResults, sdft: ArmResults) -> dict[str, Any]:
         of_sdft = sdft.sums(name)
         by_item = of_sdft.values - of_sft.values  # (seeds, items)
         found[name] = Estimate(*crossed_bootstrap(by_item, of_sft.weights))
+    if sft.has_task_drift and sdft.has_task_drift:
+        of_sft = sft.sums("task_kl")
+        by_item = sdft.sums("task_kl").values - of_sft.values
+        found["task_kl"] = Estimate(*crossed_bootstrap(by_item, of_sft.weights))
     if sdft.judged:
         found |= verdict_difference(sft, sdft)
     found["words"] = in_words(found)
@@ -198,6 +227,9 @@ def in_words(found: dict[str, Any]) -> str:
         "held-out NLL: " + _mean_words(found["nll"], "SDFT fits better", "SFT fits better")
     )
     parts.append("KL to seed: " + _mean_words(found["kl"], "SDFT forgot less", "SFT forgot less"))
+    if "task_kl" in found:
+        words = _mean_words(found["task_kl"], "SDFT moved less", "SFT moved less")
+        parts.append(f"KL to seed on the task: {words}")
     return "; ".join(parts)
 
 
@@ -278,6 +310,8 @@ def findings(seed: ArmResults, pairs: Pairs, verify: str) -> tuple[dict[str, Any
         "95 % interval",
         "KL from seed",
         "same top-1",
+        "KL, task",
+        "update norm",
         "examples",
         "steps",
         "tokens",
@@ -324,6 +358,8 @@ def _cells(arm: ArmResults) -> list[str]:
         kl_interval,
         f"{arm.estimate('reverse_kl').mean:.4f}",
         f"{arm.estimate('agree').mean:.1%}",
+        f"{arm.estimate('task_kl').mean:.4f}" if arm.has_task_drift else "-",
+        f"{arm.norm:.3f}",
         *budget,
     ]
 
@@ -367,8 +403,9 @@ def _notes(seed: ArmResults, pairs: Pairs) -> list[str]:
         resampled += f" and all seeds, and the {seeds} training seeds too"
     notes = [
         "KL in nats per token over the seed's own answers to general prompts: to seed is "
-        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. front: no other "
-        "line is better at both target and KL to seed.",
+        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. KL, task: the "
+        "same over its answers to the held-out prompts. update norm: Frobenius norm of all updates "
+        "s B A together. front: no other line is better at both target and KL to seed.",
         f"Intervals of differences, NLL and KL: 95 %, 2000 bootstrap draws, {resampled}.",
     ]
     if seed.judged:
