@@ -188,11 +188,12 @@ def comparison_text(
 
 
 NOTE = (
-    "At equal target: the arms that gain at least half of the largest gain on the seed are compared "
-    "at the best target that all of them reach. KL there: an arm's points that none of its own beats "
-    "(the seed at 0 among them, as its scale 0), joined by straight lines, where they reach that "
-    "target. Intervals: 95 %, 10,000 bootstrap draws of rows, prompts and training seeds, the target "
-    "found anew in each; a difference is stated where p < 0.05 after Holm's correction for all pairs."
+    "At equal target: the arms that gain at least half of the largest gain on the seed are "
+    "compared at the best target that all of them reach. KL there: an arm's points that none of "
+    "its own beats (the seed at 0 among them, as its scale 0), joined by straight lines, where "
+    "they reach that target. Intervals: 95 %, 10,000 bootstrap draws of rows, prompts and training "
+    "seeds, the target found anew in each; a difference is stated where p < 0.05 after Holm's "
+    "correction for all pairs."
 )
 
 

@@ -55,6 +55,8 @@ class MeasuredRun:
     nll: list[float]  # nats of the references, summed over `tokens`
     tokens: list[int]
     drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
+    task_drift: list[dict[str, Any]] = field(default_factory=list)  # of retention_task.jsonl
+    norms: dict[str, Any] = field(default_factory=dict)  # of the update (`update_norms`)
     training: dict[str, float] = field(default_factory=dict)  # budget, losses, seconds
     tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
 
@@ -72,6 +74,11 @@ class MeasuredRun:
             tokens = sum(line["tokens"] for line in self.drift)
             for name in DRIFT_NAMES:
                 figures[name] = sum(line[name] for line in self.drift) / tokens
+        if self.task_drift:
+            tokens = sum(line["tokens"] for line in self.task_drift)
+            figures["task_kl"] = sum(line["kl"] for line in self.task_drift) / tokens
+        if self.norms:
+            figures["update_norms"] = self.norms
         return figures
 
 
@@ -96,9 +103,14 @@ class ArmResults:
         return self.runs[0].right is not None
 
     @property
-    def seconds(self) -> float:
-        """Seconds of training, the mean over the runs."""
-        return sum(run.training["seconds"] for run in self.runs) / len(self.runs)
+    def has_task_drift(self) -> bool:
+        """Whether drift was measured on the held-out rows; the seed has none anywhere."""
+        return self.arm == "seed" or bool(self.runs[0].task_drift)
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the update, the mean over the runs; 0 for the seed."""
+        return sum(run.norms.get("norm", 0.0) for run in self.runs) / len(self.runs)
 
     def on_task(self, task: str) -> ArmResults:
         """The same runs, with their verdicts on a further task in place of the held-out rows."""
@@ -110,8 +122,13 @@ class ArmResults:
         return np.array([run.right for run in self.runs], dtype=np.int64)
 
     def sums(self, name: str) -> Sums:
-        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts."""
+        """The sums of "nll" over the held-out rows, or of one of DRIFT_NAMES over the prompts;
+        "task_kl" is the KL over the seed's answers to the held-out rows.
+        """
         first = self.runs[0]
+        if name == "task_kl":
+            of_runs = [[line["kl"] for line in run.task_drift] for run in self.runs]
+            return Sums(np.array(of_runs), [line["tokens"] for line in first.task_drift])
         if name == "nll":
             return Sums(np.array([run.nll for run in self.runs]), first.tokens)
         values = []
@@ -120,7 +137,7 @@ class ArmResults:
         return Sums(np.array(values), [line["tokens"] for line in first.drift])
 
     def estimate(self, name: str) -> Estimate:
-        """A mean and its interval; `name` is right, nll, kl, reverse_kl or agree.
+        """A mean and its interval; `name` is right, nll, kl, reverse_kl, agree or task_kl.
 
         The share of right answers has Wilson's interval, as if the seeds were one run: where all
         are wrong a bootstrap would have no spread.
@@ -149,6 +166,8 @@ class ArmResults:
         names = ["nll", *DRIFT_NAMES]
         if self.judged:
             names = ["right", *names]
+        if self.has_task_drift:
+            names.append("task_kl")
         for name in names:
             mean, low, high = self.estimate(name)
             figures[name] = {"value": mean, "interval": (low, high)}

@@ -6,6 +6,7 @@
     OUT/tasks/TASK.jsonl         their answers to the tasks that were named
     OUT/seed_answers.jsonl       the seed's answers to general prompts
     OUT/retention.jsonl          drift from the seed over these answers
+    OUT/retention_task.jsonl     drift from the seed over its answers to the held-out rows
     OUT/tokens.jsonl, OUT/answers.jsonl    what only the report shows (engine/report/collect.py)
     OUT/summary.json, OUT/table.txt, OUT/report.html
 
@@ -26,14 +27,17 @@ from engine.data.subset import evenly_spaced
 from engine.distill.distill import can_be_asked, distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.distill.seed_likelihoods import LikelihoodSums, score
-from engine.evaluate.arms import ARM_NAMES, TUNED, Arms, adapter_hashes
+from engine.evaluate.arms import ARM_NAMES, TUNED, Arms, adapter_hashes, tuned
+from engine.evaluate.further_measures import further_measures
 from engine.evaluate.retention import retention
 from engine.evaluate.target_task import Score, evaluate, summary
+from engine.evaluate.task_retention import row_answers, task_retention
 from engine.evaluate.tasks.run import run_tasks, tasks_table
 from engine.evaluate.tasks.scores import Scores
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import TrainedArm, encode_rows, held_out_rows, timed, train_arm
 from engine.measure.seed_answers import seed_answers
+from engine.measure.update_norms import update_norms
 from engine.report.collect import token_nll, tuned_answers
 from engine.report.page import write_report
 from engine.runtime.files import write_json, write_text
@@ -127,6 +131,13 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
 
     with timed(seconds, "retention"):
         results.drift = measure_retention(session, config, out, results)
+        results.norms = measure_norms(session, results.arms)
+
+    if inputs.held_out:
+        with timed(seconds, "task retention"):
+            results.task_drift = measure_task_retention(
+                session, config, out, inputs.held_out, results
+            )
 
     with timed(seconds, "report"):
         collect_for_report(session, config, out, inputs.held_out, results)
@@ -160,6 +171,8 @@ class Results:
     scores: dict[str, Score] = field(default_factory=dict)  # by "seed", "sft", "sdft"
     tasks: Scores = field(default_factory=dict)
     drift: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "sft", "sdft"
+    task_drift: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "sft", "sdft"
+    norms: dict[str, dict[str, Any]] = field(default_factory=dict)  # by "sft", "sdft"
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, since the last start
 
     @property
@@ -185,6 +198,8 @@ class Results:
             "evaluation": summary(self.scores),
             "tasks": self.tasks,
             "retention": self.drift,
+            "retention_task": self.task_drift,
+            "update_norms": self.norms,
             "seconds": self.seconds,
         }
 
@@ -253,6 +268,36 @@ def measure_retention(
     return retention(session.model, answers, results.arms, out / "retention.jsonl", settings)
 
 
+def measure_task_retention(
+    session: Session, config: Config, out: Path, held_out: Rows, results: Results
+) -> dict[str, dict[str, Any]]:
+    """Drift of both adapters over the seed's answers to the held-out rows.
+
+    In OUT/retention_task.jsonl; the answers are those in OUT/evaluation.jsonl.
+    """
+    settings = {
+        "data": held_out.sha256,
+        "rows": len(held_out),
+        "max_new": config.job.retention_max_new,
+        "eval_max_new": config.job.eval_max_new,
+    }
+    file = out / "retention_task.jsonl"
+    answers = row_answers(
+        _general_generator(session, config),
+        held_out,
+        file,
+        session.settings | settings,
+        judged=out / "evaluation.jsonl",
+    )
+    settings = _arm_settings(session, out) | settings
+    return task_retention(session.model, answers, results.arms, file, settings)
+
+
+def measure_norms(session: Session, arms: Arms) -> dict[str, dict[str, Any]]:
+    """The norms of every adapter's update."""
+    return {arm: update_norms(session.model, lora) for arm, lora in tuned(arms).items()}
+
+
 def collect_for_report(
     session: Session, config: Config, out: Path, held_out: Rows | None, results: Results
 ) -> None:
@@ -302,7 +347,11 @@ def closing_text(config: Config, out: Path, results: Results) -> str:
         "train s",
     ]
     arms = [[name, *_cells(arm, results)] for arm, name in ARM_NAMES.items()]
-    text = [table([header, *arms]), "", results.distilled.text()]
+    text = [table([header, *arms]), ""]
+    further = further_measures(results.task_drift, results.norms)
+    if further:
+        text += [further, ""]
+    text.append(results.distilled.text())
     if results.likelihood is not None:
         text.append(results.likelihood.text())
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results.seconds.items())

@@ -4,7 +4,8 @@
     OUT/unguided.jsonl, OUT/seed-nll-*.jsonl   what further arms need, made once (arm_training.py)
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
     OUT/<setting>/seed<n>/<arm>/               a run directory (engine/train), and the measurements:
-        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, tasks/TASK.jsonl
+        evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, retention_task.jsonl,
+        tasks/TASK.jsonl
     OUT/table.txt, OUT/study.json, OUT/pareto.png      the findings (study_findings.py)
     OUT/costs.json                             seconds of what was made once
 
@@ -97,6 +98,7 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
     material = make_material(session, config, rows, report, arms, out, stages)
     measure = Measure(session, config, held_out, general_answers(session, config, out))
     seed_model = ArmResults("", "seed", [measure.seed(out / "seed")])
+    measure = dataclasses.replace(measure, task_answers=measure.seed_to_rows(out / "seed"))
 
     # 2. every training seed, setting and arm
     plan = Plan(settings, arms, config.job, _steps_of(session, config, material, rows, settings))

@@ -1,4 +1,4 @@
-"""What a study varies: its settings, the runs that they need, the points where runs are measured."""
+"""What a study varies: its settings, the runs that they need, the points that are measured."""
 
 from __future__ import annotations
 

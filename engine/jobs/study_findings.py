@@ -49,6 +49,10 @@ def difference(reference: ArmResults, arm: ArmResults) -> dict[str, Any]:
         of_arm = arm.sums(name)
         by_item = of_arm.values - of_reference.values  # (seeds, items)
         found[name] = Estimate(*crossed_bootstrap(by_item, of_reference.weights))
+    if reference.has_task_drift and arm.has_task_drift:
+        of_reference = reference.sums("task_kl")
+        by_item = arm.sums("task_kl").values - of_reference.values
+        found["task_kl"] = Estimate(*crossed_bootstrap(by_item, of_reference.weights))
     if arm.judged:
         found |= verdict_difference(reference, arm)
     found["words"] = in_words(found, arm.title, reference.title)
@@ -81,6 +85,9 @@ def in_words(found: dict[str, Any], arm: str, reference: str) -> str:
     parts.append(f"held-out NLL: {words}")
     words = _mean_words(found["kl"], f"{arm} forgot less", f"{reference} forgot less")
     parts.append(f"KL to seed: {words}")
+    if "task_kl" in found:
+        words = _mean_words(found["task_kl"], f"{arm} moved less", f"{reference} moved less")
+        parts.append(f"KL to seed on the task: {words}")
     return "; ".join(parts)
 
 
@@ -166,6 +173,8 @@ def findings(
         "95 % interval",
         "KL from seed",
         "same top-1",
+        "KL, task",
+        "update norm",
         "examples",
         "steps",
         "tokens",
@@ -250,6 +259,8 @@ def _cells(arm: ArmResults) -> list[str]:
         kl_interval,
         f"{arm.estimate('reverse_kl').mean:.4f}",
         f"{arm.estimate('agree').mean:.1%}",
+        f"{arm.estimate('task_kl').mean:.4f}" if arm.has_task_drift else "-",
+        f"{arm.norm:.3f}",
         *budget,
     ]
 
@@ -301,8 +312,9 @@ def _notes(seed: ArmResults, groups: Groups) -> list[str]:
         resampled += f" and all seeds, and the {seeds} training seeds too"
     notes = [
         "KL in nats per token over the seed's own answers to general prompts: to seed is "
-        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. front: no other "
-        "line is better at both target and KL to seed.",
+        "KL(seed || tuned), from seed KL(tuned || seed); lower is less forgotten. KL, task: the "
+        "same over its answers to the held-out prompts. update norm: Frobenius norm of all updates "
+        "s B A together. front: no other line is better at both target and KL to seed.",
         f"Intervals of differences, NLL and KL: 95 %, 2000 bootstrap draws, {resampled}.",
     ]
     if seed.judged:

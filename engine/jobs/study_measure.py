@@ -17,10 +17,12 @@ from engine.evaluate.arm_grammar import STEP, way_of
 from engine.evaluate.arms import Arms, adapter_hashes
 from engine.evaluate.retention import retention
 from engine.evaluate.target_task import evaluate
+from engine.evaluate.task_retention import TASK_DRIFT, RowAnswer, row_answers, task_retention
 from engine.evaluate.tasks.run import TASKS, run_tasks
 from engine.jobs.job_config import JobConfig
 from engine.jobs.measured import MeasuredRun, drift_lines, held_out_runs
 from engine.measure.seed_answers import SeedAnswer
+from engine.measure.update_norms import update_norms
 from engine.runtime.files import read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
@@ -35,6 +37,7 @@ class Measure:
     config: JobConfig[Any]  # of a study
     held_out: Rows
     answers: Sequence[SeedAnswer]  # the seed's, to general prompts
+    task_answers: Sequence[RowAnswer] = ()  # the seed's, to the held-out rows
 
     def seed(self, place: Path) -> MeasuredRun:
         """Held-out rows and tasks of the seed model; it has no drift."""
@@ -51,9 +54,12 @@ class Measure:
         arms: Arms = dict(adapters)
         runs = self.held_out_rows(place, arms)
         drift = self.drift(place, arms)
+        task_drift = self.task_drift(place, arms)
         for name, lora in adapters.items():
             runs[name].tasks = self.tasks(place, name, lora)
             runs[name].drift = drift[name]
+            runs[name].task_drift = task_drift[name]
+            runs[name].norms = update_norms(self.session.model, lora)
         return runs
 
     def held_out_rows(self, place: Path, arms: Arms) -> dict[str, MeasuredRun]:
@@ -98,6 +104,36 @@ class Measure:
         file = place / "retention.jsonl"
         retention(self.session.model, self.answers, adapters, file, settings)
         return drift_lines(file, adapters, [answer.prompt for answer in self.answers])
+
+    def seed_to_rows(self, place: Path) -> list[RowAnswer]:
+        """The seed's answers to the held-out rows; `place` holds its evaluation.jsonl."""
+        session = self.session
+        max_new = self.config.job.retention_max_new
+        return row_answers(
+            ChatGenerator(session.model, session.chat, self.config.sampling.greedy(max_new)),
+            self.held_out,
+            place / "retention_task.jsonl",
+            session.settings | self._task_settings(),
+            judged=place / "evaluation.jsonl",
+        )
+
+    def task_drift(self, place: Path, adapters: Arms) -> dict[str, list[dict[str, Any]]]:
+        """Drift over the seed's answers to the held-out rows, a line per row in their order."""
+        settings = self._settings(place, is_seed=False) | self._task_settings()
+        file = place / "retention_task.jsonl"
+        task_retention(self.session.model, self.task_answers, adapters, file, settings)
+        lines = {(line["arm"], line["id"]): line for line in read_jsonl(file, TASK_DRIFT)}
+        rows = [answer.id for answer in self.task_answers]
+        return {arm: [lines[arm, row] for row in rows] for arm in adapters}
+
+    def _task_settings(self) -> dict[str, Any]:
+        """The settings that drift over the held-out rows depends on, beside model and adapter."""
+        return {
+            "data": self.held_out.sha256,
+            "rows": len(self.held_out),
+            "max_new": self.config.job.retention_max_new,
+            "eval_max_new": self.config.job.eval_max_new,
+        }
 
     def _settings(self, place: Path, *, is_seed: bool) -> dict[str, Any]:
         """The settings of a file of measurements in `place`."""

@@ -95,13 +95,16 @@ def mean_drift(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_category: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         by_category.setdefault(line["category"], []).append(line)
-    means = _means(lines)
-    means["categories"] = {name: _means(group) for name, group in by_category.items()}
+    means = means_per_token(lines)
+    means["categories"] = {name: means_per_token(group) for name, group in by_category.items()}
     return means
 
 
-def _means(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The means of one group of lines: sums over all answers by the number of all tokens."""
+def means_per_token(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of one group of lines, each with `tokens` and the fields of `Drift`.
+
+    Sums over all answers are divided by the number of all tokens.
+    """
     kl = [line["kl"] for line in lines]
     tokens = [line["tokens"] for line in lines]
     total_tokens = sum(tokens)

@@ -42,12 +42,12 @@ def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
     _check_report(out, printed)
     # the same command again computes nothing
     files = ["distilled.jsonl", "evaluation.jsonl", "retention.jsonl", "sft/metrics.jsonl"]
-    files += ["tokens.jsonl", "answers.jsonl"]
+    files += ["tokens.jsonl", "answers.jsonl", "retention_task.jsonl"]
     before = [(out / name).read_bytes() for name in files]
     script("sdft", *args)
     assert [(out / name).read_bytes() for name in files] == before
     again = json.loads((out / "summary.json").read_text())
-    for name in ("evaluation", "retention"):
+    for name in ("evaluation", "retention", "retention_task", "update_norms"):
         assert again[name] == result[name]
     # another setting is refused by name
     printed = script("sdft", *args, "--template", "refer", code=2)
