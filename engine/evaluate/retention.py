@@ -99,9 +99,11 @@ def retention_job(
     sampling: SamplerConfig,
     data: DataConfig | None = None,
     similar: bool = False,
+    scales: Sequence[float] = (1.0,),
 ) -> dict[str, dict[str, Any]]:
     """Measure adapters on our general prompts, or on those of `data`, and print the table.
 
+    scales: strengths at which each adapter is measured (`Lora.scaled`).
     With `similar` the adapters answer too, and the similarity of their answers to the seed's is
     measured (OUT.similar.jsonl). ValueError, before any work, where the package that it needs is
     not installed or `data` holds conversations.
@@ -109,11 +111,12 @@ def retention_job(
     session.require_one_process("retention")
     embed = Embedder() if similar else None
     prompts = PROMPTS if data is None else prompts_of_file(session, data)
-    arms: Arms = {"seed": None, **session.adapters(adapters)}
+    arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     generator = ChatGenerator(session.model, session.chat, sampling)
     settings = session.settings | {"sampling": sampling.settings()}
     answers = seed_answers(generator, seed_file(out), settings, prompts)
-    settings |= {"adapters": adapter_hashes(adapters), "prompts": sha256(repr(prompts))}
+    hashes = adapter_hashes(adapters, scales)
+    settings |= {"adapters": hashes, "prompts": sha256(repr(prompts))}
     drift = retention(session.model, answers, arms, out, settings)
     print(retention_table(drift))
     if embed is not None:

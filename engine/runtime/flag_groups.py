@@ -11,7 +11,7 @@ GROUPS = {
     "Presets": "preset",
     "Audit": "what tiny",
     "Input": "gguf runs",
-    "Model": "model adapter chat-format date",
+    "Model": "model adapter scale chat-format date",
     "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """
