@@ -208,9 +208,8 @@ def held_out_runs(file: Path, arms: Iterable[str], ids: Sequence[str]) -> dict[s
     return runs
 
 
-def drift_lines(
-    file: Path, arms: Iterable[str], prompts: Sequence[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """The lines of a retention file, by arm, in the order of the general prompts."""
+def drift_lines(file: Path, arms: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of a complete retention file, by arm, the general prompts in one order."""
     lines = {(line["arm"], line["prompt"]): line for line in read_jsonl(file, DRIFT)}
+    prompts = list(dict.fromkeys(prompt for _, prompt in lines))
     return {arm: [lines[arm, prompt] for prompt in prompts] for arm in arms}

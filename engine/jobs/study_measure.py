@@ -103,7 +103,7 @@ class Measure:
         settings |= {"max_new": self.config.job.retention_max_new}
         file = place / "retention.jsonl"
         retention(self.session.model, self.answers, adapters, file, settings)
-        return drift_lines(file, adapters, [answer.prompt for answer in self.answers])
+        return drift_lines(file, adapters)
 
     def seed_to_rows(self, place: Path) -> list[RowAnswer]:
         """The seed's answers to the held-out rows; `place` holds its evaluation.jsonl."""
