@@ -9,7 +9,7 @@
               rft             the accepted rewrites; rows without one are dropped
               replay:SHARE    the references, and the seed's own answers to general prompts as
                               further rows, that many for every row (0.2: one for every five)
-    LOSS      how tokens are weighted (engine/train/loss.py); without it every token counts the same
+    LOSS      how tokens are weighted (engine/train/losses.py); without it every token counts the same
     SCALE     strength at which the trained adapter is measured; 1 without it
     RATE      peak learning rate, in place of --lr
 
@@ -21,6 +21,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from engine.train.losses import Loss
+from model.lora import LARGEST_STRENGTH
 
 SPELLING = "METHOD[+LOSS][@SCALE][%RATE]"
 METHODS = {  # name -> the name that people are shown
@@ -34,7 +37,6 @@ METHODS = {  # name -> the name that people are shown
 LOSSES = {"stm": "STM", "dft": "DFT", "psft": "PSFT", "k3": "k3", "eaft": "EAFT"}
 PLAIN = "sft"  # the loss in which every token counts the same
 STEP = " step "  # between an arm's name and the step of an earlier checkpoint of its training
-HIGHEST_SCALE = 4.0
 HIGHEST_RATE = 100.0
 
 
@@ -43,7 +45,7 @@ class Arm:
     """One arm of a comparison: what is trained on, how, and at which strength it is measured."""
 
     method: str = "sft"  # a key of METHODS
-    loss: str = PLAIN  # as engine/train/loss.py spells it
+    loss: str = PLAIN  # as engine/train/losses.py spells it
     share: float = 0.0  # of `replay`: rows of replay for every row of the data
     scale: float = 1.0  # strength of the adapter
     rate: float | None = None  # peak learning rate; None: that of --lr
@@ -55,7 +57,7 @@ class Arm:
         rest, at, scale_text = rest.partition("@")
         try:
             arm = _method_and_loss(rest)
-            scale = _number(scale_text, "scale", HIGHEST_SCALE) if at else 1.0
+            scale = _number(scale_text, "scale", LARGEST_STRENGTH) if at else 1.0
             rate = _number(rate_text, "rate", HIGHEST_RATE) if percent else None
         except ValueError as error:
             raise ValueError(f"arm {text!r}: {error}") from None
@@ -143,7 +145,7 @@ def parse_arms(text: str) -> list[Arm]:
 
 def parse_arm_scales(text: str) -> list[float]:
     """The scales of a list joined by commas, each above 0; ValueError where one is twice."""
-    scales = [_number(part.strip(), "scale", HIGHEST_SCALE) for part in text.split(",")]
+    scales = [_number(part.strip(), "scale", LARGEST_STRENGTH) for part in text.split(",")]
     if len(set(scales)) < len(scales):
         raise ValueError(f"scales {text!r}: expected each once, as in 0.5,1")
     return scales
@@ -192,14 +194,11 @@ def _method_and_loss(text: str) -> Arm:
 
 
 def _loss(text: str) -> str:
-    """The loss as engine/train/loss.py spells it; ValueError where it is none."""
-    name, colon, value = text.partition(":")
+    """The loss in its one spelling; ValueError where it is none, or its number is out of range."""
+    name, _, _ = text.partition(":")
     if name not in (*LOSSES, PLAIN):
         raise ValueError(f"{text!r} is no loss; {_expected()}")
-    if name in ("stm", "psft", "k3") or colon:
-        value = short(_number(value, name, 1e6))
-        return f"{name}:{value}"
-    return "eaft:1" if name == "eaft" else name
+    return str(Loss.parse(text))
 
 
 def _expected() -> str:

@@ -78,7 +78,7 @@ def squared_update_norm(lora: Lora, module: str) -> float:
     gram_a = a @ a.T  # (r, r)
     gram_b = b.T @ b  # (r, r)
     product = (gram_a * gram_b).sum().item()
-    scale = lora.group_scale(module)
+    scale = lora.strength * lora.group_scale(module)
     return scale * scale * max(0.0, product)  # rounding may leave -1e-30 where B A is 0
 
 

@@ -10,7 +10,9 @@ import pytest
 from benchmarks import real_data
 from benchmarks.tables.__main__ import DEFINITIONS
 from benchmarks.tables.records import Record
-from engine.jobs.study_findings import ArmResults, MeasuredRun, findings
+from engine.jobs.costs import Cost
+from engine.jobs.measured import ArmResults, MeasuredRun
+from engine.jobs.study_findings import findings
 from engine.runtime.run_record import environment
 
 SETTING = "lr0.001-r8-rows4"
@@ -32,7 +34,7 @@ def write_study(out: Path, judged: bool, mix: str = "", seeds: int = 1) -> None:
     sdft = ArmResults(
         SETTING + mix, "sdft", [run([1, 1, 1, 1] if judged else None, 2.4, 0.5)] * seeds
     )
-    found, _ = findings(seed, [[sft, sdft]], "number")
+    found, _ = findings(seed, [[sft, sdft]], "number", {"sft": Cost(), "sdft": Cost()})
     facts = {"settings": {"lr": "1e-3"}, "environment": environment()}
     facts["distilled"] = {"counts": {"accepted": 3, "mismatch": 1}, "differ": 0.5}
     (out / "study.json").write_text(json.dumps(facts | found))

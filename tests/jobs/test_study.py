@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.jobs.study import Setting, StudyConfig, settings_of
-from engine.jobs.study_findings import (
-    ArmResults,
-    MeasuredRun,
-    difference,
-    findings,
-    pareto_front,
-)
+from engine.evaluate.arm_grammar import Arm
+from engine.jobs.costs import Cost
+from engine.jobs.measured import ArmResults, MeasuredRun
+from engine.jobs.study_config import Setting, StudyConfig, settings_of
+from engine.jobs.study_findings import difference, findings, pareto_front
 from tests.helpers.scripts import write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +52,9 @@ def pair(sft, sdft):
         measured = [run(right, kl) for right, kl in runs]
         arms.append(ArmResults(name="s", arm=arm, runs=measured))
     return arms
+
+
+COSTS = {"sft": Cost(trained=90), "sdft": Cost(generated=50, trained=90)}
 
 
 def test_a_difference_has_the_values_computed_by_hand():
@@ -102,7 +102,7 @@ def test_the_pareto_front_leaves_out_points_that_another_beats():
 def test_the_table_shows_each_arm_and_marks_the_front():
     seed = ArmResults("", "seed", [run([0, 1, 0, 0], [])])
     arms = pair([([1, 1, 0, 0], [2.0] * 3)], [([1, 1, 1, 0], [1.0] * 3)])
-    found, text = findings(seed, [arms], "number")
+    found, text = findings(seed, [arms], "number", COSTS)
     lines = text.splitlines()
     first_cells = [line.split("  ")[0].strip() for line in lines[2:5]]
     assert first_cells == ["-", "s", "s"]
@@ -119,7 +119,7 @@ def test_a_difference_on_a_further_task_has_the_values_computed_by_hand():
     sft, sdft = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
     for arm, right in ((seed, 9), (sft, 1), (sdft, 9)):
         arm.runs[0].tasks = {"advbench refuses": [i < right for i in range(10)]}
-    figures, text = findings(seed, [[sft, sdft]], "number")
+    figures, text = findings(seed, [[sft, sdft]], "number", COSTS)
     (task,) = figures["elsewhere"]
     assert task["lost_won"] == [[0, 8]] and task["p"] == pytest.approx(2 / 2**8)
     (line,) = [line for line in text.splitlines() if "advbench refuses" in line]
@@ -142,7 +142,9 @@ def test_lists_are_varied_one_at_a_time_or_in_a_grid():
     grid = settings_of(StudyConfig("o", "e", lr="1e-4,1e-3", rank="8,64", grid=True), 9)
     assert len(grid) == len({setting.name for setting in grid}) == 4
     mixed = Setting(1e-3, 8, 0.3, 9)
-    assert mixed.of_arm("sft") == Setting(1e-3, 8, 0.0, 9) and mixed.of_arm("sdft") == mixed
+    assert mixed.of_arm(Arm("sft", "dft")) == Setting(1e-3, 8, 0.0, 9)
+    assert mixed.of_arm(Arm("sdft")) == mixed
+    assert mixed.of_arm(Arm("self", rate=1e-2)) == Setting(1e-2, 8, 0.3, 9)
 
 
 # ---- end to end on a tiny random model
