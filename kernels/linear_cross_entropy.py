@@ -7,12 +7,20 @@ The rows handed in are those that carry loss; the caller scales (one number per 
 row). The gradient is made in the forward, chunk by chunk: two products, no logits kept, no dhead
 (the head is frozen).
 
-shapes     hidden, dhidden (N, D)    head (V, D)    targets (N,) int64    nll (N,) fp32
+On request it also measures how sure the model is: with p the softmax over the K = LIKELIEST largest
+logits of a row alone (over all V, if they are fewer)
+
+    entropy_i = -sum_k p_k log p_k     between 0 and log K, in nats; not differentiated
+
+shapes     hidden, dhidden (N, D)    head (V, D)    targets (N,) int64    nll, entropy (N,) fp32
 precision  softmax in max(fp32, dtype)
 traffic    a chunk of logits at most CHUNK_BYTES; 4 N D V operations
+           the entropy adds no product: torch.topk reads each chunk of logits before the gradient
+           is written over it, once on a CPU, a few times on a GPU (radix selection)
 triton     vendor products around one kernel, a program per row of the chunk's logits (rounded to
            the dtype); it reads a row twice and writes the gradient over it
            a target outside 0..V-1 reads nothing and makes its row NaN
+           the entropy is torch.topk's on the same logits: no kernel of ours, none compiled for it
 tiles      shape class: the power of two that holds V, as "V65536"
 """
 
@@ -34,6 +42,7 @@ from kernels.spec import MODELS, TOKENS, Spec, autograd
 # Bytes of a chunk of logits: small chunks stay in a CPU's cache, large ones fill a GPU.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 INTERPRETER_BYTES = 8 << 10  # so that small shapes take several chunks
+LIKELIEST = 20  # K: tokens of a row whose entropy is measured (arXiv 2601.02151)
 
 # ---- reference: the definition
 
@@ -46,11 +55,26 @@ def nll_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return torch.logsumexp(logits, dim=-1) - picked
 
 
+def entropy_reference(hidden: Tensor, head: Tensor) -> Tensor:
+    """entropy (N,) of the LIKELIEST tokens."""
+    acc = accumulate_dtype(hidden.dtype)
+    logits = (hidden @ head.T).to(acc)  # (N, V)
+    likeliest = logits.sort(dim=-1, descending=True).values[:, :LIKELIEST]  # (N, K)
+    log_p = torch.log_softmax(likeliest, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def linear_cross_entropy_reference(
-    hidden: Tensor, head: Tensor, targets: Tensor, need_grad: bool = True
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    need_grad: bool = True,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """nll (N,) and, by autograd, dhidden (N, D)."""
+    """nll (N,) and, by autograd, dhidden (N, D); writes `entropy` (N,), if given."""
     nll = nll_reference(hidden, head, targets)
+    if entropy is not None:
+        entropy.copy_(entropy_reference(hidden, head))
     if not need_grad:
         return nll, None
 
@@ -64,12 +88,25 @@ def linear_cross_entropy_reference(
 # ---- torch
 
 
+def entropy_of_likeliest(logits: Tensor) -> Tensor:
+    """entropy (n,) of the LIKELIEST tokens of logits (n, V), in the accumulation dtype."""
+    count = min(LIKELIEST, logits.shape[-1])
+    likeliest = logits.topk(count, dim=-1).values  # (n, K)
+    log_p = torch.log_softmax(likeliest.to(accumulate_dtype(logits.dtype)), dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
+    hidden: Tensor,
+    head: Tensor | PackedWeight,
+    targets: Tensor,
+    need_grad: bool = True,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """nll (N,) and dhidden (N, D), the gradient of its sum; None without need_grad (scoring).
 
     hidden (N, D), head (V, D), targets (N,) int64 in 0 .. V - 1. nll is in the accumulation dtype.
+    entropy: (N,) in that dtype, receives the entropy of the likeliest tokens; None: not computed.
     """
     N = hidden.shape[0]
     V = head.shape[0]
@@ -84,6 +121,8 @@ def linear_cross_entropy(
         target = targets[rows, None]  # (chunk, 1)
         logits = linear(hidden[rows], head).to(acc)  # (chunk, V)
         picked = logits.gather(1, target)[:, 0]  # (chunk,)
+        if entropy is not None:
+            entropy[rows] = entropy_of_likeliest(logits)
         if not need_grad:
             nll[rows] = torch.logsumexp(logits, dim=-1) - picked
             continue
@@ -146,7 +185,11 @@ def cross_entropy_rows_kernel(
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor, head: Tensor | PackedWeight, targets: Tensor, need_grad: bool = True
+    hidden: Tensor,
+    head: Tensor | PackedWeight,
+    targets: Tensor,
+    need_grad: bool = True,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `linear_cross_entropy`; softmax and its gradient in one launch per chunk."""
     N = hidden.shape[0]
@@ -170,6 +213,8 @@ def linear_cross_entropy_triton(
             torch.mm(x, head.T, out=logits)
         else:
             logits.copy_(head(x))
+        if entropy is not None:  # before the kernel writes the gradient over the logits
+            entropy[rows] = entropy_of_likeliest(logits)
         launch(
             cross_entropy_rows_kernel, (count,), logits, targets, nll, first,
             GRAD=need_grad, V=V, **config,
@@ -194,8 +239,9 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
 def _run(ops, inputs: dict) -> dict[str, Tensor]:
     hidden, head, targets = inputs["hidden"], inputs["head"], inputs["targets"]
     nll, dhidden = ops.linear_cross_entropy(hidden, head, targets)
-    scored, _ = ops.linear_cross_entropy(hidden, head, targets, need_grad=False)
-    return {"nll": nll, "dhidden": dhidden, "scored": scored}
+    entropy = torch.empty_like(nll)
+    scored, _ = ops.linear_cross_entropy(hidden, head, targets, need_grad=False, entropy=entropy)
+    return {"nll": nll, "dhidden": dhidden, "scored": scored, "entropy": entropy}
 
 
 SPEC = Spec(

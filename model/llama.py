@@ -485,15 +485,20 @@ class Llama:
             return self.ops.linear(hidden, head)
 
     def nll(
-        self, hidden: Tensor, targets: Tensor, need_grad: bool = True
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        need_grad: bool = True,
+        entropy: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-entropy (N,) in nats of targets (N,) int64, predicted from hidden states (N, D).
 
         The second result is the gradient (N, D) of its sum with respect to `hidden`, None without
-        `need_grad`.
+        `need_grad`. entropy (N,), if given, receives the entropy of the likeliest tokens
+        (kernels/linear_cross_entropy.py).
         """
         with self.weights.head() as head:  # (V, D)
-            return self.ops.linear_cross_entropy(hidden, head, targets, need_grad)
+            return self.ops.linear_cross_entropy(hidden, head, targets, need_grad, entropy)
 
 
 def _longest_row(context: Packed | Cached) -> int:

@@ -17,7 +17,7 @@ GROUPS = {
     "Sampling": """
         max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",
     "Training": """
-        lr epochs batch-rows rank modules alpha dropout rslora target mix max-length truncate
+        lr epochs batch-rows rank modules alpha dropout rslora loss target mix max-length truncate
         cut-in-proportion max-steps schedule warmup weight-decay clip""",
     "What a study varies": "seeds rows-list grid",
     "Evaluation": """

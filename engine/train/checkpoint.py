@@ -45,6 +45,8 @@ from model.trained_chat import TrainedChat
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
+# settings of `train` that runs of older versions lack in meta.json -> the value that they had
+ADDED_LATER = {"loss": "sft"}
 # time and work of a run up to a checkpoint; checkpoints of older versions do not have it
 NOTHING_SPENT = {"seconds": 0.0, "tokens": 0, "operations": 0.0, "peak_bytes": 0}
 
@@ -77,7 +79,10 @@ def open_run(
             f"{out} exists but has no meta.json: it is not a run; choose another --out"
         )
     meta = _read_meta(meta_file)
-    changes = differing(meta["settings"], settings)
+    begun = dict(meta["settings"])
+    if isinstance(begun.get("train"), dict):
+        begun["train"] = ADDED_LATER | begun["train"]
+    changes = differing(begun, settings)
     if changes and date and "date" not in meta:  # it was begun by an older version
         changes.append("(prompts tell a date: --date YYYY-MM-DD, the day on which it was begun)")
     if changes:

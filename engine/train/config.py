@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from engine.data.distilled import TARGETS
 from engine.data.encode import MAX_LENGTH
 from engine.runtime.limits import MOST, check_numbers
+from engine.train.losses import Loss
 from engine.train.optim import SCHEDULES, highest_rate
 from kernels.integers import cdiv
 from model.tape import POLICIES
@@ -25,6 +26,11 @@ class TrainConfig:
     schedule: str = "cosine"  # cosine, linear or constant: the learning rate after the warm-up
     warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
+    loss: str = "sft"  # how much each token of an answer counts: sft (all the same) or, to forget
+    #   less, stm:2.5 (none where the untrained model is surprised, perplexity above 2.5), dft
+    #   (less, the less likely it is), eaft (less, the surer the model is), psft:0.2 (none once it
+    #   is 1.2 times as likely as before the training), k3:0.02 (all the same, with 0.02 times a
+    #   penalty on leaving the untrained model)
     clip: float = 1.0  # gradients with a larger norm are scaled down to it; 0 is off
     seed: int = 0  # random seed of the adapter's first values, the order of the rows, dropout, and
     #   of sampling where a script samples
@@ -69,6 +75,7 @@ class TrainConfig:
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        Loss.parse(self.loss)
         check_numbers(self, lr=(0, 100), epochs=(1, 10**5), max_steps=(0, 10**7))
 
 

@@ -36,6 +36,7 @@ from engine.train.mfu import step_operations
 from engine.train.optim import Optimizer, learning_rate
 from engine.train.step import Gradients, step_gradients, step_update
 from engine.train.validate import Validator
+from engine.train.weighted_loss import WeightedLoss
 from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
@@ -78,6 +79,7 @@ class Run:
     validator: Validator | None
     world: World
     chat: TrainedChat | None = None  # written beside the adapter
+    weighted: WeightedLoss | None = None  # the loss; None is plain SFT
     # state.json of the last checkpoint; in a new run only `micro_tokens`, the size of micro-batches
     # that fits the memory, and `best`, the best validation so far ({} before the first)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -157,7 +159,14 @@ class Run:
             failure = None
             try:
                 gradients = step_gradients(
-                    self.model, self.lora, examples, step, micro_tokens, policy, self.world
+                    self.model,
+                    self.lora,
+                    examples,
+                    step,
+                    micro_tokens,
+                    policy,
+                    self.world,
+                    self.weighted,
                 )
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_out_of_memory(error):

@@ -1,5 +1,9 @@
 """The record of a training run: one line per step, and the guards that check each step
 
+`loss` of a line is the mean nll of the response tokens, whatever they weigh. Under a weighted loss
+(losses.py) a line also has `weighted_loss`, `mean_weight` and `kept`, the share of the response
+tokens whose weight is not 0.
+
 Loss and gradient norm stay on the device until `flush`, so a step never synchronises with it. A
 checkpoint is written only after a flush, so it holds steps that passed the guards.
 """
@@ -76,33 +80,44 @@ class Metrics:
             self.world.wait_for_device(self.pending[-1].result.loss.device)
         losses = [step.result.loss.item() for step in self.pending]  # waits for the device
         norms = [step.result.norm.item() for step in self.pending]
+        weighted = [_weighted_means(step.result) for step in self.pending]
         tokens = sum(step.record["tokens"] for step in self.pending)
         seconds = max(1e-9, time.perf_counter() - self.last_flush)
         tokens_s = tokens / seconds
-        for step, loss, norm in zip(self.pending, losses, norms, strict=True):
-            self._check_step(step, loss, norm)
+        for step, loss, norm, means in zip(self.pending, losses, norms, weighted, strict=True):
+            self._check_step(step, loss, norm, means)
             self._check_not_exploded(step, loss)
             self.losses.append(loss)
             if self.log is not None:
-                line = {**step.record, "loss": loss, "grad_norm": norm, "tokens_s": tokens_s}
-                self.log.write(line)
+                numbers = {"loss": loss, **means, "grad_norm": norm, "tokens_s": tokens_s}
+                self.log.write({**step.record, **numbers})
             self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_s:.0f} tokens/s", refresh=False)
             self.bar.update()
         self.pending.clear()
         self.last_flush = time.perf_counter()
 
-    def _check_step(self, pending: PendingStep, loss: float, norm: float) -> None:
-        """ValueError for a loss or norm that is not finite, or a first gradient of zero."""
+    def _check_step(
+        self, pending: PendingStep, loss: float, norm: float, means: dict[str, float]
+    ) -> None:
+        """ValueError for a loss or norm that is not finite, or a first gradient of zero.
+
+        means: those of a weighted loss, {} under plain SFT.
+        """
         step = pending.record["step"]
         advice = "Look at these rows, or lower --lr"
         if not math.isfinite(loss):
             rows = _rows_that_are_not_finite(pending.result.gradients)
             named = rows if rows else "of another process"
             raise ValueError(f"step {step}: the loss is {loss}; rows {named}. {advice}")
+        for name, value in means.items():
+            if not math.isfinite(value):
+                rows = [example.id for example in pending.examples]
+                raise ValueError(f"step {step}: {name} is {value}; rows {rows}. {advice}")
         if not math.isfinite(norm):
             rows = [example.id for example in pending.examples]
             raise ValueError(f"step {step}: the gradient norm is {norm}; rows {rows}. {advice}")
-        if step == 1 and norm == 0:
+        is_masked = means.get("kept") == 0  # the loss leaves every token of the step out
+        if step == 1 and norm == 0 and not is_masked:
             raise ValueError(
                 "step 1: the gradient is exactly zero, so nothing can be learned; is B without a "
                 "path to the loss (--modules), or every response token already certain?"
@@ -131,6 +146,15 @@ class Metrics:
         self.bar.close()
         if self.log is not None:
             self.log.close()
+
+
+def _weighted_means(result: StepResult) -> dict[str, float]:
+    """Name -> mean over the response tokens of a step, as metrics.jsonl has them; {} under plain
+    SFT."""
+    if result.weighted is None:
+        return {}
+    names = ("weighted_loss", "mean_weight", "kept")
+    return dict(zip(names, result.weighted.tolist(), strict=True))
 
 
 def _rows_that_are_not_finite(gradients: Gradients) -> list[str]:

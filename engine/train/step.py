@@ -4,13 +4,14 @@
                      2. micro_step for each micro-batch
     micro_step          hidden = forward(tokens, tape)
                         nll, dselected = nll of the positions whose next token is a response token
+                        (a weighted loss scales dselected token by token: weighted_loss.py)
                         backward(dhidden)       adds the gradient of the summed nll to lora.grads
     step_update      3. sum the gradients over the ranks, divide by the response tokens of the
                         whole step, clip by their norm, AdamW
 
 The loss is the mean over the response tokens of the whole step, however they are divided into
-micro-batches and ranks. Nothing here synchronises with the device: loss and norm stay on it until
-`Metrics.flush` reads them.
+micro-batches and ranks, and whatever a loss makes them weigh. Nothing here synchronises with the
+device: loss and norm stay on it until `Metrics.flush` reads them.
 """
 
 # T = tokens of a micro-batch, N = response tokens of a micro-batch, D = model width
@@ -26,7 +27,9 @@ from torch import Tensor
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch, pack
 from engine.runtime.distributed import World, shares
+from engine.train.losses import Weighed
 from engine.train.optim import Optimizer
+from engine.train.weighted_loss import WeightedLoss
 from model.llama import Llama
 from model.lora import Lora
 from model.tape import Tape
@@ -41,6 +44,7 @@ class Gradients:
     nll: Tensor  # (sum of N over this rank's micro-batches,), nats of each response token
     owners: list[str]  # example id of each response token
     n_response: int  # response tokens of the step, all ranks together
+    weighed: Weighed | None = None  # as `nll`; None under plain SFT
 
 
 @dataclass
@@ -50,6 +54,9 @@ class StepResult:
     loss: Tensor  # () fp64, nats per response token, all ranks together
     norm: Tensor  # () fp64, Euclidean norm of the mean loss's gradient, before clipping
     gradients: Gradients
+    # (3,) fp64, means over the response tokens of all ranks: the weighted loss, the weights, the
+    # share of tokens whose weight is not 0; None under plain SFT
+    weighted: Tensor | None = None
 
 
 def step_gradients(
@@ -60,11 +67,13 @@ def step_gradients(
     micro_tokens: int,
     policy: str,
     world: World = SINGLE_PROCESS,
+    weighted: WeightedLoss | None = None,
 ) -> Gradients:
     """Phases 1 and 2: forward and backward of this rank's share of the examples.
 
     step: number of this optimizer step, which dropout masks depend on. micro_tokens: most tokens
-    of a micro-batch. policy: recomputation in the backward (model/tape.py).
+    of a micro-batch. policy: recomputation in the backward (model/tape.py). weighted: the loss;
+    None is plain SFT.
     """
     n_response = sum(len(example.ids) - example.n_prompt for example in examples)
 
@@ -81,28 +90,42 @@ def step_gradients(
 
     # 2. forward and backward of every micro-batch
     lora.grads.zero_()
-    nlls = [lora.grads.new_empty(0)]  # so that a rank without a micro-batch has an empty tensor
+    if weighted is not None:
+        weighted.begin_step()
+    empty = lora.grads.new_empty(0)  # what a rank without a micro-batch has
+    nlls = [empty]
     owners: list[str] = []
     for indices in own_batches:
         batch_examples = [own_examples[i] for i in indices]
         batch = MicroBatch.build(batch_examples, step, model.device, share_prefix)
-        nlls.append(micro_step(model, lora, batch, policy))
+        nlls.append(micro_step(model, lora, batch, policy, weighted))
         owners += batch.owners
     if model.is_sharded:  # every rank must gather the layers equally often
         most_batches = max(len(batches) for batches in batches_of_rank)
         for _ in range(most_batches - len(own_batches)):
-            micro_step(model, lora, MicroBatch.idle(step, model.device), policy)
-    return Gradients(torch.cat(nlls), owners, n_response)
+            micro_step(model, lora, MicroBatch.idle(step, model.device), policy, weighted)
+    weighed = None if weighted is None else weighted.of_step(empty)
+    return Gradients(torch.cat(nlls), owners, n_response, weighed)
 
 
-def micro_step(model: Llama, lora: Lora, batch: MicroBatch, policy: str) -> Tensor:
+def micro_step(
+    model: Llama,
+    lora: Lora,
+    batch: MicroBatch,
+    policy: str,
+    weighted: WeightedLoss | None = None,
+) -> Tensor:
     """Forward, loss and backward of one micro-batch.
 
-    Returns nll (N,), nats of each response token; adds the gradient of its sum to `lora.grads`.
+    Returns nll (N,), nats of each response token; adds the gradient of its sum to `lora.grads`, or
+    that of the sum of the weighted loss.
     """
     tape = Tape(policy)
     hidden = model.forward(batch.tokens, batch.packed, lora=lora, tape=tape)  # (T, D)
-    nll, dselected = model.nll(hidden[batch.select], batch.targets)  # (N,), (N, D)
+    if weighted is None:
+        nll, dselected = model.nll(hidden[batch.select], batch.targets)  # (N,), (N, D)
+    else:
+        nll, dselected = weighted.nll(model, hidden[batch.select], batch)  # (N,), (N, D)
     dhidden = torch.zeros_like(hidden)  # (T, D)
     dhidden.index_copy_(0, batch.select, dselected)  # the other positions have no loss
     model.backward(dhidden, tape)
@@ -125,5 +148,15 @@ def step_update(
     world.all_reduce_sum_(lora.grads)
     loss_sum = world.all_reduce_sum_(gradients.nll.sum(dtype=torch.float64))
     scale = 1 / gradients.n_response  # from the summed loss to the mean over response tokens
+    means = None
+    if gradients.weighed is not None:
+        means = world.all_reduce_sum_(_sums(gradients.weighed)) * scale  # (3,)
     norm = optimizer.update(model.ops, lora, lr, scale, clip)
-    return StepResult(loss_sum * scale, norm, gradients)
+    return StepResult(loss_sum * scale, norm, gradients, means)
+
+
+def _sums(weighed: Weighed) -> Tensor:
+    """(3,) fp64: sums of this rank's values and weights, count of its weights that are not 0."""
+    kept = weighed.weights != 0
+    parts = (weighed.values, weighed.weights, kept)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])

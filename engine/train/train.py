@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.data.config import DataConfig
 from engine.data.encode import Example, check_examples, fingerprint
 from engine.data.show import show
 from engine.measure.likelihood import nll
+from engine.measure.token_nll import token_nll
 from engine.runtime import published_adapter
 from engine.runtime.distributed import World
 from engine.runtime.files import write_json
@@ -32,10 +35,12 @@ from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.examples import encode_examples, rows_to_train_on
 from engine.train.loop import Run
+from engine.train.losses import Loss, Tokens
 from engine.train.metrics import summary_text
 from engine.train.optim import Optimizer
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
+from engine.train.weighted_loss import WeightedLoss
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.trained_chat import TrainedChat, common_system
@@ -69,9 +74,12 @@ class FrozenModel:
     fingerprint: str  # hash of the model's files; a run is resumed on the same model only
     date: str | None = None  # the one that prompts tell, None where they tell none
     world: World = SINGLE_PROCESS  # the processes of the job
+    # directory of the likelihoods under this model that some losses need (measure/token_nll.py),
+    # which runs over the same examples share; None: the run directory
+    seed_nll_dir: Path | None = None
 
     @classmethod
-    def of(cls, session: Session) -> FrozenModel:
+    def of(cls, session: Session, seed_nll_dir: Path | None = None) -> FrozenModel:
         """The model of a session."""
         return cls(
             session.model,
@@ -79,6 +87,7 @@ class FrozenModel:
             session.fingerprint,
             session.settings.get("date"),
             session.world,
+            seed_nll_dir,
         )
 
 
@@ -195,6 +204,7 @@ def train(
             run.load_finished(meta)
             return lora, meta["summary"]
         metrics_so_far = _restore(run)
+        run.weighted = weighted_loss(frozen, examples, config, out)
         with Stopping("the running step is finished and a checkpoint written") as stop:
             _do_steps(run, metrics_so_far, stop)
             summary = run.finish()
@@ -205,6 +215,37 @@ def train(
         if is_stopping:
             stop.end(stop.kept)
     return lora, summary
+
+
+def weighted_loss(
+    frozen: FrozenModel, examples: Sequence[Example], config: TrainConfig, out: Path
+) -> WeightedLoss | None:
+    """The loss of a run, with the likelihoods under the seed where it needs them; None for plain
+    SFT.
+
+    The likelihoods are read from `frozen.seed_nll_dir` (None: from `out`), those that are missing
+    computed and kept there. ValueError where stm leaves out every token of the examples.
+    """
+    loss = Loss.parse(config.loss)
+    if loss.is_plain:
+        return None
+    if not loss.needs_seed:
+        return WeightedLoss(loss)
+    directory = out if frozen.seed_nll_dir is None else frozen.seed_nll_dir
+    seed_nll = token_nll(frozen.model, examples, directory, frozen.fingerprint, frozen.world)
+    nats = torch.cat(list(seed_nll.values()))  # (response tokens of all examples,)
+    before_the_first_step = loss.weigh(Tokens(nats, nats))
+    kept = (before_the_first_step.weights != 0).double().mean().item()
+    if not kept:
+        raise ValueError(
+            f"loss {loss} leaves out all {len(nats)} response tokens, expected some that it keeps: "
+            f"the likeliest one has perplexity {nats.min().exp():.4g} under the seed; raise TAU"
+        )
+    print(
+        f"loss {loss}: {len(nats)} response tokens, {nats.mean():.3f} nats each under the seed; "
+        f"{kept:.1%} of them are kept in the first step"
+    )
+    return WeightedLoss(loss, seed_nll)
 
 
 def _restore(run: Run) -> list[dict[str, Any]]:
@@ -237,8 +278,12 @@ def run_settings(
     config: TrainConfig,
     validator: Validator | None,
 ) -> dict[str, Any]:
-    """The settings of a run in its meta.json; a run is resumed only under equal ones."""
+    """The settings of a run in its meta.json; a run is resumed only under equal ones.
+
+    `frozen.seed_nll_dir` is none of them: the same likelihoods are found or computed anywhere.
+    """
     train_settings = dataclasses.asdict(config)
+    train_settings["loss"] = str(Loss.parse(config.loss))  # eaft, eaft:1 and eaft:1.0 are one loss
     for name in FREE_TO_CHANGE:
         del train_settings[name]
     settings = {

@@ -96,10 +96,10 @@ def main() -> None:
     # 3. a training, in which rank 1 may be killed
     micro_step = step_module.micro_step
 
-    def killing(model, lora, batch, policy):
+    def killing(model, lora, batch, *rest):
         if world.rank == 1 and int(batch.packed.step) == job["kill"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return micro_step(model, lora, batch, policy)
+        return micro_step(model, lora, batch, *rest)
 
     step_module.micro_step = killing
     out = Path(job["out"])

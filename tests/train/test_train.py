@@ -172,9 +172,9 @@ def test_prefixes_are_shared_where_the_table_says_so(
     seen = []
     step = step_module.micro_step
 
-    def watched(model, lora, batch, policy):
+    def watched(model, lora, batch, *rest):
         seen.append(batch.packed.prefix)
-        return step(model, lora, batch, policy)
+        return step(model, lora, batch, *rest)
 
     monkeypatch.setattr(step_module, "micro_step", watched)
     step_module.step_gradients(model, lora, rows, 1, 1000, "none")
@@ -354,8 +354,8 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_good_state(
     step = step_module.micro_step
     calls = []
 
-    def broken(model, lora, batch, policy):
-        nll = step(model, lora, batch, policy)
+    def broken(model, lora, batch, *rest):
+        nll = step(model, lora, batch, *rest)
         calls.append(batch)
         if batch.packed.step >= 8:
             if where == "loss":
@@ -470,11 +470,11 @@ def test_out_of_memory_halves_the_micro_batches(tiny, tmp_path, monkeypatch, cap
     sizes = []  # tokens of each micro-batch that was tried
     most = 60  # tokens that fit
 
-    def small_machine(model, lora, batch, policy):
+    def small_machine(model, lora, batch, *rest):
         sizes.append(len(batch.tokens))
         if sizes[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return step(model, lora, batch, policy)
+        return step(model, lora, batch, *rest)
 
     monkeypatch.setattr(step_module, "micro_step", small_machine)
     lora, _ = run_training(tiny, tmp_path / "run")
@@ -529,11 +529,11 @@ def test_a_loss_that_explodes_stops_the_run(tiny, tmp_path, monkeypatch):
 
 def test_a_run_that_learns_nothing_is_an_error(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(step_module, "micro_step", lambda m, lora, b, p: torch.ones(len(b.owners)))
+        patch.setattr(step_module, "micro_step", lambda m, lora, b, *_: torch.ones(len(b.owners)))
         with pytest.raises(ValueError, match="gradient is exactly zero"):
             run_training(tiny, tmp_path / "run")
 
-    def only_a(model, lora, batch, policy):
+    def only_a(model, lora, batch, *_):
         for name, view in lora.views(lora.grads).items():
             view.fill_(float(".lora_A." in name))
         return torch.ones(len(batch.owners))
