@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from model.chat import Chat
 from model.config import LlamaConfig, read_json
 from model.layout import checkpoint_shapes
 from model.llama import Llama, default_dtype, has_bf16_units
-from model.lora import Lora
+from model.lora import Lora, check_strength
 from model.peft_format import load_lora
 from model.terminal import visible
 from model.tokenizer import load_tokenizer
@@ -64,6 +64,45 @@ class ModelConfig:
         check_numbers(self, threads=(0, most_threads))
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
+
+
+class ScaledAdapter(NamedTuple):
+    """An adapter's directory, and the strength at which it is used."""
+
+    path: str
+    scale: float = 1.0  # 0: the model without it; 1: as it was trained (model/lora.py)
+
+    @property
+    def name(self) -> str:
+        """The name of its arm: the directory's, with `@SCALE` where that is not 1."""
+        return scaled_name(Path(self.path).resolve().name, self.scale)
+
+
+def scaled_name(name: str, scale: float) -> str:
+    """The name of an adapter at a strength: `sft@0.5`, and `sft` at 1."""
+    return name if scale == 1 else f"{name}@{scale:g}"
+
+
+def parse_scales(text: str | None) -> tuple[float, ...]:
+    """The strengths of a flag: numbers joined by commas, each once; None is 1.
+
+    ValueError for a text that is no such list, and for numbers out of range.
+    """
+    if text is None:
+        return (1.0,)
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    names = {scaled_name("", scale) for scale in scales}
+    if not scales or len(names) < len(scales):
+        raise ValueError(
+            f"scale {text!r}: expected numbers joined by commas, each once (six digits count), as "
+            "in 0.25,0.5,1"
+        )
+    for scale in scales:
+        check_strength(scale)
+    return scales
 
 
 @dataclass(frozen=True)
@@ -164,16 +203,21 @@ class Session:
         )
         print(visible(text))
 
-    def adapters(self, paths: Sequence[str]) -> dict[str, Lora]:
-        """The adapters of these directories, by directory name; ValueError where two are equal."""
+    def adapters(self, paths: Sequence[str], scales: Sequence[float] = (1.0,)) -> dict[str, Lora]:
+        """The adapters of these directories, each at every one of the scales, by their names.
+
+        The scales of one adapter share its buffers. ValueError where two names are equal.
+        """
         adapters: dict[str, Lora] = {}
         for path in paths:
-            name = Path(path).resolve().name
-            if name in adapters or name == "seed":
-                raise ValueError(
-                    f"adapter {path}: the name {name!r} is taken; rename the directory"
-                )
-            adapters[name] = self.adapter(path)
+            lora = self.adapter(path)
+            for scale in scales:
+                name = ScaledAdapter(path, scale).name
+                if name in adapters or name == "seed":
+                    raise ValueError(
+                        f"adapter {path}: the name {name!r} is taken; rename the directory"
+                    )
+                adapters[name] = lora.scaled(scale)
         return adapters
 
     def adapter(self, path: str | Path) -> Lora:

@@ -201,6 +201,8 @@ class Llama:
         assert logits_indices is None or tape is None, "a backward needs every token"
         if lora is not None:
             self.ensure_bound(lora)
+            if lora.strength == 0:
+                lora = None  # the seed's own path, so that every bit is the seed's
         eps = self.config.rms_norm_eps
         self._grow_rope_table(context)
         h = self.weights.embed(tokens)  # (T, D)

@@ -11,6 +11,13 @@ An adapter made elsewhere may give modules a rank and an alpha of their own (`ra
 `alpha_pattern`) and leave layers out. Where members of a group differ, the lower ranks are filled
 up with zeros, whose products and gradients are zeros, and B is multiplied by the quotient of the
 module's scale and the group's.
+
+A trained adapter can be used at another strength (`Lora.scaled`):
+
+    y_i = W_i x + strength (alpha / rank) B_i A_i x
+
+At 0 this is the seed model, at 1 the trained one. Between them lies a straight line through the
+weights (WiSE-FT, 2109.01903; for LoRA asked for in huggingface/peft#1940).
 """
 
 # P = numbers of the adapter, K = inputs of a linear layer, N = its outputs, r = rank
@@ -18,6 +25,7 @@ module's scale and the group's.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -40,6 +48,7 @@ PRESETS = {
 }
 LARGEST_RANK = 2**16  # no linear of a Llama has a larger side to fill
 LARGEST_ALPHA = 10**9
+LARGEST_STRENGTH = 10.0  # above 1 the update is extrapolated: tenfold is far beyond any use
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,19 @@ def adapter_shapes(config: LoraConfig, model: LlamaConfig) -> dict[str, tuple[in
     return shapes
 
 
+def check_strength(strength: float) -> None:
+    """ValueError unless it is a number from 0 to LARGEST_STRENGTH.
+
+    A negative one would subtract what was learned ("task negation", 2212.04089). That is another
+    method, and a minus sign here is more likely a mistake.
+    """
+    if not 0 <= strength <= LARGEST_STRENGTH:  # "not": NaN too
+        raise ValueError(
+            f"scale {strength:g}: expected a number from 0 (the model without the adapter) over 1 "
+            f"(the adapter as it was trained) to {LARGEST_STRENGTH:g}"
+        )
+
+
 class Slot(NamedTuple):
     """Where a matrix lies in the flat buffers."""
 
@@ -148,6 +170,7 @@ class Lora:
 
     `bind` puts the buffers on a model's device and makes the views that its forward reads.
     `Llama.bind(lora)` calls it, and so does a forward with an adapter that is not bound yet.
+    `scaled` gives the same adapter at another strength, over the same buffers.
     """
 
     def __init__(
@@ -158,6 +181,7 @@ class Lora:
     ) -> None:
         config.check()
         self.config = config
+        self.strength = 1.0  # factor of the whole update, beside the scales of the modules
         self.patterns = patterns or Patterns()
         # copies of the base model's own matrices in the adapter's file, by their checkpoint names
         self.copies: dict[str, StoredTensor] = {}
@@ -193,6 +217,21 @@ class Lora:
                 view.copy_(uniform * (2 * limit) - limit)
         lora.bind(model_config, torch.device(device), dtype)
         return lora
+
+    def scaled(self, strength: float) -> Lora:
+        """This adapter at `strength` times its own strength, over the same buffers: no copy.
+
+        At 0 a forward and a merge give the seed model bit for bit, at 1 this adapter bit for bit.
+        What is written into `params` later shows in both. For inference: training takes adapters at
+        strength 1. ValueError for a strength outside 0 to LARGEST_STRENGTH.
+        """
+        check_strength(strength)
+        other = copy.copy(self)
+        other.strength = self.strength * strength
+        if self.bound is not None:
+            model, _, _ = self.bound
+            other.make_groups(model)
+        return other
 
     # ---- views
 
@@ -286,7 +325,7 @@ class Lora:
             db=tuple(db),
             sizes=shape.outputs,
             rank=rank,
-            scale=self.module_scale(adapted[0]),
+            scale=self.strength * self.module_scale(adapted[0]),
         )
 
     def group(self, layer: int, name: str) -> LoraGroup | None:
@@ -317,10 +356,13 @@ class Lora:
         return self.module_scale(adapted[0])
 
     def delta(self, name: str) -> Tensor | None:
-        """s B A (N, K) in the master dtype for a weight's checkpoint name, None if not adapted."""
+        """strength s B A (N, K) in the master dtype for a weight's checkpoint name.
+
+        None where the weight is not adapted, and at strength 0, so that it keeps its bits.
+        """
         module = name.removesuffix(".weight")
-        if a_name(module) not in self.slots:
+        if a_name(module) not in self.slots or self.strength == 0:
             return None
         a = self.view(self.params, a_name(module))  # (r, K)
         b = self.view(self.params, b_name(module))  # (N, r)
-        return self.group_scale(module) * (b @ a)
+        return self.strength * self.group_scale(module) * (b @ a)

@@ -26,14 +26,20 @@ from model.layout import EMBEDDING
 from model.lora import Lora
 from model.peft_format import check_copies
 
+MANIFEST = "merge.json"  # of a rewritten directory: where it is from, and what was merged
+
 
 def merge(
     model_dir: str | Path,
     lora: Lora,
     out: str | Path,
     finish: Callable[[Path], None] | None = None,
+    adapter: str = "",
 ) -> list[str]:
     """Write the model with W + s B A in place of every adapted W, as a Hugging Face directory.
+
+    adapter: sha256 of the adapter's file, for merge.json; its strength is written there too. At
+    strength 0 every weight keeps its bits.
 
     The sum is made in fp32 and rounded once to the checkpoint's own dtype; one shard is in memory
     at a time. Statements of config.json that the tensors contradict (tied embeddings, quantisation)
@@ -69,7 +75,8 @@ def merge(
         return merged
 
     check_copies(lora, config, rows_of)
-    return rewrite_checkpoint(model_dir, Path(out), change, settings, finish=finish)
+    facts = {"adapter": adapter, "scale": lora.strength}
+    return rewrite_checkpoint(model_dir, Path(out), change, settings, finish=finish, facts=facts)
 
 
 def rewrite_checkpoint(
@@ -79,13 +86,15 @@ def rewrite_checkpoint(
     settings: dict[str, Any] | None = None,
     *,
     finish: Callable[[Path], None] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> list[str]:
     """Copy a model directory to `out`, each tensor passed through `change(name, tensor)`.
 
     Shards, names, dtypes and every other file stay as they are; one shard is in memory at a time.
     `settings` go into config.json (None removes a key); then `finish(directory)` may change files
-    before the directory appears as `out`. Returns the names of files that were not copied, with
-    reasons: directories, weights in other forms, links out of the directory.
+    before the directory appears as `out`. `facts` go into merge.json, beside the source. Returns
+    the names of files that were not copied, with reasons: directories, weights in other forms,
+    links out of the directory.
     """
     shards = checkpoint_files(source)
     is_sharded = source / "model.safetensors" not in shards
@@ -104,8 +113,8 @@ def rewrite_checkpoint(
             config = {key: value for key, value in config.items() if value is not None}
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (beside / "config.json").write_text(text, encoding="utf-8")
-        manifest = json.dumps({"merged_from": str(source.resolve())}, indent=1)
-        (beside / "merge.json").write_text(manifest + "\n", encoding="utf-8")
+        manifest = json.dumps({"merged_from": str(source.resolve()), **(facts or {})}, indent=1)
+        (beside / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         if finish is not None:
             finish(beside)
     return left_out

@@ -51,6 +51,7 @@ def save_lora(lora: Lora, path: str | Path, base: str = "") -> None:
 
 def write_lora(lora: Lora, directory: Path, base: str) -> None:
     """Put adapter_model.safetensors and adapter_config.json into an existing directory."""
+    assert lora.strength == 1, "an adapter is stored as it was trained; its strength is not part"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -46,6 +46,9 @@ def for_sampling(
             "sampling needs all weights in every process: it is done without --shard; only "
             "training and scoring share them out"
         )
+    if lora is not None and lora.strength == 0:
+        model.ensure_bound(lora)  # ValueError where it is another model's
+        lora = None  # the seed's own weights, bit for bit
     ops = model.ops.sampled or model.ops
     uses_panels = ops.packs == "panels"
     has_onednn = Prepacked.available(model.weights["embed"])

@@ -22,9 +22,10 @@ from engine.evaluate.target_task import evaluate_job, nll_file
 from engine.evaluate.tasks.run import TaskConfig, tasks_job
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory, lock_file
+from engine.runtime.published_adapter import refuse_scale
 from engine.runtime.resumable import meta_file
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, Session, as_begun, as_trained
+from engine.session import ModelConfig, Session, as_begun, as_trained, parse_scales
 from engine.verify.verifiers import get_verifier
 
 
@@ -41,6 +42,12 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="adapter directory (PEFT) to score beside the seed model; may be repeated "
         "[default: none]",
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="LIST",
+        help="strengths at which each adapter is scored, as in 0.25,0.5,1: 0 (the seed model) to 1 "
+        "(as it was trained), at most 10 [default: 1]",
     )
     parser.add_argument(
         "--verify",
@@ -65,13 +72,15 @@ def main() -> None:
         raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
     model = from_flags(ModelConfig, args)
     sampling = from_flags(SamplerConfig, args)
+    scales = parse_scales(args.scale)
+    refuse_scale(args.scale, args.model, args.adapter)
     if args.data:
         data = from_flags(DataConfig, args)
         get_verifier(args.verify)
         with lock_file(args.out):
             model = as_begun(model, meta_file(args.out), meta_file(nll_file(args.out)))
             session = Session.open(as_trained(model, args.adapter))
-            evaluate_job(session, data, args.verify, args.adapter, args.out, sampling)
+            evaluate_job(session, data, args.verify, args.adapter, args.out, sampling, scales)
         return
 
     if args.task:
@@ -83,7 +92,7 @@ def main() -> None:
     with lock_directory(args.out):
         model = as_begun(model, *sorted(args.out.glob("*.meta.json")))
         session = Session.open(as_trained(model, args.adapter))
-        job(session, config, args.adapter, args.out, sampling)
+        job(session, config, args.adapter, args.out, sampling, scales)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from engine.data.config import DataConfig
 from engine.jobs.generate import generate_job
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
+from engine.runtime.published_adapter import refuse_scale
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, Session, as_trained
+from engine.session import ModelConfig, ScaledAdapter, Session, as_trained
+from model.lora import check_strength
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,6 +35,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--adapter", help="adapter directory (PEFT) [default: none (the seed model answers)]"
     )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="strength of the adapter: 0 (the seed model) to 1 (as it was trained), at most 10 "
+        "[default: 1]",
+    )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per prompt")
     parser.add_argument("--out", type=Path, help="JSONL file to write [default: print the answers]")
     args = parser.parse_args()
@@ -46,13 +55,16 @@ def main() -> None:
     sampling = from_flags(SamplerConfig, args)
     prompts = from_flags(DataConfig, args) if args.data else args.prompt
     adapters = [args.adapter] if args.adapter else []
+    scale = 1.0 if args.scale is None else args.scale
+    check_strength(scale)
+    refuse_scale(args.scale, args.model, adapters)
     model = as_trained(from_flags(ModelConfig, args), adapters)
     with lock_file(args.out):
         generate_job(
             Session.open(model),
             prompts,
             sampling,
-            adapter=args.adapter,
+            adapter=ScaledAdapter(args.adapter, scale) if args.adapter else None,
             system=args.system,
             prefix=args.prefix,
             samples=args.samples,

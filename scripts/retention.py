@@ -19,8 +19,9 @@ from engine.data.config import DataConfig
 from engine.evaluate.retention import retention_job, retention_metas
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
+from engine.runtime.published_adapter import refuse_scale
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, Session, as_begun, as_trained
+from engine.session import ModelConfig, Session, as_begun, as_trained, parse_scales
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,6 +33,12 @@ def parse_args() -> argparse.Namespace:
         action="append",
         required=True,
         help="adapter directory (PEFT) to compare with the seed model; may be repeated",
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="LIST",
+        help="strengths at which each adapter is measured, as in 0.25,0.5,1: 0 (the seed model) to "
+        "1 (as it was trained), at most 10 [default: 1]",
     )
     add_flags(
         parser, DataConfig, {"drop_long", "system"}, data=InWords(None, "our 64 general prompts")
@@ -56,6 +63,8 @@ def main() -> None:
     args = parse_args()
     model = from_flags(ModelConfig, args)
     sampling = from_flags(SamplerConfig, args)
+    scales = parse_scales(args.scale)
+    refuse_scale(args.scale, args.model, args.adapter)
     files = from_flags(DataConfig, args)
     data = files if args.data else None
     held_out = files.beside(args.eval_data, limit=None) if args.eval_data else None
@@ -68,6 +77,7 @@ def main() -> None:
             sampling,
             data,
             similar=args.similarity,
+            scales=scales,
             held_out=held_out,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 from engine.runtime.files import sha256
+from engine.session import ScaledAdapter
 from model.lora import Lora
 
 Arms = dict[str, Lora | None]  # name -> adapter; the seed is None
@@ -27,10 +28,14 @@ def arms_without_line(arms: Arms, item: str, done: Container[tuple[str, str]]) -
     return {arm: lora for arm, lora in arms.items() if (arm, item) not in done}
 
 
-def adapter_hashes(paths: Sequence[str]) -> dict[str, str]:
-    """Name of each adapter's directory -> sha256 of its weights, for the settings of a file."""
+def adapter_hashes(paths: Sequence[str], scales: Sequence[float] = (1.0,)) -> dict[str, str]:
+    """Arm of each adapter, at each scale -> sha256 of its weights, for the settings of a file.
+
+    An arm's name holds its scale (`sft@0.5`), so a file is not continued at other scales.
+    """
     hashes = {}
-    for path in map(Path, paths):
-        weights = (path / "adapter_model.safetensors").read_bytes()
-        hashes[path.resolve().name] = sha256(weights)
+    for path in paths:
+        weights = (Path(path) / "adapter_model.safetensors").read_bytes()
+        for scale in scales:
+            hashes[ScaledAdapter(path, scale).name] = sha256(weights)
     return hashes

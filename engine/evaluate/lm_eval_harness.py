@@ -239,8 +239,11 @@ def harness_job(
     adapters: Sequence[str],
     out: Path,
     sampling: SamplerConfig,
+    scales: Sequence[float] = (1.0,),
 ) -> dict[str, dict[str, Figures]]:
     """{task: {arm: {n, metrics, right, cut}}} of the seed and the adapters; prints the table.
+
+    scales: strengths at which each adapter is scored (`Lora.scaled`).
 
     `metrics` are the harness's. `right` is a list with right or wrong of every question where the
     metric "acc" counts them, else None. `cut` is the number of contexts that lost their beginning.
@@ -258,9 +261,9 @@ def harness_job(
         raise ValueError(f"--lm-eval needs lm-eval ({error}): pip install -e '.[eval]'") from None
     manager = TaskManager(include_path=config.lm_eval_path)
     names = _task_names(config.lm_eval, manager.all_tasks)
-    arms: Arms = {"seed": None, **session.adapters(adapters)}
+    arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     settings = session.settings | {
-        "adapters": adapter_hashes(adapters),
+        "adapters": adapter_hashes(adapters, scales),
         "shots": config.lm_eval_shots,
         "limit": config.lm_eval_limit,
         "lm_eval": lm_eval.__version__,

@@ -102,10 +102,12 @@ def retention_job(
     sampling: SamplerConfig,
     data: DataConfig | None = None,
     similar: bool = False,
+    scales: Sequence[float] = (1.0,),
     held_out: DataConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure adapters on our general prompts, or on those of `data`, and print the table.
 
+    scales: strengths at which each adapter is measured (`Lora.scaled`).
     With `similar` the adapters answer too, and the similarity of their answers to the seed's is
     measured (OUT.similar.jsonl). With `held_out` the drift on the prompts of the task that was
     trained is measured beside (`task_file`, `task_retention`). The norms of the adapters' updates
@@ -118,15 +120,16 @@ def retention_job(
     if held_out is not None:
         rows = held_out.load(need_reference=False, check=template_takes(session.chat))
     prompts = PROMPTS if data is None else prompts_of_file(session, data)
-    arms: Arms = {"seed": None, **session.adapters(adapters)}
+    arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     generator = ChatGenerator(session.model, session.chat, sampling)
     settings = session.settings | {"sampling": sampling.settings()}
     answers = seed_answers(generator, seed_file(out), settings, prompts)
-    settings |= {"adapters": adapter_hashes(adapters), "prompts": sha256(repr(prompts))}
+    hashes = adapter_hashes(adapters, scales)
+    settings |= {"adapters": hashes, "prompts": sha256(repr(prompts))}
     drift = retention(session.model, answers, arms, out, settings)
     print(retention_table(drift))
     if rows is not None:
-        of_task = _on_the_task(session, generator, rows, arms, task_file(out), settings["adapters"])
+        of_task = _on_the_task(session, generator, rows, arms, task_file(out), hashes)
         for arm, figures in of_task.items():
             drift[arm] |= {"task": figures}
     for arm, norms in _norms(session.model, arms).items():

@@ -180,22 +180,25 @@ def evaluate_job(
     adapters: Sequence[str],
     out: Path,
     sampling: SamplerConfig,
+    scales: Sequence[float] = (1.0,),
 ) -> dict[str, Score]:
     """Score the seed and the adapters (directories) on a data file, and print the table.
+
+    scales: strengths at which each adapter is scored (`Lora.scaled`).
 
     ValueError, before any work, for an unknown verifier and for rows as `rows_to_judge` says.
     """
     session.require_one_process("evaluation")
     get_verifier(verify)  # an unknown name is refused before the data are read
     rows = rows_to_judge(session, data)
-    arms: Arms = {"seed": None, **session.adapters(adapters)}
+    arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     session.note_other_system(adapters, rows)
     settings = session.settings | {
         "data": rows.sha256,
         "rows": len(rows),
         "verify": verify,
         "sampling": sampling.settings(),
-        "adapters": adapter_hashes(adapters),
+        "adapters": adapter_hashes(adapters, scales),
     }
     generator = ChatGenerator(session.model, session.chat, sampling)
     scores = evaluate(generator, rows, verify, arms, out, settings)

@@ -15,7 +15,7 @@ from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.terminal import progress
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
-from engine.session import Session
+from engine.session import ScaledAdapter, Session
 
 MOST_SAMPLES = 10**6  # of a prompt
 
@@ -26,7 +26,7 @@ def generate_job(
     prompts: DataConfig | str,
     sampling: SamplerConfig,
     *,
-    adapter: str | None = None,
+    adapter: ScaledAdapter | None = None,
     system: str | None = None,
     prefix: str = "",
     samples: int = 1,
@@ -50,8 +50,8 @@ def generate_job(
         rows = [_with_system(row, system) for row in rows]
     lora = None
     if adapter is not None:
-        lora = session.adapter(adapter)
-        session.note_other_system([adapter], rows)
+        lora = session.adapter(adapter.path).scaled(adapter.scale)
+        session.note_other_system([adapter.path], rows)
 
     requests = []
     for row in rows:

@@ -1,6 +1,7 @@
 """The size of an adapter's update: how far training moved the weights, module by module
 
-    ||dW||_F,  dW = s B A      Frobenius norm; s is the adapter's scale (alpha / rank and the like)
+    ||dW||_F,  dW = s B A      Frobenius norm; s is the adapter's scale (alpha / rank and the like),
+                               times the strength at which it is used
 
 dW has N K numbers, its factors (N + K) r. The norm is taken from products of r x r numbers:
 
@@ -78,7 +79,7 @@ def squared_update_norm(lora: Lora, module: str) -> float:
     gram_a = a @ a.T  # (r, r)
     gram_b = b.T @ b  # (r, r)
     product = (gram_a * gram_b).sum().item()
-    scale = lora.group_scale(module)
+    scale = lora.strength * lora.group_scale(module)
     return scale * scale * max(0.0, product)  # rounding may leave -1e-30 where B A is 0
 
 

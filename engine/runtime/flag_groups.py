@@ -11,7 +11,7 @@ GROUPS = {
     "Presets": "preset",
     "Audit": "what tiny",
     "Input": "gguf runs",
-    "Model": "model adapter chat-format date",
+    "Model": "model adapter scale chat-format date",
     "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """
@@ -46,7 +46,7 @@ COMMON = {
     "evaluate": """
         model adapter data columns verify limit task tasks-dir lm-eval temperature max-new-tokens
         device rows out""",
-    "retention": "model adapter data similarity max-new-tokens device rows out",
+    "retention": "model adapter data eval-data similarity max-new-tokens device rows out",
     "generate": """
         model adapter chat-format prompt data system temperature max-new-tokens samples
         device out seed""",

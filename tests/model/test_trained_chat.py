@@ -22,7 +22,7 @@ from engine.jobs.generate import generate_job
 from engine.measure.likelihood import nll
 from engine.runtime.files import read_jsonl
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, Session, as_trained
+from engine.session import ModelConfig, ScaledAdapter, Session, as_trained
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
@@ -99,7 +99,7 @@ def generate(
         Session.open(as_trained(config, adapters)),
         prompt,
         SamplerConfig(temperature=0.0, max_new_tokens=24),
-        adapter=adapters[0] if adapters else None,
+        adapter=ScaledAdapter(adapters[0]) if adapters else None,
         system="Be kind.",
     )
 

@@ -196,9 +196,13 @@ def tasks_job(
     adapters: Sequence[str],
     out: Path,
     sampling: SamplerConfig,
+    scales: Sequence[float] = (1.0,),
 ) -> Scores:
-    """Score the seed and the adapters (directories) on tasks, and print the table."""
-    arms: Arms = {"seed": None, **session.adapters(adapters)}
+    """Score the seed and the adapters (directories) on tasks, and print the table.
+
+    scales: strengths at which each adapter is scored (`Lora.scaled`).
+    """
+    arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     scores = run_tasks(session, config, arms, out, sampling)
     print(f"{tasks_table(scores)}\nanswers: {out}")
     return scores
@@ -323,7 +327,9 @@ def _line(
 
 
 def lora_hash(lora: Lora) -> str:
-    """A hash of an adapter's config and parameters."""
+    """A hash of an adapter's config, parameters, and strength where that is not 1."""
     config = repr(lora.config).encode()
+    if lora.strength != 1:
+        config += f" at {lora.strength!r}".encode()
     params = lora.params.detach().cpu().numpy().tobytes()
     return sha256(config + params)
