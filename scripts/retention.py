@@ -3,6 +3,7 @@
     python scripts/retention.py --model MODEL_DIR --adapter runs/sft --adapter runs/sdft \\
         --out retention.jsonl
     python scripts/retention.py ... --data prompts.json     your prompts, instead of our 64
+    python scripts/retention.py ... --eval-data test.json   the prompts of the trained task beside
     python scripts/retention.py ... --similarity            compare the answers too
 """
 
@@ -43,6 +44,11 @@ def parse_args() -> argparse.Namespace:
         parser, DataConfig, {"drop_long", "system"}, data=InWords(None, "our 64 general prompts")
     )
     parser.add_argument(
+        "--eval-data",
+        help="held-out rows of the task that the adapters were trained on: the drift over the seed "
+        "model's answers to their prompts is measured too; read as --data is [default: none]",
+    )
+    parser.add_argument(
         "--similarity",
         action="store_true",
         help="also compare the answers themselves, by sentence embeddings",
@@ -59,7 +65,9 @@ def main() -> None:
     sampling = from_flags(SamplerConfig, args)
     scales = parse_scales(args.scale)
     refuse_scale(args.scale, args.model, args.adapter)
-    data = from_flags(DataConfig, args) if args.data else None
+    files = from_flags(DataConfig, args)
+    data = files if args.data else None
+    held_out = files.beside(args.eval_data, limit=None) if args.eval_data else None
     with lock_file(args.out):
         model = as_begun(model, *retention_metas(args.out))
         retention_job(
@@ -70,6 +78,7 @@ def main() -> None:
             data,
             similar=args.similarity,
             scales=scales,
+            held_out=held_out,
         )
 
 

@@ -23,13 +23,16 @@ from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
+from engine.data.rows import Rows
 from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line, tuned
+from engine.evaluate.task_retention import row_answers, task_retention, task_retention_table
 from engine.measure.answer_missing import answer_missing
 from engine.measure.divergence import compare, hidden_states, mean_drift
 from engine.measure.general_prompts import PROMPTS
 from engine.measure.intervals import bootstrap
 from engine.measure.seed_answers import Prompts, SeedAnswer, seed_answers, seed_file
 from engine.measure.similarity import Embedder
+from engine.measure.update_norms import update_norms
 from engine.runtime.files import sha256
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines, meta_file
@@ -100,16 +103,22 @@ def retention_job(
     data: DataConfig | None = None,
     similar: bool = False,
     scales: Sequence[float] = (1.0,),
+    held_out: DataConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure adapters on our general prompts, or on those of `data`, and print the table.
 
     scales: strengths at which each adapter is measured (`Lora.scaled`).
     With `similar` the adapters answer too, and the similarity of their answers to the seed's is
-    measured (OUT.similar.jsonl). ValueError, before any work, where the package that it needs is
-    not installed or `data` holds conversations.
+    measured (OUT.similar.jsonl). With `held_out` the drift on the prompts of the task that was
+    trained is measured beside (`task_file`, `task_retention`). The norms of the adapters' updates
+    are printed, and returned as `update_norms`. ValueError, before any work, where the package that
+    similarity needs is not installed, `data` holds conversations, or a file cannot be read.
     """
     session.require_one_process("retention")
     embed = Embedder() if similar else None
+    rows = None
+    if held_out is not None:
+        rows = held_out.load(need_reference=False, check=template_takes(session.chat))
     prompts = PROMPTS if data is None else prompts_of_file(session, data)
     arms: Arms = {"seed": None, **session.adapters(adapters, scales)}
     generator = ChatGenerator(session.model, session.chat, sampling)
@@ -119,6 +128,12 @@ def retention_job(
     settings |= {"adapters": hashes, "prompts": sha256(repr(prompts))}
     drift = retention(session.model, answers, arms, out, settings)
     print(retention_table(drift))
+    if rows is not None:
+        of_task = _on_the_task(session, generator, rows, arms, task_file(out), hashes)
+        for arm, figures in of_task.items():
+            drift[arm] |= {"task": figures}
+    for arm, norms in _norms(session.model, arms).items():
+        drift[arm] |= {"update_norms": norms}
     if embed is not None:
         file = out.with_name(out.name + ".similar.jsonl")
         measured = similarity(generator, embed, answers, arms, file, settings)
@@ -134,6 +149,39 @@ def retention_job(
     return drift
 
 
+def _on_the_task(
+    session: Session,
+    generator: ChatGenerator,
+    rows: Rows,
+    arms: Arms,
+    out: Path,
+    hashes: dict[str, str],  # of the adapters
+) -> dict[str, dict[str, Any]]:
+    """Drift of the adapters over the seed's answers to the rows; prints the table."""
+    settings = session.settings | {
+        "sampling": generator.sampling.settings(),
+        "data": rows.sha256,
+        "rows": len(rows),
+    }
+    answers = row_answers(generator, rows, out, settings)
+    drift = task_retention(session.model, answers, arms, out, settings | {"adapters": hashes})
+    print(task_retention_table(drift))
+    return drift
+
+
+def _norms(model: Llama, arms: Arms) -> dict[str, dict[str, Any]]:
+    """The norms of the adapters' updates; prints a line for each."""
+    found = {}
+    for arm, lora in tuned(arms).items():
+        norms = update_norms(model, lora)
+        print(
+            f"{arm}: norm of its updates {norms['norm']:.3f}, {norms['relative']:.2%} of that of "
+            "the adapted weights (Frobenius)"
+        )
+        found[arm] = norms
+    return found
+
+
 def prompts_of_file(session: Session, data: DataConfig) -> Prompts:
     """The prompts of a data file, each once; ValueError where a row is a conversation."""
     rows = data.load(need_reference=False, check=template_takes(session.chat))
@@ -146,9 +194,15 @@ def prompts_of_file(session: Session, data: DataConfig) -> Prompts:
     return list(dict.fromkeys(prompts))
 
 
+def task_file(out: Path) -> Path:
+    """The file of the drift on the task's prompts, beside `out`, that on general prompts."""
+    return out.with_name(out.name + ".task.jsonl")
+
+
 def retention_metas(out: Path) -> list[Path]:
     """The files with the settings of a run of `retention_job`."""
-    return [meta_file(out), meta_file(seed_file(out))]
+    files = [out, seed_file(out), task_file(out), seed_file(task_file(out))]
+    return [meta_file(file) for file in files]
 
 
 def retention_table(drift: dict[str, dict[str, Any]]) -> str:

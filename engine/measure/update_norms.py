@@ -1,6 +1,7 @@
 """The size of an adapter's update: how far training moved the weights, module by module
 
-    ||dW||_F,  dW = s B A      Frobenius norm; s is the adapter's scale (alpha / rank and the like)
+    ||dW||_F,  dW = s B A      Frobenius norm; s is the adapter's scale (alpha / rank and the like),
+                               times the strength at which it is used
 
 dW has N K numbers, its factors (N + K) r. The norm is taken from products of r x r numbers:
 

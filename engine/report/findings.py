@@ -36,6 +36,8 @@ def result_table(run: Run) -> Table:
         "KL to seed",
         "95 % interval",
         "Same top-1",
+        "KL, task",
+        "Update norm",
         "Training loss",
         "Steps",
         "Loss tokens",
@@ -43,8 +45,8 @@ def result_table(run: Run) -> Table:
     ]
     table = [head]
     for arm, name in ARM_NAMES.items():
-        cells = _target_cells(run, arm) + _drift_cells(run, arm) + _training_cells(run, arm)
-        table.append([name, *cells])
+        cells = _target_cells(run, arm) + _drift_cells(run, arm) + _further_cells(run, arm)
+        table.append([name, *cells, *_training_cells(run, arm)])
     return table
 
 
@@ -63,6 +65,42 @@ def _drift_cells(run: Run, arm: str) -> list[str]:
     low, high = drift_interval(run, arm)
     interval = NO_VALUE if math.isnan(low) else f"{low:.4f} – {high:.4f}"
     return [f"{drift['kl']:.4f}", interval, f"{drift['agreement']:.1%}"]
+
+
+def _further_cells(run: Run, arm: str) -> list[str]:
+    """KL to the seed on the held-out prompts, and the norm of the adapter's update."""
+    drift = run.summary.get("retention_task", {}).get(arm)  # older runs measured neither
+    norms = run.summary.get("update_norms", {}).get(arm)
+    return [
+        f"{drift['kl']:.4f}" if drift else NO_VALUE,
+        f"{norms['norm']:.3f} ({norms['relative']:.2%})" if norms else NO_VALUE,
+    ]
+
+
+def norms_table(run: Run) -> Table | None:
+    """The norm of each adapter's update, whole, by kind of module and by layer.
+
+    None for a run that did not measure it.
+    """
+    norms = run.summary.get("update_norms", {})
+    arms = [arm for arm in TUNED if arm in norms]
+    if not arms:
+        return None
+    head = ["Modules", "Norm of the weights"]
+    for arm in arms:
+        head += [f"{ARM_NAMES[arm]}: norm", "relative"]
+    parts = {"all adapted modules": [norms[arm] for arm in arms]}
+    for kind in norms[arms[0]]["kinds"]:
+        parts[kind] = [norms[arm]["kinds"][kind] for arm in arms]
+    for layer in norms[arms[0]]["layers"]:
+        parts[f"layer {layer}"] = [norms[arm]["layers"][layer] for arm in arms]
+    table = [head]
+    for name, of_arms in parts.items():
+        row = [name, f"{of_arms[0]['weight_norm']:.2f}"]
+        for figures in of_arms:
+            row += [f"{figures['norm']:.4f}", f"{figures['relative']:.3%}"]
+        table.append(row)
+    return table
 
 
 def _training_cells(run: Run, arm: str) -> list[str]:
@@ -179,17 +217,39 @@ def _retention(run: Run) -> str:
         difference = item["kl"]["sft"] - item["kl"]["sdft"]
         differences.append(difference * item["tokens"])
         tokens.append(item["tokens"])
-    low, high = bootstrap(differences, tokens)
     text = (
         f"KL to the seed on {len(items)} general prompts, nats per token: SFT {kl['sft']:.4f}, "
         f"SDFT {kl['sdft']:.4f}. "
     )
+    return text + _less_words(differences, tokens, "forgot less") + _task_retention(run)
+
+
+def _less_words(differences: Sequence[float], tokens: Sequence[int], verb: str) -> str:
+    """A sentence on SFT - SDFT, given by prompt in nats summed over its tokens."""
+    low, high = bootstrap(differences, tokens)
     interval = f"(SFT − SDFT: {low:+.4f} to {high:+.4f}, 95 % over prompts)".replace("-", "−")
     if low > 0:
-        return text + f"SDFT forgot less {interval}."
+        return f"SDFT {verb} {interval}."
     if high < 0:
-        return text + f"SFT forgot less {interval}."
-    return text + f"No difference is seen {interval}."
+        return f"SFT {verb} {interval}."
+    return f"No difference is seen {interval}."
+
+
+def _task_retention(run: Run) -> str:
+    """KL of both arms to the seed on the task's held-out prompts; "" for a run without it."""
+    if not set(TUNED) <= set(run.task_drift):
+        return ""
+    sft, sdft = run.task_drift["sft"], run.task_drift["sdft"]
+    rows = [row for row in sft if row in sdft]
+    tokens = [sft[row]["tokens"] for row in rows]
+    kl_sft = sum(sft[row]["kl"] for row in rows) / sum(tokens)
+    kl_sdft = sum(sdft[row]["kl"] for row in rows) / sum(tokens)
+    differences = [sft[row]["kl"] - sdft[row]["kl"] for row in rows]
+    text = (
+        f" On the seed's answers to {len(rows)} held-out prompts of the task, where RL's Razor "
+        f"(2509.04259) expects what predicts forgetting: SFT {kl_sft:.4f}, SDFT {kl_sdft:.4f}. "
+    )
+    return text + _less_words(differences, tokens, "moved less")
 
 
 def _data(run: Run) -> str:

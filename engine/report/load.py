@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Run:
     tokens: dict[str, dict[str, Any]]  # row id -> its line of tokens.jsonl
     answers: list[dict[str, Any]]  # held-out rows and general prompts, with the answers of all arms
     losses: dict[str, list[tuple[int, float]]]  # arm -> (step, loss in nats per token)
+    # arm -> held-out row id -> its line of retention_task.jsonl, where the KL is finite
+    task_drift: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def load_run(path: Path, name: str) -> Run:
         tokens=tokens,
         answers=_held_out(path) + _general(path),
         losses=losses,
+        task_drift=_task_drift(path),
     )
 
 
@@ -201,6 +204,15 @@ def _held_out(path: Path) -> list[dict[str, Any]]:
         if "id" in line and line["id"] in found:
             _add_drift(found[line["id"]], line)
     return list(found.values())
+
+
+def _task_drift(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The lines of retention_task.jsonl by arm and row; {} for a run without it."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in read_jsonl(path / "retention_task.jsonl", DRIFT | {"id": str}):
+        if math.isfinite(line["kl"]):
+            found.setdefault(line["arm"], {})[line["id"]] = line
+    return found
 
 
 def _item(source: str, id: str, category: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from engine.report.findings import (
     Table,
     differing_settings,
     findings,
+    norms_table,
     result_table,
     results_table,
     tables_over_seeds,
@@ -35,8 +36,9 @@ from engine.runtime.files import write_text
 
 ASSETS = Path(__file__).resolve().parent
 NO_PLOTS = "Without figures, which need matplotlib -> pip install -e '.[report]', then "
-# the columns of `result_table` that the first table shows: name, target, NLL, KL, same top-1
-GLANCE = (0, 1, 3, 4, 6)
+# the columns of `result_table` that the first table shows: name, target, NLL, KL, same top-1, KL on
+# the task's prompts
+GLANCE = (0, 1, 3, 4, 6, 7)
 
 
 class Html(str):
@@ -323,11 +325,18 @@ def _result(
             "p",
             "Target: share of held-out questions answered right, greedily. Held-out NLL: nats per "
             "token of the held-out references, lower is better. KL to seed: nats per token over "
-            "the seed's own answers to general prompts, lower is less forgotten. Loss tokens and "
-            "steps: the budgets of the two arms.",
+            "the seed's own answers to general prompts, lower is less forgotten. KL, task: the "
+            "same over its answers to the held-out prompts. Update norm: Frobenius norm of the "
+            "adapter's updates s B A together (its share of that of the adapted weights). Loss "
+            "tokens and steps: the budgets of the two arms.",
             class_="notes",
         )
     )
+    for run in runs:
+        norms = norms_table(run)
+        if norms is not None:
+            caption = f"Norms of the adapters' updates, by module and layer: {run.name}"
+            parts.append(_folded("How far the weights moved", table(norms, caption)))
     if not boxes:
         parts.append(tag("p", NO_PLOTS + "python scripts/report.py again.", class_="note"))
     if len(runs) == 1:

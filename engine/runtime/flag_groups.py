@@ -46,7 +46,7 @@ COMMON = {
     "evaluate": """
         model adapter data columns verify limit task tasks-dir lm-eval temperature max-new-tokens
         device rows out""",
-    "retention": "model adapter data similarity max-new-tokens device rows out",
+    "retention": "model adapter data eval-data similarity max-new-tokens device rows out",
     "generate": """
         model adapter chat-format prompt data system temperature max-new-tokens samples
         device out seed""",
