@@ -8,8 +8,8 @@
               self            the seed's accepted answers to the plain prompt, else the reference
               rft             the accepted rewrites; rows without one are dropped
               replay:SHARE    the references, and the seed's own answers to general prompts as
-                              further rows, that many for every row (0.2: one for every five)
-    LOSS      how tokens are weighted (engine/train/losses.py); without it every token counts the same
+                              further rows; the share is theirs of all rows (0.2: one of five)
+    LOSS      how tokens are weighted (engine/train/losses.py); without it all count the same
     SCALE     strength at which the trained adapter is measured; 1 without it
     RATE      peak learning rate, in place of --lr
 
@@ -46,7 +46,7 @@ class Arm:
 
     method: str = "sft"  # a key of METHODS
     loss: str = PLAIN  # as engine/train/losses.py spells it
-    share: float = 0.0  # of `replay`: rows of replay for every row of the data
+    share: float = 0.0  # of `replay`: share of all training rows that are replay
     scale: float = 1.0  # strength of the adapter
     rate: float | None = None  # peak learning rate; None: that of --lr
 

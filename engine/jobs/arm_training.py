@@ -22,18 +22,18 @@ from typing import Any
 from engine.data.distilled import Distilled
 from engine.data.encode import Example, fingerprint
 from engine.data.rows import Rows
-from engine.distill.config import DistillConfig
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.evaluate.arm_grammar import Arm
 from engine.jobs.costs import Cost, StageSeconds
 from engine.jobs.job_config import JobConfig
-from engine.jobs.stages import encode_rows
+from engine.jobs.stages import encode_rows, replay_config, replay_rows
 from engine.measure.token_nll import token_nll
 from engine.runtime.files import read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
 from engine.train.losses import Loss
+from engine.train.replay import replay_pool
 from engine.train.train import FrozenModel, train
 from engine.train.validate import Validator
 from model.lora import Lora
@@ -41,6 +41,8 @@ from model.trained_chat import TrainedChat, common_system
 
 # methods that are trained on rewrites shown the reference, and so need distilled.jsonl
 GUIDED = ("sdft", "rft")
+# methods whose examples may be more or fewer than the references
+OTHER_COUNT = ("self", "rft", "replay")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ def _turns_of(lines: Sequence[Distilled], names: set[str]) -> list[Distilled]:
     return [line for line in lines if line.id.rpartition("/")[0] in names]
 
 
-def check_arms(config: JobConfig[Any], arms: Sequence[Arm]) -> None:
-    """ValueError for arms that the other settings rule out, before any work."""
-    if any(arm.method == "self" for arm in arms):
-        unguided_config(config.distill).check()
+def check_arms(session: Session, config: JobConfig[Any], arms: Sequence[Arm]) -> None:
+    """ValueError for arms that the other settings rule out, and for faulty prompts of replay."""
+    for arm in arms:
+        if arm.method == "self":
+            config.distill.unguided().check()
+        replay = replay_config(config, arm)
+        if replay is not None:
+            replay.check()
+            replay_pool(session, replay, skip_bad=config.data.skip_bad)
 
 
 def make_material(
@@ -91,16 +98,11 @@ def make_material(
     return Material(out, report.lines, unguided)
 
 
-def unguided_config(config: DistillConfig) -> DistillConfig:
-    """The settings of a distillation in which the seed model is never shown the reference."""
-    return config.unguided()
-
-
 def unguided_report(
     session: Session, config: JobConfig[Any], rows: Rows, file: Path
 ) -> DistillReport:
     """The seed's own answers to the plain prompts, verified like rewrites, in `file`."""
-    unguided = unguided_config(config.distill)
+    unguided = config.distill.unguided()
     return distill(
         ChatGenerator(session.model, session.chat, config.sampling),
         rows,
@@ -117,7 +119,8 @@ class TrainedArm:
 
     lora: Lora
     summary: dict[str, Any]  # of the training: counts, losses, seconds
-    examples: list[Example]
+    examples: list[Example]  # of the task, without replay
+    replay: list[Example]
 
 
 def train_arm(
@@ -135,14 +138,15 @@ def train_arm(
     trained on the same ones in the same order; only the answers differ.
     """
     examples = examples_of(session, config, arm, material)
-    config = config_of_arm(session, config, arm, material, len(examples))
-    loss = Loss.parse(config.train.loss)
-    if loss.needs_seed:
-        _score(session, examples, material.folder, stages)
+    replay = _replay(session, config, arm, len(examples), stages)
+    config = config_of_arm(session, config, arm, material, len(examples) + len(replay))
+    trained_on = [*examples, *replay]
+    if Loss.parse(arm.loss).needs_seed:
+        _score(session, trained_on, material.folder, stages)
     system = common_system([line.messages for line in material.lines])
     lora, summary = train(
         FrozenModel.of(session, material.folder),
-        examples,
+        trained_on,
         config.lora,
         config.train,
         out,
@@ -150,15 +154,15 @@ def train_arm(
         validator=validator,
         resume=out.exists(),
     )
-    return TrainedArm(lora, summary, examples)
+    return TrainedArm(lora, summary, examples, replay)
 
 
 def examples_of(
     session: Session, config: JobConfig[Any], arm: Arm, material: Material
 ) -> list[Example]:
-    """The examples of an arm; prints how many were encoded, cut and left out."""
+    """The examples of an arm, without replay; prints how many were encoded, cut and left out."""
     seed = config.train.seed
-    if arm.method == "sft":
+    if arm.method in ("sft", "replay"):
         return encode_rows(session, config, material.lines, "reference", seed)
     if arm.method == "self":
         assert material.unguided is not None, "made for the arm self"
@@ -174,20 +178,37 @@ def config_of_arm(
 ) -> JobConfig[Any]:
     """The settings of an arm's training over `count` examples: its loss, rate and budget.
 
-    Where it has more or fewer examples than there are references, the number of optimizer steps is
-    set to that of the references.
+    The number of optimizer steps is that of the references, also where the arm has more or fewer
+    examples.
     """
     changes: dict[str, Any] = {"loss": arm.loss}
     if arm.rate is not None:
         changes["lr"] = arm.rate
-    may_differ = arm.method not in ("sft", "sdft")  # those two have an example for every turn
-    if may_differ and not config.train.max_steps:
-        references = encode_rows(session, config, material.lines, "reference")
-        if count != len(references):
-            steps = config.train.steps(len(references))
-            changes["max_steps"] = steps
-            print(f"{arm.title}: {count} examples, {steps} steps as for {len(references)}")
+    if arm.method in OTHER_COUNT and not config.train.max_steps:
+        of_sft = len(encode_rows(session, config, material.lines, "reference"))
+        replay = replay_config(config, Arm("sft"))
+        if replay is not None:
+            of_sft += replay.rows(of_sft)
+        if count != of_sft:
+            changes["max_steps"] = config.train.steps(of_sft)
+            print(f"{arm.title}: {count} examples, {changes['max_steps']} steps as for {of_sft}")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def _replay(
+    session: Session, config: JobConfig[Any], arm: Arm, task_rows: int, stages: StageSeconds
+) -> list[Example]:
+    """The replay rows of an arm beside `task_rows` others; [] for an arm without replay."""
+    replay = replay_config(config, arm)
+    if replay is None:
+        return []
+    file = Path(config.job.out) / "replay.jsonl"
+    before = len(read_jsonl(file))
+    started = time.perf_counter()
+    rows = replay_rows(session, config, replay, task_rows)
+    seconds = time.perf_counter() - started
+    stages.add("replay", seconds, len(read_jsonl(file)) - before, 1)
+    return rows
 
 
 def _score(
@@ -219,19 +240,28 @@ def arm_cost(
 ) -> Cost:
     """The cost of an arm alone, of one training. Stages that other arms need too count in full.
 
-    Generated are the tokens of the answers that the files keep: one for every turn.
+    Generated are the tokens of the answers that the files keep: one for every turn, and those of
+    replay.
     """
-    generated, generate_seconds = 0, 0.0
+    generated = 0
+    generate_seconds: float | None = 0.0
     if arm.method in GUIDED:
         generated = sum(line.response_tokens for line in material.lines)
         generate_seconds = stages.of("distill")
     if arm.method == "self":
         generated = sum(line.response_tokens for line in material.unguided or ())
         generate_seconds = stages.of("unguided")
-    scored, score_seconds = 0, 0.0
+    scored = 0
+    score_seconds: float | None = 0.0
+    if trained.replay:
+        generated += sum(len(example.ids) - example.n_prompt for example in trained.replay)
+        each = stages.each("replay")
+        known = generate_seconds is not None and each is not None
+        generate_seconds = generate_seconds + each * len(trained.replay) if known else None
     if Loss.parse(arm.loss).needs_seed:
-        scored = sum(len(example.ids) for example in trained.examples)
-        score_seconds = stages.of(_score_stage(trained.examples))
+        examples = [*trained.examples, *trained.replay]
+        scored = sum(len(example.ids) for example in examples)
+        score_seconds = stages.of(_score_stage(examples))
     return Cost(
         generated=generated,
         scored=scored,

@@ -119,5 +119,11 @@ class StageSeconds:
         """The seconds of the whole stage; None where it was never measured."""
         if stage not in self.stages:
             return None
+        return self.each(stage) * self.stages[stage]["items"]
+
+    def each(self, stage: str) -> float | None:
+        """The seconds of one of the stage's items; None where it was never measured."""
+        if stage not in self.stages:
+            return None
         known = self.stages[stage]
-        return known["seconds"] * known["items"] / known["done"]
+        return known["seconds"] / known["done"]

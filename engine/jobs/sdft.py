@@ -3,7 +3,7 @@
     OUT/distilled.jsonl          the rewrites (engine/distill), .meta.json and .scores.jsonl beside
     OUT/sft/, OUT/sdft/          run directories; the same settings, but references or targets
     OUT/stm-2.5/, ...            those of further arms (--arms), and what they need, made once:
-                                 unguided.jsonl, seed-nll-*.jsonl (arm_training.py)
+                                 unguided.jsonl, replay.jsonl, seed-nll-*.jsonl (arm_training.py)
     OUT/evaluation.jsonl         greedy answers of the seed and of all arms to the held-out rows
     OUT/tasks/TASK.jsonl         their answers to the tasks that were named
     OUT/seed_answers.jsonl       the seed's answers to general prompts
@@ -279,7 +279,7 @@ class Results:
 
 def load_inputs(session: Session, config: Config) -> Inputs:
     """Read every file; ValueError for a fault in any of them, before hours of work."""
-    check_arms(config, parse_arms(config.job.arms))
+    check_arms(session, config, parse_arms(config.job.arms))
     rows = config.data.load(check=can_be_asked(session.chat, config.distill))
     held_out = held_out_rows(session, config, rows)
     examples = encode_rows(session, config, rows, "reference")

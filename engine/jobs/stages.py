@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import Distilled
 from engine.data.encode import Example
 from engine.data.rows import Row, Rows
+from engine.evaluate.arm_grammar import Arm, parse_arms
 from engine.evaluate.target_task import rows_to_judge
 from engine.jobs.job_config import JobConfig
 from engine.session import Session
 from engine.train.examples import encode_examples
+from engine.train.replay import OWN, ReplayConfig, replay_examples, replay_pool
 
 
 @contextlib.contextmanager
@@ -65,6 +68,39 @@ def encode_rows(
 
     ValueError where turns are too long, or nothing is left.
     """
-    mix = config.encode.mix if target == "target" else 0.0
-    encoding = dataclasses.replace(config.encode, target=target, mix=mix)
+    encoding = dataclasses.replace(config.encode, target=target)
+    if target == "reference":  # SFT, and plain rows: there are no rewrites to mix or to drop
+        encoding = dataclasses.replace(encoding, mix=0.0, drop_rejected=False)
     return encode_examples(rows, session, config.data, encoding, seed=seed)
+
+
+def replay_config(config: JobConfig[Any], arm: Arm) -> ReplayConfig | None:
+    """The replay of an arm, None for none.
+
+    The arm `replay:SHARE` has its share of the prompts that --replay names, else of ours. Where no
+    arm is called so, --replay and --replay-share are for all arms.
+    """
+    given = config.replay or ReplayConfig()
+    if arm.method == "replay":
+        return dataclasses.replace(given, replay=given.replay or OWN, replay_share=arm.share)
+    has_arm = any(other.method == "replay" for other in parse_arms(config.job.arms))
+    return None if has_arm or given.replay is None else given
+
+
+def replay_rows(
+    session: Session, config: JobConfig[Any], replay: ReplayConfig, task_rows: int
+) -> list[Example]:
+    """The replay rows beside `task_rows` others.
+
+    All trainings of the job share the answers in OUT/replay.jsonl.
+    """
+    return replay_examples(
+        session,
+        replay,
+        Path(config.job.out) / "replay.jsonl",
+        replay_pool(session, replay, skip_bad=config.data.skip_bad),
+        task_rows=task_rows,
+        max_length=config.encode.max_length,
+        seed=config.train.seed,
+        sampling=config.sampling,
+    )

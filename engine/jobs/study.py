@@ -1,7 +1,8 @@
 """A study: arms under identical settings, over rates, ranks, mixes, row counts, scales and seeds
 
     OUT/distilled.jsonl                        the rewrites, made once for all runs (engine/distill)
-    OUT/unguided.jsonl, OUT/seed-nll-*.jsonl   what further arms need, made once (arm_training.py)
+    OUT/unguided.jsonl, OUT/replay.jsonl, OUT/seed-nll-*.jsonl
+                                               what further arms need, made once (arm_training.py)
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
     OUT/<setting>/seed<n>/<arm>/               a run directory (engine/train), and the measurements:
         evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, retention_task.jsonl,
@@ -192,7 +193,7 @@ def check_inputs(
     arms: Sequence[Arm],
 ) -> Rows:
     """The held-out rows; ValueError for settings or files with faults, before hours of work."""
-    check_arms(config, arms)
+    check_arms(session, config, arms)
     for setting in settings:
         of_run = config_of(config, setting, config.train.seed)
         for part in (of_run.encode, of_run.train, of_run.lora):

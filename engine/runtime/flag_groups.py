@@ -17,8 +17,9 @@ GROUPS = {
     "Sampling": """
         max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",
     "Training": """
-        lr epochs batch-rows rank modules alpha dropout rslora loss target mix max-length truncate
-        cut-in-proportion max-steps schedule warmup weight-decay clip""",
+        lr epochs batch-rows rank modules alpha dropout rslora loss target mix drop-rejected
+        max-length truncate cut-in-proportion max-steps schedule warmup weight-decay clip""",
+    "Replay of the model's own answers": "replay replay-share replay-max-new",
     "What a study varies": "seeds rows-list grid",
     "Evaluation": """
         eval-data eval-limit eval-max-new retention-max-new similarity val-every val-data
