@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import Distilled
-from engine.data.encode import Example, fingerprint
+from engine.data.encode import Example, fingerprint, rejected_turns
 from engine.data.rows import Rows
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
@@ -86,9 +86,15 @@ def make_material(
 ) -> Material:
     """What the arms need beside the distilled lines of `report`, made in `out` where it is missing.
 
-    Takes the seconds of every stage into `stages`, those of the distillation too.
+    Takes the seconds of every stage into `stages`, those of the distillation too. ValueError where
+    the arm rft would have no row.
     """
     stages.add("distill", report.seconds, report.written, len(report.lines))
+    if any(arm.method == "rft" for arm in arms):
+        try:
+            rejected_turns(report.lines)
+        except ValueError as error:  # nothing is left
+            raise ValueError(f"arm rft, which is sdft with {error}") from None
     unguided = None
     if any(arm.method == "self" for arm in arms):
         of_self = unguided_report(session, config, rows, out / "unguided.jsonl")

@@ -190,10 +190,10 @@ def comparison_text(
 NOTE = (
     "At equal target: the arms that gain at least half of the largest gain on the seed are "
     "compared at the best target that all of them reach. KL there: an arm's points that none of "
-    "its own beats (the seed at 0 among them, as its scale 0), joined by straight lines, where "
-    "they reach that target. Intervals: 95 %, 10,000 bootstrap draws of rows, prompts and training "
-    "seeds, the target found anew in each; a difference is stated where p < 0.05 after Holm's "
-    "correction for all pairs."
+    "its own beats (the seed at 0 among them, as its scale 0), joined by straight lines in the "
+    "root of the KL, where they reach that target. Intervals: 95 %, 10,000 bootstrap draws of "
+    "rows, prompts and training seeds, the target found anew in each; a difference is stated where "
+    "p < 0.05 after Holm's correction for all pairs."
 )
 
 
@@ -224,7 +224,7 @@ def goal_table(goal: Goal, costs: Mapping[str, Cost]) -> list[list[str]]:
     for way, count, best, drift in zip(
         goal.ways, goal.points, found.best, found.drifts, strict=True
     ):
-        cells = ["does not reach", "-"]
+        cells = ["does not reach" if found.target is not None else "-", "-"]
         if drift is not None:
             cells = [f"{drift.value:.4f}", f"{drift.low:.4f} - {drift.high:.4f}"]
         cost = costs[way]

@@ -8,7 +8,11 @@ An arm that learns little forgets little. So arms are compared where they are eq
                   the training seeds. The seed model, with drift 0, is a point of every arm: it is
                   every adapter at scale 0
     frontier      the points of an arm that none of its own points beats (at least as good, drifted
-                  no more), in the order of their drift, joined by straight lines
+                  no more), in the order of their drift, joined by straight lines in goodness and
+                  the square root of the drift. KL is a squared distance: it grows with the square
+                  of a small step, as goodness grows with the step. (A line in the KL itself would
+                  give an arm between two of its points too much drift, up to a quarter of the
+                  larger one's between the seed and it.)
     least drift   d(t), the drift at which the frontier reaches goodness t. 0 where the seed
                   reaches it; none where no point of the arm does
     compared      the arms whose best point gains on the seed at least REACH of what the best point
@@ -149,29 +153,29 @@ def compared_arms(seed: float, best: Sequence[float]) -> list[int]:
 def least_drift(goodness: np.ndarray, drift: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The drift at which the frontier of P points reaches the target; nan where it never does.
 
-    goodness, drift    (..., P), in any order
+    goodness, drift    (..., P), in any order; drift at least 0
     target             (...,)
     """
     # 1. the points by drift, of equal drift the best first; the best so far at each of them
     order = np.lexsort((-goodness, drift), axis=-1)
     g = np.take_along_axis(goodness, order, -1)  # (..., P)
-    d = np.take_along_axis(drift, order, -1)  # (..., P)
+    root = np.sqrt(np.take_along_axis(drift, order, -1))  # (..., P)
     best_so_far = np.maximum.accumulate(g, -1)  # (..., P)
     # 2. the first point that reaches the target, which is on the frontier
     reaches = best_so_far >= target[..., None]  # (..., P)
     last = reaches.argmax(-1)[..., None]  # (..., 1)
-    g_last, d_last = _pick(g, last), _pick(d, last)
+    g_last, root_last = _pick(g, last), _pick(root, last)
     # 3. the point of the frontier before it: the first that was as good as the best so far
     before = np.maximum(last - 1, 0)
     g_before = _pick(best_so_far, before)
     place = (g == g_before[..., None]).argmax(-1)[..., None]
-    d_before = _pick(d, place)
+    root_before = _pick(root, place)
     # 4. the straight line between the two
     rise = g_last - g_before
     has_line = (last[..., 0] > 0) & (rise > 0)
     share = np.where(has_line, (target - g_before) / np.where(has_line, rise, 1.0), 1.0)
-    found = np.where(has_line, d_before + share * (d_last - d_before), d_last)
-    return np.where(reaches.any(-1), found, math.nan)
+    found = np.where(has_line, root_before + share * (root_last - root_before), root_last)
+    return np.where(reaches.any(-1), found**2, math.nan)
 
 
 def _pick(values: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -220,6 +224,7 @@ def _means(arm: ArmPoints, items: Items, counts: Counts) -> tuple[np.ndarray, np
     drift = _mean(arm.drift, items.prompt_weights, counts.prompts, counts.seeds)  # (B, P)
     seed = _seed_goodness(items, counts)[:, None]  # (B, 1)
     no_drift = np.zeros_like(seed)
+    drift = np.maximum(drift, 0.0)  # rounding may leave -1e-17 where nothing moved
     return np.concatenate([seed, goodness], -1), np.concatenate([no_drift, drift], -1)
 
 
