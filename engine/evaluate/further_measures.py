@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.evaluate.arms import ARM_NAMES
+from engine.evaluate.arm_grammar import title_of
 from engine.runtime.terminal import table
 
 
@@ -29,7 +29,7 @@ def further_measures(
         norm_cells = ["-", "-"]
         if arm in norms:
             norm_cells = [f"{norms[arm]['norm']:.3f}", f"{norms[arm]['relative']:.2%}"]
-        lines.append([ARM_NAMES.get(arm, arm), *drift_cells, *norm_cells])
+        lines.append([title_of(arm), *drift_cells, *norm_cells])
     return (
         f"{table(lines)}\nKL to seed, task: over the seed's own answers to the held-out prompts. "
         "Update norm: Frobenius norm of all the adapter's updates s B A together, and its share "

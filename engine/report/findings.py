@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.distill.distill_report import LOW_SHARE
-from engine.evaluate.arms import ARM_NAMES, TUNED
-from engine.measure.intervals import bootstrap, lost_won, mcnemar, t_interval
+from engine.evaluate.arms import TUNED
+from engine.measure.intervals import bootstrap, holm, lost_won, mcnemar, t_interval
 from engine.report.load import Run
+from engine.report.many_arms import compared_pairs, equal_target_words, retention_words
 
 Table = list[list[str]]  # the first row is the header
 SIGNIFICANT = 0.05  # a difference is stated below this p, or where its interval leaves out zero
 NO_VALUE = "–"  # in a cell of a table
-# arms that are compared on the target task
-PAIRS = (("seed", "sft"), ("seed", "sdft"), ("sft", "sdft"))
 
 
 def result_table(run: Run) -> Table:
-    """Seed, SFT and SDFT: target task, drift from the seed, training and its cost."""
+    """The seed and all arms: target task, drift from the seed, training and its cost."""
     verify = run.settings["DistillConfig.verify"]
     head = [
         "",
@@ -44,7 +43,7 @@ def result_table(run: Run) -> Table:
         "Seconds",
     ]
     table = [head]
-    for arm, name in ARM_NAMES.items():
+    for arm, name in run.arms.items():
         cells = _target_cells(run, arm) + _drift_cells(run, arm) + _further_cells(run, arm)
         table.append([name, *cells, *_training_cells(run, arm)])
     return table
@@ -83,12 +82,12 @@ def norms_table(run: Run) -> Table | None:
     None for a run that did not measure it.
     """
     norms = run.summary.get("update_norms", {})
-    arms = [arm for arm in TUNED if arm in norms]
+    arms = [arm for arm in run.tuned if arm in norms]
     if not arms:
         return None
     head = ["Modules", "Norm of the weights"]
     for arm in arms:
-        head += [f"{ARM_NAMES[arm]}: norm", "relative"]
+        head += [f"{run.arms[arm]}: norm", "relative"]
     parts = {"all adapted modules": [norms[arm] for arm in arms]}
     for kind in norms[arms[0]]["kinds"]:
         parts[kind] = [norms[arm]["kinds"][kind] for arm in arms]
@@ -105,7 +104,7 @@ def norms_table(run: Run) -> Table | None:
 
 def _training_cells(run: Run, arm: str) -> list[str]:
     """First and last loss, steps, loss tokens, seconds."""
-    training = run.summary["training"].get(arm)
+    training = run.training(arm)
     if not training:
         return [NO_VALUE] * 4
     return [
@@ -142,7 +141,8 @@ def findings(run: Run) -> list[tuple[str, str]]:
     seed = run.settings["TrainConfig.seed"]
     return [
         ("Target", _target(run)),
-        ("Retention", _retention(run)),
+        ("Retention", _retention(run) if run.has_default_arms else retention_words(run)),
+        *equal_target_words(run),
         ("Data", _data(run)),
         ("Seeds", f"One ({seed}). How much another would change cannot be known from one run."),
     ]
@@ -158,7 +158,7 @@ def warnings(run: Run) -> list[str]:
         )
     scores = run.scores
     if any(score.truncated > score.n / 10 for score in scores.values()):
-        cut = _by_arm({arm: str(score.truncated) for arm, score in scores.items()})
+        cut = _by_arm(run, {arm: str(score.truncated) for arm, score in scores.items()})
         reasons.append(
             f"Of {scores['seed'].n} held-out answers, these numbers hit the token limit and may "
             f"have been judged before their end: {cut}. Raise --eval-max-new."
@@ -166,9 +166,9 @@ def warnings(run: Run) -> list[str]:
     return reasons
 
 
-def _by_arm(figures: dict[str, str]) -> str:
+def _by_arm(run: Run, figures: dict[str, str]) -> str:
     """Figures as text: seed 3, SFT 5, SDFT 4."""
-    return ", ".join(f"{ARM_NAMES[arm]} {figure}" for arm, figure in figures.items())
+    return ", ".join(f"{run.arms[arm]} {figure}" for arm, figure in figures.items())
 
 
 def _target(run: Run) -> str:
@@ -178,32 +178,42 @@ def _target(run: Run) -> str:
         return "The target task was not scored: no held-out rows were given (--eval-data)."
     n = scores["seed"].n
     if not n:
-        nll = _by_arm({arm: f"{score.nll:.3f}" for arm, score in scores.items()})
+        nll = _by_arm(run, {arm: f"{score.nll:.3f}" for arm, score in scores.items()})
         return f"The target task has no verifier. NLL per token of the held-out references: {nll}."
-    right = _by_arm({arm: str(score.right) for arm, score in scores.items()})
+    right = _by_arm(run, {arm: str(score.right) for arm, score in scores.items()})
     better, same = _compared_arms(run)
     text = f"Right of {n} held-out questions: {right}. " + " ".join(better)
     if same:
         text += f" No difference is seen between {', '.join(same)}."
-    return text + " (McNemar's exact test on the same questions.)"
+    test = "McNemar's exact test on the same questions"
+    if not run.has_default_arms:
+        test += f", Holm's correction for {len(compared_pairs(run))} pairs"
+    return text + f" ({test}.)"
 
 
 def _compared_arms(run: Run) -> tuple[list[str], list[str]]:
-    """A sentence for each pair of arms of which one is better; the other pairs with their p."""
-    better = []
-    same = []
-    for first, second in PAIRS:
+    """A sentence for each pair of arms of which one is better; the other pairs with their p.
+
+    p values are corrected for their number where there are other arms than SFT and SDFT.
+    """
+    counts = {}  # pair -> questions lost and won by its second arm
+    for first, second in compared_pairs(run):
         by_first, by_second = run.right(first), run.right(second)
         before = list(by_first.values())
         after = [by_second[id] for id in by_first]
-        lost, won = lost_won(before, after)
-        p = mcnemar(lost, won)
+        counts[first, second] = lost_won(before, after)
+    p_values = [mcnemar(lost, won) for lost, won in counts.values()]
+    if not run.has_default_arms:
+        p_values = holm(p_values)
+    better = []
+    same = []
+    for ((first, second), (lost, won)), p in zip(counts.items(), p_values, strict=True):
         if p >= SIGNIFICANT:
-            same.append(f"{ARM_NAMES[first]} and {ARM_NAMES[second]} (p = {p:.2f})")
+            same.append(f"{run.arms[first]} and {run.arms[second]} (p = {p:.2f})")
             continue
         winner, loser = (second, first) if won > lost else (first, second)
         p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-        better.append(f"{ARM_NAMES[winner]} is better than {ARM_NAMES[loser]} ({p_text}).")
+        better.append(f"{run.arms[winner]} is better than {run.arms[loser]} ({p_text}).")
     return better, same
 
 
@@ -342,9 +352,11 @@ SEED_COLUMNS = (
 def _over_seeds(runs: list[Run]) -> Table:
     """Mean and interval of the arms' figures, and of the differences SDFT - SFT."""
     table = [["", *(column.title for column in SEED_COLUMNS)]]
-    for arm, name in ARM_NAMES.items():
+    for arm, name in runs[0].arms.items():
         cells = [_mean_cell(column.values(runs, arm), column.form) for column in SEED_COLUMNS]
         table.append([name, *cells])
+    if not set(TUNED) <= set(runs[0].arms):
+        return table
     differences = ["SDFT − SFT"]
     for column in SEED_COLUMNS:
         sft, sdft = column.values(runs, "sft"), column.values(runs, "sdft")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, load_distilled
-from engine.evaluate.arms import TUNED
+from engine.evaluate.arm_grammar import Arm, way_of
+from engine.evaluate.arms import ARM_NAMES, TUNED
 from engine.evaluate.target_task import Score
 from engine.runtime.files import read_jsonl
 from model.config import read_json
@@ -26,6 +27,7 @@ TOKENS = {"id": str, "sft": dict, "sdft": (dict, type(None))}
 RETENTION = {"prompt": str, "category": str, "answer": str} | DRIFT
 EVALUATION = dict.fromkeys(("id", "arm", "reference", "answer", "reason", "finish"), str)
 EVALUATION |= {"ok": bool}
+OTHER_INKS = 6  # colours for arms other than SFT and SDFT (--arm1 ... of page.css)
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Run:
     rows: list[dict[str, Any]]  # distilled lines with their likelihoods
     tokens: dict[str, dict[str, Any]]  # row id -> its line of tokens.jsonl
     answers: list[dict[str, Any]]  # held-out rows and general prompts, with the answers of all arms
-    losses: dict[str, list[tuple[int, float]]]  # arm -> (step, loss in nats per token)
+    losses: dict[str, list[tuple[int, float]]]  # trained arm -> (step, loss in nats per token)
     # arm -> held-out row id -> its line of retention_task.jsonl, where the KL is finite
     task_drift: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -51,6 +53,37 @@ class Run:
             for name, value in fields.items():
                 settings[f"{group}.{name}"] = value
         return settings
+
+    @property
+    def arms(self) -> dict[str, str]:
+        """The names of the seed and of all arms in the files -> those that people are shown."""
+        return self.summary.get("arms", ARM_NAMES)
+
+    @property
+    def tuned(self) -> list[str]:
+        """The arms with an adapter."""
+        return [arm for arm in self.arms if arm != "seed"]
+
+    @property
+    def has_default_arms(self) -> bool:
+        """Whether SFT and SDFT are compared and nothing else."""
+        return tuple(self.tuned) == TUNED
+
+    def training(self, arm: str) -> dict[str, Any]:
+        """The summary of an arm's training, which other scales share; {} for the seed."""
+        if arm == "seed":
+            return {}
+        return self.summary["training"].get(Arm.parse(arm).trained().name, {})
+
+    def inks(self) -> dict[str, str]:
+        """Arm -> the name of its colour; arms that differ in scale or rate alone share one."""
+        ways = list(dict.fromkeys(way_of(arm) for arm in self.tuned))
+        others = [way for way in ways if way not in TUNED]
+        inks = {"seed": "seed"}
+        for arm in self.tuned:
+            way = way_of(arm)
+            inks[arm] = way if way in TUNED else f"arm{others.index(way) % OTHER_INKS + 1}"
+        return inks
 
     def drift(self, arm: str) -> list[dict[str, Any]]:
         """The general prompts on which that arm was compared with the seed and the KL is finite."""
@@ -92,8 +125,9 @@ def load_run(path: Path, name: str) -> Run:
         )
     meta = read_json(path / "distilled.jsonl.meta.json", {})
     losses = {}
-    for arm in TUNED:
-        steps = read_jsonl(path / arm / "metrics.jsonl", METRICS)
+    summary = read_json(path / "summary.json")
+    for arm in summary["training"]:
+        steps = read_jsonl(path / Arm.parse(arm).directory / "metrics.jsonl", METRICS)
         losses[arm] = [(line["step"], line["loss"]) for line in steps]
     tokens = {}
     for line in read_jsonl(path / "tokens.jsonl", TOKENS):
@@ -101,7 +135,7 @@ def load_run(path: Path, name: str) -> Run:
     return Run(
         name=name,
         path=path,
-        summary=read_json(path / "summary.json"),
+        summary=summary,
         data_sha256=meta.get("data", {}).get("sha256", "unknown"),
         rows=_rows(path),
         tokens=tokens,

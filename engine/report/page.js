@@ -3,7 +3,6 @@
 // attribute values, never markup. The content-security policy forbids everything that would parse
 // them.
 (() => {
-  const ARMS = [["seed", "seed"], ["sft", "SFT"], ["sdft", "SDFT"]];
   const ROW = 58; // pixels of an entry in a list, as in page.css
   const byId = (id) => document.getElementById(id);
 
@@ -115,10 +114,10 @@
     return text;
   }
 
-  // The same entry in the other runs of the page, as [name of the run, entry].
+  // The same entry in the other runs of the page, as [run, entry].
   function elsewhere(list, id) {
     const others = report.runs.filter((run) => run !== current);
-    const entries = others.map((run) => [run.name, run[list].find((one) => one.id === id)]);
+    const entries = others.map((run) => [run, run[list].find((one) => one.id === id)]);
     return entries.filter(([, one]) => one);
   }
 
@@ -157,8 +156,6 @@
       this.list.append(this.space);
       const { search, filter, sort } = this.form.elements;
       Object.assign(this, { search, filter, sort });
-      this.sort.append(...Object.entries(view.sorts).map(([value, [label]]) =>
-        make("option", { value }, label)));
       this.form.addEventListener("submit", (event) => event.preventDefault());
       this.search.addEventListener("input", () => this.refresh());
       this.filter.addEventListener("change", () => this.refresh());
@@ -181,6 +178,9 @@
       const options = Object.entries(this.filters).map(([value, [label, test]]) =>
         make("option", { value }, `${label} (${items.filter(test).length.toLocaleString("en")})`));
       this.filter.replaceChildren(...options);
+      const sort = this.sort.value;
+      this.sort.replaceChildren(...Object.entries(this.view.sorts).map(([value, [label]]) =>
+        make("option", { value, selected: value === sort ? "" : null }, label)));
       this.chosen = null;
       this.refresh();
       this.index(0);
@@ -394,7 +394,7 @@
           column(["Reference", trains.sft, row.kept ? null : trains.sdft], cost(row, "reference"),
             marked(compare(row.reference, row.response)[0], "only in the reference")),
           rewrite(row, "Rewrite"),
-          elsewhere("rows", row.id).map(([name, one]) => rewrite(one, `Rewrite · ${name}`))),
+          elsewhere("rows", row.id).map(([run, one]) => rewrite(one, `Rewrite · ${run.name}`))),
         make("p", { class: "notes" },
           `NLL gap ${number(gap(row))} nats per token, length ratio `
           + `${number(row.response.length / row.reference.length)}. `,
@@ -406,7 +406,7 @@
 
   // ---- section 4
 
-  const verdicts = (item) => ARMS.map(([arm]) => item.answers[arm]?.ok);
+  const verdicts = (item) => current.arms.map(([arm]) => item.answers[arm]?.ok);
   const held = (item) => item.source === "held-out";
   const mark = (answer) => (answer?.ok === undefined ? null
     : badge(answer.ok ? "right" : `wrong: ${answer.reason}`, answer.ok ? "kept" : "rejected"));
@@ -418,16 +418,22 @@
     text: (item) => [item.id, item.category, item.reference ?? "",
       ...item.messages.map((message) => message.content),
       ...Object.values(item.answers).map((answer) => answer.text)],
-    sorts: {
-      kl: ["KL to seed, larger of the two", (item) => largest(Object.values(item.kl))],
-      sft: ["KL to seed of SFT", (item) => item.kl.sft],
-      sdft: ["KL to seed of SDFT", (item) => item.kl.sdft],
-      file: ["order of the file", null],
+    get sorts() {
+      const sorts = {
+        kl: [`KL to seed, ${tuned().length === 2 ? "larger of the two" : "largest"}`,
+          (item) => largest(Object.values(item.kl))],
+      };
+      for (const [arm, name] of tuned()) {
+        sorts[`kl ${arm}`] = [`KL to seed of ${name}`, (item) => item.kl[arm]];
+      }
+      sorts.file = ["order of the file", null];
+      return sorts;
     },
     filters: (items) => {
       const found = {
         all: ["all", () => true],
-        three: ["answered by all three", (item) => ARMS.every(([arm]) => item.answers[arm])],
+        every: [`answered by all ${current.arms.length === 3 ? "three" : current.arms.length}`,
+          (item) => current.arms.every(([arm]) => item.answers[arm])],
         held: ["held-out questions", held],
         flips: ["verdicts differ", (item) => held(item) && new Set(verdicts(item)).size > 1],
         general: ["general prompts", (item) => !held(item)],
@@ -444,16 +450,16 @@
       make("span", { class: "line" },
         make("b", {}, (item.messages.at(-1)?.content ?? item.id).slice(0, 160))),
       make("span", { class: "line" },
-        held(item) ? make("span", { class: "verdicts" }, ARMS.map(([arm, name]) =>
+        held(item) ? make("span", { class: "verdicts" }, current.arms.map(([arm, name]) =>
           badge(`${name} ${item.answers[arm]?.ok ? "✓" : "✗"}`,
             item.answers[arm]?.ok ? "kept" : "rejected"))) : badge(item.category, "quiet"),
         make("span", { class: "figures" },
-          `KL ${number(item.kl.sft, 3)} / ${number(item.kl.sdft, 3)}`)),
+          `KL ${tuned().map(([arm]) => number(item.kl[arm], 3)).join(" / ")}`)),
     ],
     detail: (item) => {
-      const ofRun = ARMS.map(([arm, name]) => answerColumn(item, arm, name));
+      const ofRun = current.arms.map((arm) => answerColumn(item, arm, arm[1]));
       const ofOthers = elsewhere("answers", item.id).map(([run, one]) =>
-        ARMS.slice(1).map(([arm, name]) => answerColumn(one, arm, `${name} · ${run}`)));
+        run.arms.slice(1).map((arm) => answerColumn(one, arm, `${arm[1]} · ${run.name}`)));
       const parts = [
         conversation(item.messages),
         make("div", { class: "columns" }, ofRun, ofOthers),
@@ -466,7 +472,7 @@
   };
 
   // The answer of an arm with its verdict and drift; words that the seed's answer lacks are marked.
-  function answerColumn(item, arm, title) {
+  function answerColumn(item, [arm, , ink], title) {
     const answer = item.answers[arm];
     const seed = item.answers.seed?.text ?? "";
     const notes = [mark(answer)];
@@ -480,7 +486,7 @@
     if (!answer) text = make("p", { class: "note" }, "Not answered (--report-answers).");
     else if (arm === "seed") text = plain(answer.text);
     else text = marked(compare(seed, answer.text)[1], "not in the seed's answer");
-    return column(title, notes, text, arm);
+    return column(title, notes, text, ink);
   }
 
   // ---- section 5
@@ -566,7 +572,9 @@
   const several = () => report.runs.length > 1;
   const address = (key, id) => `#${key}=${encodeURIComponent(id)}`
     + (several() ? `&run=${report.runs.indexOf(current) + 1}` : "");
-  let report; // the data of the page: {runs: [{name, rows, answers, tokens}]}
+  const tuned = () => current.arms.slice(1); // the arms of the run but for the seed
+  let report; // the data of the page: {runs: [{name, arms, rows, answers, tokens}]}, where an arm
+  // is [its name in the files, the one that is shown, the name of its colour]
   let current; // the run that is shown
   const browsers = {};
 

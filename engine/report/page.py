@@ -32,6 +32,7 @@ from engine.report.findings import (
     why_incomparable,
 )
 from engine.report.load import Run, load_runs
+from engine.report.many_arms import equal_target_tables
 from engine.runtime.files import write_text
 
 ASSETS = Path(__file__).resolve().parent
@@ -72,13 +73,17 @@ def inline_json(value: Any) -> Html:
     return Html(text)
 
 
-def table(rows: Table, caption: str, class_: str = "") -> Html:
-    """A table whose first row and first column are headers, in a region that can be scrolled."""
+def table(rows: Table, caption: str, class_: str = "", inks: Sequence[str] = ()) -> Html:
+    """A table whose first row and first column are headers, in a region that can be scrolled.
+
+    inks    names of the colours of the rows' headers; rows after the last have none
+    """
     head = [tag("th", cell, scope="col") for cell in rows[0]]
     body = []
-    for name, *cells in rows[1:]:
+    for i, (name, *cells) in enumerate(rows[1:]):
+        colour = {"class_": f"ink {inks[i]}"} if i < len(inks) else {}
         data = [tag("td", cell) for cell in cells]
-        body.append(tag("tr", tag("th", name, scope="row"), *data))
+        body.append(tag("tr", tag("th", name, scope="row", **colour), *data))
     whole = tag(
         "table",
         tag("caption", tag("span", caption)),
@@ -147,8 +152,9 @@ def render(runs: Sequence[Run]) -> tuple[bool, str]:
         "run": _what_was_run(runs),
         "result": _result(runs, overview, of_runs, boxes),
         "answers": html.escape(
-            "Greedy answers of the seed model and of both tuned models to the same prompts; those "
-            "that drifted most come first. Marked: words that the seed's answer lacks there."
+            f"Greedy answers of the seed model and of {_both_or_all(runs)} tuned models to the "
+            "same prompts; those that drifted most come first. Marked: words that the seed's "
+            "answer lacks there."
         ),
         "training": html.escape(
             "The text that the model is trained on, token by token, shaded by how unlikely the "
@@ -181,7 +187,19 @@ def _hash_source(text: str) -> str:
 
 def _data(run: Run) -> dict[str, Any]:
     """The data of sections 3 to 5."""
-    return {"name": run.name, "rows": run.rows, "answers": run.answers, "tokens": run.tokens}
+    inks = run.inks()
+    return {
+        "name": run.name,
+        "arms": [[arm, title, inks[arm]] for arm, title in run.arms.items()],
+        "rows": run.rows,
+        "answers": run.answers,
+        "tokens": run.tokens,
+    }
+
+
+def _both_or_all(runs: Sequence[Run]) -> str:
+    """How many tuned models there are, in a word."""
+    return "both" if all(len(run.tuned) == 2 for run in runs) else "all"
 
 
 # ---- sections 1 and 2
@@ -205,7 +223,7 @@ def _what_was_run(runs: Sequence[Run]) -> Html:
         notes = [tag("p", text, class_="note") for text in warnings(run)]
         words = tag("div", tag("dl", *terms, class_="findings"), *notes)
         glance = [[row[i] for i in GLANCE] for row in result_table(run)]
-        numbers = table(glance, "At a glance", "arms")
+        numbers = table(glance, "At a glance", "arms", list(run.inks().values()))
         parts.append(tag("div", words, numbers, class_="glance"))
         parts.append(_facts(run))
     return Html("".join(parts))
@@ -317,9 +335,10 @@ def _result(
     for group, numbers in tables_over_seeds(runs):
         names = ", ".join(run.name for run in group)
         caption = f"Mean and 95 % interval (Student's t) over {len(group)} seeds: {names}"
-        parts.append(table(numbers, caption, "arms seeds"))
+        parts.append(table(numbers, caption, "arms", list(group[0].inks().values())))
     caption = "Intervals over held-out questions (Wilson) and over prompts (bootstrap)"
-    parts.append(table(results_table(runs), caption, "arms"))
+    inks = [ink for run in runs for ink in run.inks().values()]
+    parts.append(table(results_table(runs), caption, "arms", inks))
     parts.append(
         tag(
             "p",
@@ -328,11 +347,13 @@ def _result(
             "the seed's own answers to general prompts, lower is less forgotten. KL, task: the "
             "same over its answers to the held-out prompts. Update norm: Frobenius norm of the "
             "adapter's updates s B A together (its share of that of the adapted weights). Loss "
-            "tokens and steps: the budgets of the two arms.",
+            "tokens and steps: the budgets of the arms.",
             class_="notes",
         )
     )
     for run in runs:
+        for caption, numbers in equal_target_tables(run):
+            parts.append(table(numbers, f"{caption}: {run.name}"))
         norms = norms_table(run)
         if norms is not None:
             caption = f"Norms of the adapters' updates, by module and layer: {run.name}"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.evaluate.arms import ARM_NAMES, TUNED
+from engine.evaluate.arm_grammar import Arm, title_of
 from engine.report.findings import Table, drift_interval
 from engine.report.load import Run
 
@@ -27,8 +27,14 @@ from engine.report.load import Run
 INKS = {
     "#000001": "--ink", "#000002": "--soft", "#000003": "--rule", "#000004": "--seed",
     "#000005": "--sft", "#000006": "--sdft", "#000007": "--kept", "#000008": "--rejected",
+    "#000011": "--arm1", "#000012": "--arm2", "#000013": "--arm3", "#000014": "--arm4",
+    "#000015": "--arm5", "#000016": "--arm6",
 }  # fmt: skip
 INK = {name.removeprefix("--"): colour for colour, name in INKS.items()}
+MARKERS = {
+    "seed": "o", "sft": "o", "sdft": "o", "arm1": "s", "arm2": "^", "arm3": "D", "arm4": "v",
+    "arm5": "<", "arm6": ">",
+}  # fmt: skip
 SIZE = (4.4, 2.8)  # inches; narrow, so that the text stays legible on a telephone
 SVG = "{http://www.w3.org/2000/svg}"  # ElementTree's prefix of SVG tags
 POINTS_IN_TABLE = 50  # of a loss curve, about
@@ -147,6 +153,7 @@ def overview(runs: Sequence[Run]) -> list[Plot]:
         table.append([point.name, *_estimate_cells(point.kl), *_estimate_cells(point.target)])
 
     def draw(axes: Any) -> None:
+        _join_scales(axes, points)
         for point in points:
             x, y = point.kl.mean, point.target.mean
             axes.errorbar(
@@ -154,8 +161,8 @@ def overview(runs: Sequence[Run]) -> list[Plot]:
                 y,
                 xerr=_error_bar(point.kl),
                 yerr=_error_bar(point.target),
-                color=INK[point.arm],
-                marker="o",
+                color=INK[point.ink],
+                marker=MARKERS[point.ink],
                 markersize=6,
                 elinewidth=1.1,
                 zorder=3,
@@ -186,12 +193,27 @@ class Estimate(NamedTuple):
     high: float
 
 
+def _join_scales(axes: Any, points: Sequence[Point]) -> None:
+    """A line through the scales of every training, in the order of their drift."""
+    by_training: dict[str, list[Point]] = {}
+    for point in points:
+        by_training.setdefault(point.training, []).append(point)
+    for of_training in by_training.values():
+        if len(of_training) > 1:
+            ordered = sorted(of_training, key=lambda point: point.kl.mean)
+            x = [point.kl.mean for point in ordered]
+            y = [point.target.mean for point in ordered]
+            axes.plot(x, y, color=INK[ordered[0].ink], linewidth=0.9, alpha=0.6)
+
+
 @dataclass(frozen=True)
 class Point:
     """An arm of a run in the overview."""
 
     name: str
     arm: str
+    ink: str  # the name of its colour
+    training: str  # the same for all scales of an arm
     kl: Estimate  # nats per token
     target: Estimate  # share right; the held-out NLL where nothing is judged
 
@@ -199,13 +221,20 @@ class Point:
 def _points(run: Run, several: bool) -> list[Point]:
     """A point for every arm whose target was measured; `several`: the names hold the run's too."""
     points = []
+    inks = run.inks()
     for arm, score in run.scores.items():
         target = Estimate(score.nll, score.nll, score.nll)
         if score.n:
             target = Estimate(score.share, *score.interval())
-        name = f"{ARM_NAMES[arm]} · {run.name}" if several else ARM_NAMES[arm]
-        points.append(Point(name, arm, _kl_estimate(run, arm), target))
+        name = f"{run.arms[arm]} · {run.name}" if several else run.arms[arm]
+        training = f"{run.path} {_trained(arm)}"
+        points.append(Point(name, arm, inks[arm], training, _kl_estimate(run, arm), target))
     return points
+
+
+def _trained(arm: str) -> str:
+    """The name of the arm at scale 1, which is trained for all scales."""
+    return arm if arm == "seed" else Arm.parse(arm).trained().name
 
 
 def _kl_estimate(run: Run, arm: str) -> Estimate:
@@ -243,24 +272,25 @@ def plots_of_run(run: Run, key: str) -> list[Plot]:
 
 
 def _loss(run: Run) -> Plot | None:
-    """The loss of both arms by optimizer step."""
+    """The loss of all trainings by optimizer step."""
     curves = {arm: dict(points) for arm, points in run.losses.items() if points}  # step -> loss
+    inks = {_trained(arm): ink for arm, ink in run.inks().items()}
     if not curves:
         return None
-    steps = sorted(set().union(*curves.values()))  # of both arms
+    steps = sorted(set().union(*curves.values()))
     every = max(1, len(steps) // POINTS_IN_TABLE)
-    table = [["Step", *(ARM_NAMES[arm] for arm in curves)]]
+    table = [["Step", *(title_of(arm) for arm in curves)]]
     for step in steps[::every]:
         losses = [curve.get(step, math.nan) for curve in curves.values()]
         table.append([str(step), *(f"{loss:.4f}" for loss in losses)])
 
     def draw(axes: Any) -> None:
         for arm in curves:
-            ink = INK[arm]
+            ink = INK[inks[arm]]
             x, y = np.array(run.losses[arm]).T  # (steps,) each
             smooth = _running_mean(y)
             axes.plot(x, y, color=ink, alpha=0.35, linewidth=0.9)
-            axes.plot(x, smooth, color=ink, linewidth=1.6, label=ARM_NAMES[arm])
+            axes.plot(x, smooth, color=ink, linewidth=1.6, label=title_of(arm))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
@@ -349,11 +379,14 @@ def _nll(run: Run) -> Plot | None:
 
 
 def _drift(run: Run) -> Plot | None:
-    """KL to the seed of both arms, by general prompt."""
+    """KL to the seed of every training at scale 1, by general prompt."""
     series = {}
-    for arm in TUNED:
+    inks = run.inks()
+    for arm in run.tuned:
+        if _trained(arm) != arm:
+            continue
         values = [item["kl"][arm] for item in run.drift(arm)]
-        series[ARM_NAMES[arm]] = Series(arm, values)
+        series[run.arms[arm]] = Series(inks[arm], values)
     return Histogram(
         name="drift",
         title="Drift by prompt",
