@@ -86,10 +86,8 @@ def make_material(
 ) -> Material:
     """What the arms need beside the distilled lines of `report`, made in `out` where it is missing.
 
-    Takes the seconds of every stage into `stages`, those of the distillation too. ValueError where
-    the arm rft would have no row.
+    Takes the seconds of every stage into `stages`. ValueError where the arm rft would have no row.
     """
-    stages.add("distill", report.seconds, report.written, len(report.lines))
     if any(arm.method == "rft" for arm in arms):
         try:
             rejected_turns(report.lines)
@@ -98,7 +96,7 @@ def make_material(
     unguided = None
     if any(arm.method == "self" for arm in arms):
         of_self = unguided_report(session, config, rows, out / "unguided.jsonl")
-        stages.add("unguided", of_self.seconds, of_self.written, len(of_self.lines))
+        stages.add_distillation("unguided", of_self)
         print(f"unguided answers, for the arm self: {of_self.text()}")
         unguided = of_self.lines
     return Material(out, report.lines, unguided)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.distill.distill_report import DistillReport
 from engine.evaluate.arm_grammar import title_of
 from engine.runtime.files import write_json
 from model.config import read_json
@@ -114,6 +115,10 @@ class StageSeconds:
             "items": items,
         }
         write_json(self.file, self.stages)
+
+    def add_distillation(self, stage: str, report: DistillReport) -> None:
+        """Note what this process took to distil a file."""
+        self.add(stage, report.seconds, report.written, len(report.lines))
 
     def of(self, stage: str) -> float | None:
         """The seconds of the whole stage; None where it was never measured."""

@@ -133,6 +133,8 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
     with timed(seconds, "distill"):
         results.distilled = distil_rows(session, config, out, inputs.rows)
     print(results.distilled.text())
+    stages = StageSeconds(out / "costs.json")
+    stages.add_distillation("distill", results.distilled)
 
     if not config.job.no_score:
         with timed(seconds, "score"):
@@ -140,7 +142,6 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
         print(results.likelihood.text())
 
     arms = parse_arms(config.job.arms)
-    stages = StageSeconds(out / "costs.json")
     results.material = make_material(
         session, config, inputs.rows, results.distilled, arms, out, stages
     )

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.rows import Row, Rows
-from engine.distill.distill import can_be_asked, distill_job
+from engine.distill.distill import can_be_asked, distill_job, distill_settings
 from engine.distill.distill_report import DistillReport
-from engine.distill.seed_likelihoods import LikelihoodSums
+from engine.distill.seed_likelihoods import LikelihoodSums, score
 from engine.evaluate.arm_grammar import Arm, parse_arms
 from engine.jobs.arm_training import (
     Material,
@@ -85,17 +85,9 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
     held_out = check_inputs(session, config, rows, settings, arms)
 
     # 1. once for all runs: the rewrites, their likelihoods, the seed's answers
-    report, likelihood = distill_job(
-        session,
-        rows,
-        out / "distilled.jsonl",
-        config.distill,
-        config.sampling,
-        scoring=True,
-        resume=True,
-    )
-    facts = _facts(session, config, report, likelihood)
     stages = StageSeconds(out / "costs.json")
+    report, likelihood = _distil(session, config, rows, out / "distilled.jsonl", stages)
+    facts = _facts(session, config, report, likelihood)
     material = make_material(session, config, rows, report, arms, out, stages)
     measure = Measure(session, config, held_out, general_answers(session, config, out))
     seed_model = ArmResults("", "seed", [measure.seed(out / "seed")])
@@ -140,6 +132,21 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
     print(drawing)
     print(f"all figures: {out}/study.json; adapters: {out}/<setting>/seed<n>/<arm>")
     return facts | found
+
+
+def _distil(
+    session: Session, config: Config, rows: Rows, file: Path, stages: StageSeconds
+) -> tuple[DistillReport, LikelihoodSums]:
+    """The rewrites in `file`, and the seed's likelihoods of them and of the references."""
+    report, _ = distill_job(
+        session, rows, file, config.distill, config.sampling, scoring=False, resume=True
+    )
+    stages.add_distillation("distill", report)
+    settings = distill_settings(session, rows, config.distill, config.sampling)
+    scores = file.with_name(file.name + ".scores.jsonl")
+    likelihood = score(session.model, session.chat, report.lines, scores, settings)
+    print(likelihood.text())
+    return report, likelihood
 
 
 def adapter_of(session: Session, place: Path, trained: TrainedArm, point: Point) -> Lora:
@@ -231,7 +238,7 @@ def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
 
 
 def _facts(
-    session: Session, config: Config, report: DistillReport, likelihood: LikelihoodSums | None
+    session: Session, config: Config, report: DistillReport, likelihood: LikelihoodSums
 ) -> dict[str, Any]:
     """The content of study.json, except the findings."""
     return {
