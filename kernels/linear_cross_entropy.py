@@ -59,7 +59,7 @@ def entropy_reference(hidden: Tensor, head: Tensor) -> Tensor:
     """entropy (N,) of the LIKELIEST tokens."""
     acc = accumulate_dtype(hidden.dtype)
     logits = (hidden @ head.T).to(acc)  # (N, V)
-    likeliest = logits.sort(dim=-1, descending=True).values[:, :LIKELIEST]  # (N, K)
+    likeliest = logits.topk(min(LIKELIEST, len(head)), dim=-1).values  # (N, K)
     log_p = torch.log_softmax(likeliest, dim=-1)
     return -(log_p.exp() * log_p).sum(-1)
 

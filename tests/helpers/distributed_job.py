@@ -5,6 +5,7 @@ python -m torch.distributed.run --nproc-per-node N tests/helpers/distributed_job
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -20,15 +21,21 @@ from safetensors.torch import save_file
 from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
 from engine.distill.seed_likelihoods import score
-from engine.runtime.distributed import start
+from engine.measure import token_nll as token_nll_module
+from engine.measure.token_nll import token_nll
+from engine.runtime.distributed import World, start
 from engine.runtime.flags import run_main
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.train import step as step_module
+from engine.train.losses import Loss
+from engine.train.optim import Optimizer
 from engine.train.train import FrozenModel, train
 from engine.train.validate import ValidateConfig, Validator
+from engine.train.weighted_loss import WeightedLoss
 from model.chat import Chat
 from model.llama import Llama
+from model.lora import Lora
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
@@ -58,6 +65,27 @@ def line(i: int) -> Distilled:
     )
 
 
+def weighted_steps(model: Llama, lora: Lora, folder: Path, world: World) -> dict[str, torch.Tensor]:
+    """Gradient and means of one step under weighted losses, of 9 rows and of 1, summed over the
+    processes.
+
+    The likelihoods under the seed are kept in `folder`; several micro-batches of 64 tokens.
+    """
+    found = {}
+    for text, count in itertools.product(("k3:0.5", "eaft"), (9, 1)):
+        rows = examples(count)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(token_nll_module, "BATCH_TOKENS", 64)
+            seed_nll = token_nll(model, rows, folder, "h", world)
+        weighted = WeightedLoss(Loss.parse(text), seed_nll)
+        gradients = step_module.step_gradients(model, lora, rows, 3, 64, "none", world, weighted)
+        optimizer = Optimizer.fresh(lora, 0.0)
+        result = step_module.step_update(model, lora, optimizer, gradients, 0.0, 0.0, world)
+        found[f"grads {text} {count}"] = lora.grads.clone()
+        found[f"means {text} {count}"] = result.weighted
+    return found
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
@@ -75,6 +103,8 @@ def main() -> None:
             )
             found[f"loss {policy} {count}"] = world.all_reduce_sum_(gradients.nll.sum())
             found[f"grads {policy} {count}"] = world.all_reduce_sum_(lora.grads).clone()
+
+    found |= weighted_steps(model, lora, Path(job["seed_nll"]), world)
 
     # 2. the size of a shard, validation and scores of sharded weights; they cannot be sampled from
     chat = Chat.from_dir(job["model"], load_tokenizer(job["model"]))

@@ -26,7 +26,7 @@ from kernels.philox import (
     uniform,
     uniform_triton,
 )
-from kernels.registry import OPS, REFERENCE, SPECS, TORCH
+from kernels.registry import OPS, REFERENCE, SPECS, TORCH, TRITON
 from kernels.spec import cast, check
 from tests.helpers import interpreter
 from tests.helpers.operation_cases import (
@@ -195,6 +195,18 @@ def test_torch_writes_into_no_input(name):
     pairs = zip(named_tensors(before), named_tensors(inputs), strict=True)
     for (field, was), (_, now) in pairs:
         assert torch.equal(was, now), f"{name} wrote into {field}"
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, TORCH, TRITON], ids=lambda ops: ops.name)
+def test_asking_for_the_entropy_changes_no_other_output(ops):
+    """Several chunks in the interpreter; the entropy is the same with and without the gradient."""
+    spec = SPECS["linear_cross_entropy"]
+    inputs = cast(spec.make_inputs((33, 24, 257), seeded(1)), torch.float32, DEVICE)
+    outputs = spec.run(ops, inputs)
+    entropy = torch.full_like(outputs["nll"], torch.nan)
+    nll, dhidden = ops.linear_cross_entropy(**inputs, entropy=entropy)
+    for name, found in (("nll", nll), ("dhidden", dhidden), ("entropy", entropy)):
+        assert torch.equal(found, outputs[name]), name
 
 
 def test_check_fails_for_a_gradient_that_is_off_by_a_thousandth():

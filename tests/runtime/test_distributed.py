@@ -33,7 +33,7 @@ from model.peft_format import load_lora
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
-from tests.helpers.distributed_job import lines
+from tests.helpers.distributed_job import lines, weighted_steps
 from tests.helpers.sessions import session_of
 from tests.helpers.training import LORA, SMALL, examples
 
@@ -81,6 +81,7 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     for count in (9, 1):
         loss = step_gradients(model, lora, examples(count), 3, 64, "none", SINGLE_PROCESS).nll.sum()
         alone[count] = loss, lora.grads.clone()
+    weighted = weighted_steps(model, lora, tmp_path / "seed 1", SINGLE_PROCESS)
     one = Llama.from_pretrained(path)
     single, _ = train(FrozenModel(one, "b", "h"), examples(), LORA, SMALL, tmp_path / "one")
     held_out, scores = tmp_path / "held_out.json", tmp_path / "scores.jsonl"
@@ -89,6 +90,7 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     for size, kill in ((2, 8), (3, 10 if shard else 0)):
         job = {"model": str(path), "out": str(out), "kill": kill, "shard": shard}
         job |= {"found": str(tmp_path / "found"), "held_out": str(held_out), "scores": str(scores)}
+        job["seed_nll"] = str(tmp_path / f"seed {size}")
         (tmp_path / "job.json").write_text(json.dumps(job))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = [
@@ -108,6 +110,11 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             assert (found[f"loss {policy} {count}"] - loss).abs() < 1e-9 * loss
             error = (found[f"grads {policy} {count}"] - grads).abs().max()
             assert error < 1e-9 * grads.abs().max()
+        for name, tensor in weighted.items():
+            assert (found[name] - tensor).abs().max() < 1e-9 * tensor.abs().max(), name
+        for file in (tmp_path / "seed 1").glob("*.jsonl"):
+            of_processes = tmp_path / f"seed {size}" / file.name
+            assert of_processes.read_bytes() == file.read_bytes(), "the seed's likelihoods"
         if kill:
             assert done.returncode != 0
             # torchrun asks rank 0 to stop as soon as it sees the death: either may come first
