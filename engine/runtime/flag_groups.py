@@ -23,7 +23,7 @@ GROUPS = {
     "What a study varies": "seeds rows-list grid",
     "Evaluation": """
         eval-data eval-limit eval-max-new retention-max-new similarity val-every val-data
-        val-limit val-prompts best task tasks-dir task-data task-limit paper
+        val-limit val-prompts best patience stop-kl task tasks-dir task-data task-limit paper
         lm-eval lm-eval-path lm-eval-shots lm-eval-limit""",
     "Speed and memory": """
         device dtype ops threads shard rows kv-memory prefill-tokens page-size draft

@@ -51,6 +51,7 @@ from kernels.philox import mix
 OWN = "own"
 OUR_PROMPTS = Path(__file__).with_name("replay_prompts.txt")
 DECODING = {"temperature": 0.95, "top_p": 0.7, "top_k": 50}  # as rewrites are decoded by default
+LARGEST_SHARE = 0.95  # 19 rows of replay beside each other one
 LINE = {"id": str, "ids": list, "finish": str, "prompt_tokens": int}  # fields of a line
 _PREFIX = "replay:"  # of the id of a request, before its prompt's key
 _ID = re.compile(_PREFIX + r"([0-9a-f]{16})/\d+")  # of an example: the key, the sample
@@ -66,16 +67,18 @@ class ReplayConfig:
     replay: str | None = None  # mix the seed model's own answers to general prompts into the
     #   training rows: own (309 prompts of ours) or a data file of prompts, whose references are
     #   not used [default: none]
-    replay_share: float = 0.2  # share of the training rows, above 0 and below 1, that are replay
+    replay_share: float = 0.2  # share of the training rows, above 0 and at most 0.95, that are
+    #   replay
     replay_max_new: int = 256  # most new tokens in an answer for replay
 
     def check(self) -> None:
         """ValueError for values out of range."""
-        check_numbers(self, replay_max_new=(1, MOST))
-        if not 0 < self.replay_share < 1:
+        if not 0 < self.replay_share <= LARGEST_SHARE:
             raise ValueError(
-                f"replay_share {self.replay_share}: expected a share above 0 and below 1"
+                f"replay_share {self.replay_share}: expected a share above 0 and at most "
+                f"{LARGEST_SHARE}"
             )
+        check_numbers(self, replay_max_new=(1, MOST))
 
     def rows(self, task_rows: int) -> int:
         """The replay rows beside `task_rows` others."""

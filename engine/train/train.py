@@ -327,6 +327,9 @@ def run_settings(
         settings["replay"] = {"rows": rows, "prompts": replayed}
     if validator is not None:
         settings["validate"] = dataclasses.asdict(validator.config)
+        for name in ("patience", "stop_kl"):  # runs of older versions do not have them
+            if not settings["validate"][name]:
+                del settings["validate"][name]
     return settings
 
 
