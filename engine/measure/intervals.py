@@ -4,6 +4,8 @@
     bootstrap           interval of the ratio of two sums: items are resampled
     crossed_bootstrap   the same over several seeds on the same items: both are resampled
     mcnemar             test of two arms on the same items, each right or wrong
+    mcnemar_power       how often that test sees a given difference; `smallest_difference` that it
+                        sees four times of five
     sign_flip_test      the same over several seeds: the signs of differences are flipped
     t_interval          interval of the mean over a few seeds
     holm                p values corrected for the number of tests that were looked at
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -96,6 +99,69 @@ def mcnemar(only_first: int, only_second: int) -> float:
     ways = sum(math.comb(n, i) for i in range(k + 1))
     tail = ways / 2**n
     return min(1.0, 2 * tail)
+
+
+def mcnemar_power(n: int, lost: float, won: float, level: float = 0.05) -> float:
+    """The probability that `mcnemar` is below `level` for n independent items.
+
+    lost, won    probabilities that only the first, and that only the second arm is right on an item
+
+        sum_d P(D = d) P(K <= c_d or K >= d - c_d | D = d)
+        D ~ Binomial(n, lost + won) items differ, K ~ Binomial(d, won / (lost + won)) of them won
+
+    c_d is the largest count at which the test on d differing items is below `level`. Exact, no
+    normal approximation. 0 where the arms never differ.
+    """
+    differ = lost + won
+    if differ == 0:
+        return 0.0
+    power = 0.0
+    differing = _binomial(n, differ)  # (n + 1,), the probability of every d
+    for d in range(n + 1):
+        if differing[d] < 1e-15:
+            continue
+        extreme = 2 * np.cumsum(_binomial(d, 0.5)) < level  # (d + 1,), by the smaller count
+        counts = np.arange(d + 1)
+        is_seen = extreme[np.minimum(counts, d - counts)]  # (d + 1,), by K
+        power += differing[d] * float(_binomial(d, won / differ)[is_seen].sum())
+    return power
+
+
+def smallest_difference(n: int, differ: float, power: float = 0.8) -> float:
+    """The smallest share won - lost that McNemar's test on n items sees with this probability.
+
+    differ    share of the items on which exactly one of the two arms is right
+
+    nan where even winning all of them is not seen that often. Accurate to 0.0001.
+    """
+    if mcnemar_power(n, 0.0, differ) < power:
+        return math.nan
+    low, high = 0.0, differ
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        if mcnemar_power(n, (differ - middle) / 2, (differ + middle) / 2) < power:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _binomial(n: int, p: float) -> np.ndarray:
+    """The probabilities (n + 1,) of 0, 1, ..., n successes in n trials."""
+    if p in (0.0, 1.0):
+        certain = np.zeros(n + 1)
+        certain[round(n * p)] = 1.0
+        return certain
+    k = np.arange(n + 1)
+    log_factorials = _log_factorials(n)
+    log_ways = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
+    return np.exp(log_ways + k * math.log(p) + (n - k) * math.log1p(-p))
+
+
+@cache
+def _log_factorials(n: int) -> np.ndarray:
+    """The logarithms (n + 1,) of 0!, 1!, ..., n!."""
+    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
 
 
 def crossed_bootstrap(

@@ -104,6 +104,35 @@ def test_a_file_of_prompts_is_read_as_all_data_are(tiny_llama_dir, tmp_path, cap
     assert "1 unusable rows left out" in said and "fields not used: target" in said
 
 
+def test_the_prompts_of_the_trained_task_are_measured_beside(tiny_llama_dir, tmp_path, capsys):
+    """--eval-data: rows with or without references; a second run computes nothing."""
+    session = Session.open(ModelConfig(str(tiny_llama_dir(tokenizer=True))))
+    lora = new_lora(session.model)
+    lora.params.add_(0.1)
+    save_lora(lora, tmp_path / "tuned")
+    held_out = tmp_path / "test.json"
+    held_out.write_text('[{"question": "Why?", "answer": "7"}, {"question": "So?", "answer": "8"}]')
+    adapters = [str(tmp_path / "tuned")]
+    sampling = SamplerConfig(max_new_tokens=3, temperature=0.0)
+    prompts = tmp_path / "p.json"
+    prompts.write_text('[{"prompt": "Why?"}, {"prompt": "So?"}]')
+
+    def measured(out):
+        data, rows = DataConfig(str(prompts)), DataConfig(str(held_out))
+        return retention_job(session, adapters, out, sampling, data, held_out=rows)["tuned"]
+
+    found = measured(tmp_path / "r.jsonl")
+    # the general prompts are here the task's own
+    assert found["task"]["kl"] == found["kl"] > 0 and found["task"]["prompts"] == 2
+    assert found["update_norms"]["norm"] > 0
+    said = capsys.readouterr().out
+    assert "2 held-out prompts of the task" in said and "tuned: norm of its updates" in said
+    names = ("r.jsonl", "r.jsonl.task.jsonl", "r.jsonl.task.jsonl.seed.jsonl")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    assert measured(tmp_path / "r.jsonl") == found
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
 @pytest.fixture
 def embed():
     if importlib.util.find_spec(PACKAGE) is None:

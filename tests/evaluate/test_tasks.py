@@ -555,7 +555,7 @@ def test_other_settings_are_refused(session, data, tmp_path):
     [
         ([], {}, "expected some of gsm8k"),
         (["gsm9k"], {}, "expected some of gsm8k"),
-        (["gsm8k"], {}, "--task-data gsm8k=FILE"),
+        (["gsm8k"], {}, "--task gsm8k=FILE"),
         (["gsm8k"], {"tasks_dir": "/nowhere"}, "gsm8k_test.json is not there"),
         (["instructions"], {"samples": 2}, "greedy answers are all the same"),
         (["instructions"], {"samples": 0}, "samples 0"),

@@ -53,6 +53,8 @@ def make_run(
     answers: list[dict] = []  # held-out rows, then general prompts
     evaluation = _held_out(prose, answers)
     retention = _general(prose, answers)
+    task = _task_drift(prose)
+    write_jsonl(path / "retention_task.jsonl", task)
     write_jsonl(path / "evaluation.jsonl", evaluation)
     write_jsonl(path / "retention.jsonl", retention)
     write_jsonl(path / "answers.jsonl", answers)
@@ -70,7 +72,10 @@ def make_run(
             "first_loss": 1.9,
             "last_loss": 0.8,
         }
-    write_json(path / "summary.json", _summary(evaluation, retention, training, data, text, seed))
+    summary = _summary(evaluation, retention, training, data, text, seed)
+    summary["retention_task"] = _means(task)
+    summary["update_norms"] = {arm: _norms(size) for arm, size in (("sft", 2.0), ("sdft", 1.0))}
+    write_json(path / "summary.json", summary)
     return path
 
 
@@ -176,6 +181,50 @@ def _general(prose: Prose, answers: list[dict]) -> list[dict]:
     return retention
 
 
+def _task_drift(prose: Prose) -> list[dict]:
+    """Lines of retention_task.jsonl: the twenty held-out rows; SFT moved twice as far."""
+    lines = []
+    for i in range(20):
+        kl = prose.rng.uniform(0.2, 0.3)  # nats per token
+        for arm, factor in (("sft", 2), ("sdft", 1)):
+            lines.append(
+                {
+                    "arm": arm,
+                    "id": f"test{i}",
+                    "answer": prose(20),
+                    "tokens": 30,
+                    "kl": 30 * factor * kl,
+                    "reverse_kl": 30 * kl,
+                    "agree": 20,
+                    "nll": 30.0,
+                    "seed_nll": 15.0,
+                }
+            )
+    return lines
+
+
+def _means(lines: list[dict]) -> dict:
+    """The KL per token of each arm."""
+    drift = {}
+    for arm in TUNED:
+        of_arm = [line for line in lines if line["arm"] == arm]
+        tokens = sum(line["tokens"] for line in of_arm)
+        kl = sum(line["kl"] for line in of_arm) / tokens
+        drift[arm] = {"kl": kl, "agreement": 0.86}
+    return drift
+
+
+def _norms(size: float) -> dict:
+    """Norms of the update of one arm: two layers, q and v."""
+    figures = {"norm": size, "weight_norm": 50.0, "relative": size / 50}
+    parts = {
+        "kinds": {f"self_attn.{kind}_proj": figures for kind in "qv"},
+        "layers": {"0": figures, "1": figures},
+        "modules": {},
+    }
+    return figures | parts
+
+
 def _tokens(rng: random.Random, answer: str) -> dict:
     """An entry of tokens.jsonl: a fixed prompt, and the answer's words in pieces."""
     prompt = ["<|im_start|>", "user", "\n", "Ask", "<|im_end|>", "\n"]
@@ -202,12 +251,7 @@ def _summary(
     for arm, nll in (("seed", 1.3), ("sft", 0.9), ("sdft", 1.0)):
         right = sum(line["ok"] for line in evaluation if line["arm"] == arm)
         scores[arm] = {"n": 20, "right": right, "truncated": 0, "nll": nll, "share": right / 20}
-    drift = {}
-    for arm in training:
-        of_arm = [line for line in retention if line["arm"] == arm]
-        tokens = sum(line["tokens"] for line in of_arm)
-        kl = sum(line["kl"] for line in of_arm) / tokens
-        drift[arm] = {"kl": kl, "agreement": 0.86}
+    drift = _means(retention)
     settings = {
         "ModelConfig": {"model": f"models/made{text}"},
         "DataConfig": {"data": data, "limit": None},

@@ -1,5 +1,6 @@
 """Intervals and tests against values computed by hand, by counting, or by each other."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,9 @@ from engine.measure.intervals import (
     crossed_bootstrap,
     lost_won,
     mcnemar,
+    mcnemar_power,
     sign_flip_test,
+    smallest_difference,
     t_interval,
     wilson,
 )
@@ -105,3 +108,36 @@ def test_crossed_bootstrap_is_wider_where_seeds_differ():
 
 def test_lost_and_won_items_are_counted():
     assert lost_won([1, 1, 0, 0, 0.5], [0, 1, 1, 1, 0.5]) == (1, 2)
+
+
+def test_the_power_of_mcnemars_test_is_exact():
+    """By counting all outcomes of six items; and by hand where the loser never wins."""
+    lost, won = 0.1, 0.6
+    counted = 0.0
+    for outcomes in itertools.product((lost, won, 1 - lost - won), repeat=6):
+        only_first, only_second = outcomes.count(lost), outcomes.count(won)
+        if mcnemar(only_first, only_second) < 0.05:
+            counted += math.prod(outcomes)
+    assert mcnemar_power(6, lost, won) == pytest.approx(counted, rel=1e-12) and counted > 0.04
+    # six items all won: p = 2/64, five: p = 2/32
+    assert mcnemar_power(6, 0.0, 0.5) == pytest.approx(0.5**6)
+    assert mcnemar_power(5, 0.0, 1.0) == 0 and mcnemar_power(6, 0.0, 1.0) == 1
+    assert mcnemar_power(900, 0.0, 0.0) == 0
+    # equal arms: rejected in at most 5 % of the cases, as an exact test must
+    assert 0.02 < mcnemar_power(900, 0.05, 0.05) < 0.05
+
+
+def test_900_items_show_three_points_where_a_tenth_of_them_differ():
+    """The claim of engine/evaluate/tasks/README.md, by the formula and by simulation."""
+    lost, won = 0.035, 0.065  # 10 % of the items differ, by 3 points
+    power = mcnemar_power(900, lost, won)
+    assert 0.78 < power < 0.80
+    draw = np.random.default_rng(0).multinomial(900, [lost, won, 1 - lost - won], size=4000)
+    seen = [mcnemar(int(a), int(b)) < 0.05 for a, b, _ in draw]
+    assert np.mean(seen) == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / 4000))
+    # percent of items that differ -> points seen four times of five, as the page's table says
+    for differ, points in ((4, 1.9), (6, 2.4), (8, 2.7), (10, 3.0), (15, 3.7), (20, 4.3)):
+        smallest = 100 * smallest_difference(900, differ / 100)
+        assert smallest == pytest.approx(points, abs=0.06)
+    assert 15 < 100 * smallest_difference(40, 0.2) < 20, "forty items see a difference of 20 points"
+    assert math.isnan(smallest_difference(40, 0.05))

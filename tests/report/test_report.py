@@ -17,7 +17,7 @@ import pytest
 from engine.data.subset import evenly_spaced
 from engine.measure.intervals import t_interval
 from engine.report import plots
-from engine.report.findings import findings, tables_over_seeds
+from engine.report.findings import findings, norms_table, result_table, tables_over_seeds
 from engine.report.load import load_run, load_runs
 from engine.report.page import Html, inline_json, report_job, tag, write_report
 from engine.runtime.files import read_jsonl, write_json, write_jsonl
@@ -183,6 +183,34 @@ def test_a_difference_is_stated_only_where_it_is_significant(tmp_path):
     write_jsonl(run / "retention.jsonl", [line | {"kl": 3.0} for line in drift])
     found = dict(findings(load_run(run, "run")))
     assert "No difference is seen (SFT − SDFT: +0.0000" in found["Retention"]
+
+
+def test_drift_on_the_task_and_the_updates_norms_are_shown_where_they_were_measured(tmp_path):
+    run = make_run(tmp_path / "run", 12)
+    loaded = load_run(run, "run")
+    found = dict(findings(loaded))
+    kl = loaded.summary["retention_task"]
+    expected = (
+        "20 held-out prompts of the task, where RL's Razor (2509.04259) expects what predicts"
+    )
+    assert expected in found["Retention"] and "SDFT moved less" in found["Retention"]
+    assert f"SFT {kl['sft']['kl']:.4f}, SDFT {kl['sdft']['kl']:.4f}. " in found["Retention"]
+    head, seed, sft, sdft = result_table(loaded)
+    assert head[7:9] == ["KL, task", "Update norm"] and seed[7:9] == ["–", "–"]
+    assert sft[7:9] == [f"{kl['sft']['kl']:.4f}", "2.000 (4.00%)"] and sdft[8] == "1.000 (2.00%)"
+    names = [row[0] for row in norms_table(loaded)[1:]]
+    assert names == ["all adapted modules", "self_attn.q_proj", "self_attn.v_proj", "layer 0",
+                     "layer 1"]  # fmt: skip
+    write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "How far the weights moved" in page and "self_attn.q_proj" in page
+    # a run of an older commit measured neither
+    (run / "retention_task.jsonl").unlink()
+    change(run, lambda s: (s.pop("retention_task"), s.pop("update_norms")))
+    older = load_run(run, "run")
+    assert "RL's Razor" not in dict(findings(older))["Retention"]
+    assert norms_table(older) is None and result_table(older)[2][7:9] == ["–", "–"]
+    write_report([run], run / "report.html")
 
 
 def test_intervals_over_seeds_only_of_runs_that_differ_in_nothing_else(tmp_path):

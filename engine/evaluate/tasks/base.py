@@ -47,6 +47,7 @@ class Task:
     file: str | None = None  # its data's name in --tasks-dir; None: the task brings its items
     # writes an arm's answers for another program: (items, lines by item id, arm, directory) -> file
     export: Callable[[list[Item], dict[str, dict[str, Any]], str, Path], Path] | None = None
+    max_new_tokens: int | None = None  # most new tokens of an answer, where the job allows more
     paper_format: str = "alpaca"  # chat format of the paper's evaluation scripts
     paper_judge: Judge | None = None  # judges answers to the paper's prompt; None: `judge`
     paper_greedy: bool = False  # one greedy answer in the paper, instead of sampled ones

@@ -24,10 +24,11 @@ from engine.evaluate.tasks.alpaca_eval import ALPACA_EVAL
 from engine.evaluate.tasks.arithmetic import GSM8K, MULTIARITH
 from engine.evaluate.tasks.base import Item, Judge, Task
 from engine.evaluate.tasks.functions import OPENFUNCTIONS
+from engine.evaluate.tasks.generated_instructions import INSTRUCTIONS_900
 from engine.evaluate.tasks.humaneval import HUMANEVAL
 from engine.evaluate.tasks.instructions import INSTRUCTIONS
 from engine.evaluate.tasks.safety import ADVBENCH, ADVBENCH_SUFFIX
-from engine.evaluate.tasks.scores import Lines, Scores, arm_scores, scores_table
+from engine.evaluate.tasks.scores import Lines, Scores, arm_scores, power_note, scores_table
 from engine.measure.answer_missing import answer_missing
 from engine.runtime.files import sha256, write_json
 from engine.runtime.limits import MOST, check_numbers
@@ -49,6 +50,7 @@ ALL_TASKS = (
     ADVBENCH_SUFFIX,
     ALPACA_EVAL,
     INSTRUCTIONS,
+    INSTRUCTIONS_900,
 )
 TASKS: dict[str, Task] = {task.name: task for task in ALL_TASKS}
 # The decoding of the paper's evaluation scripts: sampled once; HumanEval greedy, at most 2,048
@@ -80,8 +82,8 @@ class TaskConfig:
     """The tasks that are answered, and the way in which they are answered."""
 
     task: tuple[str, ...] = ()  # benchmark to answer and score: gsm8k, multiarith, openfunctions,
-    #   humaneval, advbench, advbench_suffix, alpaca_eval or instructions; may be repeated
-    #   [default: none]
+    #   humaneval, advbench, advbench_suffix, alpaca_eval, instructions or instructions_900; with
+    #   its data as in advbench=FILE; may be repeated [default: none]
     task_data: tuple[str, ...] = ()  # NAME=FILE, the data of one task; may be repeated
     #   [default: the files in --tasks-dir]
     tasks_dir: str | None = None  # directory with the tasks' files under their published names
@@ -103,12 +105,13 @@ class TaskConfig:
         ValueError for an unknown task and for data that cannot be read; `Unprotected` where a task
         runs programs and this machine offers no sandbox for them.
         """
-        unknown = set(self.task) - set(TASKS)
+        names = [given.partition("=")[0] for given in self.task]
+        unknown = set(names) - set(TASKS)
         if not self.task or unknown:
             raise ValueError(f"tasks {list(self.task)}: expected some of {', '.join(TASKS)}")
         loaded = {}
         files = self.files()
-        for name in dict.fromkeys(self.task):
+        for name in dict.fromkeys(names):
             task = TASKS[name]
             file = self._file(task, files)
             items, digest = task.load(file, self.paper)
@@ -124,13 +127,16 @@ class TaskConfig:
         return loaded
 
     def files(self) -> dict[str, Path]:
-        """The files of --task-data by task; ValueError where one is not NAME=FILE."""
+        """The files of --task NAME=FILE and of --task-data by task.
+
+        ValueError where one is not NAME=FILE.
+        """
         files = {}
-        for given in self.task_data:
+        for given in (*self.task_data, *(given for given in self.task if "=" in given)):
             name, _, file = given.partition("=")
             if name not in TASKS or not file:
                 raise ValueError(
-                    f"--task-data {given!r}: expected NAME=FILE, NAME among {', '.join(TASKS)}"
+                    f"task data {given!r}: expected NAME=FILE, NAME among {', '.join(TASKS)}"
                 )
             files[name] = Path(file)
         return files
@@ -144,14 +150,12 @@ class TaskConfig:
             return None
         if self.tasks_dir is None:
             raise ValueError(
-                f"task {task.name} needs its data: --task-data {task.name}=FILE, or --tasks-dir "
-                f"with {task.file} in it"
+                f"task {task.name} needs its data: --task {task.name}=FILE, or --tasks-dir with "
+                f"{task.file} in it"
             )
         file = Path(self.tasks_dir) / task.file
         if not file.exists():
-            raise ValueError(
-                f"task {task.name}: {file} is not there; give --task-data {task.name}=FILE"
-            )
+            raise ValueError(f"task {task.name}: {file} is not there; give --task {task.name}=FILE")
         return file
 
 
@@ -210,7 +214,10 @@ def tasks_job(
 
 def tasks_table(scores: Scores) -> str:
     """The table of all tasks and arms, for printing; "" where there is no task."""
-    return scores_table(scores, {name: TASKS[name].scorers for name in scores})
+    text = scores_table(scores, {name: TASKS[name].scorers for name in scores})
+    if INSTRUCTIONS_900.name in scores:
+        text += power_note(INSTRUCTIONS_900.name, scores[INSTRUCTIONS_900.name])
+    return text
 
 
 def paper_chat(session: Session, name: str) -> Chat:
@@ -279,16 +286,24 @@ def _decoding(session: Session, loaded: LoadedTask, sampling: SamplerConfig) -> 
     """The model's own chat format and `sampling`, or those of the paper."""
     task = loaded.task
     if not loaded.paper:
-        generator = ChatGenerator(session.model, session.chat, sampling)
+        generator = ChatGenerator(session.model, session.chat, _limited(sampling, task))
         return Decoding(generator, task.judge, most_tokens=None)
     settings = PAPER_GREEDY if task.paper_greedy else PAPER_SAMPLING
-    sampling = dataclasses.replace(sampling, **settings, stop=task.paper_stop)
+    sampling = _limited(dataclasses.replace(sampling, **settings, stop=task.paper_stop), task)
     chat = paper_chat(session, task.paper_format)
     return Decoding(
         ChatGenerator(session.model, chat, sampling),
         judge=task.paper_judge or task.judge,
         most_tokens=sampling.max_new_tokens if task.paper_greedy else None,
     )
+
+
+def _limited(sampling: SamplerConfig, task: Task) -> SamplerConfig:
+    """The settings with at most as many new tokens as the task wants."""
+    if task.max_new_tokens is None:
+        return sampling
+    limit = min(sampling.max_new_tokens, task.max_new_tokens)
+    return dataclasses.replace(sampling, max_new_tokens=limit)
 
 
 def _requests(

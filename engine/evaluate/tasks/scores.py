@@ -6,11 +6,12 @@ test. With several answers per item the interval is a bootstrap over items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.evaluate.tasks.base import Item
-from engine.measure.intervals import bootstrap, lost_won, mcnemar, wilson
+from engine.measure.intervals import bootstrap, lost_won, mcnemar, smallest_difference, wilson
 from engine.runtime.terminal import table
 
 Lines = Mapping[tuple[str, str, int], dict[str, Any]]  # (arm, item, sample) -> line of the file
@@ -109,6 +110,26 @@ def scores_table(scores: Scores, scorers: Mapping[str, Sequence[str]]) -> str:
     if is_scored:
         parts.append("95 % intervals; p and d compare with the seed on the same items")
     return "\n\n" + "\n".join(parts)
+
+
+def power_note(task: str, by_arm: Mapping[str, ArmScores]) -> str:
+    """What the number of items can show, given how often the arms differ from the seed.
+
+    "" where no arm was compared with the seed by McNemar's test.
+    """
+    parts = []
+    for arm, figures in by_arm.items():
+        for score in figures["scores"].values():
+            if "p" not in score:
+                continue
+            differ = score["only_seed"] + score["only_arm"]
+            smallest = smallest_difference(figures["n"], differ / figures["n"])
+            words = "none" if math.isnan(smallest) else f"{100 * smallest:.1f} points"
+            parts.append(f"{arm} differs on {differ} of {figures['n']} items: {words}")
+    if not parts:
+        return ""
+    subject = f"{task}, the difference from the seed that is seen four times of five"
+    return f"\n{subject}: {'; '.join(parts)}"
 
 
 def _cell(figures: ArmScores, scorer: str) -> str:
