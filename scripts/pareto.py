@@ -1,14 +1,16 @@
-"""Compare SFT and SDFT over learning rates, ranks, mixes, row counts and training seeds.
+"""Compare ways of training over learning rates, ranks, strengths, row counts and training seeds.
 
     python scripts/pareto.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --lr 1e-4,1e-3 --rank 8,64 --mix 0,0.3 --seeds 3 --out runs/study
+    python scripts/pareto.py ... --arms sft,sdft,stm:2.5,k3:0.02 --scales 0.25,0.5,0.75,1
     python scripts/pareto.py ... --rows-list 200,500,1000     how many rows are needed
     python scripts/pareto.py --preset yang2024-gsm8k ...      with the paper's settings
     python scripts/pareto.py --task advbench --task instructions --tasks-dir DIR ...    other skills
 
-Every adapter is measured on held-out rows (the target) and on general prompts (retention). The
-first values of all lists make the first setting; the other values are tried one list at a time, or
-in every combination with --grid. The same command resumes an interrupted study.
+Every adapter is measured on held-out rows (the target) and on general prompts (retention), and the
+ways of training are compared where all of them are equally good at the target. The first values of
+all lists make the first setting; the other values are tried one list at a time, or in every
+combination with --grid. The same command resumes an interrupted study.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
     add_flags(parser, EncodeConfig, {"target", "mix"})
-    add_flags(parser, TrainConfig, {"lr"})
+    add_flags(parser, TrainConfig, {"lr", "loss"})  # --arms names the losses
     add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
     add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})

@@ -1,13 +1,15 @@
-"""The whole job: a model rewrites its training answers, SFT and SDFT are trained and compared.
+"""The whole job: a model rewrites its training answers; ways of training are compared.
 
     python scripts/sdft.py --model MODEL_DIR --data train.json --out runs/mine
     python scripts/sdft.py --model MODEL_DIR --data train.json --eval-data test.json \\
         --verify number --out runs/mine
     python scripts/sdft.py --preset yang2024-gsm8k --model Llama-2-7b-chat --data train.json ...
+    python scripts/sdft.py ... --arms sft,sdft,stm:2.5,dft,sft@0.5    further ways of training
 
 The seed model (the model before training) rewrites every reference answer. One LoRA adapter is then
-trained on the references (SFT), one on the rewrites (SDFT). Both are measured on held-out rows and
-on general prompts. The same command resumes an interrupted run.
+trained on the references (SFT), one on the rewrites (SDFT), and one for every further arm, all with
+the same number of steps. All are measured on held-out rows and on general prompts. The same command
+resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
     add_flags(parser, EncodeConfig, {"target"})
-    add_flags(parser, TrainConfig)
+    add_flags(parser, TrainConfig, {"loss"})  # --arms names the losses
     add_flags(parser, LoraConfig, {"seed"})
     add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})

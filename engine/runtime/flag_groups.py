@@ -20,7 +20,7 @@ GROUPS = {
         lr epochs batch-rows rank modules alpha dropout rslora loss target mix drop-rejected
         max-length truncate cut-in-proportion max-steps schedule warmup weight-decay clip""",
     "Replay of the model's own answers": "replay replay-share replay-max-new",
-    "What a study varies": "seeds rows-list grid",
+    "What is compared": "arms seeds rows-list scales checkpoints grid",
     "Evaluation": """
         eval-data eval-limit eval-max-new retention-max-new similarity val-every val-data
         val-limit val-prompts best patience stop-kl task tasks-dir task-data task-limit paper
@@ -36,7 +36,7 @@ GROUPS = {
 # script -> the flags of its `--help`; `--help-all` shows all of them
 COMMON = {
     "sdft": """
-        preset model data columns verify limit template cascade lr epochs batch-rows rank modules
+        preset model data columns verify limit template lr epochs batch-rows rank modules arms
         eval-data device out""",
     "distill": """
         preset model data columns verify limit template cascade temperature max-new-tokens
@@ -52,7 +52,7 @@ COMMON = {
         model adapter chat-format prompt data system temperature max-new-tokens samples
         device out seed""",
     "pareto": """
-        preset model data verify template lr rank mix epochs seeds rows-list grid eval-data task
+        preset model data verify lr rank mix epochs arms seeds rows-list scales eval-data task
         device out""",
     "preflight": """
         preset model data columns verify sample template cascade temperature max-new-tokens

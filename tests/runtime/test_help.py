@@ -19,7 +19,7 @@ from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.audit import AuditConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
-from engine.jobs.study import StudyConfig
+from engine.jobs.study_config import StudyConfig
 from engine.presets import PRESETS, parse
 from engine.runtime.flag_groups import COMMON, GROUPS, RENAMED, SYNONYMS
 from engine.runtime.flag_parser import FlagParser, name_of, split_default
