@@ -40,7 +40,7 @@ class StudyConfig:
     #   rft (accepted rewrites only), replay:0.2 (references and own answers to general prompts);
     #   losses, alone or behind a +: those of train.py --loss, as in stm:2.5,dft,sdft+dft
     scales: str | None = None  # strengths at which every adapter is measured, beside those of
-    #   --arms, as in 0.25,0.5,0.75,1: a whole curve from one training
+    #   --arms, as in 0.25,0.5,0.75,1: a whole curve from one training [default: only those]
     checkpoints: int = 0  # earlier points of every training that are measured too, evenly spaced;
     #   replaces --save-every and --keep
     grid: bool = False  # train every combination, instead of varying one list at a time
