@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from engine.train.losses import Loss
 from model.lora import LARGEST_STRENGTH
 
+DEFAULT_ARMS = "sft,sdft"
 SPELLING = "METHOD[+LOSS][@SCALE][%RATE]"
 METHODS = {  # name -> the name that people are shown
     "sft": "SFT",

@@ -19,10 +19,9 @@ command continues. The weights are loaded once.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,19 @@ from engine.data.subset import evenly_spaced
 from engine.distill.distill import can_be_asked, distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.distill.seed_likelihoods import LikelihoodSums, score
-from engine.evaluate.arm_grammar import Arm, parse_arms, trainings, way_of
+from engine.evaluate.arm_grammar import DEFAULT_ARMS, Arm, parse_arms, trainings
 from engine.evaluate.arms import Arms, adapter_hashes, tuned
-from engine.evaluate.further_measures import further_measures
 from engine.evaluate.retention import retention
-from engine.evaluate.target_task import Score, evaluate, summary
+from engine.evaluate.target_task import Score, evaluate, nll_file
 from engine.evaluate.task_retention import row_answers, task_retention
-from engine.evaluate.tasks.run import run_tasks, tasks_table
-from engine.evaluate.tasks.scores import Scores
-from engine.jobs.arm_training import (
-    Material,
-    TrainedArm,
-    arm_cost,
-    check_arms,
-    examples_of,
-    make_material,
-    train_arm,
-)
-from engine.jobs.comparison import Goal, compare, comparison_record, comparison_text
-from engine.jobs.costs import Cost, StageSeconds, cost_table
+from engine.evaluate.tasks.run import run_tasks
+from engine.jobs.arm_training import check_arms, examples_of, make_material
+from engine.jobs.comparison import Goal, compare
+from engine.jobs.costs import StageSeconds
+from engine.jobs.earlier_arms import admit_arms
 from engine.jobs.job_config import JobConfig
 from engine.jobs.measured import ArmResults, drift_lines, held_out_runs
+from engine.jobs.results import Results, closing_text
 from engine.jobs.stages import encode_rows, held_out_rows, timed
 from engine.measure.seed_answers import seed_answers
 from engine.measure.update_norms import update_norms
@@ -61,14 +52,19 @@ from engine.report.page import write_report
 from engine.runtime.files import write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.locking import lock_directory
-from engine.runtime.run_record import environment
-from engine.runtime.terminal import table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from engine.session import Session
 from engine.train.validate import Validator
 
-DEFAULT_ARMS = "sft,sdft"
+# files whose lines depend on the trained adapters
+MEASUREMENTS = (
+    "evaluation.jsonl",
+    "retention.jsonl",
+    "retention_task.jsonl",
+    "tokens.jsonl",
+    "answers.jsonl",
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,7 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
         with timed(seconds, f"train {arm.name}"):
             results.train(session, config, arm, out, stages, inputs.validator)
     results.measure(arms)
+    results.hashes = adapters_of(out, arms)
 
     if inputs.held_out:
         with timed(seconds, "evaluate"):
@@ -191,88 +188,6 @@ class Inputs:
     rows: Rows  # to train on
     held_out: Rows | None  # None without --eval-data
     validator: Validator | None  # None without --val-every
-
-
-@dataclass
-class Results:
-    """The results of the stages, filled in as they finish."""
-
-    distilled: DistillReport | None = None
-    likelihood: LikelihoodSums | None = None  # None with --no-score
-    material: Material | None = None
-    trained: dict[str, TrainedArm] = field(default_factory=dict)  # by name of the arm at scale 1
-    costs: dict[str, Cost] = field(default_factory=dict)  # by name of the arm at scale 1
-    arms: Arms = field(default_factory=dict)  # the seed, and every arm's adapter at its scale
-    titles: dict[str, str] = field(default_factory=dict)  # of `arms`, for people
-    # by name of the arm; drift and norms without the seed
-    scores: dict[str, Score] = field(default_factory=dict)
-    tasks: Scores = field(default_factory=dict)
-    drift: dict[str, dict[str, Any]] = field(default_factory=dict)
-    task_drift: dict[str, dict[str, Any]] = field(default_factory=dict)
-    norms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    goals: list[Goal] = field(default_factory=list)  # the arms compared at equal target
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage, since the last start
-
-    def train(
-        self,
-        session: Session,
-        config: Config,
-        arm: Arm,
-        out: Path,
-        stages: StageSeconds,
-        validator: Validator | None,
-    ) -> None:
-        """Train an arm into OUT/<its directory>, and add it up."""
-        trained = train_arm(
-            session, config, arm, self.material, out / arm.directory, stages, validator
-        )
-        self.trained[arm.name] = trained
-        seconds = trained.summary["seconds"]
-        self.costs[arm.name] = arm_cost(arm, self.material, trained, seconds, stages)
-
-    def measure(self, arms: Sequence[Arm]) -> None:
-        """Make these arms the ones to measure, each at its scale."""
-        self.arms = {"seed": None}
-        self.titles = {"seed": "seed"}
-        for arm in arms:
-            self.arms[arm.name] = self.training_of(arm.name).lora.scaled(arm.scale)
-            self.titles[arm.name] = arm.title
-
-    def training_of(self, name: str) -> TrainedArm:
-        """The training of an arm, by the arm's name."""
-        return self.trained[Arm.parse(name).trained().name]
-
-    def costs_of_ways(self) -> dict[str, Cost]:
-        """The cost of the first training of every way (method and loss)."""
-        costs: dict[str, Cost] = {}
-        for name, cost in self.costs.items():
-            costs.setdefault(way_of(name), cost)
-        return costs
-
-    def record(self, session: Session) -> dict[str, Any]:
-        """The content of summary.json, except the settings."""
-        likelihood = None
-        if self.likelihood is not None:
-            likelihood = dataclasses.asdict(self.likelihood)
-        return {
-            "environment": environment(),
-            "model": session.facts(),
-            "distilled": {
-                "counts": dict(self.distilled.counts),
-                "differ": self.distilled.differ,
-            },
-            "likelihood": likelihood,
-            "training": {arm: trained.summary for arm, trained in self.trained.items()},
-            "evaluation": summary(self.scores),
-            "tasks": self.tasks,
-            "retention": self.drift,
-            "retention_task": self.task_drift,
-            "update_norms": self.norms,
-            "arms": self.titles,
-            "costs": {arm: cost.record() for arm, cost in self.costs.items()},
-            "equal_target": comparison_record(self.goals, self.costs_of_ways()),
-            "seconds": self.seconds,
-        }
 
 
 # ---- the stages
@@ -318,12 +233,16 @@ def answer_held_out(
     """Greedy answers of all arms to the held-out rows, judged, in OUT/evaluation.jsonl."""
     max_new = config.job.eval_max_new
     verify = config.distill.verify
-    settings = _arm_settings(session, config, out) | {
-        "data": held_out.sha256,
-        "rows": len(held_out),
-        "verify": verify,
-        "max_new": max_new,
-    }
+    settings = (
+        session.settings
+        | {"adapters": results.hashes}
+        | {
+            "data": held_out.sha256,
+            "rows": len(held_out),
+            "verify": verify,
+            "max_new": max_new,
+        }
+    )
     generator = ChatGenerator(session.model, session.chat, config.sampling.greedy(max_new))
     file = out / "evaluation.jsonl"
     return evaluate(generator, held_out, verify, results.arms, file, settings)
@@ -336,7 +255,7 @@ def measure_retention(
     limit = {"max_new": config.job.retention_max_new}
     generator = _general_generator(session, config)
     answers = seed_answers(generator, out / "seed_answers.jsonl", session.settings | limit)
-    settings = _arm_settings(session, config, out) | limit
+    settings = session.settings | {"adapters": results.hashes} | limit
     return retention(session.model, answers, results.arms, out / "retention.jsonl", settings)
 
 
@@ -361,7 +280,7 @@ def measure_task_retention(
         session.settings | settings,
         judged=out / "evaluation.jsonl",
     )
-    settings = _arm_settings(session, config, out) | settings
+    settings = session.settings | {"adapters": results.hashes} | settings
     return task_retention(session.model, answers, results.arms, file, settings)
 
 
@@ -374,7 +293,7 @@ def collect_for_report(
     session: Session, config: Config, out: Path, held_out: Rows | None, results: Results
 ) -> None:
     """Write OUT/tokens.jsonl and OUT/answers.jsonl."""
-    settings = _arm_settings(session, config, out)
+    settings = session.settings | {"adapters": results.hashes}
     tokenizer = session.chat.tokenizer
     references = _examples(session, config, "sft", results)
     rewrites = {one.id: one for one in _examples(session, config, "sdft", results)}
@@ -410,86 +329,14 @@ def compare_arms(out: Path, arms: Sequence[Arm], held_out: Rows) -> list[Goal]:
     return compare(ArmResults("", "seed", [runs["seed"]]), points)
 
 
-def _arm_settings(session: Session, config: Config, out: Path) -> dict[str, Any]:
-    """The settings of a file whose content depends on the trained adapters."""
-    arms = trainings(parse_arms(config.job.arms))
-    directories = [str(out / arm.directory) for arm in arms]
-    return session.settings | {"adapters": adapter_hashes(directories)}
+def adapters_of(out: Path, arms: Sequence[Arm]) -> dict[str, str]:
+    """The hashes of the trained adapters, with those that OUT's files have measured before."""
+    files = [out / name for name in MEASUREMENTS]
+    directories = [str(out / arm.directory) for arm in trainings(arms)]
+    return admit_arms([*files, nll_file(files[0])], adapter_hashes(directories))
 
 
 def _general_generator(session: Session, config: Config) -> ChatGenerator:
     """Greedy answers to general prompts, of --retention-max-new tokens at most for every arm."""
     greedy = config.sampling.greedy(config.job.retention_max_new)
     return ChatGenerator(session.model, session.chat, greedy)
-
-
-# ---- the closing table
-
-
-def closing_text(config: Config, out: Path, results: Results) -> str:
-    """The table of the arms, and the places of the files."""
-    header = [
-        "",
-        f"target ({config.distill.verify})",
-        "95 % interval",
-        "held-out NLL",
-        "KL to seed",
-        "KL from seed",
-        "same top-1",
-        "train loss",
-        "train s",
-    ]
-    arms = [[title, *_cells(arm, results)] for arm, title in results.titles.items()]
-    text = [table([header, *arms]), ""]
-    further = further_measures(results.task_drift, results.norms)
-    if further:
-        text += [further, ""]
-    text.append(results.distilled.text())
-    if results.likelihood is not None:
-        text.append(results.likelihood.text())
-    seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in results.seconds.items())
-    text.append(f"seconds since the last start: {seconds}")
-    text += [
-        "KL to and from seed, KL(seed || tuned) and KL(tuned || seed): nats per token over the "
-        "seed's own answers to general prompts; lower is less forgotten.",
-        f"distilled data {out}/distilled.jsonl, adapters {_directories(out, results)} (PEFT "
-        "layout), "
-        f"answers {out}/evaluation.jsonl, drift {out}/retention.jsonl, all figures "
-        f"{out}/summary.json",
-    ]
-    if config.job.arms != DEFAULT_ARMS:
-        costs = results.costs_of_ways()
-        text += ["", "what each arm costs alone:", table(cost_table(results.costs))]
-        text += comparison_text(results.goals, costs, with_seconds=True)
-    return "\n".join(text) + tasks_table(results.tasks)
-
-
-def _directories(out: Path, results: Results) -> str:
-    """The run directories of the trainings, for a sentence."""
-    folders = [f"{out}/{Arm.parse(name).directory}" for name in results.trained]
-    if len(folders) == 1:
-        return folders[0]
-    return f"{', '.join(folders[:-1])} and {folders[-1]}"
-
-
-def _cells(arm: str, results: Results) -> list[str]:
-    """An arm's line of the table, after its name."""
-    target = ["-", "-", "-"]
-    if arm in results.scores:
-        score = results.scores[arm]
-        target = [*score.cells(), f"{score.nll:.3f}"]
-
-    # the seed model has no drift from itself
-    drift = results.drift.get(arm, {"kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0})
-    retention_cells = [
-        f"{drift['kl']:.4f}",
-        f"{drift['reverse_kl']:.4f}",
-        f"{drift['agreement']:.1%}",
-    ]
-
-    training_cells = ["-", "-"]
-    if arm != "seed":
-        training = results.training_of(arm).summary
-        loss = f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}"
-        training_cells = [loss, f"{training['seconds']:.0f}"]
-    return [*target, *retention_cells, *training_cells]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from engine.evaluate.arm_grammar import STEP, Arm, parse_arm_scales, parse_arms
+from engine.evaluate.arm_grammar import DEFAULT_ARMS, STEP, Arm, parse_arm_scales, parse_arms
 from engine.jobs.job_config import JobConfig
 from engine.jobs.measured import ArmResults, MeasuredRun
 from engine.runtime.limits import MOST, check_numbers
@@ -35,7 +35,7 @@ class StudyConfig:
     mix: str = "0"  # shares (0 to 1) of accepted rewrites replaced by their references, as in 0,0.3
     rows_list: str | None = None  # numbers of training rows to compare, as in 200,500,1000
     #   [default: all rows]
-    arms: str = "sft,sdft"  # ways of training to compare: METHOD[+LOSS][@SCALE][%RATE] joined by
+    arms: str = DEFAULT_ARMS  # ways of training to compare: METHOD[+LOSS][@SCALE][%RATE] joined by
     #   commas; methods: sft (references), sdft (accepted rewrites), self (the model's own answers),
     #   rft (accepted rewrites only), replay:0.2 (references and own answers to general prompts);
     #   losses, alone or behind a +: those of train.py --loss, as in stm:2.5,dft,sdft+dft

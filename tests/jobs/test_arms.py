@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.scripts import write_word_problems
+from engine.evaluate.arm_grammar import Arm, parse_arms
+from engine.jobs.comparison import compare, comparison_record, comparison_text
+from engine.jobs.costs import Cost, StageSeconds, cost_table
+from engine.jobs.measured import ArmResults, MeasuredRun
+from engine.jobs.study_config import Plan, StudyConfig, run_of, settings_of
+from engine.measure.general_prompts import PROMPTS
+from engine.runtime.files import read_jsonl
+from tests.helpers.scripts import run_script, write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +82,192 @@ def test_a_study_of_six_arms_killed_eight_times_ends_byte_for_byte_as_undisturbe
         assert cost["train_seconds"] > 0 and other["costs"][way]["seconds"] > 0
     assert study["costs"]["stm:400"]["scored"] > 0 == study["costs"]["sft"]["scored"]
     assert study["costs"]["self"]["generated"] > 0 == study["costs"]["stm:400"]["generated"]
+
+
+# ---- the main job
+
+
+def test_the_main_job_takes_arms_and_further_ones_join_it(inputs, tmp_path):
+    out = tmp_path / "run"
+    flags = [*inputs, *SMALL, "--report-rows", "2", "--report-answers", "2", "--out", out]
+    first = run_script("sdft", *flags, "--arms", "sft,sft@0.5")
+    assert "at equal" not in first  # two scales of one way are no two ways
+    before = {name: (out / name).read_bytes() for name in ("sft/adapter_model.safetensors",)}
+    lines = read_jsonl(out / "retention.jsonl")
+    printed = run_script("sdft", *flags, "--arms", "sft,dft,sft@0.5,rft%5e-3")
+    assert {name: (out / name).read_bytes() for name in before} == before
+    # the lines of the first arms are kept, and those of the others stand beside them
+    after = read_jsonl(out / "retention.jsonl")
+    assert [line for line in after if line in lines] == lines and len(after) == 2 * len(lines)
+    result = json.loads((out / "summary.json").read_text())
+    names = ["sft", "dft", "sft@0.5", "rft%0.005"]
+    assert list(result["retention"]) == list(result["update_norms"]) == names
+    assert list(result["evaluation"]) == ["seed", *names]
+    assert list(result["training"]) == list(result["costs"]) == ["sft", "dft", "rft%0.005"]
+    assert list(result["arms"].values()) == ["seed", "SFT", "DFT", "SFT x0.5", "RFT lr 0.005"]
+    halves = [result["update_norms"][arm]["norm"] for arm in ("sft@0.5", "sft")]
+    assert halves[0] == pytest.approx(halves[1] / 2)
+    metas = [json.loads((out / arm / "meta.json").read_text()) for arm in ("sft", "dft")]
+    losses = [meta["settings"]["train"]["loss"] for meta in metas]
+    assert losses == ["sft", "dft"] and metas[0]["summary"]["steps"] == metas[1]["summary"]["steps"]
+    meta = json.loads((out / "rft-lr0.005" / "meta.json").read_text())
+    assert meta["settings"]["train"]["lr"] == 5e-3
+    for text in (printed, (out / "table.txt").read_text()):
+        assert "RFT lr 0.005" in text and "what each arm costs alone:" in text
+        assert "at equal held-out NLL" in text and "10,000 bootstrap draws" in text
+    goal = result["equal_target"]["nll"]
+    assert [way["way"] for way in goal["ways"]] == ["sft", "dft", "rft"]
+    assert goal["ways"][0]["points"] == 2
+    page = (out / "report.html").read_text()
+    assert "At equal held-out NLL" in page and "What each arm costs alone" in page
+    assert '["sft@0.5","SFT x0.5","sft"]' in page and '["dft","DFT","arm1"]' in page
+    # an adapter that is another one now is refused by name
+    meta = json.loads((out / "retention.jsonl.meta.json").read_text())
+    meta["adapters"]["sft"] = "another"
+    (out / "retention.jsonl.meta.json").write_text(json.dumps(meta))
+    printed = run_script("sdft", *flags, "--arms", "sft,dft", code=2)
+    assert "retention.jsonl was begun with other settings" in printed and "adapters.sft" in printed
+
+
+def test_what_no_arm_can_be_is_refused_before_anything_is_made(inputs, tmp_path):
+    general = tmp_path / "general.json"
+    general.write_text(json.dumps([{"instruction": PROMPTS[0][1], "output": ""}]))
+    flags = [*inputs, *SMALL, "--out", tmp_path / "x"]
+    for script, arms, said in (
+        ("sdft", ["--arms", "sft,stm:-1"], "arm 'stm:-1': loss 'stm:-1': expected stm:TAU"),
+        ("sdft", ["--arms", "sft,sdft,sft+sft"], "'sft+sft' and 'sft' are the same arm"),
+        ("sdft", ["--arms", "sft@11"], "scale '11': expected a number above 0 and at most 10"),
+        ("pareto", ["--arms", "sft,slow"], "'slow' is no method and no loss"),
+        ("pareto", ["--scales", "0,1"], "scale '0'"),
+        ("pareto", ["--checkpoints", "-1"], "checkpoints -1"),
+        ("pareto", ["--arms", "self", "--cascade", "guided:2"], "paper_exact with cascade"),
+        ("pareto", ["--arms", "sft,replay:0.2", "--replay", general], "retention is measured"),
+    ):
+        printed = run_script(script, *flags, *arms, code=2)
+        assert said in printed and "Traceback" not in printed, printed
+    assert not (tmp_path / "x").exists()
+
+
+# ---- what is trained and measured
+
+
+def test_a_plan_trains_an_arm_once_and_measures_it_at_every_scale_and_checkpoint():
+    job = StudyConfig("o", "e", lr="1e-3,1e-4", mix="0,0.5", scales="0.5,1", checkpoints=2)
+    arms = parse_arms("sft,sft@0.25,sdft,dft%1e-4")
+    plan = Plan(settings_of(job, 9), arms, job, steps={9: 10})
+    runs = [(run.setting.name, run.arm.name) for run in plan.runs()]
+    assert runs == [
+        ("lr0.001-r8-rows9", "sft"),
+        ("lr0.001-r8-rows9", "sdft"),
+        ("lr0.0001-r8-rows9", "dft"),
+        ("lr0.0001-r8-rows9", "sft"),
+        ("lr0.0001-r8-rows9", "sdft"),
+        ("lr0.001-r8-rows9-mix0.5", "sdft"),  # SFT has no rewrites to mix, dft names its rate
+    ]
+    names = [point.name for point in plan.points(plan.runs()[0])]
+    assert names == ["sft", "sft@0.5", "sft@0.25", "sft step 3", "sft step 6"]
+    measured = {point: ["a run"] for run in plan.runs() for point in plan.points(run)}
+    first, second, mixed = plan.groups(measured)
+    assert [point.arm for point in first if point.listed] == ["sft", "sft@0.25", "sdft", "dft"]
+    assert [point.arm for point in first][:5] == names and len(first) == 5 + 4 + 4
+    assert {point.name for point in second} == {"lr0.0001-r8-rows9"}
+    assert mixed[0].name == "lr0.001-r8-rows9"
+    run = run_of(plan.settings[0], Arm("sdft"))
+    config = plan.save_every(run.setting)
+    assert (
+        config == 3
+        and Plan(plan.settings, arms, StudyConfig("o", "e"), {}).save_every(run.setting) == 0
+    )
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_items_over_kills(tmp_path):
+    """3 of 12 items in 2 s, then after a restart 6 more in 7 s: 9 s for 9, so 12 s for 12."""
+    stages = StageSeconds(tmp_path / "costs.json")
+    assert stages.of("distill") is None
+    stages.add("distill", 2.0, 3, 12)
+    again = StageSeconds(tmp_path / "costs.json")
+    again.add("distill", 7.0, 6, 12)
+    again.add("distill", 5.0, 0, 12)  # complete: nothing was done in these seconds
+    assert again.of("distill") == 12.0 and again.each("distill") == 1.0
+
+
+def test_costs_add_up_and_say_what_is_not_known():
+    known = Cost(100, 20, 3000, 2.0, 0.5, 30.0)
+    unknown = Cost(100, 0, 3000, None, 0.0, 30.0)
+    assert known.tokens == 3120 and known.seconds == 32.5 and unknown.seconds is None
+    assert known.words(with_seconds=True) == (
+        "100 tokens generated, 20 scored, 3,000 trained, 32 s"
+    )
+    rows = cost_table({"sft": known, "sdft+dft": unknown})
+    assert rows[1] == ["SFT", "100", "2.0", "20", "0.5", "3000", "30", "32"]
+    assert rows[2] == ["SDFT + DFT", "100", "-", "0", "0.0", "3000", "30", "-"]
+
+
+# ---- the findings
+
+
+def point(arm, right, kl, rows=20, prompts=8, name="s"):
+    """An arm that has the first `right` rows right, and drifted `kl` nats a token everywhere."""
+    verdicts = [i < right for i in range(rows)]
+    drift = [{"tokens": 10, "kl": 10 * kl, "reverse_kl": 0.0, "agree": 9}] * prompts
+    nll = [3.0 - right / 10] * rows
+    return ArmResults(name, arm, [MeasuredRun(list("x" * rows), verdicts, nll, [1] * rows, drift)])
+
+
+COSTS = {
+    "sft": Cost(trained=1000, train_seconds=10.0),
+    "sdft": Cost(generated=500, trained=1000, generate_seconds=20.0, train_seconds=10.0),
+    "stm:2.5": Cost(scored=900, trained=1000, score_seconds=5.0, train_seconds=10.0),
+    "dft": Cost(trained=1000),
+}
+
+
+def test_the_words_say_what_nothing_beats_what_is_seen_and_what_does_not_reach():
+    """Seed 0 of 20. SFT 20 at 0.16; SDFT 10 at 0.04; STM 4 at 0.04 and 12 at 0.36; DFT 4.
+
+    The target is SDFT's 10, where SFT has half of its root, 0.2, and STM is three quarters of the
+    way from root 0.2 to 0.6: 0.5.
+    """
+    points = [
+        point("sft", 20, 0.16),
+        point("sdft", 10, 0.04),
+        point("stm:2.5", 12, 0.36),
+        point("stm:2.5@0.5", 4, 0.04),
+        point("dft", 4, 0.001),
+    ]
+    right, nll = compare(point("seed", 0, 0.0), points)
+    assert right.measure == "right" and right.found.target == 0.5
+    assert right.points == [1, 1, 2, 1]
+    drifts = [drift and drift.value for drift in right.found.drifts]
+    assert drifts == [pytest.approx(0.04), pytest.approx(0.04), pytest.approx(0.25), None]
+    assert right.unbeaten() == ["sft", "sdft"] or right.unbeaten() == ["sdft", "sft"]
+    # Holm over the 3 pairs of both measures: no p is below 6 times the smallest there can be
+    assert len(right.pairs) == len(nll.pairs) == 3
+    smallest = 6 * 2 / 10_001
+    seen = [pair for pair in right.pairs if pair.is_seen]
+    assert {(pair.less, pair.more) for pair in seen} == {("sft", "stm:2.5"), ("sdft", "stm:2.5")}
+    assert all(smallest / 2 < pair.p < 0.05 and pair.drift.high < 0 for pair in seen)
+    record = comparison_record([right, nll], COSTS)
+    words = " ".join(record["right"]["words"])
+    assert "Nothing beats SFT and SDFT." in words or "Nothing beats SDFT and SFT." in words
+    cost = "0 tokens generated, 0 scored, 1,000 trained, 10 s"
+    assert f"fewest tokens of these takes SFT: {cost}" in words
+    assert "SFT forgets less than STM 2.5 (-0.2100" in words and "p 0.00" in words
+    assert "No difference seen between" in words
+    assert "DFT (best 20.0%) does not reach it." in words
+    assert record["right"]["ways"][3] == {
+        "way": "dft", "points": 1, "best": 0.2, "reaches": False, "kl": None, "interval": None,
+    }  # fmt: skip
+    text = "\n".join(comparison_text([right, nll], COSTS, with_seconds=False))
+    assert "at equal right answers, 50.0% (seed 0.0%):" in text and "10 s" not in text
+    assert "at equal held-out NLL, 2.000 (seed 3.000):" in text
+
+
+def test_nothing_is_compared_where_no_arm_is_better_than_the_seed_or_there_is_one_way():
+    points = [point("sft", 5, 0.1), point("dft", 4, 0.2)]
+    right, _ = compare(point("seed", 5, 0.0), points)
+    text = "\n".join(comparison_text([right], COSTS, with_seconds=False))
+    assert right.found.target is None and right.pairs == []
+    assert "at equal right answers: no arm is better than the seed" in text
+    assert "Nothing to compare" in text and "does not reach" not in text
+    assert compare(point("seed", 5, 0.0), [points[0], point("sft@0.5", 5, 0.05)]) == []
