@@ -194,6 +194,8 @@ def _remove_leftovers(paths: Iterable[Path], out: Path) -> None:
         match = _PARTIAL.fullmatch(path.name)
         if match is None or _alive(int(match[2])):
             continue
+        if not os.path.lexists(path):  # it lay in a directory that was removed
+            continue
         size += _size(path)
         count += 1
         if path.is_dir() and not path.is_symlink():

@@ -123,6 +123,8 @@ def test_leftovers_of_dead_processes_are_removed_and_counted(tmp_path, capsys):
     checkpoint = out / "sft" / f".step-000003.{dead.pid}.partial"
     checkpoint.mkdir(parents=True)
     (checkpoint / "x").write_bytes(b"1" * 2_000_000)
+    # killed while it wrote a file of its checkpoint: a leftover in a leftover
+    (checkpoint / f".chat.json.{dead.pid}.partial").write_text("")
     (out / f".summary.json.{dead.pid}.partial").write_text("torn")
     alive = out / f".table.txt.{os.getppid()}.partial"
     alive.write_text("somebody writes it")
