@@ -287,6 +287,9 @@ def _fact_texts(run: Run) -> dict[str, str]:
         f"learning rate {s['TrainConfig.lr']:g}",
         f"seed {s['TrainConfig.seed']}",
     ]
+    loss = s.get("TrainConfig.loss", "sft")
+    if loss != "sft":
+        training.append(f"loss {loss}")
     operations = [
         f"table {model.get('ops', '?')}",
         f"{model.get('dtype', '?')} on {model.get('device', '?')}",

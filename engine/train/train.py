@@ -22,7 +22,7 @@ from engine.data.config import DataConfig
 from engine.data.encode import Example, check_examples, fingerprint
 from engine.data.show import show
 from engine.measure.likelihood import nll
-from engine.measure.token_nll import token_nll
+from engine.measure.seed_nll import nll_under_seed
 from engine.runtime import published_adapter
 from engine.runtime.distributed import World
 from engine.runtime.files import write_json
@@ -85,7 +85,7 @@ class FrozenModel:
     fingerprint: str  # hash of the model's files; a run is resumed on the same model only
     date: str | None = None  # the one that prompts tell, None where they tell none
     world: World = SINGLE_PROCESS  # the processes of the job
-    # directory of the likelihoods under this model that some losses need (measure/token_nll.py),
+    # directory of the likelihoods under this model that some losses need (measure/seed_nll.py),
     # which runs over the same examples share; None: the run directory
     seed_nll_dir: Path | None = None
 
@@ -260,7 +260,7 @@ def weighted_loss(
     if not loss.needs_seed:
         return WeightedLoss(loss)
     directory = out if frozen.seed_nll_dir is None else frozen.seed_nll_dir
-    seed_nll = token_nll(frozen.model, examples, directory, frozen.fingerprint, frozen.world)
+    seed_nll = nll_under_seed(frozen.model, examples, directory, frozen.fingerprint, frozen.world)
     nats = torch.cat(list(seed_nll.values()))  # (response tokens of all examples,)
     before_the_first_step = loss.weigh(Tokens(nats, nats))
     kept = (before_the_first_step.weights != 0).double().mean().item()

@@ -1,6 +1,6 @@
 """A weighted loss in a step: it stands between the loss's gradient and the backward
 
-    seed_nll     every response token's nll under the seed, computed once (measure/token_nll.py)
+    seed_nll     every response token's nll under the seed, computed once (measure/seed_nll.py)
     nll          nll of a micro-batch's response tokens, and the gradient of the weighted loss
     weighed      weights and values of the tokens of the running step
 

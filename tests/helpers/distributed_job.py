@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from engine.data.config import DataConfig
 from engine.data.distilled import Distilled
 from engine.distill.seed_likelihoods import score
-from engine.measure import token_nll as token_nll_module
-from engine.measure.token_nll import token_nll
+from engine.measure import seed_nll as seed_nll_module
+from engine.measure.seed_nll import nll_under_seed
 from engine.runtime.distributed import World, start
 from engine.runtime.flags import run_main
 from engine.sampling.requests import SamplerConfig
@@ -75,8 +75,8 @@ def weighted_steps(model: Llama, lora: Lora, folder: Path, world: World) -> dict
     for text, count in itertools.product(("k3:0.5", "eaft"), (9, 1)):
         rows = examples(count)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(token_nll_module, "BATCH_TOKENS", 64)
-            seed_nll = token_nll(model, rows, folder, "h", world)
+            patch.setattr(seed_nll_module, "BATCH_TOKENS", 64)
+            seed_nll = nll_under_seed(model, rows, folder, "h", world)
         weighted = WeightedLoss(Loss.parse(text), seed_nll)
         gradients = step_module.step_gradients(model, lora, rows, 3, 64, "none", world, weighted)
         optimizer = Optimizer.fresh(lora, 0.0)

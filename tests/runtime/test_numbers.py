@@ -99,6 +99,8 @@ def test_bad_numbers_stop_before_anything_is_loaded(tmp_path, script):
         ("sdft", ["--clip", "inf"], "clip inf"),
         ("sdft", ["--alpha", "nan"], "rank 8, alpha nan"),
         ("sdft", ["--weight-decay", "nan"], "weight_decay nan"),
+        ("sdft", ["--loss", "stm:-1"], "loss 'stm:-1': expected stm:TAU, where TAU is above 1"),
+        ("train", ["--loss", "kl"], "loss 'kl': expected one of sft, stm:TAU"),
         ("sdft", ["--mix", "2"], "mix 2.0: expected a share from 0 to 1"),
         ("sdft", ["--kv-memory", "nan"], "kv_memory nan"),
         ("sdft", ["--limit", "-1"], "limit -1: expected at least 1"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from engine.data.pack import MicroBatch
-from engine.measure.token_nll import token_nll
+from engine.measure import seed_nll as seed_nll_module
+from engine.measure.seed_nll import nll_under_seed
 from engine.runtime.files import read_jsonl
 from engine.train import loop as loop_module
 from engine.train import step as step_module
@@ -228,6 +229,9 @@ def test_no_ratio_makes_a_weight_or_value_infinite():
         [0.5 + 0.5 * largest, 0.5 + 0.5 / largest, 1, 1], rel=1e-5
     )
     assert k3.values.isfinite().all()
+    at_the_threshold = torch.tensor([math.log(2.5), math.log(2.51)], dtype=torch.float64)
+    stm = Loss.parse("stm:2.5").weigh(Tokens(at_the_threshold, at_the_threshold))
+    assert stm.weights.tolist() == [1, 0]
 
 
 def test_the_k3_penalty_pulls_to_the_seed_and_the_published_baseline_pushes_away():
@@ -355,23 +359,25 @@ def test_a_run_of_an_older_version_without_the_setting_goes_on_as_sft(tiny, tmp_
     run_training(tiny, out, resume=True)
 
 
-def test_out_of_memory_counts_no_token_twice(tiny, tmp_path, monkeypatch):
-    """A step whose second micro-batch does not fit begins anew with smaller ones."""
+def test_a_step_that_ran_out_of_memory_counts_no_token_twice(tiny, tmp_path, monkeypatch):
+    """The second micro-batch of the first step does not fit: the step begins anew."""
     step = step_module.micro_step
-    most = 60
+    calls = []
 
-    def small_machine(model, lora, batch, *rest):
-        if len(batch.tokens) > most:
+    def small_machine(*args):
+        calls.append(args)
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return step(model, lora, batch, *rest)
+        return step(*args)
 
-    config = dataclasses.replace(SMALL, loss="dft", max_steps=3)
+    config = dataclasses.replace(SMALL, loss="dft", max_steps=1)
     run_training(tiny, tmp_path / "whole", config)
     monkeypatch.setattr(step_module, "micro_step", small_machine)
     run_training(tiny, tmp_path / "small", config)
-    pairs = zip(metrics_lines(tmp_path / "small"), metrics_lines(tmp_path / "whole"), strict=True)
-    for small, whole in pairs:
-        assert small["weighted_loss"] == pytest.approx(whole["weighted_loss"], rel=1e-5)
+    (whole,) = metrics_lines(tmp_path / "whole")
+    (small,) = metrics_lines(tmp_path / "small")
+    for name in ("weighted_loss", "mean_weight", "kept"):
+        assert small[name] == pytest.approx(whole[name], rel=1e-5)
 
 
 def test_the_guards_read_the_weighted_loss_too(tiny, tmp_path, monkeypatch):
@@ -391,7 +397,7 @@ def test_a_step_whose_tokens_are_all_left_out_is_no_error_but_such_a_run_is(tiny
     config = dataclasses.replace(SMALL, batch_rows=1, epochs=1)
     first_row = rows[next(batches(4, config)).indices[0]]
     likeliest = {}  # row id -> nats of its likeliest response token
-    for example_id, nats in token_nll(tiny, rows, tmp_path, "h").items():
+    for example_id, nats in nll_under_seed(tiny, rows, tmp_path, "h").items():
         likeliest[example_id] = nats.min().item()
     of_first = likeliest.pop(first_row.id)
     assert min(likeliest.values()) < of_first, "another seed: the first row has the likeliest"
@@ -420,7 +426,9 @@ def test_arms_over_the_same_examples_share_one_file(tiny, tmp_path, monkeypatch)
     content = file.read_bytes()
     lines = content.splitlines(keepends=True)
     assert len(lines) == 20 and not list((tmp_path / "first").glob("seed-nll*"))
-    arm("psft", "psft:0.2")
+    with monkeypatch.context() as patch:
+        patch.setattr(seed_nll_module, "_nll_of", None)  # all are there: none is computed
+        arm("psft", "psft:0.2")
     assert file.read_bytes() == content
     arm("others", "stm:320", examples(5))
     assert len(list(shared.glob("*.jsonl"))) == 2

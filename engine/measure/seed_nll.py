@@ -41,7 +41,7 @@ FIELDS = {"nll": list}  # of a line, beside the id
 
 
 @memory_for("computing the seed's likelihoods", "lower --max-length, or leave long rows out")
-def token_nll(
+def nll_under_seed(
     model: Llama,
     examples: Sequence[Example],
     directory: Path,
