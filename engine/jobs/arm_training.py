@@ -28,7 +28,7 @@ from engine.evaluate.arm_grammar import Arm
 from engine.jobs.costs import Cost, StageSeconds
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import encode_rows, replay_config, replay_rows
-from engine.measure.token_nll import token_nll
+from engine.measure.seed_nll import nll_under_seed
 from engine.runtime.files import read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
@@ -221,7 +221,7 @@ def _score(
     """Take the likelihoods of the examples' tokens under the seed, for all arms that need them."""
     before = _scored_lines(folder)
     started = time.perf_counter()
-    token_nll(session.model, examples, folder, session.fingerprint)
+    nll_under_seed(session.model, examples, folder, session.fingerprint)
     seconds = time.perf_counter() - started
     stages.add(_score_stage(examples), seconds, _scored_lines(folder) - before, len(examples))
 
