@@ -38,7 +38,8 @@ def retention_words(run: Run) -> str:
     unseen = []
     for arm in others:
         low, high = _difference(run, first, arm)
-        interval = f"({run.arms[first]} − {run.arms[arm]}: {low:+.4f} to {high:+.4f})"
+        ends = f"{low:+.4f} to {high:+.4f}".replace("-", "−")
+        interval = f"({run.arms[first]} − {run.arms[arm]}: {ends})"
         if low > 0:
             less, more = arm, first
         elif high < 0:
@@ -46,9 +47,7 @@ def retention_words(run: Run) -> str:
         else:
             unseen.append(run.arms[arm])
             continue
-        sentences.append(
-            f"{run.arms[less]} forgot less than {run.arms[more]} {interval.replace('-', '−')}."
-        )
+        sentences.append(f"{run.arms[less]} forgot less than {run.arms[more]} {interval}.")
     if unseen:
         sentences.append(
             f"No difference is seen between {run.arms[first]} and {', '.join(unseen)}."
