@@ -1,4 +1,4 @@
-"""The page of a run with other arms than SFT and SDFT: names, colours, words, curves over scales."""
+"""The page of a run with other arms than SFT and SDFT: names, colours, words, lines of scales."""
 
 from __future__ import annotations
 
@@ -117,8 +117,6 @@ def test_every_way_has_a_marker_and_scales_of_a_training_are_joined(tmp_path):
 
     plots._join_scales(Axes(), plots._points(run, several=False))
     assert calls == [(2, plots.INK["sft"])]
-    loss, drift = (
-        plot for plot in plots.plots_of_run(run, "0") if plot.name[:4] in ("loss", "drif")
-    )
-    assert loss.table[0] == ["Step", "SFT", "STM 2.5", "self-output"]
-    assert drift.table[0][1:] == ["SFT", "STM 2.5", "self-output"]
+    by_name = {plot.name: plot for plot in plots.plots_of_run(run, "0")}
+    assert by_name["loss-0"].table[0] == ["Step", "SFT", "STM 2.5", "self-output"]
+    assert by_name["drift-0"].table[0][1:] == ["SFT", "STM 2.5", "self-output"]
