@@ -10,6 +10,7 @@ import pytest
 
 from engine.report.page import write_report
 from engine.runtime.files import read_jsonl, write_jsonl
+from tests.helpers.made_arms import run_of_four_arms
 from tests.helpers.made_run import make_run
 
 # Any part of this text that became markup or script would set window.owned or send a request.
@@ -57,6 +58,8 @@ def runs(tmp_path_factory):
     write_report([first, second], folder / "two.html")
     write_report([hostile], folder / "hostile.html")
     write_report([long], folder / "long.html")
+    arms = run_of_four_arms(folder / "arms")
+    write_report([arms, second], folder / "arms.html")
     return folder
 
 
@@ -163,6 +166,21 @@ def test_filter_search_and_sort_choose_the_rows_in_the_list(page, runs):
     assert first() == "row0/0" and page.complaints() == []
 
 
+def test_every_arm_of_a_run_is_shown_beside_a_run_of_other_arms(chromium, runs):
+    page = Page(chromium, runs / "arms.html")
+    titles = "return [...document.querySelectorAll('#prompts .column h4')].map(h => h.textContent)"
+    assert page.js(titles)[:5] == ["seed", "SFT", "STM 2.5", "SFT x0.5", "self-output"]
+    sorts = "return [...document.querySelectorAll('#prompts [name=sort] option')].map(o => o.value)"
+    four = ["kl sft", "kl stm:2.5", "kl sft@0.5", "kl self"]
+    assert page.js(sorts) == ["kl", *four, "file"]
+    page.set("#prompts [name=sort]", "kl stm:2.5")
+    page.set("#run-select", "2")  # the other run has no such arm
+    assert page.js(sorts) == ["kl", "kl sft", "kl sdft", "file"]
+    assert page.js(titles)[:3] == ["seed", "SFT", "SDFT"]
+    colour = "return getComputedStyle(document.querySelector('.ink.arm1')).color"
+    assert page.js(colour) == "rgb(91, 122, 28)" and page.complaints() == []
+
+
 def test_keys_choose_rows_and_keep_the_focus(page):
     from selenium.webdriver.common.keys import Keys
 
@@ -256,7 +274,7 @@ def test_answers_and_training_text_show_the_runs_files(page, runs):
     most = max(lines, key=lambda line: line["kl"])
     page.set("#prompts [name=filter]", "general")
     assert page.find("#prompts .instruction").text == most["prompt"]  # sorted by KL
-    page.set("#prompts [name=filter]", "three")
+    page.set("#prompts [name=filter]", "every")
     heads = page.js("return [...document.querySelectorAll('#prompts h4')].map(h => h.textContent)")
     assert heads == ["seed", "SFT", "SDFT"]
     page.set("#prompts [name=filter]", "flips")
