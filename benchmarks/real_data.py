@@ -82,14 +82,19 @@ def differences(found: dict[str, Any]) -> dict[str, Any]:
 def document(folder: Path, name: str, setting: str | None) -> dict[str, Any]:
     """The record. ValueError for a study with several training seeds or without the setting."""
     study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    by_setting = {found["setting"]: found for found in study["differences"]}
+    by_setting = {}  # older studies have no other arms
+    for found in study["differences"]:
+        if (found.get("arm", "sdft"), found.get("reference", "sft")) == ("sdft", "sft"):
+            by_setting[found["setting"]] = found
+    if not by_setting:
+        raise ValueError(f"{folder}: no difference SDFT - SFT; expected --arms sft,sdft,...")
     chosen = setting or next(iter(by_setting))
     if chosen not in by_setting:
         known = ", ".join(by_setting)
         raise ValueError(f"{folder}: no setting {chosen!r}; expected one of {known}")
     without_mix = chosen.split("-mix")[0]  # SFT knows no mix
     wanted = {"seed": "", "sft": without_mix, "sdft": chosen}
-    points = {p["arm"]: p for p in study["points"] if p["setting"] == wanted[p["arm"]]}
+    points = {p["arm"]: p for p in study["points"] if p["setting"] == wanted.get(p["arm"])}
     if points["sdft"]["runs"] > 1:
         raise ValueError(f"{folder}: {points['sdft']['runs']} training seeds; the tables show one")
     judged = folder / "seed" / "evaluation.jsonl"

@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
     add_flags(parser, EncodeConfig, {"target", "mix"})
-    add_flags(parser, TrainConfig, {"lr", "loss"})  # --arms names the losses
+    add_flags(parser, TrainConfig, {"lr"})
     add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
     add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
     add_flags(parser, EncodeConfig, {"target", "mix"})
-    add_flags(parser, TrainConfig, {"loss"})
+    add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
     return parse(parser)
 

@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, DistillConfig)
     add_flags(parser, SamplerConfig, {"max_new_tokens", "stop", "seed"}, **PAPER_SAMPLING)
     add_flags(parser, EncodeConfig, {"target"})
-    add_flags(parser, TrainConfig, {"loss"})  # --arms names the losses
+    add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
     add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})

@@ -9,7 +9,8 @@
               rft             the accepted rewrites; rows without one are dropped
               replay:SHARE    the references, and the seed's own answers to general prompts as
                               further rows; the share is theirs of all rows (0.2: one of five)
-    LOSS      how tokens are weighted (engine/train/losses.py); without it all count the same
+    LOSS      how tokens are weighted (engine/train/losses.py); without it as --loss says: all the
+              same
     SCALE     strength at which the trained adapter is measured; 1 without it
     RATE      peak learning rate, in place of --lr
 

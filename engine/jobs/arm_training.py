@@ -24,7 +24,7 @@ from engine.data.encode import Example, fingerprint, rejected_turns
 from engine.data.rows import Rows
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
-from engine.evaluate.arm_grammar import Arm
+from engine.evaluate.arm_grammar import PLAIN, Arm
 from engine.jobs.costs import Cost, StageSeconds
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import encode_rows, replay_config, replay_rows
@@ -125,6 +125,7 @@ class TrainedArm:
     summary: dict[str, Any]  # of the training: counts, losses, seconds
     examples: list[Example]  # of the task, without replay
     replay: list[Example]
+    loss: str  # that it was trained with
 
 
 def train_arm(
@@ -145,7 +146,7 @@ def train_arm(
     replay = _replay(session, config, arm, len(examples), stages)
     config = config_of_arm(session, config, arm, material, len(examples) + len(replay))
     trained_on = [*examples, *replay]
-    if Loss.parse(arm.loss).needs_seed:
+    if Loss.parse(config.train.loss).needs_seed:
         _score(session, trained_on, material.folder, stages)
     system = common_system([line.messages for line in material.lines])
     lora, summary = train(
@@ -158,7 +159,7 @@ def train_arm(
         validator=validator,
         resume=out.exists(),
     )
-    return TrainedArm(lora, summary, examples, replay)
+    return TrainedArm(lora, summary, examples, replay, config.train.loss)
 
 
 def examples_of(
@@ -177,6 +178,11 @@ def examples_of(
     return encode_rows(session, config, material.lines, "target", seed)
 
 
+def loss_of(config: JobConfig[Any], arm: Arm) -> str:
+    """The loss of an arm: the one that it names, else that of --loss."""
+    return config.train.loss if arm.loss == PLAIN else arm.loss
+
+
 def config_of_arm(
     session: Session, config: JobConfig[Any], arm: Arm, material: Material, count: int
 ) -> JobConfig[Any]:
@@ -185,7 +191,7 @@ def config_of_arm(
     The number of optimizer steps is that of the references, also where the arm has more or fewer
     examples.
     """
-    changes: dict[str, Any] = {"loss": arm.loss}
+    changes: dict[str, Any] = {"loss": loss_of(config, arm)}
     if arm.rate is not None:
         changes["lr"] = arm.rate
     if arm.method in OTHER_COUNT and not config.train.max_steps:
@@ -262,7 +268,7 @@ def arm_cost(
         each = stages.each("replay")
         known = generate_seconds is not None and each is not None
         generate_seconds = generate_seconds + each * len(trained.replay) if known else None
-    if Loss.parse(arm.loss).needs_seed:
+    if Loss.parse(trained.loss).needs_seed:
         examples = [*trained.examples, *trained.replay]
         scored = sum(len(example.ids) for example in examples)
         score_seconds = stages.of(_score_stage(examples))

@@ -34,7 +34,10 @@ def write_study(out: Path, judged: bool, mix: str = "", seeds: int = 1) -> None:
     sdft = ArmResults(
         SETTING + mix, "sdft", [run([1, 1, 1, 1] if judged else None, 2.4, 0.5)] * seeds
     )
-    found, _ = findings(seed, [[sft, sdft]], "number", {"sft": Cost(), "sdft": Cost()})
+    # a further arm beside them, which the record leaves out
+    dft = ArmResults(SETTING, "dft", sft.runs)
+    costs = {"sft": Cost(), "sdft": Cost(), "dft": Cost()}
+    found, _ = findings(seed, [[sft, sdft, dft]], "number", costs)
     facts = {"settings": {"lr": "1e-3"}, "environment": environment()}
     facts["distilled"] = {"counts": {"accepted": 3, "mismatch": 1}, "differ": 0.5}
     (out / "study.json").write_text(json.dumps(facts | found))
