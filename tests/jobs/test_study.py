@@ -174,7 +174,7 @@ def finish(command, code=0):
 
 def kept(out):
     """The bytes of every file, except those that hold times or the commit."""
-    with_times = {"study.json", "metrics.jsonl", "meta.json", "state.json"}
+    with_times = {"study.json", "costs.json", "metrics.jsonl", "meta.json", "state.json"}
     contents = {}
     for file in sorted(out.rglob("*")):
         if file.is_file() and file.name not in with_times:
