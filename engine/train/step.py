@@ -150,7 +150,7 @@ def step_update(
     scale = 1 / gradients.n_response  # from the summed loss to the mean over response tokens
     means = None
     if gradients.weighed is not None:
-        means = world.all_reduce_sum_(_sums(gradients.weighed)) * scale  # (3,)
+        means = world.all_reduce_sum_(_sums(gradients.weighed)) / gradients.n_response  # (3,)
     norm = optimizer.update(model.ops, lora, lr, scale, clip)
     return StepResult(loss_sum * scale, norm, gradients, means)
 

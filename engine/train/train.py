@@ -271,7 +271,7 @@ def weighted_loss(
         )
     print(
         f"loss {loss}: {len(nats)} response tokens, {nats.mean():.3f} nats each under the seed; "
-        f"{kept:.1%} of them are kept in the first step"
+        f"{kept:.1%} of them are kept"
     )
     return WeightedLoss(loss, seed_nll)
 

@@ -144,13 +144,16 @@ def test_parts_that_a_run_lacks_are_left_out_of_the_page(tmp_path):
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "no held-out rows were given" in page and "Likelihood under the seed" not in page
+    assert ", loss " not in page, "the loss is sft, as in all runs of older versions"
     # a run without a verifier has the references' NLL alone
     score = {"n": 0, "right": 0, "truncated": 0, "nll": 1.5, "share": math.nan}
     scores = dict.fromkeys(("seed", "sft", "sdft"), score)
     change(run, lambda s: s.update(evaluation=scores))
+    change(run, lambda s: s["settings"]["TrainConfig"].update(loss="stm:2.5"))
     write_report([run], run / "report.html")
     page = (run / "report.html").read_text()
     assert "NLL per token of the held-out references: seed 1.500" in page
+    assert ", loss stm:2.5<" in page
 
 
 def test_a_run_without_held_out_rows_stands_beside_one_that_has_them(tmp_path):
