@@ -29,6 +29,7 @@ from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from model.lora import LoraConfig
 
 
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target", "mix"})
     add_flags(parser, TrainConfig, {"lr"})
     add_flags(parser, LoraConfig, {"seed", "rank", "alpha"})
+    add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})
     return parse(parser)
 
@@ -59,6 +61,7 @@ def main() -> None:
             train=from_flags(TrainConfig, args, lr=TrainConfig.lr),
             lora=from_flags(LoraConfig, args, rank=LoraConfig.rank, alpha=LoraConfig.alpha),
             tasks=from_flags(TaskConfig, args, samples=1, paper=False),
+            replay=from_flags(ReplayConfig, args),
         )
     )
 

@@ -28,6 +28,7 @@ from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
 
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, EncodeConfig, {"target"})
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, {"seed"})
+    add_flags(parser, ReplayConfig)
     add_flags(parser, TaskConfig, {"samples", "paper"})
     add_flags(parser, ValidateConfig)
     return parse(parser)
@@ -60,6 +62,7 @@ def main() -> None:
             train=from_flags(TrainConfig, args),
             lora=from_flags(LoraConfig, args),
             tasks=from_flags(TaskConfig, args, samples=1, paper=False),
+            replay=from_flags(ReplayConfig, args),
             validate=from_flags(ValidateConfig, args),
         )
     )

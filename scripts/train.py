@@ -23,6 +23,7 @@ from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory
 from engine.session import ModelConfig, Session, as_begun
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
@@ -30,7 +31,14 @@ from model.lora import LoraConfig
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__, "train")
-    for config in (ModelConfig, DataConfig, EncodeConfig, TrainConfig, ValidateConfig):
+    for config in (
+        ModelConfig,
+        DataConfig,
+        EncodeConfig,
+        TrainConfig,
+        ValidateConfig,
+        ReplayConfig,
+    ):
         add_flags(parser, config)
     add_flags(parser, LoraConfig, {"seed"})
     parser.add_argument(
@@ -58,6 +66,7 @@ def main() -> None:
         train=from_flags(TrainConfig, args),
         lora=from_flags(LoraConfig, args),
         validate=from_flags(ValidateConfig, args),
+        replay=from_flags(ReplayConfig, args),
     )
     with lock_directory(args.out):
         if args.out is not None:

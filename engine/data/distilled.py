@@ -19,6 +19,7 @@ from engine.data.rows import Rows, listing
 
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
 CONTEXT = "context_only"  # the status of a turn that its row marks as not to be trained on
+NOT_ASKED = "not_asked"  # the status of a turn that the published code does not rewrite
 FINISHES = ("stop", "length", "stop_string", "prompt_too_long")  # the sampler's
 TARGETS = ("target", "response", "reference")  # the answers that a line offers to training
 
@@ -39,6 +40,14 @@ class Distilled:
     prompt_tokens: int  # of the prompt that was sampled from
     response_tokens: int  # == len(response_ids)
     tries: dict[str, list[str]] = field(default_factory=dict)  # stage -> status of each attempt
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether every rewrite of the turn was rejected, so that its target is the reference.
+
+        A turn for which no rewrite was asked is not.
+        """
+        return self.status not in (*KEPT, CONTEXT, NOT_ASKED)
 
 
 def is_distilled(path: str | Path | DataFile) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -56,6 +57,9 @@ class EncodeRules:
     skip_refused   turns that the chat template refuses are left out instead of raising ValueError
     mix            share of the kept rewrites of "target" that are replaced by their reference,
                    drawn by row id and `seed`; the contexts stay as they are
+    drop_rejected  turns whose rewrites were all rejected are left out, instead of being trained on
+                   their references (rejection-sampling fine-tuning). Distilled data only. In a
+                   conversation such a turn stays in the context of later ones
     """
 
     max_length: int
@@ -67,6 +71,7 @@ class EncodeRules:
     skip_refused: bool = False
     mix: float = 0.0
     seed: int = 0
+    drop_rejected: bool = False
 
     @property
     def leaves_out_long(self) -> bool:
@@ -90,6 +95,7 @@ class EncodeCounts:
     unfinished: int = 0  # sampled up to the token limit: trained without an end token
     end_added: int = 0  # the same, kept under --paper-exact: trained with an end token
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
+    rejected: int = 0  # left out: every rewrite of theirs was rejected (--drop-rejected)
     unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
     special: int = 0  # their text spells a special token, encoded as plain text
 
@@ -139,9 +145,15 @@ def encode(
     if rules.leaves_out_long:
         too_long_elsewhere = _too_long_as_some_target(rows, fit, rules.seed)
     counts = EncodeCounts(context=_count_context_only(rows))
+    rejected: frozenset[str] = frozenset()
+    if rules.drop_rejected:
+        rejected = rejected_turns(rows)
+        counts.rejected = len(rejected)
     faults = _Faults()
     examples = []
     for turn in turns_to_train_on(rows, rules.target, rules.mix, rules.seed):
+        if turn.id in rejected:
+            continue
         try:
             encoded = fit.encode(turn)
         except ValueError as error:  # the chat template refuses this conversation
@@ -163,6 +175,29 @@ def encode(
     counts.refused = len(faults.refused)
     faults.raise_first(rules)
     return examples, counts
+
+
+def rejected_turns(rows: Sequence[Row] | Sequence[Distilled]) -> frozenset[str]:
+    """Ids of the turns of distilled data whose rewrites were all rejected.
+
+    ValueError for plain rows, of which nothing was rewritten, and where no other turn is left.
+    """
+    if not rows or isinstance(rows[0], Row):
+        raise ValueError(
+            "--drop-rejected: these rows have no rewrites that could be rejected; expected "
+            "distilled data (scripts/distill.py makes it)"
+        )
+    rejected = [line for line in rows if line.is_rejected]
+    others = [line for line in rows if not line.is_rejected and line.status != CONTEXT]
+    if not others:
+        reasons = Counter(line.status for line in rejected)
+        listed = ", ".join(f"{status} {count}" for status, count in reasons.most_common())
+        raise ValueError(
+            f"--drop-rejected: all {len(rejected)} rewrites were rejected ({listed}), so nothing "
+            "is left to train on; leave out --drop-rejected (the references are then trained on), "
+            "or distil again with more tries (--cascade unguided:4,guided:4)"
+        )
+    return frozenset(line.id for line in rejected)
 
 
 def _count_context_only(rows: Sequence[Row] | Sequence[Distilled]) -> int:

@@ -1,6 +1,7 @@
 """The cascade: the attempts that a turn gets before its reference is taken as the target
 
     --cascade unguided:2,guided:2,cooler:1      (stage:tries, in this order)
+    --cascade unguided                          (one try: "unguided self-output", no rewriting)
 
     unguided   the plain prompt without a forced beginning: the model does not see the reference
     guided     the prompt shows the reference (the paper's only way)
@@ -60,12 +61,15 @@ class Stage:
 
 
 def parse_cascade(text: str) -> tuple[Stage, ...]:
-    """`unguided:2,guided:2` as stages; ValueError names the part that cannot be read."""
+    """`unguided:2,guided:2` as stages; a name alone is one try.
+
+    ValueError names the part that cannot be read.
+    """
     stages: list[Stage] = []
     for part in text.split(","):
-        name, _, tries = part.partition(":")
+        name, colon, tries = part.partition(":")
         name = name.strip()
-        tries = tries.strip()
+        tries = tries.strip() if colon else "1"
         is_stage = name in TEMPERATURE_SHARE
         is_repeated = name in [stage.name for stage in stages]
         is_count = tries.isdecimal() and 1 <= int(tries) <= MAX_TRIES

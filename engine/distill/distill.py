@@ -20,7 +20,6 @@ order of the data: it does not depend on how many sequences or processes ran tog
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -34,7 +33,7 @@ from engine.data.rows import Row, Rows, listing
 from engine.distill.cascade import AssistantTurn, check_temperature
 from engine.distill.config import DistillConfig
 from engine.distill.distill_report import DistillReport
-from engine.distill.rewrite_prompts import TEMPLATES, prompt
+from engine.distill.rewrite_prompts import prompt
 from engine.distill.seed_likelihoods import LikelihoodSums, score
 from engine.distill.writer import LINE_FIELDS, DistilledWriter, distilled_line
 from engine.measure.likelihood import Scorer
@@ -244,7 +243,7 @@ def distill_settings(
     }
     return session.settings | {
         "data": data,
-        "distill": dataclasses.asdict(config),
+        "distill": config.settings(),
         "sampling": sampling.settings(),
     }
 
@@ -259,7 +258,7 @@ def can_be_asked(chat: Chat, config: DistillConfig) -> Callable[[Row], None]:
     the prompt that asks for its rewrite.
     """
     check_plain_prompts = template_takes(chat)
-    template = TEMPLATES[config.template]
+    template = config.shown_template
     shows_reference = any(stage.guided for stage in config.stages)
 
     def check(row: Row) -> None:

@@ -1,10 +1,15 @@
-"""The prompts that show the model a reference and ask for a rewrite (2402.13669, section 3)"""
+"""The prompts that show the model a reference and ask for a rewrite (2402.13669, section 3)
+
+TEMPLATES are the paper's, by name; a file holds a user's own (template_file.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from engine.distill.template_file import fill, names_in, read_template
 from model.chat import Chat
 
 
@@ -17,6 +22,10 @@ class Template:
     prefix: str = ""  # forced beginning of the answer; it becomes part of the target
     inline: bool = False  # the instruction goes into the user's message, with Alpaca headers
     plain: str = ""  # the task's plain system message, in whose place `system` is used
+    # of a file alone:
+    user: str = ""  # the whole user's message, with placeholders; `system` may have them too
+    marks: tuple[str, ...] = ()  # headings of its own, which no answer may repeat
+    digest: str = ""  # sha256 of the file
 
 
 _USING = (
@@ -41,6 +50,26 @@ TEMPLATES = {
 }
 
 
+def get_template(name: str) -> Template:
+    """The template of a name or a file; ValueError where there is neither, or it has a fault."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not Path(name).is_file():
+        raise ValueError(
+            f"template {name!r}: expected one of {', '.join(TEMPLATES)}, or a text file with "
+            "{instruction} and {reference}"
+        )
+    parts = read_template(Path(name))
+    return Template(
+        system=parts.system,
+        between="",
+        prefix=parts.prefix,
+        user=parts.user,
+        marks=parts.marks,
+        digest=parts.digest,
+    )
+
+
 def prompt(
     chat: Chat, template: Template, context: Sequence[dict[str, str]], reference: str
 ) -> list[dict[str, str]]:
@@ -48,7 +77,10 @@ def prompt(
 
     An inline template puts the paper's raw Alpaca prompt into the user's message. In the `alpaca`
     chat format, which has these headers itself, its instruction replaces the format's own instead.
+    A template of a file is its own whole prompt in any chat format.
     """
+    if template.user:
+        return _prompt_of_file(template, context, reference)
     earlier, last = context[:-1], context[-1]
     user = last["content"] + template.between + reference
     system_texts: list[str] = []
@@ -65,4 +97,24 @@ def prompt(
     messages = [*conversation, {"role": "user", "content": user}]
     if system_texts:
         messages.insert(0, {"role": "system", "content": "\n\n".join(system_texts)})
+    return messages
+
+
+def _prompt_of_file(
+    template: Template, context: Sequence[dict[str, str]], reference: str
+) -> list[dict[str, str]]:
+    """`prompt` for a template of a file: its parts with their placeholders filled in."""
+    system_texts = [turn["content"] for turn in context if turn["role"] == "system"]
+    values = {
+        "instruction": context[-1]["content"],
+        "reference": reference,
+        "system": "\n\n".join(system_texts),
+    }
+    system = fill(template.system, values).strip()
+    if "system" not in names_in(template.system + template.user):
+        system = "\n\n".join([*system_texts, system]).strip()
+    messages = [turn for turn in context[:-1] if turn["role"] != "system"]
+    messages.append({"role": "user", "content": fill(template.user, values)})
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     return messages

@@ -8,7 +8,8 @@
     garbled           it is not natural text: see `why_garbled`
     truncated         it hit the token limit, so its end is missing
     banned            it talks about the task of rewriting (the ban list of the paper, 2402.13669)
-    echo              it repeats the template's headers or the chat format's marks
+    echo              it repeats the template's headers (those of a template file too) or the chat
+                      format's marks
     repeats_prompt    it repeats the user's whole message (a message of fewer than PROMPT_WORDS
                       words counts only where the response says nothing else)
     refusal           it refuses (engine/verify/refusals.py) and the reference does not
@@ -48,6 +49,7 @@ class Rules:
     cut_prompts: int = 0  # tokens to which prompts that ask for a rewrite are cut; 0: not cut
     prefix_in_target: bool = True  # whether the answer's forced beginning is part of the target
     every_turn: bool = True  # False: rewrite a conversation's last answer only
+    marks: tuple[str, ...] = ()  # headings of a template file: a response with one is an echo
 
 
 OURS = Rules()
@@ -84,7 +86,7 @@ def judge(
     if banned(response):
         return "banned"
     if rules.guards:
-        fault = _why_unlike_reference(messages, reference, response)
+        fault = _why_unlike_reference(messages, reference, response, rules.marks)
         if fault is not None:
             return fault
     # The verifier sees a row whose reference is this turn's, also in the middle of a conversation.
@@ -107,10 +109,12 @@ def _why_incomplete(
 
 
 def _why_unlike_reference(
-    messages: Sequence[dict[str, str]], reference: str, response: str
+    messages: Sequence[dict[str, str]], reference: str, response: str, marks: Sequence[str]
 ) -> str | None:
     """The status of a complete text that does not answer as the reference does; None if it does."""
     if _ECHO.search(response) and not _ECHO.search(reference):
+        return "echo"
+    if _has_line(response, marks) and not _has_line(reference, marks):
         return "echo"
     question = messages[-1]["content"]
     if repeats(response, question) and not repeats(reference, question):
@@ -137,6 +141,12 @@ _ECHO = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _LOOP = re.compile(r"(.{1,100}?)\1{9,}", re.DOTALL)  # the same characters ten times in a row
+
+
+def _has_line(text: str, marks: Sequence[str]) -> bool:
+    """Whether one of the marks is a line of the text; letter case and outer space do not count."""
+    lines = {line.strip().casefold() for line in text.splitlines()}
+    return any(mark.strip().casefold() in lines for mark in marks)
 
 
 def banned(text: str) -> bool:

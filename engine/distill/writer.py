@@ -14,10 +14,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.distilled import CONTEXT, KEPT, Distilled
+from engine.data.distilled import CONTEXT, KEPT, NOT_ASKED, Distilled
 from engine.distill.cascade import REFERENCE, AssistantTurn, Attempt, TurnAttempts
 from engine.distill.config import DistillConfig
-from engine.distill.rewrite_prompts import TEMPLATES, prompt
+from engine.distill.rewrite_prompts import prompt
 from engine.distill.selection import judge
 from engine.measure.likelihood import Scorer
 from engine.runtime.resumable import ResumedLines
@@ -25,8 +25,6 @@ from engine.sampling.requests import Completion, Request
 from engine.sampling.sampler import Sampler
 from engine.verify.verifiers import get_verifier
 from model.chat import Chat
-
-NOT_ASKED = "not_asked"  # the status of a turn that the published code does not rewrite
 
 FIELDS = tuple(part.name for part in dataclasses.fields(Distilled))
 # name -> type of the fields that a line of the file must have; older lines have no `tries`
@@ -126,7 +124,7 @@ def stage_requests(
     template refuses the conversation.
     """
     turn, stage = attempts.turn, attempts.stage
-    template = TEMPLATES[config.template]
+    template = config.shown_template
     try:
         if stage.guided:
             messages = prompt(chat, template, turn.context, turn.reference)
@@ -167,7 +165,7 @@ def judged_attempt(
     turn, rules = attempts.turn, config.rules
     ids = list(completion.ids)
     if ids and attempts.stage.guided and rules.prefix_in_target:
-        prefix = TEMPLATES[config.template].prefix
+        prefix = config.shown_template.prefix
         ids = [*chat.prefix_ids(prefix), *ids]
     text = chat.tokenizer.decode(ids).strip()
     status = judge(

@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
-from engine.data.rows import Rows
+from engine.data.rows import Rows, listing
 from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line, tuned
 from engine.evaluate.task_retention import row_answers, task_retention, task_retention_table
 from engine.measure.answer_missing import answer_missing
@@ -40,6 +40,8 @@ from engine.runtime.terminal import progress, table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
+from engine.train.replay import prompt_key
+from model.config import read_json
 from model.llama import Llama
 from model.lora import Lora
 
@@ -124,6 +126,7 @@ def retention_job(
     generator = ChatGenerator(session.model, session.chat, sampling)
     settings = session.settings | {"sampling": sampling.settings()}
     answers = seed_answers(generator, seed_file(out), settings, prompts)
+    refuse_replayed(adapters, prompts)
     hashes = adapter_hashes(adapters, scales)
     settings |= {"adapters": hashes, "prompts": sha256(repr(prompts))}
     drift = retention(session.model, answers, arms, out, settings)
@@ -180,6 +183,33 @@ def _norms(model: Llama, arms: Arms) -> dict[str, dict[str, Any]]:
         )
         found[arm] = norms
     return found
+
+
+def refuse_replayed(adapters: Sequence[str], prompts: Prompts) -> None:
+    """ValueError where an adapter was trained on the seed's answers to one of these prompts.
+
+    (engine/train/replay.py.) Prints that the prompts are others where an adapter saw replay.
+    """
+    texts = {}
+    for _, text in prompts:
+        texts[prompt_key([{"role": "user", "content": text}])] = text
+    for adapter in adapters:
+        settings = read_json(Path(adapter) / "meta.json", {}).get("settings")
+        replayed = []
+        if isinstance(settings, dict) and "replay" in settings:
+            replayed = settings["replay"]["prompts"]
+        both = [repr(texts[key]) for key in replayed if key in texts]
+        if both:
+            error = (
+                f"adapter {adapter} was trained on the seed's answers (replay) to {len(both)} of "
+                f"these {len(prompts)} prompts, over which it looks better than elsewhere"
+            )
+            raise ValueError(listing(error, both, "measure it on others (--data)"))
+        if replayed:
+            print(
+                f"adapter {adapter}: trained with replay of {len(replayed)} general prompts; drift "
+                "is measured on others"
+            )
 
 
 def prompts_of_file(session: Session, data: DataConfig) -> Prompts:

@@ -14,6 +14,7 @@ from engine.runtime.resumable import meta_file
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, as_begun
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from engine.train.validate import ValidateConfig
 from engine.verify.verifiers import get_verifier
 from model.lora import LoraConfig
@@ -25,7 +26,7 @@ J = TypeVar("J")  # SdftConfig, StudyConfig or PreflightConfig
 class JobConfig(Generic[J]):
     """The settings of every stage, and those of the job itself.
 
-    A job that has no tasks or no validation has None there.
+    A job that has no tasks, no validation or no replay has None there.
     """
 
     model: ModelConfig
@@ -38,6 +39,7 @@ class JobConfig(Generic[J]):
     lora: LoraConfig
     tasks: TaskConfig | None = None
     validate: ValidateConfig | None = None
+    replay: ReplayConfig | None = None
 
     def parts(self) -> list[Any]:
         """The settings objects, in the order of the fields, without those that are None."""

@@ -31,7 +31,7 @@ from engine.data.rows import Row, Rows
 from engine.data.subset import evenly_spaced
 from engine.distill.config import DistillConfig
 from engine.distill.distill import can_be_asked, distill
-from engine.distill.rewrite_prompts import TEMPLATES, prompt
+from engine.distill.rewrite_prompts import prompt
 from engine.distill.seed_likelihoods import score
 from engine.distill.selection import why_garbled
 from engine.evaluate.arms import ARM_TARGETS
@@ -293,7 +293,7 @@ def gap(session: Session, config: DistillConfig, lines: Sequence[Distilled]) -> 
     count.
     """
     model, chat = session.model, session.chat
-    template = TEMPLATES[config.template]
+    template = config.shown_template
     # the forced beginning is part of the target, or only of the prompt that shows the reference
     if config.rules.prefix_in_target:
         prefix = ""

@@ -1,6 +1,7 @@
 """The main job: distil, train SFT and SDFT under identical settings, measure both, print the table
 
     OUT/distilled.jsonl          the rewrites (engine/distill), .meta.json and .scores.jsonl beside
+    OUT/replay.jsonl             the seed's answers to general prompts, under --replay
     OUT/sft/, OUT/sdft/          run directories; the same settings, but references or targets
     OUT/evaluation.jsonl         greedy answers of seed, sft and sdft to the held-out rows
     OUT/tasks/TASK.jsonl         their answers to the tasks that were named
@@ -35,7 +36,14 @@ from engine.evaluate.task_retention import row_answers, task_retention
 from engine.evaluate.tasks.run import run_tasks, tasks_table
 from engine.evaluate.tasks.scores import Scores
 from engine.jobs.job_config import JobConfig
-from engine.jobs.stages import TrainedArm, encode_rows, held_out_rows, timed, train_arm
+from engine.jobs.stages import (
+    TrainedArm,
+    encode_rows,
+    held_out_rows,
+    prompts_for_replay,
+    timed,
+    train_arm,
+)
 from engine.measure.seed_answers import seed_answers
 from engine.measure.update_norms import update_norms
 from engine.report.collect import token_nll, tuned_answers
@@ -213,6 +221,7 @@ def load_inputs(session: Session, config: Config) -> Inputs:
     held_out = held_out_rows(session, config, rows)
     examples = encode_rows(session, config, rows, "reference")
     config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
+    prompts_for_replay(session, config)  # ValueError for a fault in their file
     validator = None
     if config.validate is not None and config.validate.val_every:
         validator = Validator(config.validate, config.data, session)
@@ -305,8 +314,11 @@ def collect_for_report(
     settings = _arm_settings(session, out)
     tokenizer = session.chat.tokenizer
     shown = config.job.report_rows
-    sft = evenly_spaced(results.trained["sft"].examples, shown)
-    sdft = evenly_spaced(results.trained["sdft"].examples, shown)
+    sdft_by_id = {example.id: example for example in results.trained["sdft"].examples}
+    # under --drop-rejected SDFT is trained on fewer rows
+    both = [example for example in results.trained["sft"].examples if example.id in sdft_by_id]
+    sft = evenly_spaced(both, shown)
+    sdft = [sdft_by_id[example.id] for example in sft]
     token_nll(session.model, tokenizer, sft, sdft, out / "tokens.jsonl", settings)
     tuned_answers(
         _general_generator(session, config),

@@ -18,6 +18,7 @@ from engine.evaluate.target_task import rows_to_judge
 from engine.jobs.job_config import JobConfig
 from engine.session import Session
 from engine.train.examples import encode_examples
+from engine.train.replay import ReplayPrompt, replay_examples, replay_pool
 from engine.train.train import FrozenModel, train
 from engine.train.validate import Validator
 from model.lora import Lora
@@ -72,9 +73,37 @@ def encode_rows(
 
     ValueError where turns are too long, or nothing is left.
     """
-    mix = config.encode.mix if target == "target" else 0.0
-    encoding = dataclasses.replace(config.encode, target=target, mix=mix)
+    encoding = dataclasses.replace(config.encode, target=target)
+    if target == "reference":  # SFT, and plain rows: there are no rewrites to mix or to drop
+        encoding = dataclasses.replace(encoding, mix=0.0, drop_rejected=False)
     return encode_examples(rows, session, config.data, encoding, seed=seed)
+
+
+def prompts_for_replay(session: Session, config: JobConfig[Any]) -> list[ReplayPrompt]:
+    """The general prompts of --replay, [] without it; ValueError for a fault in their file."""
+    if config.replay is None or config.replay.replay is None:
+        return []
+    return replay_pool(session, config.replay, skip_bad=config.data.skip_bad)
+
+
+def replay_rows(session: Session, config: JobConfig[Any], task_rows: int) -> list[Example]:
+    """The replay rows beside `task_rows` others, [] without --replay.
+
+    All trainings of the job share the answers in OUT/replay.jsonl.
+    """
+    pool = prompts_for_replay(session, config)
+    if not pool:
+        return []
+    return replay_examples(
+        session,
+        config.replay,
+        Path(config.job.out) / "replay.jsonl",
+        pool,
+        task_rows=task_rows,
+        max_length=config.encode.max_length,
+        seed=config.train.seed,
+        sampling=config.sampling,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +112,7 @@ class TrainedArm:
 
     lora: Lora
     summary: dict[str, Any]  # of the training: counts, losses, seconds
-    examples: list[Example]
+    examples: list[Example]  # of the task, without replay
 
 
 def train_arm(
@@ -97,13 +126,14 @@ def train_arm(
     """Train the adapter of an arm ("sft" or "sdft") into the run directory `out`.
 
     A run that was killed there continues; a finished one is only loaded. Both arms are trained on
-    the same lines in the same order; only the answers differ.
+    the same lines in the same order; only the answers differ. Under --drop-rejected SDFT's lines
+    are fewer: those whose rewrite was accepted.
     """
     examples = encode_rows(session, config, lines, ARM_TARGETS[arm], config.train.seed)
     system = common_system([line.messages for line in lines])
     lora, summary = train(
         FrozenModel.of(session),
-        examples,
+        [*examples, *replay_rows(session, config, len(examples))],
         config.lora,
         config.train,
         out,

@@ -36,7 +36,7 @@ from engine.evaluate.target_task import ANSWER, NATS, evaluate, nll_file
 from engine.evaluate.task_retention import TASK_DRIFT, RowAnswer, row_answers, task_retention
 from engine.evaluate.tasks.run import TASKS, run_tasks
 from engine.jobs.job_config import JobConfig
-from engine.jobs.stages import encode_rows, held_out_rows, train_arm
+from engine.jobs.stages import encode_rows, held_out_rows, prompts_for_replay, train_arm
 from engine.jobs.study_findings import ArmResults, MeasuredRun, Pairs, all_arms, findings
 from engine.jobs.study_plot import draw
 from engine.measure.seed_answers import SeedAnswer, seed_answers
@@ -281,6 +281,7 @@ def check_inputs(session: Session, config: Config, rows: Rows, settings: Sequenc
         for part in (of_run.encode, of_run.train, of_run.lora):
             part.check()
     held_out = held_out_rows(session, config, rows)
+    prompts_for_replay(session, config)  # ValueError for a fault in their file
     assert held_out is not None, "a study has held-out rows"
     row_counts = dict.fromkeys(setting.rows for setting in settings)  # each once, in order
     for count in row_counts:

@@ -110,3 +110,8 @@ PROMPTS: tuple[tuple[str, str], ...] = (  # (category, prompt)
     ("chat", "Say thank you in Spanish, French and Italian."),
     ("chat", "Rewrite in capital letters: the quick fox is asleep"),
 )
+
+
+def plain_words(text: str) -> str:
+    """The words of a prompt, by which two are the same: no letter case, spaces or last sign."""
+    return " ".join(text.casefold().split()).rstrip(".?! ")

@@ -17,12 +17,13 @@ GROUPS = {
     "Sampling": """
         max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",
     "Training": """
-        lr epochs batch-rows rank modules alpha dropout rslora target mix max-length truncate
-        cut-in-proportion max-steps schedule warmup weight-decay clip""",
+        lr epochs batch-rows rank modules alpha dropout rslora target mix drop-rejected max-length
+        truncate cut-in-proportion max-steps schedule warmup weight-decay clip""",
+    "Replay of the model's own answers": "replay replay-share replay-max-new",
     "What a study varies": "seeds rows-list grid",
     "Evaluation": """
         eval-data eval-limit eval-max-new retention-max-new similarity val-every val-data
-        val-limit val-prompts best task tasks-dir task-data task-limit paper
+        val-limit val-prompts best patience stop-kl task tasks-dir task-data task-limit paper
         lm-eval lm-eval-path lm-eval-shots lm-eval-limit""",
     "Speed and memory": """
         device dtype ops threads shard rows kv-memory prefill-tokens page-size draft

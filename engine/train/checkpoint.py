@@ -7,8 +7,8 @@
                                   chat.json
                                   optimizer.safetensors (m, v and the masters, all fp32 or fp64)
                                   metrics.jsonl (the lines up to this step)
-                                  state.json (step, micro-batch size, best step so far, time spent,
-                                  hashes of the files above)
+                                  state.json (step, micro-batch size, best step so far, whether the
+                                  run stops here, time spent, hashes of the files above)
     RUN/adapter_model.safetensors, adapter_config.json, chat.json     the finished adapter
                                   (chat.json: chat format, end token, system message of the
                                   training, model/trained_chat.py)
@@ -132,6 +132,8 @@ def _read_state(saved: Path) -> dict[str, Any]:
     for name, kind in expected.items():
         if type(state.get(name)) is not kind:
             raise ValueError(f"{file}: {name} is {state.get(name)!r}, expected {kind.__name__}")
+    if type(state.get("waited", 0)) is not int or type(state.get("stopped", "")) is not str:
+        raise ValueError(f"{file}: waited or stopped is not what was written")
     spent = state.get("spent", NOTHING_SPENT)
     since_step = state.get("since_step", 0)
     if not _is_spent(spent) or type(since_step) is not int:

@@ -79,6 +79,8 @@ class EncodeConfig:
     target: str = "target"  # which answer of distilled data to learn: target (the accepted rewrite,
     #   else the reference: SDFT), reference (SFT), or response (every rewrite)
     mix: float = 0.0  # share of the accepted rewrites, from 0 to 1, replaced by their references
+    drop_rejected: bool = False  # leave out and count the rows whose rewrites were all rejected,
+    #   instead of training on their references (rejection-sampling fine-tuning, RFT)
     max_length: int = MAX_LENGTH  # most tokens of prompt and answer together
     truncate: bool = False  # cut off and count the ends of longer answers, instead of stopping with
     #   an error

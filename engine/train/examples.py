@@ -60,6 +60,7 @@ def encode_examples(
         in_proportion=encoding.cut_in_proportion,
         skip_refused=skip_refused,
         mix=encoding.mix,
+        drop_rejected=encoding.drop_rejected,
         seed=seed,
     )
     examples, counts = encode(rows, session.chat, rules)

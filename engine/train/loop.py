@@ -9,7 +9,6 @@ Run.finish         publishes the last or the best adapter, and returns the summa
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from engine.runtime.process_memory import (
 from engine.runtime.stopping import Stopping
 from engine.train import checkpoint
 from engine.train.config import TrainConfig
+from engine.train.early_stop import FRESH, after_validation
 from engine.train.memory_plan import MemoryPlan, StepSize, choose_policy
 from engine.train.metrics import Metrics
 from engine.train.mfu import step_operations
@@ -79,7 +79,7 @@ class Run:
     world: World
     chat: TrainedChat | None = None  # written beside the adapter
     # state.json of the last checkpoint; in a new run only `micro_tokens`, the size of micro-batches
-    # that fits the memory, and `best`, the best validation so far ({} before the first)
+    # that fits the memory, and what validations decide (early_stop.FRESH)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
     # of all starts of the run, as far as checkpoints have it: seconds, tokens, operations (mfu.py)
     # of all ranks together, and the largest peak of memory
@@ -103,7 +103,7 @@ class Run:
         self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
         with Metrics(metrics_file, self.out.name, metrics_so_far, steps, self.world) as metrics:
-            for batch in schedule[self.optimizer.step :]:
+            for batch in self._steps_left(schedule):
                 step = self.optimizer.step + 1
                 self.train_step(step, steps, batch, plan.policy, metrics)
 
@@ -116,12 +116,21 @@ class Run:
                     metrics.flush()  # so that a checkpoint holds checked steps only
                 if validation_due and self.validate(step, batch.epoch):
                     checkpoint_due = True  # the best adapter so far must be on disk
-                if checkpoint_due:
+                if self.state["stopped"]:
+                    print(f"stopped at step {step} of {steps}: {self.state['stopped']}")
+                    is_last = True
+                if is_last or checkpoint_due:
                     self.save(step, batch.epoch)
-                if is_stopping and not is_last:
+                if is_last:
+                    break
+                if is_stopping:
                     stop.end(f"step {step} of {steps} is in {self.out}")
             metrics.flush()
         self.count_time()
+
+    def _steps_left(self, schedule: list[Batch]) -> list[Batch]:
+        """The batches of the steps that are left: none where the run has stopped early."""
+        return [] if self.state["stopped"] else schedule[self.optimizer.step :]
 
     def train_step(
         self, step: int, steps: int, batch: Batch, policy: str, metrics: Metrics
@@ -226,21 +235,19 @@ class Run:
         return is_last or step % self.validator.config.val_every == 0
 
     def validate(self, step: int, epoch: int) -> bool:
-        """Measure the adapter and record the values; returns whether it is the best so far."""
+        """Measure the adapter and record the values; returns whether it is the best so far.
+
+        Sets `stopped` of the state where the run ends here (early_stop.py).
+        """
         measures = self._measure()
         if self.world.is_rank0:
             line = {"step": step, "epoch": epoch, **measures}
             checkpoint.record_validation(self.out, line)
         text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
         print(f"\nstep {step}: {text}")
-        metric = self.validator.config.best
-        if metric == "last":
-            return False
-        best_value = self.state["best"].get("value", math.inf)
-        if measures[metric] >= best_value:
-            return False
-        self.state["best"] = {"metric": metric, "value": measures[metric], "step": step}
-        return True
+        verdict = after_validation(self.validator.config, self.state, measures, step)
+        self.state |= verdict.state
+        return verdict.is_best
 
     def _measure(self) -> dict[str, float]:
         """The validator's values by name: those of rank 0, which all ranks get."""
@@ -280,7 +287,7 @@ class Run:
 
     def _restore_state(self) -> None:
         """Begin with the state of the last checkpoint, or with that of a new run."""
-        self.state = {"micro_tokens": self.config.micro_tokens, "best": {}} | self.state
+        self.state = {"micro_tokens": self.config.micro_tokens} | FRESH | self.state
         self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
         self.spent_since_step = self.state.get("since_step", 0)
         is_resumed = self.optimizer.step > 0
@@ -343,6 +350,8 @@ class Run:
             "first_loss": sum(losses[:tenth]) / tenth,
             "last_loss": sum(losses[-tenth:]) / tenth,
             "best": self.state["best"],
+            "planned_steps": self.config.steps(len(self.examples)),
+            "stopped": self.state["stopped"],  # why it ended before the planned steps, or ""
             "tokens_s": spent["tokens"] / seconds if seconds else 0.0,
             "seconds": seconds,
             "operations_s": spent["operations"] / seconds if seconds else 0.0,

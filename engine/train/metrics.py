@@ -160,9 +160,15 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
 
     loss = f"loss {summary['first_loss']:.4f} -> {summary['last_loss']:.4f}"
     parts = [f"{work}, {speed}", loss]
+    if summary.get("stopped"):
+        planned = f"step {summary['steps']} of {summary['planned_steps']}"
+        parts.append(f"stopped at {planned} because {summary['stopped']}")
     best = summary["best"]
     if best:
-        parts.append(f"best {best['metric']} {best['value']:.4f} at step {best['step']}")
+        name = f"best {best['metric']}"
+        if best["metric"] == "last":
+            name = "adapter: the last within --stop-kl, KL"
+        parts.append(f"{name} {best['value']:.4f} at step {best['step']}")
     parts += [
         f"peak memory {summary['peak_bytes'] / 1e9:.2f} GB",
         f"ops {summary['ops']}",

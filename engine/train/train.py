@@ -27,6 +27,7 @@ from engine.runtime.locking import lock_directory
 from engine.runtime.process_memory import TRAIN_LESS, memory_for
 from engine.runtime.run_record import environment
 from engine.runtime.stopping import Stopping
+from engine.sampling.requests import SamplerConfig
 from engine.session import Session
 from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
@@ -34,6 +35,14 @@ from engine.train.examples import encode_examples, rows_to_train_on
 from engine.train.loop import Run
 from engine.train.metrics import summary_text
 from engine.train.optim import Optimizer
+from engine.train.replay import (
+    DECODING,
+    ReplayConfig,
+    is_replay,
+    replay_examples,
+    replay_pool,
+    replayed_prompts,
+)
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
 from model.llama import Llama
@@ -53,10 +62,12 @@ class TrainJobConfig:
     train: TrainConfig
     lora: LoraConfig
     validate: ValidateConfig
+    replay: ReplayConfig = ReplayConfig()
 
     def check(self) -> None:
         """ValueError for settings that cannot run."""
-        for settings in (self.data, self.encode, self.train, self.lora, self.validate):
+        parts = (self.data, self.encode, self.train, self.lora, self.validate, self.replay)
+        for settings in parts:
             settings.check()
 
 
@@ -113,6 +124,8 @@ def train_job(
     if show_rows is not None:
         print_examples(session, examples[:show_rows])
         return None
+    if config.replay.replay is not None:
+        examples = [*examples, *_replay(session, config, out, len(examples))]
     config.train.highest_rate(len(examples))  # ValueError before the validator's work
     validator = None
     if config.validate.val_every:
@@ -131,6 +144,21 @@ def train_job(
     if session.world.is_rank0:
         print(summary_text(summary, out))
     return summary
+
+
+def _replay(session: Session, config: TrainJobConfig, out: Path, rows: int) -> list[Example]:
+    """The replay rows beside `rows` others; their answers are kept in OUT.replay.jsonl."""
+    pool = replay_pool(session, config.replay, skip_bad=config.data.skip_bad)
+    return replay_examples(
+        session,
+        config.replay,
+        out.with_name(out.name + ".replay.jsonl"),
+        pool,
+        task_rows=rows,
+        max_length=config.encode.max_length,
+        seed=config.train.seed,
+        sampling=SamplerConfig(seed=config.train.seed, **DECODING),
+    )
 
 
 def print_examples(session: Session, examples: Sequence[Example]) -> None:
@@ -248,8 +276,15 @@ def run_settings(
         "data": fingerprint(examples),
         "dtype": str(frozen.model.dtype),
     }
+    replayed = replayed_prompts(examples)
+    if replayed:  # retention refuses to be measured over them
+        rows = sum(is_replay(example) for example in examples)
+        settings["replay"] = {"rows": rows, "prompts": replayed}
     if validator is not None:
         settings["validate"] = dataclasses.asdict(validator.config)
+        for name in ("patience", "stop_kl"):  # runs of older versions do not have them
+            if not settings["validate"][name]:
+                del settings["validate"][name]
     return settings
 
 

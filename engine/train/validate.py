@@ -51,6 +51,10 @@ class ValidateConfig:
     #   model (KL); 0 is off
     best: str = "last"  # which checkpoint becomes the adapter: last, nll (the lowest loss on
     #   --val-data) or kl (the least drift from the seed model)
+    patience: int = 0  # stop after so many validations in a row without a better value of --best;
+    #   0 is off
+    stop_kl: float = 0.0  # stop at the first validation whose drift from the seed model (KL) is
+    #   above this many nats per token, and keep the best or last adapter within it; 0 is off
 
     def check(self) -> None:
         """ValueError for values out of range, and for settings that measure nothing."""
@@ -59,7 +63,7 @@ class ValidateConfig:
                 f"val_every {self.val_every}, val_limit {self.val_limit}, val_prompts "
                 f"{self.val_prompts}: expected >= 0, >= 1 and 0 to {len(PROMPTS)}"
             )
-        check_numbers(self, val_limit=(1, MOST))
+        check_numbers(self, val_limit=(1, MOST), patience=(0, 10**6), stop_kl=(0, 1000))
         if self.best not in BEST:
             raise ValueError(f"best {self.best!r}: expected one of {', '.join(BEST)}")
         measures_nll = self.val_data is not None
@@ -70,6 +74,16 @@ class ValidateConfig:
             raise ValueError("--best nll needs --val-every and --val-data")
         if self.best == "kl" and not (self.val_every and measures_kl):
             raise ValueError("--best kl needs --val-every and --val-prompts above 0")
+        if self.patience and self.best == "last":
+            raise ValueError(
+                f"patience {self.patience} with --best last: expected a measure that can improve; "
+                "give --best nll (or kl), --val-every and what it measures on"
+            )
+        if self.stop_kl and not (self.val_every and measures_kl):
+            raise ValueError(
+                f"stop_kl {self.stop_kl:g}: the drift is measured at validations only; give "
+                "--val-every, and --val-prompts above 0"
+            )
 
 
 @dataclass(frozen=True)

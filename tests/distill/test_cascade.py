@@ -80,7 +80,7 @@ def test_cascades_are_read():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "guided", "guided:0", "guided:-1", "guided:65", "guided:1,guided:2", "hot:1",
+    "text", ["", "guided:", "guided:0", "guided:-1", "guided:65", "guided:1,guided:2", "hot:1",
              "guided:1,", "guided:x", "guided=1"],
 )  # fmt: skip
 def test_cascades_that_cannot_be_read_are_refused(text):

@@ -27,6 +27,7 @@ from engine.runtime.flags import InWords, add_flags, from_flags, make_parser
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
 
@@ -46,6 +47,7 @@ CONFIGS = [
     TaskConfig,
     HarnessConfig,
     ValidateConfig,
+    ReplayConfig,
     StudyConfig,
     PreflightConfig,
     AuditConfig,

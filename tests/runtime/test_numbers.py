@@ -17,6 +17,7 @@ from engine.jobs.study import StudyConfig
 from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig
 from engine.train.config import EncodeConfig, TrainConfig
+from engine.train.replay import ReplayConfig
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
 
@@ -39,6 +40,7 @@ CONFIGS = [
     TrainConfig,
     LoraConfig,
     ValidateConfig,
+    ReplayConfig,
     SdftConfig,
     StudyConfig,
     PreflightConfig,
