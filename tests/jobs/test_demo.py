@@ -1,4 +1,4 @@
-"""The word problems of `quickstart.sh --word-problems`: distinct, solved, the same bytes for a seed."""
+"""The word problems of the quickstart: distinct, solved correctly, the same bytes for a seed."""
 
 from __future__ import annotations
 
