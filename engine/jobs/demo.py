@@ -1,4 +1,4 @@
-"""Everyday arithmetic word problems, made from a seed: the quickstart's data.
+"""Everyday arithmetic word problems, made from a seed: data of `quickstart.sh --word-problems`.
 
 A schema (demo_problems.txt) is a situation: its wordings, the range of each number, and the one or
 two steps that solve it. A row is a schema, a wording, words for its placeholders, and numbers drawn

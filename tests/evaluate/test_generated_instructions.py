@@ -24,10 +24,10 @@ from engine.session import ModelConfig, Session
 
 # kind and number of an item -> answers that follow it, and answers that do not
 CASES = {
-    # Describe a bridge in at most 8 words.
+    # Describe a bridge in at most 10 words.
     "few_words-00": (
         ["It joins two banks.", "Iron over water"],
-        ["Bridge", "It joins the two banks of a wide river."],
+        ["Bridge", "It joins the two banks of a wide and slow river."],
     ),
     # Describe the sea in exactly 4 words.
     "exact_words-01": (["Blue, wide, deep, cold."], ["Blue and deep.", "It is blue and deep."]),
@@ -192,7 +192,7 @@ def test_the_prompts_do_not_change():
     """Figures of different commits are compared: another hash is another task, by another name."""
     items, digest = load(None, False)
     assert len(items) == 900 and items[0].messages[0]["role"] == "user"
-    assert digest == "5ae1527fdc7846a62af7cd2b97d23eea59fbc66aa8a81b9d859b07d1fb06ea22"
+    assert digest == "4d091fde601ab5b2a17cd006222abf5533aedc85b95b9043164ec074072db560"
 
 
 @pytest.fixture

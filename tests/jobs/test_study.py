@@ -94,6 +94,28 @@ def test_seeds_are_combined_on_the_same_rows():
     assert "p 0.125 (by seed 0.125, 0.125)" in found["words"]
 
 
+def test_drift_on_the_task_and_norms_have_the_values_computed_by_hand():
+    """Two rows of 5 and 15 tokens: (3 + 5) / 20 = 0.4 against (1 + 1) / 20 = 0.1 nats a token."""
+    seed = ArmResults("", "seed", [run([0, 1], [])])
+    sft, sdft = pair([([1, 1], [2.0] * 3)], [([1, 1], [1.0] * 3)])
+    for arm, kl, norm in ((sft, (3.0, 5.0), 2.0), (sdft, (1.0, 1.0), 1.5)):
+        arm.runs[0].task_drift = [{"kl": kl[0], "tokens": 5}, {"kl": kl[1], "tokens": 15}]
+        arm.runs[0].norms = {"norm": norm, "relative": norm / 50}
+    found = difference(sft, sdft)
+    assert found["task_kl"][0] == pytest.approx(-0.3)
+    # drawn again, the two rows are the first, both or the second: -2/5, -6/20 or -4/15
+    assert found["task_kl"][1:] == pytest.approx((-2 / 5, -4 / 15))
+    assert "KL to seed on the task: SDFT moved less (-0.3000" in found["words"]
+    figures, text = findings(seed, [[sft, sdft]], "number")
+    by_seed = figures["points"][1]["by_seed"][0]
+    assert by_seed["task_kl"] == 0.4 and by_seed["update_norms"]["norm"] == 2.0
+    columns = [line.split() for line in text.splitlines()]
+    neighbours = [cells for line in columns for cells in zip(line, line[1:], strict=False)]
+    assert ("0.4000", "2.000") in neighbours and ("0.1000", "1.500") in neighbours
+    sft_only = difference(*pair([([1], [2.0] * 3)], [([1], [1.0] * 3)]))
+    assert "task_kl" not in sft_only and "on the task" not in sft_only["words"]
+
+
 def test_the_pareto_front_leaves_out_points_that_another_beats():
     points = [(0.5, 0.0), (0.6, 0.2), (0.6, 0.1), (0.4, 0.3), (0.6, 0.1)]
     assert pareto_front(points) == [True, False, True, False, True]

@@ -80,7 +80,7 @@ def _word(name: str, i: int) -> str:
 
 
 def _few_words(i: int) -> Instruction:
-    n = (8, 10, 12, 15, 20)[i % 5]
+    n = (10, 15, 20, 30, 40)[i % 5]
     return Instruction(f"Describe {_word('subject', i)} in at most {n} words.", (word_count(2, n),))
 
 
