@@ -3,7 +3,8 @@
 policy      kept per layer                                           computed again in the backward
 none        h, qkv, o, lse, h_mid, gate_up, s                        the norms, swiglu
 selective   the same without gate_up                                 and gate_up
-full        h                                                        the whole layer
+full        h                                                        the layer; its output only
+                                                                     where "down" is adapted
 """
 
 # T = tokens, D = model width, F = feed-forward width, R = ranks of a group's adapted members

@@ -237,7 +237,7 @@ class Run:
         if metric == "last":
             return False
         best_value = self.state["best"].get("value", math.inf)
-        if measures[metric] >= best_value:
+        if measures[metric] >= best_value or not has_learned(self.lora):
             return False
         self.state["best"] = {"metric": metric, "value": measures[metric], "step": step}
         return True
@@ -315,8 +315,7 @@ class Run:
         best = checkpoint.checkpoint_dir(self.out, best_step)
         if best_step != self.optimizer.step:
             checkpoint.load_adapter(best, self.lora)
-        parameters = self.lora.views(self.lora.params)
-        if not any(view.any() for name, view in parameters.items() if "lora_B" in name):
+        if not has_learned(self.lora):
             raise ValueError(f"{self.out}: B is zero everywhere at the end: nothing was learned")
         if not self.world.is_rank0:
             return {}
@@ -375,3 +374,9 @@ class Run:
             checkpoint.load_checkpoint(saved, self.lora, self.optimizer)
         else:
             checkpoint.load_adapter(self.out, self.lora)
+
+
+def has_learned(lora: Lora) -> bool:
+    """Whether any B is not zero; else the adapter is the seed model (as after a step at rate 0)."""
+    parameters = lora.views(lora.params)
+    return any(bool(view.any()) for name, view in parameters.items() if "lora_B" in name)

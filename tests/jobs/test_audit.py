@@ -83,17 +83,30 @@ def test_a_step_on_other_operations_is_as_clean(ops, tmp_path, monkeypatch):
         launched = {name for name, record in trace.records.items() if record.launches}
         assert launched == trace.kernels and len(launched) >= 10
         assert "kernels.adamw.adamw_kernel" in launched
+        assert_quoted("a step, `--ops triton`", trace)
+
+
+def assert_quoted(work, trace):
+    """README.md has the counts of this work, within a tenth: scripts/audit.py prints the present.
+
+    It quotes SmolLM2-135M, and four rows on Triton; here it is the tiny Llama, and one row.
+    """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    number = r"([\d,]+)"
+    row = rf"\| {re.escape(work)} \| {number} \| {number} \| {number} \| {number} \|"
+    quoted = [int(text.replace(",", "")) for text in re.search(row, readme).groups()]
+    counts = Counts.of(list(trace.records.values()))
+    measured = (
+        counts.functions,
+        counts.lines_run,
+        counts.lines_of_functions,
+        counts.lines_of_files,
+    )
+    assert quoted == pytest.approx(measured, rel=0.1), measured
 
 
 def test_readme_quotes_the_counts(step):
-    """Within a tenth: `python scripts/audit.py` prints the present ones."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    number = r"([\d,]+)"
-    row = rf"a step, `--ops torch` \| {number} \| {number} \| {number}"
-    quoted = [int(text.replace(",", "")) for text in re.search(row, readme).groups()]
-    counts = Counts.of(list(step.records.values()))
-    measured = (counts.functions, counts.lines_run, counts.lines_of_functions)
-    assert quoted == pytest.approx(measured, rel=0.1)
+    assert_quoted("a step, `--ops torch`", step)
 
 
 def test_a_step_shows_its_functions_in_the_order_of_their_calls(step):
@@ -318,6 +331,8 @@ def test_sampling_is_clean_and_shown(what, session, tmp_path, capsys):
     assert (prefill in trace.records) == (what == "distill")
     assert "no autograd, no unpickling" in capsys.readouterr().out
     assert (tmp_path / "audit.html").exists() and (tmp_path / "audit.txt").exists()
+    if what == "distill":
+        assert_quoted("a distilled row, `--ops torch`", trace)
 
 
 def test_an_unknown_work_is_refused():
