@@ -61,7 +61,10 @@ def own_operations() -> list[str]:
 
 
 def whole_check(folder: Path, dtype: torch.dtype, widths: Widths) -> dict:
-    """Seconds of the first `choose` and of the second."""
+    """Seconds of the first `choose` and of the second, and the number of kernels.
+
+    `kernels` were compiled, `ahead` of them before they were launched.
+    """
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     torch.zeros(1, device="cuda")  # the context is the run's own
@@ -70,8 +73,17 @@ def whole_check(folder: Path, dtype: torch.dtype, widths: Widths) -> dict:
         started = time.perf_counter()
         ops = select_ops.choose("auto", "cuda", dtype, widths)
         seconds.append(time.perf_counter() - started)
-    card = torch.cuda.get_device_name()
-    return {"card": card, "first": seconds[0], "second": seconds[1], "ops": ops.name}
+    target = Target.of(torch.device("cuda"))
+    at = {name: cases(SPECS[name], dtype, widths) for name in own_operations()}
+    launches, _ = launches_of(TRITON, at, target)
+    return {
+        "card": torch.cuda.get_device_name(),
+        "first": seconds[0],
+        "second": seconds[1],
+        "kernels": len(list((folder / "triton").rglob("*.cubin"))),
+        "ahead": len(launches),
+        "ops": ops.name,
+    }
 
 
 def compilation(
