@@ -6,7 +6,6 @@ No list of launches is kept by hand: operations run on tensors without memory, i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -15,92 +14,22 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 
 import benchmarks.with_triton  # noqa: F401 before kernels
 import kernels
 from kernels import registry
 from kernels.dtypes import accumulate_dtype
-from kernels.launch import tile_config, triton_launch
+from kernels.launch import triton_launch
+from kernels.launch.compile_ahead import Launch, recording, without_memory
 from kernels.registry import Ops, functions
 from kernels.spec import Spec, cast
 from model.durable import directory_beside
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """Stands for a recorded tensor, which has no memory, before triton's launcher."""
-
-    dtype: torch.dtype
-    offset: int  # bytes into its storage, which itself begins on 16 bytes
-    bytes: int  # of its storage
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Pointer:
-        offset = tensor.storage_offset() * tensor.element_size()
-        return cls(tensor.dtype, offset, tensor.untyped_storage().nbytes())
-
-    def data_ptr(self) -> int:
-        return self.offset
-
-    def ptr_range(self) -> int:
-        return self.bytes
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A recorded launch, its tensors as `Pointer`s."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple
-    options: dict[str, Any]
-    shape_class: str = ""  # the first by which the kernel's tile configuration was looked up
-
-
-@contextlib.contextmanager
-def recording(device_class: str | None = None) -> Iterator[list[Launch]]:
-    """Launches inside are collected and none is made; tile configurations are for the class."""
-    launches: list[Launch] = []
-    looked_up: dict[str, str] = {}  # kernel -> shape class: a launch follows its look-up
-
-    def note_lookup(lookup: tile_config.Lookup) -> None:
-        looked_up[lookup.kernel] = lookup.shape_class
-
-    def note_launch(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-        pointers = tuple(Pointer.of(a) if isinstance(a, Tensor) else a for a in args)
-        shape_class = looked_up.get(kernel.__name__, "")
-        launches.append(Launch(kernel, grid, pointers, dict(options), shape_class))
-
-    with (
-        tile_config.pretending(device_class),
-        tile_config.watching(note_lookup),
-        triton_launch.recording_launches(note_launch),
-    ):
-        yield launches
-
-
-class _RealOrder(TorchFunctionMode):
-    """randperm gives real values even among fake tensors: inputs are laid out on the host by it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch.randperm:
-            return func(*args, **(kwargs or {}))
-        with unset_fake_temporarily():
-            return func(*args, **(kwargs or {}))
-
-
-_fakes = FakeTensorMode()
 
 
 @functools.cache
@@ -120,7 +49,7 @@ def record(
 
     `masters`: on inputs as training has them (`typed`), not all of them in one dtype.
     """
-    with recording(device_class) as launches, _fakes, _RealOrder():
+    with recording(device_class) as launches, without_memory():
         inputs = _fake_inputs(spec, shape)
         spec.run(ops, typed(spec, inputs, dtype) if masters else cast(inputs, dtype))
     return launches

@@ -1,39 +1,30 @@
 """Which table of operations runs on this machine: `--ops auto|torch|native|triton|reference`.
 
-`auto` checks each operation that is not torch's against its definition, once per machine. The check
-is the SPEC's (kernels/spec.py), at its two largest test shapes in the run's dtype, at the largest
-in fp32, and for a few tokens at the model's own widths: those are the kernels that will run. An
-operation that fails its check, or raises, is taken from TORCH.
-
-Results are kept in $XDG_CACHE_HOME (~/.cache)/sdft-engine/kernels-<key>.json. The key is made of
-the card (on a CPU: the compiled library), the versions of torch and triton, the dtype, the widths
-and the contents of this folder and of all folders below it. A file that is not understood is
-replaced. Without a home directory, or where other users could have written the file
-(kernels/disk_cache.py), each run checks again.
+`auto` checks each operation that is not torch's against its definition, once per machine
+(self_check/cases.py). An operation that fails its check, or raises, is taken from TORCH. Results
+are kept (self_check/results.py). On a GPU the checks run in a process of their own
+(self_check/process.py); elsewhere, and where no process can be started, they run here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
-import os
+import sys
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from kernels import disk_cache
 from kernels.cpu import native
 from kernels.dtypes import sum_products_in_fp32
 from kernels.launch import triton_launch
 from kernels.registry import OPS, REFERENCE, SPECS, TORCH, Ops, functions
-from kernels.spec import Spec, Widths, check
-
-FOLDER = Path(__file__).resolve().parent
-REASON = 200  # characters of a reason that are kept
+from kernels.self_check import results
+from kernels.self_check.cases import cases, why_failing, why_unusable
+from kernels.self_check.process import NoProcess, Result, check_in_process, is_lasting
+from kernels.self_check.request import request_for
+from kernels.self_check.sources import Sources
+from kernels.spec import Widths
 
 # ---- the choice
 
@@ -116,6 +107,53 @@ def _why_not_native(
     return "; ".join(f"{operation}: {why}" for operation, why in reasons.items())
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A table of operations whose checks are wanted, and where."""
+
+    candidate: Ops
+    device: torch.device
+    dtype: torch.dtype
+    widths: Widths | None
+
+    def here(self, operations: Sequence[str]) -> Iterator[Result]:
+        """The results of these operations, checked in this process."""
+        for name in operations:
+            at = cases(SPECS[name], self.dtype, self.widths)
+            reason = why_failing(SPECS[name], self.candidate, REFERENCE, self.device, at) or ""
+            yield Result(name, reason, is_lasting(reason))
+            if reason:
+                self._ensure_alive(name, reason)
+
+    def apart(self, operations: Sequence[str], say: Callable[[str], None]) -> Iterator[Result]:
+        """The results of these operations, checked in a process of their own where one can be."""
+        left = list(operations)
+        try:
+            request = request_for(self.candidate, operations, self.device, self.dtype, self.widths)
+            for result in check_in_process(request, show_progress):
+                left.remove(result.operation)
+                yield result
+        except (NoProcess, ValueError, OSError) as error:
+            say(f"ops: the checks go on in this process, none of their own can run: {error}")
+            yield from self.here(left)
+
+    def _ensure_alive(self, name: str, reason: str) -> None:
+        """RuntimeError where a kernel left the device unusable: nothing more can run here."""
+        why = why_unusable(self.device)
+        if why is not None:
+            raise RuntimeError(
+                f"the Triton form of {name} left {self.device} unusable ({reason}; {why}); this is "
+                "remembered, so start the run again: it will do without it"
+            )
+
+
+def show_progress(text: str) -> None:
+    """Write over the last line of a terminal; in a log the first and the last line suffice."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[Kops: {text}")
+        sys.stderr.flush()
+
+
 def with_fallback(
     candidate: Ops,
     fallback: Ops,
@@ -126,30 +164,15 @@ def with_fallback(
 ) -> tuple[Ops, dict[str, str]]:
     """The candidate with each operation that fails its check replaced by the fallback's.
 
-    Also returns the failures, operation -> reason. Checks only what the cache has no result for.
+    Also returns the failures, operation -> reason. Checks only what there is no result for.
     """
-    valid_for = identity(device, dtype, widths)
-    path = cache_file(valid_for)
-    results = _read(path)
-    unchecked = []
-    for name, spec in SPECS.items():
-        if functions(candidate, spec) == functions(fallback, spec):
-            results.pop(name, None)
-        elif name not in results:
-            unchecked.append(name)
-    if unchecked:
-        started = time.perf_counter()
-        card = valid_for["card"]
-        say(f"ops: checking the kernels on {card} (once per card, version and widths)")
-        for name in unchecked:
-            reason = why_failing(SPECS[name], candidate, device, dtype, widths)
-            results[name] = reason
-            if reason is not None:
-                _write(path, valid_for, results)  # before the process may end
-                _ensure_alive(name, reason, device)
-        kept = _write(path, valid_for, results)
-        say(f"ops: checked in {time.perf_counter() - started:.1f} s; {kept}")
-    reasons = {name: why for name, why in results.items() if why is not None and name in SPECS}
+    wanted = Checked(candidate, device, dtype, widths)
+    differ = [
+        name
+        for name, spec in SPECS.items()
+        if functions(candidate, spec) != functions(fallback, spec)
+    ]
+    reasons = {name: why for name, why in results_of(wanted, differ, say).items() if why}
     replaced = {}
     for name, reason in reasons.items():
         say(f"ops: {name} runs in its {fallback.name} form, its check failed here: {reason}")
@@ -158,149 +181,51 @@ def with_fallback(
     return dataclasses.replace(candidate, **replaced), reasons
 
 
-# ---- the check
-
-
-def why_failing(
-    spec: Spec,
-    ops: Ops,
-    device: torch.device,
-    dtype: torch.dtype,
-    widths: Widths | None,
-) -> str | None:
-    """Why this operation of `ops` must not be used here; None when it passes its checks."""
-    try:
-        by_size = _largest_first(spec)
-        shapes = by_size[:2]
-        if widths is not None:
-            shapes += spec.model_shapes(widths)
-        cases = [(shape, dtype) for shape in shapes]
-        cases.append((by_size[0], torch.float32))
-        for shape, case_dtype in dict.fromkeys(cases):  # each once
-            check(spec, ops, REFERENCE, shape, case_dtype, str(device))
-    except Exception as error:  # anything that a compiler, a launch or the check may raise
-        return _first_line(error) or "failed"
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    """The beginning of an error's message, with its type unless the check itself raised it."""
-    lines = str(error).strip().splitlines()
-    message = lines[0] if lines else ""
-    if not isinstance(error, AssertionError):
-        message = f"{type(error).__name__}: {message}"
-    return message[:REASON]
-
-
-def _largest_first(spec: Spec) -> list[tuple[int, ...]]:
-    """The test shapes by the size of their inputs. (Each costs a compilation of every kernel.)"""
-
-    def num_elements(shape: tuple[int, ...]) -> int:
-        inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
-        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.numel() for tensor in tensors)
-
-    return sorted(spec.test_shapes, key=num_elements, reverse=True)
-
-
-def _ensure_alive(name: str, reason: str, device: torch.device) -> None:
-    """RuntimeError where a kernel left the device unusable: nothing more can run here."""
-    try:
-        torch.zeros(1, device=device).sum().item()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the Triton form of {name} left {device} unusable ({reason}); this is remembered, so "
-            "start the run again: it will do without it"
-        ) from error
-
-
-# ---- results that are kept
-
-
-def sources_hash(folder: Path = FOLDER) -> str:
-    """Hash of the names and contents of every source in the folder, at any depth.
-
-    All files count but pages (*.md), __pycache__ and hidden files, which an editor may leave.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        ignored = any(part == "__pycache__" or part.startswith(".") for part in name.parts)
-        if not path.is_file() or ignored or path.suffix == ".md":
-            continue
-        content = path.read_bytes()
-        header = f"{name.as_posix()} {len(content)} "
-        digest.update(header.encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def identity(
-    device: torch.device, dtype: torch.dtype, widths: Widths | None = None
+def results_of(
+    wanted: Checked, operations: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, str]:
-    """The card, versions, dtype, widths and sources that a result is valid for."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else native.name()
-    return {
-        "card": card,
-        "torch": torch.__version__,
-        "triton": triton,
-        "dtype": str(dtype),
-        "widths": str(widths),
-        "kernels": sources_hash(),
-    }
+    """Operation -> why its check fails, "" if it passes; those that are not known are checked."""
+    sources = Sources()
+    valid_for = {}
+    for name in operations:
+        valid_for[name] = results.identity(
+            SPECS[name], wanted.candidate, wanted.device, wanted.dtype, wanted.widths, sources
+        )
+    known = _known(valid_for)
+    if len(known) < len(operations):
+        with results.one_at_a_time():  # another process may have checked meanwhile
+            known = _known(valid_for)
+            unchecked = [name for name in operations if name not in known]
+            if unchecked:
+                known |= _check(wanted, {name: valid_for[name] for name in unchecked}, say)
+    return {name: known[name] for name in operations}
 
 
-def cache_file(valid_for: dict[str, str]) -> Path | None:
-    """The file with the results of this identity; None without a home directory."""
-    folder = disk_cache.folder()
-    if folder is None:
-        return None
-    text = json.dumps(valid_for, sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return folder / f"kernels-{key}.json"
+def _known(valid_for: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Operation -> its result, for those that there is one for."""
+    found = {name: results.read(results.file_of(of)) for name, of in valid_for.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def _read(path: Path | None) -> dict[str, str | None]:
-    """Operation -> why it fails, None where it passed; {} where there is no file of ours.
-
-    In the file "" stands for None.
-    """
-    try:
-        if path is None or disk_cache.why_distrusted(path) is not None:
-            return {}
-        document = json.loads(path.read_text(encoding="utf-8"))
-        results = document["results"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    if not isinstance(results, dict):
-        return {}
-    if not all(isinstance(reason, str) for reason in results.values()):
-        return {}
-    return {name: reason or None for name, reason in results.items()}
-
-
-def _write(path: Path | None, valid_for: dict[str, str], results: dict[str, str | None]) -> str:
-    """Keep the results; returns the words that say where they are kept, or why they are not."""
-    if path is None:
-        return "not remembered, there is no home directory: set XDG_CACHE_HOME"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        reason = disk_cache.why_distrusted(path)
-        if reason is not None:
-            return f"not remembered, {reason}: set XDG_CACHE_HOME to a folder of your own"
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        texts = {name: reason or "" for name, reason in results.items()}
-        document = json.dumps({"valid_for": valid_for, "results": texts}, indent=1)
-        beside.write_text(document + "\n", encoding="utf-8")
-        beside.chmod(0o600)  # other users must not write it, whatever the umask allows
-        os.replace(beside, path)
-    except OSError as error:
-        return f"not remembered, {path} cannot be written ({error}); the next run checks again"
-    return f"remembered in {path}"
+def _check(
+    wanted: Checked, valid_for: Mapping[str, dict[str, str]], say: Callable[[str], None]
+) -> dict[str, str]:
+    """Check these operations; each result is kept as soon as it is there."""
+    started = time.perf_counter()
+    card = next(iter(valid_for.values()))["card"]
+    say(f"ops: checking the kernels on {card} (once per card, version and widths)")
+    found, kept = {}, ""
+    if wanted.device.type == "cuda":
+        checked = wanted.apart(list(valid_for), say)
+    else:
+        checked = wanted.here(list(valid_for))
+    for name, reason, lasting in checked:
+        found[name] = reason
+        if lasting:
+            kept = results.write(results.file_of(valid_for[name]), valid_for[name], reason)
+    show_progress("")
+    say(f"ops: checked in {time.perf_counter() - started:.1f} s; {kept}")
+    return found
 
 
 # ---- the name of a mixed table

@@ -297,8 +297,10 @@ class Llama:
         mlp_norm = w[f"{i}.mlp_norm"]  # (D,)
         y2, h_mid, rstd2 = ops.add_rms_norm_forward(a, h, mlp_norm, eps)  # (T, D), (T, D), (T,)
         gate_up, s_gate_up = self._linear(i, "gate_up", y2, adapters)  # (T, 2F), (T, R)
-        m = ops.swiglu_forward(gate_up)  # (T, F)
-        x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
+        x, s_down = None, None
+        if saved is None or saved.needs_output or adapters["down"].lora is not None:
+            m = ops.swiglu_forward(gate_up)  # (T, F)
+            x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
 
         if saved is not None:
             saved.qkv = qkv

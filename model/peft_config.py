@@ -42,7 +42,6 @@ PATTERNS = {
 }
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 EMPTY = (None, {}, [], "")  # values of a setting that is not used
-OFF = (None, False, {}, [], "")  # 0 too, which equals False: only for settings without a number
 SETTING_TYPES = {
     "r": (int,),
     "lora_alpha": (int, float),
@@ -143,8 +142,16 @@ def _check_plain_lora(file: Path, raw: dict[str, Any]) -> None:
         raise unsupported("init_lora_weights")  # PiSSA and similar inits change the base weights
     known = HARMLESS | READ | PATTERNS
     for key, value in raw.items():
-        if key not in known and value not in OFF:
+        if key not in known and not _is_off(value):
             raise unsupported(key)
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting of this value is not used.
+
+    0 is a value, though it equals False: of a setting that is not known it may change the result.
+    """
+    return value is False or value in EMPTY
 
 
 def _patterns(file: Path, stated: dict[str, Any]) -> Patterns:

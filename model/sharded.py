@@ -34,11 +34,16 @@ class BroadcastAllGather:
     """FSDP's all-gather on gloo: every share is broadcast straight into its place in the output.
 
     gloo's own all-gather makes two more copies. All units use one buffer: FSDP copies a gathered
-    unit out of it before the next gather begins.
+    unit out of it before the next gather begins. Shares travel as bytes, for which dtypes gloo
+    knows depends on torch's version.
+
+    `through_host`: shares of a GPU are copied to host memory, broadcast there, and copied back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through_host: bool = False) -> None:
+        self.through_host = through_host
         self.buffer = torch.empty(0)
+        self.host = torch.empty(0, dtype=torch.uint8)  # with as many bytes as the largest output
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The beginning of the buffer, in the shape `size`; the buffer grows if it is too small."""
@@ -54,8 +59,29 @@ class BroadcastAllGather:
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        for rank, part in enumerate(output_tensor.chunk(group.size())):
+        output = output_tensor.view(torch.uint8)
+        if self.through_host:
+            self._gather_through_host(output, group)
+            return
+        for rank, part in enumerate(output.chunk(group.size())):
             dist.broadcast(part, group=group, group_src=rank)
+
+    def _gather_through_host(self, output: Tensor, group: dist.ProcessGroup) -> None:
+        if self.host.numel() < output.numel():
+            self.host = torch.empty(
+                output.numel(), dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            )
+        parts = output.chunk(group.size())
+        host_parts = self.host[: output.numel()].chunk(group.size())
+        host_parts[group.rank()].copy_(parts[group.rank()])
+        for rank, part in enumerate(host_parts):
+            dist.broadcast(part, group=group, group_src=rank)
+        output.copy_(self.host[: output.numel()])
+
+
+def carries_by_gloo(backends: str, device_type: str) -> bool:
+    """Whether gloo carries tensors of this device, by torch's text "cpu:gloo,cuda:nccl"."""
+    return f"{device_type}:gloo" in backends.split(",")
 
 
 class Unit(torch.nn.Module):
@@ -113,11 +139,12 @@ class ShardedWeights(Mapping[str, Tensor]):
         device_type = torch.device(device).type
         mesh = init_device_mesh(device_type, (self.size,))
         self.units = {name: Unit(parameters, dtype) for name, parameters in unit_shapes.items()}
-        all_gather = BroadcastAllGather()
+        by_gloo = carries_by_gloo(dist.get_backend_config(), device_type)
+        all_gather = BroadcastAllGather(through_host=device_type != "cpu")
         for unit in self.units.values():
             fully_shard(unit, mesh=mesh)
             unit.to_empty(device=device)
-            if device_type == "cpu":  # gathered by gloo
+            if by_gloo:
                 unit.set_custom_all_gather(all_gather)
 
         # memory beside the share: the buffer of a gather, and this unit and the next, or the head
@@ -153,7 +180,7 @@ class ShardedWeights(Mapping[str, Tensor]):
 
     def refuse(self, fault: str | None) -> None:
         """ValueError in every process of the job if one of them has a fault in its rows."""
-        faults = torch.tensor(int(fault is not None), device=self.norm.device)
+        faults = torch.tensor(int(fault is not None))  # on the CPU, where gloo carries it
         dist.all_reduce(faults, dist.ReduceOp.MAX)
         if faults.item():
             raise ValueError(fault or "another process of the job found a fault in the weights")

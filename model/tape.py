@@ -3,7 +3,9 @@
 policy      kept per layer                                           computed again in the backward
 none        h, qkv, o, lse, h_mid, gate_up, s                        the norms, swiglu
 selective   the same without gate_up                                 and gate_up
-full        h                                                        the whole layer
+full        h                                                        the layer; its output only
+                                                                     where "down" is adapted,
+                                                                     whose S comes with it
 """
 
 # T = tokens, D = model width, F = feed-forward width, R = ranks of a group's adapted members
@@ -52,12 +54,14 @@ class Saved:
     rstd2: Tensor | None = None  # (T,) 1 / root mean square of h_mid
     gate_up: Tensor | None = None  # (T, 2F)
     s: dict[str, Tensor | None] = field(default_factory=dict)  # group -> A x (T, R)
+    needs_output: bool = True  # False where the layer is computed again, for its backward
 
     def drop(self, policy: str) -> None:
         """Free the tensors that the backward computes again under this policy."""
         if policy in ("selective", "full"):
             self.gate_up = None
         if policy == "full":
+            self.needs_output = False
             self.qkv = None
             self.o = None
             self.lse = None

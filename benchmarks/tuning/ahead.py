@@ -27,6 +27,7 @@ import torch
 from benchmarks._common import Launch, record, tables
 from benchmarks.tuning import compile as aot
 from kernels.launch import tile_config, triton_launch
+from kernels.launch.compile_ahead import make_launcher
 from kernels.registry import SPECS
 
 PATIENCE = 60.0  # seconds for a task; ptxas takes minutes over a kernel that spills thousands
@@ -114,18 +115,6 @@ def compiled(launch: Launch, target: Target) -> tuple[Any, str]:
         source = ASTSource(launch.kernel, signature, constexprs, attrs)
         gpu = GPUTarget(*target.gpu)
         return compile_kernel(source, target=gpu, options=options.__dict__), log.getvalue()
-
-
-def make_launcher(kernel: Any) -> None:
-    """triton 3.6 has the C compiler make a function for each signature; later ones need none.
-
-    Where that fails, the launch itself will say so.
-    """
-    from triton.backends.nvidia import driver
-
-    if hasattr(driver, "make_launcher"):
-        with contextlib.suppress(Exception):
-            driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
 def why_refused(task: Task, target: Target) -> str | None:

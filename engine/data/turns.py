@@ -31,7 +31,8 @@ def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: fl
     """ValueError for a target that is not known, and for a mix that these rows cannot give."""
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; expected one of {', '.join(TARGETS)}")
-    can_mix = not mix or (target == "target" and not isinstance(rows[0], Row))
+    are_plain = any(isinstance(row, Row) for row in rows[:1])  # rows are all of one kind
+    can_mix = not mix or (target == "target" and not are_plain)
     if not 0 <= mix <= 1 or not can_mix:
         raise ValueError(
             f"mix={mix} with target={target!r}: expected a share from 0 to 1 of the rewrites in "

@@ -3,8 +3,12 @@
     torchrun --nproc-per-node 2 scripts/train.py ...              each process holds all weights
     torchrun --nproc-per-node 2 scripts/train.py --shard ...      each a shard (model/sharded.py)
 
-The processes are numbered from 0: their rank. gloo carries tensors on CPUs, NCCL tensors on GPUs;
-booleans and counts (`any_rank`, `max_over_ranks`) are always CPU tensors.
+The processes are numbered from 0: their rank. On GPUs a process takes the one of its local rank; if
+there are fewer GPUs than processes, several share one (LOCAL_RANK modulo the number of GPUs). gloo
+carries tensors on CPUs, NCCL tensors on GPUs. NCCL cannot join two processes on one GPU: as soon as
+two share one, gloo carries the GPUs' tensors too, copied through host memory. That is slow; it
+serves to run a job of several processes on one GPU. Booleans and counts (`any_rank`,
+`max_over_ranks`) are always CPU tensors, on gloo.
 
 How long a process waits for the others:
     in a sum      Timeouts.collective. All ranks are at the same step, so a missing one is lost
@@ -19,12 +23,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +39,8 @@ from torch import Tensor
 
 from engine.runtime.process_memory import first_line
 
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+GLOO = "gloo"  # for tensors on CPUs, and on GPUs through host memory
+GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,41 @@ class Heartbeat(threading.Thread):
         self.group = None
 
 
+class Device(NamedTuple):
+    """The device of a rank."""
+
+    host: str
+    uuid: str  # of a GPU, whatever number CUDA_VISIBLE_DEVICES gives it; "cpu"
+    index: int  # of a GPU in its own process
+
+    def __str__(self) -> str:
+        return f"{self.host} cuda:{self.index} ({self.uuid})"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The device of every rank, and the backend that carries tensors between them."""
+
+    devices: tuple[Device, ...]  # by rank
+    backend: str  # GLOO or GLOO_AND_NCCL
+
+    def ranks_on_device(self, rank: int) -> int:
+        """How many ranks share the GPU of this rank, itself included."""
+        own = self.devices[rank]
+        return sum(_is_same_gpu(own, other) for other in self.devices)
+
+    def describe(self) -> str:
+        """The line that a job prints at its start."""
+        size = len(self.devices)
+        if self.devices[0].uuid == "cpu":
+            return f"processes: {size} on CPUs, tensors on {self.backend}"
+        tensors = "NCCL"
+        if self.backend == GLOO:
+            tensors = "gloo through host memory (slow: NCCL cannot join two processes on one GPU)"
+        of_ranks = [f"rank {rank} on {device}" for rank, device in enumerate(self.devices)]
+        return f"processes: {size}, tensors on {tensors}; {', '.join(of_ranks)}"
+
+
 @dataclass(frozen=True)
 class World:
     """The rank of this process and the size of the job."""
@@ -122,6 +165,7 @@ class World:
     rank: int = 0
     size: int = 1
     heartbeat: Heartbeat | None = field(default=None, compare=False, repr=False)
+    placement: Placement | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_rank0(self) -> bool:
@@ -136,7 +180,10 @@ class World:
         """
         if self.size > 1:
             try:
-                dist.all_reduce(tensor)
+                if tensor.is_cuda and self.placement.backend == GLOO:
+                    sum_through_host_(tensor)
+                else:
+                    dist.all_reduce(tensor)
             except RuntimeError as error:
                 raise ValueError(_lost_rank(self, error)) from None
         return tensor
@@ -198,31 +245,84 @@ def _lost_rank(world: World, error: RuntimeError) -> str:
     )
 
 
+def sum_through_host_(tensor: Tensor) -> None:
+    """The sum of a GPU's tensor over all ranks, in place, added up in host memory by gloo."""
+    on_host = tensor.to("cpu", copy=True)
+    dist.all_reduce(on_host)
+    tensor.copy_(on_host)
+
+
 def start(device: str = "cpu", timeouts: Timeouts = DEFAULT_TIMEOUTS) -> World:
     """Join the job that torchrun describes in the environment; World() if there is none.
 
-    From then on only rank 0 prints to stdout. On GPUs the process takes the one of its local rank.
+    From then on only rank 0 prints to stdout. It prints the device of every rank. On GPUs the
+    process takes the one of its local rank, modulo their number.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    heartbeat = _join(torch.device(device).type, timeouts)
-    return World(dist.get_rank(), size, heartbeat)
+    placement, heartbeat = _join(torch.device(device).type, timeouts)
+    return World(dist.get_rank(), size, heartbeat, placement)
 
 
 @functools.cache
-def _join(kind: str, timeouts: Timeouts) -> Heartbeat:
+def _join(kind: str, timeouts: Timeouts) -> tuple[Placement, Heartbeat]:
     """Join the process group, once, until this process ends."""
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        dist.init_process_group(BACKENDS[kind], timeout=timeouts.collective)
+        placement = _join_on_gpus(timeouts)
+    else:
+        if not dist.is_initialized():
+            dist.init_process_group(GLOO, timeout=timeouts.collective)
+        cpu = Device("", "cpu", 0)
+        placement = Placement((cpu,) * dist.get_world_size(), GLOO)
     heartbeat = Heartbeat(dist.get_world_size(), timeouts)
     heartbeat.start()
-    atexit.register(_leave, heartbeat, kind)
+    atexit.register(_leave, heartbeat, placement.backend)
     if dist.get_rank() != 0:
         atexit.register(discard_stdout().close)
-    return heartbeat
+    print(placement.describe())
+    return placement, heartbeat
+
+
+def _join_on_gpus(timeouts: Timeouts) -> Placement:
+    """Take this rank's GPU, tell it to the other ranks, and join with the backend that fits all."""
+    index = local_gpu(os.environ, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    properties = torch.cuda.get_device_properties(index)
+    uuid = getattr(properties, "uuid", f"{properties.name} {index}")
+    own = Device(socket.gethostname(), str(uuid), index)
+
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeouts.collective)))
+    store.set_timeout(timeouts.collective)
+    store.set(f"device of rank {rank}", json.dumps(own))
+    texts = [store.get(f"device of rank {other}") for other in range(size)]
+    devices = tuple(Device(*json.loads(text)) for text in texts)
+    placement = Placement(devices, backend_for(devices))
+    dist.init_process_group(
+        placement.backend,
+        store=dist.PrefixStore("job", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeouts.collective,
+    )
+    return placement
+
+
+def local_gpu(environment: Mapping[str, str], count: int) -> int:
+    """The index of a process's GPU, of the `count` that it sees, in torchrun's environment."""
+    return int(environment["LOCAL_RANK"]) % count
+
+
+def backend_for(devices: Sequence[Device]) -> str:
+    """The backend of a job on these GPUs, one a rank: NCCL unless two ranks have the same GPU."""
+    for rank, device in enumerate(devices):
+        if any(_is_same_gpu(device, other) for other in devices[:rank]):
+            return GLOO
+    return GLOO_AND_NCCL
+
+
+def _is_same_gpu(one: Device, other: Device) -> bool:
+    return (one.host, one.uuid) == (other.host, other.uuid)
 
 
 def discard_stdout() -> contextlib.ExitStack:
@@ -236,10 +336,10 @@ def discard_stdout() -> contextlib.ExitStack:
     return discarding
 
 
-def _leave(heartbeat: Heartbeat, kind: str) -> None:
+def _leave(heartbeat: Heartbeat, backend: str) -> None:
     """Leave the process group. NCCL's is not destroyed if a rank is lost: that would never end."""
     heartbeat.leave()
-    if kind == "cpu" or not heartbeat.broken:
+    if backend == GLOO or not heartbeat.broken:
         dist.destroy_process_group()
 
 

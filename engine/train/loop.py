@@ -254,6 +254,8 @@ class Run:
             checkpoint.record_validation(self.out, line)
         text = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
         print(f"\nstep {step}: {text}")
+        if not has_learned(self.lora):
+            return False  # it is the seed model, which is no result of the run
         verdict = after_validation(self.validator.config, self.state, measures, step)
         self.state |= verdict.state
         return verdict.is_best
@@ -331,8 +333,7 @@ class Run:
         best = checkpoint.checkpoint_dir(self.out, best_step)
         if best_step != self.optimizer.step:
             checkpoint.load_adapter(best, self.lora)
-        parameters = self.lora.views(self.lora.params)
-        if not any(view.any() for name, view in parameters.items() if "lora_B" in name):
+        if not has_learned(self.lora):
             raise ValueError(f"{self.out}: B is zero everywhere at the end: nothing was learned")
         if not self.world.is_rank0:
             return {}
@@ -393,3 +394,9 @@ class Run:
             checkpoint.load_checkpoint(saved, self.lora, self.optimizer)
         else:
             checkpoint.load_adapter(self.out, self.lora)
+
+
+def has_learned(lora: Lora) -> bool:
+    """Whether any B is not zero; else the adapter is the seed model (as after a step at rate 0)."""
+    parameters = lora.views(lora.params)
+    return any(bool(view.any()) for name, view in parameters.items() if "lora_B" in name)

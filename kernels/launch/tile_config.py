@@ -115,8 +115,12 @@ def _card_class(index: int) -> str:
 def device_processors(device: torch.device) -> int:
     """How many programs a persistent kernel is launched with; 0 where it has one per tile.
 
-    On sm_90 the number of multiprocessors (an H100's where one is pretended), in the interpreter 3.
+    On sm_90 the number of multiprocessors (an H100's where no other is pretended), in the
+    interpreter 3.
     """
+    pretended = _pretended_processors.get()
+    if pretended is not None:
+        return pretended
     kind = device_class(device)
     if kind == "interpreter":
         return 3
@@ -139,6 +143,7 @@ def _index(device: torch.device) -> int:
 # ---- for ahead-of-time compilation and tuning (benchmarks/tuning)
 
 _pretended: ContextVar[str | None] = ContextVar("pretended", default=None)
+_pretended_processors: ContextVar[int | None] = ContextVar("pretended processors", default=None)
 _overrides: ContextVar[Mapping[tuple[str, str], Config]] = ContextVar(
     "overrides", default=MappingProxyType({})
 )
@@ -146,12 +151,17 @@ _watchers: ContextVar[tuple[Callable[[Lookup], None], ...]] = ContextVar("watche
 
 
 @contextlib.contextmanager
-def pretending(device_class: str | None) -> Iterator[None]:
-    """Inside, every device is of this class; None: each is of its own."""
+def pretending(device_class: str | None, processors: int | None = None) -> Iterator[None]:
+    """Inside, every device is of this class; None: each is of its own.
+
+    processors: what `device_processors` returns; None: that of the class.
+    """
     token = _pretended.set(device_class)
+    processors_token = _pretended_processors.set(processors)
     try:
         yield
     finally:
+        _pretended_processors.reset(processors_token)
         _pretended.reset(token)
 
 

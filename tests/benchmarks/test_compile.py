@@ -13,12 +13,13 @@ import torch
 triton = pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from benchmarks._common import Launch, Pointer, jitted, record, recording, tables  # noqa: E402
+from benchmarks._common import jitted, record, tables  # noqa: E402
 from benchmarks.clock import Clock  # noqa: E402
 from benchmarks.tuning import candidates, exploring, measuring, searches, tune, turns  # noqa: E402
 from benchmarks.tuning import compile as aot  # noqa: E402
 from benchmarks.tuning.ahead import Target, Workers  # noqa: E402
 from kernels.launch import tile_config, triton_launch  # noqa: E402
+from kernels.launch.compile_ahead import Launch, Pointer, recording  # noqa: E402
 from kernels.registry import SPECS, TORCH, TRITON  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 

@@ -485,6 +485,7 @@ def test_mix_replaces_that_share_of_rewrites_by_references():
     assert encode_with(many[::-1], **settings)[0] == examples[::-1], "by row, not by place"
     assert encode_with(many, **{**settings, "seed": 2})[0] != examples
     assert encode_with(many, max_length=99, mix=1.0)[0] == given
+    assert encode_with([], max_length=99, mix=0.3)[0] == [], "none is refused for a mix of nothing"
     for wrong in ({"mix": 1.5}, {"mix": 0.3, "target": "reference"}):
         with pytest.raises(ValueError, match="a share from 0 to 1 of the rewrites"):
             encode_with(many, max_length=99, **wrong)

@@ -23,7 +23,7 @@ from engine.data.distilled import Distilled
 from engine.distill.seed_likelihoods import score
 from engine.measure import seed_nll as seed_nll_module
 from engine.measure.seed_nll import nll_under_seed
-from engine.runtime.distributed import World, start
+from engine.runtime.distributed import World, start, sum_through_host_
 from engine.runtime.flags import run_main
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.sampler import Sampler
@@ -36,6 +36,7 @@ from engine.train.weighted_loss import WeightedLoss
 from model.chat import Chat
 from model.llama import Llama
 from model.lora import Lora
+from model.sharded import BroadcastAllGather
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
@@ -86,10 +87,36 @@ def weighted_steps(model: Llama, lora: Lora, folder: Path, world: World) -> dict
     return found
 
 
+def check_through_host(world: World) -> None:
+    """Sums and gathers through host memory give the bits of the direct way.
+
+    A GPU that ranks share goes this way. Its tensors stand in host memory here.
+    """
+    own = torch.randn(1001, generator=torch.Generator().manual_seed(world.rank))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        direct, copied = own.to(dtype, copy=True), own.to(dtype, copy=True)
+        torch.distributed.all_reduce(direct)
+        sum_through_host_(copied)
+        assert torch.equal(direct, copied) and not torch.equal(direct, own.to(dtype))
+
+        gathered = []
+        for through_host in (False, True):
+            gather = BroadcastAllGather(through_host)
+            output = gather.allocate([world.size * 1001], dtype=dtype, device=torch.device("cpu"))
+            output.zero_()
+            part = output.chunk(world.size)[world.rank].copy_(own)
+            gather(output, part, torch.distributed.group.WORLD)
+            gathered.append(output)
+        assert torch.equal(*gathered)
+        assert all(bool(part.any()) for part in gathered[0].chunk(world.size))
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     world, shard = start(), job["shard"]
+
+    check_through_host(world)
 
     # 1. the gradient of one step in fp64, summed over the processes
     model = Llama.from_pretrained(job["model"], dtype=torch.float64, shard=shard)

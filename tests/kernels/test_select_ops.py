@@ -1,8 +1,10 @@
 """`--ops auto`: operations that fail their check fall back, results are kept, refusals say why."""
 
+import ast
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -17,9 +19,13 @@ from engine.session import ModelConfig, Session
 from kernels import disk_cache, select_ops
 from kernels.cpu import native
 from kernels.cpu.native import Loaded, Loader
-from kernels.launch import triton_launch
-from kernels.registry import OPS, REFERENCE, SPECS, TORCH, TRITON
-from kernels.spec import MODELS, Widths, check
+from kernels.launch import tile_config, triton_launch
+from kernels.launch.compile_ahead import without_memory
+from kernels.registry import OPS, REFERENCE, SPECS, TORCH, TRITON, functions
+from kernels.self_check import results
+from kernels.self_check.cases import cases
+from kernels.self_check.sources import Sources
+from kernels.spec import MODELS, Widths, cast, check
 from model.llama import Llama, default_dtype
 
 CPU = torch.device("cpu")
@@ -125,24 +131,33 @@ def test_the_shapes_of_a_model_have_its_widths(name):
 def test_the_second_run_checks_nothing(cache, monkeypatch):
     table = candidate(swiglu_forward=wrong_swiglu, rope_=plain_rope)
     _, first = run(table)
-    monkeypatch.setattr(select_ops, "check", None)  # a call would raise, and count as failure
+    monkeypatch.setattr(select_ops, "why_failing", None)  # a call would raise
     said = []
     ops, second = run(table, said)
     assert second == first and ops.rope_ is plain_rope
     assert len(said) == 1, "one line for what does not run as wished, none about checking"
-    (file,) = cache.iterdir()
-    assert json.loads(file.read_text())["results"].keys() == {"swiglu", "rope"}
+    kept = {file.name.split("-")[1]: json.loads(file.read_text()) for file in results_in(cache)}
+    assert kept.keys() == {"swiglu", "rope"}
+    assert kept["rope"]["fails"] == "" and kept["swiglu"]["fails"] == first["swiglu"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"results": {"swiglu": 3}}', '{"results": null}'])
+def results_in(cache):
+    """The files with results, in the order of their names."""
+    return sorted(cache.glob("check-*"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"fails": 3}', '{"fails": null}', "\\xff"])
 def test_a_cache_file_that_is_not_understood_is_replaced(cache, content):
     table = candidate(swiglu_forward=wrong_swiglu)
     run(table)
-    (file,) = cache.iterdir()
+    (file,) = results_in(cache)
     good = file.read_text()
-    file.write_text(content)
+    file.write_bytes(content.encode().decode("unicode_escape").encode("latin-1"))
+    old = cache / "kernels-0123456789abcdef.json"  # an older version's, of all operations together
+    old.write_text('{"results": {"swiglu": ""}}')
     assert list(run(table)[1]) == ["swiglu"]
-    assert file.read_text() == good and list(cache.iterdir()) == [file], "nothing left beside it"
+    left = {file, old, cache / "checks.lock"}
+    assert file.read_text() == good and set(cache.iterdir()) == left, "nothing left beside it"
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
@@ -170,8 +185,8 @@ def test_without_a_home_directory_each_run_checks_again(monkeypatch):
 def test_results_that_others_could_have_written_are_not_used(cache, capsys):
     table, said = candidate(swiglu_forward=wrong_swiglu), []
     run(table)
-    (file,) = cache.iterdir()
-    forged = file.read_text().replace(json.loads(file.read_text())["results"]["swiglu"], "")
+    (file,) = results_in(cache)
+    forged = file.read_text().replace(json.loads(file.read_text())["fails"], "")
     file.write_text(forged)
     assert run(table)[1] == {}, "the owner's own words are believed"
     file.chmod(0o666)
@@ -207,65 +222,126 @@ def test_a_place_is_trusted_if_no_other_user_may_write_it(tmp_path, monkeypatch)
     tmp_path.chmod(0o700)
 
 
-def test_the_hash_sees_every_source_at_any_depth(tmp_path):
-    """A change of name, place or content of any file below the folder is another hash."""
-    folder = tmp_path / "kernels"
-    (folder / "launch" / "tiles").mkdir(parents=True)
-    (folder / "cpu" / "native").mkdir(parents=True)
-    hashes = []
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A copy of kernels/ whose files a test may change, and the keys of all of TRITON there."""
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    monkeypatch.setattr(tile_config, "FOLDER", tmp_path / "kernels" / "launch" / "tiles")
 
-    def changed(path, content):
-        path.write_text(content)
-        hashes.append(select_ops.sources_hash(folder))
+    def keys():
+        tile_config.forget()
+        with tile_config.pretending("sm_90"):
+            found = Sources(tmp_path)
+            return {
+                name: results.identity(spec, TRITON, CPU, torch.bfloat16, None, found)["sources"]
+                for name, spec in SPECS.items()
+            }
 
-    changed(folder / "a.py", "1")
-    changed(folder / "launch" / "tiles" / "a.json", "{}")
-    changed(folder / "launch" / "tiles" / "a.json", "{ }")
-    changed(folder / "cpu" / "native" / "vec.h", "1")
-    changed(folder / "cpu" / "native" / "vec.h", "2")
-    (folder / "a.py").rename(folder / "b.py")
-    hashes.append(select_ops.sources_hash(folder))
-    (folder / "b.py").rename(folder / "cpu" / "b.py")
-    hashes.append(select_ops.sources_hash(folder))
-    assert len(set(hashes)) == len(hashes) == 7
-    for left in ("__pycache__/a.pyc", "cpu/__pycache__/b.pyc", "cpu/.b.py.swp", "cpu/README.md"):
-        (folder / left).parent.mkdir(exist_ok=True)
-        (folder / left).write_text("1")
-        assert select_ops.sources_hash(folder) == hashes[-1], f"{left} is no source"
+    yield tmp_path / "kernels", keys
+    tile_config.forget()
 
 
-def test_the_hash_reads_every_tracked_file_of_kernels(monkeypatch):
-    """As git lists them, so that no folder is left out."""
-    command = ["git", "ls-files", "kernels"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    tracked = {ROOT / name for name in listed if not name.endswith(".md")}
-    if not tracked:
-        pytest.skip("no git here to say which files are ours")
-    read = set()
-    read_bytes = Path.read_bytes
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("swiglu.py", {"swiglu"}),
+        ("rope.py", {"rope"}),
+        ("attention/triton_backward.py", {"attention"}),
+        # of the forward pass the cached one takes a constant
+        ("attention/triton_forward.py", {"attention", "cached_attention"}),
+        ("lora_linear/triton_forward.py", {"lora_linear", "linear"}),
+        ("philox.py", {"lora_linear", "linear", "sample"}),
+        ("spec.py", set(SPECS)),
+        ("self_check/cases.py", set(SPECS)),
+        ("launch/triton_launch.py", set(SPECS)),
+        ("launch/tile_config.py", set(SPECS)),
+        ("self_check/results.py", set()),
+        ("self_check/program.py", set()),
+        ("launch/compile_ahead.py", set()),
+        ("registry.py", set()),
+        ("README.md", set()),
+        ("cpu/fused_layers.py", set()),
+    ],
+)
+def test_an_edit_makes_those_be_checked_again_that_depend_on_it(clone, file, changed):
+    """And no other operation."""
+    folder, keys = clone
+    before = keys()
+    path = folder / file
+    path.write_text(path.read_text() + "\n")
+    after = keys()
+    assert {name for name in SPECS if before[name] != after[name]} == changed
 
-    def recorded_read_bytes(path):
-        read.add(path)
-        return read_bytes(path)
 
-    monkeypatch.setattr(Path, "read_bytes", recorded_read_bytes)
-    select_ops.sources_hash()
-    assert {path for path in tracked if path.exists()} <= read
-    assert {path.suffix for path in read} >= {".py", ".c", ".h", ".json"}
+def test_of_the_tiles_only_the_own_rows_for_this_card_count(clone):
+    folder, keys = clone
+    before = keys()
+    path = folder / "launch" / "tiles" / "rope.json"
+    tiles = json.loads(path.read_text())
+
+    def edited(device, **change):
+        (config,) = list(tiles["rope_kernel"][device].values())[:1]
+        config |= change
+        path.write_text(json.dumps(tiles))
+        after = keys()
+        return {name for name in SPECS if before[name] != after[name]}
+
+    assert edited("sm_80", num_warps=16) == set()
+    assert edited("sm_90", **{"from": "somewhere else"}) == set()
+    assert edited("sm_90", num_warps=16) == {"rope"}
 
 
-def test_the_key_names_sources_card_versions_dtype_and_widths():
-    here = select_ops.identity(CPU, torch.bfloat16, OWN)
-    assert here.keys() == {"card", "torch", "triton", "dtype", "widths", "kernels"}
-    files = {select_ops.cache_file(here | {name: "other"}) for name in here}
-    assert len(files | {select_ops.cache_file(here)}) == len(here) + 1
+def test_every_import_and_every_kernel_is_seen():
+    """By the patterns of sources.py: as python's own parser and the look-ups themselves say."""
+    found = Sources()
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                named |= {f"{node.module}.{alias.name}" for alias in node.names}
+        files = {found.path_of(name) for name in named if name.startswith("kernels")}
+        missing = files - set(found.closure(found.of(path).imports)) - {None}
+        assert not missing, f"{path}: {missing}"
+
+    looked_up = {}
+    for name, spec in SPECS.items():
+        with (
+            tile_config.pretending("sm_90"),
+            tile_config.watching(lambda look: looked_up.setdefault(name, set()).add(look.kernel)),  # noqa: B023
+            triton_launch.recording_launches(lambda *_: None),
+            without_memory(),
+        ):
+            for shape, dtype in cases(spec, torch.bfloat16, OWN)[:2]:
+                inputs = spec.make_inputs(shape, torch.Generator().manual_seed(0))
+                spec.run(TRITON, cast(inputs, dtype))
+        modules = {f.__module__ for f in functions(TRITON, spec)}
+        in_files = set().union(*(found.of(path).kernels for path in found.closure(modules)))
+        assert looked_up.get(name, set()) <= in_files, name
+    assert len(looked_up) == len(SPECS) - 1, "all but linear, which is torch's"
+
+
+def test_the_key_names_sources_card_versions_dtype_and_shapes():
+    def key(name, dtype=torch.bfloat16, widths=OWN):
+        return results.identity(SPECS[name], TRITON, CPU, dtype, widths, Sources())
+
+    here = key("swiglu")
+    fields = "operation functions card torch triton dtype shapes sources".split()
+    assert list(here) == "operation functions dtype shapes card torch triton sources".split()
+    files = {results.file_of(here | {name: "other"}) for name in fields}
+    assert len(files | {results.file_of(here)}) == len(here) + 1
+    other = dataclasses.replace(OWN, V=77)
+    assert key("swiglu", widths=other) == here, "it has nothing to do with the vocabulary"
+    assert key("sample", widths=other) != key("sample")
+    assert key("adamw", widths=other) == key("adamw", widths=None)
 
 
 def test_a_kernel_that_breaks_the_device_is_remembered(cache, monkeypatch):
     def dead(*_, **__):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(select_ops.torch, "zeros", dead)
+    monkeypatch.setattr(torch, "zeros", dead)
     table = candidate(swiglu_forward=raising)
     with pytest.raises(RuntimeError, match="the Triton form of swiglu left cpu unusable.*again"):
         run(table)

@@ -203,3 +203,40 @@ def test_two_steps_on_the_same_rows_are_bitwise_equal(tiny_llama_dir):
     second_loss, second_gradient = ours(model, lora)
     assert torch.equal(first_loss, second_loss)
     assert torch.equal(first_gradient, second_gradient)
+
+
+@pytest.mark.parametrize(("modules", "products", "swiglus"), [("qv", 3, 0), ("all", 4, 2)])
+def test_full_recomputation_leaves_out_the_last_product_where_it_can(
+    tiny_llama_dir, modules, products, swiglus
+):
+    """The output of a layer is not needed again: only S of an adapter on "down" is.
+
+    Per layer the backward computes qkv, o and gate_up again, and "down" only for its S; swiglu only
+    where "down" is adapted, for S and for the gradient of A. The gradients have the same bits.
+    """
+    calls = []
+
+    def counted(name):
+        def call(*args):
+            calls.append(name)
+            return getattr(TORCH, name)(*args)
+
+        return call
+
+    names = ("lora_linear_forward", "swiglu_forward")
+    ops = dataclasses.replace(TORCH, **{name: counted(name) for name in names})
+    model, lora = make(tiny_llama_dir(), modules, ops=ops)
+    _, without = ours(model, lora, "none")
+    before = {name: calls.count(name) for name in names}
+    calls.clear()
+    _, full = ours(model, lora, "full")
+    layers = model.config.num_layers
+    again = {name: calls.count(name) - layers * of_forward(name) for name in names}
+    assert torch.equal(full, without)
+    assert before["lora_linear_forward"] == 4 * layers
+    assert again == {"lora_linear_forward": products * layers, "swiglu_forward": swiglus * layers}
+
+
+def of_forward(name):
+    """How often the forward calls it in a layer."""
+    return 4 if name == "lora_linear_forward" else 1

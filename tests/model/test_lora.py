@@ -364,6 +364,8 @@ def edited(tmp_path, change_config=None, change_tensors=None):
         {"monteclora_config": {"mc_samples": 2}},
         {"use_bdlora": {"nblocks": 2}},
         {"something_new": 1},
+        {"something_new": 0},
+        {"something_new": 0.0},
         {"r": "8"},
         {"r": True},
         {"lora_alpha": None},

@@ -1,6 +1,7 @@
 """Several processes on gloo, whole and sharded weights: same gradients, same losses, killed and
 resumed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
 from model.peft_format import load_lora
+from model.sharded import carries_by_gloo
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
@@ -265,37 +267,114 @@ def test_waiting_for_a_gpu_ends_when_a_rank_is_lost(monkeypatch):
     World().wait_for_device(card)
 
 
-def test_booleans_and_counts_of_a_gpu_job_are_summed_on_gloo(monkeypatch):
-    """They never touch the device. A sum times out after half an hour, a heartbeat earlier."""
-    made = {}
+def gpu_job(monkeypatch, cards, rank):
+    """`start("cuda")` of one rank, on a machine whose ranks have these (host, card, local rank).
+
+    Returns the world and what torch was asked for.
+    """
+    asked, store = {}, torch.distributed.HashStore()
+    names = sorted({card for host, card, _ in cards if host == cards[rank][0]})
+    for other, (host, card, _) in enumerate(cards):
+        on_host = sorted({c for h, c, _ in cards if h == host})
+        store.set(f"device of rank {other}", json.dumps([host, card, on_host.index(card)]))
 
     def init_process_group(backend, **settings):
-        made.update(settings, backend=backend)
+        asked.update(settings, backend=backend)
 
-    def new_group(**settings):
-        made["heartbeat"] = settings
+    def properties(index):
+        return SimpleNamespace(uuid=names[index], name="a card")
+
+    def rendezvous(url, timeout):
+        return [(store, rank, len(cards))]
 
     monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
-    monkeypatch.setattr(distributed.dist, "new_group", new_group)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: made.update(card=index))
+    monkeypatch.setattr(distributed.dist, "rendezvous", rendezvous)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **how: asked.update(heartbeat=how))
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: len(cards))
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: cards[rank][0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: asked.update(card=index))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(Heartbeat, "start", lambda self: None)
+    monkeypatch.setattr(distributed, "discard_stdout", contextlib.ExitStack)
     monkeypatch.setattr(distributed.atexit, "register", lambda *_: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", str(len(cards)))
+    monkeypatch.setenv("LOCAL_RANK", str(cards[rank][2]))
     distributed._join.cache_clear()
-    world = start("cuda")
-    distributed._join.cache_clear()
-    assert made["backend"] == "cpu:gloo,cuda:nccl" and made["card"] == 1
-    assert made["timeout"] == timedelta(minutes=30)
-    assert made["heartbeat"]["backend"] == "gloo"
-    assert made["heartbeat"]["timeout"] < timedelta(minutes=30)
+    try:
+        return start("cuda"), asked
+    finally:
+        distributed._join.cache_clear()
+
+
+TWO_CARDS = [("a", "G0", 0), ("a", "G1", 1)]
+
+
+def test_booleans_and_counts_of_a_gpu_job_are_summed_on_gloo(monkeypatch):
+    """They never touch the device. A sum times out after half an hour, a heartbeat earlier."""
+    world, asked = gpu_job(monkeypatch, TWO_CARDS, rank=1)
+    assert asked["backend"] == "cpu:gloo,cuda:nccl" and asked["card"] == 1
+    assert asked["timeout"] == timedelta(minutes=30)
+    assert asked["heartbeat"]["backend"] == "gloo"
+    assert asked["heartbeat"]["timeout"] < timedelta(minutes=30)
     summed = []
     monkeypatch.setattr(distributed.dist, "all_reduce", summed.append)
     world.any_rank(True)
     world.max_over_ranks(3)
     assert [tensor.device.type for tensor in summed] == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("cards", "backend", "own_card", "sharing"),
+    [
+        ([("a", "G0", 0), ("a", "G0", 1)], "gloo", 0, 2),
+        ([("a", f"G{i}", i) for i in range(4)], "cpu:gloo,cuda:nccl", 0, 1),
+        ([("a", f"G{i % 2}", i) for i in range(4)], "gloo", 0, 2),
+        # the same number on two machines, and one of two machines that shares: all take gloo
+        ([("a", "G0", 0), ("b", "G1", 0)], "cpu:gloo,cuda:nccl", 0, 1),
+        ([("a", "G0", 0), ("b", "G1", 0), ("b", "G1", 1)], "gloo", 0, 1),
+    ],
+    ids=["1 card 2 ranks", "4 and 4", "2 and 4", "2 machines", "2 machines, 1 shared"],
+)
+def test_ranks_that_share_a_card_take_gloo(monkeypatch, capsys, cards, backend, own_card, sharing):
+    """NCCL refuses two ranks on one card; every rank comes to the same decision."""
+    world, asked = gpu_job(monkeypatch, cards, rank=0)
+    assert (asked["backend"], asked["card"]) == (backend, own_card)
+    assert world.placement.ranks_on_device(0) == sharing
+    said = capsys.readouterr().out
+    assert said.startswith(f"processes: {len(cards)}, tensors on ") and said.count("\n") == 1
+    assert ("NCCL;" in said) == ("nccl" in backend)
+    assert ("gloo through host memory" in said) == (backend == "gloo")
+    for rank, (host, card, _) in enumerate(cards):
+        assert re.search(rf"rank {rank} on {host} cuda:\d \({card}\)", said), said
+
+
+def test_a_rank_takes_the_card_of_its_local_rank():
+    """Modulo the number of cards that its process sees."""
+    taken = [distributed.local_gpu({"LOCAL_RANK": str(rank)}, 2) for rank in range(4)]
+    assert taken == [0, 1, 0, 1]
+    assert distributed.local_gpu({"LOCAL_RANK": "1"}, 1) == 0
+    assert distributed.local_gpu({"LOCAL_RANK": "3"}, 4) == 3
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
+def test_a_sum_on_a_card_goes_through_the_host_only_on_gloo(monkeypatch, backend):
+    ways = []
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda _: ways.append("direct"))
+    monkeypatch.setattr(distributed, "sum_through_host_", lambda _: ways.append("host"))
+    card = distributed.Device("a", "G0", 0)
+    world = World(0, 2, None, distributed.Placement((card, card), backend))
+    world.all_reduce_sum_(torch.ones(3))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    world.all_reduce_sum_(torch.ones(3))
+    assert ways == ["direct", "host" if backend == "gloo" else "direct"]
+
+
+def test_which_backend_carries_the_tensors_of_a_device():
+    assert carries_by_gloo("cpu:gloo,cuda:gloo", "cuda")
+    assert carries_by_gloo("cpu:gloo,cuda:nccl", "cpu")
+    assert not carries_by_gloo("cpu:gloo,cuda:nccl", "cuda")
 
 
 def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_path):

@@ -25,7 +25,7 @@ from engine.train import loop as loop_module
 from engine.train import mfu as mfu_module
 from engine.train import step as step_module
 from engine.train.config import TrainConfig
-from engine.train.loop import batches
+from engine.train.loop import batches, has_learned
 from engine.train.metrics import summary_text
 from engine.train.optim import learning_rate
 from engine.train.step import micro_step
@@ -35,7 +35,7 @@ from kernels.adamw import AdamW
 from kernels.registry import TORCH, TRITON
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import LoraConfig
+from model.lora import Lora, LoraConfig
 from model.peft_format import load_lora
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
@@ -592,6 +592,27 @@ def test_the_best_checkpoint_is_kept_and_published(tiny, tmp_path):
     assert kept == ["step-000004", "step-000010"]
     noted = read_jsonl(tmp_path / "run" / "validation.jsonl")
     assert [(x["step"], x["nll"]) for x in noted] == [(2, 1), (4, 0), (6, 1), (8, 2), (10, 3)]
+
+
+def test_an_adapter_that_does_nothing_yet_is_not_the_best(tiny, tmp_path):
+    """A warm-up begins at rate 0: after that step the drift is 0, and B is zero everywhere."""
+
+    class Drift:
+        config = ValidateConfig(val_every=1, best="kl", val_data="x")
+        names = ("kl",)
+
+        def __call__(self, lora):
+            views = lora.views(lora.params).items()
+            return [sum(float(view.norm()) for name, view in views if "lora_B" in name)]
+
+    untrained = Lora.init(LORA, tiny.config, tiny.device, tiny.dtype)
+    config = dataclasses.replace(SMALL, warmup=0.3)
+    frozen = FrozenModel(tiny, "b", "h")
+    lora, summary = train(frozen, examples(), LORA, config, tmp_path / "run", validator=Drift())
+    noted = read_jsonl(tmp_path / "run" / "validation.jsonl")
+    assert noted[0]["kl"] == 0 < noted[1]["kl"]
+    assert summary["best"]["step"] == 2 and summary["best"]["value"] == noted[1]["kl"]
+    assert has_learned(lora) and not has_learned(untrained)
 
 
 def test_validation_measures_held_out_loss_and_drift(tiny_llama_dir, tmp_path):
