@@ -253,6 +253,8 @@ class Sampler:
         if step is None:
             return None
         launched = self.graphs.launch(step, seqs, steps, self.unread, self.queue)
+        if any(seq.in_flight > steps for seq in seqs):
+            self.stats.launched_ahead += steps
         self.stats.steps += steps
         self.stats.sequence_steps += steps * len(seqs)
         return launched
