@@ -206,13 +206,13 @@ class Sampler:
     def _may_run_ahead(self) -> bool:
         """Whether the next tokens may be launched before the last ones are read.
 
-        Not where draft tokens may be wanted, since those follow from the last tokens.
+        Not where draft tokens might pay off, since those follow from the last tokens.
         """
         running = len(self.scheduler.running)
         if not (running and self.config.overlap and self.graphs.enabled):
             return False
         if self.config.draft == "auto":
-            return self.controller.is_paused(running)
+            return not self.controller.pays_off(running)
         return self.config.draft == "off"
 
     def _step_ahead(self) -> bool:

@@ -24,7 +24,7 @@ sample_rows.py     SampleRows: the keys of every row's random number, and the se
 reference.py       the definition, row by row and token by token
 torch_form.py      sorts, or takes the top k
 native_form.py     C, for fp32 on a CPU
-triton_forward.py  sorts nothing: a search over integer keys
+triton_forward.py  the first few hundred tokens of a row; a search over integer keys for the rest
 """
 
 # B = rows of logits, V = vocabulary
