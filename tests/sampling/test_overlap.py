@@ -29,6 +29,8 @@ from tests.helpers.sampling import PENALISED, SAMPLED, random_ids, text
 
 END = 7
 PAGE = 8  # tokens
+# of `random_load`: greedy, sampled, penalised; draft off, auto, always; a small pool or a large one
+SEEDS = (0, 2, 5, 10, 13, 14, 19, 21)
 
 
 def device_attention(qkv, k, v, cached):
@@ -179,7 +181,7 @@ def write(model, load, queue=None, **changed):
     return done, sampler
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_overlapped_sampler_gives_the_bytes_of_the_plain_one(model, seed, monkeypatch):
     """Over random loads; what is launched is done at random times."""
     load = random_load(seed)
@@ -242,7 +244,7 @@ class FailingQueue(LateQueue):
         super().launch(work)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_restart_with_work_in_flight_loses_no_sequence(model, seed, monkeypatch):
     wanted, late, settings, _, end_ids = random_load(seed + 20)
     settings["draft"] = "off"
