@@ -299,7 +299,7 @@ class Sampler:
         """Launch the forwards over these prompts, which sample every sequence's first token."""
         max_tokens = self.runner.max_prefill_tokens
         for pieces in prefill_chunks(admitted, self.config.page_size, max_tokens):
-            self.unread.append(self.runner.launch_prefill(pieces, self.queue))
+            self.unread.append(self.runner.prefill(pieces, self.queue))
 
     # ---- decode
 
