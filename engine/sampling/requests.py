@@ -13,7 +13,7 @@ from engine.runtime.limits import check_numbers
 from kernels.sampling.sample_rows import SampleRows
 
 # settings that change speed and memory, never a text
-SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
+SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs", "overlap")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class SamplerConfig:
     #   [default: auto (8 with CUDA graphs; else 1)]
     graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs, so that they wait less for
     #   the CPU
+    overlap: bool = True  # with CUDA graphs, launch the next decode steps before the CPU reads the
+    #   tokens of the last ones, so that the GPU does not wait for the CPU
 
     def settings(self) -> dict[str, Any]:
         """The settings that a text depends on, which identify a run; not those of speed."""
@@ -96,6 +98,7 @@ class SamplerConfig:
             max_new_tokens=max_new_tokens,
             invariant=self.invariant,
             graphs=self.graphs,
+            overlap=self.overlap,
         )
 
     def check(self) -> None:
@@ -186,11 +189,13 @@ class SamplerStats:
     preempted: int = 0  # sequences that lost their pages and began again
     cache_bytes: int = 0  # of the pages for keys and values
     fitting_sequences: int = 0  # sequences for which the pages suffice even at their longest
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0  # without capturing
+    prefill_seconds: float = 0.0  # where prompts are not waited for, only to launch them
+    decode_seconds: float = 0.0  # without capturing; where steps are launched ahead, the host's own
+    #   and its waiting, for prompts too
     captured: int = 0  # CUDA graphs, one per bucket of sequences and pages
     capture_seconds: float = 0.0
     replayed: int = 0  # those of `steps` that were replays of a CUDA graph
+    launched_ahead: int = 0  # those of `steps` that did not wait for the last tokens to be read
     why_not_captured: str | None = None  # where capturing was asked for and cannot be done
 
     def text(self) -> str:
@@ -214,6 +219,7 @@ class SamplerStats:
                 f"{self.replayed} of {self.steps} decode steps replayed, of {self.captured} "
                 f"graphs captured in {self.capture_seconds:.1f} s"
             )
+            parts.append(f"{self.launched_ahead} steps did not wait for the host")
         if self.why_not_captured:
             reason = self.why_not_captured
             parts.append(f"decode steps were not captured as CUDA graphs: {reason}")
