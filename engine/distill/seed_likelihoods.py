@@ -21,6 +21,7 @@ from typing import Any
 
 from engine.data.distilled import CONTEXT, Distilled
 from engine.measure.likelihood import (
+    BATCH_TOKENS,
     ScoringRequest,
     collective_rounds,
     scorer_for,
@@ -115,7 +116,7 @@ def score(
 
 def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines) -> int:
     """Score the requests and write their records; returns the answer tokens scored."""
-    batches = list(scoring_batches(requests))
+    batches = list(scoring_batches(requests, BATCH_TOKENS[model.device.type]))
     rounds = collective_rounds(model, file.world, len(batches))
     while len(batches) < rounds:
         batches.append([])  # this rank has no work left, but joins the others' collectives

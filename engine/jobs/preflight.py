@@ -44,6 +44,7 @@ from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
 from engine.train.step import step_gradients
+from engine.train.train import FrozenModel, with_micro_tokens
 from engine.verify.verifiers import get_verifier
 from model.lora import Lora, adapter_shapes
 
@@ -351,7 +352,8 @@ def training_seconds(
     The targets of the whole file are taken to be longer or shorter than its references as those of
     the sample are.
     """
-    model, training = session.model, config.train
+    model = session.model
+    training = with_micro_tokens(config.train, FrozenModel.of(session), examples, config.lora)
     adapter = Lora.init(config.lora, model.config, model.device, model.dtype)
     epochs = training.epochs
     if training.max_steps:

@@ -31,7 +31,8 @@ from model.llama import Llama
 from model.lora import Lora
 from model.sampling_weights import for_sampling, restore_weights
 
-BATCH_TOKENS = 1024  # tokens of prompts and answers scored together
+# tokens of prompts and answers scored together, by type of device
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
 
 Value = TypeVar("Value")
@@ -67,8 +68,10 @@ class TokenScore(NamedTuple):
     greedy: bool  # whether no token of the vocabulary is likelier
 
 
-def scoring_batches(requests: Sequence[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
-    """Groups of whole requests to score together, of up to BATCH_TOKENS tokens.
+def scoring_batches(
+    requests: Sequence[ScoringRequest], most_tokens: int
+) -> Iterator[list[ScoringRequest]]:
+    """Groups of whole requests to score together, of up to `most_tokens` tokens.
 
     A request of more tokens is a group of its own.
     """
@@ -76,7 +79,7 @@ def scoring_batches(requests: Sequence[ScoringRequest]) -> Iterator[list[Scoring
     total = 0
     for request in requests:
         tokens = len(request.prompt) + sum(len(answer) for answer in request.answers)
-        if batch and total + tokens > BATCH_TOKENS:
+        if batch and total + tokens > most_tokens:
             yield batch
             batch = []
             total = 0

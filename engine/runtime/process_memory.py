@@ -102,6 +102,15 @@ def held_memory(device: str | torch.device) -> int:
     return _status("VmRSS")
 
 
+def total_memory(device: str | torch.device) -> int:
+    """Bytes of a GPU's memory, whatever holds them, or of the machine's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = _kilobytes_line(Path("/proc/meminfo"), "MemTotal")
+    assert total is not None, "/proc/meminfo has no line MemTotal"
+    return total
+
+
 def free_memory(device: str | torch.device) -> int:
     """Bytes that this process can still allocate, as the system or the GPU's driver reports them.
 

@@ -40,6 +40,7 @@ import torch
 from engine.sampling.decode_step import Bucket, DecodeStep
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
+from engine.sampling.rows_plan import MOST_ROWS
 from engine.sampling.sequence import RunningSequence, SampledTokens
 from engine.sampling.speculation import DraftController
 from kernels.integers import cdiv, power_of_two
@@ -191,7 +192,7 @@ class DecodeGraphs:
             return None
         longest = max(seq.context_len for seq in seqs)
         bucket = Bucket(
-            sequences=bucket_size(len(seqs), self.config.rows),
+            sequences=bucket_size(len(seqs), self.config.rows or MOST_ROWS),
             pages=power_of_two(self.pool.pages_for(longest + steps), least=1),
             temperature=temperatures.pop(),
         )

@@ -79,7 +79,8 @@ class Run:
     world: World
     chat: TrainedChat | None = None  # written beside the adapter
     # state.json of the last checkpoint; in a new run only `micro_tokens`, the size of micro-batches
-    # that fits the memory, and `best`, the best validation so far ({} before the first)
+    # that fits the memory, `halved`, every [step, size] from which on it was smaller than before,
+    # and `best`, the best validation so far ({} before the first)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
     # of all starts of the run, as far as checkpoints have it: seconds, tokens, operations (mfu.py)
     # of all ranks together, and the largest peak of memory
@@ -188,34 +189,63 @@ class Run:
                 f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
                 f"{recompute_more}a lower --max-length ({failure})"
             )
-        self.state["micro_tokens"] = max(micro_tokens // 2, 1)
+        self._halve_micro_tokens(step)
         print(
             f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
             f"continuing with {self.state['micro_tokens']}"
         )
 
     def plan_memory(self) -> MemoryPlan:
-        """The recomputation policy, and the peak of memory that is predicted for it."""
-        lengths = [len(example.ids) for example in self.examples]
+        """The recomputation policy, and the peak of memory that is predicted for it.
+
+        Where not even the strongest policy fits what is free, the micro-batches are halved, on all
+        ranks together. ValueError where one row alone does not fit.
+        """
+        while True:
+            size = self._largest_micro_batch()
+            plan = None
+            try:
+                plan = choose_policy(
+                    self.config.recompute,
+                    self.config.memory_gb,
+                    self.model.config,
+                    self.lora.config,
+                    size,
+                    self.model.device,
+                    held=held_memory(self.model.device) + self.model.weights.gather_bytes,
+                )
+            except ValueError:
+                if size.tokens == size.longest:
+                    raise
+            if not self.world.any_rank(plan is None):
+                return plan
+            before = self.state["micro_tokens"]
+            self._halve_micro_tokens(self.optimizer.step + 1)
+            print(
+                f"micro-batches of {before} tokens do not fit the memory that is free; "
+                f"taking {self.state['micro_tokens']}"
+            )
+
+    def _largest_micro_batch(self) -> StepSize:
+        """The size that decides a step's peak: of the fullest micro-batch that may occur."""
+        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
         all_tokens = sum(lengths)
         all_response = all_tokens - sum(example.n_prompt for example in self.examples)
-        longest = max(lengths)
-        tokens = min(max(self.state["micro_tokens"], longest), all_tokens)
-        size = StepSize(
+        longest = lengths[0]
+        tokens_of_step = sum(lengths[: self.config.batch_rows])  # at most
+        tokens = min(max(self.state["micro_tokens"], longest), tokens_of_step)
+        return StepSize(
             tokens=tokens,
             longest=longest,
             response=round(tokens * all_response / all_tokens),
             dtype=self.model.dtype,
         )
-        return choose_policy(
-            self.config.recompute,
-            self.config.memory_gb,
-            self.model.config,
-            self.lora.config,
-            size,
-            self.model.device,
-            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
-        )
+
+    def _halve_micro_tokens(self, step: int) -> None:
+        """Halve the micro-batches from this step on, and keep that in the state."""
+        halved = max(self.state["micro_tokens"] // 2, 1)
+        self.state["micro_tokens"] = halved
+        self.state["halved"] = [*self.state["halved"], [step, halved]]
 
     # ---- validation and checkpoints
 
@@ -280,7 +310,8 @@ class Run:
 
     def _restore_state(self) -> None:
         """Begin with the state of the last checkpoint, or with that of a new run."""
-        self.state = {"micro_tokens": self.config.micro_tokens, "best": {}} | self.state
+        new = {"micro_tokens": self.config.micro_tokens, "halved": [], "best": {}}
+        self.state = new | self.state
         self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
         self.spent_since_step = self.state.get("since_step", 0)
         is_resumed = self.optimizer.step > 0
@@ -343,6 +374,7 @@ class Run:
             "first_loss": sum(losses[:tenth]) / tenth,
             "last_loss": sum(losses[-tenth:]) / tenth,
             "best": self.state["best"],
+            "halved": self.state["halved"],  # micro-batches, where memory was short
             "tokens_s": spent["tokens"] / seconds if seconds else 0.0,
             "seconds": seconds,
             "operations_s": spent["operations"] / seconds if seconds else 0.0,

@@ -32,10 +32,12 @@ from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.examples import encode_examples, rows_to_train_on
 from engine.train.loop import Run
+from engine.train.memory_plan import Job, automatic_micro_tokens
 from engine.train.metrics import summary_text
 from engine.train.optim import Optimizer
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
+from model.layout import parameter_count
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.trained_chat import TrainedChat, common_system
@@ -175,6 +177,7 @@ def train(
     model = frozen.model
     world = frozen.world
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
+    config = with_micro_tokens(config, frozen, examples, lora_config, out)
     lora = Lora.init(lora_config, model.config, model.device, model.dtype)
     run = Run(
         model=model,
@@ -228,6 +231,44 @@ def _do_steps(run: Run, metrics_so_far: list[dict[str, Any]], stop: Stopping) ->
         if saved is not None:
             kept = f"the last good state is {saved}"
         raise ValueError(f"{error}. {kept}") from None
+
+
+def with_micro_tokens(
+    config: TrainConfig,
+    frozen: FrozenModel,
+    examples: Sequence[Example],
+    lora_config: LoraConfig,
+    out: Path | None = None,
+) -> TrainConfig:
+    """These settings with automatic micro-batches (0) resolved, which is printed.
+
+    A run directory `out` that exists keeps the size in its meta.json, on whatever device: sums
+    depend on it in their last bits. Several processes take the smallest that one of them would.
+    """
+    if config.micro_tokens:
+        return config
+    model = frozen.model
+    world = frozen.world
+    job = Job(
+        model=model.config,
+        lora=lora_config,
+        dtype=model.dtype,
+        longest=max(len(example.ids) for example in examples),
+        batch_rows=config.batch_rows,
+        recompute=config.recompute,
+    )
+    held = parameter_count(model.config) * model.dtype.itemsize  # bytes
+    if model.is_sharded:
+        held = held // world.size + model.weights.gather_bytes
+    chosen, why = automatic_micro_tokens(job, model.device, config.memory_gb, held)
+    chosen = -world.max_over_ranks(-chosen)
+    begun = checkpoint.micro_tokens_of(out) if out is not None and world.is_rank0 else 0
+    begun = world.max_over_ranks(begun)
+    if begun and begun != chosen:
+        why = f"as {out} was begun; {chosen} would be automatic here"
+    tokens = begun or chosen
+    print(f"micro-batches of up to {tokens} tokens ({why})")
+    return dataclasses.replace(config, micro_tokens=tokens)
 
 
 def run_settings(

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from engine.measure.likelihood import (
-    BATCH_TOKENS,
     PackedScorer,
     Scorer,
     ScoringRequest,
@@ -101,14 +100,13 @@ def test_both_scorers_equal_the_plain_forward_whatever_is_scored_together(tiny):
 
 
 def test_batches_hold_whole_requests_of_a_bounded_number_of_tokens():
-    half = BATCH_TOKENS // 2
-    lengths = {"a": half, "b": half, "c": 1, "long": 2 * BATCH_TOKENS, "d": 1}
+    lengths = {"a": 50, "b": 50, "c": 1, "long": 200, "d": 1}
     requests = [ScoringRequest(name, [1] * length, [[]]) for name, length in lengths.items()]
     ids = []
-    for batch in scoring_batches(requests):
+    for batch in scoring_batches(requests, 100):
         ids.append([request.id for request in batch])
     assert ids == [["a", "b"], ["c"], ["long"], ["d"]]
-    assert list(scoring_batches([])) == []
+    assert list(scoring_batches([], 100)) == []
 
 
 def test_sharded_weights_take_as_many_forwards_as_the_busiest_process(tiny):
