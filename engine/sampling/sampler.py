@@ -81,6 +81,7 @@ class Sampler:
         max_position = model.config.max_position
         self.scheduler = Scheduler(self.config, max_position, self.pool, self.stats)
         self.controller = DraftController()
+        self.pool_is_open = False  # made for the requests of this run
         # set by _prepare
         self.model: Llama | None = None  # the owner, or a copy with packed weights
         self.runner: ModelRunner | None = None
@@ -125,24 +126,41 @@ class Sampler:
             self._prepare(release=False)
         for request in requests:
             self.submit(request)
-        if self.scheduler.waiting and not self.scheduler.running:
-            self._open_pool()
+        if not self.scheduler.running:
+            self.pool_is_open = False  # it may be smaller than these requests need
         while self.scheduler.has_work:
-            yield from self._step()
+            self._step()
+            yield from self.scheduler.hand_out()
         self.pool.close()
 
-    def _step(self) -> Iterator[Completion]:
-        """Admit requests and compute their prompts, then decode all running sequences."""
+    def _step(self) -> None:
+        """Admit requests and compute their prompts, then decode all running sequences.
+
+        Completions are left in `scheduler.ended`. After an exception (memory may be short) either
+        the sampler is given up, or `_restart` has to come before the next step.
+        """
+        if self.scheduler.waiting and not self.pool_is_open:
+            self._open_pool()
         schedule = self.scheduler.schedule()
         if schedule.pool_too_small:
             self._reopen_pool()
-        yield from schedule.refused
         if schedule.admitted:
             self._prefill(schedule.admitted)
-            yield from self.scheduler.take_finished()
+            self.scheduler.take_finished()
         if self.scheduler.running:
             self._decode()
-            yield from self.scheduler.take_finished()
+            self.scheduler.take_finished()
+
+    def _restart(self) -> None:
+        """After an exception in `_step`: all running sequences go back to the queue.
+
+        Graphs and pages are freed. Nothing is lost: sequences that have ended are still handed out,
+        and the others begin again from their prompts, which gives the same tokens.
+        """
+        self.scheduler.put_all_back()
+        self.graphs.clear()
+        self.pool.discard()
+        self.pool_is_open = False
 
     def _open_pool(self) -> None:
         """Make a pool for the waiting requests and compute the prefix that many begin with."""
@@ -150,6 +168,7 @@ class Sampler:
         if prefix:
             self.pool.prefix_pages = self.runner.prefill_prefix(prefix)
             self.pool.prefix_tokens = prefix
+        self.pool_is_open = True
 
     def _reopen_pool(self) -> None:
         """Replace the pool, which no sequence uses, by one for the requests that wait now."""

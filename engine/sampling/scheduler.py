@@ -39,7 +39,6 @@ class Schedule(NamedTuple):
     """The requests that were taken from the queue."""
 
     admitted: list[RunningSequence]  # they hold pages; their prompts are to be computed
-    refused: list[Completion]  # of prompts that leave no room for a new token
     pool_too_small: bool  # for the next request, although nothing runs
 
 
@@ -101,12 +100,13 @@ class Scheduler:
         self.waiting: list[Request] = []  # the next one first
         self.waiting_prompts: Counter[tuple[int, ...]] = Counter()  # of `waiting`
         self.running: list[RunningSequence] = []  # the oldest first
+        self.ended: list[Completion] = []  # to be handed out
         self.draining = False  # admit no further request
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence runs or may be admitted."""
-        return bool(self.running) or self._may_admit
+        """Whether a sequence runs or may be admitted, or a completion waits to be handed out."""
+        return bool(self.running) or bool(self.ended) or self._may_admit
 
     @property
     def _may_admit(self) -> bool:
@@ -195,60 +195,63 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Admit waiting requests, in the order of the queue, while sequences and pages last.
 
-        If `pool_too_small`, the caller has to discard the pool and open it anew.
+        Prompts that leave no room for a new token are refused (`ended`). If `pool_too_small`, the
+        caller has to discard the pool and open it anew. An exception loses no request: each is in
+        the queue, running or ended at any time.
         """
         admitted: list[RunningSequence] = []
-        refused: list[Completion] = []
-        duplicates: list[Request] = []  # of prompts in `admitted`: those are computed first
-        new_prompts: set[tuple[int, ...]] = set()
-        while self._may_admit:
-            if len(self.running) + len(admitted) >= self.rows:
+        new_prompts: set[tuple[int, ...]] = set()  # of `admitted`
+        place = 0  # in the queue; before it are duplicates of new prompts, which come next time
+        while self._may_admit and place < len(self.waiting):
+            if len(self.running) >= self.rows:
                 break
-            request = self.waiting[0]
+            request = self.waiting[place]
             prompt = tuple(request.prompt)
             if self._max_new_tokens(request) < 1:
-                refused.append(_too_long(request))
-                self._leave_queue()
+                self.ended.append(_too_long(request))
+                self._leave_queue(place)
             elif prompt in new_prompts:
-                duplicates.append(self.waiting.pop(0))
-            elif self._has_room(request, admitted):
-                self._leave_queue()
-                admitted.append(self._start(request, prompt))
+                place += 1
+            elif self._has_room(request):
+                seq = self._start(request, prompt)
+                self._leave_queue(place)
+                self.running.append(seq)
+                admitted.append(seq)
                 new_prompts.add(prompt)
             else:
                 break
-        self.waiting[:0] = duplicates  # they stay at the head of the queue
-        self.running += admitted
         # a pool without sequences has room for any request that it is large enough for
         pool_too_small = self._may_admit and not self.running
-        return Schedule(admitted, refused, pool_too_small)
+        return Schedule(admitted, pool_too_small)
 
-    def _leave_queue(self) -> None:
-        """Remove the first request from the queue."""
-        prompt = tuple(self.waiting.pop(0).prompt)
+    def _leave_queue(self, place: int) -> None:
+        """Remove the request at this place from the queue."""
+        prompt = tuple(self.waiting.pop(place).prompt)
         self.waiting_prompts[prompt] -= 1
         if not self.waiting_prompts[prompt]:
             del self.waiting_prompts[prompt]
 
-    def _has_room(self, request: Request, admitted: list[RunningSequence]) -> bool:
+    def _has_room(self, request: Request) -> bool:
         """Whether the expected pages of a request are free beside those promised to others."""
-        others = self.running + admitted
         least = self._max_pages(request) + len(self.pool.prefix_pages)
         if not self.pool.ensure_pages(least, least):
             return False  # the others end first
-        promised = sum(self._promised_pages(seq) for seq in others)
+        promised = sum(self._promised_pages(seq) for seq in self.running)
         needed = self.pool.pages_for(len(request.prompt) + self._expected_tokens(request))
         if self.pool.num_free - promised >= needed:
             return True
-        if others:
+        if self.running:
             return False
         self.pool.drop_prompt_pages()  # in an empty pool every sequence fits
         return True
 
     def _start(self, request: Request, prompt: tuple[int, ...]) -> RunningSequence:
-        """A sequence with its pages; what is known of its prompt is copied into them."""
+        """A sequence with its pages; what is known of its prompt is copied into them.
+
+        The request is still in the queue.
+        """
         duplicate = self._running_duplicate(prompt)
-        duplicates_wait = prompt in self.waiting_prompts
+        duplicates_wait = self.waiting_prompts[prompt] > 1
         block_table, known = self.pool.allocate(prompt, duplicate, duplicates_wait)
         self.stats.prompt_tokens += len(prompt)
         self.stats.shared_tokens += known
@@ -294,25 +297,43 @@ class Scheduler:
             seq.block_table += self.pool.cache.take(max(0, missing))
 
     def _preempt_youngest(self) -> RunningSequence:
-        """Put the youngest sequence back to the head of the queue; its tokens become the draft."""
+        """Put the youngest sequence back to the head of the queue."""
         assert len(self.running) > 1, "the pool is too small for one sequence"
         seq = self.running.pop()
         self.pool.cache.give_back(seq.block_table)
+        self._put_back(seq)
+        return seq
+
+    def _put_back(self, seq: RunningSequence) -> None:
+        """Its request becomes the head of the queue again; its tokens become the draft."""
         draft_source = seq.token_ids or seq.request.draft_source
         request = dataclasses.replace(seq.request, draft_source=draft_source)
         self.waiting.insert(0, request)
         self.waiting_prompts[seq.prompt] += 1
         self.stats.preempted += 1
-        return seq
 
-    def take_finished(self) -> list[Completion]:
-        """Remove the sequences that have ended and free their pages."""
+    def put_all_back(self) -> None:
+        """Preempt every running sequence that has not ended; the caller discards the pool."""
+        while self.running:
+            seq = self.running.pop()
+            if seq.completion is None:
+                self._put_back(seq)
+            else:
+                self.ended.append(seq.completion)
+
+    def take_finished(self) -> None:
+        """Move the sequences that have ended from `running` to `ended` and free their pages."""
         finished = [seq for seq in self.running if seq.completion is not None]
         self.running = [seq for seq in self.running if seq.completion is None]
+        self.ended += [seq.completion for seq in finished]
         for seq in finished:
             duplicates_wait = seq.prompt in self.waiting_prompts
             self.pool.release(seq.prompt, seq.block_table, duplicates_wait)
-        return [seq.completion for seq in finished]
+
+    def hand_out(self) -> Iterator[Completion]:
+        """The completions of the sequences that have ended, each once."""
+        while self.ended:
+            yield self.ended.pop(0)
 
 
 def _count_fitting(page_counts: Sequence[int], room: int) -> int:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.sampling.page_pool import common_prefix
 from engine.sampling.requests import Request, SamplerConfig
@@ -343,6 +344,54 @@ def test_end_tokens_can_be_ignored_and_a_request_can_have_its_own_seed(tiny):
     seeded = run(tiny, own, temperature=1.0, end_ids=())
     assert all(plain[k].ids != seeded[k].ids for k in plain)
     assert seeded == run(tiny, own, temperature=1.0, end_ids=(), rows=2)
+
+
+class FailsOnce(TorchDispatchMode):
+    """Raises at torch's n-th operation from now on."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("the operation failed")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_sampler_that_restarts_after_any_exception_loses_no_sequence(tiny):
+    """Bitwise the same completions, each once: the prompts here have a common prefix, duplicates
+    and one that is too long."""
+    head = list(range(70))
+    wanted = [
+        dataclasses.replace(r, prompt=head + r.prompt, max_new_tokens=min(r.max_new_tokens, 9))
+        for r in random_requests(tiny, 5, longest=9)
+    ]
+    wanted += [dataclasses.replace(wanted[0], sample=1), dataclasses.replace(wanted[1], sample=1)]
+    wanted.append(Request("long", [5] * tiny.config.max_position, 4))
+    base = run(tiny, wanted, rows=3, page_size=16, **SAMPLED)
+    rng = random.Random(0)
+    restarts = 0
+    for first in (1, 2, 40, *(rng.randrange(3000) for _ in range(9))):
+        sampler = Sampler(tiny, text, (7,), SamplerConfig(rows=3, page_size=16, **SAMPLED))
+        sampler._prepare(release=False)
+        for request in wanted:
+            sampler.submit(request)
+        done = []
+        failing = FailsOnce(first)
+        while sampler.scheduler.has_work:
+            try:
+                with failing:
+                    sampler._step()
+            except RuntimeError as error:
+                assert "the operation failed" in str(error)
+                sampler._restart()
+                restarts += 1
+                failing = FailsOnce(rng.randrange(1, 3000)) if restarts % 3 else FailsOnce(0)
+            done += sampler.scheduler.hand_out()
+        assert len(done) == len(wanted) and {(c.id, c.sample): c for c in done} == base
+    assert restarts > 9
 
 
 def test_the_model_lends_its_matrices_and_gets_them_back(tiny, tiny_llama_dir):
