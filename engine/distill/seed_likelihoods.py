@@ -86,11 +86,13 @@ def score(
     out: Path,
     settings: dict[str, Any],
     world: World | None = None,
+    invariant: bool = False,
 ) -> LikelihoodSums:
     """Score every line that is trained on into `out` (FILE.scores.jsonl); returns the sums.
 
     Lines that are in `out` already are kept. settings: those of the distilled file; ValueError
-    where `out` was begun under others.
+    where `out` was begun under others. invariant: a score does not depend on those beside it on a
+    GPU either. Where memory is short, fewer lines are scored together.
     """
     trained = [line for line in lines if line.status != CONTEXT]
     sums = LikelihoodSums()
@@ -107,14 +109,16 @@ def score(
                 with_answers.append(request)
             else:  # nothing to score: its prompt may not even fit the model
                 file.write(_score_record(request, request.answers))
-        sums.scored = _score_requests(model, with_answers, file)
+        sums.scored = _score_requests(model, with_answers, file, invariant)
         sums.seconds = time.perf_counter() - started
         for record in file.finish([line.id for line in trained]):
             sums.add(record)
     return sums
 
 
-def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines) -> int:
+def _score_requests(
+    model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines, invariant: bool
+) -> int:
     """Score the requests and write their records; returns the answer tokens scored."""
     batches = list(scoring_batches(requests, BATCH_TOKENS[model.device.type]))
     rounds = collective_rounds(model, file.world, len(batches))
@@ -127,7 +131,7 @@ def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: Resu
     is_quiet = not file.world.is_rank0
     with (
         file.world.report_lost_rank(),
-        scorer_for(model, prompts) as scorer,
+        scorer_for(model, prompts, invariant) as scorer,
         progress(total=len(requests), desc="score", unit="turn", disable=is_quiet) as bar,
     ):
         for batch in batches:

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.runtime.process_memory import is_out_of_memory
 from engine.sampling.decode_step import Bucket, DecodeStep
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
@@ -228,6 +229,8 @@ class DecodeGraphs:
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
+            if is_out_of_memory(error) and not self.failed.graphs:
+                raise  # before the capture began: fewer sequences can be captured
             self._disable(f"capturing failed: {_first_and_last(error)}")
             return None
         finally:

@@ -9,6 +9,7 @@ Run.finish         publishes the last or the best adapter, and returns the summa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,8 @@ import torch
 from engine.data.encode import Example
 from engine.runtime.distributed import World
 from engine.runtime.files import read_jsonl
-from engine.runtime.process_memory import (
-    first_line,
-    held_memory,
-    is_out_of_memory,
-    peak_memory,
-)
+from engine.runtime.process_memory import held_memory, peak_memory
+from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.stopping import Stopping
 from engine.train import checkpoint
 from engine.train.config import TrainConfig
@@ -86,6 +83,7 @@ class Run:
     # of all ranks together, and the largest peak of memory
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     counted_until: float = 0.0  # time.perf_counter() up to which `spent` has the seconds
+    failed_alone: bool = False  # this step ran out of memory with one row at a time
     spent_since_step: int = 0  # above 0 in a run whose first checkpoints did not have `spent`
 
     # ---- the steps
@@ -155,15 +153,17 @@ class Run:
         """
         while True:
             micro_tokens = self.state["micro_tokens"]
-            failure = None
-            try:
-                gradients = step_gradients(
-                    self.model, self.lora, examples, step, micro_tokens, policy, self.world
-                )
-            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                if not is_out_of_memory(error):
-                    raise
-                failure = first_line(error)
+            gradients, failure = attempt(
+                self.model.device,
+                step_gradients,
+                self.model,
+                self.lora,
+                examples,
+                step,
+                micro_tokens,
+                policy,
+                self.world,
+            )
             if failure is not None and self.model.is_sharded:
                 raise ValueError(
                     f"step {step}: out of memory ({failure}); under --shard no process can try "
@@ -171,18 +171,25 @@ class Run:
                     "with a lower --micro-tokens"
                 )
             if not self.world.any_rank(failure is not None):
+                self.failed_alone = False
                 return gradients
             self._halve_micro_batches(examples, step, policy, failure or "in another process")
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _halve_micro_batches(
         self, examples: Sequence[Example], step: int, policy: str, failure: str
     ) -> None:
-        """Halve `micro_tokens`; ValueError where a micro-batch holds only one row already."""
+        """Halve `micro_tokens`.
+
+        Where a micro-batch holds only one row already, it is tried once more; then ValueError.
+        """
         micro_tokens = self.state["micro_tokens"]
         longest = max(examples, key=lambda example: len(example.ids))
-        if micro_tokens <= len(longest.ids):
+        alone = micro_tokens <= len(longest.ids)
+        if alone and not self.failed_alone:
+            self.failed_alone = True
+            print(f"\nstep {step}: out of memory with one row ({failure}); trying again")
+            return
+        if alone:
             recompute_more = "" if policy == "full" else "--recompute full, or "
             raise ValueError(
                 f"step {step}: out of memory with one row at a time; the longest is "
@@ -296,7 +303,8 @@ class Run:
                 "spent": self.spent,
                 "since_step": self.spent_since_step,
             }
-            checkpoint.save_checkpoint(
+            write = functools.partial(
+                checkpoint.save_checkpoint,
                 self.out,
                 self.lora,
                 self.optimizer,
@@ -306,6 +314,7 @@ class Run:
                 best_step=self.state["best"].get("step", 0),
                 chat=self.chat,
             )
+            tried_twice("checkpoint", self.model.device, write)
         self.world.barrier()
 
     def _restore_state(self) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch, pack
 from engine.runtime.distributed import World, shares
+from engine.runtime.short_memory import tried_twice
 from engine.train.optim import Optimizer
 from model.llama import Llama
 from model.lora import Lora
@@ -125,5 +126,6 @@ def step_update(
     world.all_reduce_sum_(lora.grads)
     loss_sum = world.all_reduce_sum_(gradients.nll.sum(dtype=torch.float64))
     scale = 1 / gradients.n_response  # from the summed loss to the mean over response tokens
-    norm = optimizer.update(model.ops, lora, lr, scale, clip)
+    # where memory is short for it, nothing has changed yet
+    norm = tried_twice("update", model.device, optimizer.update, model.ops, lora, lr, scale, clip)
     return StepResult(loss_sum * scale, norm, gradients)

@@ -26,6 +26,7 @@ from engine.runtime.files import write_json
 from engine.runtime.locking import lock_directory
 from engine.runtime.process_memory import TRAIN_LESS, memory_for
 from engine.runtime.run_record import environment
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.stopping import Stopping
 from engine.session import Session
 from engine.train import checkpoint
@@ -178,11 +179,13 @@ def train(
     world = frozen.world
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
     config = with_micro_tokens(config, frozen, examples, lora_config, out)
-    lora = Lora.init(lora_config, model.config, model.device, model.dtype)
+    lora, optimizer = tried_twice(
+        "a fresh adapter", model.device, _fresh, model, lora_config, config
+    )
     run = Run(
         model=model,
         lora=lora,
-        optimizer=Optimizer.fresh(lora, config.weight_decay),
+        optimizer=optimizer,
         examples=examples,
         config=config,
         out=out,
@@ -208,6 +211,12 @@ def train(
         if is_stopping:
             stop.end(stop.kept)
     return lora, summary
+
+
+def _fresh(model: Llama, lora_config: LoraConfig, config: TrainConfig) -> tuple[Lora, Optimizer]:
+    """A new adapter and its optimizer."""
+    lora = Lora.init(lora_config, model.config, model.device, model.dtype)
+    return lora, Optimizer.fresh(lora, config.weight_decay)
 
 
 def _restore(run: Run) -> list[dict[str, Any]]:
