@@ -23,6 +23,7 @@ class Memory(TorchDispatchMode):
         self.largest = largest
         self.least = least
         self.made = 0
+        self.peak = 0  # bytes of the largest tensor that was asked for
         self.refusals = 0
 
     def __torch_dispatch__(
@@ -38,6 +39,7 @@ class Memory(TorchDispatchMode):
 
     def _ask(self, size: int) -> None:
         self.made += 1
+        self.peak = max(self.peak, size)
         if self.made == self.refused or size > self.largest:
             self.refusals += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")

@@ -4,7 +4,9 @@ Undisturbed, a stage makes so many tensors; it is then run again with the n-th r
 n from the first to the last. Its files must be the same, byte for byte.
 """
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -21,15 +23,17 @@ from engine.measure.seed_answers import seed_answers
 from engine.report.collect import token_nll, tuned_answers
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
+from engine.train.optim import Optimizer
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
 from model.llama import Llama
+from model.lora import LoraConfig
 from model.tokenizer import load_tokenizer
 from tests.helpers.adapters import new_lora
 from tests.helpers.distillation import rows
 from tests.helpers.failing_memory import Memory
 from tests.helpers.sessions import session_of
-from tests.helpers.training import examples
+from tests.helpers.training import SMALL, examples, metrics_lines, run_training
 
 PROMPTS = [("a", "Why?"), ("a", "How far?"), ("b", "Say it again.")]
 SAMPLED = SamplerConfig(rows=3, temperature=1.0, top_k=60, seed=1, page_size=16)
@@ -95,10 +99,12 @@ class Job:
 
 
 @pytest.fixture
-def job(tiny_llama_dir, tmp_path):
+def job(tiny_llama_dir, tmp_path, monkeypatch):
     folder = tmp_path / "inputs"
     folder.mkdir()
-    return Job(tiny_llama_dir(tokenizer=True), folder)
+    monkeypatch.setattr("engine.train.validate.ANSWER_TOKENS", 3)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # half a second each beside all of torch
+    return Job(tiny_llama_dir(layers=1, tokenizer=True), folder)
 
 
 def contents(out):
@@ -131,7 +137,7 @@ def test_a_stage_survives_an_allocation_that_fails(job, tmp_path, stage, capsys)
     wanted = contents(plain)
     assert memory.made > 50
     capsys.readouterr()
-    for n in spread(memory.made, 6):
+    for n in spread(memory.made, 5):
         out = tmp_path / f"refused-{n}"
         out.mkdir()
         with Memory(refused=n) as failing:
@@ -143,3 +149,135 @@ def test_a_stage_survives_an_allocation_that_fails(job, tmp_path, stage, capsys)
     assert STAGES[stage] in said or "packing the weights" in said
     for name, weight in weights.items():
         assert torch.equal(job.model.weights[name], weight), name
+
+
+def directory_of(path):
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("distill", r"sampling: out of memory with \d+ sequences at a time; continuing with \d+"),
+        ("score", r"scoring: out of memory with \d+ tokens together; continuing with up to \d+"),
+    ],
+)
+def test_a_stage_takes_on_less_where_large_tensors_never_fit(job, tmp_path, stage, said, capsys):
+    """Every tensor above two fifths of the largest one is refused, each time."""
+    with Memory() as memory:
+        getattr(job, stage)(directory_of(tmp_path / "plain"))
+    capsys.readouterr()
+    with Memory(largest=0.4 * memory.peak) as small:
+        getattr(job, stage)(directory_of(tmp_path / "small"))
+    assert 1 <= small.refusals <= 8, "what follows is taken in the smaller size at once"
+    assert contents(tmp_path / "small") == contents(tmp_path / "plain")
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_one_row_that_does_not_fit_ends_a_stage_with_a_clear_error(job, tmp_path, monkeypatch):
+    """And the model's matrices are its own again."""
+    forward = Llama.forward
+
+    def no_forward(*args, **kwargs):
+        with Memory(largest=2000):
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Llama, "forward", no_forward)
+    weights = {name: weight.clone() for name, weight in job.model.weights.items()}
+    for stage, message in (
+        ("distill", "out of memory with one sequence alone .*allow fewer new tokens"),
+        ("score", r"out of memory while scoring \(.*--no-score leaves it out"),
+        ("validate", "out of memory with one sequence alone"),
+        ("evaluate", r"out of memory while answering held-out rows \("),
+        ("report", r"out of memory while taking likelihoods for the report \("),
+    ):
+        with pytest.raises(ValueError, match=message):
+            getattr(job, stage)(directory_of(tmp_path / stage))
+    for name, weight in weights.items():
+        assert torch.equal(job.model.weights[name], weight), name
+
+
+# ---- training, in fp64: what micro-batches change is then 1e-9 at most
+
+
+def trained(model, out, micro_tokens):
+    """Two steps over eight rows, with dropout."""
+    config = dataclasses.replace(
+        SMALL, epochs=1, save_every=1, batch_rows=4, micro_tokens=micro_tokens
+    )
+    return run_training(model, out, config, examples(8), lora=LoraConfig(rank=4, dropout=0.1))
+
+
+@pytest.fixture
+def doubles(tiny_llama_dir):
+    return Llama.from_pretrained(tiny_llama_dir(layers=1), dtype=torch.float64)
+
+
+def test_training_survives_an_allocation_that_fails(doubles, tmp_path, capsys, monkeypatch):
+    """In a step the micro-batches are halved, once, which is recorded; the same run otherwise.
+
+    Refusals outside of the forward and backward (a fresh adapter, AdamW, a checkpoint) change no
+    bit.
+    """
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    with Memory() as memory:
+        plain, summary = trained(doubles, tmp_path / "plain", 128)
+    assert summary["halved"] == []
+    lines = metrics_lines(tmp_path / "plain")
+    halved = 0
+    for n in spread(0.97 * memory.made, 7):  # the first run makes tables for those after it
+        out = tmp_path / f"refused-{n}"
+        capsys.readouterr()
+        with Memory(refused=n) as failing:
+            lora, summary = trained(doubles, out, 128)
+        said = capsys.readouterr().out
+        assert failing.refusals == 1 and "out of memory" in said, n
+        again = metrics_lines(out)
+        assert [line["step"] for line in again] == [line["step"] for line in lines]
+        for line, other in zip(again, lines, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-9)
+        if summary["halved"]:
+            halved += 1
+            ((step, tokens),) = summary["halved"]
+            assert tokens == 64 and f"step {step}: out of memory" in said
+            torch.testing.assert_close(lora.params, plain.params, rtol=0, atol=1e-9)
+        else:
+            assert torch.equal(lora.params, plain.params), n
+    assert 3 <= halved <= 6
+
+
+def test_the_update_changes_nothing_before_it_has_all_memory(doubles):
+    """A step of AdamW that is refused any tensor can be done again."""
+    lora = new_lora(doubles)
+    lora.grads.normal_()
+    before = lora.params.clone()
+
+    def update(refused):
+        lora.params.copy_(before)
+        optimizer = Optimizer.fresh(lora, weight_decay=0.1)
+        with Memory(refused=refused) as memory:
+            if refused:
+                with pytest.raises(torch.OutOfMemoryError):
+                    optimizer.update(doubles.ops, lora, 1e-2, 0.5, 1.0)
+                assert torch.equal(lora.params, before) and optimizer.step == 0
+                assert not optimizer.m.any() and not optimizer.v.any()
+            optimizer.update(doubles.ops, lora, 1e-2, 0.5, 1.0)
+        return memory.made, lora.params.clone()
+
+    made, updated = update(0)
+    assert made >= 3 and not torch.equal(updated, before)
+    for n in range(1, made + 1):
+        assert torch.equal(update(n)[1], updated), n
+
+
+def test_training_takes_smaller_micro_batches_where_large_tensors_never_fit(
+    doubles, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    with Memory() as memory:
+        plain, _ = trained(doubles, tmp_path / "plain", 512)
+    with Memory(largest=0.6 * memory.peak) as small:
+        lora, summary = trained(doubles, tmp_path / "small", 512)
+    assert summary["halved"][0] == [1, 256] and small.refusals == len(summary["halved"]) > 1
+    torch.testing.assert_close(lora.params, plain.params, rtol=0, atol=1e-9)
