@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.integers import cdiv
+from kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Cached:
             decode = all(n == 1 for n in query_lens)
 
         def index(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return upload(values, torch.int64, device)
 
         return cls(
             query_lens=tuple(query_lens),
@@ -103,8 +104,8 @@ class Cached:
             write_offset=index(write_offset),
             last=index(last),
             block_table=_block_table(own_tables, device),
-            cu_queries=torch.tensor(cu_queries, dtype=torch.int32, device=device),
-            contexts=torch.tensor(context_lens, dtype=torch.int32, device=device),
+            cu_queries=upload(cu_queries, torch.int32, device),
+            contexts=upload(context_lens, torch.int32, device),
         )
 
     def advance(self) -> Cached:
@@ -153,4 +154,4 @@ def _block_table(tables: list[tuple[int, ...]], device: str | torch.device) -> T
     """(B, P) int64: the pages of each sequence, padded with page 0 to those of the longest."""
     P = max((len(table) for table in tables), default=0)
     padded = [list(table) + [0] * (P - len(table)) for table in tables]
-    return torch.tensor(padded, dtype=torch.int64, device=device).view(len(tables), P)
+    return upload(padded, torch.int64, device).view(len(tables), P)

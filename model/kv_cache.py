@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.integers import cdiv
+from kernels.upload import upload
 from model.config import LlamaConfig
 
 
@@ -59,10 +60,14 @@ class KVCache:
         """Numbers of `count` zeroed pages; the caller has checked `free` before."""
         assert count <= len(self.free), f"{count} pages asked for, {len(self.free)} are free"
         taken = [heapq.heappop(self.free) for _ in range(count)]
-        for page in taken:
-            self.k[:, page] = 0
-            self.v[:, page] = 0
+        if taken:
+            self._zero(taken)
         return taken
+
+    def _zero(self, pages: Sequence[int]) -> None:
+        index = upload(pages, torch.int64, self.k.device)
+        self.k.index_fill_(1, index, 0)
+        self.v.index_fill_(1, index, 0)
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Put the pages of a finished or preempted sequence back into the pool."""
@@ -73,8 +78,14 @@ class KVCache:
         """Copy whole pages, for a prefix that is computed once and begins many sequences."""
         assert len(source) == len(to), f"cannot copy {len(source)} pages onto {len(to)}"
         if source:
-            self.k[:, list(to)] = self.k[:, list(source)]
-            self.v[:, list(to)] = self.v[:, list(source)]
+            self._copy(source, to)
+
+    def _copy(self, source: Sequence[int], to: Sequence[int]) -> None:
+        source_index = upload(source, torch.int64, self.k.device)
+        to_index = upload(to, torch.int64, self.k.device)
+        for cache in (self.k, self.v):
+            pages = cache.index_select(1, source_index)  # (layers, pages to copy, G, page_size, d)
+            cache.index_copy_(1, to_index, pages)
 
     def compact(self, tables: Sequence[list[int]]) -> None:
         """Move the pages of the block tables `tables`, all that are in use, to the lowest numbers.

@@ -175,6 +175,10 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         (2048, 4, 2),
         (4096, 8, 2),
     ),
+    "sample_keys_kernel": configs(
+        "BV w", (1024, 4), (2048, 8), (2048, 4), (4096, 8), (512, 4), (1024, 2)
+    ),
+    "sample_sorted_kernel": configs("BS w", (64, 4), (64, 1), (64, 2), (64, 8)),
     "sample_weights_kernel": configs(
         "BV w s", (1024, 4, 1), (2048, 8, 1), (2048, 4, 1), (4096, 8, 1), (512, 4, 1), (1024, 4, 2)
     ),

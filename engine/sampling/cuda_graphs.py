@@ -39,10 +39,11 @@ import torch
 
 from engine.runtime.process_memory import is_out_of_memory
 from engine.sampling.decode_step import Bucket, DecodeStep
+from engine.sampling.launched import Launched, LaunchQueue
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from engine.sampling.rows_plan import MOST_ROWS
-from engine.sampling.sequence import RunningSequence, SampledTokens
+from engine.sampling.sequence import RunningSequence
 from engine.sampling.speculation import DraftController
 from kernels.integers import cdiv, power_of_two
 from kernels.registry import TORCH, TRITON, VARIANTS, Ops
@@ -199,19 +200,45 @@ class DecodeGraphs:
         )
         return self._captured_step(bucket)
 
-    def replay(
-        self, step: DecodeStep, seqs: Sequence[RunningSequence], steps: int
-    ) -> SampledTokens:
-        """`steps` tokens for every sequence: replays of its step, and one host synchronisation."""
-        step.load(seqs)
-        for _ in range(steps):
-            step.replay()
+    def launch(
+        self,
+        step: DecodeStep,
+        seqs: Sequence[RunningSequence],
+        steps: int,
+        unread: Sequence[Launched],
+        queue: LaunchQueue,
+    ) -> Launched:
+        """Launch `steps` tokens for every sequence: replays of its step, and one copy back.
+
+        unread: what was launched before and is not read yet. Where that is in the way of nothing
+        but this step's inputs (the same sequences go on in the same pages) nothing is loaded.
+        """
+        launched = Launched(list(seqs), steps, step)
+        goes_on = [last.step for last in unread] == [step] and step.holds(seqs)
+        sources = [last for last in unread if last.seqs]
+        # the step before comes first: its slots are the first places
+        sources.sort(key=lambda last: last.step is None)
+        side = None
+        if not goes_on:
+            side = step.stage(seqs, _places(seqs, sources))
+
+        def run() -> None:
+            if side is None:
+                step.go_on()
+            elif sources:
+                last_tokens = torch.cat([source.tokens for source in sources])
+                step.load(side, last_tokens, sources[0].step)
+            else:
+                step.load(side, None, None)
+            for _ in range(steps):
+                step.replay()
+            launched.finish(step.tokens, step.results[:steps])
+
+        queue.launch(run)
+        for seq in seqs:
+            seq.in_flight += steps
         self.stats.replayed += steps
-        results = step.results[:steps].cpu()  # (steps, 2, B) fp64: the only copy back and wait
-        used = results[:, :, : len(seqs)].transpose(0, 2)  # (sequences, 2, steps)
-        tokens = used[:, 0].long()
-        logprobs = used[:, 1]
-        return SampledTokens(tokens.tolist(), logprobs.tolist())
+        return launched
 
     def _captured_step(self, bucket: Bucket) -> DecodeStep | None:
         """The step of a bucket, captured if need be; None (and disabled) if that fails."""
@@ -251,7 +278,7 @@ class DecodeGraphs:
         side.wait_stream(current)
         try:
             with torch.cuda.device(device), torch.cuda.stream(side):
-                step.load(())
+                step.load(step.stage(()), None, None)
                 step()  # compiles its kernels and makes what stays: tables, workspaces
                 self._record(step, side)
         finally:
@@ -275,11 +302,27 @@ class DecodeGraphs:
         step.angles = self.model.cos_sin
 
     def clear(self) -> None:
-        """Free all graphs and their memory."""
+        """Free all graphs and their memory, once they have run."""
+        if self.captured and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
         self.captured.clear()
         if self.memory_pool is not None:
             self.memory_pool = None  # one that was released cannot be used again
             torch.cuda.empty_cache()
+
+
+def _places(seqs: Sequence[RunningSequence], sources: Sequence[Launched]) -> list[int | None]:
+    """Where each sequence's last token is in the last tokens of `sources`, laid end to end.
+
+    None for one that has no tokens in flight: the host knows it.
+    """
+    place_of: dict[RunningSequence, int] = {}
+    start = 0
+    for source in sources:
+        for slot, seq in enumerate(source.seqs):
+            place_of[seq] = start + slot
+        start += len(source.seqs) if source.step is None else source.step.B
+    return [place_of[seq] if seq.in_flight else None for seq in seqs]
 
 
 def _first_and_last(error: BaseException) -> str:

@@ -1,7 +1,8 @@
 """One decode step over buffers that stay where they are, so that it can be captured as a CUDA graph
 
 Forward, head, sampling, moving on by one position. Its inputs lie in one flat buffer, which a
-single copy fills for several steps.
+single copy fills for several steps. What the host has not read yet (the last tokens of sequences
+whose steps are still in flight) is taken from the device.
 """
 
 # B = sequences of a bucket, P = pages of each, L = tokens of P pages, D = hidden size,
@@ -29,7 +30,8 @@ ALIGNMENT = 16  # 8-byte numbers: each tensor begins at 128 bytes, as an allocat
 class FlatBuffer:
     """Named int64 tensors one behind the other, in host memory and on the device.
 
-    The host's are filled one by one; `upload` moves all of them in one copy.
+    The host's are filled one by one; `upload` moves all of them in one copy. The host has them
+    twice, and fills them in turn: the copy of the other ones may not have been made yet.
     """
 
     def __init__(self, sizes: dict[str, int], device: torch.device) -> None:
@@ -39,23 +41,34 @@ class FlatBuffer:
             starts[name] = total
             total += cdiv(size, ALIGNMENT) * ALIGNMENT
         pinned = device.type == "cuda"
-        self.all_on_host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
+        self.all_on_host: list[Tensor] = []
+        for _ in range(2):
+            zeros = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
+            self.all_on_host.append(zeros)
         self.all_on_device = torch.zeros(total, dtype=torch.int64, device=device)
-        self.on_host: dict[str, Tensor] = {}
+        self.side = 0  # of the host's two, which is filled now
+        self.on_host: list[dict[str, Tensor]] = [{}, {}]
         self.on_device: dict[str, Tensor] = {}
         for name, size in sizes.items():
             span = slice(starts[name], starts[name] + size)
-            self.on_host[name] = self.all_on_host[span]
+            for side in (0, 1):
+                self.on_host[side][name] = self.all_on_host[side][span]
             self.on_device[name] = self.all_on_device[span]
 
     def fill(self, name: str, values: Sequence[int]) -> None:
-        """Set the host's tensor of that name."""
-        tensor = self.on_host[name]
+        """Set the host's tensor of that name, on the side that is filled now."""
+        tensor = self.on_host[self.side][name]
         tensor.copy_(torch.tensor(values, dtype=tensor.dtype))
 
-    def upload(self) -> None:
-        """Copy the host's tensors to the device; the host does not wait for it."""
-        self.all_on_device.copy_(self.all_on_host, non_blocking=True)
+    def turn_over(self) -> int:
+        """End the filling; returns the side to upload. The next `fill` is on the other one."""
+        filled = self.side
+        self.side = 1 - filled
+        return filled
+
+    def upload(self, side: int) -> None:
+        """Copy one side of the host to the device; the host does not wait for it."""
+        self.all_on_device.copy_(self.all_on_host[side], non_blocking=True)
 
 
 class Bucket(NamedTuple):
@@ -69,8 +82,8 @@ class Bucket(NamedTuple):
 class DecodeStep:
     """One token for each of up to B sequences of up to P pages, over buffers that stay in place.
 
-    `load` fills the buffers; call number i since then writes results[i]: (2, B) fp64, tokens and
-    log-probabilities, both exact.
+    `stage` and `load` fill the buffers; call number i since then, or since `go_on`, writes
+    results[i]: (2, B) fp64, tokens and log-probabilities, both exact.
     """
 
     def __init__(
@@ -96,7 +109,8 @@ class DecodeStep:
         self.tokens = inputs["tokens"]  # (B,) the tokens sampled last
         self.samples = inputs["samples"]  # (B,)
         self.row_keys = inputs["row_keys"]  # (B,)
-        self.turn = inputs["turn"]  # (1,) calls since `load`
+        self.turn = inputs["turn"]  # (1,) calls since `load` or `go_on`
+        self.carried_from = inputs["carried_from"]  # (B,) see `stage`
         self.history: Tensor | None = None  # (B, L) token ids so far, for a repetition penalty
         if self.penalised:
             self.history = inputs["history"].view(self.B, self.L)
@@ -104,6 +118,7 @@ class DecodeStep:
         self.before = self._describe(inputs)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.angles: Tensor | None = None  # kept alive: the graph reads the model's rotary table
+        self.staged: list[tuple[RunningSequence, int]] = []  # with the pages that each had then
 
     def _make_buffer(self) -> FlatBuffer:
         """The step's inputs: int64, but for `context_lens`, which is int32."""
@@ -118,10 +133,11 @@ class DecodeStep:
             "block_table": B * self.P,
             "history": B * self.L if self.penalised else 0,
             "turn": 1,
+            "carried_from": B,
             "context_lens": cdiv(B, 2),  # two int32 in the place of one int64
         }
         buffer = FlatBuffer(sizes, self.model.device)
-        for tensors in (buffer.on_host, buffer.on_device):
+        for tensors in (*buffer.on_host, buffer.on_device):
             as_int32 = tensors["context_lens"].view(torch.int32)
             tensors["context_lens"] = as_int32[:B]
         return buffer
@@ -149,28 +165,82 @@ class DecodeStep:
             contexts=inputs["context_lens"],
         )
 
-    def load(self, seqs: Sequence[RunningSequence]) -> None:
-        """Put these sequences in, in one copy that is not waited for; the other slots are empty.
+    def holds(self, seqs: Sequence[RunningSequence]) -> bool:
+        """Whether these sequences were staged last, in this order and with the pages they have."""
+        if len(seqs) != len(self.staged):
+            return False
+        for seq, (staged, pages) in zip(seqs, self.staged, strict=True):
+            if seq is not staged or len(seq.block_table) != pages:
+                return False
+        return True
 
-        Their pages must hold every token up to the next `load`. The last copy must have arrived.
+    def stage(
+        self, seqs: Sequence[RunningSequence], carried_from: Sequence[int | None] = ()
+    ) -> int:
+        """Prepare the inputs for these sequences on the host; returns the side for `load`.
+
+        carried_from: for every sequence the place of its last token in the tensor that `load` gets,
+        None where the host knows that token; () if it knows all. The other slots are empty.
+        Their pages must hold every token up to the next `load`. The side that was staged before the
+        last one must have been loaded.
         """
+        self.staged = [(seq, len(seq.block_table)) for seq in seqs]
         empty_slots = self.B - len(seqs)
         zeros = [0] * empty_slots
-        last_tokens = [seq.token_ids[-1] for seq in seqs]
+        places = list(carried_from) or [None] * len(seqs)
+        last_tokens = []
+        for seq, place in zip(seqs, places, strict=True):
+            last_tokens.append(seq.token_ids[-1] if place is None else 0)
         samples = [seq.request.sample for seq in seqs]
         row_keys = [seq.key for seq in seqs]
         # one less than in the cache, since a step begins by moving on by one
         before = [seq.context_len - 1 for seq in seqs] + [-1] * empty_slots
+        known = [-1 if place is None else place for place in places] + [-1] * empty_slots
         fill = self.buffer.fill
         fill("tokens", last_tokens + zeros)
         fill("positions", before)
         fill("context_lens", before)
         fill("samples", samples + zeros)
         fill("row_keys", row_keys + zeros)
+        fill("carried_from", known)
         fill("block_table", self._padded_block_tables(seqs))
         if self.penalised:
             fill("history", self._padded_histories(seqs))
-        self.buffer.upload()  # "turn" is 0 again, as it always is on the host
+        return self.buffer.turn_over()
+
+    def load(self, side: int, last_tokens: Tensor | None, before: DecodeStep | None) -> None:
+        """Put the staged sequences in, in one copy that is not waited for.
+
+        last_tokens: (n,) of the sequences in flight, where `stage` found them; None for none
+        before: the step whose first slots' tokens those begin with, if there is one; it may be this
+        one, so what it holds is copied before it is overwritten
+        """
+        history = None
+        if self.penalised and before is not None:
+            history = before.history.clone()  # (slots of `before`, its L)
+        self.buffer.upload(side)  # "turn" is 0 again, as it always is on the host
+        if last_tokens is not None:
+            is_carried = self.carried_from >= 0  # (B,)
+            carried = last_tokens[self.carried_from.clamp(min=0)]  # (B,)
+            self.tokens.copy_(torch.where(is_carried, carried, self.tokens))
+        if history is not None:
+            self._carry_histories(history)
+
+    def _carry_histories(self, before: Tensor) -> None:
+        """Take the tokens so far of sequences in flight from the step that they were in.
+
+        before: (slots, its L). The host's history of them ends where the flight began.
+        """
+        slots, its_L = before.shape
+        is_carried = (self.carried_from >= 0) & (self.carried_from < slots)  # (B,)
+        rows = before[self.carried_from.clamp(min=0, max=slots - 1)]  # (B, its L)
+        common = min(self.L, its_L)  # what is behind it is padding in both
+        own = self.history[:, :common]
+        own.copy_(torch.where(is_carried[:, None], rows[:, :common], own))
+
+    def go_on(self) -> None:
+        """In the place of `load`, if the sequences stay as they are: results begin anew."""
+        self.turn.zero_()
 
     def _padded_block_tables(self, seqs: Sequence[RunningSequence]) -> list[int]:
         """B block tables of P pages one behind the other, padded with the padding page."""

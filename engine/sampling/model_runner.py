@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.sampling.launched import Launched, LaunchQueue
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig
 from engine.sampling.scheduler import PromptPiece
 from engine.sampling.sequence import RunningSequence, SampledTokens
 from kernels.cached import Cached
 from kernels.dtypes import accumulate_dtype
+from kernels.upload import upload
 from model.llama import Llama
 from model.lora import Lora
 
@@ -64,8 +66,8 @@ class ModelRunner:
             self._forward(self._ids(piece), cached, logits_indices=cached.last)
         return pages
 
-    def prefill(self, pieces: Sequence[PromptPiece]) -> SampledTokens:
-        """Compute pieces of prompts; one token for each piece that completes its prompt."""
+    def launch_prefill(self, pieces: Sequence[PromptPiece], queue: LaunchQueue) -> Launched:
+        """Launch pieces of prompts; one token for each piece that completes its prompt."""
         new_lens = [piece.end - piece.start for piece in pieces]
         context_lens = [piece.start for piece in pieces]
         block_tables = [piece.seq.block_table for piece in pieces]
@@ -74,19 +76,28 @@ class ModelRunner:
         for piece in pieces:
             prompt_tokens += piece.seq.prompt[piece.start : piece.end]
         complete = [i for i, piece in enumerate(pieces) if piece.completes_prompt]
-        logits_indices = cached.last[self._ids(complete)]  # (n,) the last token of each prompt
-        hidden = self._forward(self._ids(prompt_tokens), cached, logits_indices)  # (n, D)
+        seqs = [pieces[i].seq for i in complete]
+        launched = Launched(seqs, steps=1)
+        input_tokens = self._ids(prompt_tokens)  # (T,)
+        last_of_complete = cached.last[self._ids(complete)]  # (n,) the last token of each prompt
+        history = None
+        if self.penalised and seqs:
+            history = self._padded([seq.prompt for seq in seqs])
+
+        def run() -> None:
+            hidden = self._forward(input_tokens, cached, last_of_complete)  # (n, D)
+            if seqs:
+                positions = cached.positions[last_of_complete]  # (n,)
+                tokens, logprobs = self._sample(hidden, seqs, positions, history)  # (n,) both
+                sampled = torch.stack((tokens.double(), logprobs.double()))  # (2, n)
+                launched.finish(tokens, sampled[None])
+
+        queue.launch(run)
         for piece in pieces:
             piece.seq.prefilled = piece.end
-        if not complete:
-            return SampledTokens([], [])
-        seqs = [pieces[i].seq for i in complete]
-        history = None
-        if self.penalised:
-            history = self._padded([seq.prompt for seq in seqs])
-        positions = cached.positions[logits_indices]  # (n,)
-        tokens, logprobs = self._sample(hidden, seqs, positions, history)  # (n,) both
-        return SampledTokens(tokens[:, None].tolist(), logprobs[:, None].tolist())
+        for seq in seqs:
+            seq.in_flight += 1
+        return launched
 
     # ---- decode
 
@@ -172,7 +183,7 @@ class ModelRunner:
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         """Token ids or indices as an int64 tensor on the device."""
-        return torch.tensor(tokens, dtype=torch.int64, device=self.model.device)
+        return upload(tokens, torch.int64, self.model.device)
 
     def _forward(
         self, tokens: Tensor, cached: Cached, logits_indices: Tensor | None = None

@@ -13,7 +13,7 @@ from engine.runtime.limits import check_numbers
 from kernels.sampling.sample_rows import SampleRows
 
 # settings that change speed and memory, never a text
-SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs")
+SPEED_ONLY = ("rows", "prefill_tokens", "kv_memory", "draft", "steps", "graphs", "overlap")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class SamplerConfig:
     #   [default: auto (8 with CUDA graphs; else 1)]
     graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs, so that they wait less for
     #   the CPU
+    overlap: bool = True  # with CUDA graphs, launch the next decode steps before the CPU reads the
+    #   tokens of the last ones, so that the GPU does not wait for the CPU
 
     def settings(self) -> dict[str, Any]:
         """The settings that a text depends on, which identify a run; not those of speed."""
@@ -98,6 +100,7 @@ class SamplerConfig:
             max_new_tokens=max_new_tokens,
             invariant=self.invariant,
             graphs=self.graphs,
+            overlap=self.overlap,
         )
 
     def check(self) -> None:

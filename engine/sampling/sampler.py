@@ -8,6 +8,18 @@ Every step of the loop (`Sampler._step`) is
     postprocess   tokens are appended, stopping conditions checked (sequence.py), completions handed
                   out at once and their pages freed (page_pool.py)
 
+With CUDA graphs, and while no draft tokens are wanted, the host is one visit behind the card
+(`_step_ahead`; a visit is what lies between two host synchronisations):
+    launch        the next visit of all running sequences, whose last tokens the host has not seen:
+                  a step finds them on the device
+    postprocess   the visit before, and the prompts launched after it, are read while the card
+                  computes the next one
+    schedule      the prompts of new sequences are launched behind it, and not waited for
+So a sequence that has ended rides on for one visit more, whose tokens are dropped, and a new one
+enters a visit later. Its pages are free as soon as its end is read: whatever uses them next is
+launched later than the visit that still writes into them, and one stream runs what is launched in
+order. Texts do not change, for a token depends on nothing that runs beside it and on no time.
+
 Why a text does not depend on what else runs (fp32 on a CPU: bitwise):
     products    one packed form for the whole run, in which rows do not influence each other
                 (kernels/cpu/panels.py, kernels/cpu/prepack.py)
@@ -31,11 +43,12 @@ from engine.runtime.process_memory import give_back_freed_memory
 from engine.runtime.short_memory import attempt, tried_twice
 from engine.sampling.batch_invariance import check_batch_invariance
 from engine.sampling.cuda_graphs import DecodeGraphs
+from engine.sampling.launched import Launched, LaunchQueue
 from engine.sampling.model_runner import ModelRunner
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Completion, Request, SamplerConfig, SamplerStats
 from engine.sampling.scheduler import Scheduler, prefill_chunks
-from engine.sampling.sequence import RunningSequence, SampledTokens, check_stop
+from engine.sampling.sequence import RunningSequence, SampledTokens, StopConditions
 from engine.sampling.speculation import DraftController
 from model.llama import Llama
 from model.lora import Lora
@@ -73,8 +86,8 @@ class Sampler:
     ) -> None:
         config.check()
         self.config = config.for_device(model.device.type)
-        self.decode = decode
-        self.end_ids = frozenset() if config.ignore_eos else frozenset(end_ids)
+        ends = frozenset() if config.ignore_eos else frozenset(end_ids)
+        self.stop_conditions = StopConditions(ends, config.stop, decode)
         self.owner = model  # whose matrices are packed and given back
         self.adapter = lora
         self.stats = SamplerStats()
@@ -84,6 +97,9 @@ class Sampler:
         self.controller = DraftController()
         self.pool_is_open = False  # made for the requests of this run
         self.failed_alone = False  # the last step ran out of memory with one sequence
+        self.queue = LaunchQueue()
+        self.unread: list[Launched] = []  # in the order of launching
+        self.last_arrival: float | None = None  # when results arrived that the host waited for
         # set by _prepare
         self.model: Llama | None = None  # the owner, or a copy with packed weights
         self.runner: ModelRunner | None = None
@@ -99,6 +115,7 @@ class Sampler:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.unread.clear()
         self.pool.cache = None  # first: only memory without a reference can be given back
         self.graphs.clear()
         self.model = self.runner = self.graphs = None
@@ -147,6 +164,7 @@ class Sampler:
             else:
                 self._take_on_less(failure)
             yield from self.scheduler.hand_out()
+        self.unread.clear()  # of sequences that have ended
         self.pool.close()
 
     def _step(self) -> None:
@@ -155,6 +173,11 @@ class Sampler:
         Completions are left in `scheduler.ended`. After an exception (memory may be short) either
         the sampler is given up, or `_restart` has to come before the next step.
         """
+        self.controller.count_visit()
+        if self._may_run_ahead() and self._step_ahead():
+            return
+        self._read_unread()
+        self.scheduler.take_finished()
         if self.scheduler.waiting and not self.pool_is_open:
             self._open_pool()
         schedule = self.scheduler.schedule()
@@ -173,6 +196,8 @@ class Sampler:
         Graphs and pages are freed. Nothing is lost: sequences that have ended are still handed out,
         and the others begin again from their prompts, which gives the same tokens.
         """
+        self.unread.clear()
+        self.last_arrival = None
         self.scheduler.put_all_back()
         self.graphs.clear()
         self.pool.discard()
@@ -221,17 +246,103 @@ class Sampler:
         self.pool.discard()
         self._open_pool()
 
+    # ---- one visit ahead
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next tokens may be launched before the last ones are read.
+
+        Not where draft tokens may be wanted, since those follow from the last tokens.
+        """
+        running = len(self.scheduler.running)
+        if not (running and self.config.overlap and self.graphs.enabled):
+            return False
+        if self.config.draft == "auto":
+            return self.controller.is_paused(running)
+        return self.config.draft == "off"
+
+    def _step_ahead(self) -> bool:
+        """Launch the next decode steps, then do what the last ones and the queue ask of the host.
+
+        Returns whether it did. False, and nothing is done, where the host has to read first: pages
+        are short, or the sequences' temperatures differ.
+        """
+        # the others are known to end with what is in flight
+        going_on = [seq for seq in self.scheduler.running if seq.remaining_tokens > 0]
+        if not going_on and not self.unread:
+            return False
+        before = len(self.unread)
+        if going_on:
+            started = time.perf_counter()
+            launched = self._launch_ahead(going_on)
+            if launched is None:
+                return False
+            self.unread.append(launched)
+            self.stats.decode_seconds += time.perf_counter() - started
+        self._read_unread(before)
+        self.scheduler.take_finished()
+        schedule = self.scheduler.schedule()
+        if schedule.admitted:
+            started = time.perf_counter()
+            self._launch_prefill(schedule.admitted)
+            self.stats.prefill_seconds += time.perf_counter() - started
+        return True
+
+    def _launch_ahead(self, seqs: list[RunningSequence]) -> Launched | None:
+        """Launch the next decode steps of these sequences; None where that is not possible."""
+        steps = self._num_steps(seqs)
+        if not self.scheduler.reserve_free(seqs, [steps] * len(seqs)):
+            return None
+        capture_seconds_before = self.stats.capture_seconds
+        step = self.graphs.step_for(seqs, steps)
+        self.stats.decode_seconds -= self.stats.capture_seconds - capture_seconds_before
+        if step is None:
+            return None
+        launched = self.graphs.launch(step, seqs, steps, self.unread, self.queue)
+        self.stats.steps += steps
+        self.stats.sequence_steps += steps * len(seqs)
+        return launched
+
+    def _read_unread(self, count: int | None = None) -> None:
+        """Read the first `count` of what was launched, or all of it, and append its tokens."""
+        started = time.perf_counter()
+        if count is None:
+            count = len(self.unread)
+        for _ in range(count):
+            self._read(self.unread.pop(0))
+        self.stats.decode_seconds += time.perf_counter() - started
+
+    def _read(self, launched: Launched) -> None:
+        """Wait for what was launched and append its tokens.
+
+        Its time is known, and told to the controller, if the host had to wait both for it and for
+        what was launched before it.
+        """
+        waits = not self.queue.has_run(launched)
+        sampled = self.queue.read(launched)
+        arrival = time.perf_counter() if waits else None
+        if launched.step is not None and arrival is not None and self.last_arrival is not None:
+            seconds = (arrival - self.last_arrival) / launched.steps
+            sequences = len(launched.seqs)
+            self.controller.record_step(sequences, sequences, seconds, replayed=True)
+        self.last_arrival = arrival
+        self._append(launched.seqs, sampled)
+
     # ---- prefill
 
     def _prefill(self, admitted: Sequence[RunningSequence]) -> None:
         """Compute prompts and sample the first token of every sequence."""
         started = time.perf_counter()
+        self._launch_prefill(admitted)
+        for launched in self.unread:
+            self._append(launched.seqs, self.queue.read(launched))
+        self.unread.clear()
+        self.stats.prefill_seconds += time.perf_counter() - started
+
+    def _launch_prefill(self, admitted: Sequence[RunningSequence]) -> None:
+        """Launch the forwards over these prompts, which sample every sequence's first token."""
         max_tokens = self.runner.max_prefill_tokens
         for pieces in prefill_chunks(admitted, self.config.page_size, max_tokens):
-            sampled = self.runner.prefill(pieces)
-            completed = [piece.seq for piece in pieces if piece.completes_prompt]
-            self._append(completed, sampled)
-        self.stats.prefill_seconds += time.perf_counter() - started
+            self.unread.append(self.runner.launch_prefill(pieces, self.queue))
 
     # ---- decode
 
@@ -260,7 +371,7 @@ class Sampler:
     def _schedule_decode(self) -> DecodeBatch:
         """Choose draft tokens or the number of steps, and reserve the pages that they need."""
         drafts = self._propose()
-        steps = 1 if any(drafts) else self._num_steps()
+        steps = 1 if any(drafts) else self._num_steps(self.scheduler.running)
         new_tokens = [max(steps, 1 + len(draft)) for draft in drafts]
         self.scheduler.reserve(new_tokens)
         seqs = list(self.scheduler.running)  # the youngest may have been preempted
@@ -270,24 +381,30 @@ class Sampler:
     def _propose(self) -> list[list[int]]:
         """Draft tokens of each running sequence; [] where none is worth its computation."""
         running = self.scheduler.running
+        none = [[] for _ in running]
         if self.config.draft == "off":
-            return [[] for _ in running]
-        # a step samples one token more than there are draft tokens
-        offers = [seq.drafter.propose(seq.remaining_tokens - 1) for seq in running]
-        if self.config.draft == "always" or not any(offers):
+            return none
+        is_auto = self.config.draft == "auto"
+        if is_auto and self.controller.is_paused(len(running)):
+            return none
+        offers = []
+        for seq in running:
+            seq.drafter.catch_up(seq.token_ids)
+            # a step samples one token more than there are draft tokens
+            offers.append(seq.drafter.propose(seq.remaining_tokens - 1))
+        if not is_auto or not any(offers):
             return offers
         matches = [seq.drafter.match for seq in running]
         lengths = [len(offer) for offer in offers]
         counts = self.controller.choose(matches, lengths, self.graphs.enabled)
         return [offer[:count] for offer, count in zip(offers, counts, strict=True)]
 
-    def _num_steps(self) -> int:
+    def _num_steps(self, seqs: Sequence[RunningSequence]) -> int:
         """Decode steps until the next host synchronisation, if no sequence has draft tokens."""
-        running = self.scheduler.running
-        longest_context = max(seq.context_len for seq in running)
+        longest_context = max(seq.context_len for seq in seqs)
         until_last_position = self.owner.config.max_position - longest_context
-        until_last_limit = max(seq.remaining_tokens for seq in running)
-        steps = self.graphs.steps_per_sync(len(running), self.controller)
+        until_last_limit = max(seq.remaining_tokens for seq in seqs)
+        steps = self.graphs.steps_per_sync(len(seqs), self.controller)
         return min(steps, until_last_position, until_last_limit)
 
     def _decode_steps(self, batch: DecodeBatch) -> bool:
@@ -296,7 +413,8 @@ class Sampler:
         if step is None:
             sampled = self.runner.decode(batch.seqs, batch.steps)
         else:
-            sampled = self.graphs.replay(step, batch.seqs, batch.steps)
+            launched = self.graphs.launch(step, batch.seqs, batch.steps, (), self.queue)
+            sampled = self.queue.read(launched)
         self._append(batch.seqs, sampled)
         return step is not None
 
@@ -326,20 +444,14 @@ class Sampler:
     def _append(self, seqs: Sequence[RunningSequence], sampled: SampledTokens) -> list[int]:
         """Append sampled tokens until their sequence ends; returns how many each one took.
 
-        Tokens after an end are dropped: the steps of one synchronisation go on beyond it.
+        Tokens after an end are dropped: the steps of one synchronisation go on beyond it, and so
+        may those of the next one, which were launched before the end was read.
         """
         appended = []
         for seq, tokens, logprobs in zip(seqs, sampled.tokens, sampled.logprobs, strict=True):
             count = 0
-            for token, logprob in zip(tokens, logprobs, strict=True):
-                seq.token_ids.append(token)
-                seq.logprobs.append(logprob)
-                count += 1
-                if seq.drafter is not None:
-                    seq.drafter.extend(token)
-                seq.completion = check_stop(seq, self.end_ids, self.config.stop, self.decode)
-                if seq.completion is not None:
-                    break
+            if seq.completion is None:
+                count = self.stop_conditions.append(seq, tokens, logprobs)
             self.stats.new_tokens += count
             appended.append(count)
         return appended

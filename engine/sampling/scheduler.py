@@ -284,6 +284,8 @@ class Scheduler:
         Where none is free the youngest is preempted: `running` may be shorter afterwards.
         """
         assert len(new_tokens) == len(self.running), "one entry per running sequence"
+        if self.reserve_free(self.running, new_tokens):
+            return
         for i, new in enumerate(new_tokens):
             if i == len(self.running):
                 return  # this sequence was preempted, as were all younger ones
@@ -295,6 +297,23 @@ class Scheduler:
                 elif self._preempt_youngest() is seq:
                     return
             seq.block_table += self.pool.cache.take(max(0, missing))
+
+    def reserve_free(self, seqs: Sequence[RunningSequence], new_tokens: Sequence[int]) -> bool:
+        """Give each of these sequences pages for so many new tokens, or none if too few are free.
+
+        Returns whether it did.
+        """
+        missing = []
+        for seq, new in zip(seqs, new_tokens, strict=True):
+            pages = self.pool.pages_for(seq.context_len + new)
+            missing.append(max(0, pages - len(seq.block_table)))
+        if sum(missing) > self.pool.num_free:
+            return False
+        taken = self.pool.cache.take(sum(missing))
+        for seq, count in zip(seqs, missing, strict=True):
+            seq.block_table += taken[:count]
+            del taken[:count]
+        return True
 
     def _preempt_youngest(self) -> RunningSequence:
         """Put the youngest sequence back to the head of the queue."""

@@ -10,6 +10,7 @@ from engine.sampling.requests import Completion, Request
 from engine.sampling.speculation import Drafter
 
 Decode = Callable[[Sequence[int]], str]  # token ids -> text
+DIVIDED = "\N{REPLACEMENT CHARACTER}"  # in a text, for bytes that are not a whole character
 
 
 @dataclass(eq=False)
@@ -26,17 +27,21 @@ class RunningSequence:
     drafter: Drafter | None  # None: no speculation
     token_ids: list[int] = field(default_factory=list)  # sampled
     logprobs: list[float] = field(default_factory=list)  # nats, one per sampled token
+    in_flight: int = 0  # further tokens that are launched and not read yet (launched.py)
     completion: Completion | None = None  # set by the token that ends it
 
     @property
     def context_len(self) -> int:
-        """Tokens in the cache: all but the one sampled last, whose forward comes next."""
-        return self.prefilled + max(0, len(self.token_ids) - 1)
+        """Tokens in the cache: all but the one sampled last, whose forward comes next.
+
+        Those in flight count: what is launched next finds them there.
+        """
+        return self.prefilled + max(0, len(self.token_ids) + self.in_flight - 1)
 
     @property
     def remaining_tokens(self) -> int:
-        """New tokens until the limit."""
-        return self.max_new_tokens - len(self.token_ids)
+        """New tokens until the limit, behind those in flight."""
+        return self.max_new_tokens - len(self.token_ids) - self.in_flight
 
     def temperature(self, default: float) -> float:
         """The request's own temperature, else the sampler's."""
@@ -51,24 +56,66 @@ class SampledTokens(NamedTuple):
     logprobs: list[list[float]]  # nats, one per token
 
 
-def check_stop(
-    seq: RunningSequence, end_ids: Collection[int], stop: Sequence[str], decode: Decode
-) -> Completion | None:
-    """The completion if the last token ended the sequence, else None.
+class StopConditions:
+    """Appends sampled tokens to sequences until one of them ends it.
 
     In this order: an end token (cut off), a stop string (cut off), the limit of new tokens.
+
+    Stop strings are searched after every token that may have completed one: whose own text holds
+    the last character of one, or a part of a character. After any other token `find_stop_string`
+    would find none, if the text of some tokens begins and ends with that of fewer of them but for
+    characters that the cut divides. Tokenizers decode so (model/tokenizer_base.py).
     """
-    ids = seq.token_ids
-    if ids[-1] in end_ids:
-        kept = ids[:-1]
-        return _completion(seq, kept, decode(kept), "stop")
-    stopped = find_stop_string(ids, stop, decode)
-    if stopped is not None:
-        kept = ids[: stopped.kept_tokens]
-        return _completion(seq, kept, stopped.text, "stop_string")
-    if len(ids) >= seq.max_new_tokens:
-        return _completion(seq, ids[:], decode(ids), "length")
-    return None
+
+    def __init__(self, end_ids: Collection[int], stop: Sequence[str], decode: Decode) -> None:
+        self.end_ids = end_ids
+        self.stop = stop
+        self.decode = decode
+        self.last_characters = {s[-1] for s in stop}
+        self.any_token = any(DIVIDED in s for s in stop)  # may complete a stop string
+        self.may_complete: dict[int, bool] = {}  # what is known of tokens
+
+    def append(self, seq: RunningSequence, tokens: Sequence[int], logprobs: Sequence[float]) -> int:
+        """Append tokens up to the one that ends the sequence, and set its completion then.
+
+        Returns how many were appended; those behind an end are dropped.
+        """
+        ids = seq.token_ids
+        known = len(ids)
+        count = min(len(tokens), seq.max_new_tokens - known)
+        finish = "length" if known + count == seq.max_new_tokens else None
+        searched = count  # tokens after which stop strings count
+        for i in range(count):
+            if tokens[i] in self.end_ids:
+                finish = "stop"
+                searched = i
+                count = i + 1
+                break
+        ids += tokens[:count]
+        seq.logprobs += logprobs[:count]
+        for end in range(known + 1, known + searched + 1):
+            if self.stop and self._may_complete(ids[end - 1]):
+                stopped = find_stop_string(ids[:end], self.stop, self.decode)
+                if stopped is not None:
+                    del ids[end:]
+                    del seq.logprobs[end:]
+                    kept = ids[: stopped.kept_tokens]
+                    seq.completion = _completion(seq, kept, stopped.text, "stop_string")
+                    return end - known
+        if finish is not None:
+            kept = ids[:-1] if finish == "stop" else ids[:]
+            seq.completion = _completion(seq, kept, self.decode(kept), finish)
+        return count
+
+    def _may_complete(self, token: int) -> bool:
+        """Whether a stop string can end within the text of this token."""
+        known = self.may_complete.get(token)
+        if known is None:
+            text = self.decode([token, token])  # twice: a space may be taken off in front
+            known = self.any_token or DIVIDED in text
+            known = known or any(character in text for character in self.last_characters)
+            self.may_complete[token] = known
+        return known
 
 
 def _completion(seq: RunningSequence, ids: list[int], text: str, finish: str) -> Completion:
@@ -93,7 +140,7 @@ class StopString(NamedTuple):
 def find_stop_string(ids: list[int], stop: Sequence[str], decode: Decode) -> StopString | None:
     """Where the first of the stop strings begins in the text of these tokens; None without one.
 
-    To be called after every token: only the end of the text is searched.
+    Only the end of the text is searched: there was none before the last token.
     """
     if not stop:
         return None

@@ -40,12 +40,23 @@ class Drafter:
         # two tokens -> positions behind them: all in the reference, the last one in the output
         self.in_reference: dict[tuple[int, int], list[int]] = {}
         self.in_output: dict[tuple[int, int], int] = {}
+        self.is_indexed = False  # `in_reference` is made
+
+    def catch_up(self, token_ids: Sequence[int]) -> None:
+        """Move on to the end of these tokens: all that were sampled so far."""
+        for token in token_ids[len(self.output) :]:
+            self.extend(token)
+
+    def _index_reference(self) -> None:
         for end in range(2, len(self.reference) + 1):
             pair = (self.reference[end - 2], self.reference[end - 1])
             self.in_reference.setdefault(pair, []).append(end)
+        self.is_indexed = True
 
     def extend(self, token: int) -> None:
         """Move on by a token that was sampled."""
+        if not self.is_indexed:
+            self._index_reference()
         agreed = self.position < len(self.source) and self.source[self.position] == token
         self.output.append(token)
         if agreed:
@@ -118,6 +129,8 @@ class DraftController:
     The best (width, n) is taken if it promises GAIN times the rate of a step without draft tokens:
     the fit is no better than that, and with many sequences, where computing is the cost of a step,
     drafts that promised less lost (measured).
+
+    A visit is what the host launches between two synchronisations: one step or several.
     """
 
     DECAY = 0.98  # per step: a step 50 steps ago counts a third
@@ -125,6 +138,7 @@ class DraftController:
     GAIN = 1.1
     WIDTHS = (2, 3, 5, 8, 1 + MAX_DRAFT)
     MANY = 200  # proposals from which on each further one halves the counts before it
+    PAUSE = 20  # visits
     LEAST = 1e-9  # seconds: a fitted cost is never taken for less
 
     def __init__(self) -> None:
@@ -137,8 +151,13 @@ class DraftController:
             self.record_step(tokens, area, seconds)
         # by match, then by depth; the head of a reference (match 0) is likely to be followed
         first_shares = [0.5, 0.6, 0.5] + [0.8] * (MAX_MATCH - 2)
-        self.proposed = [[self.PRIOR] * MAX_DRAFT for _ in first_shares]
-        self.accepted = [[share * self.PRIOR] * MAX_DRAFT for share in first_shares]
+        counts = (len(first_shares), MAX_DRAFT)
+        self.proposed = np.full(counts, self.PRIOR)
+        self.accepted = np.empty(counts)
+        self.accepted[:] = self.PRIOR * np.array(first_shares)[:, None]
+        # after a "no": so many visits of so many sequences and more are not asked about
+        self.paused_visits = 0
+        self.paused_from = 0
 
     def record_step(self, tokens: int, area: int, seconds: float, replayed: bool = False) -> None:
         """Take the measured time of a step into the fit."""
@@ -161,10 +180,27 @@ class DraftController:
             self.accepted[m][depth] = self.accepted[m][depth] * decay + was_accepted
 
     def pays_off(self, sequences: int) -> bool:
-        """Whether the likeliest draft tokens would be taken, beside replayed steps without."""
+        """Whether the likeliest draft tokens would be taken, beside replayed steps without.
+
+        A "no" holds for the next PAUSE visits, for so many sequences and for more.
+        """
+        if self.is_paused(sequences):
+            return False
         matches = [MAX_MATCH] * sequences
         offered = [MAX_DRAFT] * sequences
-        return any(self.choose(matches, offered, replayed=True))
+        if any(self.choose(matches, offered, replayed=True)):
+            return True
+        self.paused_visits = self.PAUSE
+        self.paused_from = sequences
+        return False
+
+    def is_paused(self, sequences: int) -> bool:
+        """Whether `pays_off` said no a short while ago: nothing is to be drafted or asked now."""
+        return self.paused_visits > 0 and sequences >= self.paused_from
+
+    def count_visit(self) -> None:
+        """Decode steps were launched, as many as lie between two synchronisations."""
+        self.paused_visits = max(0, self.paused_visits - 1)
 
     def choose(
         self, matches: Sequence[int], offered: Sequence[int], replayed: bool = False
@@ -177,19 +213,16 @@ class DraftController:
         cost = self._fit()
         plain_seconds = cost.a + (cost.b + cost.c) * sequences + (cost.s if replayed else 0.0)
         best_rate = self.GAIN * sequences / max(plain_seconds, self.LEAST)
-        best: list[tuple[float, int, int]] = []
-        candidates = self._candidates(matches, offered)
+        taken = np.zeros(0, dtype=np.int64)  # sequences, one entry for each of their draft tokens
+        reached, depth, owner = self._candidates(matches, offered)
         for width in self.WIDTHS:
             # a width of w has room for the last token and draft tokens of depth 0 to w - 2
-            fitting = [candidate for candidate in candidates if candidate[1] <= width - 2]
-            rate, n = _best_number(cost, sequences, width, fitting)
+            fits = depth <= width - 2
+            rate, n = _best_number(cost, sequences, width, reached[fits])
             if rate > best_rate:
                 best_rate = rate
-                best = fitting[:n]
-        taken = [0] * sequences
-        for _, _, i in best:
-            taken[i] += 1
-        return taken
+                taken = owner[fits][:n]
+        return np.bincount(taken, minlength=sequences).tolist()
 
     def _fit(self) -> StepCost:
         """The least squares over the steps so far."""
@@ -205,37 +238,37 @@ class DraftController:
 
     def _candidates(
         self, matches: Sequence[int], offered: Sequence[int]
-    ) -> list[tuple[float, int, int]]:
-        """(-reached, depth, sequence) of every offered draft token, the likeliest first."""
-        candidates = []
-        for i, (match, count) in enumerate(zip(matches, offered, strict=True)):
-            proposed = self.proposed[min(match, MAX_MATCH)]
-            accepted = self.accepted[min(match, MAX_MATCH)]
-            reached = 1.0
-            for depth in range(count):
-                share = accepted[depth] / proposed[depth]
-                reached *= share
-                candidates.append((-reached, depth, i))
-        candidates.sort()
-        return candidates
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every offered draft token, the likeliest first: `reached`, depth, sequence; (n,) each.
+
+        Of equals the lower depth comes first, then the earlier sequence.
+        """
+        if not matches:
+            return np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        shares = self.accepted / self.proposed  # by match, then by depth
+        match = np.minimum(np.array(matches), MAX_MATCH)
+        reached = np.cumprod(shares, axis=1)[match]  # (sequences, MAX_DRAFT)
+        is_offered = np.arange(MAX_DRAFT) < np.array(offered)[:, None]
+        owner, depth = np.nonzero(is_offered)  # (n,) both
+        reached = reached[owner, depth]  # (n,)
+        order = np.lexsort((owner, depth, -reached))
+        return reached[order], depth[order], owner[order]
 
 
 def _best_number(
-    cost: StepCost, sequences: int, width: int, candidates: list[tuple[float, int, int]]
+    cost: StepCost, sequences: int, width: int, reached: np.ndarray
 ) -> tuple[float, int]:
     """The highest tokens per second in a step of this width, and the draft tokens it takes.
 
-    candidates: those that fit into the width, the likeliest first; the first n of them are taken.
+    reached: (n,) of the draft tokens that fit into the width, the likeliest first; the first of
+    them are taken.
     """
-    best_rate = 0.0
-    best_n = 0
+    n = len(reached)
+    if n == 0:
+        return 0.0, 0
     fixed_seconds = cost.a + cost.c * sequences * width
-    expected_tokens = float(sequences)
-    for n, (minus_reached, _, _) in enumerate(candidates, start=1):
-        expected_tokens -= minus_reached
-        seconds = fixed_seconds + cost.b * (sequences + n)
-        rate = expected_tokens / seconds
-        if rate > best_rate:
-            best_rate = rate
-            best_n = n
-    return best_rate, best_n
+    expected_tokens = np.cumsum(np.concatenate(([float(sequences)], reached)))[1:]
+    seconds = fixed_seconds + cost.b * (sequences + np.arange(1, n + 1))
+    rates = expected_tokens / seconds  # if so many are taken
+    best = int(np.argmax(rates))  # of equals the fewest
+    return float(rates[best]), best + 1

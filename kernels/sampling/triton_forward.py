@@ -1,16 +1,27 @@
 """The Triton kernels of sampling
 
-Nothing is sorted. A logit and its id make an integer key (`order_keys`), larger where sampling's
-order (falling logit, then rising id) is earlier. So "the k largest", "the set that reaches top_p"
-and "the token at u" are one question: the largest key such that the keys from it on are enough, by
-count or by mass. `search_keys` answers it in a few passes over the row.
+A logit and its id make an integer key (`order_keys`), larger where sampling's order (falling logit,
+then rising id) is earlier. No two keys of a row are equal, so its first tokens are those of its
+largest keys, ties included, and torch.topk finds these.
+
+first tokens   A row's first FIRST tokens (or top_k) are almost always all that is needed:
+               top_p, min_p and the draw take one small program (`sample_sorted_kernel`).
+the whole row  Where it may lie behind them (a flat distribution; top_k above FIRST) nothing is
+               sorted. "The k largest", "the set that reaches top_p" and "the token at u" are one
+               question: the largest key such that the keys from it on are enough, by count or by
+               mass. `search_keys` answers it in a few passes over the row.
+
+Which of the two a row takes depends on its own logits and the settings alone.
 
 launches   1. penalise_kernel        the repetition penalty, into a copy of the logits
            2. sample_largest_kernel  the largest key and the log-sum-exp; greedy ends here
-           3. sample_weights_kernel  exp((z - largest) / temperature) in fp64
-           4. sample_draw_kernel     top-k, top-p, the draw
-           One program per row of logits in 2 and 4: their pipeline stages hide the latency of
-           loads. The settings are constants of the kernels: a new setting compiles anew.
+           3. sample_keys_kernel     all keys; then torch.topk
+           4. sample_sorted_kernel   top-p, min-p, the draw among the first tokens; it ends here if
+                                     top_k leaves no others
+           5. sample_weights_kernel  before 4: exp((z - largest) / temperature) in fp64
+           6. sample_draw_kernel     the rows that 4 left: top-k, top-p, min-p, the draw
+           One program per row of logits in 2, 4 and 6: in 2 and 6 pipeline stages hide the latency
+           of loads. The settings are constants of the kernels: a new setting compiles anew.
 tiles      one shape class
 """
 
@@ -22,11 +33,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.integers import cdiv
+from kernels.integers import cdiv, power_of_two
 from kernels.launch.tile_config import tile_config
 from kernels.launch.triton_launch import jit, launch, tl
 from kernels.philox import mix, signed64, uniform_triton
 from kernels.sampling.sample_rows import SampleRows
+
+FIRST = 256  # first tokens of a row that are looked at before all others
 
 # ---- integer keys, and the search over them
 
@@ -171,10 +184,108 @@ def sample_largest_kernel(
 
 
 @jit
+def sample_keys_kernel(
+    z_ptr,  # (B, V): with the penalty
+    keys_ptr,  # (B, V) int64, written
+    V: tl.constexpr, IB: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """BV of one row's keys.
+
+    grid: (B, blocks of BV ids)
+    """
+    row = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * BV + tl.arange(0, BV)
+    inside = ids < V
+    z = tl.load(z_ptr + row * V + ids, mask=inside, other=0.0).to(tl.float32)
+    keys = order_keys(z, ids, IB)
+    keys_ptrs = keys_ptr + row * V + ids
+    tl.store(keys_ptrs, keys, mask=inside)
+
+
+@jit(varying=("seed_key", "blocks"))
+def sample_sorted_kernel(
+    logits_ptr,  # (B, V)
+    z_ptr,  # (B, V): with the penalty
+    keys_ptr,  # (B, K) int64: each row's largest keys, falling
+    sums_ptr,  # (B, blocks) fp64: weights of all V, added up by blocks; unread if COMPLETE
+    lse_ptr,  # (B,) fp32
+    positions_ptr, samples_ptr, row_keys_ptr,  # (B,) int64
+    tokens_ptr, logprobs_ptr,  # (B,) int64 and fp32, written
+    found_ptr,  # (B,) int32, written if not COMPLETE: 1 where the token is among these K
+    seed_key, blocks,
+    K: tl.constexpr, COMPLETE: tl.constexpr,
+    TEMPERATURE: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    V: tl.constexpr, IB: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """One row's token among its first K, and its log-probability.
+
+    COMPLETE: there are no other candidates. TOP_P 1 keeps all.
+
+    grid: (B,)
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * V
+    places = tl.arange(0, BK)  # in the order of sampling
+    inside = places < K
+    keys_ptrs = keys_ptr + row * K + places
+    keys = tl.load(keys_ptrs, mask=inside, other=0)  # (BK,)
+    ids = id_of_key(keys, V, IB)
+    likeliest = id_of_key(tl.load(keys_ptr + row * K), V, IB)
+    z_max = tl.load(z_ptr + likeliest).to(tl.float64)
+    z = tl.load(z_ptr + ids, mask=inside, other=0.0).to(tl.float64)
+    weights = tl.where(inside, tl.exp((z - z_max) / TEMPERATURE), 0.0)  # falling, the first is 1
+    cumulative = tl.cumsum(weights, axis=0)
+    is_last = places == K - 1
+    mass = tl.sum(tl.where(is_last, cumulative, 0.0), axis=0)  # of the K tokens
+    total = mass  # of all candidates
+    if not COMPLETE:
+        sums = tl.zeros((BS,), tl.float64)
+        for start in range(0, blocks, BS):
+            block = start + tl.arange(0, BS)
+            sums_ptrs = sums_ptr + row * blocks + block
+            sums += tl.load(sums_ptrs, mask=block < blocks, other=0.0)
+        total = tl.sum(sums, axis=0)
+
+    # the tokens that are kept are the first n; `all_known` if none of them is behind the K
+    kept = inside
+    all_known = tl.full((), 1 if COMPLETE else 0, tl.int32)
+    if TOP_P < 1:
+        target = TOP_P * total
+        short = inside & (cumulative < target)  # up to and with this token it is not reached
+        kept = kept & (places <= tl.sum(short.to(tl.int32), axis=0))
+        all_known |= (mass >= target).to(tl.int32)
+    if MIN_P > 0:
+        kept = kept & (weights >= MIN_P)
+        least = tl.sum(tl.where(is_last, weights, 0.0), axis=0)
+        all_known |= (least < MIN_P).to(tl.int32)
+    n = tl.maximum(tl.sum(kept.to(tl.int32), axis=0), 1)  # NaN may keep none
+    kept_mass = tl.sum(tl.where(places == n - 1, cumulative, 0.0), axis=0)
+
+    position = tl.load(positions_ptr + row)
+    sample = tl.load(samples_ptr + row)
+    row_key = tl.load(row_keys_ptr + row)
+    u = uniform_triton(seed_key, position, sample, row_key)
+    if not COMPLETE:
+        found = all_known
+        if TOP_P >= 1 and MIN_P <= 0:  # all are kept
+            kept_mass = total
+            found = (mass > u * total).to(tl.int32)
+        tl.store(found_ptr + row, found)
+    passed = tl.sum((inside & (cumulative <= u * kept_mass)).to(tl.int32), axis=0)
+    index = tl.minimum(passed, n - 1)
+    token = tl.sum(tl.where(places == index, ids, 0), axis=0)
+    x = tl.load(logits_ptr + row * V + token).to(tl.float32)
+    tl.store(tokens_ptr + row, token)
+    lse = tl.load(lse_ptr + row)
+    tl.store(logprobs_ptr + row, x - lse)
+
+
+@jit
 def sample_weights_kernel(
     z_ptr,  # (B, V): with the penalty
     largest_ptr,  # (B,) int64
     weights_ptr,  # (B, V) fp64, written
+    sums_ptr,  # (B, blocks) fp64, written: the sum of each block
     TEMPERATURE: tl.constexpr, V: tl.constexpr, IB: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """BV of one row's weights: the largest logit's is 1.
@@ -189,6 +300,8 @@ def sample_weights_kernel(
     weights_ptrs = weights_ptr + row * V + ids
     weights = tl.exp((z - z_max) / TEMPERATURE)
     tl.store(weights_ptrs, weights, mask=ids < V)
+    total = tl.sum(tl.where(ids < V, weights, 0.0), axis=0)
+    tl.store(sums_ptr + row * tl.num_programs(1) + tl.program_id(1), total)
 
 
 @jit(varying=("seed_key",))
@@ -199,6 +312,7 @@ def sample_draw_kernel(
     largest_ptr, lse_ptr,  # (B,) int64 and fp32
     positions_ptr, samples_ptr, row_keys_ptr,  # (B,) int64
     tokens_ptr, logprobs_ptr,  # (B,) int64 and fp32, written
+    found_ptr,  # (B,) int32: 1 where the token is known already; None if nowhere
     seed_key,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     V: tl.constexpr, IB: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr,
@@ -211,6 +325,9 @@ def sample_draw_kernel(
     grid: (B,)
     """
     row = tl.program_id(0).to(tl.int64)
+    if found_ptr is not None:
+        if tl.load(found_ptr + row) != 0:
+            return
     z_ptr += row * V
     weights_ptr += row * V
     end = tl.load(largest_ptr + row) + 1
@@ -263,8 +380,35 @@ def _penalised(logits: Tensor, rows: SampleRows) -> Tensor:
     return z
 
 
+def _first_keys(z: Tensor, count: int, sizes: dict[str, int]) -> Tensor:
+    """The `count` largest keys of every row of z (B, V), falling: (B, count) int64."""
+    B, V = z.shape
+    keys = z.new_empty(B, V, dtype=torch.int64)
+    config = tile_config("sample_keys_kernel", z.device)
+    grid = (B, cdiv(V, config["BV"]))
+    launch(sample_keys_kernel, grid, z, keys, **sizes, **config)
+    return keys.topk(count, dim=-1).values.contiguous()
+
+
+def _weights(
+    z: Tensor, largest: Tensor, temperature: float, sizes: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """The weights (B, V) fp64 of z (B, V), and their sums (B, blocks) fp64 by blocks of ids."""
+    B, V = z.shape
+    config = tile_config("sample_weights_kernel", z.device)
+    blocks = cdiv(V, config["BV"])
+    weights = z.new_empty(B, V, dtype=torch.float64)
+    sums = z.new_empty(B, blocks, dtype=torch.float64)
+    launch(
+        sample_weights_kernel, (B, blocks), z, largest, weights, sums,
+        TEMPERATURE=temperature, **sizes, **config,
+    )  # fmt: skip
+    return weights, sums
+
+
 def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
-    """As `sample`: two launches if greedy, else four; one less without a penalty."""
+    """As `sample`. Two launches if greedy, five with a small top_k, else seven; one less without a
+    penalty."""
     B, V = logits.shape
     columns = (rows.positions, rows.samples, rows.row_keys)
     shapes = [tuple(column.shape) for column in columns]
@@ -285,22 +429,33 @@ def sample_triton(logits: Tensor, rows: SampleRows) -> tuple[Tensor, Tensor]:
     if greedy:
         return tokens, logprobs
 
-    weights = logits.new_empty(B, V, dtype=torch.float64)
-    config = tile_config("sample_weights_kernel", device)
-    grid = (B, cdiv(V, config["BV"]))
-    launch(
-        sample_weights_kernel, grid, z, largest, weights,
-        TEMPERATURE=rows.temperature, **sizes, **config,
-    )  # fmt: skip
-    positions = rows.positions.contiguous()
-    samples = rows.samples.contiguous()
-    row_keys = rows.row_keys.contiguous()
+    candidates = min(rows.top_k or V, V)
+    columns = [column.contiguous() for column in columns]
     seed_key = signed64(mix("sample", rows.seed))
-    top_k = rows.top_k if rows.top_k < V else 0
-    launch(
-        sample_draw_kernel, (B,),
-        logits, z, weights, largest, lse, positions, samples, row_keys, tokens, logprobs, seed_key,
-        TOP_K=top_k, TOP_P=rows.top_p, MIN_P=rows.min_p,
-        **sizes, **tile_config("sample_draw_kernel", device),
-    )  # fmt: skip
+    found = weights = sums = None
+    blocks = 0
+    complete = candidates <= FIRST
+    if not complete:
+        weights, sums = _weights(z, largest, rows.temperature, sizes)
+        blocks = sums.shape[1]
+    if complete or candidates == V:  # else the mass of all candidates is not known yet
+        count = min(candidates, FIRST)
+        keys = _first_keys(z, count, sizes)
+        if not complete:
+            found = logits.new_empty(B, dtype=torch.int32)
+        launch(
+            sample_sorted_kernel, (B,),
+            logits, z, keys, sums, lse, *columns, tokens, logprobs, found, seed_key, blocks,
+            K=count, COMPLETE=complete, BK=power_of_two(count, least=16),
+            TEMPERATURE=rows.temperature, TOP_P=rows.top_p, MIN_P=rows.min_p,
+            **sizes, **tile_config("sample_sorted_kernel", device),
+        )  # fmt: skip
+    if not complete:
+        top_k = candidates if candidates < V else 0
+        launch(
+            sample_draw_kernel, (B,),
+            logits, z, weights, largest, lse, *columns, tokens, logprobs, found, seed_key,
+            TOP_K=top_k, TOP_P=rows.top_p, MIN_P=rows.min_p,
+            **sizes, **tile_config("sample_draw_kernel", device),
+        )  # fmt: skip
     return tokens, logprobs

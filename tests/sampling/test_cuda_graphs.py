@@ -285,7 +285,7 @@ def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypat
             monkeypatch.setattr(module, "launch", unwatched)
     bucket = Bucket(sequences=2, pages=2, temperature=config.temperature)
     step = DecodeStep(plain, lora, pool, config, bucket, steps=2)
-    step.load(())
+    step.load(step.stage(()), None, None)
     step()  # as before a capture
     with watch:
         step()

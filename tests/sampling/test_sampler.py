@@ -365,15 +365,15 @@ def test_a_sampler_that_restarts_after_any_exception_loses_no_sequence(tiny):
     and one that is too long."""
     head = list(range(70))
     wanted = [
-        dataclasses.replace(r, prompt=head + r.prompt, max_new_tokens=min(r.max_new_tokens, 9))
-        for r in random_requests(tiny, 5, longest=9)
+        dataclasses.replace(r, prompt=head + r.prompt, max_new_tokens=min(r.max_new_tokens, 5))
+        for r in random_requests(tiny, 4, longest=9)
     ]
     wanted += [dataclasses.replace(wanted[0], sample=1), dataclasses.replace(wanted[1], sample=1)]
     wanted.append(Request("long", [5] * tiny.config.max_position, 4))
     base = run(tiny, wanted, rows=3, page_size=16, **SAMPLED)
     rng = random.Random(0)
     restarts = 0
-    for first in (1, 2, 40, *(rng.randrange(3000) for _ in range(9))):
+    for first in (1, 40, 500, 1500):
         sampler = Sampler(tiny, text, (7,), SamplerConfig(rows=3, page_size=16, **SAMPLED))
         sampler._prepare(release=False)
         for request in wanted:
@@ -388,10 +388,10 @@ def test_a_sampler_that_restarts_after_any_exception_loses_no_sequence(tiny):
                 assert "the operation failed" in str(error)
                 sampler._restart()
                 restarts += 1
-                failing = FailsOnce(rng.randrange(1, 3000)) if restarts % 3 else FailsOnce(0)
+                failing = FailsOnce(rng.randrange(1, 1500)) if restarts % 3 else FailsOnce(0)
             done += sampler.scheduler.hand_out()
         assert len(done) == len(wanted) and {(c.id, c.sample): c for c in done} == base
-    assert restarts > 9
+    assert restarts > 5
 
 
 def test_the_model_lends_its_matrices_and_gets_them_back(tiny, tiny_llama_dir):

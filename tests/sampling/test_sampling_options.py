@@ -7,6 +7,7 @@ import torch
 
 from kernels.launch import triton_launch
 from kernels.registry import REFERENCE, TORCH, TRITON
+from kernels.sampling import triton_forward
 from kernels.sampling.sample_rows import SampleRows
 from tests.helpers import interpreter
 
@@ -146,3 +147,72 @@ def test_an_id_beyond_the_vocabulary_penalises_no_token():
     logits = torch.ones(3, 100)  # all equal, so an id 0 that is penalised loses to id 1
     tokens, _ = TRITON.sample(logits, rows(3, [[100, 5]] * 3, repetition_penalty=2.0))
     assert tokens.tolist() == [0, 0, 0]
+
+
+FIRST_TOKENS = [  # how many tokens are looked at first, settings
+    (8, {"temperature": 1.0}),
+    (8, {"temperature": 1.0, "top_k": 1}),
+    (8, {"temperature": 0.8, "top_p": 0.6}),
+    (4, {"temperature": 1.3, "min_p": 0.3}),
+    (4, {"temperature": 1.3, "min_p": 0.01, "top_p": 0.99}),
+    (8, {"temperature": 0.9, "top_k": 7, "top_p": 0.8}),
+    (8, {"temperature": 0.9, "top_k": 30, "top_p": 0.8}),  # more than are looked at first
+    (256, {"temperature": 1.2, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.4}),
+    (256, {"temperature": 1.0, "top_p": 0.95}),
+]
+
+
+def rows_of_every_kind():
+    """(10, 45): ties, peaks, flat rows, few finite logits, one; 45 is no multiple of a block."""
+    logits = 3 * torch.randn(10, 45, generator=torch.Generator().manual_seed(1))
+    logits[:3] = logits[:3].round()  # ties, also across the last place
+    logits[3] = 0.0
+    logits[4] *= 0.01  # the draw is rarely among the first
+    logits[5, 3:] = NEVER
+    logits[6, :] = NEVER
+    logits[6, 9] = 1.0
+    logits[7] *= 4
+    logits[8, ::2] = NEVER
+    logits[9] = -logits[9].abs().round()  # -0 is 0
+    return logits
+
+
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
+@pytest.mark.parametrize(("first", "settings"), FIRST_TOKENS, ids=str)
+def test_tritons_first_tokens_give_what_the_reference_draws(first, settings, monkeypatch):
+    """Whether a row's token is among those that are looked at first, or behind them."""
+    interpreter.install()
+    monkeypatch.setattr(triton_forward, "FIRST", first)
+    logits = rows_of_every_kind()
+    history = None
+    if "repetition_penalty" in settings:
+        history = torch.randint(-1, 45, (10, 20)).tolist()
+    wanted = rows(10, history, **settings)
+    tokens, logprobs = TRITON.sample(logits, wanted)
+    want, want_logprobs = REFERENCE.sample(logits, wanted)
+    assert torch.equal(tokens, want)
+    torch.testing.assert_close(logprobs, want_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
+def test_a_row_whose_token_is_among_its_first_is_not_searched(monkeypatch):
+    """Here the peaked rows; and none is where top_k leaves no others."""
+    interpreter.install()
+    monkeypatch.setattr(triton_forward, "FIRST", 8)
+    logits = torch.zeros(4, 40)
+    logits[2:, 4] = 12.0
+    found = []
+    launch = triton_forward.launch
+
+    def noted(kernel, grid, *args, **options):
+        if kernel is triton_forward.sample_draw_kernel:
+            found.append(args[-2].tolist())
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(triton_forward, "launch", noted)
+    wanted = rows(4, temperature=1.0, top_p=0.9)
+    tokens, _ = TRITON.sample(logits, wanted)
+    assert found == [[0, 0, 1, 1]]
+    assert torch.equal(tokens, REFERENCE.sample(logits, wanted)[0])
+    TRITON.sample(logits, rows(4, temperature=1.0, top_k=8))
+    assert len(found) == 1
