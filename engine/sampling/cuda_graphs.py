@@ -256,8 +256,9 @@ class DecodeGraphs:
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
-            if is_out_of_memory(error) and not self.failed.graphs:
-                raise  # before the capture began: fewer sequences can be captured
+            before_recording = not self.failed.graphs
+            if is_out_of_memory(error) and before_recording and bucket.sequences > 1:
+                raise  # the sampler takes fewer sequences, which can be captured
             self._disable(f"capturing failed: {_first_and_last(error)}")
             return None
         finally:

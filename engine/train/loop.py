@@ -36,6 +36,7 @@ from engine.train.validate import Validator
 from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
+from model.tape import POLICIES
 from model.trained_chat import TrainedChat
 
 
@@ -84,6 +85,7 @@ class Run:
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     counted_until: float = 0.0  # time.perf_counter() up to which `spent` has the seconds
     failed_alone: bool = False  # this step ran out of memory with one row at a time
+    recompute_at_least: str = POLICIES[0]  # a stronger one where memory was short
     spent_since_step: int = 0  # above 0 in a run whose first checkpoints did not have `spent`
 
     # ---- the steps
@@ -147,11 +149,12 @@ class Run:
 
     def gradients(self, examples: Sequence[Example], step: int, policy: str) -> Gradients:
         """`step_gradients`; where any rank runs out of memory, all try again with micro-batches of
-        half the size.
+        half the size, and with one row under the next stronger policy.
 
         ValueError where one row at a time is too much, or under sharded weights.
         """
         while True:
+            policy = max(policy, self.recompute_at_least, key=POLICIES.index)
             micro_tokens = self.state["micro_tokens"]
             gradients, failure = attempt(
                 self.model.device,
@@ -173,34 +176,38 @@ class Run:
             if not self.world.any_rank(failure is not None):
                 self.failed_alone = False
                 return gradients
-            self._halve_micro_batches(examples, step, policy, failure or "in another process")
+            self._take_on_less(examples, step, policy, failure or "in another process")
 
-    def _halve_micro_batches(
+    def _take_on_less(
         self, examples: Sequence[Example], step: int, policy: str, failure: str
     ) -> None:
-        """Halve `micro_tokens`.
+        """After a step that ran out of memory: halve the micro-batches.
 
-        Where a micro-batch holds only one row already, it is tried once more; then ValueError.
+        Where they hold only one row already, more is computed again, as far as `--recompute auto`
+        allows; then the same is tried once more, and ValueError where it fails again.
         """
         micro_tokens = self.state["micro_tokens"]
         longest = max(examples, key=lambda example: len(example.ids))
         alone = micro_tokens <= len(longest.ids)
-        if alone and not self.failed_alone:
+        stronger = POLICIES[POLICIES.index(policy) + 1 :]
+        if not alone:
+            self._halve_micro_tokens(step)
+            smaller = self.state["micro_tokens"]
+            change = f"micro-batches of {micro_tokens} tokens; continuing with {smaller}"
+        elif stronger and self.config.recompute == "auto":
+            self.recompute_at_least = stronger[0]
+            change = f"one row at a time; continuing with recompute {stronger[0]}"
+        elif not self.failed_alone:
             self.failed_alone = True
-            print(f"\nstep {step}: out of memory with one row ({failure}); trying again")
-            return
-        if alone:
-            recompute_more = "" if policy == "full" else "--recompute full, or "
+            change = "one row at a time; trying again"
+        else:
+            recompute_more = "--recompute full, or " if stronger else ""
             raise ValueError(
                 f"step {step}: out of memory with one row at a time; the longest is "
                 f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
                 f"{recompute_more}a lower --max-length ({failure})"
             )
-        self._halve_micro_tokens(step)
-        print(
-            f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
-            f"continuing with {self.state['micro_tokens']}"
-        )
+        print(f"\nstep {step}: out of memory with {change} ({failure})")
 
     def plan_memory(self) -> MemoryPlan:
         """The recomputation policy, and the peak of memory that is predicted for it.

@@ -21,8 +21,10 @@ from engine.evaluate.retention import retention
 from engine.evaluate.target_task import evaluate, nll_file
 from engine.measure.seed_answers import seed_answers
 from engine.report.collect import token_nll, tuned_answers
+from engine.sampling import cuda_graphs
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
+from engine.train import step as step_module
 from engine.train.optim import Optimizer
 from engine.train.validate import ValidateConfig, Validator
 from model.chat import Chat
@@ -281,3 +283,42 @@ def test_training_takes_smaller_micro_batches_where_large_tensors_never_fit(
         lora, summary = trained(doubles, tmp_path / "small", 512)
     assert summary["halved"][0] == [1, 256] and small.refusals == len(summary["halved"]) > 1
     torch.testing.assert_close(lora.params, plain.params, rtol=0, atol=1e-9)
+
+
+def test_one_row_is_trained_with_more_recomputation_before_it_is_given_up(
+    doubles, tmp_path, capsys, monkeypatch
+):
+    """Under --recompute auto; recomputation changes no bit."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+    plain, _ = trained(doubles, tmp_path / "plain", 1)
+    step = step_module.micro_step
+
+    def only_full(model, lora, batch, policy, *rest):
+        if policy != "full":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(model, lora, batch, policy, *rest)
+
+    monkeypatch.setattr(step_module, "micro_step", only_full)
+    lora, summary = trained(doubles, tmp_path / "run", 1)
+    said = capsys.readouterr().out
+    assert "step 1: out of memory with one row at a time; continuing with recompute full" in said
+    assert said.count(": out of memory") == 2, "the steps after it begin with full"
+    assert torch.equal(lora.params, plain.params) and summary["halved"] == []
+
+
+def test_where_capturing_runs_out_of_memory_fewer_sequences_are_tried(job, tmp_path, monkeypatch):
+    """Before the recording began; with one sequence left, steps are launched as without graphs."""
+    job.distill(directory_of(tmp_path / "plain"))
+    made = []
+
+    class Refused:
+        def __init__(self, model, lora, pool, config, bucket, *rest):
+            made.append(bucket.sequences)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_graphs, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(cuda_graphs, "why_not_captured", lambda ops: None)
+    monkeypatch.setattr(cuda_graphs, "DecodeStep", Refused)
+    job.distill(directory_of(tmp_path / "refused"))
+    assert made == [3, 1], "slots for three sequences, for one; then nothing is captured"
+    assert contents(tmp_path / "refused") == contents(tmp_path / "plain")
