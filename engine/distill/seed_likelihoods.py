@@ -31,7 +31,7 @@ from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
 from engine.runtime.resumable import ResumedLines
-from engine.runtime.terminal import progress
+from engine.runtime.terminal import print_once, progress
 from model.chat import Chat
 from model.llama import Llama
 
@@ -120,7 +120,10 @@ def _score_requests(
     model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines, invariant: bool
 ) -> int:
     """Score the requests and write their records; returns the answer tokens scored."""
-    batches = list(scoring_batches(requests, BATCH_TOKENS[model.device.type]))
+    most_tokens = BATCH_TOKENS[model.device.type]
+    batches = list(scoring_batches(requests, most_tokens))
+    if batches and model.device.type != "cpu":
+        print_once(f"scoring: up to {most_tokens} tokens at a time (automatic)")
     rounds = collective_rounds(model, file.world, len(batches))
     while len(batches) < rounds:
         batches.append([])  # this rank has no work left, but joins the others' collectives

@@ -126,8 +126,8 @@ def free_memory(device: str | torch.device) -> int:
     return available
 
 
-# the advice in the messages about sampling and training
-SAMPLE_LESS = "lower --rows or --kv-memory"
+# the advice in the messages about sampling and training, which have taken on less before
+SAMPLE_LESS = "one sequence at a time does not fit; allow fewer new tokens, or give shorter prompts"
 TRAIN_LESS = "lower --micro-tokens, then --max-length, or take --recompute full"
 # Messages of torch, oneDNN, CUDA's libraries, the loader and the system where memory is short
 _NO_MEMORY = re.compile(

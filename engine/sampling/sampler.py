@@ -39,6 +39,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from engine.runtime.process_memory import give_back_freed_memory
 from engine.runtime.short_memory import attempt, tried_twice
 from engine.sampling.batch_invariance import check_batch_invariance
@@ -150,7 +152,11 @@ class Sampler:
         self.scheduler.draining = True
 
     def run(self, requests: Iterable[Request] = ()) -> Iterator[Completion]:
-        """Yield completions as sequences end, until none is waiting or running."""
+        """Yield completions as sequences end, until none is waiting or running.
+
+        Where memory is short, fewer sequences run together; torch.OutOfMemoryError where one alone
+        does not fit.
+        """
         if self.runner is None:
             tried_twice("packing the weights", self.owner.device, self._prepare, False)
         for request in requests:
@@ -207,7 +213,7 @@ class Sampler:
         """After a step that ran out of memory: begin again with half as much at once.
 
         Half the sequences; where one was alone already, half the prompt tokens of a forward. The
-        smallest step is tried twice; ValueError where it fails again.
+        smallest step is tried twice; torch.OutOfMemoryError where it fails again.
         """
         at_once = len(self.scheduler.running)
         if at_once == 0:  # the pool was being made
@@ -226,10 +232,7 @@ class Sampler:
             self.failed_alone = True
             change = "one sequence; trying again"
         else:
-            raise ValueError(
-                f"out of memory with one sequence alone ({failure}): allow fewer new tokens, give "
-                "shorter prompts, or end other programs on the device"
-            )
+            raise torch.OutOfMemoryError(failure)
         print(f"\nsampling: out of memory with {change} ({failure})")
 
     def _open_pool(self) -> None:

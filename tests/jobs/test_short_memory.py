@@ -188,9 +188,9 @@ def test_one_row_that_does_not_fit_ends_a_stage_with_a_clear_error(job, tmp_path
     monkeypatch.setattr(Llama, "forward", no_forward)
     weights = {name: weight.clone() for name, weight in job.model.weights.items()}
     for stage, message in (
-        ("distill", "out of memory with one sequence alone .*allow fewer new tokens"),
+        ("distill", r"out of memory while distilling \(.*one sequence at a time does not fit"),
         ("score", r"out of memory while scoring \(.*--no-score leaves it out"),
-        ("validate", "out of memory with one sequence alone"),
+        ("validate", r"out of memory while answering general prompts for validation \("),
         ("evaluate", r"out of memory while answering held-out rows \("),
         ("report", r"out of memory while taking likelihoods for the report \("),
     ):
