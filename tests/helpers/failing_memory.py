@@ -30,6 +30,8 @@ class Memory(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
+        if self.refused and self.refusals:  # it was the only one: the rest need not be counted
+            return out
         inputs = {t.untyped_storage()._cdata for t in _tensors((*args, *(kwargs or {}).values()))}
         for tensor in _tensors((out,)):
             storage = tensor.untyped_storage()

@@ -37,7 +37,7 @@ from tests.helpers.failing_memory import Memory
 from tests.helpers.sessions import session_of
 from tests.helpers.training import SMALL, examples, metrics_lines, run_training
 
-PROMPTS = [("a", "Why?"), ("a", "How far?"), ("b", "Say it again.")]
+PROMPTS = [("a", "Why?"), ("b", "Say it.")]
 SAMPLED = SamplerConfig(rows=3, temperature=1.0, top_k=60, seed=1, page_size=16)
 GREEDY = SamplerConfig(rows=2, max_new_tokens=4, page_size=16)
 DISTILL = DistillConfig(max_new_tokens="5")
@@ -54,7 +54,7 @@ class Job:
         self.adapter.params.add_(0.1)
         self.arms = {"seed": None, "sft": self.adapter}
         self.generator = ChatGenerator(self.model, self.chat, GREEDY)
-        pairs = [{"instruction": text, "output": text * 3} for text in ("abcd", "efg", "h")]
+        pairs = [{"instruction": text, "output": text * 3} for text in ("abcd", "h")]
         self.file = folder / "held_out.json"
         self.file.write_text(json.dumps(pairs))
         self.held_out = load_rows(self.file)
@@ -69,7 +69,7 @@ class Job:
         return distill(generator, rows(count), out / "distilled.jsonl", config, settings={"s": 1})
 
     def distill(self, out):
-        self.distil(out, DISTILL, 5)
+        self.distil(out, DISTILL, 4)
 
     def distill_with_choice(self, out):
         self.distil(out, CHOICE, 2)
@@ -78,7 +78,7 @@ class Job:
         score(self.model, self.chat, self.lines, out / "scores.jsonl", {})
 
     def validate(self, out):
-        config = ValidateConfig(val_every=1, val_data=str(self.file), val_prompts=2)
+        config = ValidateConfig(val_every=1, val_data=str(self.file), val_prompts=1)
         session = session_of(self.model, self.chat)
         validator = Validator(config, DataConfig(str(self.file)), session)
         (out / "values").write_text(repr(validator(self.adapter)))
@@ -95,18 +95,22 @@ class Job:
     def report(self, out):
         for name in ("retention.jsonl", "evaluation.jsonl"):
             shutil.copy(self.folder / name, out / name)
-        few = examples(3)
+        few = examples(2)
         token_nll(self.model, self.chat.tokenizer, few, few[::-1], out / "tokens.jsonl", {})
-        tuned_answers(self.generator, self.arms, out, self.held_out, 2, {})
+        tuned_answers(self.generator, self.arms, out, self.held_out, 1, {})
+
+
+JOBS = []  # the one of all tests: no stage may leave a trace in it
 
 
 @pytest.fixture
-def job(tiny_llama_dir, tmp_path, monkeypatch):
-    folder = tmp_path / "inputs"
-    folder.mkdir()
+def job(tiny_llama_dir, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("engine.train.validate.ANSWER_TOKENS", 3)
     monkeypatch.setattr("gc.collect", lambda: 0)  # half a second each beside all of torch
-    return Job(tiny_llama_dir(layers=1, tokenizer=True), folder)
+    if not JOBS:
+        path = tiny_llama_dir(layers=1, tokenizer=True)
+        JOBS.append(Job(path, tmp_path_factory.mktemp("inputs")))
+    return JOBS[0]
 
 
 def contents(out):
@@ -139,7 +143,7 @@ def test_a_stage_survives_an_allocation_that_fails(job, tmp_path, stage, capsys)
     wanted = contents(plain)
     assert memory.made > 50
     capsys.readouterr()
-    for n in spread(memory.made, 5):
+    for n in spread(memory.made, 4):
         out = tmp_path / f"refused-{n}"
         out.mkdir()
         with Memory(refused=n) as failing:
@@ -228,7 +232,7 @@ def test_training_survives_an_allocation_that_fails(doubles, tmp_path, capsys, m
     assert summary["halved"] == []
     lines = metrics_lines(tmp_path / "plain")
     halved = 0
-    for n in spread(0.97 * memory.made, 7):  # the first run makes tables for those after it
+    for n in spread(0.97 * memory.made, 6):  # the first run makes tables for those after it
         out = tmp_path / f"refused-{n}"
         capsys.readouterr()
         with Memory(refused=n) as failing:
@@ -246,7 +250,7 @@ def test_training_survives_an_allocation_that_fails(doubles, tmp_path, capsys, m
             torch.testing.assert_close(lora.params, plain.params, rtol=0, atol=1e-9)
         else:
             assert torch.equal(lora.params, plain.params), n
-    assert 3 <= halved <= 6
+    assert 3 <= halved <= 5
 
 
 def test_the_update_changes_nothing_before_it_has_all_memory(doubles):

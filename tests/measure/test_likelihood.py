@@ -152,3 +152,24 @@ def test_scores_in_the_smallest_parts_have_the_same_bits(tiny_llama_dir, ops):
     with Scorer(model, prompts, page_size=16) as scorer:
         scorer.most_tokens = 1
         assert scorer.token_scores(requests) == whole
+
+
+def test_a_batch_that_ran_out_of_memory_leaves_no_page_taken(tiny, monkeypatch):
+    requests = scoring_requests()
+    forward = Scorer._forward
+    calls = []
+
+    def refused(self, rows):
+        calls.append(len(rows))
+        if len(calls) in (2, 4):  # of all rows, and of some answers behind their prompts
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, rows)
+
+    prompts = [request.prompt for request in requests]
+    with Scorer(tiny, prompts) as scorer:
+        whole = scorer.token_scores(requests)
+    monkeypatch.setattr(Scorer, "_forward", refused)
+    with Scorer(tiny, prompts) as scorer:
+        assert scorer.token_scores(requests) == whole
+        assert len(scorer.cache.free) + len(scorer.prefix_pages) == scorer.cache.pages
+        assert scorer.prefix_pages and scorer.most_tokens < sum(r.tokens for r in requests)
