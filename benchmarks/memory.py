@@ -1,6 +1,7 @@
 """The memory plan (engine/train/memory_plan.py) as a table: model size x tokens x recompute policy.
 
-    python -m benchmarks.memory                                    Llama-2-7B and others
+    python -m benchmarks.memory                                    Llama-2-7B and others, and the
+                                                                   automatic sizes of three cards
     python -m benchmarks.memory --model MODEL_DIR --tokens 1024,4096   and measured, a process each
 
 By arithmetic: bf16, r 8 on q and v, one packed micro-batch, half of its tokens with loss, no row
@@ -24,14 +25,26 @@ from benchmarks.shapes import SHAPES, model_config
 from engine.data.encode import Example
 from engine.runtime.process_memory import held_memory, keep_freed_memory, peak_memory
 from engine.runtime.terminal import table
-from engine.train.memory_plan import StepSize, predict, saved_per_token
+from engine.sampling.rows_plan import planned_pages, planned_rows
+from engine.train.memory_plan import (
+    GPU_SHARE,
+    Job,
+    StepSize,
+    micro_batches,
+    predict,
+    saved_per_token,
+)
 from engine.train.optim import Optimizer
 from engine.train.step import step_gradients, step_update
+from kernels.integers import cdiv
+from model.layout import parameter_count
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.tape import POLICIES
 
 ROW = 256  # tokens of a measured row
+CARDS = (24, 48, 80)  # GB
+CARD_MODELS = ("llama-3.2-1b", "llama-2-7b", "llama-2-13b")
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,10 +62,7 @@ def by_arithmetic() -> list[dict[str, Any]]:
     rows = []
     for name in SHAPES:
         config = model_config(name)
-        layer = config.hidden_size * (sum(config.qkv_sizes) + config.qkv_sizes[0])
-        layer += 3 * config.hidden_size * config.intermediate_size
-        heads = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
-        weights = 2 * (config.num_layers * layer + heads)
+        weights = 2 * parameter_count(config)
         for tokens in (2048, 8192, 16384):
             for policy in POLICIES:
                 size = StepSize(tokens, 2048, tokens // 2, torch.bfloat16)
@@ -61,6 +71,38 @@ def by_arithmetic() -> list[dict[str, Any]]:
                 row = {"model": name, "tokens": tokens, "policy": policy, "layer_mb": layer_mb}
                 rows.append(row | {"saved": plan.saved, "weights": weights, "peak": plan.total})
     return rows
+
+
+def automatic() -> list[dict[str, Any]]:
+    """What a GPU takes by itself: rows decoded together, tokens of a micro-batch.
+
+    Answers of 150 + 140 tokens; training rows of up to 2,048 tokens, 8 in a step.
+    """
+    rows = []
+    for name in CARD_MODELS:
+        config = model_config(name)
+        weights = 2 * parameter_count(config)
+        job = Job(config, LoraConfig(), torch.bfloat16, 2048, 8, "auto")
+        for gigabytes in CARDS:
+            total = gigabytes * 10**9
+            limit = GPU_SHARE * total
+            chosen = micro_batches(job, limit, held=weights)
+            pages = planned_pages(config, torch.bfloat16, 64, total, kv_memory=0.0)
+            row = {"model": name, "card_gb": gigabytes, "fits": chosen.plan.total <= limit}
+            row |= {"rows": planned_rows(pages, [cdiv(150 + 140, 64)]), "tokens": chosen.tokens}
+            rows.append(row | {"policy": chosen.plan.policy, "peak": chosen.plan.total})
+    return rows
+
+
+def automatic_table(rows: list[dict[str, Any]]) -> str:
+    """A line per model and card."""
+    lines = [["", "card GB", "rows", "micro-batch", "recompute", "peak GB"]]
+    for r in rows:
+        cells = [str(r["rows"]), str(r["tokens"]), r["policy"], f"{r['peak'] / 1e9:.1f}"]
+        if not r["fits"]:
+            cells = ["-"] * 4
+        lines.append([r["model"], str(r["card_gb"]), *cells])
+    return table(lines)
 
 
 def worker(path: str, modules: str, policy: str, tokens: int) -> None:
@@ -108,7 +150,11 @@ def main() -> None:
         sizes = [f"{r[name] / 1e9:.1f}" for name in ("saved", "weights", "peak")]
         lines.append([r["model"], str(r["tokens"]), r["policy"], f"{r['layer_mb']:.0f}", *sizes])
     print("bf16 on a GPU, r 8 on q and v, by arithmetic\n" + table(lines))
+    chosen = automatic()
+    print("\nautomatic on a GPU: --rows for 150 + 140 tokens; --micro-tokens for 8 rows of 2,048")
+    print(automatic_table(chosen))
     document = {"benchmark": "memory", "environment": machine("cpu"), "arithmetic": rows}
+    document["automatic"] = chosen
     if args.model:
         document["measured"] = measured(args)
         lines = [["", "tokens", "predicted GB", "measured GB", "off by"]]

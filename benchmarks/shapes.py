@@ -25,6 +25,8 @@ class ModelShape(NamedTuple):
 SHAPES = {
     "llama-2-7b": ModelShape(MODELS["llama-2-7b"], 32, 1e4, 4096, tied=False),
     "llama-3-8b": ModelShape(MODELS["llama-3-8b"], 32, 5e5, 8192, tied=False),
+    "llama-3.2-1b": ModelShape(Widths(2048, 8192, 32, 8, 64, 128256), 16, 5e5, 8192, tied=True),
+    "llama-2-13b": ModelShape(Widths(5120, 13824, 40, 40, 128, 32000), 40, 1e4, 4096, tied=False),
     "smollm2-135m": ModelShape(MODELS["smollm2-135m"], 30, 1e5, 8192, tied=True),
     "tiny": ModelShape(Widths(64, 96, 4, 2, 16, 320), 2, 1e4, 512, tied=False),
 }

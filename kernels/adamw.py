@@ -112,19 +112,26 @@ def adamw_(
     config: AdamW,
     compute: Tensor | None = None,
 ) -> None:
-    """One step, in place on params, m, v and compute; grads are left as they are."""
+    """One step, in place on params, m, v and compute; grads are left as they are.
+
+    All memory is taken before anything is changed, so that a step can be tried again where it is
+    short.
+    """
     assert params.shape == grads.shape == m.shape == v.shape, (
         f"params {params.shape}, grads {grads.shape}, m {m.shape}, v {v.shape}: expected one shape"
     )
     # () tensors do not promote, so g and all else stay in the dtype of params
     lr, correction1, correction2, scale = scalars
     g = grads * scale
+    denominator = torch.empty_like(v)
+    update = torch.empty_like(m)
+    decay = 1 - lr * config.weight_decay
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
-    denominator = (v / correction2).sqrt_().add_(config.eps)
+    torch.div(v, correction2, out=denominator).sqrt_().add_(config.eps)
     if config.weight_decay:
-        params.mul_(1 - lr * config.weight_decay)
-    update = (m / correction1).mul_(lr).div_(denominator)
+        params.mul_(decay)
+    torch.div(m, correction1, out=update).mul_(lr).div_(denominator)
     params.sub_(update)
     if compute is not None:
         compute.copy_(params)

@@ -20,6 +20,7 @@ On disk      the unfused names of Hugging Face: model.layers.0.self_attn.q_proj.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from model.config import LlamaConfig
@@ -119,6 +120,11 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["head"] = (V, D)
     return shapes
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Numbers in all weights; a tied head is not counted beside the embedding."""
+    return sum(math.prod(shape) for shape in weight_shapes(config).values())
 
 
 @dataclass(frozen=True)

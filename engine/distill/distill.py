@@ -93,7 +93,9 @@ def distill_job(
     likelihoods = None
     if scoring:
         scores_file = out.with_name(out.name + ".scores.jsonl")
-        likelihoods = score(model, chat, report.lines, scores_file, settings, world)
+        likelihoods = score(
+            model, chat, report.lines, scores_file, settings, world, sampling.invariant
+        )
         print(likelihoods.text())
     print(f"written: {out}")
     return report, likelihoods
@@ -193,12 +195,18 @@ def _rewrite(
     total = sum(len(turn.row.turns) - turn.number for turn in turns)
     has_choice = any(stage.tries > 1 for stage in config.stages)
     needs_scorer = config.choose == "likelihood" and has_choice
+    invariant = generator.sampling.invariant
     is_quiet = not file.world.is_rank0
+    candidate_scorer: Scorer | nullcontext[None] = nullcontext()
+    if needs_scorer:
+        candidate_scorer = Scorer(generator.model, [], invariant=invariant)
     with (
         generator.sampler() as sampler,
-        Scorer(generator.model, []) if needs_scorer else nullcontext() as scorer,
+        candidate_scorer as scorer,
         progress(total=total, desc="distill", unit="turn", disable=is_quiet) as bar,
     ):
+        if scorer is not None:
+            scorer.make_room = sampler.begin_again
         stop.finish = sampler.drain  # called at the first Ctrl-C or SIGTERM
         writer = DistilledWriter(generator.chat, config, sampler, scorer, file)
         # 1. submit the first stage of every turn

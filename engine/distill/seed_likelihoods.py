@@ -21,6 +21,7 @@ from typing import Any
 
 from engine.data.distilled import CONTEXT, Distilled
 from engine.measure.likelihood import (
+    BATCH_TOKENS,
     ScoringRequest,
     collective_rounds,
     scorer_for,
@@ -30,7 +31,7 @@ from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
 from engine.runtime.resumable import ResumedLines
-from engine.runtime.terminal import progress
+from engine.runtime.terminal import print_once, progress
 from model.chat import Chat
 from model.llama import Llama
 
@@ -85,11 +86,13 @@ def score(
     out: Path,
     settings: dict[str, Any],
     world: World | None = None,
+    invariant: bool = False,
 ) -> LikelihoodSums:
     """Score every line that is trained on into `out` (FILE.scores.jsonl); returns the sums.
 
     Lines that are in `out` already are kept. settings: those of the distilled file; ValueError
-    where `out` was begun under others.
+    where `out` was begun under others. invariant: a score does not depend on those beside it on a
+    GPU either. Where memory is short, fewer lines are scored together.
     """
     trained = [line for line in lines if line.status != CONTEXT]
     sums = LikelihoodSums()
@@ -106,16 +109,21 @@ def score(
                 with_answers.append(request)
             else:  # nothing to score: its prompt may not even fit the model
                 file.write(_score_record(request, request.answers))
-        sums.scored = _score_requests(model, with_answers, file)
+        sums.scored = _score_requests(model, with_answers, file, invariant)
         sums.seconds = time.perf_counter() - started
         for record in file.finish([line.id for line in trained]):
             sums.add(record)
     return sums
 
 
-def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines) -> int:
+def _score_requests(
+    model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines, invariant: bool
+) -> int:
     """Score the requests and write their records; returns the answer tokens scored."""
-    batches = list(scoring_batches(requests))
+    most_tokens = BATCH_TOKENS[model.device.type]
+    batches = list(scoring_batches(requests, most_tokens))
+    if batches and model.device.type != "cpu":
+        print_once(f"scoring: up to {most_tokens} tokens at a time (automatic)")
     rounds = collective_rounds(model, file.world, len(batches))
     while len(batches) < rounds:
         batches.append([])  # this rank has no work left, but joins the others' collectives
@@ -126,7 +134,7 @@ def _score_requests(model: Llama, requests: Sequence[ScoringRequest], file: Resu
     is_quiet = not file.world.is_rank0
     with (
         file.world.report_lost_rank(),
-        scorer_for(model, prompts) as scorer,
+        scorer_for(model, prompts, invariant) as scorer,
         progress(total=len(requests), desc="score", unit="turn", disable=is_quiet) as bar,
     ):
         for batch in batches:

@@ -21,7 +21,13 @@ from typing import Any
 
 from engine.evaluate.arms import Arms, adapter_hashes
 from engine.measure.intervals import lost_won, mcnemar, wilson
-from engine.measure.likelihood import Scorer, ScoringRequest, TokenScore, scoring_batches
+from engine.measure.likelihood import (
+    BATCH_TOKENS,
+    Scorer,
+    ScoringRequest,
+    TokenScore,
+    scoring_batches,
+)
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines
@@ -125,12 +131,13 @@ class HarnessModel:
             continuations = [requests[i][2] for i in indices]
             to_score.append(ScoringRequest(id, list(context), continuations))
         contexts = [request.prompt for request in to_score]
+        most_tokens = BATCH_TOKENS[self.session.model.device.type]
         found: dict[int, tuple[float, bool]] = {}  # by index of the request
         with (
             Scorer(self.session.model, contexts, lora=self.lora) as scorer,
             progress(total=len(requests), desc="log-likelihoods", unit="text") as bar,
         ):
-            for batch in scoring_batches(to_score):
+            for batch in scoring_batches(to_score, most_tokens):
                 scores = scorer.token_scores(batch)  # [context][continuation][token]
                 for request, answers in zip(batch, scores, strict=True):
                     for i, answer in zip(members[request.id], answers, strict=True):

@@ -36,6 +36,7 @@ from engine.measure.update_norms import update_norms
 from engine.runtime.files import sha256
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines, meta_file
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.terminal import progress, table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
@@ -72,7 +73,16 @@ def retention(
         missing = [a for a in answers if arms_without_line(adapters, a.prompt, file.done)]
         for answer in progress(missing, desc="retention", unit="row", disable=not missing):
             for arm, lora in arms_without_line(adapters, answer.prompt, file.done).items():
-                file.write({"arm": arm} | drift_line(model, answer, lora))
+                line = tried_twice(
+                    "retention",
+                    model.device,
+                    drift_line,
+                    model,
+                    answer,
+                    lora,
+                    make_room=partial(_forget_states, answers),
+                )
+                file.write({"arm": arm} | line)
         file.finish([(arm, answer.prompt) for answer in answers for arm in adapters])
         done = file.done
     drift = {}
@@ -80,6 +90,12 @@ def retention(
         lines = [done[arm, answer.prompt] for answer in answers]
         drift[arm] = mean_drift(lines)
     return drift
+
+
+def _forget_states(answers: Sequence[SeedAnswer]) -> None:
+    """Free the seed's hidden states that the answers keep; they are computed again."""
+    for answer in answers:
+        answer.states = None
 
 
 def drift_line(model: Llama, answer: SeedAnswer, lora: Lora | None) -> dict[str, Any]:

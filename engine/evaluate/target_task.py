@@ -28,6 +28,7 @@ from engine.measure.intervals import wilson
 from engine.measure.likelihood import nll
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.terminal import progress, table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
@@ -35,6 +36,7 @@ from engine.session import Session
 from engine.verify.verifiers import Verifier, get_verifier
 from model.chat import Chat
 from model.llama import Llama
+from model.lora import Lora
 
 # fields that a line of answers, and a line of likelihoods, must have, with their types
 ANSWER = {"arm": str, "id": str, "ok": bool, "finish": str, "tokens": int}
@@ -234,8 +236,9 @@ def reference_nll(
         for row in progress(missing, desc="held-out NLL", unit="row", disable=not missing):
             prompt, reference = ids[row.id]
             for arm, lora in arms_without_line(arms, row.id, file.done).items():
-                nats = nll(model, prompt, reference, lora)  # (len(reference),)
-                total = nats.double().sum().item()
+                total = tried_twice(
+                    "held-out NLL", model.device, _total_nll, model, prompt, reference, lora
+                )
                 file.write({"arm": arm, "id": row.id, "nll": total, "tokens": len(reference)})
         file.finish([(arm, row.id) for row in rows for arm in arms])
         done = file.done
@@ -246,6 +249,14 @@ def reference_nll(
         tokens = sum(line["tokens"] for line in lines)
         means[arm] = total / tokens
     return means
+
+
+def _total_nll(
+    model: Llama, prompt: Sequence[int], answer: Sequence[int], lora: Lora | None
+) -> float:
+    """Nats of the whole answer."""
+    nats = nll(model, prompt, answer, lora)  # (len(answer),)
+    return nats.double().sum().item()
 
 
 def _fitting_prompt_and_reference(

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.data.distilled import KEPT, Distilled
 from engine.data.encode import Example, prompts_of
 from engine.data.rows import Row, Rows
@@ -40,12 +42,16 @@ from engine.jobs.preflight_reasons import NGRAM, reasons_that_hold, report_text
 from engine.jobs.stages import encode_rows
 from engine.measure.divergence import compare, hidden_states
 from engine.runtime.limits import check_numbers
+from engine.runtime.short_memory import attempt
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
-from engine.train.step import step_gradients
+from engine.train.step import Gradients, step_gradients
+from engine.train.train import FrozenModel, with_micro_tokens
 from engine.verify.verifiers import get_verifier
+from model.llama import Llama
 from model.lora import Lora, adapter_shapes
+from model.tape import POLICIES
 
 HEDGES = re.compile(
     r"\b(?:wait|hmm+|maybe|perhaps|alternatively|actually|probably|let me (?:check|think))\b", re.I
@@ -351,7 +357,8 @@ def training_seconds(
     The targets of the whole file are taken to be longer or shorter than its references as those of
     the sample are.
     """
-    model, training = session.model, config.train
+    model = session.model
+    training = with_micro_tokens(config.train, FrozenModel.of(session), examples, config.lora)
     adapter = Lora.init(config.lora, model.config, model.device, model.dtype)
     epochs = training.epochs
     if training.max_steps:
@@ -363,14 +370,27 @@ def training_seconds(
         sample_tokens[arm] = _tokens(sample)
         batch = sample[: training.batch_rows]
         if arm == "sft":  # the first step compiles and fills caches: not timed
-            step_gradients(model, adapter, batch[:1], 1, training.micro_tokens, "none")
+            _gradients(model, adapter, batch[:1], training.micro_tokens)
         started = time.perf_counter()
-        gradients = step_gradients(model, adapter, batch, 1, training.micro_tokens, "none")
+        gradients = _gradients(model, adapter, batch, training.micro_tokens)
         gradients.nll.sum().item()  # waits for the device
         tokens_per_second = _tokens(batch) / (time.perf_counter() - started)
         epoch_tokens = _tokens(examples) * sample_tokens[arm] / sample_tokens["sft"]
         seconds[f"train {arm}"] = epoch_tokens * epochs / tokens_per_second
     return seconds
+
+
+def _gradients(
+    model: Llama, adapter: Lora, batch: Sequence[Example], micro_tokens: int
+) -> Gradients:
+    """Those of a step, with the least recomputation that memory allows."""
+    for policy in POLICIES:
+        gradients, failure = attempt(
+            model.device, step_gradients, model, adapter, batch, 1, micro_tokens, policy
+        )
+        if failure is None:
+            return gradients
+    raise torch.OutOfMemoryError(failure)
 
 
 def disk_bytes(session: Session, config: Config, distilled_bytes: float) -> float:

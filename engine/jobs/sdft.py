@@ -224,7 +224,14 @@ def score_lines(
     """The seed's likelihoods of references and rewrites, in OUT/distilled.jsonl.scores.jsonl."""
     settings = distill_settings(session, rows, config.distill, config.sampling)
     file = out / "distilled.jsonl.scores.jsonl"
-    return score(session.model, session.chat, results.distilled.lines, file, settings)
+    return score(
+        session.model,
+        session.chat,
+        results.distilled.lines,
+        file,
+        settings,
+        invariant=config.sampling.invariant,
+    )
 
 
 def answer_held_out(

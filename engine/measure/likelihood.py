@@ -14,14 +14,16 @@ predicted by the last token of the prompt, and the last token of an answer predi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from engine.measure.scoring_parts import Piece, ScoringRequest, halves, pieces_of, tokens_of
 from engine.runtime.distributed import World
+from engine.runtime.short_memory import attempt, tried_twice
 from engine.sampling.page_pool import common_prefix, shared_tokens
 from kernels.cached import Cached
 from kernels.dtypes import accumulate_dtype
@@ -31,7 +33,8 @@ from model.llama import Llama
 from model.lora import Lora
 from model.sampling_weights import for_sampling, restore_weights
 
-BATCH_TOKENS = 1024  # tokens of prompts and answers scored together
+# tokens of prompts and answers scored together, by type of device
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 HEAD_ROWS = 128  # rows of logits at a time: a large vocabulary takes 0.2 to 0.5 MB each
 
 Value = TypeVar("Value")
@@ -50,16 +53,6 @@ def nll(
     return nats
 
 
-@dataclass
-class ScoringRequest:
-    """A prompt and the answers to score behind it, all token ids."""
-
-    id: str
-    prompt: list[int]
-    answers: list[list[int]]  # one or more; an empty one is not scored
-    skip: tuple[int, ...] = ()  # by answer: tokens at its beginning that belong to its prompt
-
-
 class TokenScore(NamedTuple):
     """The score of one answer token."""
 
@@ -67,21 +60,22 @@ class TokenScore(NamedTuple):
     greedy: bool  # whether no token of the vocabulary is likelier
 
 
-def scoring_batches(requests: Sequence[ScoringRequest]) -> Iterator[list[ScoringRequest]]:
-    """Groups of whole requests to score together, of up to BATCH_TOKENS tokens.
+def scoring_batches(
+    requests: Sequence[ScoringRequest], most_tokens: int
+) -> Iterator[list[ScoringRequest]]:
+    """Groups of whole requests to score together, of up to `most_tokens` tokens.
 
     A request of more tokens is a group of its own.
     """
     batch: list[ScoringRequest] = []
     total = 0
     for request in requests:
-        tokens = len(request.prompt) + sum(len(answer) for answer in request.answers)
-        if batch and total + tokens > BATCH_TOKENS:
+        if batch and total + request.tokens > most_tokens:
             yield batch
             batch = []
             total = 0
         batch.append(request)
-        total += tokens
+        total += request.tokens
     if batch:
         yield batch
 
@@ -97,11 +91,13 @@ def collective_rounds(model: Llama, world: World, rounds: int) -> int:
     return rounds
 
 
-def scorer_for(model: Llama, prompts: Sequence[Sequence[int]]) -> Scorer | PackedScorer:
+def scorer_for(
+    model: Llama, prompts: Sequence[Sequence[int]], invariant: bool = False
+) -> Scorer | PackedScorer:
     """The scorer that fits the model's weights, to be used in a `with` block."""
     if model.is_sharded:
         return PackedScorer(model)
-    return Scorer(model, prompts)
+    return Scorer(model, prompts, invariant=invariant)
 
 
 def by_answer(values: Sequence[Value], batch: Sequence[ScoringRequest]) -> list[list[list[Value]]]:
@@ -180,8 +176,8 @@ class Scorer:
     It works as the sampler's prefill does: a prompt and its first answer are one row of the paged
     cache, and the prompt's pages are copied for the other answers. A prefix that many `prompts`
     share is computed once and copied too. In fp32 on a CPU a score does not depend on the batch
-    that it is in (engine/sampling/sampler.py says why). Inside `with` the model's matrices are
-    packed for sampling (`for_sampling`).
+    that it is in (engine/sampling/sampler.py says why), with `invariant` on a GPU neither. Inside
+    `with` the model's matrices are packed for sampling (`for_sampling`).
     """
 
     def __init__(
@@ -190,31 +186,50 @@ class Scorer:
         prompts: Sequence[Sequence[int]],  # all that will be scored: for the prefix they share
         page_size: int = 64,
         lora: Lora | None = None,
+        invariant: bool = False,  # as the sampler's setting: on a GPU too
     ) -> None:
         self.owner = model
         self.page_size = page_size
         self.adapter = lora
+        self.invariant = invariant
         self.prefix = common_prefix(prompts)
+        # frees memory that other parts of the job hold; called before a last attempt
+        self.make_room: Callable[[], None] | None = None
+        self.most_tokens: float = math.inf  # scored together; less where memory was short
+        self.cache: KVCache | None = None  # None: its pages, and the prefix, have to be made
+        self.prefix_pages: list[int] = []
 
     def __enter__(self) -> Scorer:
-        self.model, self.lora = for_sampling(self.owner, self.adapter, release=True)
-        model = self.model
-        self.cache = KVCache(model.config, 1, self.page_size, model.device, model.dtype)
-        self.prefix_pages: list[int] = []
-        if self.prefix:
-            self.prefix_pages = self._take_pages([len(self.prefix)])[0]
-            last = len(self.prefix) - 1  # its states are not used; a forward returns one at least
-            self._forward([CachedRow(self.prefix, 0, self.prefix_pages, last)])
+        try:
+            tried_twice("packing the weights", self.owner.device, self._pack)
+        except BaseException:
+            restore_weights(self.owner)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         del self.model, self.cache
-        restore_weights(self.owner)
+        tried_twice("unpacking the weights", self.owner.device, restore_weights, self.owner)
+
+    def _pack(self) -> None:
+        self.model, self.lora = for_sampling(
+            self.owner, self.adapter, release=True, invariant=self.invariant
+        )
+
+    def _open_cache(self) -> None:
+        """Make the cache, and compute the prefix that many prompts share."""
+        model = self.model
+        self.cache = KVCache(model.config, 1, self.page_size, model.device, model.dtype)
+        self.prefix_pages = []
+        if self.prefix:
+            self.prefix_pages = self._take_pages([len(self.prefix)])[0]
+            last = len(self.prefix) - 1  # its states are not used; a forward returns one at least
+            self._forward([CachedRow(self.prefix, 0, self.prefix_pages, last)])
 
     def losses(self, batch: Sequence[ScoringRequest]) -> list[list[list[float]]]:
         """Negative log-likelihood in nats of every token of every answer: [request][answer][token].
 
-        It makes one or two forwards, whatever the batch.
+        It makes one or two forwards, whatever the batch; more where memory is short.
         """
         losses = []
         for answers in self.token_scores(batch):
@@ -222,7 +237,58 @@ class Scorer:
         return losses
 
     def token_scores(self, batch: Sequence[ScoringRequest]) -> list[list[list[TokenScore]]]:
-        """The score of every token of every answer: [request][answer][token]."""
+        """The score of every token of every answer: [request][answer][token].
+
+        Where memory is short, the batch is scored in parts, and so are those that follow it.
+        torch.OutOfMemoryError where one answer alone does not fit.
+        """
+        scores: list[list[list[TokenScore]]] = [[] for _ in batch]
+        waiting = [pieces_of(batch)] if batch else []  # parts, the next one last
+        while waiting:
+            part = waiting.pop()
+            smaller = halves(part)
+            found = None
+            if not smaller or tokens_of(part) <= self.most_tokens:
+                found = self._attempt(part, alone=not smaller)
+            if found is None:
+                waiting += reversed(smaller)
+                continue
+            for piece, answers in zip(part, found, strict=True):
+                scores[piece.place] += answers[piece.again :]
+        return scores
+
+    def _attempt(self, part: Sequence[Piece], alone: bool) -> list[list[list[TokenScore]]] | None:
+        """The scores of a part; None where memory was short for it.
+
+        alone: it cannot be made smaller, and is tried twice.
+        """
+        requests = [piece.request for piece in part]
+        device = self.model.device
+        if alone:
+            return tried_twice(
+                "scoring", device, self._score_together, requests, make_room=self.make_room
+            )
+        found, failure = attempt(device, self._score_together, requests)
+        if failure is not None:
+            tokens = tokens_of(part)
+            self.most_tokens = tokens // 2
+            print(
+                f"\nscoring: out of memory with {tokens} tokens together; continuing with up to "
+                f"{self.most_tokens} ({failure})"
+            )
+        return found
+
+    def _score_together(self, batch: Sequence[ScoringRequest]) -> list[list[list[TokenScore]]]:
+        """The scores of requests that are computed together."""
+        try:
+            if self.cache is None:
+                self._open_cache()
+            return self._scores(batch)
+        except BaseException:
+            self.cache = None  # with the pages of all rows
+            raise
+
+    def _scores(self, batch: Sequence[ScoringRequest]) -> list[list[list[TokenScore]]]:
         # 1. prompts, each with its first answer behind it
         prompt_tables, prompt_states = self._prefill(batch)
         # 2. the other answers, behind copies of the prompts

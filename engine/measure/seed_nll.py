@@ -33,6 +33,7 @@ from engine.runtime.files import sha256
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
 from engine.runtime.resumable import Line, ResumedLines
+from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.terminal import progress
 from kernels.dtypes import accumulate_dtype
 from model.llama import Llama
@@ -80,7 +81,7 @@ def _compute_missing(model: Llama, examples: Sequence[Example], file: ResumedLin
     """
     lengths = [len(example.ids) for example in examples]
     missing: list[list[Example]] = []
-    for indices in pack(lengths, BATCH_TOKENS):
+    for indices in pack(lengths, BATCH_TOKENS[model.device.type]):
         batch_examples = [examples[i] for i in indices]
         if any(example.id not in file.done for example in batch_examples):
             missing.append(batch_examples)
@@ -92,12 +93,33 @@ def _compute_missing(model: Llama, examples: Sequence[Example], file: ResumedLin
         progress(total=len(own), desc="seed likelihoods", unit="batch", disable=is_quiet) as bar,
     ):
         for batch_examples in own:
-            for example, nll in zip(batch_examples, _nll_of(model, batch_examples), strict=True):
+            of_batch = _nll_on_short_memory(model, batch_examples)
+            for example, nll in zip(batch_examples, of_batch, strict=True):
                 if example.id not in file.done:
                     file.write({"id": example.id, "nll": nll})
             bar.update()
         for _ in range(rounds - len(own)):  # this rank joins the collectives of the others
             _nll_of(model, [])
+
+
+def _nll_on_short_memory(model: Llama, examples: Sequence[Example]) -> list[list[float]]:
+    """`_nll_of` some examples, in halves where memory is short for all of them.
+
+    The numbers are then the same within rounding. torch.OutOfMemoryError where one example does not
+    fit alone, and under sharded weights, whose forwards are those of all ranks together.
+    """
+    if len(examples) <= 1 or model.is_sharded:
+        return tried_twice("seed likelihoods", model.device, _nll_of, model, examples)
+    found, failure = attempt(model.device, _nll_of, model, examples)
+    if failure is None:
+        return found
+    middle = len(examples) // 2
+    print(
+        f"\nseed likelihoods: out of memory with {len(examples)} examples at once ({failure}); "
+        f"continuing with {middle}"
+    )
+    first_half = _nll_on_short_memory(model, examples[:middle])
+    return first_half + _nll_on_short_memory(model, examples[middle:])
 
 
 def _nll_of(model: Llama, examples: Sequence[Example]) -> list[list[float]]:

@@ -24,11 +24,12 @@ from engine.data.rows import Row
 from engine.evaluate.arms import Arms, tuned
 from engine.evaluate.target_task import ANSWER
 from engine.measure.answer_missing import answer_missing
-from engine.measure.divergence import compare, hidden_states
+from engine.measure.divergence import Drift, compare, hidden_states
 from engine.measure.likelihood import nll
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.terminal import progress
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request
@@ -61,11 +62,9 @@ def token_nll(
         missing = [(a, b) for a, b in pairs if a.id not in file.done]
         for a, b in progress(missing, desc="report: tokens", unit="row"):
             same = a.ids == b.ids
-            line = {
-                "id": a.id,
-                "sft": _tokens(model, tokenizer, a),
-                "sdft": None if same else _tokens(model, tokenizer, b),
-            }
+            line = {"id": a.id, "sft": _tokens(model, tokenizer, a), "sdft": None}
+            if not same:
+                line["sdft"] = _tokens(model, tokenizer, b)
             file.write(line)
 
 
@@ -73,12 +72,16 @@ def _tokens(model: Llama, tokenizer: Tokenizer, example: Example) -> dict[str, A
     """Number of prompt tokens, the text of every token, and the NLL of every answer token."""
     prompt = example.ids[: example.n_prompt]
     answer = example.ids[example.n_prompt :]
-    nats = nll(model, prompt, answer).tolist()
+    nats = tried_twice("tokens", model.device, _nll_list, model, prompt, answer)
     return {
         "prompt": len(prompt),
         "pieces": [tokenizer.piece(id) for id in example.ids],
         "nll": [round(value, 3) for value in nats],
     }
+
+
+def _nll_list(model: Llama, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    return nll(model, prompt, answer).tolist()
 
 
 @memory_for("answering for the report", SAMPLE_LESS)
@@ -173,14 +176,24 @@ def _held_out_drift(
     prompt = generator.chat.prompt_ids(row.messages[:-1])
     answer = generator.answer_ids(seed_line["ids"], seed_line["finish"])  # N
     ids = [*prompt, *answer]
-    before = hidden_states(model, ids, len(prompt), None)  # (N, D)
-    for arm, lora in adapters.items():
-        after = hidden_states(model, ids, len(prompt), lora)  # (N, D)
-        drift = compare(model, before, after, ids[len(prompt) :])
+    drifts = tried_twice("KL", model.device, _drifts, model, ids, len(prompt), adapters)
+    for arm, drift in drifts.items():
         yield {
             "arm": arm,
             "id": row.id,
             "kl": drift.kl,
             "agree": drift.agree,
-            "tokens": len(before),
+            "tokens": len(answer),
         }
+
+
+def _drifts(
+    model: Llama, ids: Sequence[int], start: int, adapters: dict[str, Lora]
+) -> dict[str, Drift]:
+    """By arm, the drift over the N tokens ids[start:]."""
+    before = hidden_states(model, ids, start, None)  # (N, D)
+    drifts = {}
+    for arm, lora in adapters.items():
+        after = hidden_states(model, ids, start, lora)  # (N, D)
+        drifts[arm] = compare(model, before, after, ids[start:])
+    return drifts

@@ -102,6 +102,15 @@ def held_memory(device: str | torch.device) -> int:
     return _status("VmRSS")
 
 
+def total_memory(device: str | torch.device) -> int:
+    """Bytes of a GPU's memory, whatever holds them, or of the machine's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = _kilobytes_line(Path("/proc/meminfo"), "MemTotal")
+    assert total is not None, "/proc/meminfo has no line MemTotal"
+    return total
+
+
 def free_memory(device: str | torch.device) -> int:
     """Bytes that this process can still allocate, as the system or the GPU's driver reports them.
 
@@ -117,8 +126,8 @@ def free_memory(device: str | torch.device) -> int:
     return available
 
 
-# the advice in the messages about sampling and training
-SAMPLE_LESS = "lower --rows or --kv-memory"
+# the advice in the messages about sampling and training, which have taken on less before
+SAMPLE_LESS = "one sequence at a time does not fit; allow fewer new tokens, or give shorter prompts"
 TRAIN_LESS = "lower --micro-tokens, then --max-length, or take --recompute full"
 # Messages of torch, oneDNN, CUDA's libraries, the loader and the system where memory is short
 _NO_MEMORY = re.compile(

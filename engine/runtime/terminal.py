@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -12,6 +13,12 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
     """tqdm; it writes ten times a second on a terminal, and every ten seconds into a log."""
     seconds = 0.1 if sys.stderr.isatty() else 10
     return tqdm(*args, mininterval=seconds, **kwargs)
+
+
+@functools.cache
+def print_once(line: str) -> None:
+    """Print a line, unless this process has printed it before."""
+    print(line)
 
 
 def aligned(rows: list[list[str]]) -> tuple[list[str], list[int]]:

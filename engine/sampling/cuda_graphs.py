@@ -37,10 +37,12 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.runtime.process_memory import is_out_of_memory
 from engine.sampling.decode_step import Bucket, DecodeStep
 from engine.sampling.launched import Launched, LaunchQueue
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import SamplerConfig, SamplerStats
+from engine.sampling.rows_plan import MOST_ROWS
 from engine.sampling.sequence import RunningSequence
 from engine.sampling.speculation import DraftController
 from kernels.integers import cdiv, power_of_two
@@ -192,7 +194,7 @@ class DecodeGraphs:
             return None
         longest = max(seq.context_len for seq in seqs)
         bucket = Bucket(
-            sequences=bucket_size(len(seqs), self.config.rows),
+            sequences=bucket_size(len(seqs), self.config.rows or MOST_ROWS),
             pages=power_of_two(self.pool.pages_for(longest + steps), least=1),
             temperature=temperatures.pop(),
         )
@@ -254,6 +256,9 @@ class DecodeGraphs:
             self._capture(step)
         except Exception as error:  # whatever a compiler, the driver or the allocator may raise
             self.clear()
+            before_recording = not self.failed.graphs
+            if is_out_of_memory(error) and before_recording and bucket.sequences > 1:
+                raise  # the sampler takes fewer sequences, which can be captured
             self._disable(f"capturing failed: {_first_and_last(error)}")
             return None
         finally:

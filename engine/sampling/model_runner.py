@@ -49,6 +49,12 @@ class ModelRunner:
         pages = max(1, config.prefill_tokens // config.page_size)
         self.max_prefill_tokens = pages * config.page_size
 
+    def halve_prefill_tokens(self) -> None:
+        """Compute prompts in forwards of half as many tokens, in whole pages, at least one."""
+        page_size = self.config.page_size
+        pages = max(1, self.max_prefill_tokens // page_size // 2)
+        self.max_prefill_tokens = pages * page_size
+
     # ---- prefill
 
     def prefill_prefix(self, tokens: list[int]) -> list[int]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from engine.runtime.process_memory import free_memory, is_out_of_memory
+from engine.runtime.short_memory import attempt
 from kernels.integers import cdiv
 from model.kv_cache import KVCache
 from model.llama import Llama
@@ -119,18 +120,24 @@ class PagePool:
         """Make the pool; with fewer pages where memory is not free in one piece."""
         model = self.model
         pages = self._allowed_pages(wanted, least)
+        tried_least = False
         while self.cache is None:
-            try:
-                self.cache = KVCache(model.config, pages, self.page_size, model.device, model.dtype)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if pages == least:
-                    raise ValueError(
-                        f"{self._needed(least)}, and {model.device} could not give them in one "
-                        "piece: end other programs on it, or allow fewer new tokens"
-                    ) from None
-                pages = max(least, pages // 2)
+            self.cache = attempt(
+                model.device,
+                KVCache,
+                model.config,
+                pages,
+                self.page_size,
+                model.device,
+                model.dtype,
+            ).result
+            if self.cache is None and tried_least:
+                raise ValueError(
+                    f"{self._needed(least)}, and {model.device} could not give them in one "
+                    "piece: end other programs on it, or allow fewer new tokens"
+                )
+            tried_least = pages == least  # with what is cached given back, it is tried once more
+            pages = max(least, pages // 2)
 
     def _grow(self, wanted: int, least: int) -> bool:
         """Whether the pool now has at least `least` pages."""
@@ -143,7 +150,7 @@ class PagePool:
         try:
             if pages >= least:
                 self.cache.grow(pages)
-        except RuntimeError as error:
+        except RuntimeError as error:  # not `attempt`: this may be asked before every step
             if not is_out_of_memory(error):
                 raise
         return self.cache.pages >= least

@@ -21,7 +21,8 @@ class SamplerConfig:
     """How tokens are chosen and how many sequences are decoded together."""
 
     rows: int = 0  # sequences decoded together: more is faster and takes more memory; does not
-    #   change texts in fp32 on a CPU or with --batch-invariant [default: auto (64; 32 on a CPU)]
+    #   change texts in fp32 on a CPU or with --batch-invariant
+    #   [default: auto (as many as fit a GPU's memory, at most 256; 32 on a CPU)]
     temperature: float = 0.0  # 0 takes the most likely token (greedy); higher is more random
     top_k: int = 0  # sample from the k most likely tokens only; 0 keeps all
     top_p: float = 1.0  # sample from the most likely tokens of this total probability; 1 keeps all
@@ -34,7 +35,7 @@ class SamplerConfig:
     #   [default: none]
     ignore_eos: bool = False  # continue past end tokens up to --max-new-tokens (for benchmarks)
     prefill_tokens: int = 0  # most prompt tokens in one forward pass; longer prompts are split
-    #   [default: auto (1024; 512 on a CPU)]
+    #   [default: auto (4096; 512 on a CPU)]
     page_size: int = 64  # tokens per block of the key/value cache; attention splits long contexts
     #   at the ends of blocks
     kv_memory: float = 0.0  # GB for the key/value cache; sequences that do not fit in it wait
@@ -59,14 +60,15 @@ class SamplerConfig:
         """These settings with the automatic ones (0) resolved for a "cpu" or a "cuda" device.
 
         On two cores 32 rows are within a few percent of 64, and take a tenth of a gigabyte less.
+        On a GPU `rows` stays 0: the number follows from the requests (rows_plan.py).
         """
         on_cpu = device_type == "cpu"
         rows = self.rows
-        if rows == 0:
-            rows = 32 if on_cpu else 64
+        if rows == 0 and on_cpu:
+            rows = 32
         prefill_tokens = self.prefill_tokens
         if prefill_tokens == 0:
-            prefill_tokens = 512 if on_cpu else 1024
+            prefill_tokens = 512 if on_cpu else 4096
         return dataclasses.replace(self, rows=rows, prefill_tokens=prefill_tokens)
 
     def sample_rows(

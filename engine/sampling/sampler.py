@@ -39,7 +39,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
 from engine.runtime.process_memory import give_back_freed_memory
+from engine.runtime.short_memory import attempt, tried_twice
 from engine.sampling.batch_invariance import check_batch_invariance
 from engine.sampling.cuda_graphs import DecodeGraphs
 from engine.sampling.launched import Launched, LaunchQueue
@@ -95,6 +98,7 @@ class Sampler:
         self.scheduler = Scheduler(self.config, max_position, self.pool, self.stats)
         self.controller = DraftController()
         self.pool_is_open = False  # made for the requests of this run
+        self.failed_alone = False  # the last step ran out of memory with one sequence
         self.queue = LaunchQueue()
         self.unread: list[Launched] = []  # in the order of launching
         self.last_arrival: float | None = None  # when results arrived that the host waited for
@@ -104,7 +108,11 @@ class Sampler:
         self.graphs: DecodeGraphs | None = None
 
     def __enter__(self) -> Sampler:
-        self._prepare(release=True)
+        try:
+            tried_twice("packing the weights", self.owner.device, self._prepare, True)
+        except BaseException:
+            restore_weights(self.owner)
+            raise
         give_back_freed_memory(self.owner.device)
         return self
 
@@ -114,7 +122,7 @@ class Sampler:
         self.graphs.clear()
         self.model = self.runner = self.graphs = None
         give_back_freed_memory(self.owner.device)  # before the matrices grow again
-        restore_weights(self.owner)
+        tried_twice("unpacking the weights", self.owner.device, restore_weights, self.owner)
         give_back_freed_memory(self.owner.device)
 
     def _prepare(self, release: bool) -> None:
@@ -133,20 +141,34 @@ class Sampler:
         """Queue a request; allowed at any time, also while `run` hands completions out."""
         self.scheduler.submit(request)
 
+    def begin_again(self) -> None:
+        """Give up all pages, for other work that lacks the memory; allowed while `run` hands
+        completions out. The running sequences begin again from their prompts."""
+        self._restart()
+        give_back_freed_memory(self.owner.device)
+
     def drain(self) -> None:
         """Admit no further request: `run` ends when the running sequences have."""
         self.scheduler.draining = True
 
     def run(self, requests: Iterable[Request] = ()) -> Iterator[Completion]:
-        """Yield completions as sequences end, until none is waiting or running."""
+        """Yield completions as sequences end, until none is waiting or running.
+
+        Where memory is short, fewer sequences run together; torch.OutOfMemoryError where one alone
+        does not fit.
+        """
         if self.runner is None:
-            self._prepare(release=False)
+            tried_twice("packing the weights", self.owner.device, self._prepare, False)
         for request in requests:
             self.submit(request)
         if not self.scheduler.running:
             self.pool_is_open = False  # it may be smaller than these requests need
         while self.scheduler.has_work:
-            self._step()
+            failure = attempt(self.owner.device, self._step).failure
+            if failure is None:
+                self.failed_alone = False
+            else:
+                self._take_on_less(failure)
             yield from self.scheduler.hand_out()
         self.unread.clear()  # of sequences that have ended
         self.pool.close()
@@ -186,6 +208,32 @@ class Sampler:
         self.graphs.clear()
         self.pool.discard()
         self.pool_is_open = False
+
+    def _take_on_less(self, failure: str) -> None:
+        """After a step that ran out of memory: begin again with half as much at once.
+
+        Half the sequences; where one was alone already, half the prompt tokens of a forward. The
+        smallest step is tried twice; torch.OutOfMemoryError where it fails again.
+        """
+        at_once = len(self.scheduler.running)
+        if at_once == 0:  # the pool was being made
+            at_once = min(self.scheduler.rows, len(self.scheduler.waiting))
+        prompt_tokens = self.runner.max_prefill_tokens
+        self._restart()
+        give_back_freed_memory(self.owner.device)
+        if at_once > 1:
+            self.scheduler.rows = at_once // 2
+            change = f"{at_once} sequences at a time; continuing with {self.scheduler.rows}"
+        elif prompt_tokens > self.config.page_size:
+            self.runner.halve_prefill_tokens()
+            fewer = self.runner.max_prefill_tokens
+            change = f"{prompt_tokens} prompt tokens in a forward; continuing with {fewer}"
+        elif not self.failed_alone:
+            self.failed_alone = True
+            change = "one sequence; trying again"
+        else:
+            raise torch.OutOfMemoryError(failure)
+        print(f"\nsampling: out of memory with {change} ({failure})")
 
     def _open_pool(self) -> None:
         """Make a pool for the waiting requests and compute the prefix that many begin with."""

@@ -13,8 +13,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from engine.runtime.process_memory import total_memory
+from engine.runtime.terminal import print_once
 from engine.sampling.page_pool import PagePool, common_prefix
 from engine.sampling.requests import Completion, Request, SamplerConfig, SamplerStats
+from engine.sampling.rows_plan import planned_pages, planned_rows
 from engine.sampling.sequence import RunningSequence
 from engine.sampling.speculation import Drafter
 from kernels.philox import mix, signed64
@@ -91,6 +94,8 @@ class Scheduler:
         self.max_position = max_position
         self.pool = pool
         self.stats = stats
+        # sequences decoded together, at most; 0: planned when the pool is opened (rows_plan.py)
+        self.rows = config.rows
         self.max_steps = 1  # decode steps per host synchronisation, at most
         self.waiting: list[Request] = []  # the next one first
         self.waiting_prompts: Counter[tuple[int, ...]] = Counter()  # of `waiting`
@@ -149,7 +154,7 @@ class Scheduler:
         Enough for the longest `rows` requests at full length, their common prefix, and the
         prompts kept for duplicates; as far as memory allows, at least for the longest request.
         """
-        rows = self.config.rows
+        rows = self._set_rows()
         prefix = common_prefix([request.prompt for request in self.waiting])
         prefix_pages = self.pool.pages_for(len(prefix))
         most_pages = sorted((self._max_pages(r) for r in self.waiting), reverse=True)
@@ -167,6 +172,26 @@ class Scheduler:
         self.stats.cache_bytes = cache.k.nbytes + cache.v.nbytes
         return prefix
 
+    def _set_rows(self) -> int:
+        """How many sequences run together; planned for the waiting requests on a GPU without a
+        number of the user's."""
+        if self.rows == 0:
+            model = self.pool.model
+            pages = planned_pages(
+                model.config,
+                model.dtype,
+                self.pool.page_size,
+                total_memory(model.device),
+                self.config.kv_memory,
+            )
+            expected = [len(r.prompt) + self._expected_tokens(r) for r in self.waiting]
+            self.rows = planned_rows(pages, [self.pool.pages_for(tokens) for tokens in expected])
+            print_once(
+                f"sampling: up to {self.rows} sequences at a time, prompts in pieces of "
+                f"{self.config.prefill_tokens} tokens (automatic; --rows, --prefill-tokens)"
+            )
+        return self.rows
+
     def schedule(self) -> Schedule:
         """Admit waiting requests, in the order of the queue, while sequences and pages last.
 
@@ -178,7 +203,7 @@ class Scheduler:
         new_prompts: set[tuple[int, ...]] = set()  # of `admitted`
         place = 0  # in the queue; before it are duplicates of new prompts, which come next time
         while self._may_admit and place < len(self.waiting):
-            if len(self.running) == self.config.rows:
+            if len(self.running) >= self.rows:
                 break
             request = self.waiting[place]
             prompt = tuple(request.prompt)

@@ -7,8 +7,9 @@
                                   chat.json
                                   optimizer.safetensors (m, v and the masters, all fp32 or fp64)
                                   metrics.jsonl (the lines up to this step)
-                                  state.json (step, micro-batch size, best step so far, whether the
-                                  run stops here, time spent, hashes of the files above)
+                                  state.json (step, micro-batch size and where it was halved, best
+                                  step so far, whether the run stops here, time spent, hashes of
+                                  the files above)
     RUN/adapter_model.safetensors, adapter_config.json, chat.json     the finished adapter
                                   (chat.json: chat format, end token, system message of the
                                   training, model/trained_chat.py)
@@ -107,6 +108,15 @@ def _read_meta(meta_file: Path) -> dict[str, Any]:
     return meta
 
 
+def micro_tokens_of(out: Path) -> int:
+    """The tokens of a micro-batch with which a run was begun; 0 where there is no run."""
+    meta_file = out / "meta.json"
+    if not meta_file.exists():
+        return 0
+    tokens = _read_meta(meta_file)["settings"].get("train", {}).get("micro_tokens")
+    return tokens if type(tokens) is int and tokens > 0 else 0
+
+
 def load_checkpoint(saved: Path, lora: Lora, optimizer: Optimizer) -> dict[str, Any]:
     """Put a checkpoint into an adapter and an optimizer of the same shape; returns its state.
 
@@ -139,6 +149,8 @@ def _read_state(saved: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} is {state.get(name)!r}, expected {kind.__name__}")
     if type(state.get("waited", 0)) is not int or type(state.get("stopped", "")) is not str:
         raise ValueError(f"{file}: waited or stopped is not what was written")
+    if not _is_halved(state.get("halved", [])):
+        raise ValueError(f"{file}: halved is not what was written")
     spent = state.get("spent", NOTHING_SPENT)
     since_step = state.get("since_step", 0)
     if not _is_spent(spent) or type(since_step) is not int:
@@ -147,6 +159,19 @@ def _read_state(saved: Path) -> dict[str, Any]:
     if saved != checkpoint_dir(out, state["step"]) or state["micro_tokens"] < 1:
         raise ValueError(f"{file}: step or micro_tokens is not what was written")
     return state
+
+
+def _is_halved(value: Any) -> bool:
+    """Whether a value is a list of [step, tokens], from which step on micro-batches were smaller.
+
+    Checkpoints of older versions do not have it.
+    """
+    if not isinstance(value, list):
+        return False
+    for entry in value:
+        if not isinstance(entry, list) or [type(number) for number in entry] != [int, int]:
+            return False
+    return True
 
 
 def _is_spent(value: Any) -> bool:

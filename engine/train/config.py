@@ -21,8 +21,9 @@ class TrainConfig:
     epochs: int = 2  # passes over the training rows
     max_steps: int = 0  # optimizer steps, instead of --epochs [default: as many as the epochs take]
     batch_rows: int = 8  # rows per optimizer step (the batch size)
-    micro_tokens: int = 1024  # tokens in one forward and backward pass (a micro-batch): affects
-    #   memory and speed; results by rounding only
+    micro_tokens: int = 0  # tokens in one forward and backward pass (a micro-batch): affects memory
+    #   and speed; results by rounding only
+    #   [default: auto (as many as fit a GPU's memory, 1024 to 16384; 1024 on a CPU)]
     schedule: str = "cosine"  # cosine, linear or constant: the learning rate after the warm-up
     warmup: float = 0.0  # share of the steps, from 0 to 1, in which the learning rate rises from 0
     weight_decay: float = 0.0  # AdamW's decoupled weight decay
@@ -55,7 +56,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """ValueError for values out of range, and for names that are not known."""
-        for name in ("epochs", "batch_rows", "micro_tokens", "save_every", "keep"):
+        for name in ("epochs", "batch_rows", "save_every", "keep"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
@@ -68,6 +69,10 @@ class TrainConfig:
         if self.max_steps < 0 or self.memory_gb < 0:
             raise ValueError(
                 f"max_steps {self.max_steps}, memory_gb {self.memory_gb}: expected 0 or more"
+            )
+        if self.micro_tokens < 0:
+            raise ValueError(
+                f"micro_tokens {self.micro_tokens}: expected at least 1, or 0 for the default"
             )
         if self.recompute not in ("auto", *POLICIES):
             raise ValueError(

@@ -9,6 +9,7 @@ Run.finish         publishes the last or the best adapter, and returns the summa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,8 @@ import torch
 from engine.data.encode import Example
 from engine.runtime.distributed import World
 from engine.runtime.files import read_jsonl
-from engine.runtime.process_memory import (
-    first_line,
-    held_memory,
-    is_out_of_memory,
-    peak_memory,
-)
+from engine.runtime.process_memory import held_memory, peak_memory
+from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.stopping import Stopping
 from engine.train import checkpoint
 from engine.train.config import TrainConfig
@@ -40,6 +37,7 @@ from engine.train.weighted_loss import WeightedLoss
 from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
+from model.tape import POLICIES
 from model.trained_chat import TrainedChat
 
 
@@ -81,12 +79,15 @@ class Run:
     chat: TrainedChat | None = None  # written beside the adapter
     weighted: WeightedLoss | None = None  # the loss; None is plain SFT
     # state.json of the last checkpoint; in a new run only `micro_tokens`, the size of micro-batches
-    # that fits the memory, and what validations decide (early_stop.FRESH)
+    # that fits the memory, `halved`, every [step, size] from which on it was smaller than before,
+    # and what validations decide (early_stop.FRESH)
     state: dict[str, Any] = dataclasses.field(default_factory=dict)
     # of all starts of the run, as far as checkpoints have it: seconds, tokens, operations (mfu.py)
     # of all ranks together, and the largest peak of memory
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
     counted_until: float = 0.0  # time.perf_counter() up to which `spent` has the seconds
+    failed_alone: bool = False  # this step ran out of memory with one row at a time
+    recompute_at_least: str = POLICIES[0]  # a stronger one where memory was short
     spent_since_step: int = 0  # above 0 in a run whose first checkpoints did not have `spent`
 
     # ---- the steps
@@ -159,28 +160,25 @@ class Run:
 
     def gradients(self, examples: Sequence[Example], step: int, policy: str) -> Gradients:
         """`step_gradients`; where any rank runs out of memory, all try again with micro-batches of
-        half the size.
+        half the size, and with one row under the next stronger policy.
 
         ValueError where one row at a time is too much, or under sharded weights.
         """
         while True:
+            policy = max(policy, self.recompute_at_least, key=POLICIES.index)
             micro_tokens = self.state["micro_tokens"]
-            failure = None
-            try:
-                gradients = step_gradients(
-                    self.model,
-                    self.lora,
-                    examples,
-                    step,
-                    micro_tokens,
-                    policy,
-                    self.world,
-                    self.weighted,
-                )
-            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                if not is_out_of_memory(error):
-                    raise
-                failure = first_line(error)
+            gradients, failure = attempt(
+                self.model.device,
+                step_gradients,
+                self.model,
+                self.lora,
+                examples,
+                step,
+                micro_tokens,
+                policy,
+                self.world,
+                self.weighted,
+            )
             if failure is not None and self.model.is_sharded:
                 raise ValueError(
                     f"step {step}: out of memory ({failure}); under --shard no process can try "
@@ -188,52 +186,92 @@ class Run:
                     "with a lower --micro-tokens"
                 )
             if not self.world.any_rank(failure is not None):
+                self.failed_alone = False
                 return gradients
-            self._halve_micro_batches(examples, step, policy, failure or "in another process")
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._take_on_less(examples, step, policy, failure or "in another process")
 
-    def _halve_micro_batches(
+    def _take_on_less(
         self, examples: Sequence[Example], step: int, policy: str, failure: str
     ) -> None:
-        """Halve `micro_tokens`; ValueError where a micro-batch holds only one row already."""
+        """After a step that ran out of memory: halve the micro-batches.
+
+        Where they hold only one row already, more is computed again, as far as `--recompute auto`
+        allows; then the same is tried once more, and ValueError where it fails again.
+        """
         micro_tokens = self.state["micro_tokens"]
         longest = max(examples, key=lambda example: len(example.ids))
-        if micro_tokens <= len(longest.ids):
-            recompute_more = "" if policy == "full" else "--recompute full, or "
+        alone = micro_tokens <= len(longest.ids)
+        stronger = POLICIES[POLICIES.index(policy) + 1 :]
+        if not alone:
+            self._halve_micro_tokens(step)
+            smaller = self.state["micro_tokens"]
+            change = f"micro-batches of {micro_tokens} tokens; continuing with {smaller}"
+        elif stronger and self.config.recompute == "auto":
+            self.recompute_at_least = stronger[0]
+            change = f"one row at a time; continuing with recompute {stronger[0]}"
+        elif not self.failed_alone:
+            self.failed_alone = True
+            change = "one row at a time; trying again"
+        else:
+            recompute_more = "--recompute full, or " if stronger else ""
             raise ValueError(
                 f"step {step}: out of memory with one row at a time; the longest is "
                 f"{longest.id} of {len(longest.ids)} tokens: begin anew (another --out) with "
                 f"{recompute_more}a lower --max-length ({failure})"
             )
-        self.state["micro_tokens"] = max(micro_tokens // 2, 1)
-        print(
-            f"\nstep {step}: out of memory with micro-batches of {micro_tokens} tokens; "
-            f"continuing with {self.state['micro_tokens']}"
-        )
+        print(f"\nstep {step}: out of memory with {change} ({failure})")
 
     def plan_memory(self) -> MemoryPlan:
-        """The recomputation policy, and the peak of memory that is predicted for it."""
-        lengths = [len(example.ids) for example in self.examples]
+        """The recomputation policy, and the peak of memory that is predicted for it.
+
+        Where not even the strongest policy fits what is free, the micro-batches are halved, on all
+        ranks together. ValueError where one row alone does not fit.
+        """
+        while True:
+            size = self._largest_micro_batch()
+            plan = None
+            try:
+                plan = choose_policy(
+                    self.config.recompute,
+                    self.config.memory_gb,
+                    self.model.config,
+                    self.lora.config,
+                    size,
+                    self.model.device,
+                    held=held_memory(self.model.device) + self.model.weights.gather_bytes,
+                )
+            except ValueError:
+                if size.tokens == size.longest:
+                    raise
+            if not self.world.any_rank(plan is None):
+                return plan
+            before = self.state["micro_tokens"]
+            self._halve_micro_tokens(self.optimizer.step + 1)
+            print(
+                f"micro-batches of {before} tokens do not fit the memory that is free; "
+                f"taking {self.state['micro_tokens']}"
+            )
+
+    def _largest_micro_batch(self) -> StepSize:
+        """The size that decides a step's peak: of the fullest micro-batch that may occur."""
+        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
         all_tokens = sum(lengths)
         all_response = all_tokens - sum(example.n_prompt for example in self.examples)
-        longest = max(lengths)
-        tokens = min(max(self.state["micro_tokens"], longest), all_tokens)
-        size = StepSize(
+        longest = lengths[0]
+        tokens_of_step = sum(lengths[: self.config.batch_rows])  # at most
+        tokens = min(max(self.state["micro_tokens"], longest), tokens_of_step)
+        return StepSize(
             tokens=tokens,
             longest=longest,
             response=round(tokens * all_response / all_tokens),
             dtype=self.model.dtype,
         )
-        return choose_policy(
-            self.config.recompute,
-            self.config.memory_gb,
-            self.model.config,
-            self.lora.config,
-            size,
-            self.model.device,
-            held=held_memory(self.model.device) + self.model.weights.gather_bytes,
-        )
+
+    def _halve_micro_tokens(self, step: int) -> None:
+        """Halve the micro-batches from this step on, and keep that in the state."""
+        halved = max(self.state["micro_tokens"] // 2, 1)
+        self.state["micro_tokens"] = halved
+        self.state["halved"] = [*self.state["halved"], [step, halved]]
 
     # ---- validation and checkpoints
 
@@ -284,7 +322,8 @@ class Run:
                 "spent": self.spent,
                 "since_step": self.spent_since_step,
             }
-            checkpoint.save_checkpoint(
+            write = functools.partial(
+                checkpoint.save_checkpoint,
                 self.out,
                 self.lora,
                 self.optimizer,
@@ -294,11 +333,13 @@ class Run:
                 best_step=self.state["best"].get("step", 0),
                 chat=self.chat,
             )
+            tried_twice("checkpoint", self.model.device, write)
         self.world.barrier()
 
     def _restore_state(self) -> None:
         """Begin with the state of the last checkpoint, or with that of a new run."""
-        self.state = {"micro_tokens": self.config.micro_tokens} | FRESH | self.state
+        new = {"micro_tokens": self.config.micro_tokens, "halved": []} | FRESH
+        self.state = new | self.state
         self.spent = dict(self.state.get("spent", checkpoint.NOTHING_SPENT))
         self.spent_since_step = self.state.get("since_step", 0)
         is_resumed = self.optimizer.step > 0
@@ -362,6 +403,7 @@ class Run:
             "best": self.state["best"],
             "planned_steps": self.config.steps(len(self.examples)),
             "stopped": self.state["stopped"],  # why it ended before the planned steps, or ""
+            "halved": self.state["halved"],  # micro-batches, where memory was short
             "tokens_s": spent["tokens"] / seconds if seconds else 0.0,
             "seconds": seconds,
             "operations_s": spent["operations"] / seconds if seconds else 0.0,

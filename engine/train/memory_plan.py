@@ -12,6 +12,10 @@
 
 Llama-2-7B at 8,192 tokens in bf16 saves 763 MB a layer, or 24.4 GB: the plan prints such numbers
 for any model by arithmetic alone (`python -m benchmarks.memory`).
+
+The same arithmetic sets the tokens of a micro-batch on a GPU (`micro_batches`): the most
+that fit GPU_SHARE of the whole card. Not of what is free now: the size changes sums in their last
+bits, so the same job on the same card always gets the same one.
 """
 
 # T = tokens of the micro-batch, N = response tokens of it, D = model width, F = feed-forward width
@@ -21,10 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from engine.runtime.process_memory import free_memory, held_memory
+from engine.runtime.process_memory import free_memory, held_memory, total_memory
 from kernels.attention.torch_form import PACKED_BLOCK
 from kernels.linear_cross_entropy import CHUNK_BYTES
 from model.config import LlamaConfig
@@ -34,6 +39,10 @@ from model.tape import POLICIES
 # bytes that a CPU's libraries take when they first compute (pages of code, packed operands),
 # measured by benchmarks/memory.py
 LIBRARIES = {"cpu": 250 << 20, "cuda": 0}
+# automatic tokens of a micro-batch: on a GPU the first of these that fits
+CPU_MICRO_TOKENS = 1024
+GPU_MICRO_TOKENS = (16384, 8192, 4096, 2048, 1024)
+GPU_SHARE = 0.9  # of a GPU's memory to plan for; the driver and gaps take the rest
 SLACK = 1.05  # an allocator's loss to the gaps between tensors of changing sizes
 
 
@@ -164,6 +173,61 @@ def _layer_work(
 def available(device: str | torch.device) -> int:
     """Bytes this process may reach: those it holds, and those it can still take."""
     return held_memory(device) + free_memory(device)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the size of micro-batches follows from, beside the device."""
+
+    model: LlamaConfig
+    lora: LoraConfig
+    dtype: torch.dtype  # of the model
+    longest: int  # tokens of the longest row
+    batch_rows: int  # rows of an optimizer step
+    recompute: str  # the requested policy, or auto
+
+
+class MicroBatches(NamedTuple):
+    """The tokens of a micro-batch that were chosen, and the peak predicted for them."""
+
+    tokens: int
+    plan: MemoryPlan
+
+
+def micro_batches(job: Job, limit: float, held: int) -> MicroBatches:
+    """The largest micro-batches whose predicted peak is at most `limit` bytes of a GPU.
+
+    The least recomputation comes first: 1,024 tokens that keep everything rather than 16,384 of
+    which a part is computed twice. Where nothing fits, the smallest under the strongest policy.
+
+    held: bytes of the weights, and of what else is held during a step.
+    """
+    policies = POLICIES if job.recompute == "auto" else (job.recompute,)
+    tokens_of_step = job.batch_rows * job.longest  # at most
+    for policy in policies:
+        for micro_tokens in GPU_MICRO_TOKENS:
+            tokens = min(max(micro_tokens, job.longest), tokens_of_step)
+            # all of them with loss, at most
+            size = StepSize(tokens, job.longest, response=tokens, dtype=job.dtype)
+            plan = predict(job.model, job.lora, policy, size, "cuda", held)
+            if plan.total <= limit:
+                return MicroBatches(micro_tokens, plan)
+    return MicroBatches(micro_tokens, plan)
+
+
+def automatic_micro_tokens(
+    job: Job, device: str | torch.device, memory_gb: float, held: int
+) -> tuple[int, str]:
+    """The tokens of a micro-batch on a device of this machine, and why, in words.
+
+    memory_gb: what the user allows a GPU to be filled with; 0 stands for GPU_SHARE of all it has.
+    """
+    if torch.device(device).type == "cpu":
+        return CPU_MICRO_TOKENS, "automatic on a CPU"
+    limit = memory_gb * 1e9 or GPU_SHARE * total_memory(device)
+    chosen = micro_batches(job, limit, held)
+    peak = f"{chosen.plan.total / 1e9:.2f} of {limit / 1e9:.2f} GB"
+    return chosen.tokens, f"automatic: at most {peak} with recompute {chosen.plan.policy}"
 
 
 def choose_policy(

@@ -193,6 +193,10 @@ def summary_text(summary: dict[str, Any], out: Path) -> str:
         if best["metric"] == "last":
             name = "adapter: the last within --stop-kl, KL"
         parts.append(f"{name} {best['value']:.4f} at step {best['step']}")
+    halved = summary.get("halved", [])
+    if halved:
+        step, tokens = halved[-1]
+        parts.append(f"memory was short: micro-batches of {tokens} tokens from step {step} on")
     parts += [
         f"peak memory {summary['peak_bytes'] / 1e9:.2f} GB",
         f"ops {summary['ops']}",

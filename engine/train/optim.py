@@ -73,9 +73,9 @@ class Optimizer:
         norm is not finite, the adapter is not finite afterwards either; a run ends then, and
         resumes from its last checkpoint (metrics.py).
         """
-        self.step += 1
+        step = self.step + 1
         norm = ops.grad_norm(lora.grads) * scale  # () fp64
-        scalars = self.config.scalars(lr, self.step, scale, lora.params.device)
+        scalars = self.config.scalars(lr, step, scale, lora.params.device)
         if clip:
             # The factor joins the scale in fp64, before the kernel rounds the product to fp32.
             clip_factor = (clip / norm).clamp(max=1.0)  # () fp64
@@ -83,4 +83,5 @@ class Optimizer:
         # An fp32 model computes with the masters themselves; a 16-bit one with a copy of them.
         compute_copy = None if lora.compute is lora.params else lora.compute
         ops.adamw_(lora.params, lora.grads, self.m, self.v, scalars, self.config, compute_copy)
+        self.step = step  # at the end: where memory was short before, nothing has changed
         return norm

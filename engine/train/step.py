@@ -27,6 +27,7 @@ from torch import Tensor
 from engine.data.encode import Example
 from engine.data.pack import MicroBatch, pack
 from engine.runtime.distributed import World, shares
+from engine.runtime.short_memory import tried_twice
 from engine.train.losses import Weighed
 from engine.train.optim import Optimizer
 from engine.train.weighted_loss import WeightedLoss
@@ -151,7 +152,8 @@ def step_update(
     means = None
     if gradients.weighed is not None:
         means = world.all_reduce_sum_(_sums(gradients.weighed)) / gradients.n_response  # (3,)
-    norm = optimizer.update(model.ops, lora, lr, scale, clip)
+    # where memory is short for it, nothing has changed yet
+    norm = tried_twice("update", model.device, optimizer.update, model.ops, lora, lr, scale, clip)
     return StepResult(loss_sum * scale, norm, gradients, means)
 
 

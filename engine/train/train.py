@@ -29,6 +29,7 @@ from engine.runtime.files import write_json
 from engine.runtime.locking import lock_directory
 from engine.runtime.process_memory import TRAIN_LESS, memory_for
 from engine.runtime.run_record import environment
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.stopping import Stopping
 from engine.sampling.requests import SamplerConfig
 from engine.session import Session
@@ -37,6 +38,7 @@ from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.examples import encode_examples, rows_to_train_on
 from engine.train.loop import Run
 from engine.train.losses import Loss, Tokens
+from engine.train.memory_plan import Job, automatic_micro_tokens
 from engine.train.metrics import summary_text
 from engine.train.optim import Optimizer
 from engine.train.replay import (
@@ -50,6 +52,7 @@ from engine.train.replay import (
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
 from engine.train.weighted_loss import WeightedLoss
+from model.layout import parameter_count
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.trained_chat import TrainedChat, common_system
@@ -212,11 +215,14 @@ def train(
     model = frozen.model
     world = frozen.world
     lora_config = dataclasses.replace(lora_config, seed=config.seed)
-    lora = Lora.init(lora_config, model.config, model.device, model.dtype)
+    config = with_micro_tokens(config, frozen, examples, lora_config, out)
+    lora, optimizer = tried_twice(
+        "a fresh adapter", model.device, _fresh, model, lora_config, config
+    )
     run = Run(
         model=model,
         lora=lora,
-        optimizer=Optimizer.fresh(lora, config.weight_decay),
+        optimizer=optimizer,
         examples=examples,
         config=config,
         out=out,
@@ -276,6 +282,12 @@ def weighted_loss(
     return WeightedLoss(loss, seed_nll)
 
 
+def _fresh(model: Llama, lora_config: LoraConfig, config: TrainConfig) -> tuple[Lora, Optimizer]:
+    """A new adapter and its optimizer."""
+    lora = Lora.init(lora_config, model.config, model.device, model.dtype)
+    return lora, Optimizer.fresh(lora, config.weight_decay)
+
+
 def _restore(run: Run) -> list[dict[str, Any]]:
     """Put the last checkpoint, if there is one, into the run; returns its metrics (rank 0)."""
     saved = _last_checkpoint(run.out)
@@ -297,6 +309,44 @@ def _do_steps(run: Run, metrics_so_far: list[dict[str, Any]], stop: Stopping) ->
         if saved is not None:
             kept = f"the last good state is {saved}"
         raise ValueError(f"{error}. {kept}") from None
+
+
+def with_micro_tokens(
+    config: TrainConfig,
+    frozen: FrozenModel,
+    examples: Sequence[Example],
+    lora_config: LoraConfig,
+    out: Path | None = None,
+) -> TrainConfig:
+    """These settings with automatic micro-batches (0) resolved, which is printed.
+
+    A run directory `out` that exists keeps the size in its meta.json, on whatever device: sums
+    depend on it in their last bits. Several processes take the smallest that one of them would.
+    """
+    if config.micro_tokens:
+        return config
+    model = frozen.model
+    world = frozen.world
+    job = Job(
+        model=model.config,
+        lora=lora_config,
+        dtype=model.dtype,
+        longest=max(len(example.ids) for example in examples),
+        batch_rows=config.batch_rows,
+        recompute=config.recompute,
+    )
+    held = parameter_count(model.config) * model.dtype.itemsize  # bytes
+    if model.is_sharded:
+        held = held // world.size + model.weights.gather_bytes
+    chosen, why = automatic_micro_tokens(job, model.device, config.memory_gb, held)
+    chosen = -world.max_over_ranks(-chosen)
+    begun = checkpoint.micro_tokens_of(out) if out is not None and world.is_rank0 else 0
+    begun = world.max_over_ranks(begun)
+    if begun and begun != chosen:
+        why = f"as {out} was begun; {chosen} would be automatic here"
+    tokens = begun or chosen
+    print(f"micro-batches of up to {tokens} tokens ({why})")
+    return dataclasses.replace(config, micro_tokens=tokens)
 
 
 def run_settings(

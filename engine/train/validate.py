@@ -25,6 +25,7 @@ from engine.measure.general_prompts import PROMPTS
 from engine.measure.likelihood import nll
 from engine.runtime.limits import MOST, check_numbers
 from engine.runtime.process_memory import memory_for
+from engine.runtime.short_memory import tried_twice
 from engine.runtime.terminal import progress
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Request, SamplerConfig
@@ -126,7 +127,16 @@ class Validator:
 
     @memory_for("validating", LESS_MEMORY)
     def __call__(self, lora: Lora) -> list[float]:
-        """The values of `names` for this adapter."""
+        """The values of `names` for this adapter.
+
+        Where memory is short, cached memory is given back and all is measured once more. Not under
+        sharded weights, where no process can try again alone.
+        """
+        if self.model.is_sharded:
+            return self._measure(lora)
+        return tried_twice("validation", self.model.device, self._measure, lora)
+
+    def _measure(self, lora: Lora) -> list[float]:
         values = []
         if self.held_out:
             values.append(self._held_out_nll(lora))

@@ -76,7 +76,7 @@ def weighted_steps(model: Llama, lora: Lora, folder: Path, world: World) -> dict
     for text, count in itertools.product(("k3:0.5", "eaft"), (9, 1)):
         rows = examples(count)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(seed_nll_module, "BATCH_TOKENS", 64)
+            patch.setitem(seed_nll_module.BATCH_TOKENS, "cpu", 64)
             seed_nll = nll_under_seed(model, rows, folder, "h", world)
         weighted = WeightedLoss(Loss.parse(text), seed_nll)
         gradients = step_module.step_gradients(model, lora, rows, 3, 64, "none", world, weighted)

@@ -16,6 +16,8 @@ from engine.measure.likelihood import (
     scorer_for,
     scoring_batches,
 )
+from engine.measure.scoring_parts import halves, pieces_of, tokens_of
+from kernels.registry import NATIVE, TORCH
 from model.llama import Llama
 from tests.helpers.adapters import new_lora
 
@@ -101,14 +103,14 @@ def test_both_scorers_equal_the_plain_forward_whatever_is_scored_together(tiny):
 
 
 def test_batches_hold_whole_requests_of_a_bounded_number_of_tokens():
-    half = BATCH_TOKENS // 2
-    lengths = {"a": half, "b": half, "c": 1, "long": 2 * BATCH_TOKENS, "d": 1}
+    assert BATCH_TOKENS == {"cpu": 1024, "cuda": 8192}
+    lengths = {"a": 50, "b": 50, "c": 1, "long": 200, "d": 1}
     requests = [ScoringRequest(name, [1] * length, [[]]) for name, length in lengths.items()]
     ids = []
-    for batch in scoring_batches(requests):
+    for batch in scoring_batches(requests, 100):
         ids.append([request.id for request in batch])
     assert ids == [["a", "b"], ["c"], ["long"], ["d"]]
-    assert list(scoring_batches([])) == []
+    assert list(scoring_batches([], 100)) == []
 
 
 def test_sharded_weights_take_as_many_forwards_as_the_busiest_process(tiny):
@@ -117,3 +119,57 @@ def test_sharded_weights_take_as_many_forwards_as_the_busiest_process(tiny):
     assert collective_rounds(tiny, world, 3) == 3
     assert isinstance(scorer_for(tiny, []), Scorer)
     assert isinstance(scorer_for(SimpleNamespace(is_sharded=True), []), PackedScorer)
+
+
+def test_halves_of_a_batch_keep_the_order_and_every_first_answer():
+    """Down to one request with one or two answers; an answer that is in both is dropped once."""
+    answers = [[n] for n in range(1, 6)]
+    batch = [ScoringRequest("a", [1, 2], answers), ScoringRequest("b", [3], [[4]])]
+    waiting, smallest = [pieces_of(batch)], []
+    while waiting:
+        part = waiting.pop()
+        both = halves(part)
+        waiting += reversed(both)
+        if not both:
+            smallest += part
+    found = [(piece.place, piece.request.answers[piece.again :]) for piece in smallest]
+    assert found == [(0, [[1], [2]]), (0, [[3]]), (0, [[4]]), (0, [[5]]), (1, [[4]])]
+    assert all(piece.request.answers[0] == [1] for piece in smallest[:4])
+    assert tokens_of(pieces_of(batch)) == 7 + 2
+
+
+@pytest.mark.parametrize("ops", [NATIVE, TORCH], ids=["native", "torch"])
+def test_scores_in_the_smallest_parts_have_the_same_bits(tiny_llama_dir, ops):
+    model = Llama.from_pretrained(tiny_llama_dir(), ops=ops)
+    rng = random.Random(3)
+    requests = []
+    for count in (3, 1, 2, 5):
+        answers = [random_tokens(rng, rng.randint(1, 30)) for _ in range(count)]
+        requests.append(ScoringRequest(str(count), random_tokens(rng, 50), answers))
+    prompts = [request.prompt for request in requests]
+    with Scorer(model, prompts, page_size=16) as scorer:
+        whole = scorer.token_scores(requests)
+    with Scorer(model, prompts, page_size=16) as scorer:
+        scorer.most_tokens = 1
+        assert scorer.token_scores(requests) == whole
+
+
+def test_a_batch_that_ran_out_of_memory_leaves_no_page_taken(tiny, monkeypatch):
+    requests = scoring_requests()
+    forward = Scorer._forward
+    calls = []
+
+    def refused(self, rows):
+        calls.append(len(rows))
+        if len(calls) in (2, 4):  # of all rows, and of some answers behind their prompts
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, rows)
+
+    prompts = [request.prompt for request in requests]
+    with Scorer(tiny, prompts) as scorer:
+        whole = scorer.token_scores(requests)
+    monkeypatch.setattr(Scorer, "_forward", refused)
+    with Scorer(tiny, prompts) as scorer:
+        assert scorer.token_scores(requests) == whole
+        assert len(scorer.cache.free) + len(scorer.prefix_pages) == scorer.cache.pages
+        assert scorer.prefix_pages and scorer.most_tokens < sum(r.tokens for r in requests)

@@ -5,15 +5,17 @@ import importlib
 import io
 import os
 import sys
+import weakref
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from engine.runtime import failures
+from engine.runtime import failures, short_memory
 from engine.runtime.files import AppendedLines, read_jsonl
 from engine.runtime.flags import _Shown, run_main
 from engine.runtime.process_memory import is_out_of_memory, memory_for
+from engine.runtime.short_memory import attempt, tried_twice
 from model.config import read_json
 
 
@@ -72,7 +74,7 @@ def test_out_of_memory_names_the_flags_to_lower_in_each_stage(
         (
             "engine.sampling.sampler.Sampler._decode",
             "distill",
-            "distilling ({}): lower --rows or --kv-",
+            "distilling ({}): one sequence at a time does not fit; allow fewer new tokens",
         ),
         (
             "engine.measure.likelihood.Scorer.losses",
@@ -136,3 +138,48 @@ def test_output_is_escaped_for_ascii_streams_and_for_terminals(monkeypatch, tmp_
     monkeypatch.setattr(sys, "stdout", _Shown(terminal))
     print("\x1b]0;title\x07 é", flush=True)
     assert raw.getvalue().decode() == "\\x1b]0;title\\x07 é\n" and sys.stdout.encoding == "utf-8"
+
+
+def test_an_attempt_frees_what_the_work_held_before_memory_is_given_back(monkeypatch):
+    held = []
+    given_back = []
+
+    def work():
+        tensor = torch.zeros(10)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    def give_back(device):
+        given_back.append((device, held[-1]() is None))
+
+    monkeypatch.setattr(short_memory, "give_back_freed_memory", give_back)
+    assert attempt("cpu", work) == (None, "CUDA out of memory")
+    assert given_back == [("cpu", True)]
+    assert attempt("cpu", max, 3, 4) == (4, None) and len(given_back) == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        attempt("cpu", raising, RuntimeError("shapes"))
+    assert len(given_back) == 1
+
+
+def test_work_that_cannot_be_smaller_is_tried_twice(capsys):
+    calls = []
+
+    def fails(times):
+        calls.append("work")
+        if calls.count("work") <= times:
+            raise MemoryError("no more")
+        return "done"
+
+    assert tried_twice("the row", "cpu", fails, 1, make_room=lambda: calls.append("room")) == "done"
+    assert calls == ["work", "room", "work"]
+    assert (
+        "the row: out of memory (no more); cached memory is given back" in capsys.readouterr().out
+    )
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError, match="no more"):
+        tried_twice("the row", "cpu", fails, 2)
+    assert calls == ["work", "work"]
+
+
+def raising(error):
+    raise error

@@ -211,7 +211,7 @@ def test_automatic_settings_are_resolved_for_the_device(tiny):
     given = SamplerConfig(rows=5, prefill_tokens=7)
     assert given.for_device("cpu") == given.for_device("cuda") == given
     assert SamplerConfig().for_device("cpu") == SamplerConfig(rows=32, prefill_tokens=512)
-    assert SamplerConfig().for_device("cuda") == SamplerConfig(rows=64, prefill_tokens=1024)
+    assert SamplerConfig().for_device("cuda") == SamplerConfig(rows=0, prefill_tokens=4096)
     with Sampler(tiny, text, (), SamplerConfig(draft="off")) as sampler:
         done = list(sampler.run([Request(f"r{i}", [5, 6 + i], 3) for i in range(40)]))
     stats = sampler.stats  # the first token of an answer is its prompt's

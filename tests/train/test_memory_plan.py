@@ -1,5 +1,7 @@
 """The memory plan against arithmetic done by hand and against what tensors really hold."""
 
+import dataclasses
+import re
 import weakref
 
 import pytest
@@ -7,13 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.data.encode import Example
-from engine.train.memory_plan import StepSize, choose_policy, predict, saved_per_token
+from engine.train import memory_plan
+from engine.train.memory_plan import (
+    Job,
+    StepSize,
+    automatic_micro_tokens,
+    choose_policy,
+    micro_batches,
+    predict,
+    saved_per_token,
+)
 from engine.train.step import step_gradients
 from model.llama import Llama
 from model.lora import LoraConfig
 from model.tape import POLICIES
 from tests.helpers.adapters import new_lora
-from tests.helpers.configs import llama_2_7b
+from tests.helpers.configs import hand_counted, llama_2_7b
 
 
 def test_llama_2_7b_saves_763_mb_a_layer(tiny_llama_dir):
@@ -104,3 +115,71 @@ def test_auto_takes_the_least_recomputation_that_fits(tiny_llama_dir):
     assert "--micro-tokens" not in str(error.value), "one row cannot be cut into more steps"
     with pytest.raises(ValueError, match="alone need more: take a smaller model$"):
         choose(10, 8192)
+
+
+MICRO_BATCHES = """
+        1B       7B       13B
+24 GB   16384    2048     -
+48 GB   16384    8192     2048
+80 GB   16384    16384    8192
+"""
+
+
+def test_automatic_micro_batches_of_24_48_and_80_gb_cards():
+    """Rows of up to 2,048 tokens, 8 in a step, r 8 on q and v, bf16. "-": the model does not fit.
+
+    By hand: the largest T with weights + adapter + 1.05 T (saved + work) within 0.9 of the card.
+    """
+    header, *lines = MICRO_BATCHES.strip().splitlines()
+    for line in lines:
+        gigabytes, _, *sizes = line.split()
+        limit = 0.9e9 * int(gigabytes)
+        for name, size in zip(header.split(), sizes, strict=True):
+            made = hand_counted(name)
+            held = 2 * made.weights
+
+            def by_hand(tokens, made=made, held=held):
+                step = 1.05 * tokens * (made.saved + made.work)
+                return held + 18 * made.adapter + step  # 4 buffers of fp32, the bf16 copy
+
+            job = Job(made.config, LoraConfig(), torch.bfloat16, 2048, 8, "auto")
+            chosen = micro_batches(job, limit, held)
+            if size == "-":
+                assert chosen.plan.total > limit and by_hand(1024) > limit, (line, name)
+                continue
+            assert chosen.tokens == int(size) and chosen.plan.policy == "none", (line, name)
+            assert chosen.plan.total == pytest.approx(by_hand(chosen.tokens), rel=0.03)
+            assert by_hand(chosen.tokens) < limit, (line, name)
+            if chosen.tokens < 16384:
+                assert by_hand(2 * chosen.tokens) > limit, (line, name)
+
+
+def test_automatic_micro_batches_follow_the_rows_and_the_policy():
+    made = hand_counted("7B")
+    job = Job(made.config, LoraConfig(), torch.bfloat16, 2048, 8, "auto")
+
+    def chosen(gigabytes, **changes):
+        changed = dataclasses.replace(job, **changes)
+        return micro_batches(changed, gigabytes * 1e9, held=2 * made.weights)
+
+    assert chosen(43).tokens == 8192
+    assert chosen(43, longest=256).tokens == 16384, "a step has 2,048 tokens: all at once"
+    assert chosen(43, recompute="full").tokens == 16384
+    less = chosen(18.5)
+    assert (less.tokens, less.plan.policy) == (2048, "selective"), "2,048 do not fit all kept"
+    assert chosen(15, longest=8192).tokens == 1024, "nothing fits: the smallest"
+
+
+def test_automatic_micro_batches_come_from_the_whole_card_or_memory_gb(monkeypatch):
+    """What is free on the card is never asked for."""
+    monkeypatch.setattr(memory_plan, "total_memory", lambda device: 80 * 10**9)
+    monkeypatch.setattr(memory_plan, "free_memory", None)
+    monkeypatch.setattr(memory_plan, "held_memory", None)
+    made = hand_counted("7B")
+    job = Job(made.config, LoraConfig(), torch.bfloat16, 2048, 8, "auto")
+    held = 2 * made.weights
+    assert automatic_micro_tokens(job, "cpu", 0, held) == (1024, "automatic on a CPU")
+    tokens, why = automatic_micro_tokens(job, "cuda:0", 0, held)
+    words = r"automatic: at most 6\d\.\d\d of 72.00 GB with recompute none"
+    assert tokens == 16384 and re.fullmatch(words, why)
+    assert automatic_micro_tokens(job, "cuda:0", 43.2, held)[0] == 8192
