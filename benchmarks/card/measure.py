@@ -74,7 +74,7 @@ ON_A_CARD = Sizes(
     prompt=150,
     new=140,
 )
-TINY = Sizes("tiny", "tiny", (32, 8), (24, 12), 16, rows=(3, 2), prompt=6, new=4)
+TINY = Sizes("tiny", "tiny", (16, 8), (24, 12), 8, rows=(2, 1), prompt=4, new=3)
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ class Measuring:
     def model_of(self, name: str, ops: str) -> Llama:
         """A model of these shapes with random weights, which two tables of operations share.
 
-        Only one set of weights is held at a time. In a rehearsal most measurements take torch's
-        forms: the interpreter is slow.
+        Only one set of weights is held at a time.
         """
         if (name, ops) in self.models:
             return self.models[name, ops]
@@ -259,7 +258,7 @@ def measure_decoding(session: Measuring, measurement: Measurement) -> dict[str, 
     del result["answers"]
     return result | {
         "replayed": stats.replayed / stats.steps,
-        "graphs": stats.captured,
+        "captured": stats.captured,
         "capture_s": stats.capture_seconds,
         "not_captured": stats.why_not_captured or "",
         "cache_gb": stats.cache_bytes / 1e9,
