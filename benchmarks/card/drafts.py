@@ -30,7 +30,8 @@ def distil_once(session: Session, args: argparse.Namespace, name: str, **samplin
     """Distil all rows into WORK/NAME.jsonl; the seconds, counts and texts by row."""
     config = SamplerConfig(rows=args.rows, **sampling)
     settings = DistillConfig(template="gsm8k", verify="number", max_new_tokens=str(args.max_new))
-    rows = DataConfig(data=str(args.data)).load(check=can_be_asked(session.chat, settings))
+    data = DataConfig(data=str(args.data), limit=args.limit)
+    rows = data.load(check=can_be_asked(session.chat, settings))
     out = args.work / f"{name}.jsonl"
     generator = ChatGenerator(session.model, session.chat, config)
     started = time.perf_counter()
@@ -80,6 +81,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
     parser.add_argument("--rows", type=int, default=8, help="decoded together: drafts pay at few")
+    parser.add_argument("--limit", type=int, default=40, help="rows of the data")
     parser.add_argument("--max-new", type=int, default=160)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--device", default="auto")

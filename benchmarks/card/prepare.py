@@ -27,21 +27,9 @@ from benchmarks.card.checkpoint import (
     place_data,
     split_file,
 )
-from benchmarks.card.product import JOB, ROWS
+from benchmarks.card.product import JOB, KEPT, ROWS
 from engine.jobs.gguf_import import demo_gguf, import_gguf
 from engine.runtime.run_record import environment
-
-KEPT = (  # files of the CPU's job that are carried
-    "distilled.jsonl",
-    "distilled.jsonl.meta.json",
-    "evaluation.jsonl",
-    "seed_answers.jsonl",
-    "retention.jsonl",
-    "summary.json",
-    "table.txt",
-    "sft/metrics.jsonl",
-    "sdft/metrics.jsonl",
-)
 
 
 def wheel(folder: Path) -> None:

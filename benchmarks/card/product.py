@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +54,17 @@ TOLERANCES = {"fp32": 1e-3, "first": 0.25}  # nats between the tokens of a tie; 
 #   rounded to 8 bits, so two of about 20 differ by 0.1
 NEARLY_EQUAL = 0.95  # share of fp32 rewrites that must be the CPU's
 LEFT_GB = 2.0  # on the filled card
+KEPT = (  # files of a job that another machine's are compared with
+    "distilled.jsonl",
+    "distilled.jsonl.meta.json",
+    "evaluation.jsonl",
+    "seed_answers.jsonl",
+    "retention.jsonl",
+    "summary.json",
+    "table.txt",
+    "sft/metrics.jsonl",
+    "sdft/metrics.jsonl",
+)
 RESERVE = 8.0  # seconds in which the record is written
 
 
@@ -136,6 +149,20 @@ def first_job(run: Product) -> None:
     run.note("first job", **ended.figures(), **summary_figures(out))
 
 
+def pack_files(work: Path) -> None:
+    """Put the files of the jobs and all logs into $OUT/product.tar, so that they come back."""
+    folder = os.environ.get("OUT")
+    if not folder:
+        return
+    with tarfile.open(Path(folder) / "product.tar", "w") as archive:
+        for job in ("first", "fp32", "fp32-few", "short"):
+            for name in KEPT:
+                if (work / job / name).exists():
+                    archive.add(work / job / name, arcname=f"{job}/{name}")
+        if (work / "logs").is_dir():
+            archive.add(work / "logs", arcname="logs")
+
+
 def summary_figures(out: Path) -> dict[str, Any]:
     """Seconds by stage, peaks of memory and counts of summary.json; {} where the job failed."""
     file = out / "summary.json"
@@ -181,6 +208,7 @@ def killed_and_resumed(run: Product) -> None:
     at = out / "checkpoints" / f"step-{steps:06d}"
     flags = ["--dropout", "0.1"]
     killed = run.run("train killed", run.training(out, *flags), kill_when=at, threads=2)
+    run.must(killed.killed, "the training had ended before it was killed")
     resumed = run.run("train resumed", run.training(out, *flags, "--resume"), threads=2)
     run.note("train resumed", was_killed=killed.killed, **resumed.figures())
 
@@ -241,27 +269,34 @@ def side_by_side(run: Product) -> None:
 
 def comparisons(run: Product) -> None:
     """Texts and figures beside the CPU's; fp32 also with few rows and without graphs."""
-    pairs = [("fp32", "fp32-few", TOLERANCES["fp32"])]
+    pairs = [(run.work / "fp32", "fp32-few")]
     if run.cpu is not None:
-        pairs.insert(0, (run.cpu, "fp32", TOLERANCES["fp32"]))
-        pairs.insert(1, (run.cpu, "first", TOLERANCES["first"]))
+        pairs += [(run.cpu, "fp32"), (run.cpu, "first")]
     elif run.dry:
-        pairs.append(("first", "fp32", TOLERANCES["fp32"]))
-    for one, other, tolerance in pairs:
-        command = [sys.executable, "-m", "benchmarks.compare_runs", run.work / one]
-        command += [run.work / other, "--model", run.model, "--tolerance", tolerance]
-        name = f"compare {Path(one).name} {other}"
-        log = run.work / "logs" / f"{name.replace(' ', '-')}.log"
-        ended = run_job(name, [str(part) for part in command], log, max(1.0, run.left()))
-        text = log.read_text(errors="replace")
-        print(text.rsplit("\n{", 1)[0], flush=True)
+        pairs.append((run.work / "first", "fp32"))
+    at_once = 1 if run.dry else len(pairs)
+    with ThreadPoolExecutor(at_once) as pool:
+        all_ended = list(pool.map(lambda pair: compare_pair(run, *pair), pairs))
+    for (_, other), ended in zip(pairs, all_ended, strict=True):
+        text = ended.log.read_text(errors="replace")
         found = last_json(text)
         if found is None:
-            run.note(name, **ended.figures())
-            run.must(False, f"{name} ended with code {ended.code}, see {log}")
+            run.note(ended.name, **ended.figures())
+            run.must(False, f"{ended.name} ended with code {ended.code}, see {ended.log}")
             continue
-        run.note(name, **found)
-        judge(run, name, found, strict=other != "first")
+        print(text.rsplit("\n{", 1)[0], flush=True)
+        run.note(ended.name, **found)
+        judge(run, ended.name, found, strict=other != "first")
+
+
+def compare_pair(run: Product, one: Path, other: str) -> Ended:
+    """benchmarks.compare_runs in a process of its own."""
+    tolerance = TOLERANCES["first" if other == "first" else "fp32"]
+    command = [sys.executable, "-m", "benchmarks.compare_runs", one, run.work / other]
+    command += ["--model", run.model, "--tolerance", tolerance]
+    name = f"compare {one.name} {other}"
+    log = run.work / "logs" / f"{name.replace(' ', '-')}.log"
+    return run_job(name, [str(part) for part in command], log, max(1.0, run.left()))
 
 
 def judge(run: Product, name: str, found: dict[str, Any], strict: bool) -> None:
@@ -289,7 +324,7 @@ def drafts(run: Product) -> None:
     flags = ["--model", run.model, "--data", run.data / "train.json"]
     flags += ["--work", run.work / "drafts"]
     if run.dry:
-        flags += ["--max-new", 8]
+        flags += ["--max-new", 8, "--limit", 3]
     command = [sys.executable, "-m", "benchmarks.card.drafts", *flags]
     ended = run.run("drafts", [str(part) for part in command])
     kinds = []
@@ -379,12 +414,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     work = fresh_folder(args.work)
     run = Product(work, args.seconds, args.dry)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the results so far are recorded
+
+    def stop(*_: object) -> None:  # the results so far are recorded
+        run.seconds = 0.0  # what waits in other threads does not begin
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, stop)
     document = {"benchmark": "product", "environment": machine("cpu" if args.dry else "cuda")}
     try:
         run_all(run)
     finally:
         record(document | {"results": run.results, "faults": run.faults}, wanted=False)
+        pack_files(work)
     print("\n".join(f"NOT GOOD: {fault}" for fault in run.faults) or "product: all is well")
     if run.faults:
         sys.exit(1)
