@@ -34,11 +34,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class DecodeCase:
     """The decoding that is timed."""
 
-    rows: int  # sequences decoded together
+    rows: int  # sequences decoded together; 0: as many as the sampler takes by itself
     prompt: int  # tokens of a prompt
     new: int  # new tokens of a sequence
-    requests: int = 0  # sequences in all; 0: as many as rows. With more than rows, those that end
-    #   are replaced, and prompts and answers differ in length (`lengths`)
+    requests: int = 0  # sequences in all; 0: as many as `rows`. With more than those, sequences
+    #   that end are replaced, and prompts and answers differ in length (`lengths`)
     setting: str = "greedy"  # a key of SETTINGS
     invariant: bool = False  # with batch-invariant products
     graphs: bool = True  # with CUDA graphs, where there are any
@@ -64,7 +64,7 @@ class DecodeCase:
 
 
 def random_adapter(model: Llama, modules: str) -> Lora | None:
-    """An adapter of rank 8 whose B is small and not zero; None for no modules."""
+    """An adapter of rank 8 whose B is not zero, so that it changes texts; None for no modules."""
     if not modules:
         return None
     config = LoraConfig(8, 16.0, modules=modules)
@@ -72,7 +72,7 @@ def random_adapter(model: Llama, modules: str) -> Lora | None:
     generator = torch.Generator(model.device).manual_seed(4)
     for name, matrix in lora.views(lora.params).items():
         if ".lora_B." in name:
-            matrix.normal_(0.0, 1e-3, generator=generator)
+            matrix.normal_(0.0, 0.05, generator=generator)
     model.bind(lora)  # copies the parameters into the model's dtype
     return lora
 
@@ -125,7 +125,7 @@ def decode(model: Llama, case: DecodeCase) -> dict[str, Any]:
     for i, (length, new) in enumerate(case.lengths()):
         prompt = torch.randint(vocab, (length,), generator=generator).tolist()
         requests.append(Request(f"r{i}", prompt, new, expected_tokens=new))
-        if i < case.rows:
+        if i < max(case.rows, 2):
             short_requests.append(Request(f"r{i}", prompt, 3))
     config = SamplerConfig(
         rows=case.rows,
@@ -150,6 +150,7 @@ def decode(model: Llama, case: DecodeCase) -> dict[str, Any]:
         "seconds": seconds,
         "decode_s": stats.decode_seconds,
         "prefill_s": stats.prefill_seconds,
+        "mean_rows": stats.sequence_steps / stats.steps,
         "preempted": stats.preempted,
         "answers": [answers[request.id] for request in requests],
         "stats": stats,

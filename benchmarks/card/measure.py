@@ -98,6 +98,7 @@ def plan(sizes: Sizes) -> list[Measurement]:
     first = [
         *trainings(sizes, sizes.sdft, modules=("all",), dropouts=(0.1,)),
         *decodings(sizes, sizes.rows[:1], adapters=("",)),
+        automatic_rows(sizes),
         *trainings(sizes, sizes.long, modules=("qv",), dropouts=(0.0,)),
         *decodings(sizes, sizes.rows[1:], adapters=("",)),
         *trainings(sizes, sizes.sdft, modules=("qv", "all"), dropouts=(0.0, 0.1)),
@@ -137,6 +138,12 @@ def decodings(sizes: Sizes, rows: Sequence[int], adapters: Sequence[str]) -> lis
                 )
                 found.append(Measurement("decode", sizes.model, case))
     return found
+
+
+def automatic_rows(sizes: Sizes) -> Measurement:
+    """Decoding with as many rows as the sampler takes by itself on this machine."""
+    case = DecodeCase(0, sizes.prompt, sizes.new, requests=2 * sizes.rows[0])
+    return Measurement("decode", sizes.model, case)
 
 
 def policies(sizes: Sizes) -> list[Measurement]:

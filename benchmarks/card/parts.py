@@ -89,12 +89,12 @@ def tune(setting: Setting, seconds: int) -> list[str]:
 PARTS = {
     part.name: part
     for part in (
-        Part("product", 240, 420, 60, product, "whole jobs, beside a CPU's files"),
-        Part("measure", 200, 240, 30, measure, "training and decoding at a 7B model's shapes"),
-        Part("tests", 90, 60, 90, tests, "the tests that need a GPU"),
-        Part("decode", 70, 90, 25, decode, "the decoding of `measure` alone"),
-        Part("kernels", 90, 120, 25, kernels, "every operation, those worth most first"),
-        Part("tune", 80, 60, 35, tune, "tile configurations"),
+        Part("product", 240, 600, 60, product, "whole jobs, beside a CPU's files"),
+        Part("measure", 200, 400, 30, measure, "training and decoding at a 7B model's shapes"),
+        Part("tests", 90, 120, 90, tests, "the tests that need a GPU"),
+        Part("decode", 70, 200, 25, decode, "the decoding of `measure` alone"),
+        Part("kernels", 90, 300, 25, kernels, "every operation, those worth most first"),
+        Part("tune", 80, 180, 35, tune, "tile configurations"),
     )
 }
 

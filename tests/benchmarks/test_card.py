@@ -295,6 +295,7 @@ def test_the_plan_has_every_combination_once():
             for adapter in ("", "all"):
                 case = measure.DecodeCase(rows, 150, 140, 2 * rows, setting, adapter=adapter)
                 assert case in decodings
+    assert 0 in {case.rows for case in decodings}, "as the sampler chooses"
     small = [m for m in measurements if m.model == "smollm2-135m"]
     assert {m.ops for m in small} == {"triton", "torch"}
     first = measurements[0].case

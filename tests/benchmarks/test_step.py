@@ -54,6 +54,9 @@ def test_with_refill_lengths_differ_and_every_request_is_answered(tiny):
     assert result["new_tokens"] == sum(new for _, new in lengths)
     assert result["useful_tokens_s"] == pytest.approx(result["new_tokens"] / result["seconds"])
     assert 0 < result["useful_tokens_s"] < result["tokens_s"]
+    assert 1 < result["mean_rows"] <= 2
+    chosen = decode(tiny, DecodeCase(rows=0, prompt=8, new=4, requests=7))
+    assert chosen["answers"] == result["answers"] and chosen["mean_rows"] > 2
 
 
 def test_an_adapter_in_decoding_changes_the_texts(tiny):
@@ -62,9 +65,10 @@ def test_an_adapter_in_decoding_changes_the_texts(tiny):
     assert all(view.any() for name, view in lora.views(lora.params).items() if "lora_B" in name)
     with_adapter = random_adapter(tiny, "qv")
     assert len(with_adapter.slots) < len(lora.slots)
-    plain = decode(tiny, DecodeCase(rows=2, prompt=8, new=6))
-    adapted = decode(tiny, DecodeCase(rows=2, prompt=8, new=6, adapter="all"))
-    assert plain["stats"].new_tokens == adapted["stats"].new_tokens
+    plain = decode(tiny, DecodeCase(rows=2, prompt=8, new=12))
+    adapted = decode(tiny, DecodeCase(rows=2, prompt=8, new=12, adapter="all"))
+    assert plain["answers"] != adapted["answers"]
+    assert plain["new_tokens"] == adapted["new_tokens"] == 24
 
 
 def test_the_papers_sampling_is_that_of_its_presets():
