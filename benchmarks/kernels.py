@@ -35,83 +35,34 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import torch
 
 from benchmarks import _common
 from benchmarks.clock import DTYPES, Clock, ceilings, figure, first_line, header, machine, record
 from benchmarks.graph_clock import GraphClock, inputs_needed
+from benchmarks.kernel_forms import TimedForm, compiled, our_tables, why_failing
 from benchmarks.operations import (
     BY_HAND,
     CALLS,
     DIFFERENTIABLE,
     HAND_WRITTEN_ONLY,
     NO_EAGER,
-    Call,
     make_inputs,
-    on_device,
 )
 from benchmarks.tuning.ahead import Target, Task, Workers, in_parts
 from benchmarks.work import WORK, rows_of
 from benchmarks.worth import by_worth
 from engine.runtime.terminal import table
-from kernels import registry
 from kernels.launch import triton_launch
-from kernels.registry import REFERENCE, SPECS, TORCH, Ops, functions
-from kernels.spec import check
+from kernels.registry import REFERENCE, SPECS, TORCH, Ops
 
 PARTS = 3  # that a table's launches at a shape are compiled in
 CHEAP_CHECK = 2e12  # operations of a call whose check in fp64 is made at the timed shape too
 CPU_WORK = (4e9, 4e8)  # operations and bytes of the shapes that a CPU times without --all
 Shape = tuple[int, ...]
-
-# ---- forms
-
-
-def compiled(operation: str) -> Ops:
-    """The REFERENCE table with this operation's forwards through torch.compile."""
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    functorch.donated_buffer = False  # a backward is called again and again on one forward
-    if hasattr(dynamo, "fail_on_recompile_limit_hit"):
-        dynamo.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
-    forwards = {}
-    for name in SPECS[operation].fields:
-        if "backward" not in name:
-            forwards[name] = torch.compile(getattr(REFERENCE, name), fullgraph=True)
-    return dataclasses.replace(REFERENCE, name="compiled", **forwards)
-
-
-def our_tables(operation: str) -> list[Ops]:
-    """TRITON and its variants, as far as they have their own form of this operation."""
-    spec = SPECS[operation]
-    known = {functions(TORCH, spec)}
-    tables = []
-    named = {"triton": registry.TRITON}
-    for variant, ops in registry.VARIANTS.items():
-        name = f"triton {variant.removeprefix(operation).strip()}"
-        named[name] = dataclasses.replace(ops, name=name)
-    for ops in named.values():
-        form = functions(ops, spec)
-        if form not in known:
-            known.add(form)
-            tables.append(ops)
-    return tables
-
-
-def why_failing(
-    operation: str, ops: Ops, shape: Shape, dtype: torch.dtype, device: str
-) -> str | None:
-    """Why this table's form must not be timed; None when it passes its check at the shape."""
-    try:
-        check(on_device(SPECS[operation], device), ops, REFERENCE, shape, dtype, device)
-    except Exception as error:  # whatever compiling, launching or checking may raise
-        return first_line(error)
-    return None
 
 
 class Run:
@@ -310,33 +261,6 @@ class Run:
             }
             results.append(result | apart.get(name, {}))
         return results
-
-
-class TimedForm:
-    """One form of a call, without arguments.
-
-    Its graph or saved tensors are made by the first call, so that `Clock.measure` reports a form
-    that fails there. The backward of a differentiable table is autograd's.
-    """
-
-    def __init__(self, how: Call, ops: Ops, inputs: dict) -> None:
-        self.how = how
-        self.ops = ops
-        self.inputs = inputs
-        self.ready: Callable[[], Any] | None = None
-
-    def __call__(self) -> Any:
-        if self.ready is None:
-            self.ready = self.prepare()
-        return self.ready()
-
-    def prepare(self) -> Callable[[], Any]:
-        how, ops, inputs = self.how, self.ops, self.inputs
-        if how.graph is not None and ops.name in DIFFERENTIABLE:
-            outputs, leaves, gradients = how.graph(ops, inputs)
-            return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-        saved = how.saved(ops, inputs)
-        return lambda: how.run(ops, inputs, saved)
 
 
 def alternating(shapes: list[Shape]) -> list[Shape]:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.card.checkpoint import PREPARED, place_data, place_model
+from benchmarks.card.checkpoint import PREPARED, ROOT, place_data, place_model
 from benchmarks.card.jobs import Ended, run_job
 from benchmarks.clock import figure, machine, record
 from benchmarks.compare_runs import loss_differences, read_lines
@@ -100,7 +100,7 @@ class Product:
 
     def script(self, name: str, *flags: object) -> list[str]:
         """A script of the product on this run's model."""
-        command = [sys.executable, f"scripts/{name}.py", "--model", self.model, *flags]
+        command = [sys.executable, ROOT / "scripts" / f"{name}.py", "--model", self.model, *flags]
         return [str(part) for part in command]
 
     def job(self, out: Path, *flags: object) -> list[str]:

@@ -63,18 +63,9 @@ def write_llama(
 
     shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,)}
     for i in range(layers):
-        layer = f"model.layers.{i}"
-        shapes |= {
-            f"{layer}.self_attn.q_proj": (heads * head_dim, hidden),
-            f"{layer}.self_attn.k_proj": (kv_heads * head_dim, hidden),
-            f"{layer}.self_attn.v_proj": (kv_heads * head_dim, hidden),
-            f"{layer}.self_attn.o_proj": (hidden, heads * head_dim),
-            f"{layer}.mlp.gate_proj": (intermediate, hidden),
-            f"{layer}.mlp.up_proj": (intermediate, hidden),
-            f"{layer}.mlp.down_proj": (hidden, intermediate),
-            f"{layer}.input_layernorm": (hidden,),
-            f"{layer}.post_attention_layernorm": (hidden,),
-        }
+        widths = (hidden, heads * head_dim, kv_heads * head_dim, intermediate)
+        for name, shape in _layer_shapes(*widths).items():
+            shapes[f"model.layers.{i}.{name}"] = shape
     if not tied:
         shapes["lm_head"] = (vocab, hidden)
     generator = torch.Generator().manual_seed(seed)
@@ -88,6 +79,23 @@ def write_llama(
     if tokenizer:
         _write_byte_tokenizer(path)
     return path
+
+
+def _layer_shapes(
+    hidden: int, queries: int, keys: int, intermediate: int
+) -> dict[str, tuple[int, ...]]:
+    """The matrices and norms of one layer, in the order in which their values are drawn."""
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
 
 
 def _write_byte_tokenizer(path: Path) -> None:
