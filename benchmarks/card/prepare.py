@@ -41,9 +41,12 @@ def wheel(folder: Path) -> None:
 
 
 def cpu_files(folder: Path) -> None:
-    """Run the job on this CPU, or go on with it, and keep the files that are compared."""
+    """Run the job on this CPU and keep the files that are compared.
+
+    What was begun at this commit goes on; another commit may write other texts.
+    """
     import_gguf(demo_gguf(), MODEL)
-    run = PREPARED / "cpu-run"
+    run = PREPARED / f"cpu-run-{environment()['commit']}"
     data = place_data(PREPARED, *ROWS[False])
     command = [sys.executable, "scripts/sdft.py", "--model", MODEL, "--device", "cpu"]
     command += ["--dtype", "float32", "--data", data / "train.json"]
