@@ -203,7 +203,7 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
         if "how" in r:
             notes.append(f"{name}: {r['how']}")
     text = [table(lines), *notes]
-    columns = "decoding,tokens/s,useful tokens/s,ms a step,card s,host s,prefill tokens/s"
+    columns = "decoding,tokens/s,useful tokens/s,ms a step,card s,rest s,prefill tokens/s"
     lines = [[*columns.split(","), "rows as the first"]]
     for name, forms in document["decoding"].items():
         if "failed" in forms:
@@ -216,8 +216,8 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
                     f"{r['tokens_s']:.1f}",
                     f"{r['useful_tokens_s']:.1f}",
                     f"{r['ms_per_step']:.1f}",
-                    f"{r['device_s']:.2f}" if "device_s" in r else "-",
-                    f"{r['host_s']:.2f}" if "host_s" in r else "-",
+                    f"{r['replay_s'] + r['forward_s']:.2f}" if "rest_s" in r else "-",
+                    f"{r['rest_s']:.2f}" if "rest_s" in r else "-",
                     f"{r['prefill_tokens_s']:.1f}",
                     f"{r['rows_as_first']}",
                 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,38 +77,54 @@ def random_adapter(model: Llama, modules: str) -> Lora | None:
     return lora
 
 
-class ReplayClock:
-    """The device's time in captured decode steps."""
+class CardClock:
+    """The card's time in replayed decode steps, and in forwards that the host launches (prefill).
+
+    Between the first and the last kernel of each, so a forward that waits for the host's launches
+    counts in whole.
+    """
 
     def __init__(self) -> None:
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
 
-    def seconds(self) -> float | None:
-        """The sum over all replays, None where nothing was replayed; waits for the device."""
-        if not self.events:
-            return None
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self.events) / 1e3
-
-
-@contextmanager
-def timed_replays() -> Iterator[ReplayClock]:
-    """Inside, CUDA events surround every replay of a captured decode step."""
-    clock = ReplayClock()
-    plain = DecodeStep.replay
-
-    def replay(step: DecodeStep) -> None:
-        if step.graph is None:
-            plain(step)
-            return
+    def around(self, name: str, fn: Callable[[], Any]) -> Any:
+        """Call `fn` between two CUDA events."""
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()
-        plain(step)
+        result = fn()
         end.record()
-        clock.events.append((start, end))
+        self.events.setdefault(name, []).append((start, end))
+        return result
 
-    with mock.patch.object(DecodeStep, "replay", replay):
+    def seconds(self, name: str) -> float:
+        """The sum over all calls; waits for the device."""
+        torch.cuda.synchronize()
+        pairs = self.events.get(name, [])
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+
+
+@contextmanager
+def card_clock(device: torch.device) -> Iterator[CardClock | None]:
+    """Inside, the card's time in decoding is measured; None on a CPU."""
+    if device.type != "cuda":
+        yield None
+        return
+    clock = CardClock()
+    plain_replay, plain_forward = DecodeStep.replay, Llama.forward
+
+    def replay(step: DecodeStep) -> None:
+        clock.around("replay", lambda: plain_replay(step))
+
+    def forward(model: Llama, *args: Any, **options: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            return plain_forward(model, *args, **options)
+        return clock.around("forward", lambda: plain_forward(model, *args, **options))
+
+    with (
+        mock.patch.object(DecodeStep, "replay", replay),
+        mock.patch.object(Llama, "forward", forward),
+    ):
         yield clock
 
 
@@ -116,8 +132,8 @@ def decode(model: Llama, case: DecodeCase) -> dict[str, Any]:
     """Speeds and answers of one kind of decoding, with the sampler's counts as `stats`.
 
     `tokens_s` is decoding alone; `useful_tokens_s` all new tokens over all seconds but those of
-    capturing, prefill and the host's work included. `device_s` and `host_s` divide the seconds of
-    decoding where the steps were replayed: the card's in replays, and the rest.
+    capturing, prefill and the host's work included. On a GPU these seconds are divided: `replay_s`
+    and `forward_s` are the card's (`CardClock`), `rest_s` is what remains, in which it waits.
     """
     generator = torch.Generator().manual_seed(2)
     vocab = model.config.vocab_size
@@ -137,15 +153,15 @@ def decode(model: Llama, case: DecodeCase) -> dict[str, Any]:
     )
     lora = random_adapter(model, case.adapter)
     run_requests(model, config, lora, short_requests)  # compiles
-    with timed_replays() as clock:
+    with card_clock(model.device) as clock:
         answers, seconds, stats = run_requests(model, config, lora, requests)
-        device_seconds = clock.seconds()
+    seconds -= stats.capture_seconds
     decoded = stats.new_tokens - len(requests)  # prefill gave each sequence its first token
     result = {
         "tokens_s": decoded / stats.decode_seconds,
         "ms_per_step": 1e3 * stats.decode_seconds / stats.steps,
         "prefill_tokens_s": stats.prompt_tokens / stats.prefill_seconds,
-        "useful_tokens_s": stats.new_tokens / (seconds - stats.capture_seconds),
+        "useful_tokens_s": stats.new_tokens / seconds,
         "new_tokens": stats.new_tokens,
         "seconds": seconds,
         "decode_s": stats.decode_seconds,
@@ -155,9 +171,10 @@ def decode(model: Llama, case: DecodeCase) -> dict[str, Any]:
         "answers": [answers[request.id] for request in requests],
         "stats": stats,
     }
-    if device_seconds is not None:
-        host_seconds = stats.decode_seconds - device_seconds
-        result |= {"device_s": device_seconds, "host_s": host_seconds}
+    if clock is not None:
+        replays, forwards = clock.seconds("replay"), clock.seconds("forward")
+        rest = seconds - replays - forwards
+        result |= {"replay_s": replays, "forward_s": forwards, "rest_s": rest}
     return result
 
 

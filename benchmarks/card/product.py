@@ -66,6 +66,7 @@ KEPT = (  # files of a job that another machine's are compared with
     "sdft/metrics.jsonl",
 )
 RESERVE = 8.0  # seconds in which the record is written
+FOR_COMPARISONS = 25.0  # seconds that the processes side by side leave
 
 
 @dataclass
@@ -118,10 +119,14 @@ class Product:
         data = ["--data", source / "distilled.jsonl"]
         return self.script("train", *data, *fixed, *flags, "--out", out)
 
-    def run(self, name: str, command: Sequence[str], **options: Any) -> Ended:
-        """Run a process of this product run; its failure is a fault."""
+    def run(self, name: str, command: Sequence[str], keep: float = 0.0, **options: Any) -> Ended:
+        """Run a process of this product run; its failure is a fault.
+
+        keep: seconds that it must leave of those that are left. options: of `run_job`.
+        """
         log = self.work / "logs" / f"{name.replace(' ', '-')}.log"
-        ended = run_job(name, command, log, max(1.0, self.left()), **options)
+        limit = max(1.0, self.left() - keep)
+        ended = run_job(name, command, log, limit, **options)
         self.must(not ended.failed, f"{name} ended with code {ended.code}, see {ended.log}")
         return ended
 
@@ -145,7 +150,8 @@ def first_job(run: Product) -> None:
     """The job as a user types it, alone on the card and with empty caches."""
     out = run.work / "first"
     command = run.job(out, "--ops", "auto")
-    ended = run.run("first job", command, watch=out / "distilled.jsonl")
+    half = run.left() / 2
+    ended = run.run("first job", command, keep=half, watch=out / "distilled.jsonl")
     run.note("first job", **ended.figures(), **summary_figures(out))
 
 
@@ -185,7 +191,8 @@ def summary_figures(out: Path) -> dict[str, Any]:
 def job_in_fp32(run: Product, name: str, *flags: object) -> None:
     """The job in fp32, beside other processes: only its files count, not its time."""
     out = run.work / name
-    ended = run.run(name, run.job(out, "--dtype", "float32", *flags), threads=2)
+    command = run.job(out, "--dtype", "float32", *flags)
+    ended = run.run(name, command, keep=FOR_COMPARISONS, threads=2)
     run.note(name, **ended.figures(), **summary_figures(out))
 
 
@@ -194,7 +201,8 @@ def trained_twice(run: Product) -> None:
     dropout = ["--dropout", "0.1"]
     for name in ("train a", "train b"):
         out = run.work / name.replace(" ", "-")
-        ended = run.run(name, run.training(out, *dropout), threads=2)
+        command = run.training(out, *dropout)
+        ended = run.run(name, command, keep=FOR_COMPARISONS, threads=2)
         run.note(name, **ended.figures())
     equal = same_training(run.work / "train-a", run.work / "train-b")
     run.note("trained twice", bitwise_equal=equal)
@@ -207,9 +215,10 @@ def killed_and_resumed(run: Product) -> None:
     steps = 2 if run.dry else 10
     at = out / "checkpoints" / f"step-{steps:06d}"
     flags = ["--dropout", "0.1"]
-    killed = run.run("train killed", run.training(out, *flags), kill_when=at, threads=2)
+    options: dict[str, Any] = {"keep": FOR_COMPARISONS, "threads": 2}
+    killed = run.run("train killed", run.training(out, *flags), kill_when=at, **options)
     run.must(killed.killed, "the training had ended before it was killed")
-    resumed = run.run("train resumed", run.training(out, *flags, "--resume"), threads=2)
+    resumed = run.run("train resumed", run.training(out, *flags, "--resume"), **options)
     run.note("train resumed", was_killed=killed.killed, **resumed.figures())
 
 
@@ -238,11 +247,13 @@ def two_processes(run: Product) -> None:
     """Training with sharded weights in two processes, beside one process with all of them."""
     alone = run.work / "train-alone"
     sharded = run.work / "train-sharded"
-    run.run("train alone", run.training(alone, "--dropout", "0"), threads=2)
+    command = run.training(alone, "--dropout", "0")
+    run.run("train alone", command, keep=FOR_COMPARISONS, threads=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "2"]
     _, *script = run.training(sharded, "--dropout", "0", "--shard")
-    ended = run.run("train sharded", [*torchrun, *script], threads=1)
+    command = [*torchrun, *script]
+    ended = run.run("train sharded", command, keep=FOR_COMPARISONS, threads=1)
     gaps = {}
     if not ended.failed:
         gaps = loss_differences(alone, sharded, "")

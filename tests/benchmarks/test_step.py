@@ -7,12 +7,20 @@ import torch
 
 from benchmarks import step
 from benchmarks.shapes import model_config, random_weights
-from benchmarks.step_decoding import SETTINGS, DecodeCase, decode, random_adapter
+from benchmarks.step_decoding import (
+    SETTINGS,
+    DecodeCase,
+    card_clock,
+    decode,
+    random_adapter,
+    run_requests,
+)
 from benchmarks.step_training import StepCase, Trainer, training
 from benchmarks.tables import sampling as sampling_tables
 from benchmarks.tables import training as training_tables
 from benchmarks.tables.records import Record
 from engine.presets import get_preset
+from engine.sampling.requests import Request, SamplerConfig
 from kernels.registry import TORCH
 from model.llama import Llama
 
@@ -128,3 +136,30 @@ def test_tables_of_old_shapes_take_no_new_record():
     assert steps(record(dropout=0.1), record(tokens=2304), record(micro_tokens=1024)) == 0
     assert decodings(record(), record(requests=0, adapter="")) == 2
     assert decodings(record(requests=64), record(adapter="all"), record(rows=64)) == 0
+
+
+def test_the_cards_time_is_that_of_replays_and_forwards(tiny, monkeypatch):
+    """Played on a CPU: events that tell the time of the host's clock, half a second a record."""
+    clock = iter(range(10**6))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock) * 500.0
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    plain = Llama.forward
+    requests = [Request(f"r{i}", [1, 2, 3], 3) for i in range(2)]
+    with card_clock(torch.device("cuda")) as card:
+        run_requests(tiny, SamplerConfig(rows=2, draft="off"), None, requests)
+    assert card.seconds("forward") == 0.5 * len(card.events["forward"]) > 0.5
+    assert card.seconds("replay") == 0 and Llama.forward is plain
+    with card_clock(torch.device("cpu")) as card:
+        assert card is None
