@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import graph_clock, worth
+from benchmarks import _common, graph_clock, worth
 from benchmarks import kernels as kernels_benchmark
 from benchmarks.card import __main__ as session
 from benchmarks.card import checkpoint, jobs, measure, product
@@ -359,7 +360,11 @@ def test_every_call_worth_timing_is_known_and_fits_its_operation():
     for operation, call, shape in timed:
         assert (operation, call) in CALLS
         flops, size = WORK[operation, call](*shape, e=2)
-        assert flops + size > 0 and len(shape) >= min(map(len, SPECS[operation].bench_shapes))
+        assert flops + size > 0
+    for operation, shape in {(operation, shape) for operation, _, shape in timed}:
+        table = _common.tables(SPECS[operation])[-1]  # of `linear` the only one with a kernel
+        launches = _common.record(SPECS[operation], table, shape, torch.bfloat16, "sm_90")
+        assert launches, f"{operation} {shape} launches no kernel of ours"
 
 
 def test_kernels_by_worth_stop_when_the_seconds_are_over(monkeypatch, tmp_path, capsys):
