@@ -393,9 +393,11 @@ def time_by_worth(run: Run, args: argparse.Namespace, document: dict) -> None:
     """Time the calls of worth.py in their order, until --seconds are over."""
     started = time.perf_counter()
     timed = [t for t in by_worth() if args.kernel in (None, t[0])]
-    if args.dry:  # a tiny shape of every call
-        timed = [(operation, call, run.shapes(operation)[0]) for operation, call, _ in timed]
-        timed = list(dict.fromkeys(timed))
+    if args.dry:  # the first call of every operation, at a tiny shape
+        first = {}
+        for operation, call, _ in timed:
+            first.setdefault(operation, (operation, call, run.shapes(operation)[0]))
+        timed = list(first.values())
     for n, (operation, call, shape) in enumerate(timed):
         if args.seconds and n and time.perf_counter() - started > args.seconds:
             document["left_out"] += len(timed) - n
