@@ -74,6 +74,7 @@ def decode(setting: Setting, seconds: int) -> list[str]:
 
 def kernels(setting: Setting, seconds: int) -> list[str]:
     flags = ["--worth", "--graph", "--slot", "0.03", "--seconds", usable(seconds)]
+    flags += ["--compile", "no"]  # torch.compile takes seconds for every new shape
     return module(setting, "benchmarks.kernels", *flags)
 
 
