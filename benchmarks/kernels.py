@@ -115,6 +115,20 @@ class Run:
         small = [s for s in shapes if self.fits_a_cpu(operation, s)]
         return small if len(small) <= 2 else [small[0], small[-1]]
 
+    def smallest_shape(self, operation: str) -> Shape:
+        """The test shape with the least work, but some: for the interpreter.
+
+        Of those that look like benchmark shapes: without a prefix (a negative number) and further
+        settings.
+        """
+        spec = SPECS[operation]
+        fewest, most = len(spec.bench_shapes[0]), max(map(len, spec.bench_shapes))
+        work = {}
+        for shape in spec.interpreter_shapes or spec.test_shapes:
+            if fewest <= len(shape) <= most and min(shape) >= 0 and shape[0] > 0:
+                work[shape] = self.work(operation, shape)
+        return min(work, key=work.get)
+
     def fits_a_cpu(self, operation: str, shape: Shape) -> bool:
         """Whether a CPU times this shape without --all."""
         operations, size = self.work(operation, shape)
@@ -393,10 +407,10 @@ def time_by_worth(run: Run, args: argparse.Namespace, document: dict) -> None:
     """Time the calls of worth.py in their order, until --seconds are over."""
     started = time.perf_counter()
     timed = [t for t in by_worth() if args.kernel in (None, t[0])]
-    if args.dry:  # the first call of every operation, at a tiny shape
+    if args.dry:  # the first call of every operation, at its smallest shape with work in it
         first = {}
         for operation, call, _ in timed:
-            first.setdefault(operation, (operation, call, run.shapes(operation)[0]))
+            first.setdefault(operation, (operation, call, run.smallest_shape(operation)))
         timed = list(first.values())
     for n, (operation, call, shape) in enumerate(timed):
         if args.seconds and n and time.perf_counter() - started > args.seconds:
