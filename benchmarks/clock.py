@@ -101,6 +101,21 @@ def record(document: dict[str, Any], wanted: bool) -> None:
     print(json.dumps(document))
 
 
+def figure(benchmark: str, values: dict[str, Any]) -> None:
+    """Append figures to $OUT/figures.jsonl, if there is an $OUT, as soon as they are known.
+
+    A benchmark that is killed before its `record` leaves them there.
+    """
+    folder = os.environ.get("OUT")
+    if not folder:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    line = json.dumps({"benchmark": benchmark, "date": now} | values)
+    with (Path(folder) / "figures.jsonl").open("a") as log:
+        log.write(line + "\n")  # closing writes it out
+
+
 # ---- time
 
 
@@ -178,6 +193,28 @@ class Clock:
         for name in costs:
             found[name]["ms"].sort()
         return found
+
+
+def sustained(device: str, dtype: torch.dtype, seconds: float) -> float:
+    """Operations/s of a large product, repeated without a pause for at least so many seconds.
+
+    `ceilings` gives a burst: a card that works on draws more power than it may, and slows down.
+    """
+    n = 8192 if device.startswith("cuda") else 512
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    clock = Clock(device, seconds)
+    torch.mm(a, b, out=out)
+    clock.wait()
+    started = time.perf_counter()
+    products = 0
+    while time.perf_counter() - started < seconds:
+        for _ in range(10):
+            torch.mm(a, b, out=out)
+        products += 10
+        clock.wait()
+    return 2 * n**3 * products / (time.perf_counter() - started)
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -3,12 +3,15 @@
     python -m benchmarks.kernels                         forward, on the GPU if there is one
     python -m benchmarks.kernels --backward --kernel lora_linear --rows 8192
     python -m benchmarks.kernels --shape 8192,4096,4096,16      M,K,N,r of a linear of your own
+    python -m benchmarks.kernels --worth --graph --seconds 80   those worth most first (worth.py)
 
 Green first: a form is timed only if `kernels.spec.check` passes for it here, at the test shapes
 and, on a GPU, at the shape that is timed (where that check is cheap); else it says RED.
 The forms of an operation take turns in one process. On a GPU: CUDA events, the L2 cache flushed
 before every call; the host's work for a launch is hidden only as far as the flush is long.
 On a CPU 64 MiB are written before every call, which leaves a larger cache warm.
+With --graph the card's time and the host's stand apart beside that (graph_clock.py): what autograd
+runs is not captured.
 
     eager       the REFERENCE form; backwards by autograd, whose forward is not timed
     compiled    torch.compile of it (on a GPU; elsewhere with --compile yes)
@@ -32,80 +35,34 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import torch
 
 from benchmarks import _common
-from benchmarks.clock import DTYPES, Clock, ceilings, first_line, header, machine, record
+from benchmarks.clock import DTYPES, Clock, ceilings, figure, first_line, header, machine, record
+from benchmarks.graph_clock import GraphClock, inputs_needed
+from benchmarks.kernel_forms import TimedForm, compiled, our_tables, why_failing
 from benchmarks.operations import (
     BY_HAND,
     CALLS,
     DIFFERENTIABLE,
+    HAND_WRITTEN_ONLY,
     NO_EAGER,
-    Call,
     make_inputs,
-    on_device,
 )
 from benchmarks.tuning.ahead import Target, Task, Workers, in_parts
 from benchmarks.work import WORK, rows_of
+from benchmarks.worth import by_worth
 from engine.runtime.terminal import table
-from kernels import registry
 from kernels.launch import triton_launch
-from kernels.registry import REFERENCE, SPECS, TORCH, Ops, functions
-from kernels.spec import check
+from kernels.registry import REFERENCE, SPECS, TORCH, Ops
 
 PARTS = 3  # that a table's launches at a shape are compiled in
 CHEAP_CHECK = 2e12  # operations of a call whose check in fp64 is made at the timed shape too
 CPU_WORK = (4e9, 4e8)  # operations and bytes of the shapes that a CPU times without --all
 Shape = tuple[int, ...]
-
-# ---- forms
-
-
-def compiled(operation: str) -> Ops:
-    """The REFERENCE table with this operation's forwards through torch.compile."""
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    functorch.donated_buffer = False  # a backward is called again and again on one forward
-    if hasattr(dynamo, "fail_on_recompile_limit_hit"):
-        dynamo.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
-    forwards = {}
-    for name in SPECS[operation].fields:
-        if "backward" not in name:
-            forwards[name] = torch.compile(getattr(REFERENCE, name), fullgraph=True)
-    return dataclasses.replace(REFERENCE, name="compiled", **forwards)
-
-
-def our_tables(operation: str) -> list[Ops]:
-    """TRITON and its variants, as far as they have their own form of this operation."""
-    spec = SPECS[operation]
-    known = {functions(TORCH, spec)}
-    tables = []
-    named = {"triton": registry.TRITON}
-    for variant, ops in registry.VARIANTS.items():
-        name = f"triton {variant.removeprefix(operation).strip()}"
-        named[name] = dataclasses.replace(ops, name=name)
-    for ops in named.values():
-        form = functions(ops, spec)
-        if form not in known:
-            known.add(form)
-            tables.append(ops)
-    return tables
-
-
-def why_failing(
-    operation: str, ops: Ops, shape: Shape, dtype: torch.dtype, device: str
-) -> str | None:
-    """Why this table's form must not be timed; None when it passes its check at the shape."""
-    try:
-        check(on_device(SPECS[operation], device), ops, REFERENCE, shape, dtype, device)
-    except Exception as error:  # whatever compiling, launching or checking may raise
-        return first_line(error)
-    return None
 
 
 class Run:
@@ -122,6 +79,7 @@ class Run:
         self.compiled: dict[str, Ops] = {}
         self.verdicts: dict[tuple[str, str, Shape], str | None] = {}
         self.clock = Clock(self.device, args.slot, 2 if args.dry else 50)
+        self.graph_clock = GraphClock(self.device) if args.graph else None
         self.ceilings = ceilings(self.device, self.dtype)
         self.without_ours = triton_launch.why_unavailable(self.device)
         self.workers: Workers | None = None
@@ -156,6 +114,20 @@ class Run:
             return shapes
         small = [s for s in shapes if self.fits_a_cpu(operation, s)]
         return small if len(small) <= 2 else [small[0], small[-1]]
+
+    def smallest_shape(self, operation: str) -> Shape:
+        """The test shape with the least work, but some: for the interpreter.
+
+        Of those that look like benchmark shapes: without a prefix (a negative number) and further
+        settings.
+        """
+        spec = SPECS[operation]
+        fewest, most = len(spec.bench_shapes[0]), max(map(len, spec.bench_shapes))
+        work = {}
+        for shape in spec.interpreter_shapes or spec.test_shapes:
+            if fewest <= len(shape) <= most and min(shape) >= 0 and shape[0] > 0:
+                work[shape] = self.work(operation, shape)
+        return min(work, key=work.get)
 
     def fits_a_cpu(self, operation: str, shape: Shape) -> bool:
         """Whether a CPU times this shape without --all."""
@@ -226,7 +198,9 @@ class Run:
             found.append(BY_HAND[operation])
         checked = [TORCH]
         if not self.without_ours:
-            checked += our_tables(operation)
+            ours = our_tables(operation)
+            is_rehearsal = self.args.worth and self.args.dry
+            checked += ours[:1] if is_rehearsal else ours  # the interpreter takes seconds a call
         for ops in checked:
             why_red = self.why_red(operation, ops, shape)
             if why_red is None:
@@ -238,7 +212,29 @@ class Run:
     def forms(self, operation: str, call: str, inputs: dict, tables: list[Ops]) -> dict:
         """Table name -> the call of this table, without arguments."""
         how = CALLS[operation, call]
+        if (operation, call) in HAND_WRITTEN_ONLY:
+            tables = [ops for ops in tables if ops.name not in DIFFERENTIABLE]
         return {ops.name: TimedForm(how, ops, inputs) for ops in tables}
+
+    def captured(self, operation: str, call: str, shape: Shape, tables: list[Ops]) -> dict:
+        """Table name -> the milliseconds of the device and of the host, each on its own.
+
+        {} without --graph. Autograd's forms are left out: they cannot be captured.
+        """
+        if self.graph_clock is None:
+            return {}
+        one = make_inputs(operation, shape, self.dtype, self.device)
+        size = sum(t.nbytes for t in one.values() if isinstance(t, torch.Tensor))
+        sets = [one]
+        for _ in range(inputs_needed(size, self.graph_clock.cache_bytes) - 1):
+            sets.append(make_inputs(operation, shape, self.dtype, self.device))
+        how = CALLS[operation, call]
+        found = {}
+        for ops in tables:
+            if ops.name not in DIFFERENTIABLE:
+                calls = [TimedForm(how, ops, inputs) for inputs in sets]
+                found[ops.name] = self.graph_clock.measure(calls)
+        return found
 
     def time(self, operation: str, call: str, shape: Shape, inputs: dict) -> list[dict]:
         """Every form of one call: its times, rates and distance from the floor."""
@@ -261,6 +257,7 @@ class Run:
             "bound": bound,
         }
         times = self.clock.measure(self.forms(operation, call, inputs, tables))
+        apart = self.captured(operation, call, shape, tables)
         results = []
         for name, form in (times | without).items():
             result = about | {"form": name}
@@ -278,35 +275,8 @@ class Run:
                 "unit": unit,
                 "x_floor": median / floor if floor else 0.0,
             }
-            results.append(result)
+            results.append(result | apart.get(name, {}))
         return results
-
-
-class TimedForm:
-    """One form of a call, without arguments.
-
-    Its graph or saved tensors are made by the first call, so that `Clock.measure` reports a form
-    that fails there. The backward of a differentiable table is autograd's.
-    """
-
-    def __init__(self, how: Call, ops: Ops, inputs: dict) -> None:
-        self.how = how
-        self.ops = ops
-        self.inputs = inputs
-        self.ready: Callable[[], Any] | None = None
-
-    def __call__(self) -> Any:
-        if self.ready is None:
-            self.ready = self.prepare()
-        return self.ready()
-
-    def prepare(self) -> Callable[[], Any]:
-        how, ops, inputs = self.how, self.ops, self.inputs
-        if how.graph is not None and ops.name in DIFFERENTIABLE:
-            outputs, leaves, gradients = how.graph(ops, inputs)
-            return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-        saved = how.saved(ops, inputs)
-        return lambda: how.run(ops, inputs, saved)
 
 
 def alternating(shapes: list[Shape]) -> list[Shape]:
@@ -342,7 +312,8 @@ def results_text(results: list[dict]) -> str:
         f"\n{first['operation']} {first['call']}, shape {shape_text(first['shape'])}, "
         f"{first['dtype']}: floor {first['floor_ms']:.4f} ms, by the {first['bound']}"
     )
-    lines = [["form", "median ms", "p20", "p80", "rate", "", "of ceiling", "x floor", "peak MiB"]]
+    names = "form,median ms,p20,p80,card ms,host ms,rate,,of ceiling,x floor,peak MiB"
+    lines = [names.split(",")]
     skipped = []
     for r in results:
         if "skipped" in r:
@@ -355,6 +326,8 @@ def results_text(results: list[dict]) -> str:
                 f"{median:.4f}",
                 f"{low:.4f}",
                 f"{high:.4f}",
+                f"{r['device_ms']:.4f}" if "device_ms" in r else "-",
+                f"{r['host_ms']:.4f}" if "host_ms" in r else "-",
                 f"{r['rate']:.3g}",
                 r["unit"],
                 f"{100 / r['x_floor']:.0f} %" if r["x_floor"] else "-",
@@ -370,6 +343,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser.add_argument("--kernel", choices=SPECS, help="one operation; default all")
     parser.add_argument("--backward", action="store_true", help="the backwards, not the forwards")
+    parser.add_argument("--worth", action="store_true", help="the calls and order of worth.py")
+    parser.add_argument("--graph", action="store_true", help="the card's time and the host's too")
     parser.add_argument("--shape", help="M,K,N,r: lora_linear of this shape")
     parser.add_argument("--rows", default="", help="only shapes of so many tokens, as 1,8192")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
@@ -381,6 +356,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--dry", action="store_true", help="a tiny shape of each, two calls")
     args = parser.parse_args(argv)
+    if args.worth and (args.shape or args.rows or args.backward):
+        parser.error("--worth has its own shapes and calls: leave --shape, --rows, --backward out")
     if args.shape and args.kernel not in (None, "lora_linear"):
         parser.error(f"--shape is of lora_linear, not of {args.kernel}")
     if args.shape and not re.fullmatch(r"\d+(,\d+){3}", args.shape):
@@ -419,7 +396,33 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
-    """Time every case into the document, each operation at one shape at least."""
+    """Time every case into the document."""
+    if args.worth:
+        time_by_worth(run, args, document)
+    else:
+        time_by_operation(run, args, document)
+
+
+def time_by_worth(run: Run, args: argparse.Namespace, document: dict) -> None:
+    """Time the calls of worth.py in their order, until --seconds are over."""
+    started = time.perf_counter()
+    timed = [t for t in by_worth() if args.kernel in (None, t[0])]
+    if args.dry:  # the first call of every operation, at its smallest shape with work in it
+        first = {}
+        for operation, call, _ in timed:
+            first.setdefault(operation, (operation, call, run.smallest_shape(operation)))
+        timed = list(first.values())
+    for n, (operation, call, shape) in enumerate(timed):
+        if args.seconds and n and time.perf_counter() - started > args.seconds:
+            document["left_out"] += len(timed) - n
+            return
+        following = [other for name, _, other in timed[n + 1 :] if name == operation]
+        if not time_shape(run, operation, [call], shape, following, document):
+            return
+
+
+def time_by_operation(run: Run, args: argparse.Namespace, document: dict) -> None:
+    """Time every operation, at one shape at least."""
     started = time.perf_counter()
     cases = list(run.cases())
     for n, (operation, shapes) in enumerate(cases, start=1):
@@ -434,19 +437,38 @@ def time_cases(run: Run, args: argparse.Namespace, document: dict) -> None:
             if args.seconds and k and is_late:
                 document["left_out"] += len(shapes) - k
                 break
-            try:
-                run.compile_ahead(operation, shape, shapes[k + 1 :])
-                inputs = make_inputs(operation, shape, run.dtype, run.device)
-                for call in calls:
-                    found = run.time(operation, call, shape, inputs)
-                    document["results"] += found
-                    print(results_text(found), flush=True)
-            except torch.OutOfMemoryError as error:
-                print(f"\n{operation} {shape_text(shape)}: {first_line(error)}")
-            except RuntimeError as error:  # a launch that failed takes the device with it
-                document["stopped"] = f"{operation} {shape_text(shape)}: {first_line(error)}"
-                print(f"\nSTOPPED at {document['stopped']}")
+            if not time_shape(run, operation, calls, shape, shapes[k + 1 :], document):
                 return
+
+
+def time_shape(
+    run: Run,
+    operation: str,
+    calls: list[str],
+    shape: Shape,
+    following: list[Shape],
+    document: dict,
+) -> bool:
+    """Time calls of an operation at a shape into the document.
+
+    following: shapes of the operation that come later. False where a launch failed, which takes
+    the device with it.
+    """
+    try:
+        run.compile_ahead(operation, shape, following)
+        inputs = make_inputs(operation, shape, run.dtype, run.device)
+        for call in calls:
+            found = run.time(operation, call, shape, inputs)
+            document["results"] += found
+            figure("kernels", {"results": found})
+            print(results_text(found), flush=True)
+    except torch.OutOfMemoryError as error:
+        print(f"\n{operation} {shape_text(shape)}: {first_line(error)}")
+    except RuntimeError as error:
+        document["stopped"] = f"{operation} {shape_text(shape)}: {first_line(error)}"
+        print(f"\nSTOPPED at {document['stopped']}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

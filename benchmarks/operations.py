@@ -90,6 +90,11 @@ BY_HAND = {
     "attention": dataclasses.replace(REFERENCE, name="sdpa", attention_forward=sdpa_forward),
 }
 DIFFERENTIABLE = ("eager", "compiled", "peft", "sdpa")  # tables whose backward is autograd's
+# calls that are timed in TORCH and in our kernels only: by hand one would draw another mask
+HAND_WRITTEN_ONLY = {
+    ("lora_linear", "forward, dropout"),
+    ("lora_linear", "backward, dropout"),
+}
 NO_EAGER = {"sample": "the definition sorts the vocabulary in Python"}
 
 # ---- the calls
@@ -179,6 +184,16 @@ def lora_linear_forward(ops: Ops, inputs: Inputs, saved: Saved = None) -> Any:
 def lora_linear_backward(ops: Ops, inputs: Inputs, saved: Saved) -> Any:
     _, s = saved
     return ops.lora_linear_backward(inputs["dy"], inputs["x"], inputs["w"], s, inputs["group"])
+
+
+def lora_linear_forward_dropout(ops: Ops, inputs: Inputs, saved: Saved = None) -> Any:
+    return ops.lora_linear_forward(inputs["x"], inputs["w"], inputs["group"], inputs["drop"])
+
+
+def lora_linear_backward_dropout(ops: Ops, inputs: Inputs, saved: Saved) -> Any:
+    _, s = saved
+    dy, x, weight, group = inputs["dy"], inputs["x"], inputs["w"], inputs["group"]
+    return ops.lora_linear_backward(dy, x, weight, s, group, dropout=inputs["drop"])
 
 
 def lora_linear_graph(ops: Ops, inputs: Inputs) -> Graph:
@@ -279,6 +294,10 @@ CALLS: dict[tuple[str, str], Call] = {
     ("swiglu", "backward"): Call(swiglu_backward, graph=swiglu_graph),
     ("lora_linear", "forward"): Call(lora_linear_forward),
     ("lora_linear", "backward"): Call(lora_linear_backward, lora_linear_forward, lora_linear_graph),
+    ("lora_linear", "forward, dropout"): Call(lora_linear_forward_dropout),
+    ("lora_linear", "backward, dropout"): Call(
+        lora_linear_backward_dropout, lora_linear_forward_dropout
+    ),
     ("linear", "forward"): Call(linear_forward),
     ("attention", "forward"): Call(attention_forward),
     ("attention", "backward"): Call(attention_backward, attention_forward, attention_graph),

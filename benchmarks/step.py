@@ -3,20 +3,27 @@
     python -m benchmarks.step                                        Llama-2-7B, r 8 on q and v
     python -m benchmarks.step --rank 16 --modules all --ops torch,triton,peft --no-decode
     python -m benchmarks.step --model tiny --tokens 64 --row 16      on any machine
+    python -m benchmarks.step --tokens 2304 --row 288 --modules all --dropout 0.1 --no-decode
+    python -m benchmarks.step --steps 0 --rows-list 64,128,256 --prompt 150 --new 140 \\
+        --requests 512 --adapter all                                 decoding alone, with refill
 
 A training step is that of engine/train/step.py: forward, loss at every token, backward, clipping,
-AdamW, on rows packed into one micro-batch. The tables of operations take turns, step by step, on
-the same tokens and weights: their losses and gradient norms must agree. `peft` is transformers with
-peft in a process of its own, on weights of the same shapes.
+AdamW, on packed rows, in one micro-batch unless --micro-tokens divides them. The tables of
+operations take turns, step by step, on the same tokens and weights: their losses and gradient
+norms must agree. `peft` is transformers with peft in a process of its own, on weights of the same
+shapes.
 
 MFU counts 4 operations per weight and token (a LoRA step has no weight gradients: forward and
 gradient of the activations) and 3.5 times the causal attention's forward, over the rate of a large
 product measured on this machine first.
 
-Decoding is engine/sampling/sampler.py without adapter and draft tokens: every step launched by the
-host, and on a GPU also captured ("graphs"), eight steps per host synchronisation; capturing is
-timed apart. The last line is JSON, appended to $OUT/step.jsonl, or with --record to
-benchmarks/results/.
+Decoding is engine/sampling/sampler.py without draft tokens: every step launched by the host, and
+on a GPU also captured ("graphs"), eight steps per host synchronisation; capturing is timed apart.
+"useful" tokens/s are all new tokens over all seconds, prefill included. Settings: greedy; sampled
+at temperature 0.7, top-p 0.9; and the paper's sampling. With --requests above --rows, sequences
+that end are replaced by others, and lengths vary from a half to three halves.
+
+The last line is JSON, appended to $OUT/step.jsonl, or with --record to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -25,130 +32,45 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import operator
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.clock import DTYPES, ceilings, first_line, header, machine, record
+from benchmarks.clock import DTYPES, ceilings, figure, first_line, header, machine, record
 from benchmarks.processes import why_out_of_memory
 from benchmarks.shapes import SHAPES, model_config, random_weights
-from engine.data.encode import Example
-from engine.data.pack import MicroBatch
+from benchmarks.step_decoding import SETTINGS, DecodeCase, decode, equal_rows
+from benchmarks.step_training import StepCase, summary, training
 from engine.runtime.terminal import table
 from engine.sampling.cuda_graphs import why_not_captured
-from engine.sampling.requests import Request, SamplerConfig
-from engine.sampling.sampler import Sampler
 from engine.train.mfu import stated_rate, step_operations
-from engine.train.optim import Optimizer
-from engine.train.step import micro_step
 from kernels.registry import invariant
 from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import LoraConfig
 from model.tape import POLICIES
 
 PEER = Path(__file__).resolve().parent / "peers" / "transformers_step.py"
 
 
-def row_lengths(args: argparse.Namespace) -> list[int]:
-    """Rows of --row tokens, --tokens together; a last row of one token is left out."""
-    lengths = [args.row] * (args.tokens // args.row)
-    rest = args.tokens % args.row
-    if rest > 1:
-        lengths.append(rest)
-    return lengths
-
-
-# ---- training
-
-
-class Trainer:
-    """One adapter trained with one table of operations."""
-
-    def __init__(self, model: Llama, args: argparse.Namespace) -> None:
-        self.model = model
-        self.policy = args.recompute
-        config = LoraConfig(args.rank, 2.0 * args.rank, modules=args.modules)
-        self.lora = Lora.init(config, model.config, model.device, model.dtype)
-        self.optimizer = Optimizer.fresh(self.lora, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(1)
-        vocab = model.config.vocab_size
-        rows = [torch.randint(vocab, (n,), generator=generator) for n in row_lengths(args)]
-        examples = [Example(f"row-{i}", ids.tolist(), 1) for i, ids in enumerate(rows)]
-        self.batch = MicroBatch.build(examples, 1, model.device)
-
-    def step(self) -> dict[str, float]:
-        """One step: its seconds, loss, gradient norm and peak memory."""
-        gpu = self.model.device.type == "cuda"
-        if gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        self.lora.grads.zero_()
-        nll = micro_step(self.model, self.lora, self.batch, self.policy)
-        scale = 1 / len(nll)
-        norm = self.optimizer.update(self.model.ops, self.lora, 1e-4, scale, clip=1.0).item()
-        loss = nll.mean().item()  # waits for the device
-        if gpu:
-            torch.cuda.synchronize()
-        return {
-            "seconds": time.perf_counter() - started,
-            "loss": loss,
-            "grad_norm": norm,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        }
-
-
-def attempt(runs: dict[str, Any], name: str, fn: Callable[[], dict]) -> None:
-    """Add a result to the steps of `name`, or record why there is none; the others continue."""
-    if "failed" in runs.get(name, {}):
-        return
-    try:
-        result = fn()
-    except Exception as error:
-        runs[name] = {"failed": first_line(error)}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return
-    runs.setdefault(name, {"steps": []})["steps"].append(result)
-
-
-def training(models: dict[str, Llama], args: argparse.Namespace) -> dict[str, dict]:
-    """Steps of every table, taking turns; the first compiles and is reported apart."""
-    trainers = {name: Trainer(model, args) for name, model in models.items()}
-    runs: dict[str, Any] = {}
-    for _ in range(args.steps + 2):  # two to warm up
-        for name, trainer in trainers.items():
-            attempt(runs, name, trainer.step)
-    return {name: summary(run) for name, run in runs.items()}
-
-
-def summary(run: dict[str, Any]) -> dict[str, Any]:
-    """Median and spread of the steps after the first two."""
-    if "failed" in run:
-        return run
-    steps = run["steps"][2:]
-    seconds = sorted(s["seconds"] for s in steps)
-    last = {k: v for k, v in steps[-1].items() if k != "seconds"}
-    first = run["steps"][0]
-    return last | {
-        "seconds": statistics.median(seconds),
-        "spread": [seconds[0], seconds[-1]],
-        "first_seconds": first["seconds"],
-        "first_loss": first["loss"],
-        "first_grad_norm": first["grad_norm"],
-    }
+def step_case(args: argparse.Namespace) -> StepCase:
+    """The training step that the flags ask for."""
+    return StepCase(
+        tokens=args.tokens,
+        row=args.row,
+        rank=args.rank,
+        modules=args.modules,
+        dropout=args.dropout,
+        micro_tokens=args.micro_tokens,
+        policy=args.recompute,
+    )
 
 
 def peer(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
@@ -159,9 +81,10 @@ def peer(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
     modules = LoraConfig(modules=args.modules).module_names()
     job = {
         "config": dataclasses.asdict(config),
-        "lengths": row_lengths(args),
+        "lengths": step_case(args).row_lengths(),
         "rank": args.rank,
         "modules": [m.split(".")[1] for m in modules],
+        "dropout": args.dropout,
         "steps": args.steps,
         "device": args.device,
         "dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
@@ -182,24 +105,40 @@ def peer(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
 # ---- decoding
 
 
+def decode_cases(args: argparse.Namespace) -> dict[str, DecodeCase]:
+    """What is decoded without graphs, by name; with --rows-list the names end in the rows."""
+    counts = args.rows_list or [args.rows]
+    cases = {}
+    for rows in counts:
+        case = DecodeCase(rows, args.prompt, args.new, args.requests, adapter=args.adapter)
+        suffix = f", {rows} rows" if args.rows_list else ""
+        for setting in SETTINGS:
+            cases[setting + suffix] = dataclasses.replace(case, setting=setting, graphs=False)
+        if args.invariant:
+            name = f"greedy, invariant{suffix}"
+            cases[name] = dataclasses.replace(case, invariant=True, graphs=False)
+    return cases
+
+
 def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
-    """Greedy and sampled decoding of --rows sequences that end at --new tokens only."""
-    settings: dict[str, dict] = {"greedy": {}, "sampled": {"temperature": 0.7, "top_p": 0.9}}
+    """Decoding of sequences that end at their last new token only, in every setting."""
+    cases = decode_cases(args)
     if args.invariant:
         try:
             invariant(model.ops)
-            settings["greedy, invariant"] = {"invariant": True}
         except ValueError as error:
             print(f"not decoded: {error}")
+            cases = {name: case for name, case in cases.items() if not case.invariant}
     results = {}
-    for name, setting in settings.items():
-        results[name] = decode(model, args, setting | {"graphs": False})
+    for name, case in cases.items():
+        results[name] = decode(model, case)
+        note(model.ops.name, name, results[name])
     reason = why_not_captured(model.ops) if model.device.type == "cuda" else "it is for GPUs"
     if reason:
         print(f"{model.ops.name}: decoded without graphs only: {reason}")
         return results
-    for name, setting in settings.items():
-        captured = decode(model, args, setting)
+    for name, case in cases.items():
+        captured = decode(model, dataclasses.replace(case, graphs=True))
         stats = captured["stats"]
         captured |= {
             "rows_as_without": equal_rows(captured["answers"], results[name]["answers"]),
@@ -207,33 +146,16 @@ def decoding(model: Llama, args: argparse.Namespace) -> dict[str, dict]:
             "capture_s": stats.capture_seconds,
             "not_captured": stats.why_not_captured or "",
         }
-        results[f"{name}, graphs"] = captured
+        with_graphs = f"{name}, graphs"
+        results[with_graphs] = captured
+        note(model.ops.name, with_graphs, captured)
     return results
 
 
-def decode(model: Llama, args: argparse.Namespace, setting: dict[str, Any]) -> dict[str, Any]:
-    """Speeds and answers of one kind of decoding, with the sampler's counts as `stats`."""
-    generator = torch.Generator().manual_seed(2)
-    prompts = torch.randint(model.config.vocab_size, (args.rows, args.prompt), generator=generator)
-    config = SamplerConfig(rows=args.rows, max_new_tokens=args.new, draft="off", **setting)
-    for new in (3, args.new):  # the first run compiles
-        requests = [Request(f"r{i}", p, new) for i, p in enumerate(prompts.tolist())]
-        with Sampler(model, lambda ids: "", (), config) as sampler:
-            answers = {done.id: done.ids for done in sampler.run(requests)}
-            stats = sampler.stats
-    decoded = stats.new_tokens - args.rows  # prefill gave each sequence its first token
-    return {
-        "tokens_s": decoded / stats.decode_seconds,
-        "ms_per_step": 1e3 * stats.decode_seconds / stats.steps,
-        "prefill_tokens_s": stats.prompt_tokens / stats.prefill_seconds,
-        "answers": [answers[request.id] for request in requests],
-        "stats": stats,
-    }
-
-
-def equal_rows(answers: list[list[int]], others: list[list[int]]) -> int:
-    """Number of sequences with the same tokens in both."""
-    return sum(map(operator.eq, answers, others))
+def note(ops: str, name: str, result: dict[str, Any]) -> None:
+    """Keep a decoding's figures at once, without the answers."""
+    figures = {k: v for k, v in result.items() if k not in ("answers", "stats")}
+    figure("step", {"decoding": name, "ops": ops} | figures)
 
 
 def compare(runs: dict[str, dict]) -> None:
@@ -252,9 +174,9 @@ def compare(runs: dict[str, dict]) -> None:
 
 def report(document: dict[str, Any], args: argparse.Namespace) -> str:
     """A table of training and one of decoding, with notes."""
-    columns = "training,tokens/s,step s,TFLOP/s,MFU,of stated,peak GiB,loss,grad norm,first step s"
-    lines = [columns.split(",")]
-    tokens = sum(row_lengths(args))
+    columns = "training,tokens/s,step s,TFLOP/s,MFU,of stated,peak GiB,by the plan,loss,grad norm"
+    lines = [[*columns.split(","), "first step s"]]
+    tokens = sum(step_case(args).row_lengths())
     notes = []
     for name, r in document["training"].items():
         if "seconds" not in r:
@@ -272,6 +194,7 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
                 f"{100 * rate / document['ceilings']['flops']:.1f} %",
                 stated,
                 peak,
+                f"{r['predicted_gib']:.1f}" if "predicted_gib" in r else "-",
                 f"{r['first_loss']:.4f}",
                 f"{r['first_grad_norm']:.4f}",
                 f"{r['first_seconds']:.1f}",
@@ -280,7 +203,8 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
         if "how" in r:
             notes.append(f"{name}: {r['how']}")
     text = [table(lines), *notes]
-    lines = [["decoding", "tokens/s", "ms a step", "prefill tokens/s", "rows as the first"]]
+    columns = "decoding,tokens/s,useful tokens/s,ms a step,card s,rest s,prefill tokens/s"
+    lines = [[*columns.split(","), "rows as the first"]]
     for name, forms in document["decoding"].items():
         if "failed" in forms:
             text.append(f"decoding, {name}: FAILED: {forms['failed']}")
@@ -290,20 +214,47 @@ def report(document: dict[str, Any], args: argparse.Namespace) -> str:
                 [
                     f"{name}, {kind}",
                     f"{r['tokens_s']:.1f}",
+                    f"{r['useful_tokens_s']:.1f}",
                     f"{r['ms_per_step']:.1f}",
+                    f"{r['replay_s'] + r['forward_s']:.2f}" if "rest_s" in r else "-",
+                    f"{r['rest_s']:.2f}" if "rest_s" in r else "-",
                     f"{r['prefill_tokens_s']:.1f}",
-                    f"{r['rows_as_first']}/{args.rows}",
+                    f"{r['rows_as_first']}",
                 ]
             )
             if "replayed" in r:
                 text.append(
                     f"{name}, {kind}: {r['replayed']:.0%} of the steps replayed, captured in "
-                    f"{r['capture_s']:.2f} s {r['not_captured']}; {r['rows_as_without']}/"
-                    f"{args.rows} rows as without"
+                    f"{r['capture_s']:.2f} s {r['not_captured']}; {r['rows_as_without']} rows as "
+                    "without"
                 )
     if len(lines) > 1:
         text += ["", table(lines)]
     return "\n".join(text)
+
+
+def count(text: str) -> int:
+    """A number that is not negative."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 or more")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    """Numbers above 0, separated by commas."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected numbers above 0 as 64,128,256")
+    return numbers
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected from 0 to below 1")
+    return number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -315,18 +266,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row", type=int, default=2048, help="tokens of a packed row")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--modules", default="qv", help="qv, attention, all or names")
+    parser.add_argument("--dropout", type=share, default=0.0, help="of the adapter's inputs")
+    parser.add_argument(
+        "--micro-tokens", type=count, default=0, help="of a micro-batch; 0: all in one"
+    )
     parser.add_argument("--recompute", choices=POLICIES, default="none")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after two to warm up")
+    parser.add_argument("--steps", type=count, default=5, help="timed, after two; 0: no training")
     parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--invariant", action="store_true", help="decode with --invariant too")
     parser.add_argument("--rows", type=int, default=32, help="decoded together")
+    parser.add_argument("--rows-list", type=counts, help="instead of --rows, as 64,128,256")
+    parser.add_argument("--requests", type=count, default=0, help="in all; 0: as many as --rows")
+    parser.add_argument("--adapter", default="", help="decode with one: qv, attention, all, names")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a decoded prompt")
     parser.add_argument("--new", type=int, default=64, help="new tokens of a decoded sequence")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        LoraConfig(args.rank, 1.0, modules=args.modules).check()
+        if args.adapter:
+            LoraConfig(modules=args.adapter).check()
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
         "environment": about,
         "ceilings": rates,
         "ask": vars(args),
-        "operations": step_operations(config, row_lengths(args)),
+        "operations": step_operations(config, step_case(args).row_lengths()),
         "stated": stated_rate(about["device"]),
         "training": {},
         "decoding": {},
@@ -361,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(args: argparse.Namespace, config: LlamaConfig, document: dict[str, Any]) -> None:
     """Train and decode with every table of --ops, into the document."""
     names = args.ops.split(",")
-    if "peft" in names:  # before our weights are on the device
+    if "peft" in names and args.steps:  # before our weights are on the device
         document["training"]["peft"] = peer(args, config)
     ours = [name for name in names if name != "peft"]
     weights = random_weights(config, args.device, DTYPES[args.dtype]) if ours else {}
@@ -374,7 +339,9 @@ def measure(args: argparse.Namespace, config: LlamaConfig, document: dict[str, A
             continue
         print(f"{name}: ops {ops.name}")
         models[name] = Llama(config, weights, ops)
-    document["training"] |= training(models, args)
+    if args.steps:
+        document["training"] |= training(models, step_case(args), args.steps)
+        figure("step", {"ask": vars(args), "training": document["training"]})
     if args.no_decode:
         return
     for name, model in models.items():

@@ -143,6 +143,8 @@ WORK: dict[tuple[str, str], Callable[..., Work]] = {
     ("swiglu", "backward"): swiglu_backward,
     ("lora_linear", "forward"): lora_linear_forward,
     ("lora_linear", "backward"): lora_linear_backward,
+    ("lora_linear", "forward, dropout"): lora_linear_forward,
+    ("lora_linear", "backward, dropout"): lora_linear_backward,
     ("linear", "forward"): linear,
     ("attention", "forward"): attention_forward,
     ("attention", "backward"): attention_backward,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from tests.helpers.llama_dirs import write_llama
 from tests.helpers.scripts import write_word_problems
 
 # Where there is no GPU, kernels run in triton's interpreter; it is decided when triton is imported.
@@ -26,11 +26,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def _need(*names: str) -> None:
@@ -129,121 +124,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     <|im_end|>) and a ChatML template lie beside the weights.
     """
 
-    def make(
-        *,
-        layers: int = 2,
-        heads: int = 4,
-        kv_heads: int = 2,
-        head_dim: int = 16,
-        hidden: int | None = None,  # default: heads * head_dim
-        intermediate: int = 96,
-        vocab: int = 320,
-        tied: bool = True,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        tokenizer: bool = False,
-        **config: object,
-    ) -> Path:
-        hidden = hidden or heads * head_dim
-        path = tmp_path_factory.mktemp("llama")
-        settings = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "vocab_size": vocab,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": tied,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-            "bos_token_id": 257,
-            "eos_token_id": 258,
-            **config,
-        }
-        settings = {key: value for key, value in settings.items() if value is not None}
-        (path / "config.json").write_text(json.dumps(settings, indent=2))
-
-        shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,)}
-        for i in range(layers):
-            layer = f"model.layers.{i}"
-            shapes |= {
-                f"{layer}.self_attn.q_proj": (heads * head_dim, hidden),
-                f"{layer}.self_attn.k_proj": (kv_heads * head_dim, hidden),
-                f"{layer}.self_attn.v_proj": (kv_heads * head_dim, hidden),
-                f"{layer}.self_attn.o_proj": (hidden, heads * head_dim),
-                f"{layer}.mlp.gate_proj": (intermediate, hidden),
-                f"{layer}.mlp.up_proj": (intermediate, hidden),
-                f"{layer}.mlp.down_proj": (hidden, intermediate),
-                f"{layer}.input_layernorm": (hidden,),
-                f"{layer}.post_attention_layernorm": (hidden,),
-            }
-        if not tied:
-            shapes["lm_head"] = (vocab, hidden)
-        generator = torch.Generator().manual_seed(seed)
-        weights = {}
-        for name, shape in shapes.items():
-            noise = torch.randn(shape, generator=generator)
-            # Norms near one, matrices keeping the variance: logits neither flat nor spiky.
-            tensor = 1 + 0.1 * noise if len(shape) == 1 else noise / shape[-1] ** 0.5
-            weights[f"{name}.weight"] = tensor.to(dtype)
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-        if tokenizer:
-            _write_byte_tokenizer(path)
-        return path
+    def make(**settings: object) -> Path:
+        return write_llama(tmp_path_factory.mktemp("llama"), **settings)
 
     return make
-
-
-def _write_byte_tokenizer(path: Path) -> None:
-    """A tokenizer.json with one token a byte, written by hand: making it needs no package."""
-    # Byte-level BPE spells a byte as a printable character: itself where it has one, else 256 + n.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelling = {byte: chr(byte) for byte in printable}
-    spelling |= {byte: chr(256 + n) for n, byte in enumerate(others)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    added = [
-        {"id": 256 + n, "content": text, "special": True, **flags} for n, text in enumerate(special)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "use_regex": True},
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {spelling[byte]: byte for byte in range(256)},
-            "merges": [],
-        },
-    }
-    (path / "tokenizer.json").write_text(json.dumps(document))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHATML,
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

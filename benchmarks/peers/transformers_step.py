@@ -43,7 +43,13 @@ def build(asked: dict) -> torch.nn.Module:
     with torch.device(asked["device"]):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     r = asked["rank"]
-    lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=asked["modules"], bias="none")
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        lora_dropout=asked["dropout"],
+        target_modules=asked["modules"],
+        bias="none",
+    )
     return get_peft_model(model, lora).to(asked["device"]).train()
 
 

@@ -47,7 +47,9 @@ def decodings_with(records: list[Record], form: str, setting: str) -> list[Recor
     def fits(record: Record) -> bool:
         asked = record["ask"]
         same = asked["model"], asked["rows"], asked["prompt"]
-        return same == ("llama-2-7b", 32, 512) and decoded(record, form, setting) is not None
+        if same != ("llama-2-7b", 32, 512) or asked.get("requests") or asked.get("adapter"):
+            return False
+        return decoded(record, form, setting) is not None
 
     return [record for record in of_kind(records, "step") if fits(record)]
 

@@ -25,6 +25,8 @@ PIPELINE = [
 MEASURED_PATHS = {
     "kernels": ["kernels"],
     "step": [*COMPUTING, "engine/train", "engine/sampling"],
+    "measure": [*COMPUTING, "engine/train", "engine/sampling"],
+    "product": PIPELINE,
     "train": [*COMPUTING, "engine/train", "engine/data/pack.py"],
     "memory": [*COMPUTING, "engine/train/memory_plan.py", "engine/train/step.py"],
     "sharded": [*COMPUTING, "engine/train", "engine/runtime/distributed.py"],

@@ -25,11 +25,16 @@ FORMS = {
 
 
 def steps_with(records: list[Record], rank: int, modules: str, form: str) -> list[Record]:
-    """Steps at Llama-2-7B's shapes with this adapter that have a result of this form."""
+    """Steps of 8,192 tokens at Llama-2-7B's shapes with this adapter, and a result of this form.
+
+    Without dropout, in one micro-batch: records from before these could be asked for are so.
+    """
 
     def fits(record: Record) -> bool:
         asked = record["ask"]
         if (asked["model"], asked["rank"], asked["modules"]) != ("llama-2-7b", rank, modules):
+            return False
+        if asked["tokens"] != 8192 or asked.get("dropout") or asked.get("micro_tokens"):
             return False
         return "seconds" in record["training"].get(form, {})
 

@@ -283,6 +283,8 @@ def test_stale_says_what_git_cannot_tell(clone, capsys, tmp_path_factory):
 def test_paths_of_the_measured_code_exist():
     """A path that was moved away would make its tables look up to date for ever."""
     kinds = {path.stem for path in RESULTS.glob("*.jsonl")}
-    assert kinds == set(stale.MEASURED_PATHS)
+    assert kinds <= set(stale.MEASURED_PATHS)
+    no_record_yet = {"measure", "product"}  # of a session on a card: benchmarks/card
+    assert set(stale.MEASURED_PATHS) - kinds <= no_record_yet
     for kind, paths in stale.MEASURED_PATHS.items():
         assert [path for path in paths if not (ROOT / path).exists()] == [], kind

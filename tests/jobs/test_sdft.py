@@ -15,7 +15,7 @@ from engine.session import ModelConfig, Session
 from engine.train.validate import ValidateConfig, Validator
 from model.llama import Llama
 from model.peft_format import load_lora
-from tests.conftest import CHATML
+from tests.helpers.llama_dirs import CHATML
 from tests.helpers.scripts import run_script as script
 
 FLAGS = ["--max-new-tokens", "8", "--eval-max-new", "6", "--retention-max-new", "4"]
