@@ -108,7 +108,9 @@ def _nll_on_short_memory(model: Llama, examples: Sequence[Example]) -> list[list
     The numbers are then the same within rounding. torch.OutOfMemoryError where one example does not
     fit alone, and under sharded weights, whose forwards are those of all ranks together.
     """
-    if len(examples) <= 1 or model.is_sharded:
+    if model.is_sharded:
+        return _nll_of(model, examples)
+    if len(examples) <= 1:
         return tried_twice("seed likelihoods", model.device, _nll_of, model, examples)
     found, failure = attempt(model.device, _nll_of, model, examples)
     if failure is None:
