@@ -14,6 +14,10 @@ from kernels import registry
 from kernels.registry import REFERENCE, SPECS, TORCH, Ops, functions
 from kernels.spec import check
 
+# operations whose torch form reads nothing on the host, so that it can be captured as a CUDA graph
+# (engine/sampling/cuda_graphs.py); a capture that fails would end all further ones
+CAPTURED_IN_TORCH = ("rms_norm", "rope", "swiglu", "lora_linear", "linear", "sample")
+
 
 def compiled(operation: str) -> Ops:
     """The REFERENCE table with this operation's forwards through torch.compile."""
@@ -45,6 +49,13 @@ def our_tables(operation: str) -> list[Ops]:
             known.add(form)
             tables.append(ops)
     return tables
+
+
+def is_capturable(operation: str, ops: Ops) -> bool:
+    """Whether a table's form of an operation can be captured: our kernels, and some of torch's."""
+    if ops.name in DIFFERENTIABLE:
+        return False  # autograd's
+    return ops.name != TORCH.name or operation in CAPTURED_IN_TORCH
 
 
 def why_failing(

@@ -43,7 +43,13 @@ import torch
 from benchmarks import _common
 from benchmarks.clock import DTYPES, Clock, ceilings, figure, first_line, header, machine, record
 from benchmarks.graph_clock import GraphClock, inputs_needed
-from benchmarks.kernel_forms import TimedForm, compiled, our_tables, why_failing
+from benchmarks.kernel_forms import (
+    TimedForm,
+    compiled,
+    is_capturable,
+    our_tables,
+    why_failing,
+)
 from benchmarks.operations import (
     BY_HAND,
     CALLS,
@@ -219,7 +225,7 @@ class Run:
     def captured(self, operation: str, call: str, shape: Shape, tables: list[Ops]) -> dict:
         """Table name -> the milliseconds of the device and of the host, each on its own.
 
-        {} without --graph. Autograd's forms are left out: they cannot be captured.
+        {} without --graph. Forms that cannot be captured are left out (`is_capturable`).
         """
         if self.graph_clock is None:
             return {}
@@ -231,7 +237,7 @@ class Run:
         how = CALLS[operation, call]
         found = {}
         for ops in tables:
-            if ops.name not in DIFFERENTIABLE:
+            if is_capturable(operation, ops):
                 calls = [TimedForm(how, ops, inputs) for inputs in sets]
                 found[ops.name] = self.graph_clock.measure(calls)
         return found

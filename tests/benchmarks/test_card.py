@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _common, graph_clock, worth
+from benchmarks import _common, graph_clock, kernel_forms, worth
 from benchmarks import kernels as kernels_benchmark
 from benchmarks.card import __main__ as session
 from benchmarks.card import checkpoint, jobs, measure, product
@@ -21,8 +21,9 @@ from benchmarks.card.gpu_tests import FILES
 from benchmarks.card.parts import PARTS, Part, Setting, budget_of, chosen, seconds_for
 from benchmarks.operations import CALLS
 from benchmarks.work import WORK
+from engine.sampling.cuda_graphs import why_not_captured
 from kernels.launch import triton_launch
-from kernels.registry import SPECS
+from kernels.registry import SPECS, TORCH, TRITON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -410,3 +411,14 @@ def test_after_a_failed_capture_none_is_tried(monkeypatch):
     assert "division by zero" in clock.measure([lambda: None] * 2)["not_captured"]
     monkeypatch.setattr(clock, "_replayed", lambda calls: 1.0)
     assert "division by zero" in clock.measure([lambda: None] * 2)["not_captured"]
+
+
+def test_only_what_reads_nothing_on_the_host_is_captured():
+    """A capture that fails ends all further ones, so torch's paged attention is never tried."""
+    on_host = why_not_captured(TORCH)
+    for operation in kernel_forms.CAPTURED_IN_TORCH:
+        assert kernel_forms.is_capturable(operation, TORCH)
+        assert not set(SPECS[operation].fields) & set(re.findall(r"\w+", on_host))
+    assert not kernel_forms.is_capturable("cached_attention", TORCH)
+    assert kernel_forms.is_capturable("cached_attention", TRITON)
+    assert not kernel_forms.is_capturable("swiglu", dataclasses.replace(TORCH, name="eager"))
