@@ -65,6 +65,11 @@ class KVCache:
         return taken
 
     def _zero(self, pages: Sequence[int]) -> None:
+        if self.k.device.type == "cpu":  # there the pieces of a page are filled fastest one by one
+            for page in pages:
+                self.k[:, page] = 0
+                self.v[:, page] = 0
+            return
         index = upload(pages, torch.int64, self.k.device)
         self.k.index_fill_(1, index, 0)
         self.v.index_fill_(1, index, 0)
@@ -75,12 +80,20 @@ class KVCache:
             heapq.heappush(self.free, page)
 
     def copy(self, source: Sequence[int], to: Sequence[int]) -> None:
-        """Copy whole pages, for a prefix that is computed once and begins many sequences."""
+        """Copy whole pages, for a prefix that is computed once and begins many sequences.
+
+        No page may be in both lists.
+        """
         assert len(source) == len(to), f"cannot copy {len(source)} pages onto {len(to)}"
         if source:
             self._copy(source, to)
 
     def _copy(self, source: Sequence[int], to: Sequence[int]) -> None:
+        if self.k.device.type == "cpu":
+            for old, new in zip(source, to, strict=True):
+                self.k[:, new] = self.k[:, old]
+                self.v[:, new] = self.v[:, old]
+            return
         source_index = upload(source, torch.int64, self.k.device)
         to_index = upload(to, torch.int64, self.k.device)
         for cache in (self.k, self.v):

@@ -26,7 +26,7 @@ GROUPS = {
         lm-eval lm-eval-path lm-eval-shots lm-eval-limit""",
     "Speed and memory": """
         device dtype ops threads shard rows kv-memory prefill-tokens page-size draft
-        batch-invariant graphs steps micro-tokens recompute memory-gb""",
+        batch-invariant graphs overlap steps micro-tokens recompute memory-gb""",
     "Output and reproducibility": """
         out resume seed show open save-every keep no-score report-rows report-answers""",
     "Help": "help help-all",

@@ -66,7 +66,7 @@ class ModelRunner:
             self._forward(self._ids(piece), cached, logits_indices=cached.last)
         return pages
 
-    def launch_prefill(self, pieces: Sequence[PromptPiece], queue: LaunchQueue) -> Launched:
+    def prefill(self, pieces: Sequence[PromptPiece], queue: LaunchQueue) -> Launched:
         """Launch pieces of prompts; one token for each piece that completes its prompt."""
         new_lens = [piece.end - piece.start for piece in pieces]
         context_lens = [piece.start for piece in pieces]

@@ -191,11 +191,13 @@ class SamplerStats:
     preempted: int = 0  # sequences that lost their pages and began again
     cache_bytes: int = 0  # of the pages for keys and values
     fitting_sequences: int = 0  # sequences for which the pages suffice even at their longest
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0  # without capturing
+    prefill_seconds: float = 0.0  # where prompts are not waited for, only to launch them
+    decode_seconds: float = 0.0  # without capturing; where steps are launched ahead, the host's own
+    #   and its waiting, for prompts too
     captured: int = 0  # CUDA graphs, one per bucket of sequences and pages
     capture_seconds: float = 0.0
     replayed: int = 0  # those of `steps` that were replays of a CUDA graph
+    launched_ahead: int = 0  # those of `steps` that did not wait for the last tokens to be read
     why_not_captured: str | None = None  # where capturing was asked for and cannot be done
 
     def text(self) -> str:
@@ -219,6 +221,7 @@ class SamplerStats:
                 f"{self.replayed} of {self.steps} decode steps replayed, of {self.captured} "
                 f"graphs captured in {self.capture_seconds:.1f} s"
             )
+            parts.append(f"{self.launched_ahead} steps did not wait for the host")
         if self.why_not_captured:
             reason = self.why_not_captured
             parts.append(f"decode steps were not captured as CUDA graphs: {reason}")

@@ -254,13 +254,13 @@ class Sampler:
     def _may_run_ahead(self) -> bool:
         """Whether the next tokens may be launched before the last ones are read.
 
-        Not where draft tokens may be wanted, since those follow from the last tokens.
+        Not where draft tokens might pay off, since those follow from the last tokens.
         """
         running = len(self.scheduler.running)
         if not (running and self.config.overlap and self.graphs.enabled):
             return False
         if self.config.draft == "auto":
-            return self.controller.is_paused(running)
+            return not self.controller.pays_off(running)
         return self.config.draft == "off"
 
     def _step_ahead(self) -> bool:
@@ -301,6 +301,8 @@ class Sampler:
         if step is None:
             return None
         launched = self.graphs.launch(step, seqs, steps, self.unread, self.queue)
+        if any(seq.in_flight > steps for seq in seqs):
+            self.stats.launched_ahead += steps
         self.stats.steps += steps
         self.stats.sequence_steps += steps * len(seqs)
         return launched
@@ -345,7 +347,7 @@ class Sampler:
         """Launch the forwards over these prompts, which sample every sequence's first token."""
         max_tokens = self.runner.max_prefill_tokens
         for pieces in prefill_chunks(admitted, self.config.page_size, max_tokens):
-            self.unread.append(self.runner.launch_prefill(pieces, self.queue))
+            self.unread.append(self.runner.prefill(pieces, self.queue))
 
     # ---- decode
 

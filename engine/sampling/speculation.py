@@ -139,6 +139,7 @@ class DraftController:
     WIDTHS = (2, 3, 5, 8, 1 + MAX_DRAFT)
     MANY = 200  # proposals from which on each further one halves the counts before it
     PAUSE = 20  # visits
+    ROUNDING = 1 + 1e-9  # more than sums of some thousand numbers are wrong by
     LEAST = 1e-9  # seconds: a fitted cost is never taken for less
 
     def __init__(self) -> None:
@@ -210,19 +211,44 @@ class DraftController:
         replayed: whether a step without draft tokens would be a replayed CUDA graph.
         """
         sequences = len(matches)
+        if not any(offered):
+            return [0] * sequences
         cost = self._fit()
         plain_seconds = cost.a + (cost.b + cost.c) * sequences + (cost.s if replayed else 0.0)
         best_rate = self.GAIN * sequences / max(plain_seconds, self.LEAST)
-        taken = np.zeros(0, dtype=np.int64)  # sequences, one entry for each of their draft tokens
         reached, depth, owner = self._candidates(matches, offered)
-        for width in self.WIDTHS:
-            # a width of w has room for the last token and draft tokens of depth 0 to w - 2
-            fits = depth <= width - 2
-            rate, n = _best_number(cost, sequences, width, reached[fits])
-            if rate > best_rate:
-                best_rate = rate
-                taken = owner[fits][:n]
+        # no choice is faster than all draft tokens at the price of one
+        least_seconds = cost.a + cost.b * (sequences + 1) + cost.c * sequences * self.WIDTHS[0]
+        bound = (sequences + float(reached.sum())) / least_seconds
+        if bound * self.ROUNDING <= best_rate:
+            return [0] * sequences
+        order = np.lexsort((owner, depth, -reached))  # the likeliest first
+        reached, depth, owner = reached[order], depth[order], owner[order]
+        rates, fits = self._rates(cost, sequences, reached, depth)
+        width, last = np.unravel_index(np.argmax(rates), rates.shape)
+        if not rates[width, last] > best_rate:
+            return [0] * sequences
+        taken = owner[: last + 1][fits[width, : last + 1]]  # of each draft token its sequence
         return np.bincount(taken, minlength=sequences).tolist()
+
+    def _rates(
+        self, cost: StepCost, sequences: int, reached: np.ndarray, depth: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens per second by width (W of them) and by the last draft token that is taken; (W, n).
+
+        reached, depth: (n,) of all draft tokens, the likeliest first. Also (W, n): which of them
+        fit into the width. A rate is 0 where the last one does not.
+        """
+        widths = np.array(self.WIDTHS)[:, None]
+        # a width of w has room for the last token and draft tokens of depth 0 to w - 2
+        fits = depth <= widths - 2
+        tokens = np.empty((len(widths), len(reached) + 1))
+        tokens[:, 0] = sequences  # one for each is certain
+        tokens[:, 1:] = np.where(fits, reached, 0.0)
+        expected_tokens = np.cumsum(tokens, axis=1)[:, 1:]
+        counts = np.cumsum(fits, axis=1)
+        seconds = cost.a + cost.c * sequences * widths + cost.b * (sequences + counts)
+        return np.where(fits, expected_tokens / seconds, 0.0), fits
 
     def _fit(self) -> StepCost:
         """The least squares over the steps so far."""
@@ -239,36 +265,10 @@ class DraftController:
     def _candidates(
         self, matches: Sequence[int], offered: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every offered draft token, the likeliest first: `reached`, depth, sequence; (n,) each.
-
-        Of equals the lower depth comes first, then the earlier sequence.
-        """
-        if not matches:
-            return np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        """Every offered draft token: `reached`, depth, sequence; (n,) each."""
         shares = self.accepted / self.proposed  # by match, then by depth
         match = np.minimum(np.array(matches), MAX_MATCH)
         reached = np.cumprod(shares, axis=1)[match]  # (sequences, MAX_DRAFT)
         is_offered = np.arange(MAX_DRAFT) < np.array(offered)[:, None]
         owner, depth = np.nonzero(is_offered)  # (n,) both
-        reached = reached[owner, depth]  # (n,)
-        order = np.lexsort((owner, depth, -reached))
-        return reached[order], depth[order], owner[order]
-
-
-def _best_number(
-    cost: StepCost, sequences: int, width: int, reached: np.ndarray
-) -> tuple[float, int]:
-    """The highest tokens per second in a step of this width, and the draft tokens it takes.
-
-    reached: (n,) of the draft tokens that fit into the width, the likeliest first; the first of
-    them are taken.
-    """
-    n = len(reached)
-    if n == 0:
-        return 0.0, 0
-    fixed_seconds = cost.a + cost.c * sequences * width
-    expected_tokens = np.cumsum(np.concatenate(([float(sequences)], reached)))[1:]
-    seconds = fixed_seconds + cost.b * (sequences + np.arange(1, n + 1))
-    rates = expected_tokens / seconds  # if so many are taken
-    best = int(np.argmax(rates))  # of equals the fewest
-    return float(rates[best]), best + 1
+        return reached[owner, depth], depth, owner

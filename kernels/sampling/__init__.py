@@ -24,7 +24,7 @@ sample_rows.py     SampleRows: the keys of every row's random number, and the se
 reference.py       the definition, row by row and token by token
 torch_form.py      sorts, or takes the top k
 native_form.py     C, for fp32 on a CPU
-triton_forward.py  sorts nothing: a search over integer keys
+triton_forward.py  the first few hundred tokens of a row; a search over integer keys for the rest
 """
 
 # B = rows of logits, V = vocabulary
@@ -84,6 +84,7 @@ SPEC = Spec(
         (64, 300, 1.2, 0, 1.0, 1.3),
         (64, 300, 1.5, 0, 1.0, 1.0, 0.1),
         (64, 300, 1.1, 40, 0.9, 1.2, 0.05),
+        (64, 300, 1.5, 260, 0.9, 1.0, 0.01),  # top_k above triton_forward.FIRST
         (0, 40, 1.0),
     ),
     bench_shapes=tuple(
@@ -106,6 +107,7 @@ SPEC = Spec(
         (5, 100, 1.2, 0, 1.0, 1.3),
         (5, 100, 1.5, 0, 1.0, 1.0, 0.1),
         (5, 100, 1.1, 40, 0.9, 1.2, 0.05),
+        (2, 265, 1.5, 258, 0.9, 1.0, 0.01),
         (0, 40, 1.0),
     ),
 )

@@ -29,6 +29,8 @@ from tests.helpers.sampling import PENALISED, SAMPLED, random_ids, text
 
 END = 7
 PAGE = 8  # tokens
+# of `random_load`: greedy, sampled, penalised; draft off, auto, always; a small pool or a large one
+SEEDS = (0, 2, 5, 10, 13, 14, 19, 21)
 
 
 def device_attention(qkv, k, v, cached):
@@ -179,14 +181,90 @@ def write(model, load, queue=None, **changed):
     return done, sampler
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_overlapped_sampler_gives_the_bytes_of_the_plain_one(model, seed, monkeypatch):
     """Over random loads; what is launched is done at random times."""
     load = random_load(seed)
-    plain, _ = write(model, load, graphs=False, rows=3, steps=1, draft="off", kv_memory=0)
+    plain, plainly = write(model, load, graphs=False, rows=3, steps=1, draft="off", kv_memory=0)
     rng = random.Random(seed)
     monkeypatch.setattr(DraftController, "is_paused", lambda *_: rng.random() < 0.7)
     queue = LateQueue(seed)
     late_pages(queue, monkeypatch)
-    got, _ = write(model, load, queue)
+    got, sampler = write(model, load, queue)
     assert got == plain
+    stats = sampler.stats
+    if sampler.config.draft == "off":
+        assert stats.launched_ahead > 0
+    assert stats.launched_ahead <= stats.replayed <= stats.steps
+    if not stats.preempted:
+        assert stats.new_tokens == plainly.stats.new_tokens, "tokens behind an end do not count"
+
+
+def test_without_overlap_nothing_is_launched_ahead(model):
+    load = random_load(0)
+    plain, _ = write(model, load, graphs=False)
+    got, sampler = write(model, load, overlap=False)
+    assert got == plain and sampler.stats.replayed > 0 == sampler.stats.launched_ahead
+
+
+def test_a_drained_sampler_that_runs_ahead_loses_no_sequence(model, monkeypatch):
+    """What was running is completed with its own bytes, the rest still waits."""
+    load = random_load(4)
+    wanted = load[0] + load[1]
+    plain, _ = write(model, load, graphs=False)
+    queue = LateQueue(1)
+    late_pages(queue, monkeypatch)
+    config = SamplerConfig(page_size=PAGE, **{**load[2], "rows": 3, "draft": "off"})
+    with Sampler(model, text, load[4], config) as sampler:
+        sampler.queue = queue
+        done = []
+        for completion in sampler.run(wanted):
+            done.append(completion)
+            if len(done) == 3:
+                sampler.drain()
+        waiting = sampler.scheduler.waiting
+        assert 3 <= len(done) < len(wanted) and len(done) + len(waiting) == len(wanted)
+        assert all(plain[c.id, c.sample] == c for c in done)
+        assert not {(r.id, r.sample) for r in waiting} & {(c.id, c.sample) for c in done}
+
+
+class FailingQueue(LateQueue):
+    """The n-th piece of work raises, and so does one later."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.left = self.rng.randint(1, 12)
+        self.failed = 0
+
+    def launch(self, work):
+        self.left -= 1
+        if self.left == 0:
+            self.failed += 1
+            self.left = 25 if self.failed < 3 else -1
+            raise RuntimeError("memory was short")
+        super().launch(work)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_restart_with_work_in_flight_loses_no_sequence(model, seed, monkeypatch):
+    wanted, late, settings, _, end_ids = random_load(seed + 20)
+    settings["draft"] = "off"
+    plain, _ = write(model, (wanted, late, settings, 0, end_ids), graphs=False)
+    queue = FailingQueue(seed)
+    late_pages(queue, monkeypatch)
+    config = SamplerConfig(page_size=PAGE, **settings)
+    done = []
+    with Sampler(model, text, end_ids, config) as sampler:
+        sampler.queue = queue
+        for request in wanted + late:
+            sampler.submit(request)
+        while sampler.scheduler.has_work:
+            try:
+                sampler._step()
+            except RuntimeError as error:
+                assert "memory was short" in str(error)
+                sampler._restart()
+                assert not sampler.unread and sampler.pool.cache is None
+            done += sampler.scheduler.hand_out()
+    assert queue.failed > 1 and len(done) == len(wanted + late)
+    assert {(c.id, c.sample): c for c in done} == plain
