@@ -5,20 +5,33 @@ ranks) make one frontier, and the ways are compared where all are equally good, 
 engine/measure/equal_target.py, which has the definitions. Two measures of goodness are taken in
 turn: the share of right answers, and the NLL of the held-out references. A difference is stated
 where its p value is below 0.05 after Holm's correction for all pairs under both measures.
+
+Only ways that were measured at the same scales are tested against each other. Half of an adapter's
+strength may give nearly all of what it learned at a quarter of its drift, and a straight line from
+the seed to scale 1 does not see that: the same adapter at one scale would lose against itself at
+two. For the same reason a comparison at scale 1 alone carries a caution.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engine.evaluate.arm_grammar import title_of, way_of
+from engine.evaluate.arm_grammar import STEP, Arm, title_of, way_of
 from engine.jobs.costs import Cost
 from engine.jobs.measured import ArmResults
-from engine.measure.equal_target import ArmPoints, EqualTarget, Interval, Items, at_equal_target
+from engine.measure.equal_target import (
+    ArmPoints,
+    Difference,
+    EqualTarget,
+    Interval,
+    Items,
+    at_equal_target,
+)
 from engine.measure.intervals import holm
 from engine.runtime.terminal import table
 
@@ -48,7 +61,19 @@ class Goal:
     ways: list[str]
     points: list[int]  # of each way
     found: EqualTarget
-    pairs: list[Pair]
+    pairs: list[Pair]  # those that are tested
+    scales: dict[str, tuple[float, ...]]  # at which each way was measured
+
+    @property
+    def untested(self) -> list[tuple[str, str]]:
+        """The pairs of ways that reach the target and were measured at different scales."""
+        pairs = itertools.combinations(self.reaching(), 2)
+        return [(a, b) for a, b in pairs if self.scales[a] != self.scales[b]]
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether no way was measured at another scale than 1."""
+        return set(self.scales.values()) == {(1.0,)}
 
     def reaching(self) -> list[str]:
         """The ways that reach the target."""
@@ -76,19 +101,32 @@ def compare(seed: ArmResults, points: Sequence[ArmResults]) -> list[Goal]:
     if len(by_way) < 2:
         return []
     measures = ["right", "nll"] if seed.judged else ["nll"]
-    found = {measure: _at_equal_target(seed, by_way, measure) for measure in measures}
-    # one correction for all pairs that are looked at
-    p_values = [one.p for goal in found.values() for one in goal.differences]
-    corrected = iter(holm(p_values))
     ways = list(by_way)
+    scales = {way: _scales(of_way) for way, of_way in by_way.items()}
+    counts = [len(of_way) for of_way in by_way.values()]
+    found = {measure: _at_equal_target(seed, by_way, measure) for measure in measures}
+    tested: dict[str, list[Difference]] = {}
+    for measure, result in found.items():
+        tested[measure] = []
+        for one in result.differences:
+            if scales[ways[one.first]] == scales[ways[one.second]]:
+                tested[measure].append(one)
+    # one correction for all pairs that are looked at
+    p_values = [one.p for of_measure in tested.values() for one in of_measure]
+    corrected = iter(holm(p_values))
     goals = []
     for measure, result in found.items():
         pairs = []
-        for one in result.differences:
+        for one in tested[measure]:
             pairs.append(_pair(ways[one.first], ways[one.second], one.drift, next(corrected)))
-        counts = [len(of_way) for of_way in by_way.values()]
-        goals.append(Goal(measure, ways, counts, result, pairs))
+        goals.append(Goal(measure, ways, counts, result, pairs, scales))
     return goals
+
+
+def _scales(points: Sequence[ArmResults]) -> tuple[float, ...]:
+    """The scales at which finished adapters were measured, in order."""
+    names = [point.arm for point in points if STEP not in point.arm]
+    return tuple(sorted({Arm.parse(name).scale for name in names}))
 
 
 def _at_equal_target(
@@ -163,6 +201,8 @@ def comparison_record(goals: Sequence[Goal], costs: Mapping[str, Cost]) -> dict[
                 }
                 for pair in goal.pairs
             ],
+            "untested": goal.untested,
+            "scales": goal.scales,
             "unbeaten": goal.unbeaten(),
             "table": goal_table(goal, costs),
             "title": goal_title(goal),
@@ -193,7 +233,7 @@ NOTE = (
     "its own beats (the seed at 0 among them, as its scale 0), joined by straight lines in the "
     "root of the KL, where they reach that target. Intervals: 95 %, 10,000 bootstrap draws of "
     "rows, prompts and training seeds, the target found anew in each; a difference is stated where "
-    "p < 0.05 after Holm's correction for all pairs."
+    "p < 0.05 after Holm's correction for all pairs that are tested."
 )
 
 
@@ -259,12 +299,30 @@ def goal_words(goal: Goal, costs: Mapping[str, Cost], with_seconds: bool) -> lis
             unseen.setdefault(pair.less, []).append(pair.more)
     for way, others in unseen.items():
         sentences.append(f"No difference seen between {title_of(way)} and {_listed(others)}.")
+    sentences += _cautions(goal)
     out = [way for way in goal.ways if way not in goal.reaching()]
     if out:
         best = dict(zip(goal.ways, goal.found.best, strict=True))
         named = ", ".join(f"{title_of(way)} (best {goal.shown(best[way])})" for way in out)
         verb = "does not reach it" if len(out) == 1 else "do not reach it"
         sentences.append(f"{named} {verb}.")
+    return sentences
+
+
+def _cautions(goal: Goal) -> list[str]:
+    """Sentences on pairs that are not tested, and on ways without a curve."""
+    sentences = []
+    if goal.untested:
+        pairs = ", ".join(f"{title_of(a)} and {title_of(b)}" for a, b in goal.untested)
+        sentences.append(
+            f"Not tested, since they were measured at different scales: {pairs}. --scales measures "
+            "all arms at the same."
+        )
+    if goal.has_one_scale:
+        sentences.append(
+            "All were measured at full strength alone: an arm that is better than the target "
+            "appears with too much drift. --scales 0.25,0.5,0.75,1 gives each its own curve."
+        )
     return sentences
 
 

@@ -144,7 +144,7 @@ def closing_text(config: JobConfig[Any], out: Path, results: Results) -> str:
         f"answers {out}/evaluation.jsonl, drift {out}/retention.jsonl, all figures "
         f"{out}/summary.json",
     ]
-    if config.job.arms != DEFAULT_ARMS:
+    if (config.job.arms, config.job.scales) != (DEFAULT_ARMS, None):
         costs = results.costs_of_ways()
         text += ["", "what each arm costs alone:", table(cost_table(results.costs))]
         text += comparison_text(results.goals, costs, with_seconds=True)

@@ -31,7 +31,13 @@ from engine.data.subset import evenly_spaced
 from engine.distill.distill import can_be_asked, distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.distill.seed_likelihoods import LikelihoodSums, score
-from engine.evaluate.arm_grammar import DEFAULT_ARMS, Arm, parse_arms, trainings
+from engine.evaluate.arm_grammar import (
+    DEFAULT_ARMS,
+    Arm,
+    parse_arm_scales,
+    parse_arms,
+    trainings,
+)
 from engine.evaluate.arms import Arms, adapter_hashes, tuned
 from engine.evaluate.retention import retention
 from engine.evaluate.target_task import Score, evaluate, nll_file
@@ -82,6 +88,8 @@ class SdftConfig:
     #   rft (accepted rewrites only), replay:0.2 (references and own answers to general prompts);
     #   losses, alone or behind a +: those of train.py --loss, as in stm:2.5,dft,sdft+dft; @0.5:
     #   the adapter at half its strength; %3e-4: another --lr
+    scales: str | None = None  # strengths at which every adapter is measured, beside those of
+    #   --arms, as in 0.25,0.5,0.75,1: a whole curve from one training [default: only those]
     no_score: bool = False  # do not measure the seed model's likelihood of references and rewrites
     report_rows: int = 48  # training rows that the report shows with the likelihood of every token
     report_answers: int = 16  # general prompts, and held-out rows, that the report shows with the
@@ -101,7 +109,15 @@ class SdftConfig:
             eval_max_new=at_least_one,
             retention_max_new=at_least_one,
         )
-        parse_arms(self.arms)
+        self.all_arms()
+
+    def all_arms(self) -> list[Arm]:
+        """The arms of --arms, then the same at every scale of --scales, each once."""
+        arms = parse_arms(self.arms)
+        if self.scales is not None:
+            scales = parse_arm_scales(self.scales)
+            arms += [arm.at(scale) for arm in trainings(arms) for scale in scales]
+        return list(dict.fromkeys(arms))
 
 
 Config = JobConfig[SdftConfig]
@@ -137,7 +153,7 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
             results.likelihood = score_lines(session, config, out, inputs.rows, results)
         print(results.likelihood.text())
 
-    arms = parse_arms(config.job.arms)
+    arms = config.job.all_arms()
     results.material = make_material(
         session, config, inputs.rows, results.distilled, arms, out, stages
     )

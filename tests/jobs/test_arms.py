@@ -219,48 +219,77 @@ COSTS = {
     "sdft": Cost(generated=500, trained=1000, generate_seconds=20.0, train_seconds=10.0),
     "stm:2.5": Cost(scored=900, trained=1000, score_seconds=5.0, train_seconds=10.0),
     "dft": Cost(trained=1000),
+    "psft:0.2": Cost(scored=900, trained=1000),
 }
+
+
+def curve(arm, right, kl):
+    """An arm at scale 1, and at half of it with half of the goodness and a quarter of the KL."""
+    return [point(arm, right, kl), point(f"{arm}@0.5", right // 2, kl / 4)]
 
 
 def test_the_words_say_what_nothing_beats_what_is_seen_and_what_does_not_reach():
     """Seed 0 of 20. SFT 20 at 0.16; SDFT 10 at 0.04; STM 4 at 0.04 and 12 at 0.36; DFT 4.
 
     The target is SDFT's 10, where SFT has half of its root, 0.2, and STM is three quarters of the
-    way from root 0.2 to 0.6: 0.5.
+    way from root 0.2 to 0.6: 0.5. PSFT, 11 at 0.09, was measured at scale 1 alone.
     """
     points = [
-        point("sft", 20, 0.16),
-        point("sdft", 10, 0.04),
+        *curve("sft", 20, 0.16),
+        *curve("sdft", 10, 0.04),
         point("stm:2.5", 12, 0.36),
         point("stm:2.5@0.5", 4, 0.04),
-        point("dft", 4, 0.001),
+        *curve("dft", 4, 0.001),
+        point("psft:0.2", 11, 0.09),
     ]
     right, nll = compare(point("seed", 0, 0.0), points)
     assert right.measure == "right" and right.found.target == 0.5
-    assert right.points == [1, 1, 2, 1]
+    assert right.points == [2, 2, 2, 2, 1]
     drifts = [drift and drift.value for drift in right.found.drifts]
-    assert drifts == [pytest.approx(0.04), pytest.approx(0.04), pytest.approx(0.25), None]
-    assert right.unbeaten() == ["sft", "sdft"] or right.unbeaten() == ["sdft", "sft"]
-    # Holm over the 3 pairs of both measures: no p is below 6 times the smallest there can be
+    of_psft = (0.3 * 10 / 11) ** 2
+    expected = [pytest.approx(value) for value in (0.04, 0.04, 0.25, 0.0, of_psft)]
+    assert drifts == [*expected[:3], None, expected[4]]
+    assert set(right.unbeaten()) == {"sft", "sdft", "psft:0.2"}
+    # Holm over the 3 tested pairs of both measures: a p is at least that many times the smallest
     assert len(right.pairs) == len(nll.pairs) == 3
-    smallest = 6 * 2 / 10_001
     seen = [pair for pair in right.pairs if pair.is_seen]
     assert {(pair.less, pair.more) for pair in seen} == {("sft", "stm:2.5"), ("sdft", "stm:2.5")}
-    assert all(smallest / 2 < pair.p < 0.05 and pair.drift.high < 0 for pair in seen)
+    assert all(3 * 2 / 10_001 < pair.p < 0.05 and pair.drift.high < 0 for pair in seen)
     record = comparison_record([right, nll], COSTS)
     words = " ".join(record["right"]["words"])
-    assert "Nothing beats SFT and SDFT." in words or "Nothing beats SDFT and SFT." in words
+    assert "Nothing beats" in words and "STM" not in words.split(".")[0]
     cost = "0 tokens generated, 0 scored, 1,000 trained, 10 s"
     assert f"fewest tokens of these takes SFT: {cost}" in words
     assert "SFT forgets less than STM 2.5 (-0.2100" in words and "p 0.00" in words
     assert "No difference seen between" in words
+    assert "different scales: SFT and PSFT 0.2, SDFT and PSFT 0.2, STM 2.5 and PSFT 0.2." in words
     assert "DFT (best 20.0%) does not reach it." in words
     assert record["right"]["ways"][3] == {
-        "way": "dft", "points": 1, "best": 0.2, "reaches": False, "kl": None, "interval": None,
+        "way": "dft", "points": 2, "best": 0.2, "reaches": False, "kl": None, "interval": None,
     }  # fmt: skip
     text = "\n".join(comparison_text([right, nll], COSTS, with_seconds=False))
     assert "at equal right answers, 50.0% (seed 0.0%):" in text and "10 s" not in text
     assert "at equal held-out NLL, 2.000 (seed 3.000):" in text
+
+
+def test_an_adapter_is_not_told_apart_from_itself_at_other_scales():
+    """The same adapter as two ways: at half strength it has nearly all of its goodness, which a
+    line from the seed does not see. At the same scales there is no difference; at different ones
+    it is not tested, and at full strength alone the words warn."""
+    seed = point("seed", 0, 0.0)
+    strong, half = point("sft", 20, 0.16), point("sft@0.5", 16, 0.04)
+    other, other_half = point("sdft", 20, 0.16), point("sdft@0.5", 16, 0.04)
+    worse = point("dft", 15, 0.5)
+    right, _ = compare(seed, [strong, half, other, worse])
+    assert right.found.drifts[0].value < right.found.drifts[1].value  # by the line alone
+    assert right.untested == [("sft", "sdft"), ("sft", "dft")]
+    assert [(pair.less, pair.more) for pair in right.pairs] == [("sdft", "dft")]
+    right, _ = compare(seed, [strong, half, other, other_half])
+    (pair,) = right.pairs
+    assert pair.p == 1 and not pair.is_seen and right.untested == [] and not right.has_one_scale
+    goals = compare(seed, [strong, other])
+    text = "\n".join(comparison_text(goals, COSTS, with_seconds=False))
+    assert "measured at full strength alone" in text and "gives each its own curve" in text
 
 
 def test_nothing_is_compared_where_no_arm_is_better_than_the_seed_or_there_is_one_way():

@@ -106,7 +106,7 @@ def test_drift_on_the_task_and_norms_have_the_values_computed_by_hand():
     # drawn again, the two rows are the first, both or the second: -2/5, -6/20 or -4/15
     assert found["task_kl"][1:] == pytest.approx((-2 / 5, -4 / 15))
     assert "KL to seed on the task: SDFT moved less (-0.3000" in found["words"]
-    figures, text = findings(seed, [[sft, sdft]], "number")
+    figures, text = findings(seed, [[sft, sdft]], "number", COSTS)
     by_seed = figures["points"][1]["by_seed"][0]
     assert by_seed["task_kl"] == 0.4 and by_seed["update_norms"]["norm"] == 2.0
     columns = [line.split() for line in text.splitlines()]
