@@ -18,9 +18,9 @@ token t that is not differentiated:
     psft:EPS     r_t where r_t <= 1 + EPS   -min(r_t, 1 + EPS)
     k3:BETA      1 - BETA (1 - 1 / r_t)     n_t + BETA (1 / r_t - 1 + ln r_t)
 
-Weights and values are divided by all N response tokens of the step, whichever of them have weight
-0: so a micro-batch, a process and a loss never change what a token counts. The function of each
-method says how its paper divides.
+Sums are divided by all N response tokens of the step, those of weight 0 among them. So what a token
+counts depends neither on the division into micro-batches and processes nor on which other tokens
+are left out. The function of each method says how its paper divides.
 
 |ln r_t| is taken as LARGEST_LOG_RATIO where it is larger, so a weight is never infinite.
 """
