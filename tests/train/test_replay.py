@@ -217,9 +217,9 @@ def test_replay_pulls_the_adapter_towards_the_seed(session, prompts, problems, t
     """With nine of ten rows replay, the same steps move the logits on their prompts less."""
     data = problems / "train.json"
     texts = ["Why?", "How far?", "Who?"]
-    replay = ReplayConfig(prompts(*texts), replay_share=0.9, replay_max_new=12)
+    replay = ReplayConfig(prompts(*texts), replay_share=0.9, replay_max_new=8)
     config = job(data, replay)
-    steps = dataclasses.replace(config.train, max_steps=12, schedule="constant", lr=5e-3)
+    steps = dataclasses.replace(config.train, max_steps=5, schedule="constant", lr=1e-2)
     moved = {}
     for name, used in (("with", replay), ("without", ReplayConfig())):
         of_run = dataclasses.replace(config, train=steps, replay=used)
