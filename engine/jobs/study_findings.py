@@ -55,10 +55,10 @@ class MeasuredRun:
     nll: list[float]  # nats of the references, summed over `tokens`
     tokens: list[int]
     drift: list[dict[str, Any]] = field(default_factory=list)  # lines of retention.jsonl
-    task_drift: list[dict[str, Any]] = field(default_factory=list)  # of retention_task.jsonl
-    norms: dict[str, Any] = field(default_factory=dict)  # of the update (`update_norms`)
     training: dict[str, float] = field(default_factory=dict)  # study.training_figures
     tasks: dict[str, list[bool]] = field(default_factory=dict)  # "task scorer" -> verdicts
+    task_drift: list[dict[str, Any]] = field(default_factory=list)  # of retention_task.jsonl
+    norms: dict[str, Any] = field(default_factory=dict)  # of the update (`update_norms`)
 
     def figures(self) -> dict[str, Any]:
         """Counts of right answers and means per token, for study.json."""
