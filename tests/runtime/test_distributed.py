@@ -402,7 +402,7 @@ def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_pa
     world = Recorded(1, 2)
     with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
         line = {"step": 2, "tokens": 3}
-        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None)
+        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None, weighted=None)
         metrics.pending.append(PendingStep(line, result, []))
         metrics.flush()
     assert asked == ["wait cuda", "item", "item"]
