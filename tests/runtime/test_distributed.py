@@ -413,7 +413,7 @@ def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_pa
     assert asked == ["wait cuda", "item", "item"]
     asked.clear()
     monkeypatch.setattr(loop, "has_learned", lambda lora: True)
-    looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
+    looking = SimpleNamespace(names=["nll"], config=ValidateConfig())
     model = SimpleNamespace(is_sharded=False)
     run = Run(
         model=model,
