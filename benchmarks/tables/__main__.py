@@ -19,7 +19,7 @@ import functools
 import sys
 from pathlib import Path
 
-from benchmarks.tables import kernels, real_data, sampling, speed, stale, training
+from benchmarks.tables import kernels, real_data, rivals, sampling, speed, stale, training
 from benchmarks.tables.pages import blocks, filled, first_difference, pages
 from benchmarks.tables.records import RESULTS, ROOT, Record, load_records
 from benchmarks.tables.table import Definition
@@ -27,6 +27,7 @@ from engine.runtime.files import write_text
 
 DEFINITIONS: dict[str, Definition] = {
     **real_data.DEFINITIONS,
+    **rivals.DEFINITIONS,
     **speed.DEFINITIONS,
     **kernels.DEFINITIONS,
     **training.DEFINITIONS,

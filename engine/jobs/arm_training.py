@@ -3,6 +3,7 @@
     Material     the distilled lines, the unguided ones, the answers for replay, the place of the
                  seed's likelihoods per token; only what the arms need is made
     train_arm    the examples of an arm, and its training into a run directory
+    finished_arm the same of a finished run whose weights were deleted
     arm_cost     the tokens and seconds that it took
 
 All arms train over one frozen model with the same seed and the same number of optimizer steps:
@@ -34,7 +35,7 @@ from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
 from engine.train.losses import Loss
 from engine.train.replay import replay_pool
-from engine.train.train import FrozenModel, train
+from engine.train.train import FrozenModel, finished_summary, train
 from engine.train.validate import Validator
 from model.lora import Lora
 from model.trained_chat import TrainedChat, common_system
@@ -121,7 +122,7 @@ def unguided_report(
 class TrainedArm:
     """An adapter, and how it was trained."""
 
-    lora: Lora
+    lora: Lora | None  # None: its weights were deleted after the training (`finished_arm`)
     summary: dict[str, Any]  # of the training: counts, losses, seconds
     examples: list[Example]  # of the task, without replay
     replay: list[Example]
@@ -142,9 +143,7 @@ def train_arm(
     A run that was killed there continues; a finished one is only loaded. Arms with as many rows are
     trained on the same ones in the same order; only the answers differ.
     """
-    examples = examples_of(session, config, arm, material)
-    replay = _replay(session, config, arm, len(examples), stages)
-    config = config_of_arm(session, config, arm, material, len(examples) + len(replay))
+    examples, replay, config = _prepared(session, config, arm, material, stages)
     trained_on = [*examples, *replay]
     if Loss.parse(config.train.loss).needs_seed:
         _score(session, trained_on, material.folder, stages)
@@ -160,6 +159,39 @@ def train_arm(
         resume=out.exists(),
     )
     return TrainedArm(lora, summary, examples, replay, config.train.loss)
+
+
+def finished_arm(
+    session: Session,
+    config: JobConfig[Any],
+    arm: Arm,
+    material: Material,
+    out: Path,
+    stages: StageSeconds,
+) -> TrainedArm:
+    """An arm of a finished run whose weights were deleted: everything but the adapter.
+
+    ValueError where the run was made under other settings or on other examples.
+    """
+    examples, replay, config = _prepared(session, config, arm, material, stages)
+    frozen = FrozenModel.of(session, material.folder)
+    trained_on = [*examples, *replay]
+    summary = finished_summary(frozen, trained_on, config.lora, config.train, out)
+    return TrainedArm(None, summary, examples, replay, config.train.loss)
+
+
+def _prepared(
+    session: Session,
+    config: JobConfig[Any],
+    arm: Arm,
+    material: Material,
+    stages: StageSeconds,
+) -> tuple[list[Example], list[Example], JobConfig[Any]]:
+    """The examples of an arm's task, those of replay, and the settings of its training."""
+    examples = examples_of(session, config, arm, material)
+    replay = _replay(session, config, arm, len(examples), stages)
+    count = len(examples) + len(replay)
+    return examples, replay, config_of_arm(session, config, arm, material, count)
 
 
 def examples_of(

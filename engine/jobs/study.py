@@ -6,7 +6,7 @@
     OUT/seed/                                  the seed's answers: held-out rows, general prompts
     OUT/<setting>/seed<n>/<arm>/               a run directory (engine/train), and the measurements:
         evaluation.jsonl, evaluation.jsonl.nll.jsonl, retention.jsonl, retention_task.jsonl,
-        tasks/TASK.jsonl
+        update_norms.json, tasks/TASK.jsonl
     OUT/table.txt, OUT/study.json, OUT/pareto.png      the findings (study_findings.py)
     OUT/costs.json                             seconds of what was made once
 
@@ -14,8 +14,9 @@ One list is varied at a time while the others stay at their first value; with --
 combination is trained. Arms without rewrites (SFT) know no mix: settings that differ only in the
 mix share their runs. The rewrites are the same for all training seeds. A training is measured at
 every scale and checkpoint that is asked for. Every result is written as soon as it exists and is
-never computed again: after a kill the same command continues. Training seeds are the outer loop,
-and the findings so far are written after each seed.
+never computed again: after a kill the same command continues, also in a copy of OUT from which the
+adapters were deleted. Training seeds are the outer loop, and the findings so far are written after
+each seed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from engine.jobs.arm_training import (
     TrainedArm,
     arm_cost,
     check_arms,
+    finished_arm,
     make_material,
     train_arm,
 )
@@ -44,7 +46,7 @@ from engine.jobs.measured import ArmResults, MeasuredRun
 from engine.jobs.stages import encode_rows, held_out_rows
 from engine.jobs.study_config import Plan, Point, Setting, StudyConfig, config_of, settings_of
 from engine.jobs.study_findings import findings
-from engine.jobs.study_measure import Measure
+from engine.jobs.study_measure import Measure, weights_deleted
 from engine.jobs.study_plot import draw
 from engine.measure.seed_answers import SeedAnswer, seed_answers
 from engine.runtime.files import read_jsonl, write_json, write_text
@@ -109,12 +111,12 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
             place = out / setting.name / f"seed{seed}" / arm.directory
             of_run = plan.config_of(config, setting, seed)
             of_rows = material.of_rows({row.id for row in rows[: setting.rows]})
-            trained = train_arm(session, of_run, arm, of_rows, place, stages)
+            train = finished_arm if weights_deleted(place) else train_arm
+            trained = train(session, of_run, arm, of_rows, place, stages)
             figures = training_figures(place, trained.summary)
             costs.setdefault(arm.way, arm_cost(arm, of_rows, trained, figures["seconds"], stages))
             points = plan.points(run)
-            adapters = {point.name: adapter_of(session, place, trained, point) for point in points}
-            results = measure.adapters(place, adapters)
+            results = _measure_points(measure, place, trained, points)
             for point in points:
                 result = results[point.name]
                 result.training = figures
@@ -149,10 +151,25 @@ def _distil(
     return report, likelihood
 
 
-def adapter_of(session: Session, place: Path, trained: TrainedArm, point: Point) -> Lora:
+def _measure_points(
+    measure: Measure, place: Path, trained: TrainedArm, points: Sequence[Point]
+) -> dict[str, MeasuredRun]:
+    """The measurements of a training at its points, by name; only read where its weights are gone.
+
+    ValueError where a checkpoint, or a measurement without weights, is missing.
+    """
+    if trained.lora is None:
+        return measure.without_weights(place, [point.name for point in points])
+    adapters = {}
+    for point in points:
+        adapters[point.name] = _adapter_of(measure.session, place, trained.lora, point)
+    return measure.adapters(place, adapters)
+
+
+def _adapter_of(session: Session, place: Path, finished: Lora, point: Point) -> Lora:
     """The adapter of a point of a training; ValueError where its checkpoint is gone."""
     if point.step is None:
-        return trained.lora.scaled(point.scale)
+        return finished.scaled(point.scale)
     saved = checkpoint_dir(place, point.step)
     if not saved.exists():
         raise ValueError(

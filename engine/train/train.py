@@ -251,6 +251,27 @@ def train(
     return lora, summary
 
 
+def finished_summary(
+    frozen: FrozenModel,
+    examples: Sequence[Example],
+    lora_config: LoraConfig,
+    config: TrainConfig,
+    out: Path,
+) -> dict[str, Any]:
+    """The summary of a finished run in `out`, whose weights are not read and may be gone.
+
+    ValueError where the run is not finished, or was made under other settings or on other examples.
+    """
+    lora_config = dataclasses.replace(lora_config, seed=config.seed)
+    config = with_micro_tokens(config, frozen, examples, lora_config, out)
+    settings = run_settings(frozen, examples, lora_config, config, None)
+    with lock_directory(out):
+        meta = _open_run(out, settings, True, frozen.date, frozen.world)
+    if not meta["finished"]:
+        raise ValueError(f"{out} is not finished; expected a run that wrote its adapter")
+    return meta["summary"]
+
+
 def weighted_loss(
     frozen: FrozenModel, examples: Sequence[Example], config: TrainConfig, out: Path
 ) -> WeightedLoss | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,34 @@ def test_a_study_of_six_arms_killed_eight_times_ends_byte_for_byte_as_undisturbe
 
 
 # ---- the main job
+
+
+def test_a_study_goes_on_in_a_copy_without_adapters(inputs, tmp_path):
+    """Ends as one that kept them; a point that was never measured is refused by name."""
+    flags = [*inputs, *SMALL, "--arms", "sft,stm:400", "--lr", "1e-2,1e-3"]
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    run_script("pareto", *flags, "--scales", "0.5,1", "--out", whole)
+    expected = contents(whole)
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "lr0.001-r2-rows8")  # not trained yet
+    (copy / "table.txt").unlink()
+    for weights in copy.rglob("adapter_model.safetensors"):
+        weights.unlink()
+    run_script("pareto", *flags, "--scales", "0.5,1", "--out", copy)
+    found = contents(copy)
+    assert all(found[name] == expected[name] for name in found) and "table.txt" in found
+    # of the first rate nothing came back, the second was trained as usual
+    gone = {Path(name).name for name in expected if name not in found}
+    assert gone == {"adapter_model.safetensors"}
+    assert {Path(name).parts[0] for name in expected if name not in found} == {"lr0.01-r2-rows8"}
+
+    refused = run_script("pareto", *flags, "--scales", "0.25,0.5,1", "--out", copy, code=2)
+    assert "sft/update_norms.json: no norm of sft@0.25, and the adapter was deleted" in refused
+    measured = copy / "lr0.01-r2-rows8" / "seed0" / "sft" / "retention.jsonl"
+    lines = measured.read_text().splitlines(keepends=True)
+    measured.write_text("".join(lines[:-1]))
+    refused = run_script("pareto", *flags, "--scales", "0.5,1", "--out", copy, code=2)
+    assert "retention.jsonl: no measurement of sft" in refused and "on 1 of 64 items" in refused
 
 
 def test_the_main_job_takes_arms_and_further_ones_join_it(inputs, tmp_path):
