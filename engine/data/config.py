@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.data.data_file import DataFile
 from engine.data.record_shapes import parse_columns
 from engine.data.rows import Row, Rows, load_rows
+from engine.data.thinking import MODES
 from engine.runtime.limits import MOST, check_numbers
 
 
@@ -24,10 +25,15 @@ class DataConfig:
     #   an error
     limit: int | None = None  # use only the first N usable rows [default: all]
     system: str | None = None  # system message for rows that have none [default: none]
+    thinking: str = "keep"  # thoughts (<think>...</think>) in the answers: keep (text like any
+    #   other), strip (removed), or answer-only (the model sees them, but what is trained on and
+    #   judged is the answer behind them)
 
     def check(self) -> None:
-        """ValueError for a limit that leaves no row."""
+        """ValueError for a limit that leaves no row, and for an unknown way with thoughts."""
         check_numbers(self, limit=(1, MOST))
+        if self.thinking not in MODES:
+            raise ValueError(f"thinking {self.thinking!r}: expected one of {', '.join(MODES)}")
 
     def load(
         self,
@@ -49,6 +55,7 @@ class DataConfig:
             limit=self.limit,
             need_reference=need_reference,
             system=self.system,
+            thinking=self.thinking,
             check=check,
         )
         text = f"data: {len(rows)} rows from {self.data}"

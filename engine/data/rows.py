@@ -20,36 +20,48 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.data.conversation import context_only_turns, conversation_of
 from engine.data.data_file import DataFile
 from engine.data.fields import SURROGATE, is_given, kind, message
-from engine.data.record_shapes import check_columns, check_fields_are_supported, find_shape
+from engine.data.record_shapes import (
+    check_columns,
+    check_fields_are_supported,
+    find_shape,
+    with_tools_field,
+)
 from engine.data.records import records
+from engine.data.thinking import MODES, check_thoughts, without_thoughts
+from engine.data.tool_calls import calls_as_text
+from model.messages import calls_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: messages of {"role", "content"}, the assistant's answer last.
+    """One conversation: messages (model/messages.py), the assistant's answer last.
 
-    Rows loaded with need_reference=False end with the user's message instead.
+    Rows loaded with need_reference=False end with the user's message or a tool's instead.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     tests: str = ""  # Python source that tests a program, for the verifier `code`
     context_only: frozenset[int] = frozenset()  # assistant turns, counted from 0, without a loss
+    thinking: str = "keep"  # one of thinking.MODES
 
     @property
     def reference(self) -> str:
-        """The answer that ends the conversation; ValueError if only the prompt was loaded."""
+        """The answer that ends the conversation, its calls as text (`calls_as_text`).
+
+        ValueError if only the prompt was loaded.
+        """
         if self.messages[-1]["role"] != "assistant":
             raise ValueError(f"row {self.id} has no reference: it was loaded as a prompt only")
-        return self.messages[-1]["content"]
+        return calls_as_text(self.messages[-1])
 
     @property
     def turns(self) -> list[int]:
@@ -111,6 +123,7 @@ def load_rows(
     limit: int | None = None,
     need_reference: bool = True,
     system: str | None = None,
+    thinking: str = "keep",
     check: Callable[[Row], None] | None = None,
 ) -> Rows:
     """Rows of a JSON array, JSONL or CSV file, gzipped or not.
@@ -123,6 +136,8 @@ def load_rows(
     limit           stop after so many usable rows; the rest of the file is not parsed
     need_reference  False: load prompts only, without the final answer
     system          a system message for rows that have none; it changes `.sha256`, and no id
+    thinking        one of thinking.MODES: what becomes of the thoughts in the answers; another than
+                    "keep" changes `.sha256`, and no id
     check           called with each row; raises ValueError for one that cannot be used
 
     ValueError whatever skip_bad is: broken syntax in a JSON array or a CSV, since the rows after it
@@ -137,8 +152,10 @@ def load_rows(
         check_columns(columns, need_reference)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}; expected at least 1, or None for every row")
+    if thinking not in MODES:
+        raise ValueError(f"thinking={thinking!r}; expected one of {', '.join(MODES)}")
     with DataFile.of(path) as file:
-        reader = _Reader(file.path, columns, need_reference, system, check)
+        reader = _Reader(file.path, columns, need_reference, system, thinking, check)
         for line, record in records(file):
             reader.read(line, record)
             if len(reader.rows) == limit:
@@ -147,6 +164,8 @@ def load_rows(
     reader.stop_for_bad_rows(skip_bad)
     if system:
         sha256 = hashlib.sha256(f"{sha256} {system}".encode()).hexdigest()
+    if thinking != "keep":
+        sha256 = hashlib.sha256(f"{sha256} thinking {thinking}".encode()).hexdigest()
     return Rows(reader.rows, file.path, sha256, reader.bad, reader.unused, reader.inputs)
 
 
@@ -159,12 +178,14 @@ class _Reader:
         columns: dict[str, str] | None,
         need_reference: bool,
         system: str | None,
+        thinking: str,
         check: Callable[[Row], None] | None,
     ) -> None:
         self.path = path
         self.columns = columns or {}  # {role: field}
         self.need_reference = need_reference
         self.system = system
+        self.thinking = thinking
         self.check = check
         self.rows: list[Row] = []
         self.bad: list[BadRow] = []
@@ -200,10 +221,10 @@ class _Reader:
         found_shape: dict[str, str] = {}
         if "prompt" not in self.columns and "messages" not in self.columns:
             found_shape = find_shape(self.path, record, self.need_reference)
-        shape = {**found_shape, **self.columns}
+        shape = with_tools_field(record, {**found_shape, **self.columns}, found_shape)
         check_fields_are_supported(record, shape, found_shape)
         turns, unused_keys = conversation_of(record, shape, self.need_reference)
-        messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+        messages = tuple(_without_flag(turn) for turn in turns)
         context_only: frozenset[int] = frozenset()
         if self.need_reference:
             context_only = context_only_turns(turns)
@@ -218,7 +239,9 @@ class _Reader:
         if self.system and messages[0]["role"] != "system":
             system_message = message("system", self.system, "--system")
             messages = (system_message, *messages)
-        row = Row(row_id, messages, tests, context_only)
+        if self.thinking != "keep":
+            messages = tuple(_with_checked_thoughts(messages, self.thinking))
+        row = Row(row_id, messages, tests, context_only, self.thinking)
         if self.check is not None:
             self.check(row)
         self._line_of_id[row_id] = line
@@ -306,6 +329,28 @@ def listing(error: str, faults: list[str], way_out: str) -> str:
     if len(faults) > 10:
         lines.append(f"... and {len(faults) - 10} more")
     return "\n  ".join(lines)
+
+
+def _without_flag(turn: dict) -> dict:
+    """The message without the flag that says whether it is to be trained on."""
+    return {key: value for key, value in turn.items() if key != "trained"}
+
+
+def _with_checked_thoughts(messages: Iterable[dict], thinking: str) -> Iterator[dict]:
+    """The messages, their thoughts removed where `thinking` is "strip".
+
+    ValueError for an answer that is nothing but a thought, or whose thoughts cannot be told.
+    """
+    for number, turn in enumerate(messages, 1):
+        if turn["role"] != "assistant":
+            yield turn
+            continue
+        content = turn["content"]
+        check_thoughts(content, f"message {number}")
+        answer = without_thoughts(content)
+        if not answer.strip() and not calls_of(turn):
+            raise ValueError(f"message {number} is a thought without an answer behind it")
+        yield {**turn, "content": answer} if thinking == "strip" else turn
 
 
 def _tests(record: dict, shape: dict[str, str]) -> str:
