@@ -162,7 +162,7 @@ def _refuse_calls_and_thoughts(entry: dict, role: str, number: int) -> None:
 
 
 def _message_of_assistant(entry: dict, number: int) -> dict:
-    """The assistant's message: its text, behind the thought that stands beside it, and its calls."""
+    """The assistant's message: its text, behind a thought that stands beside it, and its calls."""
     where = f"message {number}"
     content = entry.get("content", entry.get("value"))
     if entry.get("from") in CALLING or entry.get("role") in CALLING:

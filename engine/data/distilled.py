@@ -45,10 +45,9 @@ class Distilled:
     prompt_tokens: int  # of the prompt that was sampled from
     response_tokens: int  # == len(response_ids)
     tries: dict[str, list[str]] = field(default_factory=dict)  # stage -> status of each attempt
-    answer: dict[str, Any] = field(
-        default_factory=dict
-    )  # the reference as a message, where it calls
-    #   tools (`reference` is then the text that the chat template writes); else absent from the line
+    # the reference as a message, where it calls tools (`reference` is then the text that the chat
+    # template writes); {} and absent from the line where it is text alone
+    answer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_rejected(self) -> bool:
@@ -57,11 +56,6 @@ class Distilled:
         A turn for which no rewrite was asked is not.
         """
         return self.status not in (*KEPT, CONTEXT, NOT_ASKED)
-
-    @property
-    def reference_message(self) -> dict[str, Any]:
-        """The reference as the assistant's message."""
-        return self.answer or {"role": "assistant", "content": self.reference}
 
 
 def is_distilled(path: str | Path | DataFile) -> bool:
@@ -110,7 +104,7 @@ def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Row
 
 
 def check_without_thoughts(lines: Rows) -> None:
-    """ValueError where an answer in distilled data has thoughts: they cannot be removed any more."""
+    """ValueError where an answer in distilled data has thoughts, which cannot be removed now."""
     for line in lines:
         answers = [line.reference, line.target]
         for entry in line.messages:
@@ -182,8 +176,8 @@ def _check_context(line: Distilled) -> None:
             raise ValueError(f"message {number}: unknown role {entry['role']!r}")
         may_be_empty = entry["role"] == "tool" or bool(calls_of(entry))
         message(entry["role"], entry["content"], f"message {number}", may_be_empty)
-    check_messages(line.messages)
     check_turns(line.messages, last=("user", "tool"))
+    check_messages(line.messages)
     if line.answer:
         check_messages([line.answer])
         if line.answer["role"] != "assistant" or not calls_of(line.answer):

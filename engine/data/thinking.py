@@ -58,6 +58,6 @@ def check_thoughts(text: str, where: str) -> None:
         raise ValueError(f"{where} has a {OPENS} that is not closed")
     if OPENS in rest or CLOSES in rest:
         raise ValueError(
-            f"{where} has a {OPENS} or {CLOSES} behind the beginning of its text; expected thoughts "
-            "first (--thinking keep takes all as text)"
+            f"{where} has a {OPENS} or {CLOSES} behind the beginning of its text; expected "
+            "thoughts first (--thinking keep takes all as text)"
         )

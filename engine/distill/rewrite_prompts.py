@@ -82,7 +82,7 @@ def prompt(
     A template of a file is its own whole prompt in any chat format.
 
     The user's last message is the one that is replaced. Calls and results after it stay behind it,
-    and the tools stay with the conversation, so that the answer is asked for as in the plain prompt.
+    and the tools stay with the conversation: the answer is asked for as in the plain prompt.
     """
     last = last_of_user(context)
     system_texts = [turn["content"] for turn in context if turn["role"] == "system"]

@@ -77,8 +77,10 @@ def verify_written_calls(
 
 
 def calls_in(text: str) -> Counter[object]:
-    """The meaning of every call in a text, with its count; of those in Python's notation where there
-    is none in JSON."""
+    """The meaning of every call in a text, with its count.
+
+    Calls in Python's notation count where there is none in JSON.
+    """
     made = Counter(call.meaning for call in json_calls(text))
     if made:
         return made
