@@ -15,6 +15,7 @@ from engine.data.distilled import (
 )
 from engine.data.encode import EncodeRules, Example, check_examples, encode, template_takes
 from engine.data.rows import Row, Rows
+from engine.data.sources import open_source
 from engine.session import Session
 from engine.train.config import EncodeConfig
 
@@ -24,8 +25,8 @@ def rows_to_train_on(session: Session, data: DataConfig) -> Rows:
 
     Prints how many there are. ValueError for rows or lines that cannot be used.
     """
-    with DataFile(data.data) as file:
-        if not is_distilled(file):
+    with open_source(data.data) as file:
+        if not (isinstance(file, DataFile) and is_distilled(file)):
             return data.load(check=template_takes(session.chat), opened=file)
         lines = load_distilled(file, data.limit)
     if data.thinking == "strip":
