@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,13 @@ from engine.data.encode import EncodeRules, encode, template_takes
 from engine.data.rows import load_rows
 from engine.data.thinking import end_of_thoughts, without_thoughts
 from model.chat import Chat
+from model.messages import calls_of, tools_of
 from model.tokenizer import load_tokenizer
 from tests.helpers.data_files import bot, jsonl, system, user, write
 from tests.helpers.llama_dirs import write_llama
 from tests.helpers.tool_templates import HERMES, TOOLS, WEATHER, call, calling, result
 
+ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"city": "Oslo", "days": 2}
 CALL = call("get_weather", **ARGUMENTS)
 MESSAGES = [user("Weather?"), calling(CALL), result("18"), bot("It is 18.")]
@@ -140,6 +143,16 @@ def test_results_follow_calls(roles, reason):
         return
     with pytest.raises(ValueError, match=reason):
         check_turns(messages, last=("assistant",))
+
+
+def test_every_row_on_the_page_is_read(tmp_path):
+    page = (ROOT / "engine" / "data" / "README.md").read_text(encoding="utf-8")
+    examples = page.split("```jsonl\n")[1].split("```")[0]
+    rows = load_rows(write(tmp_path / "a.jsonl", examples))
+    assert len(rows) == len(examples.splitlines()) > 10 and not rows.unused
+    called = [row for row in rows if any(calls_of(turn) for turn in row.messages)]
+    assert len(called) == 2 and all(tools_of(row.messages) for row in called)
+    assert rows[-1].messages == rows[-2].messages  # a thought beside the text, and inside of it
 
 
 def test_a_row_of_no_shape_is_shown_beside_the_nearest_shape(tmp_path):
