@@ -309,7 +309,8 @@ class Chat:
     @cached_property
     def _call_edges(self) -> CallEdges:
         """How the template writes an answer that calls tools; ValueError where it writes none."""
-        edges = self._tool_probes.call_edges(self.tokenizer.special_pattern)
+        pattern = self.tokenizer.special_pattern
+        edges = self._tool_probes.call_edges(pattern, self._closing, self._after)
         if edges.closing:
             end_id = self.tokenizer.special[edges.closing]
             if end_id not in self.end_ids:

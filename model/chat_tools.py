@@ -61,14 +61,15 @@ class CallEdges(NamedTuple):
     """The text that the template writes behind an answer that calls tools."""
 
     closing: str  # the token that closes it; "" where none does
-    spaces: str  # before that token, no part of the answer
+    count: int  # how often that token stands behind the call
+    spaces: str  # before the first of them, no part of the answer
     after: str  # all that follows the answer, where nothing closes it
 
     def answer_in(self, text: str) -> str:
         """The answer, of a conversation that it ends: `text` is what stands behind the prompt."""
         if self.closing:
-            text = text[: text.rindex(self.closing)]
-            return text.removesuffix(self.spaces)
+            before = text.rsplit(self.closing, self.count)[0]
+            return before.removesuffix(self.spaces)
         return text.removesuffix(self.after)
 
 
@@ -92,23 +93,25 @@ class ToolProbes:
         if any(turn["role"] == "tool" for turn in messages) and self._why_results_are_lost:
             raise ValueError(self._why_results_are_lost)
 
-    def call_edges(self, special: re.Pattern[str]) -> CallEdges:
+    def call_edges(self, special: re.Pattern[str], closing: str, after: str) -> CallEdges:
         """Where an answer that calls tools ends; `special` finds the tokens that may close it.
 
+        closing: the token that closes an answer of text, taken where it closes calls too; else the
+        last special token does. after: the text behind an answer of text that nothing closes.
         ValueError where the template writes no calls.
         """
         if self._why_calls_are_lost:
             raise ValueError(self._why_calls_are_lost)
         whole = self._render([_ASKING, _CALLING], False)
-        behind_value = whole.rpartition(VALUE)[2]
-        tokens = list(special.finditer(behind_value))
+        behind = whole.rpartition(VALUE)[2]  # the value
+        tokens = special.findall(behind)
         if not tokens:
-            end_of_call = re.match(r"\S*", behind_value).end()  # the brackets of the call
-            return CallEdges("", "", behind_value[end_of_call:])
-        closing = tokens[-1]
-        before = behind_value[: closing.start()]
+            return CallEdges("", 0, "", after if behind.endswith(after) else "")
+        if closing not in tokens:
+            closing = tokens[-1]
+        before = behind.partition(closing)[0]
         spaces = before[len(before.rstrip(" ")) :]
-        return CallEdges(closing.group(), spaces, "")
+        return CallEdges(closing, tokens.count(closing), spaces, "")
 
     @cached_property
     def _why_tools_are_lost(self) -> str | None:
