@@ -184,7 +184,7 @@ def _message_of_assistant(entry: dict, number: int) -> dict:
 
 def _thought_of(entry: dict, number: int) -> str:
     """The thought beside a message's text; "" without."""
-    given = {key: entry[key] for key in THOUGHTS if entry.get(key) not in (None, "", [], {})}
+    given = {key: entry[key] for key in THOUGHTS if entry.get(key)}
     thoughts = set()
     for key, value in given.items():
         if not isinstance(value, str):
@@ -222,7 +222,8 @@ def _result_of_tool(entry: dict, number: int) -> dict:
 def _unused_keys(entry: dict) -> set[str]:
     """The keys of an entry that are given and from which nothing is read."""
     given = {key for key, value in entry.items() if value not in (None, "", [], {})}
-    read = {"role", "from", "content", "value", *TRAINED, *CALLS, *THOUGHTS}
+    read = {"role", "from", "content", "value", *TRAINED}
+    read.update(key for key in (*CALLS, *THOUGHTS) if entry.get(key))
     speaker = entry.get("role", entry.get("from"))
     if SPEAKERS.get(speaker) == "tool":
         read.update(OF_RESULTS)
