@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from model.chat_formats import (
     FORMATS,
@@ -54,6 +54,7 @@ from model.chat_formats import (
     embedding_rows,
 )
 from model.chat_tools import CallEdges, ToolProbes
+from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
 from model.messages import (
     Message,
     Messages,
@@ -61,16 +62,10 @@ from model.messages import (
     check_messages,
     texts_of,
     tools_of,
-    with_texts,
     without_tools,
 )
-from model.template import ChatTemplate, TemplateStopped
+from model.template import ChatTemplate
 from model.tokenizer_base import Tokenizer, any_of
-
-# the texts of the conversation that probes a template
-QUESTION = "A-QUESTION"
-ANSWER = "AN-ANSWER"
-PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that stand for spelled control tokens
 
 
 @dataclass(frozen=True)
@@ -80,13 +75,6 @@ class Target:
     prompt: list[int]  # everything that the template writes before a finished answer
     answer: list[int]  # the answer and the text that the template puts around it, no end token
     as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
-
-
-class Masked(NamedTuple):
-    """Messages whose spelled control tokens are replaced by private-use characters."""
-
-    turns: list[dict[str, Any]]
-    stand_ins: dict[str, str]  # private-use character -> the spelling that it stands for
 
 
 class Chat:
@@ -127,7 +115,8 @@ class Chat:
             if tokenizer.add_bos:
                 self._bos = tokenizer.named["bos_token"]
             self._variables["bos_token"] = self._bos
-        not_yet_special = self._turn_tokens() - set(tokenizer.special)
+        turns = turn_tokens(self._text, tokenizer.added)
+        not_yet_special = turns - set(tokenizer.special)
         if not_yet_special:
             self.tokenizer = tokenizer.with_control(not_yet_special)
         added_token = any_of(self.tokenizer.added).pattern
@@ -403,35 +392,6 @@ class Chat:
             text += self._opening
         return text
 
-    def _turn_tokens(self) -> set[str]:
-        """Added tokens that the template writes around finished turns, special or not.
-
-        Those that are blank or a plain word are not taken for control tokens.
-        """
-        candidates = []
-        for spelling in self.tokenizer.added:
-            stripped = spelling.strip()
-            if stripped and not stripped.isalnum():
-                candidates.append(spelling)
-        pattern = any_of(candidates)
-        system = {"role": "system", "content": QUESTION}
-        question = {"role": "user", "content": QUESTION}
-        answer = {"role": "assistant", "content": ANSWER}
-        probes = (
-            [system, question, answer, question],
-            [question, answer, question],
-            [question, answer],
-        )
-        for turns in probes:
-            try:
-                text = self._text(turns, add_generation_prompt=False)
-                return set(pattern.findall(text))
-            except TemplateStopped:
-                raise
-            except ValueError:  # it takes no system message, or one question only
-                continue
-        return set()
-
     def _find_edges_of_answers(self) -> None:
         """Find out how the template writes an answer, by rendering a made conversation.
 
@@ -514,26 +474,8 @@ class Chat:
         return "".join(common)
 
     def _mask(self, messages: Messages) -> Masked:
-        """The messages with each spelled control token as one private-use character.
-
-        Characters that occur in the messages or the template are not used.
-        """
-        pattern = self.tokenizer.special_pattern
-        texts = [text for message in messages for text in texts_of(message)]
-        spelled: set[str] = set()
-        for text in texts:
-            spelled.update(pattern.findall(text))
-        if not spelled:
-            return Masked([dict(message) for message in messages], {})
-        taken = set(self._source).union(*texts)
-        free = [chr(code) for code in PRIVATE_USE if chr(code) not in taken]
-        stand_in_of = dict(zip(sorted(spelled), free[: len(spelled)], strict=True))
-
-        def mask(text: str) -> str:
-            return pattern.sub(lambda match: stand_in_of[match.group()], text)
-
-        turns = [with_texts(message, mask) for message in messages]
-        return Masked(turns, {stand_in: spelling for spelling, stand_in in stand_in_of.items()})
+        """The messages with stand-ins for the control tokens that they spell."""
+        return mask(messages, self.tokenizer.special_pattern, self._source)
 
     def _encode(self, text: str, stand_ins: dict[str, str]) -> list[int]:
         """Ids of a rendered conversation; `stand_ins` come from `_masked`."""

@@ -11,15 +11,15 @@ tools; what a model would learn from it is an answer from nowhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from model.control_tokens import QUESTION, Render
 from model.messages import Messages, calls_of, tools_of
 from model.template import TemplateStopped
 
 # the texts of the conversation that probes a template
-QUESTION = "A-QUESTION"
 TOOL = "a_probing_tool"
 PARAMETER = "a_parameter"
 VALUE = "A-VALUE"
@@ -53,8 +53,6 @@ _CALLING = {
     ],
 }
 _ANSWERING = {"role": "tool", "name": TOOL, "tool_call_id": CALL_ID, "content": RESULT}
-
-Render = Callable[[Sequence[dict[str, Any]], bool], str]  # (turns, add_generation_prompt) -> text
 
 
 class CallEdges(NamedTuple):
