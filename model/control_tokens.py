@@ -1,7 +1,7 @@
 """Control tokens: those that a template writes around turns, and those that a message only spells
 
-Only text that a template writes can become a control token. One that a message spells is replaced by
-a private-use character (its stand-in) before rendering, so that the template trims and joins as
+Only text that a template writes can become a control token. One that a message spells is replaced
+by a private-use character (its stand-in) before rendering, so that the template trims and joins as
 usual, and is afterwards encoded as plain text between the pieces around it.
 """
 
