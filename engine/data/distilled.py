@@ -17,7 +17,7 @@ from engine.data.data_file import DataFile, lines
 from engine.data.fields import kind, message
 from engine.data.json_records import json_lines
 from engine.data.rows import Rows, listing
-from engine.data.thinking import end_of_thoughts
+from engine.data.thinking import thinks
 from model.messages import ROLES, calls_of, check_messages
 
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
@@ -110,7 +110,7 @@ def check_without_thoughts(lines: Rows) -> None:
         for entry in line.messages:
             if entry["role"] == "assistant":
                 answers.append(entry["content"])
-        if any(end_of_thoughts(answer) for answer in answers):
+        if any(thinks(answer) for answer in answers):
             raise ValueError(
                 f"{lines.path}: {line.id} has thoughts, and its rewrites were made with them; "
                 "--thinking strip must be given to scripts/distill.py already"
