@@ -59,7 +59,8 @@ def test_other_calls_are_rejected(text, reason):
 
 
 def test_the_order_of_parallel_calls_does_not_count_and_their_number_does():
-    first, second = (json.dumps(call["function"]) for call in PAIR)
+    first = json.dumps(PAIR[0]["function"])
+    second = json.dumps(PAIR[1]["function"])
     assert verify_tool_calls(PAIR, second + "\n" + first)[0]
     assert not verify_tool_calls(PAIR, first)[0]
     assert not verify_tool_calls(PAIR, first + second + second)[0]
