@@ -1,6 +1,6 @@
 """Conversations as a model was trained to see them: chat templates, and where an answer begins.
 
-A conversation is a sequence of `{"role": "system" | "user" | "assistant", "content": str}`. `Chat`
+A conversation is a sequence of messages (model/messages.py): roles, texts, calls of tools. `Chat`
 turns it into a prompt's ids with the checkpoint's own template (Jinja, in the sandbox of
 model/template.py) or with a built-in format (model/chat_formats.py).
 
@@ -13,7 +13,8 @@ added token that the template writes around turns, whether the checkpoint marks 
 control token that a message spells is replaced by a private-use character (its stand-in) before
 rendering, so that the template trims and joins as usual, and is afterwards encoded as plain text
 between the pieces around it. (A template that edited texts otherwise could still compose such a
-spelling. Other added tokens, as <think>, are text like any other.)
+spelling. Other added tokens, as <tool_call>, are text like any other; so are <think> and </think>
+in any case.)
 
 Targets. An answer that is to be learnt is encoded as the template renders it (`target`), so that it
 is the same text as an earlier answer in a context: trimmed where the template trims. The generation
@@ -21,6 +22,11 @@ prompt may continue after the text that the template writes before a finished an
 (DeepSeek-R1-Distill's opens a think block); that continuation is not part of a target, and `notice`
 tells the user. Spaces that a template writes between an answer and the token that closes it (one
 before </s> in Llama 2's) stand in the turns of a prompt and are not part of a target.
+
+Tools. A template is handed the tools of a conversation, and messages with their calls. A template
+that leaves out one of the three (tools, calls, results) is found by rendering made ones, and is
+refused where the conversation has them. An answer that calls tools is learnt as the template writes
+it, with the token that closes such an answer (model/chat_tools.py).
 
 No id may lie beyond the model's embeddings: a template or a text that needs such a token is refused
 before the weights are used.
@@ -35,27 +41,32 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from model.chat_formats import (
     FORMATS,
     TEMPLATES,
-    Messages,
-    check_messages,
     check_tokenizer,
     check_turns,
     checkpoint_eos_ids,
     checkpoint_template,
     embedding_rows,
 )
-from model.template import ChatTemplate, TemplateStopped
+from model.chat_tools import CallEdges, ToolProbes
+from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
+from model.messages import (
+    Message,
+    Messages,
+    calls_of,
+    check_messages,
+    texts_of,
+    tools_of,
+    without_tools,
+)
+from model.template import ChatTemplate
 from model.tokenizer_base import Tokenizer, any_of
-
-# the texts of the conversation that probes a template
-QUESTION = "A-QUESTION"
-ANSWER = "AN-ANSWER"
-PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that stand for spelled control tokens
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,6 @@ class Target:
     prompt: list[int]  # everything that the template writes before a finished answer
     answer: list[int]  # the answer and the text that the template puts around it, no end token
     as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
-
-
-class Masked(NamedTuple):
-    """Messages whose spelled control tokens are replaced by private-use characters."""
-
-    turns: list[dict[str, str]]
-    stand_ins: dict[str, str]  # private-use character -> the spelling that it stands for
 
 
 class Chat:
@@ -112,7 +116,8 @@ class Chat:
             if tokenizer.add_bos:
                 self._bos = tokenizer.named["bos_token"]
             self._variables["bos_token"] = self._bos
-        not_yet_special = self._turn_tokens() - set(tokenizer.special)
+        turns = turn_tokens(self._text, tokenizer.added)
+        not_yet_special = turns - set(tokenizer.special)
         if not_yet_special:
             self.tokenizer = tokenizer.with_control(not_yet_special)
         added_token = any_of(self.tokenizer.added).pattern
@@ -222,15 +227,25 @@ class Chat:
         prompt = self._text(turns, add_generation_prompt=True)
         return self._encode(prompt, stand_ins) + self.prefix_ids(prefix)
 
-    def target(self, messages: Messages, text: str) -> Target:
-        """The answer `text` to `messages` as the template renders it: the text a model learns.
+    def target(self, messages: Messages, answer: str | Message) -> Target:
+        """The answer to `messages` as the template renders it: the text a model learns.
+
+        answer: its text, or the assistant's message, which may call tools.
 
         The template may trim it or set other space around its parts. Where it leaves some of the
         answer's text out (the reasoning of an answer that is no longer the last), the whole
-        answer stands in its place.
+        answer stands in its place. ValueError for calls that the template does not write.
         """
-        conversation = [*messages, {"role": "assistant", "content": text}]
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        conversation = [*messages, answer]
         turns, stand_ins = self._masked(conversation, add_generation_prompt=False)
+        if calls_of(answer):
+            return self._target_of_calls(turns, stand_ins)
+        return self._target_of_text(turns, stand_ins)
+
+    def _target_of_text(self, turns: list[dict[str, Any]], stand_ins: dict[str, str]) -> Target:
+        """`target` for an answer of text alone, the last of the masked turns."""
         answer = turns[-1]["content"]
         prompt = self._text(turns[:-1], add_generation_prompt=True)
         whole = self._text(turns, add_generation_prompt=False)
@@ -250,6 +265,51 @@ class Chat:
         answer_ids = self._encode_pieces(rendered, stand_ins, continues=True)
         prompt_ids = self._encode(before, stand_ins)
         return Target(prompt_ids, answer_ids, as_rendered)
+
+    def _target_of_calls(self, turns: list[dict[str, Any]], stand_ins: dict[str, str]) -> Target:
+        """`target` for an answer that calls tools, the last of the masked turns."""
+        edges = self._call_edges
+        prompt = self._text(turns[:-1], add_generation_prompt=True)
+        whole = self._text(turns, add_generation_prompt=False)
+        before = self._common(prompt, whole)
+        if len(prompt) - len(before) > len(self._header):  # nothing in common after the question
+            raise ValueError(
+                f"the {self.name} chat template writes tool calls in another conversation than it "
+                "prompts for: they cannot be trained on"
+            )
+        answer_ids = self._encode_pieces(
+            edges.answer_in(whole[len(before) :]), stand_ins, continues=True
+        )
+        return Target(self._encode(before, stand_ins), answer_ids, True)
+
+    def end_id_of(self, answer: Message) -> int:
+        """The token that closes an answer: `end_id`, or that of an answer that calls tools."""
+        if not calls_of(answer) or not self._call_edges.closing:
+            return self.end_id
+        return self.tokenizer.special[self._call_edges.closing]
+
+    def text_of_calls(self, messages: Messages, answer: Message) -> str:
+        """What a model writes to give `answer`, which calls tools: the template's form as text."""
+        return self.tokenizer.decode(self.target(messages, answer).answer).strip()
+
+    @cached_property
+    def _tool_probes(self) -> ToolProbes:
+        return ToolProbes(self._text, self.name)
+
+    @cached_property
+    def _call_edges(self) -> CallEdges:
+        """How the template writes an answer that calls tools; ValueError where it writes none."""
+        pattern = self.tokenizer.special_pattern
+        edges = self._tool_probes.call_edges(pattern, self._closing, self._after)
+        if edges.closing:
+            end_id = self.tokenizer.special[edges.closing]
+            if end_id not in self.end_ids:
+                raise ValueError(
+                    f"the {self.name} chat template closes tool calls with {edges.closing!r}, at "
+                    f"which sampling would not stop: add its id {end_id} to eos_token_id in "
+                    "generation_config.json"
+                )
+        return edges
 
     def _rendered_answer(self, before: str, whole: str, answer: str) -> str | None:
         """The part of `whole` after `before` that the model is to write.
@@ -294,38 +354,37 @@ class Chat:
         """
         encoded = prefix.rstrip(" ")  # by prefix_ids
         lead = prefix[len(encoded) :] if encoded else self._lead
-        masked_texts, stand_ins = self._mask([text])
-        return self._encode_pieces(lead + masked_texts[0], stand_ins, continues=True)
+        masked = self._mask([{"role": "assistant", "content": text}])
+        answer = lead + masked.turns[0]["content"]
+        return self._encode_pieces(answer, masked.stand_ins, continues=True)
 
     def spells_special(self, messages: Messages) -> bool:
         """Whether a message spells a special token, so that `prompt_ids` encodes it piecewise."""
         pattern = self.tokenizer.special_pattern
-        return any(pattern.search(message["content"]) for message in messages)
+        return any(pattern.search(text) for message in messages for text in texts_of(message))
 
     def _masked(self, messages: Messages, add_generation_prompt: bool) -> Masked:
         """The messages, checked, their spelled special tokens masked."""
         check_messages(messages)
         if self.name in FORMATS:
             check_turns(self.name, messages, add_generation_prompt)
-        texts, stand_ins = self._mask([message["content"] for message in messages])
-        turns = []
-        for message, text in zip(messages, texts, strict=True):
-            turns.append({"role": message["role"], "content": text})
-        return Masked(turns, stand_ins)
+        else:
+            self._tool_probes.check(messages)
+        return self._mask(messages)
 
-    def _template_text(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _template_text(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Masked messages rendered by the template, nothing added."""
-        length = sum(len(turn["content"]) for turn in turns)
+        length = sum(len(text) for turn in turns for text in texts_of(turn))
         return self._template.render(
             length,
-            messages=[dict(turn) for turn in turns],
-            tools=None,
+            messages=[without_tools(turn) for turn in turns],
+            tools=tools_of(turns),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._variables,
         )
 
-    def _text(self, turns: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _text(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Masked messages as text, with the format's bos and the opening of an answer."""
         text = self._template_text(turns, add_generation_prompt)
         if not text.startswith(self._bos):
@@ -333,35 +392,6 @@ class Chat:
         if add_generation_prompt:
             text += self._opening
         return text
-
-    def _turn_tokens(self) -> set[str]:
-        """Added tokens that the template writes around finished turns, special or not.
-
-        Those that are blank or a plain word are not taken for control tokens.
-        """
-        candidates = []
-        for spelling in self.tokenizer.added:
-            stripped = spelling.strip()
-            if stripped and not stripped.isalnum():
-                candidates.append(spelling)
-        pattern = any_of(candidates)
-        system = {"role": "system", "content": QUESTION}
-        question = {"role": "user", "content": QUESTION}
-        answer = {"role": "assistant", "content": ANSWER}
-        probes = (
-            [system, question, answer, question],
-            [question, answer, question],
-            [question, answer],
-        )
-        for turns in probes:
-            try:
-                text = self._text(turns, add_generation_prompt=False)
-                return set(pattern.findall(text))
-            except TemplateStopped:
-                raise
-            except ValueError:  # it takes no system message, or one question only
-                continue
-        return set()
 
     def _find_edges_of_answers(self) -> None:
         """Find out how the template writes an answer, by rendering a made conversation.
@@ -444,24 +474,12 @@ class Chat:
         common = os.path.commonprefix(parts_of_both)  # it compares lists item by item too
         return "".join(common)
 
-    def _mask(self, texts: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
-        """(texts with each spelled special token as one private-use character, {that character:
-        spelling}). Characters that occur in the texts or the template are not used."""
-        pattern = self.tokenizer.special_pattern
-        spelled: set[str] = set()
-        for text in texts:
-            spelled.update(pattern.findall(text))
-        if not spelled:
-            return texts, {}
-        taken = set(self._source).union(*texts)
-        free = [chr(code) for code in PRIVATE_USE if chr(code) not in taken]
-        stand_in_of = dict(zip(sorted(spelled), free[: len(spelled)], strict=True))
-        masked = [pattern.sub(lambda match: stand_in_of[match.group()], text) for text in texts]
-        stand_ins = {stand_in: spelling for spelling, stand_in in stand_in_of.items()}
-        return masked, stand_ins
+    def _mask(self, messages: Messages) -> Masked:
+        """The messages with stand-ins for the control tokens that they spell."""
+        return mask(messages, self.tokenizer.special_pattern, self._source)
 
     def _encode(self, text: str, stand_ins: dict[str, str]) -> list[int]:
-        """Ids of a rendered conversation; `stand_ins` come from `_mask`."""
+        """Ids of a rendered conversation; `stand_ins` come from `_masked`."""
         if not self._bos:
             return self._encode_pieces(text, stand_ins)
         ids: list[int] = []

@@ -14,15 +14,13 @@ A built-in format takes an optional system message, then user and assistant in t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.config import read_json
 from model.file_checks import check_file
+from model.messages import Messages, calls_of, tools_of
 from model.tokenizer_base import Tokenizer
 from model.tokenizer_files import role_ids
-
-Messages = Sequence[Mapping[str, str]]
 
 TEMPLATES = {
     "chatml": r"""
@@ -68,23 +66,15 @@ TEMPLATES = {
 FORMATS = tuple(TEMPLATES)
 
 
-def check_messages(messages: Messages) -> None:
-    """ValueError for messages without a known role or without text."""
-    if not messages:
-        raise ValueError("the conversation is empty; expected at least one message")
-    for number, message in enumerate(messages):
-        role = message.get("role")
-        content = message.get("content")
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise ValueError(
-                f"message {number} has role {role!r} and content of type {type(content).__name__}; "
-                "expected system, user or assistant and a string"
-            )
-
-
 def check_turns(format_name: str, messages: Messages, add_generation_prompt: bool) -> None:
-    """ValueError for an order of roles that a built-in format cannot take."""
+    """ValueError for tools, and for an order of roles that a built-in format cannot take."""
     roles = [message["role"] for message in messages]
+    uses_tools = tools_of(messages) is not None or any(calls_of(turn) for turn in messages)
+    if uses_tools or "tool" in roles:
+        raise ValueError(
+            f"chat format {format_name} has no form for tools and their calls; use a checkpoint "
+            "whose own chat template writes them"
+        )
     turns = roles[1:] if roles[0] == "system" else roles
     alternate = all(role == "user" for role in turns[0::2])
     alternate = alternate and all(role == "assistant" for role in turns[1::2])

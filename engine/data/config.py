@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.data.data_file import DataFile
 from engine.data.record_shapes import parse_columns
 from engine.data.rows import Row, Rows, load_rows
+from engine.data.sources import DirectoryOfFiles, Source, open_source
+from engine.data.table_file import TableFile
+from engine.data.thinking import MODES
 from engine.runtime.limits import MOST, check_numbers
 
 
@@ -16,7 +18,8 @@ from engine.runtime.limits import MOST, check_numbers
 class DataConfig:
     """The data file, and which of its rows are used."""
 
-    data: str  # file of rows (JSON, JSONL or CSV; may be gzipped) or of distilled data
+    data: str  # file of rows (JSON, JSONL or CSV, may be gzipped; Parquet or Arrow), a directory of
+    #   such files or of a saved Hugging Face data set, or a file of distilled data
     columns: str | None = None  # names of the fields to read, as in prompt=goal,response=target; an
     #   empty id= ignores the ids in the file [default: recognised by their usual names]
     skip_bad: bool = False  # leave out and count unusable rows, instead of stopping with an error
@@ -24,17 +27,22 @@ class DataConfig:
     #   an error
     limit: int | None = None  # use only the first N usable rows [default: all]
     system: str | None = None  # system message for rows that have none [default: none]
+    thinking: str = "keep"  # thoughts (<think>...</think>) in the answers: keep (text like any
+    #   other), strip (removed), or answer-only (the model sees them, but what is trained on and
+    #   judged is the answer behind them)
 
     def check(self) -> None:
-        """ValueError for a limit that leaves no row."""
+        """ValueError for a limit that leaves no row, and for an unknown way with thoughts."""
         check_numbers(self, limit=(1, MOST))
+        if self.thinking not in MODES:
+            raise ValueError(f"thinking {self.thinking!r}: expected one of {', '.join(MODES)}")
 
     def load(
         self,
         need_reference: bool = True,
         *,
         check: Callable[[Row], None] | None = None,
-        opened: DataFile | None = None,
+        opened: Source | None = None,
     ) -> Rows:
         """The rows; prints how many there are, and what was left out or not used.
 
@@ -42,13 +50,15 @@ class DataConfig:
         that the chat template refuses. opened: the file, if it is open already.
         """
         columns = parse_columns(self.columns) if self.columns else None
+        source = open_source(self.data if opened is None else opened)
         rows = load_rows(
-            self.data if opened is None else opened,
+            source,
             columns=columns,
             skip_bad=self.skip_bad,
             limit=self.limit,
             need_reference=need_reference,
             system=self.system,
+            thinking=self.thinking,
             check=check,
         )
         text = f"data: {len(rows)} rows from {self.data}"
@@ -58,6 +68,13 @@ class DataConfig:
             text += f", {', '.join(map(repr, rows.inputs))} read as input"
         if rows.unused:
             text += f", fields not used: {', '.join(rows.unused)}"
+        if isinstance(source, DirectoryOfFiles):
+            text += f", of {len(source.files)} files"
+            if source.not_read:
+                text += f" (not read: {', '.join(source.not_read)})"
+        if isinstance(source, TableFile | DirectoryOfFiles) and source.columns_with_gaps:
+            columns = ", ".join(sorted(source.columns_with_gaps))
+            text += f", keys without a value left out in {columns}"
         print(text)
         context_only = sum(len(row.context_only) for row in rows)
         if context_only:

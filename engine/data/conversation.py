@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from engine.data.fields import as_text, is_given, kind, message, required_field
+from engine.data.thinking import OPENS, with_thought
+from engine.data.tool_calls import calls_of_entry, calls_of_text, tools_of_field
+from model.messages import calls_of
 
 SPEAKERS = {  # OpenAI's and ShareGPT's names of roles -> ours
     "system": "system",
@@ -14,25 +18,27 @@ SPEAKERS = {  # OpenAI's and ShareGPT's names of roles -> ours
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
+CALLING = ("function_call", "tool_call")  # ShareGPT's speakers whose text is calls as JSON
 # keys by which other programs say that a message is (1) or is not (0) to be trained on
 TRAINED = ("weight", "train", "training", "trainable", "loss_mask", "loss")
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-# keys of a message whose text we would leave out of training
-UNSUPPORTED = {
-    "tool_calls": "tool calls are not supported",
-    "function_call": "tool calls are not supported",
-    "reasoning_content": "thoughts beside the text are not supported",
-    "reasoning": "thoughts beside the text are not supported",
-    "thinking": "thoughts beside the text are not supported",
-}
+CALLS = ("tool_calls", "function_call")  # keys of a message that hold calls
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a thought beside the text
+OF_RESULTS = ("name", "tool_call_id")  # keys of a tool's result that a chat template may read
 
 
 class Conversation(NamedTuple):
     """The messages of a record.
 
-    A message is {"role", "content"}, and "trained": bool where the record says whether the message
-    is to be trained on.
+    A message is one of model/messages.py, with "trained": bool where the record says whether the
+    message is to be trained on.
     """
 
     messages: list[dict]
@@ -55,6 +61,11 @@ def conversation_of(record: dict, shape: dict[str, str], need_reference: bool) -
         if messages[0]["role"] == "system":
             raise ValueError(f"both a system message and a {name!r} field; keep one")
         messages.insert(0, message("system", record[name], name))
+    tools = []
+    if shape.get("tools"):
+        tools = tools_of_field(record.get(shape["tools"]), shape["tools"])
+    if tools:
+        messages[0]["tools"] = tools
     return Conversation(messages, unused_keys)
 
 
@@ -112,7 +123,7 @@ def _conversation_of_list(
             unused_keys.add(f"{name}[].{key}")
     if not need_reference and messages[-1]["role"] == "assistant":
         messages.pop()
-    check_turns(messages, last="assistant" if need_reference else "user")
+    check_turns(messages, last=("assistant",) if need_reference else ("user", "tool"))
     return Conversation(messages, unused_keys)
 
 
@@ -121,17 +132,18 @@ def _message_of_entry(entry: object, number: int) -> dict:
     if not isinstance(entry, dict):
         raise ValueError(f"message {number} is {kind(entry)}, expected an object")
     speaker = entry.get("role", entry.get("from"))
-    if isinstance(speaker, str) and speaker in TOOL_ROLES:
-        raise ValueError(f"message {number} has the role {speaker!r}: tool calls are not supported")
-    for key, why in UNSUPPORTED.items():
-        if entry.get(key):
-            raise ValueError(f"message {number} has {key!r}: {why}")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         known = ", ".join(SPEAKERS)
         raise ValueError(f"message {number}: unknown role {speaker!r}; known: {known}")
     role = SPEAKERS[speaker]
-    content = entry.get("content", entry.get("value"))
-    made = message(role, _text_of_parts(content, number), f"message {number}")
+    if role == "assistant":
+        made = _message_of_assistant(entry, number)
+    elif role == "tool":
+        made = _result_of_tool(entry, number)
+    else:
+        _refuse_calls_and_thoughts(entry, role, number)
+        content = _text_of_parts(entry.get("content", entry.get("value")), number)
+        made = message(role, content, f"message {number}")
     trained = _is_trained_on(entry, number)
     if trained and role != "assistant":
         raise ValueError(
@@ -142,10 +154,81 @@ def _message_of_entry(entry: object, number: int) -> dict:
     return made
 
 
+def _refuse_calls_and_thoughts(entry: dict, role: str, number: int) -> None:
+    """ValueError where a message that is not the assistant's has them."""
+    for key in (*CALLS, *THOUGHTS):
+        if entry.get(key):
+            raise ValueError(f"message {number} is the {role}'s and has {key!r}")
+
+
+def _message_of_assistant(entry: dict, number: int) -> dict:
+    """The assistant's message: its text, behind a thought that stands beside it, and its calls."""
+    where = f"message {number}"
+    content = entry.get("content", entry.get("value"))
+    if entry.get("from") in CALLING or entry.get("role") in CALLING:
+        if any(entry.get(key) for key in CALLS):
+            raise ValueError(f"{where} has calls in its text and calls beside it; keep one")
+        calls = calls_of_text(content, where)
+        content = None
+    else:
+        calls = calls_of_entry(entry, where)
+    text = _text_of_parts(content, number)
+    thought = _thought_of(entry, number)
+    if (calls or thought) and text in (None, []):
+        text = ""
+    if thought and isinstance(text, str):
+        text = _joined(thought, text, number)
+    if not calls:
+        return message("assistant", text, where)
+    made = message("assistant", text, where, may_be_empty=True)
+    return {**made, "tool_calls": calls}
+
+
+def _thought_of(entry: dict, number: int) -> str:
+    """The thought beside a message's text; "" without."""
+    given = {key: entry[key] for key in THOUGHTS if entry.get(key)}
+    thoughts = set()
+    for key, value in given.items():
+        if not isinstance(value, str):
+            raise ValueError(f"message {number}: {key!r} is {kind(value)}, expected text")
+        thoughts.add(value.strip())
+    if len(thoughts) > 1:
+        raise ValueError(f"message {number}: {', '.join(given)} contradict each other")
+    return thoughts.pop() if thoughts else ""
+
+
+def _joined(thought: str, text: str, number: int) -> str:
+    """A thought and the text that follows it; a text that begins with the same thought as it is."""
+    if not text.lstrip().startswith(OPENS):
+        return with_thought(thought, text)
+    if thought not in text:
+        raise ValueError(f"message {number} has one thought in its text and another beside it")
+    return text
+
+
+def _result_of_tool(entry: dict, number: int) -> dict:
+    """The message of a tool: its result as text, an object as JSON; it may be empty."""
+    _refuse_calls_and_thoughts(entry, "tool", number)
+    content = entry.get("content", entry.get("value"))
+    is_json = isinstance(content, dict)
+    if isinstance(content, list):
+        is_json = not all(isinstance(part, dict) and "type" in part for part in content)
+    text = json.dumps(content, ensure_ascii=False) if is_json else _text_of_parts(content, number)
+    made = message("tool", text, f"message {number}", may_be_empty=True)
+    for key in OF_RESULTS:
+        if isinstance(entry.get(key), str) and entry[key]:
+            made[key] = entry[key]
+    return made
+
+
 def _unused_keys(entry: dict) -> set[str]:
     """The keys of an entry that are given and from which nothing is read."""
     given = {key for key, value in entry.items() if value not in (None, "", [], {})}
     read = {"role", "from", "content", "value", *TRAINED}
+    read.update(key for key in (*CALLS, *THOUGHTS) if entry.get(key))
+    speaker = entry.get("role", entry.get("from"))
+    if SPEAKERS.get(speaker) == "tool":
+        read.update(OF_RESULTS)
     return given - read
 
 
@@ -197,16 +280,27 @@ def context_only_turns(messages: Sequence[dict]) -> frozenset[int]:
     return frozenset(context_only)
 
 
-def check_turns(messages: Sequence[dict[str, str]], last: str) -> None:
-    """ValueError unless user and assistant alternate and the last message is of the role `last`.
+def check_turns(messages: Sequence[dict], last: Sequence[str]) -> None:
+    """ValueError unless the roles follow each other as a conversation's do and it ends with `last`.
 
-    One system message may come first.
+    One system message may come first, then the user and the assistant in turns. Between an
+    assistant's message and the assistant's next one stand tools' results, one or more, which
+    must follow where the first calls tools (its calls may be spelled in its text too).
     """
     first = 1 if messages and messages[0]["role"] == "system" else 0  # after the system message
-    expected = "user"
+    expected: tuple[str, ...] = ("user",)
     for number, turn in enumerate(messages[first:], first + 1):
-        if turn["role"] != expected:
-            raise ValueError(f"message {number} is the {turn['role']}'s, expected the {expected}'s")
-        expected = "assistant" if expected == "user" else "user"
-    if len(messages) == first or messages[-1]["role"] != last:
-        raise ValueError(f"the conversation does not end with the {last}")
+        if turn["role"] not in expected:
+            raise ValueError(
+                f"message {number} is the {turn['role']}'s, expected the {expected[0]}'s"
+            )
+        if turn["role"] == "user":
+            expected = ("assistant",)
+        elif turn["role"] == "tool":
+            expected = ("assistant", "tool")
+        elif calls_of(turn):
+            expected = ("tool",)
+        else:
+            expected = ("user", "tool")
+    if len(messages) == first or messages[-1]["role"] not in last:
+        raise ValueError(f"the conversation does not end with the {' or the '.join(last)}")

@@ -41,6 +41,7 @@ class ForeignFormat(NamedTuple):
 
 
 FOREIGN_FORMATS = (
+    # (as files that is_table does not see first: gzipped ones)
     ForeignFormat(b"PAR1", "a Parquet file", _PANDAS.format(read="read_parquet")),
     ForeignFormat(b"ARROW1", "an Arrow (Feather) file", _PANDAS.format(read="read_feather")),
     ForeignFormat(

@@ -10,17 +10,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from engine.data.conversation import check_turns
 from engine.data.data_file import DataFile, lines
 from engine.data.fields import kind, message
 from engine.data.json_records import json_lines
 from engine.data.rows import Rows, listing
+from engine.data.thinking import thinks
+from model.messages import ROLES, calls_of, check_messages
 
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
 CONTEXT = "context_only"  # the status of a turn that its row marks as not to be trained on
 NOT_ASKED = "not_asked"  # the status of a turn that the published code does not rewrite
 FINISHES = ("stop", "length", "stop_string", "prompt_too_long")  # the sampler's
+MESSAGE_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "tools"}
+OPTIONAL = ("tries", "answer")  # fields that a line may lack
 TARGETS = ("target", "response", "reference")  # the answers that a line offers to training
 
 
@@ -29,7 +34,7 @@ class Distilled:
     """One line of distilled data: an assistant turn, its reference, the seed model's response."""
 
     id: str  # "row/turn"; turn counts the assistant's turns from 0
-    messages: list[dict[str, str]]  # the context, earlier answers already replaced by targets
+    messages: list[dict[str, Any]]  # the context, earlier answers already replaced by targets
     reference: str
     response: str
     response_ids: list[int]  # as sampled, without the end token
@@ -40,6 +45,9 @@ class Distilled:
     prompt_tokens: int  # of the prompt that was sampled from
     response_tokens: int  # == len(response_ids)
     tries: dict[str, list[str]] = field(default_factory=dict)  # stage -> status of each attempt
+    # the reference as a message, where it calls tools (`reference` is then the text that the chat
+    # template writes); {} and absent from the line where it is text alone
+    answer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_rejected(self) -> bool:
@@ -95,6 +103,20 @@ def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Row
     return Rows(loaded, file.path, sha256)
 
 
+def check_without_thoughts(lines: Rows) -> None:
+    """ValueError where an answer in distilled data has thoughts, which cannot be removed now."""
+    for line in lines:
+        answers = [line.reference, line.target]
+        for entry in line.messages:
+            if entry["role"] == "assistant":
+                answers.append(entry["content"])
+        if any(thinks(answer) for answer in answers):
+            raise ValueError(
+                f"{lines.path}: {line.id} has thoughts, and its rewrites were made with them; "
+                "--thinking strip must be given to scripts/distill.py already"
+            )
+
+
 def _distilled(record: object) -> Distilled:
     """A parsed line as Distilled; ValueError with the first rule that it breaks."""
     if isinstance(record, ValueError):
@@ -125,10 +147,10 @@ def _distilled(record: object) -> Distilled:
 
 
 def _check_fields(record: object) -> None:
-    """ValueError for other field names than Distilled's, of which `tries` may be absent, and for
+    """ValueError for other field names than Distilled's, of which OPTIONAL may be absent, and for
     a value of another type."""
     names = [field.name for field in fields(Distilled)]
-    if not isinstance(record, dict) or record.keys() | {"tries"} != set(names):
+    if not isinstance(record, dict) or record.keys() | set(OPTIONAL) != set(names):
         got = ", ".join(record) if isinstance(record, dict) else kind(record)
         raise ValueError(f"expected the fields {', '.join(names)}; got {got}")
     types = dict.fromkeys(names, str) | {
@@ -137,6 +159,7 @@ def _check_fields(record: object) -> None:
         "prompt_tokens": int,
         "response_tokens": int,
         "tries": dict,
+        "answer": dict,
     }
     for name, value in record.items():
         if type(value) is not types[name]:  # not isinstance, for which a bool is an int
@@ -147,12 +170,18 @@ def _check_context(line: Distilled) -> None:
     """ValueError for messages that are no context of a turn, or an id that does not count the
     assistant's among them."""
     for number, entry in enumerate(line.messages, 1):
-        if not isinstance(entry, dict) or entry.keys() != {"role", "content"}:
+        if not isinstance(entry, dict) or not {"role", "content"} <= entry.keys() <= MESSAGE_KEYS:
             raise ValueError(f"message {number}: expected an object of role and content")
-        if entry["role"] not in ("system", "user", "assistant"):
+        if entry["role"] not in ROLES:
             raise ValueError(f"message {number}: unknown role {entry['role']!r}")
-        message(entry["role"], entry["content"], f"message {number}")
-    check_turns(line.messages, last="user")
+        may_be_empty = entry["role"] == "tool" or bool(calls_of(entry))
+        message(entry["role"], entry["content"], f"message {number}", may_be_empty)
+    check_turns(line.messages, last=("user", "tool"))
+    check_messages(line.messages)
+    if line.answer:
+        check_messages([line.answer])
+        if line.answer["role"] != "assistant" or not calls_of(line.answer):
+            raise ValueError("'answer' is not the assistant's message with its tool calls")
     earlier = sum(entry["role"] == "assistant" for entry in line.messages)
     if not re.fullmatch(rf".+/{earlier}", line.id, re.DOTALL):
         raise ValueError(f"id {line.id!r}; expected 'row/{earlier}', as many turns come before it")

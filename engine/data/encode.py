@@ -15,12 +15,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.data.distilled import CONTEXT, Distilled
 from engine.data.fit import EncodedTurn, Fit
 from engine.data.rows import Row, listing
 from engine.data.turns import TrainedTurn, check_target, turns_to_train_on
+from model.messages import calls_of
 
 if TYPE_CHECKING:
     from model.chat import Chat
@@ -60,6 +61,7 @@ class EncodeRules:
     drop_rejected  turns whose rewrites were all rejected are left out, instead of being trained on
                    their references (rejection-sampling fine-tuning). Distilled data only. In a
                    conversation such a turn stays in the context of later ones
+    answer_only    the thoughts with which an answer begins (thinking.py) carry no loss
     """
 
     max_length: int
@@ -72,6 +74,7 @@ class EncodeRules:
     mix: float = 0.0
     seed: int = 0
     drop_rejected: bool = False
+    answer_only: bool = False
 
     @property
     def leaves_out_long(self) -> bool:
@@ -97,6 +100,7 @@ class EncodeCounts:
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
     rejected: int = 0  # left out: every rewrite of theirs was rejected (--drop-rejected)
     unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
+    thought: int = 0  # tokens of answers without a loss: thoughts, as --thinking answer-only asks
     special: int = 0  # their text spells a special token, encoded as plain text
 
     def add(self, example: Example, turn: TrainedTurn, encoded: EncodedTurn, fit: Fit) -> None:
@@ -120,8 +124,8 @@ class EncodeCounts:
             self.mixed += 1
         if not encoded.as_rendered:
             self.unrendered += 1
-        answer = {"role": "assistant", "content": turn.text}
-        if fit.chat.spells_special([*turn.messages, answer]):
+        self.thought += encoded.thought
+        if fit.chat.spells_special([*turn.messages, turn.answer]):
             self.special += 1
 
 
@@ -140,7 +144,7 @@ def encode(
     and where the chat template refuses a conversation (but for `skip_refused`).
     """
     check_target(rows, rules.target, rules.mix)
-    fit = Fit(chat, rules.max_length, rules.truncate, rules.in_proportion)
+    fit = Fit(chat, rules.max_length, rules.truncate, rules.in_proportion, rules.answer_only)
     too_long_elsewhere: frozenset[str] = frozenset()
     if rules.leaves_out_long:
         too_long_elsewhere = _too_long_as_some_target(rows, fit, rules.seed)
@@ -289,7 +293,7 @@ def _way_out(otherwise: str, rules: EncodeRules) -> str:
 # ---- checks of rows and examples
 
 
-def prompts_of(row: Row) -> list[tuple[dict[str, str], ...]]:
+def prompts_of(row: Row) -> list[tuple[dict[str, Any], ...]]:
     """The conversations that a model is asked to continue: the messages before every answer that
     is trained on, or all messages of a row without an answer."""
     if row.messages[-1]["role"] != "assistant":
@@ -307,6 +311,9 @@ def template_takes(chat: Chat) -> Callable[[Row], None]:
     def check(row: Row) -> None:
         for messages in prompts_of(row):
             chat.render(messages, add_generation_prompt=True)
+        for index in row.turns:
+            if calls_of(row.messages[index]):
+                chat.target(row.messages[:index], row.messages[index])
 
     return check
 

@@ -13,14 +13,16 @@ TYPE_NAMES = {
     str: "text",
     bool: "a boolean",
     type(None): "null",
+    bytes: "bytes",
 }
 
 
-def message(role: str, text: object, where: str) -> dict[str, str]:
+def message(role: str, text: object, where: str, may_be_empty: bool = False) -> dict[str, str]:
     """One message; ValueError, naming the text by `where`, for a text that cannot be used."""
     if not isinstance(text, str):
         raise ValueError(f"{where!r} is {kind(text)}, expected text")
-    if not text.strip() and role != "system":  # an empty system message silences a template's own
+    may_be_empty = may_be_empty or role == "system"  # an empty one silences a template's own
+    if not text.strip() and not may_be_empty:
         raise ValueError(f"{where!r} is empty")
     if SURROGATE.search(text):
         raise ValueError(f"{where!r} holds half of a surrogate pair, which UTF-8 cannot write")

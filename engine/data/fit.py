@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engine.data.thinking import end_of_thoughts
 from engine.data.turns import TrainedTurn
+from model.messages import calls_of
 
 if TYPE_CHECKING:
     from model.chat import Chat
@@ -17,13 +19,15 @@ class EncodedTurn(NamedTuple):
     prompt: list[int]
     answer: list[int]  # with the end token, where the turn ends with it
     as_rendered: bool  # whether the chat template writes the whole answer
+    thought: int = 0  # tokens with which the answer begins and which carry no loss
 
 
 class CutTurn(NamedTuple):
     """The tokens of a turn within the length rules."""
 
     ids: list[int]
-    n_prompt: int  # of `ids`, those of the prompt; the others carry the loss
+    n_prompt: int  # of `ids`, those of the prompt, and of a thought without a loss; the others
+    #   carry the loss
 
 
 class TurnTokens(NamedTuple):
@@ -38,14 +42,22 @@ class Fit:
 
     max_length: tokens of an example. truncate: a longer answer loses its end. in_proportion: prompt
     and answer lose their ends in proportion (`cut_in_proportion`). With neither, a longer turn does
-    not fit.
+    not fit. answer_only: the thoughts with which an answer begins carry no loss.
     """
 
-    def __init__(self, chat: Chat, max_length: int, truncate: bool, in_proportion: bool) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        max_length: int,
+        truncate: bool,
+        in_proportion: bool,
+        answer_only: bool = False,
+    ) -> None:
         self.chat = chat
         self.max_length = max_length
         self.truncate = truncate
         self.in_proportion = in_proportion
+        self.answer_only = answer_only
 
     def encode(self, turn: TrainedTurn) -> EncodedTurn:
         """All tokens of a turn; an empty answer gets no end token.
@@ -55,7 +67,7 @@ class Fit:
         id has no embedding.
         """
         if turn.sampled_ids is None:
-            target = self.chat.target(turn.messages, turn.text)
+            target = self.chat.target(turn.messages, turn.calling or turn.text)
             prompt = target.prompt
             answer = target.answer
             as_rendered = target.as_rendered
@@ -64,9 +76,11 @@ class Fit:
             prompt = self.chat.prompt_ids(turn.messages)
             answer = turn.sampled_ids
             as_rendered = True
+        thought = thought_tokens(self.chat, answer) if self.answer_only else 0
         if answer and turn.ends:
-            answer = [*answer, self.chat.end_id]
-        return EncodedTurn(prompt, answer, as_rendered)
+            end_id = self.chat.end_id_of(turn.calling) if turn.calling else self.chat.end_id
+            answer = [*answer, end_id]
+        return EncodedTurn(prompt, answer, as_rendered, thought)
 
     def cut(self, turn: TrainedTurn, encoded: EncodedTurn) -> CutTurn | None:
         """The turn within the length rules; None where it does not fit."""
@@ -76,14 +90,16 @@ class Fit:
             turns = self._earlier_turns(turn.messages, prompt)
             done = sum(len(earlier.source) + len(earlier.target) for earlier in turns)
             turns.append(TurnTokens(prompt[done:], answer))
-            return cut_in_proportion(turns, self.max_length)
+            cut = cut_in_proportion(turns, self.max_length)
+            return _after_thought(cut, encoded.thought)
         room = self.max_length - len(prompt)
         if room < 1 or (len(answer) > room and not self.truncate):
             return None
-        return CutTurn(prompt + answer[:room], len(prompt))
+        cut = CutTurn(prompt + answer[:room], len(prompt))
+        return _after_thought(cut, encoded.thought)
 
     def _earlier_turns(
-        self, messages: Sequence[dict[str, str]], prompt: list[int]
+        self, messages: Sequence[dict[str, Any]], prompt: list[int]
     ) -> list[TurnTokens]:
         """The earlier turns in a prompt, as parts of its ids.
 
@@ -95,11 +111,46 @@ class Fit:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 start = len(self.chat.prompt_ids(messages[:index]))
-                n_answer = len(self.chat.response_ids(message["content"])) + 1  # and the end token
+                n_answer = len(answer_ids(self.chat, messages[:index], message)) + 1  # and the end
                 end = start + n_answer
                 turns.append(TurnTokens(prompt[done:start], prompt[start:end]))
                 done = end
         return turns
+
+
+def answer_ids(chat: Chat, context: Sequence[dict[str, Any]], answer: dict[str, Any]) -> list[int]:
+    """Ids of an earlier answer to `context`, no end token."""
+    if calls_of(answer):
+        return chat.target(context, answer).answer
+    return chat.response_ids(answer["content"])
+
+
+def thought_tokens(chat: Chat, answer: Sequence[int]) -> int:
+    """How many tokens an answer begins with that hold nothing but its thoughts.
+
+    A token that holds the end of a thought and the beginning of what follows it counts as the
+    latter.
+    """
+    text = chat.tokenizer.decode(answer)
+    end = end_of_thoughts(text)
+    if end == 0:
+        return 0
+    most = len(answer)  # the largest count that may still be one of thoughts
+    least = 0  # the largest count that is known to be one
+    while least < most:
+        middle = (least + most + 1) // 2
+        if len(chat.tokenizer.decode(answer[:middle])) <= end:
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def _after_thought(cut: CutTurn | None, thought: int) -> CutTurn | None:
+    """The turn with a loss behind its thought alone; None where nothing is left of the answer."""
+    if cut is None or cut.n_prompt + thought >= len(cut.ids):
+        return None
+    return CutTurn(cut.ids, cut.n_prompt + thought)
 
 
 def cut_in_proportion(turns: Sequence[TurnTokens], limit: int) -> CutTurn | None:

@@ -5,14 +5,20 @@ A shape is {role: field name}. It is found by the field names (SHAPES), or named
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.data.fields import is_given
 from engine.data.records import advice_for_wrapped_rows
 
-# roles that `--columns` may name; input, history, system, id and tests are optional in every row
-ROLES = ("prompt", "input", "response", "history", "system", "messages", "id", "tests")
+# roles that `--columns` may name; all but prompt, response and messages are optional in every row
+ROLES = ("prompt", "input", "response", "history", "system", "messages", "id", "tests", "tools")
+MAY_NAME_NONE = ("id", "tools")
+SHOWN = 200  # characters of a row in a message
+TOOL_FIELDS = ("tools", "functions")  # in which tools are looked for
 _ALPACA = {
     "prompt": "instruction",
     "response": "output",
@@ -35,15 +41,16 @@ SHAPES = (
 def parse_columns(text: str) -> dict[str, str]:
     """`prompt=goal,response=target` as {role: field name}; the roles are ROLES.
 
-    `id=` names no field: ids are then made of the rows' texts. ValueError for anything else.
+    `id=` names no field: ids are then made of the rows' texts; `tools=` leaves the tools out.
+    ValueError for anything else.
     """
     columns: dict[str, str] = {}
     for part in text.split(","):
         role, equals, name = part.partition("=")
         role = role.strip()
         name = name.strip()
-        makes_ids = role == "id" and equals != "" and not name
-        if not (name or makes_ids) or role not in ROLES or role in columns:
+        names_none = role in MAY_NAME_NONE and equals != "" and not name
+        if not (name or names_none) or role not in ROLES or role in columns:
             raise ValueError(
                 f"--columns: cannot read {part.strip()!r} in {text!r}; expected ROLE=FIELD, each "
                 f"role once, roles being {', '.join(ROLES)} (id= for ids made of the texts)"
@@ -57,7 +64,7 @@ def check_columns(columns: dict[str, str], need_reference: bool) -> None:
     unknown = columns.keys() - set(ROLES)
     if unknown:
         raise ValueError(f"columns: unknown roles {sorted(unknown)}; expected {', '.join(ROLES)}")
-    if columns.keys() <= {"id", "tests"}:  # beside these each row's shape is still found
+    if columns.keys() <= {"id", "tests", "tools"}:  # beside these each row's shape is still found
         return
     names_both = "messages" in columns and "prompt" in columns
     names_neither = "messages" not in columns and "prompt" not in columns
@@ -91,7 +98,7 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
             fitting.append(FittingShape(shape, names))
     if not fitting:
         fields = ", ".join(repr(name) for name in record) or "(none)"
-        advice = advice_for_wrapped_rows(path, record)
+        advice = advice_for_wrapped_rows(path, record) or _nearest(record, needed_roles)
         raise ValueError(
             f"fields {fields} fit no known shape; "
             f"expected {' or '.join(descriptions)}, or --columns{advice}"
@@ -108,6 +115,53 @@ def find_shape(path: Path, record: dict, need_reference: bool) -> dict[str, str]
     return first.shape
 
 
+def _nearest(record: dict, needed_roles: Sequence[str]) -> str:
+    """The end of a message about a record without a shape: the row, and the shape nearest to it.
+
+    The nearest is the one of whose needed fields the record has most, names that are spelled almost
+    alike counting half.
+    """
+    best_score = 0.0
+    best: list[str] = []
+    for shape in SHAPES:
+        names = [shape[role] for role in needed_roles if role in shape]
+        score = sum(_likeness(name, record) for name in names) / len(names)
+        if score > best_score:
+            best_score = score
+            best = names
+    row = json.dumps(record, ensure_ascii=False, default=str)
+    shown = row if len(row) <= SHOWN else row[:SHOWN] + " ..."
+    if not best:
+        return f"; the row: {shown}"
+    missing = ", ".join(repr(name) for name in best if name not in record)
+    return f"; the nearest is {'/'.join(best)}, without {missing}; the row: {shown}"
+
+
+def _likeness(name: str, record: dict) -> float:
+    """1 where the record has the field, 0.5 where it has one of almost that name, else 0."""
+    if name in record:
+        return 1.0
+    fields = [field for field in record if isinstance(field, str)]
+    return 0.5 if get_close_matches(name, fields, n=1, cutoff=0.75) else 0.0
+
+
+def with_tools_field(
+    record: dict, shape: dict[str, str], found_shape: dict[str, str]
+) -> dict[str, str]:
+    """The shape with the field that holds the record's tools, if it has one.
+
+    found_shape    the shape that `find_shape` found; {} where --columns names the text: then tools
+                   are read only beside messages, or where --columns names their field. ValueError
+                   for two fields with tools
+    """
+    if "tools" in shape or not (found_shape or "messages" in shape):
+        return shape
+    given = [name for name in TOOL_FIELDS if record.get(name) not in (None, "", [], "[]")]
+    if len(given) > 1:
+        raise ValueError(f"both {given[0]!r} and {given[1]!r} are given; keep one")
+    return {**shape, "tools": given[0]} if given else shape
+
+
 def check_fields_are_supported(
     record: dict, shape: dict[str, str], found_shape: dict[str, str]
 ) -> None:
@@ -119,10 +173,6 @@ def check_fields_are_supported(
         raise ValueError(
             "'loss_mask' of a row is not supported: give the messages a \"weight\" of 0 or 1"
         )
-    if found_shape or "messages" in shape:
-        for name in ("tools", "functions"):
-            if record.get(name):
-                raise ValueError(f"{name!r}: tool calls are not supported")
     if "prompt" in found_shape and "context" not in found_shape.values():
         if is_given(record, _DOLLY, "input"):
             prompt = found_shape["prompt"]

@@ -20,36 +20,47 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.data.conversation import context_only_turns, conversation_of
-from engine.data.data_file import DataFile
 from engine.data.fields import SURROGATE, is_given, kind, message
-from engine.data.record_shapes import check_columns, check_fields_are_supported, find_shape
-from engine.data.records import records
+from engine.data.record_shapes import (
+    check_columns,
+    check_fields_are_supported,
+    find_shape,
+    with_tools_field,
+)
+from engine.data.sources import Place, Source, open_source, source_records
+from engine.data.thinking import MODES, check_thoughts, without_thoughts
+from engine.data.tool_calls import calls_as_text
+from model.messages import calls_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: messages of {"role", "content"}, the assistant's answer last.
+    """One conversation: messages (model/messages.py), the assistant's answer last.
 
-    Rows loaded with need_reference=False end with the user's message instead.
+    Rows loaded with need_reference=False end with the user's message or a tool's instead.
     """
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     tests: str = ""  # Python source that tests a program, for the verifier `code`
     context_only: frozenset[int] = frozenset()  # assistant turns, counted from 0, without a loss
+    thinking: str = "keep"  # one of thinking.MODES
 
     @property
     def reference(self) -> str:
-        """The answer that ends the conversation; ValueError if only the prompt was loaded."""
+        """The answer that ends the conversation, its calls as text (`calls_as_text`).
+
+        ValueError if only the prompt was loaded.
+        """
         if self.messages[-1]["role"] != "assistant":
             raise ValueError(f"row {self.id} has no reference: it was loaded as a prompt only")
-        return self.messages[-1]["content"]
+        return calls_as_text(self.messages[-1])
 
     @property
     def turns(self) -> list[int]:
@@ -65,6 +76,7 @@ class BadRow:
     reason: str
     row: int  # its number among all rows of the file, counted from 1
     fault: str = ""  # "syntax": it cannot be parsed; "id": an earlier row has its id; "": another
+    file: str = ""  # its path, where the rows come from several
 
 
 class _DuplicateId(ValueError):
@@ -104,16 +116,18 @@ class Rows(list):
 
 
 def load_rows(
-    path: str | Path | DataFile,
+    path: str | Path | Source,
     *,
     columns: dict[str, str] | None = None,
     skip_bad: bool | None = False,
     limit: int | None = None,
     need_reference: bool = True,
     system: str | None = None,
+    thinking: str = "keep",
     check: Callable[[Row], None] | None = None,
 ) -> Rows:
-    """Rows of a JSON array, JSONL or CSV file, gzipped or not.
+    """Rows of a JSON array, JSONL or CSV file, gzipped or not; of a table, or a directory of files
+    (sources.py).
 
     columns         {role: field}; without it the shape of each row is found (see SHAPES). Only the
                     named fields contribute text. `id` and `tests` can be named alone: the shape is
@@ -123,6 +137,8 @@ def load_rows(
     limit           stop after so many usable rows; the rest of the file is not parsed
     need_reference  False: load prompts only, without the final answer
     system          a system message for rows that have none; it changes `.sha256`, and no id
+    thinking        one of thinking.MODES: what becomes of the thoughts in the answers; another than
+                    "keep" changes `.sha256`, and no id
     check           called with each row; raises ValueError for one that cannot be used
 
     ValueError whatever skip_bad is: broken syntax in a JSON array or a CSV, since the rows after it
@@ -137,17 +153,21 @@ def load_rows(
         check_columns(columns, need_reference)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}; expected at least 1, or None for every row")
-    with DataFile.of(path) as file:
-        reader = _Reader(file.path, columns, need_reference, system, check)
-        for line, record in records(file):
-            reader.read(line, record)
+    if thinking not in MODES:
+        raise ValueError(f"thinking={thinking!r}; expected one of {', '.join(MODES)}")
+    with open_source(path) as source:
+        reader = _Reader(source.path, columns, need_reference, system, thinking, check)
+        for place, record in source_records(source):
+            reader.read(place, record)
             if len(reader.rows) == limit:
                 break
-        sha256 = file.sha256()
+        sha256 = source.sha256()
     reader.stop_for_bad_rows(skip_bad)
     if system:
         sha256 = hashlib.sha256(f"{sha256} {system}".encode()).hexdigest()
-    return Rows(reader.rows, file.path, sha256, reader.bad, reader.unused, reader.inputs)
+    if thinking != "keep":
+        sha256 = hashlib.sha256(f"{sha256} thinking {thinking}".encode()).hexdigest()
+    return Rows(reader.rows, source.path, sha256, reader.bad, reader.unused, reader.inputs)
 
 
 class _Reader:
@@ -159,37 +179,40 @@ class _Reader:
         columns: dict[str, str] | None,
         need_reference: bool,
         system: str | None,
+        thinking: str,
         check: Callable[[Row], None] | None,
     ) -> None:
         self.path = path
         self.columns = columns or {}  # {role: field}
         self.need_reference = need_reference
         self.system = system
+        self.thinking = thinking
         self.check = check
         self.rows: list[Row] = []
         self.bad: list[BadRow] = []
         self.unused: set[str] = set()
         self.inputs: set[str] = set()
         self.count = 0  # records so far, usable or not
-        self._line_of_id: dict[str, int] = {}
+        self._place_of_id: dict[str, Place] = {}
         self._copies: Counter[str] = Counter()  # hash of messages -> rows with it so far
 
-    def read(self, line: int, record: object) -> None:
+    def read(self, place: Place, record: object) -> None:
         """Add a record to `rows`, or to `bad` with the reason."""
         self.count += 1
         try:
-            row = self._row(line, record)
+            row = self._row(place, record)
         except ValueError as error:
             fault = ""
             if isinstance(record, ValueError):
                 fault = "syntax"
             elif isinstance(error, _DuplicateId):
                 fault = "id"
-            self.bad.append(BadRow(line, str(error), self.count, fault))
+            file = "" if place.file == self.path else str(place.file)
+            self.bad.append(BadRow(place.line, str(error), self.count, fault, file))
         else:
             self.rows.append(row)
 
-    def _row(self, line: int, record: object) -> Row:
+    def _row(self, place: Place, record: object) -> Row:
         """The row of a record; ValueError where it has none."""
         if isinstance(record, ValueError):
             raise record
@@ -199,11 +222,11 @@ class _Reader:
         # 1. the texts: which fields they are in, and the conversation that they make
         found_shape: dict[str, str] = {}
         if "prompt" not in self.columns and "messages" not in self.columns:
-            found_shape = find_shape(self.path, record, self.need_reference)
-        shape = {**found_shape, **self.columns}
+            found_shape = find_shape(place.file, record, self.need_reference)
+        shape = with_tools_field(record, {**found_shape, **self.columns}, found_shape)
         check_fields_are_supported(record, shape, found_shape)
         turns, unused_keys = conversation_of(record, shape, self.need_reference)
-        messages = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+        messages = tuple(_without_flag(turn) for turn in turns)
         context_only: frozenset[int] = frozenset()
         if self.need_reference:
             context_only = context_only_turns(turns)
@@ -211,20 +234,30 @@ class _Reader:
         # 2. the id (without the added system message, so that it stays the same), and the tests
         row_id = _row_id(record, shape.get("id", "id"), messages, self._copies)
         tests = _tests(record, shape)
-        if row_id in self._line_of_id:
-            raise _DuplicateId(f"id {row_id!r} is taken by line {self._line_of_id[row_id]}")
+        if row_id in self._place_of_id:
+            raise _DuplicateId(
+                f"id {row_id!r} is taken by {self._named(self._place_of_id[row_id])}"
+            )
 
         # 3. the row
         if self.system and messages[0]["role"] != "system":
             system_message = message("system", self.system, "--system")
             messages = (system_message, *messages)
-        row = Row(row_id, messages, tests, context_only)
+        if self.thinking != "keep":
+            messages = tuple(_with_checked_thoughts(messages, self.thinking))
+        row = Row(row_id, messages, tests, context_only, self.thinking)
         if self.check is not None:
             self.check(row)
-        self._line_of_id[row_id] = line
+        self._place_of_id[row_id] = place
         self._note_fields(record, shape, found_shape, tests)
         self.unused |= unused_keys
         return row
+
+    def _named(self, place: Place) -> str:
+        """A place in a message: its line, with the file where there are several."""
+        if place.file == self.path:
+            return f"line {place.line}"
+        return f"{place.file}:{place.line}"
 
     def _note_fields(
         self, record: dict, shape: dict[str, str], found_shape: dict[str, str], tests: str
@@ -242,7 +275,9 @@ class _Reader:
 
     def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
         """ValueError for bad rows that are not to be skipped, or if there is no usable row."""
-        listed = [f"{self.path}:{bad.line} (row {bad.row}): {bad.reason}" for bad in self.bad]
+        listed = []
+        for bad in self.bad:
+            listed.append(f"{bad.file or self.path}:{bad.line} (row {bad.row}): {bad.reason}")
         faults = Counter(bad.fault for bad in self.bad)
         for common in _COMMON_FAULTS:
             count = faults[common.fault]
@@ -306,6 +341,28 @@ def listing(error: str, faults: list[str], way_out: str) -> str:
     if len(faults) > 10:
         lines.append(f"... and {len(faults) - 10} more")
     return "\n  ".join(lines)
+
+
+def _without_flag(turn: dict) -> dict:
+    """The message without the flag that says whether it is to be trained on."""
+    return {key: value for key, value in turn.items() if key != "trained"}
+
+
+def _with_checked_thoughts(messages: Iterable[dict], thinking: str) -> Iterator[dict]:
+    """The messages, their thoughts removed where `thinking` is "strip".
+
+    ValueError for an answer that is nothing but a thought, or whose thoughts cannot be told.
+    """
+    for number, turn in enumerate(messages, 1):
+        if turn["role"] != "assistant":
+            yield turn
+            continue
+        content = turn["content"]
+        check_thoughts(content, f"message {number}")
+        answer = without_thoughts(content)
+        if not answer.strip() and not calls_of(turn):
+            raise ValueError(f"message {number} is a thought without an answer behind it")
+        yield {**turn, "content": answer} if thinking == "strip" else turn
 
 
 def _tests(record: dict, shape: dict[str, str]) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, TARGETS, Distilled
 from engine.data.rows import Row
+from engine.data.tool_calls import calls_as_text
 from kernels import philox
+from model.messages import calls_of
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,18 @@ class TrainedTurn:
     """One assistant turn with the answer that is trained on."""
 
     id: str
-    messages: Sequence[dict[str, str]]  # the context; the user's message comes last
+    messages: Sequence[dict[str, Any]]  # the context; the user's message or a tool's comes last
     text: str  # of the answer
     sampled_ids: list[int] | None = None  # of the answer as sampled; None: encode the text
     ends: bool = True  # trained to end with the end token
     end_added: bool = False  # the sampler's limit cut it, and it is trained to end there
     mixed: bool = False  # the reference of a kept rewrite, taken as `mix` asks
+    calling: dict[str, Any] | None = None  # the reference as a message, where it calls tools
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The answer as the assistant's message."""
+        return self.calling or {"role": "assistant", "content": self.text}
 
 
 def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float) -> None:
@@ -65,8 +74,13 @@ def _turns_of_row(row: Row) -> Iterator[TrainedTurn]:
     """The assistant turns of a plain row, but for those that are context only."""
     for number, index in enumerate(row.turns):
         if number not in row.context_only:
-            answer = row.messages[index]["content"]
-            yield TrainedTurn(f"{row.id}/{number}", row.messages[:index], answer)
+            answer = row.messages[index]
+            yield TrainedTurn(
+                f"{row.id}/{number}",
+                row.messages[:index],
+                calls_as_text(answer),
+                calling=answer if calls_of(answer) else None,
+            )
 
 
 def _turn_of_line(
@@ -77,13 +91,14 @@ def _turn_of_line(
     references: of every line, by its id.
     """
     kept = line.status in KEPT
+    calling = line.answer or None
     if target == "reference":
         context = _with_references(line, references)
-        return TrainedTurn(line.id, context, line.reference)
+        return TrainedTurn(line.id, context, line.reference, calling=calling)
     if target == "target" and not kept:
-        return TrainedTurn(line.id, line.messages, line.reference)
+        return TrainedTurn(line.id, line.messages, line.reference, calling=calling)
     if target == "target" and _uniform(line.id, seed) < mix:
-        return TrainedTurn(line.id, line.messages, line.reference, mixed=True)
+        return TrainedTurn(line.id, line.messages, line.reference, mixed=True, calling=calling)
     cut = line.finish == "length" and line.status != "identical"
     end_added = cut and kept  # selection keeps cut rewrites under --paper-exact only
     return TrainedTurn(
@@ -93,6 +108,7 @@ def _turn_of_line(
         sampled_ids=line.response_ids,
         ends=end_added or not cut,
         end_added=end_added,
+        calling=calling,
     )
 
 
@@ -101,17 +117,21 @@ def _uniform(row_id: str, seed: int) -> float:
     return philox.mix("mix", seed, row_id) / 2**64
 
 
-def _with_references(line: Distilled, references: dict[str, str]) -> list[dict[str, str]]:
-    """The line's context as the data file had it: earlier answers are references again."""
+def _with_references(line: Distilled, references: dict[str, str]) -> list[dict[str, Any]]:
+    """The line's context as the data file had it: earlier answers are references again.
+
+    Those that call tools always are.
+    """
     row = line.id.rpartition("/")[0]
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     turn = 0
     for message in line.messages:
         if message["role"] == "assistant":
             earlier = f"{row}/{turn}"
             if earlier not in references:
                 raise ValueError(f"{line.id}: the line of its earlier turn {earlier} is absent")
-            message = {"role": "assistant", "content": references[earlier]}
+            if not calls_of(message):
+                message = {"role": "assistant", "content": references[earlier]}
             turn += 1
         messages.append(message)
     return messages

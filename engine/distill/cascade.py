@@ -25,10 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.data.rows import Row
+from engine.data.thinking import thinks, without_thoughts
 from engine.measure.likelihood import Scorer, ScoringRequest
 from model.chat import Chat
+from model.messages import calls_of
 
 # The temperature of a stage as a share of --temperature.
 TEMPERATURE_SHARE = {"unguided": 1.0, "guided": 1.0, "cooler": 0.5}
@@ -101,7 +104,7 @@ class AssistantTurn:
 
     row: Row
     number: int  # its place among the row's assistant turns, from 0
-    context: list[dict[str, str]]  # the messages before it, earlier answers replaced by targets
+    context: list[dict[str, Any]]  # the messages before it, earlier answers replaced by targets
 
     @classmethod
     def first(cls, row: Row) -> AssistantTurn:
@@ -116,9 +119,23 @@ class AssistantTurn:
 
     @property
     def reference(self) -> str:
-        """The answer of the data."""
-        position = self.row.turns[self.number]
-        return self.row.messages[position]["content"]
+        """The text of the data's answer, without its calls."""
+        return self.answer["content"]
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The answer of the data, as a message."""
+        return self.row.messages[self.row.turns[self.number]]
+
+    def shown_reference(self, chat: Chat) -> str:
+        """The answer of the data as text, its calls as the chat template writes them.
+
+        An empty thought that the template puts before calls is left out.
+        """
+        if not calls_of(self.answer):
+            return self.reference
+        text = chat.text_of_calls(self.context, self.answer)
+        return text if thinks(text) else without_thoughts(text)
 
     @property
     def is_last(self) -> bool:
@@ -133,13 +150,16 @@ class AssistantTurn:
     def following(self, target: str) -> AssistantTurn | None:
         """The row's next turn, with `target` as this turn's answer in its context.
 
-        None where the row ends with this turn.
+        An answer that calls tools stays as the data has it: the results that follow belong to its
+        calls. None where the row ends with this turn.
         """
         if self.is_last:
             return None
         position = self.row.turns[self.number]
         next_position = self.row.turns[self.number + 1]
         answer = {"role": "assistant", "content": target}
+        if calls_of(self.answer):
+            answer = self.answer
         between = self.row.messages[position + 1 : next_position]
         context = [*self.context, answer, *between]
         return AssistantTurn(self.row, self.number + 1, context)
@@ -212,10 +232,11 @@ class TurnAttempts:
         The first of equals. An attempt that does not fit behind the plain prompt comes last.
         """
         prompt = chat.prompt_ids(self.turn.context)
+        end_id = chat.end_id_of(self.turn.answer)
         room = scorer.owner.config.max_position - len(prompt)
         answers: list[list[int]] = []
         for attempt in kept:
-            answer = [*attempt.ids, chat.end_id]
+            answer = [*attempt.ids, end_id]
             answers.append(answer if len(answer) <= room else [])  # an empty one is not scored
         request = ScoringRequest(self.turn.id, prompt, answers)
         losses = scorer.losses([request])[0]  # [answer][token], nats

@@ -47,6 +47,7 @@ from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from engine.session import Session
 from model.chat import Chat
+from model.messages import calls_of
 
 
 def distill_file(
@@ -274,7 +275,10 @@ def can_be_asked(chat: Chat, config: DistillConfig) -> Callable[[Row], None]:
         if not shows_reference:
             return
         for messages in prompts_of(row):
-            reference = row.messages[len(messages)]["content"]
+            answer = row.messages[len(messages)]
+            reference = answer["content"]
+            if calls_of(answer):
+                reference = chat.text_of_calls(messages, answer)
             request = prompt(chat, template, messages, reference)
             try:
                 chat.render(request, add_generation_prompt=True)
@@ -291,9 +295,8 @@ def check_rows(chat: Chat, rows: Rows) -> None:
     faults = []
     for row in rows:
         for number, position in enumerate(row.turns):
-            answer = row.messages[position]["content"]
             try:
-                chat.target(row.messages[:position], answer)
+                chat.target(row.messages[:position], row.messages[position])
             except ValueError as error:
                 faults.append(f"{row.id}/{number}: {error}")
     if faults:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.distill.template_file import fill, names_in, read_template
 from model.chat import Chat
+from model.messages import last_of_user, tools_of, with_tools
 
 
 @dataclass(frozen=True)
@@ -71,50 +73,56 @@ def get_template(name: str) -> Template:
 
 
 def prompt(
-    chat: Chat, template: Template, context: Sequence[dict[str, str]], reference: str
-) -> list[dict[str, str]]:
-    """The messages that ask for a rewrite; `context` ends with the user's message.
+    chat: Chat, template: Template, context: Sequence[dict[str, Any]], reference: str
+) -> list[dict[str, Any]]:
+    """The messages that ask for a rewrite; `context` ends with the user's message or a tool's.
 
     An inline template puts the paper's raw Alpaca prompt into the user's message. In the `alpaca`
     chat format, which has these headers itself, its instruction replaces the format's own instead.
     A template of a file is its own whole prompt in any chat format.
+
+    The user's last message is the one that is replaced. Calls and results after it stay behind it,
+    and the tools stay with the conversation: the answer is asked for as in the plain prompt.
     """
+    last = last_of_user(context)
+    system_texts = [turn["content"] for turn in context if turn["role"] == "system"]
+    earlier = [turn for turn in context[:last] if turn["role"] != "system"]
+    question = context[last]["content"]
     if template.user:
-        return _prompt_of_file(template, context, reference)
-    earlier, last = context[:-1], context[-1]
-    user = last["content"] + template.between + reference
-    system_texts: list[str] = []
-    conversation: list[dict[str, str]] = []
-    for message in earlier:
-        if message["role"] != "system":
-            conversation.append(message)
-        elif message["content"] != template.plain:
-            system_texts.append(message["content"])
+        system, user = _texts_of_file(template, system_texts, question, reference)
+    else:
+        system, user = _texts_of_template(chat, template, system_texts, question, reference)
+    messages = [*earlier, {"role": "user", "content": user}, *context[last + 1 :]]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    tools = tools_of(context)
+    return with_tools(messages, tools) if tools else messages
+
+
+def _texts_of_template(
+    chat: Chat, template: Template, system_texts: list[str], question: str, reference: str
+) -> tuple[str | None, str]:
+    """The system message (None: there is none) and the user's message of a template by name."""
+    user = question + template.between + reference
+    system_texts = [text for text in system_texts if text != template.plain]
     if template.inline and chat.name != "alpaca":
         user = f"{template.system}\n\n### Instruction:\n{user}\n\n### Response:\n"
     else:
-        system_texts.append(template.system)
-    messages = [*conversation, {"role": "user", "content": user}]
-    if system_texts:
-        messages.insert(0, {"role": "system", "content": "\n\n".join(system_texts)})
-    return messages
+        system_texts = [*system_texts, template.system]
+    system = "\n\n".join(system_texts) if system_texts else None
+    return system, user
 
 
-def _prompt_of_file(
-    template: Template, context: Sequence[dict[str, str]], reference: str
-) -> list[dict[str, str]]:
-    """`prompt` for a template of a file: its parts with their placeholders filled in."""
-    system_texts = [turn["content"] for turn in context if turn["role"] == "system"]
+def _texts_of_file(
+    template: Template, system_texts: list[str], question: str, reference: str
+) -> tuple[str | None, str]:
+    """The same for a template of a file: its parts with their placeholders filled in."""
     values = {
-        "instruction": context[-1]["content"],
+        "instruction": question,
         "reference": reference,
         "system": "\n\n".join(system_texts),
     }
     system = fill(template.system, values).strip()
     if "system" not in names_in(template.system + template.user):
         system = "\n\n".join([*system_texts, system]).strip()
-    messages = [turn for turn in context[:-1] if turn["role"] != "system"]
-    messages.append({"role": "user", "content": fill(template.user, values)})
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    return system or None, fill(template.user, values)

@@ -156,16 +156,17 @@ def _scoring_request(model: Llama, chat: Chat, line: Distilled) -> ScoringReques
     than it prompts for one; then the two prompts differ. The request's prompt is their common
     beginning, the rest of each prompt stands before its answer, and `skip` counts that rest.
     """
-    reference = chat.target(line.messages, line.reference)
+    end_id = chat.end_id_of(line.answer) if line.answer else chat.end_id
+    reference = chat.target(line.messages, line.answer or line.reference)
     reference_answer: list[int] = []
     if reference.answer:
-        reference_answer = [*reference.answer, chat.end_id]
+        reference_answer = [*reference.answer, end_id]
 
     chat.check_ids(line.response_ids)
     response_prompt = chat.prompt_ids(line.messages)
     response_answer = list(line.response_ids)
     if response_answer and line.finish != "length":
-        response_answer.append(chat.end_id)
+        response_answer.append(end_id)
 
     shared = _common_length(reference.prompt, response_prompt)
     pairs = ((reference.prompt, reference_answer), (response_prompt, response_answer))

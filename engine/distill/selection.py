@@ -34,6 +34,7 @@ from functools import lru_cache
 from engine.data.rows import Row
 from engine.verify.refusals import refuses
 from engine.verify.verifiers import Verifier
+from model.messages import last_of_user, texts_of
 
 PROMPT_WORDS = 12
 
@@ -68,7 +69,7 @@ def judge(
 ) -> str:
     """The status of a response; the rules are listed at the top of this file.
 
-    messages    the context; it ends with the user's message
+    messages    the context; it ends with the user's message or a tool's
     finish      how sampling ended: "stop", "stop_string", "length" or "prompt_too_long"
     rules       without `rules.guards` a response that hit the token limit can be accepted
     tests       the row's tests, for the verifier
@@ -99,7 +100,7 @@ def _why_incomplete(
     messages: Sequence[dict[str, str]], reference: str, response: str, finish: str
 ) -> str | None:
     """The status of a response that is not a complete text; None for one that is."""
-    seen = [message["content"] for message in messages]
+    seen = [text for message in messages for text in texts_of(message)]
     context = "\n".join([*seen, reference])
     if why_garbled(response, context) is not None:
         return "garbled"
@@ -116,7 +117,7 @@ def _why_unlike_reference(
         return "echo"
     if _has_line(response, marks) and not _has_line(reference, marks):
         return "echo"
-    question = messages[-1]["content"]
+    question = messages[last_of_user(messages)]["content"]
     if repeats(response, question) and not repeats(reference, question):
         return "repeats_prompt"
     if refuses(response) and not refuses(reference):

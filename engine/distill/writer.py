@@ -11,10 +11,13 @@ unasked_line.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data.distilled import CONTEXT, KEPT, NOT_ASKED, Distilled
+from engine.data.distilled import CONTEXT, KEPT, NOT_ASKED, OPTIONAL, Distilled
+from engine.data.fit import answer_ids
+from engine.data.thinking import thinks, without_thoughts
 from engine.distill.cascade import REFERENCE, AssistantTurn, Attempt, TurnAttempts
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import prompt
@@ -23,12 +26,14 @@ from engine.measure.likelihood import Scorer
 from engine.runtime.resumable import ResumedLines
 from engine.sampling.requests import Completion, Request
 from engine.sampling.sampler import Sampler
+from engine.verify.tool_calls import verifier_of_calls
 from engine.verify.verifiers import get_verifier
 from model.chat import Chat
+from model.messages import calls_of
 
 FIELDS = tuple(part.name for part in dataclasses.fields(Distilled))
-# name -> type of the fields that a line of the file must have; older lines have no `tries`
-LINE_FIELDS = {name: str for name in FIELDS if name != "tries"} | {
+# name -> type of the fields that a line of the file must have; a line may lack OPTIONAL
+LINE_FIELDS = {name: str for name in FIELDS if name not in OPTIONAL} | {
     "messages": list,
     "response_ids": list,
     "prompt_tokens": int,
@@ -71,7 +76,7 @@ class DistilledWriter:
             if status is None:
                 self._submit(TurnAttempts(turn, self.config.stages))
                 return
-            turn = self._write(turn, unasked_line(turn, status))
+            turn = self._write(turn, unasked_line(self.chat, turn, status))
 
     def take(self, completion: Completion) -> None:
         """Judge a completion. After the last one of a stage, write the line or submit the next."""
@@ -86,7 +91,7 @@ class DistilledWriter:
             attempts.start_next_stage()
             self._submit(attempts)
             return
-        next_turn = self._write(attempts.turn, decided_line(attempts, winner))
+        next_turn = self._write(attempts.turn, decided_line(self.chat, attempts, winner))
         self.start(next_turn)
 
     def _status_if_unasked(self, turn: AssistantTurn) -> str | None:
@@ -110,7 +115,10 @@ class DistilledWriter:
 
     def _write(self, turn: AssistantTurn, line: Distilled) -> AssistantTurn | None:
         """Write a turn's line; returns the row's next turn, None where there is none."""
-        self.file.write(dataclasses.asdict(line))
+        record = dataclasses.asdict(line)
+        if not line.answer:
+            del record["answer"]
+        self.file.write(record)
         self.written += 1
         return turn.following(line.target)
 
@@ -127,7 +135,7 @@ def stage_requests(
     template = config.shown_template
     try:
         if stage.guided:
-            messages = prompt(chat, template, turn.context, turn.reference)
+            messages = prompt(chat, template, turn.context, turn.shown_reference(chat))
             prompt_ids = chat.prompt_ids(messages, template.prefix)
         else:
             prompt_ids = chat.prompt_ids(turn.context)
@@ -135,7 +143,7 @@ def stage_requests(
         raise ValueError(f"row {turn.id}: {error}; leave the row out") from None
     if config.rules.cut_prompts:
         prompt_ids = prompt_ids[: config.rules.cut_prompts]
-    reference_ids = chat.response_ids(turn.reference)
+    reference_ids = answer_ids(chat, turn.context, turn.answer)
     limit = config.limit(len(reference_ids))
     # rewrites are about twice as long as their references (2.4 times in the paper's Alpaca)
     expected = min(limit, 16 + 2 * len(reference_ids))
@@ -168,15 +176,9 @@ def judged_attempt(
         prefix = config.shown_template.prefix
         ids = [*chat.prefix_ids(prefix), *ids]
     text = chat.tokenizer.decode(ids).strip()
-    status = judge(
-        turn.context,
-        turn.reference,
-        text,
-        completion.finish,
-        get_verifier(config.verifier),
-        rules=rules,
-        tests=turn.tests,
-    )
+    status = status_of_text(chat, config, turn, text, completion.finish)
+    if status in KEPT and not _has_control_tokens_of_calls(chat, turn, ids):
+        status = "notation"
     return Attempt(
         sample=completion.sample,
         ids=ids,
@@ -188,16 +190,55 @@ def judged_attempt(
     )
 
 
-def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
+def _has_control_tokens_of_calls(chat: Chat, turn: AssistantTurn, ids: Sequence[int]) -> bool:
+    """Whether sampled ids have the control tokens of the turn's calls, which no text shows.
+
+    True for a turn without calls.
+    """
+    if not calls_of(turn.answer):
+        return True
+    control = set(chat.tokenizer.special.values())
+    wanted = answer_ids(chat, turn.context, turn.answer)
+    return [id for id in ids if id in control] == [id for id in wanted if id in control]
+
+
+def status_of_text(
+    chat: Chat, config: DistillConfig, turn: AssistantTurn, text: str, finish: str
+) -> str:
+    """The status of a response (selection.py).
+
+    An answer that calls tools is judged by its calls, unless the verifier is the user's own. Under
+    `--thinking answer-only` what follows the thoughts is judged; under `strip` a response with a
+    thought is `thinks`, since sampled ids are kept as they are or not at all.
+    """
+    thinking = turn.row.thinking
+    if thinking == "strip" and thinks(text):
+        return "thinks"
+    reference = turn.shown_reference(chat)
+    if thinking != "keep":
+        reference = without_thoughts(reference)
+        text = without_thoughts(text)
+    verifier = get_verifier(config.verifier)
+    if calls_of(turn.answer):
+        bare = {**turn.answer, "content": ""}
+        written = chat.text_of_calls(turn.context, bare)
+        verifier = verifier_of_calls(verifier, turn.answer, written)
+    return judge(
+        turn.context, reference, text, finish, verifier, rules=config.rules, tests=turn.tests
+    )
+
+
+def decided_line(chat: Chat, attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
     """The line of a decided turn.
 
     Without a winner, the response is the first attempt of the last stage, and the target is the
     reference.
     """
     turn = attempts.turn
+    reference = turn.shown_reference(chat)
     if winner is None:
         shown = attempts.attempts[0]
-        target = turn.reference
+        target = reference
         stage = REFERENCE
     else:
         shown = winner
@@ -206,7 +247,7 @@ def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
     return Distilled(
         id=turn.id,
         messages=turn.context,
-        reference=turn.reference,
+        reference=reference,
         response=shown.text,
         response_ids=shown.ids,
         target=target,
@@ -216,21 +257,24 @@ def decided_line(attempts: TurnAttempts, winner: Attempt | None) -> Distilled:
         prompt_tokens=shown.prompt_tokens,
         response_tokens=len(shown.ids),
         tries=attempts.tries,
+        answer=turn.answer if calls_of(turn.answer) else {},
     )
 
 
-def unasked_line(turn: AssistantTurn, status: str) -> Distilled:
+def unasked_line(chat: Chat, turn: AssistantTurn, status: str) -> Distilled:
     """The line of a turn that is not rewritten: its target is the reference."""
+    reference = turn.shown_reference(chat)
     return Distilled(
         id=turn.id,
         messages=turn.context,
-        reference=turn.reference,
+        reference=reference,
         response="",
         response_ids=[],
-        target=turn.reference,
+        target=reference,
         status=status,
         stage=REFERENCE,
         finish="stop",
         prompt_tokens=0,
         response_tokens=0,
+        answer=turn.answer if calls_of(turn.answer) else {},
     )

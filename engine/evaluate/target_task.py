@@ -21,6 +21,7 @@ from typing import Any
 
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
+from engine.data.fit import thought_tokens
 from engine.data.rows import Row, Rows, listing
 from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line
 from engine.measure.answer_missing import answer_missing
@@ -33,6 +34,7 @@ from engine.runtime.terminal import progress, table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
+from engine.verify.tool_calls import verdict
 from engine.verify.verifiers import Verifier, get_verifier
 from model.chat import Chat
 from model.llama import Llama
@@ -124,7 +126,7 @@ def _answer_line(
 ) -> dict[str, Any]:
     """A judged answer, as a line of the file."""
     row = rows[completion.id]
-    ok, reason = verifier(row, completion.text)
+    ok, reason = verdict(verifier, row, completion.text)
     return {
         "arm": arm,
         "id": row.id,
@@ -170,9 +172,15 @@ def rows_to_judge(session: Session, data: DataConfig) -> Rows:
 
 
 def _prompt_and_reference(chat: Chat, row: Row) -> tuple[list[int], list[int]]:
-    """Token ids of a row's prompt, and of its reference with the end token."""
-    target = chat.target(row.messages[:-1], row.reference)
-    return target.prompt, [*target.answer, chat.end_id]
+    """Token ids of a row's prompt, and of its reference with the end token.
+
+    Under `--thinking answer-only` the thoughts of the reference belong to the prompt.
+    """
+    reference = row.messages[-1]
+    target = chat.target(row.messages[:-1], reference)
+    thought = thought_tokens(chat, target.answer) if row.thinking == "answer-only" else 0
+    prompt = [*target.prompt, *target.answer[:thought]]
+    return prompt, [*target.answer[thought:], chat.end_id_of(reference)]
 
 
 def evaluate_job(

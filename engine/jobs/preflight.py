@@ -48,6 +48,7 @@ from engine.sampling.requests import Completion, Request, SamplerConfig
 from engine.session import Session
 from engine.train.step import Gradients, step_gradients
 from engine.train.train import FrozenModel, with_micro_tokens
+from engine.verify.tool_calls import verdict
 from engine.verify.verifiers import get_verifier
 from model.llama import Llama
 from model.lora import Lora, adapter_shapes
@@ -251,7 +252,7 @@ def share_right(config: Config, sample: Sequence[Row], texts: Sequence[str]) -> 
     verifier = get_verifier(config.distill.verify)
     verdicts = []
     for row, text in zip(sample, texts, strict=True):
-        ok, _ = verifier(row, text)
+        ok, _ = verdict(verifier, row, text)
         verdicts.append(bool(ok))
     return _mean(verdicts)
 

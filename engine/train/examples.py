@@ -7,9 +7,15 @@ from collections.abc import Sequence
 
 from engine.data.config import DataConfig
 from engine.data.data_file import DataFile
-from engine.data.distilled import Distilled, is_distilled, load_distilled
+from engine.data.distilled import (
+    Distilled,
+    check_without_thoughts,
+    is_distilled,
+    load_distilled,
+)
 from engine.data.encode import EncodeRules, Example, check_examples, encode, template_takes
 from engine.data.rows import Row, Rows
+from engine.data.sources import open_source
 from engine.session import Session
 from engine.train.config import EncodeConfig
 
@@ -19,10 +25,12 @@ def rows_to_train_on(session: Session, data: DataConfig) -> Rows:
 
     Prints how many there are. ValueError for rows or lines that cannot be used.
     """
-    with DataFile(data.data) as file:
-        if not is_distilled(file):
+    with open_source(data.data) as file:
+        if not (isinstance(file, DataFile) and is_distilled(file)):
             return data.load(check=template_takes(session.chat), opened=file)
         lines = load_distilled(file, data.limit)
+    if data.thinking == "strip":
+        check_without_thoughts(lines)
     text = f"data: {len(lines)} distilled turns from {data.data}"
     ignored_flags = []
     if data.columns:
@@ -61,6 +69,7 @@ def encode_examples(
         skip_refused=skip_refused,
         mix=encoding.mix,
         drop_rejected=encoding.drop_rejected,
+        answer_only=data.thinking == "answer-only",
         seed=seed,
     )
     examples, counts = encode(rows, session.chat, rules)

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 from engine.data.config import DataConfig
 from engine.data.encode import Example, template_takes
 from engine.data.rows import listing
+from engine.data.tool_calls import calls_as_text
 from engine.measure.answer_missing import answer_missing
 from engine.measure.general_prompts import PROMPTS, plain_words
 from engine.runtime.files import sha256
@@ -121,7 +122,7 @@ def replay_pool(
 
 def prompt_key(messages: Sequence[dict[str, str]]) -> str:
     """A hash of a prompt's words; letter case and space do not count."""
-    words = [[message["role"], plain_words(message["content"])] for message in messages]
+    words = [[message["role"], plain_words(calls_as_text(message))] for message in messages]
     return sha256(json.dumps(words))[:16]
 
 

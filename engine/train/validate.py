@@ -185,7 +185,12 @@ def held_out_examples(data: DataConfig, session: Session) -> list[Example]:
     """
     rows = data.load(check=template_takes(session.chat))
     context = session.model.config.max_position  # tokens
-    rules = EncodeRules(max_length=context, target="reference", drop_long=True)
+    rules = EncodeRules(
+        max_length=context,
+        target="reference",
+        drop_long=True,
+        answer_only=data.thinking == "answer-only",
+    )
     examples, _ = encode(rows, session.chat, rules)
     encoded = {example.id for example in examples}
     too_long = []

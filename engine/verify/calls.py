@@ -22,7 +22,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 _CALL = re.compile(r"(?<![\w.])([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)[ \t]*(?=\()")
@@ -228,6 +228,36 @@ class JsonCall(NamedTuple):
 def json_calls(text: str) -> list[JsonCall]:
     """Every call in JSON, in the order of the text."""
     calls = []
+    for start, _, value in _json_values(text):
+        try:
+            calls += [JsonCall(start, meaning) for meaning in _meanings_of_calls(value)]
+        except RecursionError:  # nested deeper than any call
+            break
+    return calls
+
+
+def json_spans(text: str) -> list[JsonSpan]:
+    """Every JSON value in the text that is a call or holds one."""
+    spans = []
+    for span in _json_values(text):
+        try:
+            if list(_meanings_of_calls(span.value)):
+                spans.append(span)
+        except RecursionError:
+            break
+    return spans
+
+
+class JsonSpan(NamedTuple):
+    """A JSON value in a text."""
+
+    start: int
+    end: int
+    value: Any
+
+
+def _json_values(text: str) -> Iterator[JsonSpan]:
+    """Every outermost object and list in JSON, in the order of the text."""
     decoder = json.JSONDecoder()
     position = 0
     for _ in range(MAX_JSON_STARTS):
@@ -237,12 +267,12 @@ def json_calls(text: str) -> list[JsonCall]:
         start = bracket.start()
         try:
             value, position = decoder.raw_decode(text, start)
-            calls += [JsonCall(start, meaning) for meaning in _meanings_of_calls(value)]
         except ValueError:
             position = start + 1
         except RecursionError:  # nested deeper than any call
             break
-    return calls
+        else:
+            yield JsonSpan(start, position, value)
 
 
 def _meanings_of_calls(value: Any) -> Iterator[object]:
@@ -258,9 +288,13 @@ def _meanings_of_calls(value: Any) -> Iterator[object]:
         elif isinstance(value.get("name"), str):
             for key in ("arguments", "parameters"):
                 if key in value:
-                    arguments = _arguments(value[key])
-                    yield (value["name"], _json_meaning(arguments))
+                    yield meaning_of_call({"name": value["name"], "arguments": value[key]})
                     return
+
+
+def meaning_of_call(call: Mapping[str, Any]) -> object:
+    """A hashable value that is equal for equal calls {"name", "arguments"}."""
+    return (call["name"], json_meaning(_arguments(call["arguments"])))
 
 
 def _arguments(given: Any) -> Any:
@@ -273,13 +307,13 @@ def _arguments(given: Any) -> Any:
     return given
 
 
-def _json_meaning(value: Any) -> object:
+def json_meaning(value: Any) -> object:
     """A JSON value as nested tuples and frozensets; numbers of equal value are equal."""
     match value:
         case dict():
-            return ("object", frozenset((key, _json_meaning(v)) for key, v in value.items()))
+            return ("object", frozenset((key, json_meaning(v)) for key, v in value.items()))
         case list():
-            return ("list", tuple(map(_json_meaning, value)))
+            return ("list", tuple(map(json_meaning, value)))
         case bool() | None:
             return ("constant", value)
         case int() | float():

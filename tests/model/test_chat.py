@@ -531,7 +531,7 @@ def test_templates_that_are_no_jinja_or_leave_out_the_answer_are_refused(from_te
     ("messages", "reason"),
     [
         ([], "empty"),
-        ([{"role": "tool", "content": "x"}], "message 0 has role 'tool'"),
+        ([{"role": "robot", "content": "x"}], "message 0 has role 'robot'"),
         ([user("x"), {"role": "assistant"}], "message 1 .* content of type NoneType"),
         ([user(["x"])], "content of type list"),
     ],

@@ -1,0 +1,142 @@
+"""How a chat template writes tools: found by rendering a made conversation
+
+    ToolProbes.check         ValueError for a conversation of whose tools, calls or results the
+                             template leaves something out
+    ToolProbes.call_edges    where an answer that calls tools ends in a rendered conversation
+
+A template that knows no tools renders a conversation with them without an error, and without the
+tools; what a model would learn from it is an answer from nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from model.control_tokens import QUESTION, Render
+from model.messages import Messages, calls_of, tools_of
+from model.template import TemplateStopped
+
+# the texts of the conversation that probes a template
+TOOL = "a_probing_tool"
+PARAMETER = "a_parameter"
+VALUE = "A-VALUE"
+RESULT = "A-RESULT"
+CALL_ID = "call12345"  # nine letters and digits, as Mistral's templates want them
+
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": TOOL,
+            "description": "Probes.",
+            "parameters": {
+                "type": "object",
+                "properties": {PARAMETER: {"type": "string", "description": "A text."}},
+                "required": [PARAMETER],
+            },
+        },
+    }
+]
+_ASKING = {"role": "user", "content": QUESTION, "tools": _TOOLS}
+_CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": CALL_ID,
+            "type": "function",
+            "function": {"name": TOOL, "arguments": {PARAMETER: VALUE}},
+        }
+    ],
+}
+_ANSWERING = {"role": "tool", "name": TOOL, "tool_call_id": CALL_ID, "content": RESULT}
+
+
+class CallEdges(NamedTuple):
+    """The text that the template writes behind an answer that calls tools."""
+
+    closing: str  # the token that closes it; "" where none does
+    count: int  # how often that token stands behind the call
+    spaces: str  # before the first of them, no part of the answer
+    after: str  # all that follows the answer, where nothing closes it
+
+    def answer_in(self, text: str) -> str:
+        """The answer, of a conversation that it ends: `text` is what stands behind the prompt."""
+        if self.closing:
+            before = text.rsplit(self.closing, self.count)[0]
+            return before.removesuffix(self.spaces)
+        return text.removesuffix(self.after)
+
+
+class ToolProbes:
+    """What a template writes of tools, their calls and the results; rendered when first asked.
+
+    render: of masked turns, as `Chat` renders a conversation. name: of the template, for messages.
+    """
+
+    def __init__(self, render: Render, name: str) -> None:
+        self._render = render
+        self._name = name
+
+    def check(self, messages: Messages) -> None:
+        """ValueError where a conversation has tools, calls or results and the template leaves them
+        out."""
+        if tools_of(messages) is not None and self._why_tools_are_lost:
+            raise ValueError(self._why_tools_are_lost)
+        if any(calls_of(turn) for turn in messages) and self._why_calls_are_lost:
+            raise ValueError(self._why_calls_are_lost)
+        if any(turn["role"] == "tool" for turn in messages) and self._why_results_are_lost:
+            raise ValueError(self._why_results_are_lost)
+
+    def call_edges(self, special: re.Pattern[str], closing: str, after: str) -> CallEdges:
+        """Where an answer that calls tools ends; `special` finds the tokens that may close it.
+
+        closing: the token that closes an answer of text, taken where it closes calls too; else the
+        last special token does. after: the text behind an answer of text that nothing closes.
+        ValueError where the template writes no calls.
+        """
+        if self._why_calls_are_lost:
+            raise ValueError(self._why_calls_are_lost)
+        whole = self._render([_ASKING, _CALLING], False)
+        behind = whole.rpartition(VALUE)[2]  # the value
+        tokens = special.findall(behind)
+        if not tokens:
+            return CallEdges("", 0, "", after if behind.endswith(after) else "")
+        if closing not in tokens:
+            closing = tokens[-1]
+        before = behind.partition(closing)[0]
+        spaces = before[len(before.rstrip(" ")) :]
+        return CallEdges(closing, tokens.count(closing), spaces, "")
+
+    @cached_property
+    def _why_tools_are_lost(self) -> str | None:
+        return self._why_lost("the tools that may be called", [_ASKING], (TOOL, PARAMETER))
+
+    @cached_property
+    def _why_calls_are_lost(self) -> str | None:
+        return self._why_lost("the assistant's tool calls", [_ASKING, _CALLING], (VALUE,))
+
+    @cached_property
+    def _why_results_are_lost(self) -> str | None:
+        return self._why_lost("the results of tools", [_ASKING, _CALLING, _ANSWERING], (RESULT,))
+
+    def _why_lost(self, part: str, turns: list[dict[str, Any]], texts: Sequence[str]) -> str | None:
+        """Why the template cannot be given `part` of a conversation; None where it writes it.
+
+        turns: a conversation whose last turn brings this part; texts: what must be written of it.
+        """
+        error = f"the {self._name} chat template"
+        advice = "use a checkpoint whose chat template writes them, or rows without"
+        add_generation_prompt = turns[-1]["role"] != "assistant"
+        try:
+            rendered = self._render(turns, add_generation_prompt)
+        except TemplateStopped:
+            raise
+        except ValueError as refusal:
+            return f"{error} cannot be given {part}: {refusal}; {advice}"
+        if any(text not in rendered for text in texts):
+            return f"{error} leaves out {part}; {advice}"
+        return None
