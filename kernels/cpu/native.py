@@ -67,6 +67,7 @@ SIGNATURES = {
     "linear": Signature(Status, [Pointer] * 3 + [Long] * 4),
     "rms_norm": Signature(Status, [Pointer] * 6 + [Long, Long, Float]),
     "rope": Signature(Status, [Pointer] * 3 + [Long] * 4 + [Float]),
+    "norm_rope": Signature(Status, [Pointer] * 5 + [Long] * 4 + [Float]),
     "swiglu": Signature(Status, [Pointer, Pointer, Long, Long]),
     "kv_write": Signature(Status, [Pointer] * 5 + [Long] * 5),
     "cached_attention": Signature(Status, [Pointer] * 7 + [Long] * 6),

@@ -23,12 +23,16 @@ int rms_norm(const float *x, const float *residual, const float *w, float *y, fl
              long T, long D, float eps);
 int rope(float *qkv, const int64_t *positions, const float *cos_sin, long T, long H, long G, long d,
          float sign);
+int norm_rope(const float *qkv, const float *norms, const int64_t *positions, const float *cos_sin,
+              float *z, long T, long H, long G, long d, float eps);
 int swiglu(const float *gate_up, float *h, long T, long F);
 long rowwise_room(long width);
 void share_rms_norm(worker *me, const float *x, const float *residual, const int64_t *rows,
                     const float *w, float *y, float *h, float *rstd, long T, long D, float eps);
 void share_rope(worker *me, float *qkv, const int64_t *positions, const float *cos_sin, long T,
                 long H, long G, long d, float sign);
+void share_norm_rope(worker *me, const float *qkv, const float *norms, const int64_t *positions,
+                     const float *cos_sin, float *z, long T, long H, long G, long d, float eps);
 void share_swiglu(worker *me, const float *gate_up, float *h, long T, long F);
 
 int kv_write(const float *qkv, float *k, float *v, const int64_t *pages, const int64_t *offsets,
