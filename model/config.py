@@ -1,4 +1,4 @@
-"""A Llama checkpoint's config.json, and the refusal of everything that is not computed here."""
+"""A checkpoint's config.json, and the refusal of everything that is not computed here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.spec import Widths
+from model.families import Family, family_of
 from model.file_checks import check_file, check_links
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -44,7 +45,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model, from its config.json."""
+    """The shape of a model, from its config.json, and what its family adds to a Llama."""
 
     vocab_size: int  # V
     hidden_size: int  # D, model width
@@ -60,6 +61,11 @@ class LlamaConfig:
     max_position: int = 2048  # tokens the model was made for; longer rows are refused
     tie_embeddings: bool = False  # lm_head is the embedding matrix
     quantised: str = ""  # the method that quantization_config names; the tensors tell if it is true
+    # facts of the family (model/families.py); a Llama has none of them
+    qkv_bias: bool = False  # q, k and v = W x + b
+    qk_norm: bool = False  # each head of q and k is normalised before the rotation
+    unrotated_layers: tuple[int, ...] = ()  # layers whose q and k are not rotated
+    window: int = 0  # the sliding window, in tokens, that max_position was cut to; 0: it was not
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -95,7 +101,8 @@ class LlamaConfig:
                 "*.safetensors, tokenizer.json or tokenizer.model)"
             )
         raw = read_json(file)
-        _check_architecture(file, raw)
+        family = _check_architecture(file, raw)
+        raw = family.assumed | raw
         heads = _integer(file, raw, "num_attention_heads")
         kv_heads = _integer(file, raw, "num_key_value_heads", default=heads)
         hidden = _integer(file, raw, "hidden_size")
@@ -112,6 +119,9 @@ class LlamaConfig:
         longest = _integer(file, raw, "max_position_embeddings", default=2048)
         if scaling["rope_type"] == "linear":
             longest = _scaled_context(file, raw, longest, scaling["factor"])
+        window = _window(file, raw, family)
+        if window >= longest:
+            window = 0  # no row is as long as that
         return cls(
             vocab_size=_integer(file, raw, "vocab_size"),
             hidden_size=hidden,
@@ -123,9 +133,12 @@ class LlamaConfig:
             rms_norm_eps=_positive_number(file, "rms_norm_eps", eps),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position=longest,
+            # rows within the window are those of a model without it; longer ones are refused
+            max_position=window or longest,
             tie_embeddings=_boolean(file, raw, "tie_word_embeddings"),
             quantised=_quantisation(raw.get("quantization_config")),
+            qkv_bias=family.qkv_bias,
+            window=window,
         )
 
 
@@ -199,22 +212,56 @@ def _scaled_context(file: Path, raw: dict[str, Any], longest: int, factor: float
     return max(longest, min(longest_named, longest_scaled))
 
 
-def _check_architecture(file: Path, raw: dict[str, Any]) -> None:
-    """ValueError for a setting with which the model would compute something that we do not."""
-    model_type = raw.get("model_type")
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    is_listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
-    if model_type != "llama" or not is_listed:
-        raise ValueError(
-            f"{file}: model_type {model_type!r}, architectures {architectures}; only Llama "
-            "(LlamaForCausalLM: Llama 2 and 3, TinyLlama, SmolLM2, ...) is supported"
-        )
+def _check_architecture(file: Path, raw: dict[str, Any]) -> Family:
+    """The family; ValueError for what the model would compute and we do not."""
+    try:
+        family = family_of(raw.get("model_type"), raw.get("architectures"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     for key in ("attention_bias", "mlp_bias"):
-        if _boolean(file, raw, key):
-            raise ValueError(f"{file}: {key} is true; Llama models with biases are not supported")
+        # a family that always has q, k and v biases has no such key: transformers ignores it there
+        is_read = not (key == "attention_bias" and family.qkv_bias)
+        if is_read and _boolean(file, raw, key):
+            raise ValueError(
+                f"{file}: {key} is true; biases on o_proj and on the feed-forward are not "
+                "supported (those on q_proj, k_proj and v_proj alone are: Qwen2)"
+            )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"{file}: hidden_act {activation!r}; only 'silu' is supported")
+    return family
+
+
+def _window(file: Path, raw: dict[str, Any], family: Family) -> int:
+    """Tokens of the sliding window: a token attends to that many, itself included; 0: to all.
+
+    It counts as every layer's where it is that of some (`max_window_layers`, `layer_types`): rows
+    within the window do not depend on it.
+    """
+    if family.window == "ignored" or raw.get("sliding_window") is None:
+        return 0
+    window = _integer(file, raw, "sliding_window")
+    if family.window == "always":
+        return window
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"{file}: layer_types is {layer_types!r}, expected a list of names")
+    for layer_type in layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"{file}: attention of type {layer_type!r} is not supported")
+    has_sliding_layers = "sliding_attention" in layer_types
+    if not _boolean(file, raw, "use_sliding_window"):
+        if has_sliding_layers:
+            raise ValueError(
+                f"{file}: layer_types has sliding_attention, but use_sliding_window is not true; "
+                "correct the wrong one"
+            )
+        return 0
+    if layer_types:
+        return window if has_sliding_layers else 0
+    layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
+    first_sliding_layer = raw["max_window_layers"]
+    return 0 if first_sliding_layer == layers else window
 
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:

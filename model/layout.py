@@ -11,7 +11,8 @@ computes them all:
     down       down_proj                   swiglu (T, F)         (D, F)
 
 Our names    embed, norm, head and, for each layer i, i.attn_norm, i.qkv, i.o, i.mlp_norm,
-             i.gate_up, i.down
+             i.gate_up, i.down; in families with biases (model/families.py) also i.qkv_bias, those
+             of q, k and v one after the other ((H + 2G) d,)
 On disk      the unfused names of Hugging Face: model.layers.0.self_attn.q_proj.weight, ...
 """
 
@@ -77,6 +78,16 @@ def group_shapes(config: LlamaConfig) -> dict[str, GroupShape]:
     }
 
 
+def biased_groups(config: LlamaConfig) -> tuple[str, ...]:
+    """The groups whose members have a bias beside their matrix."""
+    return ("qkv",) if config.qkv_bias else ()
+
+
+def bias_name(layer: int | str, group: str) -> str:
+    """Our name of a group's bias: "3.qkv_bias"."""
+    return f"{layer}.{group}_bias"
+
+
 def module_name(layer: int, module: str) -> str:
     """The full name of a layer's module: "model.layers.3.self_attn.q_proj"."""
     return f"model.layers.{layer}.{module}"
@@ -100,6 +111,8 @@ def checkpoint_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
                 for member, outputs in zip(GROUPS[group], shape.outputs, strict=True):
                     module = module_name(layer, member)
                     shapes[f"{module}.weight"] = (outputs, shape.inputs)
+                    if group in biased_groups(config):
+                        shapes[f"{module}.bias"] = (outputs,)
     if not config.tie_embeddings:
         shapes[HEAD] = (V, D)
     return shapes
@@ -117,6 +130,8 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             for group in branch.groups:
                 shape = groups[group]
                 shapes[f"{layer}.{group}"] = (sum(shape.outputs), shape.inputs)
+                if group in biased_groups(config):
+                    shapes[bias_name(layer, group)] = (sum(shape.outputs),)
     if not config.tie_embeddings:
         shapes["head"] = (V, D)
     return shapes
@@ -139,11 +154,13 @@ def place_of(name: str, config: LlamaConfig) -> Place:
     """The place of a checkpoint tensor, given its Hugging Face name."""
     if name in OUR_NAMES:
         return Place(OUR_NAMES[name], 0)
-    _, _, layer, module = name.removesuffix(".weight").split(".", 3)  # model, layers, 3, ...
+    stem, _, kind = name.rpartition(".")  # kind: weight or bias
+    _, _, layer, module = stem.split(".", 3)  # model, layers, 3, ...
     for branch in BRANCHES:
         if module == branch.norm_on_disk:
             return Place(f"{layer}.{branch.norm}", 0)
     group = GROUP_OF[module]
     members_before = GROUPS[group].index(module)
     outputs_before = group_shapes(config)[group].outputs[:members_before]
-    return Place(f"{layer}.{group}", sum(outputs_before))
+    our_name = bias_name(layer, group) if kind == "bias" else f"{layer}.{group}"
+    return Place(our_name, sum(outputs_before))

@@ -1,9 +1,9 @@
-"""Llama, forward and backward, written out.
+"""Llama, forward and backward, written out; other families add a few facts (model/families.py).
 
     h = embed(tokens)                     (T, D)   residual stream
     in every layer
         y1 = rms_norm(h)                  (T, D)
-        qkv = y1 Wqkv^T                   (T, (H + 2G) d)
+        qkv = y1 Wqkv^T                   (T, (H + 2G) d)   + bias, where the family has one
         rope(qkv)                         queries and keys rotated by their positions
         o = attention(qkv)                (T, H d)
         a = o Wo^T                        (T, D)
@@ -46,7 +46,7 @@ from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
-from model.layout import GROUPS, place_of
+from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
 from model.rope import cos_sin_table
@@ -87,6 +87,7 @@ class Llama:
         if self.device.type == "cuda":
             sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
+        self.biased_groups = biased_groups(config)
         # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
         # CUDA graph must keep a reference to the table that it reads
         self.cos_sin: Tensor | None = None
@@ -317,11 +318,14 @@ class Llama:
     ) -> tuple[Tensor, Tensor | None]:
         """One product of layer i: W x + s B A x (T, N) of x (T, K), and A x (T, R) of its adapter.
 
-        Without an adapter it is W x, and None.
+        Without an adapter it is W x, and None. Where the group has a bias, that is added.
         """
         weight = self.weights[f"{i}.{group}"]  # (N, K)
         adapter = adapters[group]
-        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout)
+        bias = None
+        if group in self.biased_groups:
+            bias = self.weights[bias_name(i, group)]  # (N,)
+        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout, bias)
 
     def _grow_rope_table(self, context: Packed | Cached) -> None:
         """Make `cos_sin` long enough for this forward; built once and doubled when outgrown."""

@@ -31,7 +31,7 @@ class FusedLayers:
     def __init__(self, weights: Mapping[str, Tensor | Panels], layers: int) -> None:
         self.weights = weights  # kept, for the table points into their memory
         addresses = [_layer_addresses(weights, layer) for layer in range(layers)]
-        self.addresses = torch.tensor(addresses, dtype=torch.int64)  # (L, 10)
+        self.addresses = torch.tensor(addresses, dtype=torch.int64)  # (L, 11)
         self.F = weights["0.down"].shape[1]
         self.workspace = torch.empty(0)  # fp32; kept between calls, grown when too small
 
@@ -101,7 +101,7 @@ class FusedLayers:
 
 def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list[int]:
     """A layer's weights by address, in the order that they are used; then each matrix's bytes per
-    number, by which its packed form is read."""
+    number, by which its packed form is read; then the bias of q, k and v by address, 0 for none."""
     attn_norm = weights[f"{layer}.attn_norm"]
     qkv = weights[f"{layer}.qkv"]
     o = weights[f"{layer}.o"]
@@ -117,7 +117,9 @@ def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list
         down.pointer,
     ]
     bytes_per_number = [qkv.bytes, o.bytes, gate_up.bytes, down.bytes]
-    return addresses + bytes_per_number
+    bias = weights.get(f"{layer}.qkv_bias")  # (N,)
+    bias_address = 0 if bias is None else at(bias)
+    return [*addresses, *bytes_per_number, bias_address]
 
 
 def _check_indices(logits_indices: Tensor, T: int) -> None:

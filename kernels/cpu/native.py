@@ -64,7 +64,7 @@ SIGNATURES = {
     "panel_columns": Signature(Long, []),
     "pack": Signature(None, [Pointer, Pointer, Long, Long, Long]),
     "look_up": Signature(None, [Pointer, Long, Pointer, Pointer, Long, Long]),
-    "linear": Signature(Status, [Pointer] * 3 + [Long] * 4),
+    "linear": Signature(Status, [Pointer] * 4 + [Long] * 4),
     "rms_norm": Signature(Status, [Pointer] * 6 + [Long, Long, Float]),
     "rope": Signature(Status, [Pointer] * 3 + [Long] * 4 + [Float]),
     "norm_rope": Signature(Status, [Pointer] * 5 + [Long] * 4 + [Float]),

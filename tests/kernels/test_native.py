@@ -653,7 +653,7 @@ def test_heads_that_are_no_whole_vectors_are_refused():
 def test_a_product_without_memory_raises_and_writes_nothing(threads):
     x, y = torch.ones(1, 8), fresh(1, 8)
     bits, count = packed(torch.ones(8, 8))
-    places = x.data_ptr(), bits.data_ptr(), y.data_ptr()
+    places = x.data_ptr(), bits.data_ptr(), None, y.data_ptr()
     with pytest.raises(MemoryError, match="no memory for a thread's buffers in the native linear"):
         native.library().linear(*places, count, 1, 2**50, 8)  # of so many inputs
     assert y.isnan().all()

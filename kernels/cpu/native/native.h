@@ -14,10 +14,11 @@
 long panel_columns(void);
 void pack(const uint32_t *w, char *out, long bytes, long N, long K);
 void look_up(char *w, long bytes, const int64_t *rows, uint32_t *y, long n, long K);
-int linear(const float *x, const char *w, float *y, long bytes, long T, long K, long N);
+int linear(const float *x, const char *w, const float *bias, float *y, long bytes, long T, long K,
+           long N);
 long linear_room(long T, long K);
-void share_linear(worker *me, const float *x, const char *w, float *y, long bytes, long T, long K,
-                  long N);
+void share_linear(worker *me, const float *x, const char *w, const float *bias, float *y,
+                  long bytes, long T, long K, long N);
 
 int rms_norm(const float *x, const float *residual, const float *w, float *y, float *h, float *rstd,
              long T, long D, float eps);
