@@ -1,6 +1,6 @@
 """RMSNorm of every q and k head, then its rotary embedding, in one pass (Qwen3)
 
-    for each head x of q and k, with the weight w of its kind, and the angle of the token's position:
+    for each head x of q and k, with the weight w of its kind and the angle of its token:
         r = (mean(x^2) + eps)^(-1/2)        y = x r w
         z1 = y1 cos - y2 sin                z2 = y2 cos + y1 sin      y1, y2: the halves of y
     the heads of v are copied.
@@ -11,11 +11,11 @@ backward, with dy = dz rotated by the opposite angle and g = dy * w:
 shapes     qkv, z (T, (H + 2G) d)    norms (2d,): the weight of q, then that of k
            positions (T,) int64      cos_sin (positions, d): cos, then sin
 precision  all in max(fp32, dtype), one rounding
-traffic    forward 2T(H + 2G)d elements, backward 3T(H + G)d; bandwidth-bound. As two operations they
-           are 4T(H + G)d and 5T(H + G)d, and a launch more. The forward does not work in place, for
-           the backward reads the heads before their norm: training keeps those alone and computes z
-           again from them, so no layer keeps more for its backward than one without a norm here. r
-           is computed again too, from heads that the backward reads anyway
+traffic    forward 2T(H + 2G)d elements, backward 3T(H + G)d; bandwidth-bound. As two operations
+           they are 4T(H + G)d and 5T(H + G)d, and a launch more. The forward does not work in
+           place, for the backward reads the heads before their norm: training keeps those alone
+           and computes z again from them, so a layer keeps no more for its backward than one
+           without this norm. r is computed again too, from heads that the backward reads anyway
 triton     a program holds whole heads: BH heads of BT tokens, and reads a token's angles once for
            them
 tiles      shape class: the power of two that holds d, as "d128"
@@ -380,6 +380,7 @@ SPEC = Spec(
     test_shapes=((1, 1, 1, 64), (5, 9, 3, 64), (63, 4, 4, 80), (0, 2, 1, 64)),
     bench_shapes=tuple((t, m.H, m.G, m.d) for m in MODELS.values() for t in TOKENS),
     model_shapes=lambda m: ((33, m.H, m.G, m.d),),
+    used_by=lambda m: m.qk_norm,
     interpreter_shapes=(
         (1, 1, 1, 64),
         (5, 9, 3, 64),

@@ -76,7 +76,8 @@ class Ops:
     sample: Callable
     shares_prefix: tuple[str, ...] = ()  # device types whose attention supports Packed.prefix
     packs: str = ""  # "panels": products take weights as kernels/cpu/panels.py packs them
-    # (weights, number of layers) -> a callable for all layers over a cache (FusedLayers)
+    # (weights, number of layers, layers that are not rotated) -> a callable for all layers over a
+    # cache (FusedLayers)
     layers: Callable | None = None
     sampled: Ops | None = None  # the table of a sampling run; None: this one
 

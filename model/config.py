@@ -84,6 +84,7 @@ class LlamaConfig:
             G=self.num_kv_heads,
             d=self.head_dim,
             V=self.vocab_size,
+            qk_norm=self.qk_norm,
         )
 
     @classmethod
@@ -112,7 +113,7 @@ class LlamaConfig:
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
                 "expected whole groups of an even head size"
             )
-        theta, scaling = _rope(file, raw)
+        theta, scaling = _rope(file, raw, family.rope_theta)
         eps = raw.get("rms_norm_eps")
         if eps is None:
             eps = 1e-6
@@ -138,6 +139,8 @@ class LlamaConfig:
             tie_embeddings=_boolean(file, raw, "tie_word_embeddings"),
             quantised=_quantisation(raw.get("quantization_config")),
             qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            unrotated_layers=_unrotated_layers(file, raw, family),
             window=window,
         )
 
@@ -260,11 +263,33 @@ def _window(file: Path, raw: dict[str, Any], family: Family) -> int:
     if layer_types:
         return window if has_sliding_layers else 0
     layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
-    first_sliding_layer = raw["max_window_layers"]
+    first_sliding_layer = raw.get("max_window_layers")
     return 0 if first_sliding_layer == layers else window
 
 
-def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def _unrotated_layers(file: Path, raw: dict[str, Any], family: Family) -> tuple[int, ...]:
+    """The layers whose q and k are not rotated.
+
+    An entry 1 of `no_rope_layers` means, whatever its name says, that its layer is rotated, and 0
+    that it is not. Without the list it is every `no_rope_layer_interval`-th layer that is not.
+    """
+    if not family.skips_rotation:
+        return ()
+    layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        interval = _integer(file, raw, "no_rope_layer_interval")
+        return tuple(range(interval - 1, layers, interval))
+    is_list = isinstance(rotated, list) and len(rotated) >= layers
+    if not is_list or any(entry not in (0, 1) for entry in rotated):
+        raise ValueError(
+            f"{file}: no_rope_layers is {rotated!r}, expected a list of 1 (rotated) and 0 (not "
+            f"rotated) for each of {layers} layers"
+        )
+    return tuple(i for i in range(layers) if rotated[i] == 0)
+
+
+def _rope(file: Path, raw: dict[str, Any], default_theta: float) -> tuple[float, dict[str, Any]]:
     """theta and scaling, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
     Exporters write both spellings on purpose: where both are there, their meanings must be equal.
@@ -279,7 +304,7 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         raise ValueError(
             f"{file}: partial_rotary_factor {rotated!r}; only heads rotated whole are supported"
         )
-    theta = _rope_theta(file, raw, new, old)
+    theta = _rope_theta(file, raw, new, old) or default_theta
     meanings = [_scaling(file, raw, spelling) for spelling in (new, old) if spelling]
     if not meanings:
         return theta, {"rope_type": "default"}
@@ -296,7 +321,7 @@ def _rope_theta(
     new: dict[str, Any],  # rope_parameters
     old: dict[str, Any],  # rope_scaling
 ) -> float:
-    """The base of the rotary frequencies, 10000 where none is stated; ValueError for two bases."""
+    """The base of the rotary frequencies, 0 where none is stated; ValueError for two bases."""
     places = {
         "rope_parameters.rope_theta": new.get("rope_theta"),
         "rope_scaling.rope_theta": old.get("rope_theta"),
@@ -305,7 +330,7 @@ def _rope_theta(
     stated = {key: value for key, value in places.items() if value is not None}
     thetas = [_positive_number(file, key, value) for key, value in stated.items()]
     if not thetas:
-        return 10000.0
+        return 0.0
     if any(theta != thetas[0] for theta in thetas):
         statements = ", ".join(f"{key} {value!r}" for key, value in stated.items())
         raise ValueError(f"{file} gives the rotation two bases: {statements}; remove the wrong one")

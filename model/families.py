@@ -18,6 +18,9 @@ class Family:
     models: str  # models that are of it, for messages and tables
     architecture: str  # the class that `architectures` has to list
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
+    qk_norm: bool = False  # each head of q and k is normalised before its rotation
+    skips_rotation: bool = False  # `no_rope_layers` names layers whose q and k are not rotated
+    rope_theta: float = 10000.0  # the base of the rotation where config.json states none
     # how `sliding_window` is read: "ignored"; "always": a number there is a window in every layer;
     # "switched": only where `use_sliding_window` is true
     window: str = "ignored"
@@ -35,6 +38,13 @@ QWEN2_ASSUMED = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "max_window_layers": 28,
+}
+QWEN3_ASSUMED = QWEN2_ASSUMED | {"head_dim": 128}
+SMOLLM3_ASSUMED = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "no_rope_layer_interval": 4,
+    "tie_word_embeddings": True,
 }
 
 FAMILIES = {  # model_type -> its facts
@@ -57,6 +67,21 @@ FAMILIES = {  # model_type -> its facts
         qkv_bias=True,
         window="switched",
         assumed=QWEN2_ASSUMED,
+    ),
+    "qwen3": Family(
+        "Qwen3 (dense)",
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        window="switched",
+        assumed=QWEN3_ASSUMED,
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        "SmolLM3ForCausalLM",
+        skips_rotation=True,
+        rope_theta=2e6,
+        window="switched",
+        assumed=SMOLLM3_ASSUMED,
     ),
 }
 

@@ -12,7 +12,8 @@ computes them all:
 
 Our names    embed, norm, head and, for each layer i, i.attn_norm, i.qkv, i.o, i.mlp_norm,
              i.gate_up, i.down; in families with biases (model/families.py) also i.qkv_bias, those
-             of q, k and v one after the other ((H + 2G) d,)
+             of q, k and v one after the other ((H + 2G) d,); in families with norms of the q and k
+             heads also i.qk_norm, the weight of q's and then that of k's (2d,)
 On disk      the unfused names of Hugging Face: model.layers.0.self_attn.q_proj.weight, ...
 """
 
@@ -39,6 +40,7 @@ GROUPS = {  # group -> members in the order of the group's matrix
     "down": ("mlp.down_proj",),
 }
 MODULES = tuple(member for members in GROUPS.values() for member in members)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # of each q and each k head, where they are
 GROUP_OF = {member: group for group, members in GROUPS.items() for member in members}
 
 
@@ -113,6 +115,9 @@ def checkpoint_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
                     shapes[f"{module}.weight"] = (outputs, shape.inputs)
                     if group in biased_groups(config):
                         shapes[f"{module}.bias"] = (outputs,)
+        if config.qk_norm:
+            for head_norm in HEAD_NORMS:
+                shapes[f"{module_name(layer, head_norm)}.weight"] = (config.head_dim,)
     if not config.tie_embeddings:
         shapes[HEAD] = (V, D)
     return shapes
@@ -132,6 +137,8 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{layer}.{group}"] = (sum(shape.outputs), shape.inputs)
                 if group in biased_groups(config):
                     shapes[bias_name(layer, group)] = (sum(shape.outputs),)
+        if config.qk_norm:
+            shapes[f"{layer}.qk_norm"] = (len(HEAD_NORMS) * config.head_dim,)
     if not config.tie_embeddings:
         shapes["head"] = (V, D)
     return shapes
@@ -159,6 +166,8 @@ def place_of(name: str, config: LlamaConfig) -> Place:
     for branch in BRANCHES:
         if module == branch.norm_on_disk:
             return Place(f"{layer}.{branch.norm}", 0)
+    if module in HEAD_NORMS:
+        return Place(f"{layer}.qk_norm", HEAD_NORMS.index(module) * config.head_dim)
     group = GROUP_OF[module]
     members_before = GROUPS[group].index(module)
     outputs_before = group_shapes(config)[group].outputs[:members_before]

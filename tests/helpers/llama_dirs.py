@@ -86,6 +86,11 @@ def write_llama(
             if name.endswith(("q_proj", "k_proj", "v_proj")):
                 bias = torch.randn(shape[0], generator=generator)  # as large as what it is added to
                 weights[f"{name}.bias"] = bias.to(dtype)
+    if family.qk_norm:
+        for i in range(layers):
+            for name in ("q_norm", "k_norm"):
+                weight = 1 + 0.3 * torch.randn(head_dim, generator=generator)
+                weights[f"model.layers.{i}.self_attn.{name}.weight"] = weight.to(dtype)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         _write_byte_tokenizer(path)
