@@ -17,6 +17,7 @@ class Family:
 
     models: str  # models that are of it, for messages and tables
     architecture: str  # the class that `architectures` has to list
+    adds: str  # what is added to Llama's arithmetic, for README's table
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     qk_norm: bool = False  # each head of q and k is normalised before its rotation
     skips_rotation: bool = False  # `no_rope_layers` names layers whose q and k are not rotated
@@ -48,22 +49,25 @@ SMOLLM3_ASSUMED = {
 }
 
 FAMILIES = {  # model_type -> its facts
-    "llama": Family("Llama 1 to 3.2, TinyLlama, SmolLM2, Yi", "LlamaForCausalLM"),
+    "llama": Family("Llama 1 to 3.2, TinyLlama, SmolLM2, Yi", "LlamaForCausalLM", "-"),
     "mistral": Family(
         "Mistral 7B, Mistral Nemo",
         "MistralForCausalLM",
+        "rows within the sliding window, where there is one",
         window="always",
         assumed=MISTRAL_ASSUMED,
     ),
     "ministral": Family(
         "Ministral",
         "MinistralForCausalLM",
+        "rows within the sliding window, where there is one",
         window="always",
         assumed=MISTRAL_ASSUMED,
     ),
     "qwen2": Family(
         "Qwen2, Qwen2.5",
         "Qwen2ForCausalLM",
+        "a bias on q, k and v",
         qkv_bias=True,
         window="switched",
         assumed=QWEN2_ASSUMED,
