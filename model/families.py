@@ -75,6 +75,7 @@ FAMILIES = {  # model_type -> its facts
     "qwen3": Family(
         "Qwen3 (dense)",
         "Qwen3ForCausalLM",
+        "a norm of each head of q and k before its rotation",
         qk_norm=True,
         window="switched",
         assumed=QWEN3_ASSUMED,
@@ -82,6 +83,7 @@ FAMILIES = {  # model_type -> its facts
     "smollm3": Family(
         "SmolLM3",
         "SmolLM3ForCausalLM",
+        "layers without rotation, every fourth as a rule",
         skips_rotation=True,
         rope_theta=2e6,
         window="switched",

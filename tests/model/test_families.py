@@ -56,6 +56,22 @@ MODELS = {
             "dtype": torch.bfloat16,
         },
     ),
+    "qwen3": (
+        {"head_dim": 24, "hidden": 64, "tied": False, "rope_theta": 1e6},
+        {"heads": 6, "kv_heads": 3, "rms_norm_eps": 1e-2, "layers": 3, "sliding_window": 8},
+        {"head_dim": 32, "hidden": 80, "kv_heads": 1, "dtype": torch.bfloat16},
+    ),
+    "smollm3": (
+        {"layers": 5, "rope_theta": 5e6, "tied": False, "pad_token_id": 256},
+        {"layers": 3, "no_rope_layers": [0, 1, 0], "heads": 6, "kv_heads": 3, "pad_token_id": 256},
+        {
+            "layers": 4,
+            "no_rope_layer_interval": 2,
+            "rope_theta": None,
+            "dtype": torch.bfloat16,
+            "pad_token_id": 256,
+        },
+    ),
 }
 CASES = [(family, number) for family, models in MODELS.items() for number in range(len(models))]
 LENGTH = 40  # tokens whose logits are compared
