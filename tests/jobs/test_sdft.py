@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -52,6 +53,34 @@ def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
     # another setting is refused by name
     printed = script("sdft", *args, "--template", "refer", code=2)
     assert "distill.template: 'using' -> 'refer'" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("family", ["qwen3"])
+def test_the_main_job_on_another_family_continues_and_reports(
+    tiny_llama_dir, problems, tmp_path, family
+):
+    """The numbers of random weights mean nothing; the same files come out after an interruption."""
+    model_dir = tiny_llama_dir(tokenizer=True, model_type=family)
+    out = tmp_path / "run"
+    args = ["--model", model_dir, "--data", problems / "train.json", "--verify", "number"]
+    args += ["--eval-data", problems / "test.json", "--out", out, *FLAGS]
+    printed = script("sdft", *args)
+    assert f"report: {out}/report.html" in printed
+    result = json.loads((out / "summary.json").read_text())
+    assert set(result["evaluation"]) == {"seed", "sft", "sdft"}
+    names = ["sdft/adapter_model.safetensors", "distilled.jsonl", "evaluation.jsonl"]
+    names.append("retention.jsonl")
+    before = {name: (out / name).read_bytes() for name in names}
+    # as if it had been killed before the second arm was trained
+    shutil.rmtree(out / "sdft")
+    (out / "summary.json").unlink()
+    (out / "report.html").unlink()
+    script("sdft", *args)
+    for name in names:
+        assert (out / name).read_bytes() == before[name], name
+    assert (out / "report.html").exists()
+    again = json.loads((out / "summary.json").read_text())
+    assert again["evaluation"] == result["evaluation"]
 
 
 def test_both_arms_are_validated_and_keep_their_best(chat_dir, problems, tmp_path):
