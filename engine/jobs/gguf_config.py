@@ -19,7 +19,8 @@ from model.config import LlamaConfig
 from model.families import FAMILIES
 from model.rope import inverse_frequencies
 
-# The keys under `llama.` or `qwen2.` that this importer understands; any other could change the result
+# The keys under `llama.` or `qwen2.` that this importer understands; any other could change the
+# result
 KNOWN_KEYS = {
     "block_count",
     "context_length",
