@@ -16,9 +16,11 @@ import numpy as np
 
 from engine.jobs.gguf_reader import dequantised, need
 from model.config import LlamaConfig
+from model.families import FAMILIES
 from model.rope import inverse_frequencies
 
-# The keys under `llama.` that this importer understands; any other could change the result
+# The keys under `llama.` or `qwen2.` that this importer understands; any other could change the
+# result
 KNOWN_KEYS = {
     "block_count",
     "context_length",
@@ -39,54 +41,59 @@ KNOWN_KEYS = {
 }
 
 
-def llama_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
+def model_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
     """config.json of the model, from the metadata and the names of the tensors.
 
-    ValueError for a key that is missing or unknown, and for a shape that no Llama has.
+    ValueError for a key that is missing or unknown, and for a shape that no such model has.
     """
-    llama = {}  # the values under `llama.`
+    architecture = meta["general.architecture"]
+    stated = {}  # the values under `llama.`
     for key, value in meta.items():
-        if key.startswith("llama."):
-            llama[key.removeprefix("llama.")] = value
-    unknown = sorted(set(llama) - KNOWN_KEYS)
+        if key.startswith(f"{architecture}."):
+            stated[key.removeprefix(f"{architecture}.")] = value
+    unknown = sorted(set(stated) - KNOWN_KEYS)
     if unknown:
-        raise ValueError(f"{source}: llama.{unknown[0]} = {llama[unknown[0]]} is not supported")
+        key = unknown[0]
+        raise ValueError(f"{source}: {architecture}.{key} = {stated[key]} is not supported")
 
-    def of_llama(key: str) -> Any:
-        return need(meta, f"llama.{key}", source)
+    def of_model(key: str) -> Any:
+        return need(meta, f"{architecture}.{key}", source)
 
-    hidden = of_llama("embedding_length")
-    heads = of_llama("attention.head_count")
-    kv_heads = llama.get("attention.head_count_kv", heads)
+    hidden = of_model("embedding_length")
+    heads = of_model("attention.head_count")
+    kv_heads = stated.get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ValueError(f"{source}: head counts differ from layer to layer; not supported")
-    head_dim = llama.get("attention.key_length", hidden // heads)
+    head_dim = stated.get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if llama.get(key, head_dim) != head_dim:
-            raise ValueError(f"{source}: llama.{key} = {llama[key]}, not the head size {head_dim}")
+        if stated.get(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{source}: {architecture}.{key} = {stated[key]}, not the head size {head_dim}"
+            )
+    own_keys = {"attention_bias": False, "mlp_bias": False}  # of a Llama's config.json
+    if architecture == "qwen2":
+        own_keys = {"use_sliding_window": False}  # llama.cpp computes none for it
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[architecture].architecture],
+        "model_type": architecture,
         "hidden_size": hidden,
-        "intermediate_size": of_llama("feed_forward_length"),
-        "num_hidden_layers": of_llama("block_count"),
+        "intermediate_size": of_model("feed_forward_length"),
+        "num_hidden_layers": of_model("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": len(need(meta, "tokenizer.ggml.tokens", source)),
-        "max_position_embeddings": of_llama("context_length"),
-        "rms_norm_eps": _shortest(of_llama("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(llama.get("rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(llama, tensors, source),
+        "max_position_embeddings": of_model("context_length"),
+        "rms_norm_eps": _shortest(of_model("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(stated.get("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(stated, tensors, source),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **own_keys,
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": "float32",
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
     }
-
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""
@@ -94,10 +101,10 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-    llama: dict[str, Any], tensors: dict[str, Any], source: Path
+    stated: dict[str, Any], tensors: dict[str, Any], source: Path
 ) -> dict[str, Any] | None:
     """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
-    kind = llama.get("rope.scaling.type", "none")
+    kind = stated.get("rope.scaling.type", "none")
     divisors = tensors.get("rope_freqs.weight")
     if kind == "none" and divisors is None:
         return None
@@ -114,7 +121,7 @@ def _rope_scaling(
             "original_max_position_embeddings": 8192,
         }
     if kind == "linear" and divisors is None:
-        return {"rope_type": "linear", "factor": _shortest(llama.get("rope.scaling.factor", 0))}
+        return {"rope_type": "linear", "factor": _shortest(stated.get("rope.scaling.factor", 0))}
     beside = "without" if divisors is None else "with"
     raise ValueError(
         f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight; only Llama 3's "

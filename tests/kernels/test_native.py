@@ -329,8 +329,12 @@ def test_guards_of_products(count, threads):
         assert bitwise(found, weight[rows])
         for T in (1, 2, 5, 6, 7, 11, 12, 13, 48, 49, 97, 200):
             x = normal(T, k, seed=T)
-            (y,) = guarded("linear", x, bits, fresh(T, n), count, T, k, n, written=[2])
-            assert bitwise(y, Panels(weight)(x))
+            plain = Panels(weight)(x)
+            (y,) = guarded("linear", x, bits, None, fresh(T, n), count, T, k, n, written=[2])
+            assert bitwise(y, plain)
+            bias = normal(n, seed=T)
+            (y,) = guarded("linear", x, bits, bias, fresh(T, n), count, T, k, n, written=[3])
+            assert bitwise(y, plain + bias), "the bias is added last, in one rounding"
 
 
 def test_guards_of_norms_swiglu_and_rotation(threads):
