@@ -19,7 +19,7 @@ from model.config import LlamaConfig
 from model.families import FAMILIES
 from model.rope import inverse_frequencies
 
-# The keys under `llama.` or `qwen2.` that this importer understands; any other could change the
+# The keys under the architecture's name that this importer understands; any other could change the
 # result
 KNOWN_KEYS = {
     "block_count",
@@ -38,6 +38,19 @@ KNOWN_KEYS = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
     "tensor_data_layout",
+}
+# what a config.json of each architecture states beside the common keys. llama.cpp computes no
+# sliding window for these, and rotates all layers of a SmolLM3 but every fourth: no key says so
+OWN_KEYS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"attention_bias": False, "use_sliding_window": False},
+    "smollm3": {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "no_rope_layer_interval": 4,
+    },
 }
 
 
@@ -70,9 +83,6 @@ def model_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) ->
             raise ValueError(
                 f"{source}: {architecture}.{key} = {stated[key]}, not the head size {head_dim}"
             )
-    own_keys = {"attention_bias": False, "mlp_bias": False}  # of a Llama's config.json
-    if architecture == "qwen2":
-        own_keys = {"use_sliding_window": False}  # llama.cpp computes none for it
     return {
         "architectures": [FAMILIES[architecture].architecture],
         "model_type": architecture,
@@ -88,12 +98,13 @@ def model_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) ->
         "rope_theta": _shortest(stated.get("rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(stated, tensors, source),
         "hidden_act": "silu",
-        **own_keys,
+        **OWN_KEYS[architecture],
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": "float32",
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
     }
+
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""

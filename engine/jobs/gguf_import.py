@@ -1,10 +1,10 @@
 """Import of a llama.cpp GGUF file as a Hugging Face directory.
 
-The Llama, Mistral or Qwen2 in a GGUF becomes the files that every other tool reads:
+The Llama, Mistral, Qwen or SmolLM3 in a GGUF becomes the files that every other tool reads:
 `model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json`,
-`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised and written some rows at a time, so memory does
-not grow with the model. `gguf_import.json` records the source's hash and is written last: a
-directory with it is complete.
+`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised
+and written some rows at a time, so memory does not grow with the model. `gguf_import.json` records
+the source's hash and is written last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
@@ -74,8 +74,8 @@ def import_gguf(source: Path, out: Path) -> bool:
             write_stated(beside / "config.json", settings)
             config = LlamaConfig.from_dir(beside)
             check_rope_divisors(config, tensors, source)
-            # llama.cpp's converter reorders the rows of q and k for the architecture llama only
-            reordered = meta["general.architecture"] == "llama"
+            # llama.cpp's converter reorders the rows of q and k of a Llama and of a SmolLM3
+            reordered = meta["general.architecture"] in ("llama", "smollm3")
             write_weights(beside / "model.safetensors", config, tensors, source, reordered)
             tokenizer.save(str(beside / "tokenizer.json"))
             write_token_settings(beside, meta, config.max_position)

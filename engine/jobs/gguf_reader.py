@@ -34,7 +34,7 @@ DEEPEST_ARRAY = 4  # levels of arrays in arrays
 LONGEST_KEY = 1 << 16  # bytes
 
 # values of general.architecture, which are model_types of config.json too (model/families.py)
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
 
 
 def optional(package: str) -> Any:

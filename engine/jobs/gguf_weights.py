@@ -2,7 +2,7 @@
 
 RoPE rotates pairs of rows of q and k. In a GGUF the rows of a pair are neighbours, (2i, 2i + 1) of
 their head; in Hugging Face's layout they are (i, i + d/2), d the head size. So the rows of every
-head go from (d/2, 2) to (2, d/2). In a GGUF of a Qwen2 they stand in Hugging Face's order already.
+head go from (d/2, 2) to (2, d/2). In a GGUF of a Qwen they stand in Hugging Face's order already.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",

@@ -39,6 +39,8 @@ PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -123,6 +125,7 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
         elif value is not None:
             writer.add_array(key, value)
     quantised = gguf.GGMLQuantizationType[kind]
+    is_reordered = is_llama or model_type == "smollm3"
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     expected = {}
     for name, weight in weights.items():
@@ -136,7 +139,7 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
             stored_kind, stored = quantised, gguf.quantize(weight, quantised)
             expected[name] = gguf.dequantize(stored, quantised)
         module = name.split(".")[-2]
-        if is_llama and module in heads:
+        if is_reordered and module in heads:
             stored = neighbours_first(stored, heads[module])
         writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
     for name, value in extra.items():
@@ -218,6 +221,26 @@ def test_a_qwen2_is_imported_with_its_biases_and_its_order_of_rows(tmp_path, tin
     digits = tokenizer.encode("12 123")
     assert len(digits) == 6, "every digit by itself, though 12 and 123 are in the vocabulary"
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9"), "NFC"
+
+
+@pytest.mark.parametrize(("family", "pre"), [("qwen3", "qwen2"), ("smollm3", "smaug-bpe")])
+def test_a_qwen3_and_a_smollm3_are_imported(tmp_path, tiny_llama_dir, family, pre):
+    """With norms of heads; with the fourth of five layers not rotated, which no key of a GGUF says.
+
+    Rows of q and k are in Hugging Face's order in the one, and in pairs, as Llama's, in the other.
+    """
+    path = tiny_llama_dir(model_type=family, vocab=len(vocabulary()), layers=5, head_dim=32)
+    expected = write_gguf(tmp_path / "m.gguf", path, pre=pre)
+    assert import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(found) == set(expected)
+    assert ("model.layers.0.self_attn.q_norm.weight" in found) == (family == "qwen3")
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    tokens = torch.arange(20)
+    imported = Llama.from_pretrained(tmp_path / "out")
+    assert imported.config.unrotated_layers == ((3,) if family == "smollm3" else ())
+    assert torch.equal(imported.logits(tokens), Llama.from_pretrained(path).logits(tokens))
 
 
 def test_embeddings_are_tied_without_an_output_matrix(tmp_path, tiny_llama_dir):
