@@ -2,9 +2,9 @@
 
 The Llama, Mistral or Qwen2 in a GGUF becomes the files that every other tool reads:
 `model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json`,
-`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised and written some rows at a time, so memory does
-not grow with the model. `gguf_import.json` records the source's hash and is written last: a
-directory with it is complete.
+`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised
+and written some rows at a time, so memory does not grow with the model. `gguf_import.json` records
+the source's hash and is written last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files

@@ -54,6 +54,25 @@ def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
     assert "distill.template: 'using' -> 'refer'" in printed and "Traceback" not in printed
 
 
+def test_the_main_job_runs_on_a_mistral_and_continues(tiny_llama_dir, problems, tmp_path):
+    """With a window that the prompts fit inside; an interrupted arm is trained to the same bytes."""
+    model = tiny_llama_dir(tokenizer=True, model_type="mistral", sliding_window=480)
+    out = tmp_path / "run"
+    args = ["--model", model, "--data", problems / "train.json", "--out", out, *FLAGS]
+    args += ["--eval-data", problems / "test.json", "--verify", "number"]
+    printed = script("sdft", *args)
+    assert "a sliding window of 480 tokens" in printed
+    assert f"report: {out}/report.html" in printed and (out / "report.html").exists()
+    files = ["sdft/adapter_model.safetensors", "evaluation.jsonl", "retention.jsonl"]
+    before = [(out / name).read_bytes() for name in files]
+    for name in ("sdft/adapter_model.safetensors", "evaluation.jsonl", "retention.jsonl"):
+        (out / name).unlink()
+    script("sdft", *args)
+    assert [(out / name).read_bytes() for name in files] == before
+    for arm in ("sft", "sdft"):
+        Llama.from_pretrained(model).bind(load_lora(out / arm))
+
+
 def test_both_arms_are_validated_and_keep_their_best(chat_dir, problems, tmp_path):
     out = tmp_path / "run"
     args = ["--model", chat_dir, "--data", problems / "train.json", "--no-score", "--out", out]

@@ -74,7 +74,9 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
     them whole, does that step.
     """
-    sizes = {"tied": False, "intermediate": 16} if shard else {}  # embedding and head in two parts
+    sizes = {}
+    if shard:  # embedding and head in two parts, and a bias
+        sizes = {"model_type": "qwen2", "tied": False, "intermediate": 16}
     path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
