@@ -20,6 +20,8 @@ from tests.helpers.tokenizer_dirs import (
     golden_checkpoint,
     real_texts,
     spelled,
+    tiny_mistral,
+    tiny_qwen2,
     tiny_sentencepiece,
     write_json,
 )
