@@ -20,6 +20,8 @@ from tests.helpers.tokenizer_dirs import (
     golden_checkpoint,
     real_texts,
     spelled,
+    tiny_mistral,
+    tiny_qwen2,
     tiny_sentencepiece,
     write_json,
 )
@@ -56,6 +58,9 @@ def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
 
 
+FAMILIES = {"qwen2": tiny_qwen2, "mistral": tiny_mistral}  # files of their shapes
+
+
 @pytest.fixture(scope="module")
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -79,6 +84,9 @@ def directory(
             if kind == "llama3_lines":
                 cut_as_llama3(path / "tokenizer.json")
             return path
+        if kind in FAMILIES:
+            pytest.importorskip("tokenizers")
+            return FAMILIES[kind](path)
         return tiny_sentencepiece(path, chat_template=LLAMA2_TEMPLATE)
 
     def get(kind: str) -> Path:
@@ -140,7 +148,7 @@ def test_text_and_ids_equal_apply_chat_template(load, kind):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["smollm2", "llama2", "llama3", "tiny"])
+@pytest.mark.parametrize("kind", ["smollm2", "llama2", "llama3", "tiny", *FAMILIES])
 def test_text_and_ids_equal_apply_chat_template_live(load, directory, run_peer, tmp_path, kind):
     chat = load(kind)
     conversations = [case["messages"] for case in CASES if case["directory"] == "smollm2"]

@@ -72,11 +72,11 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     """Two processes, rank 1 killed in step 8; three go on from step 6: all as one process.
 
     With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
-    them whole, does that step. The sharded model is a Qwen3, whose layers have norms of heads too.
+    them whole, does that step.
     """
     sizes = {}
-    if shard:  # embedding and head in two parts
-        sizes = {"tied": False, "intermediate": 16, "model_type": "qwen3"}
+    if shard:  # embedding and head in two parts, and a bias
+        sizes = {"model_type": "qwen2", "tied": False, "intermediate": 16}
     path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
