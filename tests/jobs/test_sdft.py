@@ -56,14 +56,10 @@ def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "said"),
-    [
-        ("mistral", {"sliding_window": 480}, "a sliding window of 480 tokens"),
-        ("qwen3", {}, "norm_rope"),
-    ],
+    ("family", "settings"), [("mistral", {"sliding_window": 480}), ("qwen3", {})]
 )
 def test_the_main_job_runs_on_another_family_and_continues(
-    tiny_llama_dir, problems, tmp_path, family, settings, said
+    tiny_llama_dir, problems, tmp_path, family, settings
 ):
     """Prompts fit inside the window. What a kill took is made again: half of the answers, and the
     second arm with all that followed."""
@@ -72,7 +68,7 @@ def test_the_main_job_runs_on_another_family_and_continues(
     args = ["--model", model, "--data", problems / "train.json", "--out", out, *FLAGS]
     args += ["--eval-data", problems / "test.json", "--verify", "number"]
     printed = script("sdft", *args)
-    assert said in printed + (out / "sdft" / "meta.json").read_text()
+    assert ("a sliding window of 480 tokens" in printed) == (family == "mistral")
     assert f"report: {out}/report.html" in printed and (out / "report.html").exists()
     answers = (out / "evaluation.jsonl").read_bytes()
     adapter = (out / "sdft" / "adapter_model.safetensors").read_bytes()

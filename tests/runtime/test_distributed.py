@@ -169,8 +169,12 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
 
 
 def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
-    """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
-    path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
+    """train.py validates and publishes; distill.py scores what is distilled, samples nothing.
+
+    The model is a Qwen3, whose layers have norms of heads too.
+    """
+    path = tiny_llama_dir(tokenizer=True, model_type="qwen3")
+    data, out = tmp_path / "rows.json", tmp_path / "run"
     data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
 
     def script(name, *flags, processes=2):
