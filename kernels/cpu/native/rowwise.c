@@ -1,7 +1,8 @@
 /* Operations that treat each token by itself: norm, rotation, both of heads, SwiGLU
 
-   The mathematics stands in rms_norm.py, rope.py, norm_rope.py and swiglu.py. A row is computed by one thread, in
-   an order of additions that follows from its length alone. A chunk of work is a number of rows.
+   The mathematics stands in rms_norm.py, rope.py, norm_rope.py and swiglu.py. A row is computed by
+   one thread, in an order of additions that follows from its length alone. A chunk of work is a
+   number of rows.
 
    T = tokens, D = model width, F = feed-forward width, H = query heads, G = key/value heads,
    d = head size */
