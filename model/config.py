@@ -261,7 +261,9 @@ def _window(file: Path, raw: dict[str, Any], family: Family) -> int:
         return window if has_sliding_layers else 0
     layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
     first_sliding_layer = raw["max_window_layers"]
-    return 0 if first_sliding_layer == layers else window
+    if isinstance(first_sliding_layer, int) and first_sliding_layer >= layers:
+        return 0
+    return window
 
 
 def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
