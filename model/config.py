@@ -264,7 +264,11 @@ def _window(file: Path, raw: dict[str, Any], family: Family) -> int:
         return window if has_sliding_layers else 0
     layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
     first_sliding_layer = raw.get("max_window_layers")
-    return 0 if first_sliding_layer == layers else window
+    # a family that skips rotations slides in those layers, and reads no such key
+    is_read = isinstance(first_sliding_layer, int) and not family.skips_rotation
+    if is_read and first_sliding_layer >= layers:
+        return 0
+    return window
 
 
 def _unrotated_layers(file: Path, raw: dict[str, Any], family: Family) -> tuple[int, ...]:

@@ -353,7 +353,9 @@ def test_a_window_counts_where_a_layer_slides(tiny_llama_dir):
     qwen = tiny_llama_dir(model_type="qwen2", sliding_window=100, max_window_layers=1)
     assert edit(qwen, use_sliding_window=False).max_position == 512
     assert edit(qwen, use_sliding_window=True).max_position == 100
-    assert edit(qwen, max_window_layers=2).max_position == 512, "no layer is left to slide"
+    for first in (2, 28):
+        assert edit(qwen, max_window_layers=first).max_position == 512, "no layer is left to slide"
+    assert edit(qwen, max_window_layers=0).max_position == 100
     types = ["full_attention", "sliding_attention"]
     assert edit(qwen, layer_types=types).max_position == 100
     assert edit(qwen, layer_types=["full_attention"] * 2).max_position == 512

@@ -245,6 +245,8 @@ def test_what_these_families_may_have_beside_is_refused(tiny_llama_dir):
             config_of(tiny_llama_dir, model_type=family, attention_bias=True)
     window = {"use_sliding_window": True, "sliding_window": 100}
     assert config_of(tiny_llama_dir, model_type="smollm3", **window).window == 100
+    ignored = config_of(tiny_llama_dir, model_type="smollm3", max_window_layers=2, **window)
+    assert ignored.window == 100, "transformers reads no such key for it"
     qwen = config_of(tiny_llama_dir, model_type="qwen3", max_window_layers=1, **window)
     assert qwen.max_position == 100
 
