@@ -9,9 +9,9 @@
        4   fp32
 
    Every y is a sum of chains: a chain is CHAIN fused multiply-adds over successive k, beginning
-   with 0, and the chains are added in order, then the bias. So the bits of y do not depend on T, on the position
-   of its row, or on the number of threads. (One chain over all of K would double the rounding
-   error.)
+   with 0, and the chains are added in order, then the bias. So the bits of y do not depend on T, on
+   the position of its row, or on the number of threads. (One chain over all of K would double the
+   rounding error.)
    A chunk of work is a panel: each column of y is computed by one thread.
 
    T = tokens, K = inputs, N = outputs, P = panels */
