@@ -113,10 +113,10 @@ def model(tiny_llama_dir):
     return made(tiny_llama_dir)
 
 
-def made(tiny_llama_dir, **family):
+def made(tiny_llama_dir, layers=2, **family):
     sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
     special = {"bos_token_id": 68, "eos_token_id": 69}
-    path = tiny_llama_dir(layers=2, tied=False, **sizes, **special, **family)
+    path = tiny_llama_dir(layers=layers, tied=False, **sizes, **special, **family)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     return Llama.from_pretrained(path, device=DEVICE, dtype=dtype, ops=TRITON)
 
@@ -185,14 +185,13 @@ def test_sampled_texts_are_batch_invariant(model):
     assert all(model.weights[name] is weight for name, weight in before.items())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_sampled_texts_of_other_families_are_batch_invariant(tiny_llama_dir, family):
-    """The bias in the products' epilogue, and the norm of heads with their rotation."""
-    model = made(tiny_llama_dir, model_type=family)
+def test_sampled_texts_of_a_qwen3_are_batch_invariant(tiny_llama_dir):
+    """Its norm of heads and their rotation are one kernel."""
+    model = made(tiny_llama_dir, layers=1, model_type="qwen3")
     lora = adapter(model)
-    batch = requests()[2:]
-    together, _ = texts(model, batch, lora, rows=3, draft="off")
-    drafts = {key: [*ids[:2], 7] for key, (ids, _) in together.items()}
+    batch = [dataclasses.replace(request, max_new_tokens=3) for request in requests()[2:4]]
+    together, _ = texts(model, batch, lora, rows=2, draft="off")
+    drafts = {key: ids[:2] for key, (ids, _) in together.items()}
     drafted, stats = texts(model, batch[::-1], lora, drafts, rows=1, draft="always")
     assert drafted == together and stats.accepted_tokens > 0
 

@@ -407,7 +407,7 @@ def test_a_missing_or_unexpected_bias_is_refused(tiny_llama_dir):
 
 
 def test_every_family_has_three_models_and_its_row_in_the_table():
-    """model/README.md says how many models are compared with transformers; README names them all."""
+    """model/README.md says how many are compared with transformers; README names them all."""
     compared = {"llama": len(TINY)}
     for family, models in MODELS.items():
         compared[family] = len(models)

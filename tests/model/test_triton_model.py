@@ -114,12 +114,11 @@ def test_the_sampler_gives_the_same_tokens(model, decoding):
     assert_same_tokens(model, (1, 5, 23), 8, decoding)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_the_sampler_gives_the_same_tokens_of_other_families(tiny_llama_dir, family):
+def test_the_sampler_gives_the_same_tokens_of_a_qwen3(tiny_llama_dir):
     sizes = {"heads": 3, "kv_heads": 1, "intermediate": 24, "vocab": 260}
-    path = tiny_llama_dir(model_type=family, head_dim=24, hidden=40, **sizes)
+    path = tiny_llama_dir(model_type="qwen3", head_dim=24, hidden=40, **sizes)
     model = Llama.from_pretrained(path, device=DEVICE, dtype=torch.float32, ops=TORCH)
-    assert_same_tokens(model, (1, 11), 5, {"temperature": 0.9})
+    assert_same_tokens(model, (1, 11), 4, {"temperature": 0.9})
 
 
 def assert_same_tokens(model, prompt_lengths, new_tokens, decoding):
