@@ -1,10 +1,11 @@
-"""Llama, forward and backward, written out.
+"""Llama, forward and backward, written out; other families add a few facts (model/families.py).
 
     h = embed(tokens)                     (T, D)   residual stream
     in every layer
         y1 = rms_norm(h)                  (T, D)
-        qkv = y1 Wqkv^T                   (T, (H + 2G) d)
-        rope(qkv)                         queries and keys rotated by their positions
+        qkv = y1 Wqkv^T                   (T, (H + 2G) d)   + bias, where the family has one
+        rope(qkv)                         queries and keys rotated by their positions; there may be
+                                          a norm of each head before, or layers without rotation
         o = attention(qkv)                (T, H d)
         a = o Wo^T                        (T, D)
         h_mid = h + a                     (T, D)
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 from kernels.cached import Cached
-from kernels.dtypes import accumulate_dtype, sum_products_in_fp32
+from kernels.dtypes import sum_products_in_fp32
 from kernels.packed import Packed
 from kernels.philox import Dropout, mix
 from kernels.registry import Ops
@@ -46,10 +47,10 @@ from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
-from model.layout import GROUPS, place_of
+from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
-from model.rope import cos_sin_table
+from model.rotation import Rotation
 from model.tape import Adapters, GroupAdapter, Saved, Tape
 from model.weights import Weights, load_weights
 
@@ -87,13 +88,12 @@ class Llama:
         if self.device.type == "cuda":
             sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
-        # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
-        # CUDA graph must keep a reference to the table that it reads
-        self.cos_sin: Tensor | None = None
+        self.biased_groups = biased_groups(config)
+        self.rotation = Rotation(config)
         # for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
         self.fused_layers = None
         if self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor):
-            self.fused_layers = self.ops.layers(weights, config.num_layers)
+            self.fused_layers = self.ops.layers(weights, config.num_layers, config.unrotated_layers)
 
     @classmethod
     def from_pretrained(
@@ -204,11 +204,11 @@ class Llama:
             if lora.strength == 0:
                 lora = None  # the seed's own path, so that every bit is the seed's
         eps = self.config.rms_norm_eps
-        self._grow_rope_table(context)
+        self.rotation.grow(context, self.device, self.dtype)
         h = self.weights.embed(tokens)  # (T, D)
         if self.fused_layers is not None and cache is not None and lora is None:
             x, h = self.fused_layers(
-                h, context, self.cos_sin, cache.k, cache.v, eps, logits_indices
+                h, context, self.rotation.cos_sin, cache.k, cache.v, eps, logits_indices
             )  # (n, D), (n, D)
         else:
             inputs = ForwardInputs(context, cache, logits_indices)
@@ -279,8 +279,8 @@ class Llama:
         G = self.config.num_kv_heads
 
         # 1. attention
-        qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
-        qkv = ops.rope_(qkv, context.positions, self.cos_sin, H, G)
+        plain_qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
+        qkv = self.rotation.forward(ops, w, i, plain_qkv, context.positions)  # (T, (H + 2G) d)
         lse = None
         if cache is None:
             o, lse = ops.attention_forward(qkv, context, H, G)  # (T, H d), (T, H)
@@ -303,7 +303,7 @@ class Llama:
             x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
 
         if saved is not None:
-            saved.qkv = qkv
+            saved.qkv = plain_qkv if self.config.qk_norm else qkv
             saved.o = o
             saved.lse = lse
             saved.h_mid = h_mid
@@ -317,22 +317,14 @@ class Llama:
     ) -> tuple[Tensor, Tensor | None]:
         """One product of layer i: W x + s B A x (T, N) of x (T, K), and A x (T, R) of its adapter.
 
-        Without an adapter it is W x, and None.
+        Without an adapter it is W x, and None. Where the group has a bias, that is added.
         """
         weight = self.weights[f"{i}.{group}"]  # (N, K)
         adapter = adapters[group]
-        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout)
-
-    def _grow_rope_table(self, context: Packed | Cached) -> None:
-        """Make `cos_sin` long enough for this forward; built once and doubled when outgrown."""
-        longest = _longest_row(context)
-        most = self.config.max_position
-        assert longest <= most, f"a row of {longest} tokens, but the model was made for {most}"
-        have = 0 if self.cos_sin is None else self.cos_sin.shape[0]
-        if self.cos_sin is None or longest > have:
-            positions = min(max(longest, 2 * have, 512), most)
-            dtype = accumulate_dtype(self.dtype)
-            self.cos_sin = cos_sin_table(self.config, positions, self.device, dtype)
+        bias = None
+        if group in self.biased_groups:
+            bias = self.weights[bias_name(i, group)]  # (N,)
+        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout, bias)
 
     # ---- backward
 
@@ -344,7 +336,7 @@ class Llama:
         """
         lora = tape.lora
         assert lora is not None and tape.h is not None, "the tape has no adapted forward"
-        self._grow_rope_table(tape.packed)
+        self.rotation.grow(tape.packed, self.device, self.dtype)
         dh = self.ops.rms_norm_backward(dhidden, tape.h, self.weights["norm"], tape.rstd)  # (T, D)
         tape.h = None
         first_layer, first_group = self._first_adapter(lora)
@@ -404,9 +396,13 @@ class Llama:
         do = self._linear_backward(i, "o", dh, saved.o, saved, need_dx)  # (T, H d)
         if not need_dx:
             return None
+        qkv = saved.qkv  # (T, (H + 2G) d)
+        if self.config.qk_norm:  # the plain ones were kept
+            qkv = self.rotation.forward(ops, w, i, qkv, packed.positions)
         # (T, (H + 2G) d)
-        dqkv = ops.attention_backward(do, saved.qkv, saved.o, saved.lse, packed, H, G)
-        dqkv = ops.rope_(dqkv, packed.positions, self.cos_sin, H, G, inverse=True)
+        dqkv = ops.attention_backward(do, qkv, saved.o, saved.lse, packed, H, G)
+        del qkv  # free memory before the next product
+        dqkv = self.rotation.backward(ops, w, i, dqkv, saved.qkv, packed.positions)
         need_dx = stop_at != "qkv"
         dy = self._linear_backward(i, "qkv", dqkv, y1, saved, need_dx)  # (T, D) of y1
         if not need_dx:
@@ -501,12 +497,3 @@ class Llama:
         """
         with self.weights.head() as head:  # (V, D)
             return self.ops.linear_cross_entropy(hidden, head, targets, need_grad, entropy)
-
-
-def _longest_row(context: Packed | Cached) -> int:
-    """Tokens of the longest row of a forward, those before the forward included; 0 without rows."""
-    if isinstance(context, Packed):
-        lengths = [end - start for start, end in context.rows]
-        return max(lengths, default=0) + context.prefix
-    pairs = zip(context.context_lens, context.query_lens, strict=True)
-    return max((before + new for before, new in pairs), default=0)

@@ -1,10 +1,10 @@
 """Import of a llama.cpp GGUF file as a Hugging Face directory.
 
-The Llama in a GGUF becomes the files that every other tool reads: `model.safetensors` in fp32 with
-Hugging Face names, `config.json`, `tokenizer.json`, `tokenizer_config.json` with the chat template,
-`generation_config.json`. Tensors are dequantised and written some rows at a time, so memory does
-not grow with the model. `gguf_import.json` records the source's hash and is written last: a
-directory with it is complete.
+The Llama, Mistral, Qwen or SmolLM3 in a GGUF becomes the files that every other tool reads:
+`model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json`,
+`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised
+and written some rows at a time, so memory does not grow with the model. `gguf_import.json` records
+the source's hash and is written last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
@@ -19,7 +19,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from engine.jobs.gguf_config import check_rope_divisors, llama_config, write_stated
+from engine.jobs.gguf_config import check_rope_divisors, model_config, write_stated
 from engine.jobs.gguf_reader import read_gguf
 from engine.jobs.gguf_tokenizer import byte_level_bpe, write_token_settings
 from engine.jobs.gguf_weights import write_weights
@@ -56,8 +56,8 @@ def import_gguf(source: Path, out: Path) -> bool:
     Returns True when it was written and False when `out` already holds the complete import of a
     file with the same hash. The directory is written beside `out` and renamed.
 
-    ValueError for a file that is not a plain Llama with a byte-level BPE vocabulary, and for an
-    `out` that holds anything else; ImportError when `gguf` or `tokenizers` is missing.
+    ValueError for a file that is not a plain Llama or Qwen2 with a byte-level BPE vocabulary, and
+    for an `out` that holds anything else; ImportError when `gguf` or `tokenizers` is missing.
     """
     out = out.resolve()
     check_file(source)
@@ -68,13 +68,15 @@ def import_gguf(source: Path, out: Path) -> bool:
         return False
     meta, tensors = read_gguf(source)
     tokenizer = byte_level_bpe(meta, source)
-    settings = llama_config(meta, tensors, source)
+    settings = model_config(meta, tensors, source)
     try:
         with directory_beside(out) as beside:
             write_stated(beside / "config.json", settings)
             config = LlamaConfig.from_dir(beside)
             check_rope_divisors(config, tensors, source)
-            write_weights(beside / "model.safetensors", config, tensors, source)
+            # llama.cpp's converter reorders the rows of q and k of a Llama and of a SmolLM3
+            reordered = meta["general.architecture"] in ("llama", "smollm3")
+            write_weights(beside / "model.safetensors", config, tensors, source, reordered)
             tokenizer.save(str(beside / "tokenizer.json"))
             write_token_settings(beside, meta, config.max_position)
             sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}

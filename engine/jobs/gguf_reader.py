@@ -33,6 +33,9 @@ LARGEST_ARRAY = 1 << 24  # elements: no vocabulary has as many
 DEEPEST_ARRAY = 4  # levels of arrays in arrays
 LONGEST_KEY = 1 << 16  # bytes
 
+# values of general.architecture, which are model_types of config.json too (model/families.py)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
+
 
 def optional(package: str) -> Any:
     """Import `gguf` or `tokenizers`; ImportError says how to install it."""
@@ -48,7 +51,7 @@ def optional(package: str) -> Any:
 def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata values by key, and the memory-mapped tensors of the package `gguf` by name.
 
-    ValueError for a damaged file, one part of several, and a model that is no Llama.
+    ValueError for a damaged file, one part of several, and a model of another architecture.
     """
     gguf = optional("gguf")
     try:
@@ -62,8 +65,11 @@ def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{source} is one of {meta['split.count']} parts; merge them with llama-gguf-split"
         )
     architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{source}: architecture {architecture!r}; only 'llama' can be imported")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: architecture {architecture!r}; only {', '.join(ARCHITECTURES)} can be "
+            "imported (Mistral is stored as llama)"
+        )
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 

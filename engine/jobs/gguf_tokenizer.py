@@ -22,6 +22,8 @@ LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen2 cuts as Llama 3, but every digit by itself; the text is normalised to NFC before
+QWEN2_PIECES = LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
@@ -47,6 +49,8 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     # Llama 3 takes a whole word that is in the vocabulary, even where merges give other tokens
     bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
     tokenizer = tk.Tokenizer(bpe)
+    if pre == "qwen2":
+        tokenizer.normalizer = tk.normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = tk.decoders.ByteLevel()
 
@@ -74,8 +78,9 @@ def _pre_tokenizer(tk: Any, pre: str | None, source: Path) -> Any:
         digits = cut.Digits(individual_digits=True)
         byte_level = cut.ByteLevel(add_prefix_space=False)
         return cut.Sequence([digits, byte_level])
-    if pre in LLAMA3_NAMES or pre == EARLY_LLAMA3:
-        pieces = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
+    if pre == "qwen2" or pre in LLAMA3_NAMES or pre == EARLY_LLAMA3:
+        pattern = QWEN2_PIECES if pre == "qwen2" else LLAMA3_PIECES
+        pieces = cut.Split(tk.Regex(pattern), behavior="isolated")
         byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
         return cut.Sequence([pieces, byte_level])
     if pre is None:
@@ -85,7 +90,7 @@ def _pre_tokenizer(tk: Any, pre: str | None, source: Path) -> Any:
             "write the key: gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW (package gguf)"
         )
     raise ValueError(
-        f"{source}: pre-tokenizer {pre!r}; supported are smollm, {EARLY_LLAMA3}, "
+        f"{source}: pre-tokenizer {pre!r}; supported are smollm, qwen2, {EARLY_LLAMA3}, "
         f"{', '.join(LLAMA3_NAMES)}"
     )
 
