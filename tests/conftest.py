@@ -10,7 +10,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import programs
 from tests.helpers.llama_dirs import write_llama
 from tests.helpers.scripts import write_word_problems
 
@@ -26,6 +26,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-processes",
+        action="store_true",
+        help="start every program anew instead of forking it (tests/helpers/programs.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    programs.environment = dict(os.environ)
+    programs.are_real |= config.getoption("--real-processes")
 
 
 def _need(*names: str) -> None:
@@ -93,9 +106,7 @@ def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Cal
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         cwd = tmp_path_factory.mktemp("peer")
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-        )
+        done = programs.run(command, kind="peers", cwd=cwd, env=env, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 
