@@ -38,6 +38,7 @@ HELPERS = ROOT / "tests" / "helpers"
 OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 OF_SERVERS = {"PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"}
 SET_BY_IMPORTS = {"TRITON_DEFAULT_FP_FUSION", "GOMP_SPINCOUNT"}  # of ours, here and in a server
+INTERPRETER = "TRITON_INTERPRET"  # of the tests alone: a person runs a program without it
 HARMLESS = OF_RANKS | OF_SERVERS | SET_BY_IMPORTS | {"PYTEST_CURRENT_TEST"}
 
 
@@ -61,7 +62,7 @@ TRANSFORMERS = (
 )
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 KINDS = {
-    "torch": Kind(("torch", "triton"), {}, False, servers=1),
+    "torch": Kind(("torch",), {}, False, servers=1),
     "ours": Kind(OURS, {}, True, servers=2),
     "harness": Kind((*OURS, "lm_eval.evaluator", "lm_eval.tasks"), OFFLINE, True, servers=1),
     "peers": Kind(TRANSFORMERS, OFFLINE | {"TOKENIZERS_PARALLELISM": "false"}, False, servers=1),
@@ -76,7 +77,8 @@ class Server:
         self.address = str(self.folder / "socket")
         own = {"HF_DATASETS_CACHE": str(self.folder / "datasets")}
         self.environment = {**environment, **kind.environment, **own}
-        self.environment.pop("PYTHONPATH", None)
+        for name in ("PYTHONPATH", INTERPRETER):
+            self.environment.pop(name, None)
         root = ROOT if kind.has_ours else self.folder
         command = [sys.executable, HELPERS / "fork_server.py", self.address, root, *kind.needed]
         self.process = subprocess.Popen(
@@ -167,9 +169,13 @@ def start(
     stdout: IO | int | None = None,
     stderr: IO | int | None = None,
 ) -> Program | subprocess.Popen:
-    """As subprocess.Popen(command, ...); the files are open ones, DEVNULL or None."""
+    """As subprocess.Popen(command, ...); the files are open ones, DEVNULL or None.
+
+    A program has no TRITON_INTERPRET: it does not import triton on a CPU, as for a person.
+    """
     words = [os.fspath(word) for word in command]
     variables = dict(os.environ if env is None else env)
+    variables.pop(INTERPRETER, None)
     can_fork = not are_real and words[0] == sys.executable and _is_program(words[1])
     server = _server(kind) if can_fork else None
     if server is None or not server.serves(variables):
