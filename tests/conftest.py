@@ -28,6 +28,39 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# The files that take longest, the longest first: a file stays in one process (--dist loadfile), and
+# a long one begun last would leave the other process without work.
+LONGEST = """
+    jobs/test_audit.py
+    evaluate/test_lm_eval.py
+    evaluate/test_tasks.py
+    kernels/test_native.py
+    kernels/test_operations.py
+    sampling/test_sampler.py
+    model/test_llama.py
+    model/test_triton_model.py
+    jobs/test_gguf_import.py
+    kernels/test_batch_invariant.py
+    runtime/test_distributed.py
+    distill/test_cascade.py
+    train/test_train.py
+    benchmarks/test_compile.py
+    jobs/test_sdft.py
+    jobs/test_study.py
+    kernels/test_native_use.py
+    jobs/test_arms.py
+    report/test_report_browser.py
+    jobs/test_short_memory.py
+    kernels/test_self_check.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of LONGEST before the others; each file's tests in their order."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-processes",
