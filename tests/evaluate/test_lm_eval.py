@@ -31,7 +31,7 @@ model, tasks, names = sys.argv[1:]
 session = Session.open(ModelConfig(model, dtype="float32"))
 found = simple_evaluate(
     harness_model(session, None, SamplerConfig()), tasks=names.split(","),
-    task_manager=TaskManager(include_path=tasks),
+    task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=0,
 )
 answers = {}
 for name in names.split(","):
