@@ -10,7 +10,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import programs
 from tests.helpers.llama_dirs import write_llama
 from tests.helpers.scripts import write_word_problems
 
@@ -26,6 +26,52 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# The files that take longest, the longest first: a file stays in one process (--dist loadfile), and
+# a long one begun last would leave the other process without work.
+LONGEST = """
+    jobs/test_audit.py
+    evaluate/test_lm_eval.py
+    evaluate/test_tasks.py
+    kernels/test_native.py
+    kernels/test_operations.py
+    sampling/test_sampler.py
+    model/test_llama.py
+    model/test_triton_model.py
+    jobs/test_gguf_import.py
+    kernels/test_batch_invariant.py
+    runtime/test_distributed.py
+    distill/test_cascade.py
+    train/test_train.py
+    benchmarks/test_compile.py
+    jobs/test_sdft.py
+    jobs/test_study.py
+    kernels/test_native_use.py
+    jobs/test_arms.py
+    report/test_report_browser.py
+    jobs/test_short_memory.py
+    kernels/test_self_check.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of LONGEST before the others; each file's tests in their order."""
+    places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-processes",
+        action="store_true",
+        help="start every program anew instead of forking it (tests/helpers/programs.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    programs.environment = dict(os.environ)
+    programs.are_real |= config.getoption("--real-processes")
 
 
 def _need(*names: str) -> None:
@@ -93,9 +139,7 @@ def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Cal
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         cwd = tmp_path_factory.mktemp("peer")
-        done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
-        )
+        done = programs.run(command, kind="peers", cwd=cwd, env=env, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 

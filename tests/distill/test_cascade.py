@@ -7,7 +7,6 @@ then fails and succeeds often enough.
 
 import json
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +37,7 @@ from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.verify.answer_numbers import last_number
+from tests.helpers import programs
 from tests.helpers.distillation import (
     CASCADE,
     SAMPLING,
@@ -324,7 +324,7 @@ def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, by_hash):
     out = tmp_path / "killed.jsonl"
     for kill in (2, 17, 31, 0):  # 0: not killed
         script = job_script(tiny, out, kill=kill, rank=0)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        done = programs.run([sys.executable, "-c", script])
         assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-2000:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -335,7 +335,7 @@ def test_two_processes_write_what_one_does(tiny, tmp_path, by_hash):
     out = tmp_path / "two.jsonl"
     script.write_text(job_script(tiny, out, kill=0, rank=1))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+    done = programs.run([*command, script], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 

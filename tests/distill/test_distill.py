@@ -26,6 +26,7 @@ from engine.sampling.requests import SamplerConfig, SamplerStats
 from model.chat import Chat
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
+from tests.helpers import programs
 from tests.helpers.distillation import CONFIG, SAMPLING, load, rows, run_distillation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +141,7 @@ def test_killed_and_resumed_is_byte_identical(tiny, tmp_path, kills):
     paths = {"root": str(ROOT), "model": str(tiny), "out": str(out)}
     for number, kill in enumerate([*kills, 0]):  # 0: not killed
         script = KILLED.format(**paths, kill=kill, torn=number % 2)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        done = programs.run([sys.executable, "-c", script])
         assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-2000:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -185,7 +186,7 @@ def test_two_processes_write_what_one_does_also_after_one_died(tiny, tmp_path):
     paths = {"root": str(ROOT), "model": str(tiny), "out": str(out)}
     for kill in (3, 0):  # 0: not killed
         script.write_text(PROCESSES.format(**paths, kill=kill))
-        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+        done = programs.run([*command, script], timeout=300)
         assert (done.returncode == 0) == (kill == 0), done.stderr[-2000:]
         parts = list(tmp_path.glob("two.jsonl.part*"))
         assert len(parts) == (2 if kill else 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from model.peft_format import save_lora
 from tests.conftest import _need
+from tests.helpers import programs
 from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ model, tasks, names = sys.argv[1:]
 session = Session.open(ModelConfig(model, dtype="float32"))
 found = simple_evaluate(
     harness_model(session, None, SamplerConfig()), tasks=names.split(","),
-    task_manager=TaskManager(include_path=tasks),
+    task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=0,
 )
 answers = {}
 for name in names.split(","):
@@ -96,10 +96,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def beside_hf(run_peer, tasks, tmp_path, model, names) -> tuple[dict, dict]:
     """The answers and results of our model, and of the harness's own."""
     theirs = run_peer("lm_eval_peer.py", model, tasks, names)
-    done = subprocess.run(
-        [sys.executable, "-c", OURS, str(model), str(tasks), names],
-        capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path),
-    )  # fmt: skip
+    command = [sys.executable, "-c", OURS, model, tasks, names]
+    done = programs.run(command, kind="harness", cwd=ROOT, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1]), theirs
 
@@ -159,8 +157,8 @@ def test_the_command_scores_each_arm_and_continues(tasks, tmp_path, tiny_llama_d
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(model)]
     command += ["--adapter", str(tmp_path / "tuned"), "--lm-eval-path", str(tasks)]
     command += ["--lm-eval-limit", "4", "--out", str(out), "--lm-eval"]
-    run = {"capture_output": True, "text": True, "cwd": "/", "env": environment(tmp_path)}
-    done = subprocess.run([*command, "made_choice"], **run)
+    how = {"kind": "harness", "cwd": "/", "env": environment(tmp_path)}
+    done = programs.run([*command, "made_choice"], **how)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = read_jsonl(out / "lm_eval.jsonl")
     assert [(x["task"], x["arm"], x["n"]) for x in lines] == [
@@ -169,10 +167,10 @@ def test_the_command_scores_each_arm_and_continues(tasks, tmp_path, tiny_llama_d
     assert lines[0]["right"] == lines[1]["right"]  # a new adapter changes nothing
     assert "made_choice" in done.stdout and "p 1.000" in done.stdout
     before = (out / "lm_eval.jsonl").read_bytes()
-    again = subprocess.run([*command, "made_choice"], **run)
+    again = programs.run([*command, "made_choice"], **how)
     assert (out / "lm_eval.jsonl").read_bytes() == before
     assert again.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]
-    refused = subprocess.run([*command, "made_up"], **run)
+    refused = programs.run([*command, "made_up"], **how)
     assert refused.returncode == 2 and "['made_up']" in refused.stderr
 
 
@@ -184,7 +182,7 @@ def test_without_the_extra_the_message_names_what_to_install(tiny_llama_dir, tmp
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), "--model", str(model)]
     command += ["--lm-eval", "mmlu", "--out", str(tmp_path / "out")]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env)
+    done = programs.run(command, cwd="/", env=env)
     assert done.returncode == 2 and "pip install -e '.[eval]'" in done.stderr
     assert "Traceback" not in done.stderr
 

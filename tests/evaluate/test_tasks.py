@@ -37,6 +37,7 @@ from engine.verify.paper_rules import (
 from engine.verify.sandbox import Unprotected, run_program
 from model.lora import Lora
 from model.peft_format import save_lora
+from tests.helpers import programs
 from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -513,8 +514,8 @@ def test_a_kill_loses_nothing_and_the_next_run_goes_on(model_dir, tmp_path):
     """SIGKILL in the middle, a torn line besides: the same answers as undisturbed, none twice."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-c", CODE, str(model_dir)]
-    subprocess.run([*command, str(whole)], check=True, cwd=ROOT, capture_output=True)
-    child = subprocess.Popen([*command, str(killed)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    programs.run([*command, whole], check=True, cwd=ROOT)
+    child = programs.start([*command, killed], cwd=ROOT, stderr=subprocess.DEVNULL)
     file = killed / "instructions.jsonl"
     while child.poll() is None and lines_in(file) < 5:
         time.sleep(0.01)
@@ -524,7 +525,7 @@ def test_a_kill_loses_nothing_and_the_next_run_goes_on(model_dir, tmp_path):
     assert 5 <= len(before) < 40
     with file.open("a") as opened:
         opened.write('{"arm": "seed", "id": "sho')
-    subprocess.run([*command, str(killed)], check=True, cwd=ROOT, capture_output=True)
+    programs.run([*command, killed], check=True, cwd=ROOT)
     after = read_jsonl(file)
     assert after[: len(before)] == before and len(after) == 40
     by_id = {line["id"]: line for line in after}
@@ -596,7 +597,7 @@ def test_published_files_hold_all_items_and_right_references(shared_data):
 def script(*args: object, code: int = 0) -> str:
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *map(str, args)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env)
+    done = programs.run(command, cwd="/", env=env)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + (done.stderr if code else "")
 
@@ -625,10 +626,10 @@ def test_the_main_job_answers_tasks_and_keeps_their_figures(model_dir, data, tmp
     command += ["--data", str(tmp_path / "train.json"), "--out", str(out), "--task", "gsm8k"]
     command += ["--task-limit", "1", "--max-new-tokens", "4", "--retention-max-new", "1"]
     command += ["--epochs", "1", "--report-rows", "0", "--report-answers", "0", "--tasks-dir"]
-    refused = subprocess.run([*command, "/nowhere"], capture_output=True, text=True, cwd="/")
+    refused = programs.run([*command, "/nowhere"], cwd="/")
     assert refused.returncode == 2 and "gsm8k_test.json is not there" in refused.stderr
     assert not out.exists()
-    done = subprocess.run([*command, str(data)], capture_output=True, text=True, cwd="/")
+    done = programs.run([*command, data], cwd="/")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((out / "summary.json").read_text())["tasks"]
     assert {arm: s["n"] for arm, s in found["gsm8k"].items()} == {"seed": 1, "sft": 1, "sdft": 1}

@@ -20,6 +20,7 @@ are filled with NaN themselves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,11 @@ def _inside(what: str, pointers: Any, mask: Any, grid: Any) -> None:
         used = np.broadcast_to(np.asarray(mask.data, bool), addresses.shape)
         addresses = addresses[used]
     addresses = addresses.ravel()
+    if addresses.size == 0:
+        return
+    first, last = int(addresses.min()), int(addresses.max()) + int(size)
+    if any(low <= first and last <= high for low, high in _extents):
+        return  # all in one tensor
     inside = np.zeros(addresses.shape, dtype=bool)
     for low, high in _extents:
         after_low = addresses >= np.uint64(low)
@@ -141,6 +147,7 @@ def install() -> None:
     _install_products_and_sums()
     _install_checked_memory()
     _install_program_order()
+    _install_shortcuts()
 
 
 def _is_bf16(value: Any) -> bool:
@@ -316,6 +323,66 @@ def _install_program_order() -> None:
         set_program(self, *index)
 
     builder.set_grid_idx = ordered_program
+
+
+def _install_shortcuts() -> None:
+    """What triton's interpreter does again and again to no effect, done once or not at all."""
+    # Every sum, difference and product of integers is made once more in int64 and compared with the
+    # limits of its type; `debug` alone would look at the comparison, and it is not set.
+    builder = triton_interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    _install_known_types()
+    _install_plain_calls()
+
+
+def _install_known_types() -> None:
+    """Types of blocks, and the dtypes that numpy has for them, are worked out once."""
+    look_up = triton_interpreter._get_np_dtype
+    work_out = tl.block_type.__init__
+    dtypes: dict[str, np.dtype] = {}
+    blocks: dict[tuple, tuple] = {}  # name of the elements, sizes -> attributes
+
+    def numpy_dtype(kind):
+        if isinstance(kind, tl.block_type):
+            kind = kind.element_ty
+        if kind.name not in dtypes:
+            dtypes[kind.name] = look_up(kind)
+        return dtypes[kind.name]
+
+    def make_block_type(self, element_ty, shape):
+        sizes = [getattr(size, "value", size) for size in shape]
+        key = (element_ty.name, *sizes)
+        if key not in blocks:
+            work_out(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    triton_interpreter._get_np_dtype = numpy_dtype
+    tl.block_type.__init__ = make_block_type
+
+
+def _install_plain_calls() -> None:
+    """Functions that kernels call are called, no more.
+
+    A launch replaces the functions of triton.language that its kernel sees, and every call of a
+    function in it does so anew. They are taken back after the launch, but never those that triton's
+    own functions see (triton.language.core): so once for each module of functions is enough.
+    """
+    prepared: set[str] = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in prepared:
+            prepared.add(self.fn.__module__)
+            triton_interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise triton_interpreter.InterpreterError(repr(error)) from error
+
+    triton_interpreter.InterpretedFunction.__call__ = call
 
 
 @contextlib.contextmanager

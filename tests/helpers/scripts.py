@@ -1,9 +1,10 @@
 """Running the scripts as a person does, and small files of rows for them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.helpers import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -11,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_script(name, *args, code=0):
     """Run scripts/NAME.py from another directory; returns what it printed."""
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    done = programs.run(command, cwd="/")
     assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout + (done.stderr if code else "")
 

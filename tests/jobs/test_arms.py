@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from engine.jobs.measured import ArmResults, MeasuredRun
 from engine.jobs.study_config import Plan, StudyConfig, run_of, settings_of
 from engine.measure.general_prompts import PROMPTS
 from engine.runtime.files import read_jsonl
+from tests.helpers import programs
 from tests.helpers.scripts import run_script, write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_a_study_of_six_arms_killed_eight_times_ends_byte_for_byte_as_undisturbe
     flags = [*inputs, *SMALL, "--arms", SIX, "--checkpoints", "1"]
     command = [sys.executable, "-m", "tests.helpers.killed_study", tmp_path, "8", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = programs.run(command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     places = json.loads(done.stdout.splitlines()[-1])["places"]
     assert len(places) == 8 and len({Path(place).name for place in places}) >= 4, places

@@ -5,7 +5,6 @@ import html
 import importlib
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +32,11 @@ from kernels.launch.triton_launch import INTERPRETED, why_unavailable
 from kernels.packed import Packed
 from kernels.swiglu import swiglu_forward
 from model.lora import Lora
+from tests.helpers import interpreter, programs
 from tests.layout.test_layout import code_lines
+
+if INTERPRETED:
+    interpreter.install()  # and a traced kernel takes a fraction of the time
 
 
 def page_of(trace):
@@ -389,8 +392,6 @@ def test_a_value_is_described_by_its_tensors():
 
 def test_the_script_ends_with_1_where_there_are_violations(tmp_path):
     command = [sys.executable, str(Path(ROOT, "scripts/audit.py")), "--tiny", "--ops", "reference"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = programs.run([*command, "--out", tmp_path], cwd=ROOT)
     assert done.returncode == 1, done.stderr
     assert "VIOLATION: autograd: " in done.stdout and "written: " in done.stdout

@@ -14,6 +14,7 @@ from engine.jobs.costs import Cost
 from engine.jobs.measured import ArmResults, MeasuredRun
 from engine.jobs.study_config import Setting, StudyConfig, settings_of
 from engine.jobs.study_findings import difference, findings, pareto_front
+from tests.helpers import programs
 from tests.helpers.scripts import write_word_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +190,7 @@ def command(tiny_llama_dir, tmp_path):
 
 def finish(command, code=0):
     """Run the command to its end; returns what it printed."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = programs.run(command)
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + (done.stderr if code else "")
 
@@ -233,7 +234,7 @@ def test_a_study_over_settings_and_seeds_killed_four_times_ends_as_undisturbed(c
         "lr0.01-r2-rows8-mix0.5/seed1/sdft/checkpoints",
     ]
     for i, stage in enumerate(stages):
-        process = subprocess.Popen(
+        process = programs.start(
             [*command, "--out", str(killed)],
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

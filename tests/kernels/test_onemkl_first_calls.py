@@ -6,13 +6,13 @@ tests look at the calls.
 """
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from kernels.cpu import onemkl_first_calls
+from tests.helpers import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 # unary functions of float tensors that ATen/cpu/vml.h hands to oneMKL
@@ -67,7 +67,7 @@ with Record():
     importlib.import_module({module!r})
 print(sorted({{(name, str(dtype)) for name, dtype, n in calls if n < 2048}}))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run([sys.executable, "-c", script], kind="torch", cwd=ROOT)
     assert done.returncode == 0, done.stderr
     wanted = {
         (f, dtype)

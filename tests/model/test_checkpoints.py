@@ -20,6 +20,7 @@ from model.llama import Llama
 from model.rope import cos_sin_table, inverse_frequencies
 from model.sampling_weights import for_sampling
 from model.tokenizer import load_tokenizer
+from tests.helpers import programs
 from tests.helpers.shards import split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,13 +366,11 @@ def test_sharded_weights_are_checked_in_every_process(tiny_llama_dir, tmp_path):
     edit_weights(other, lambda tensors: tensors.update({HEAD: -tensors[EMBEDDING]}))
     edit_weights(broken, lambda tensors: tensors[QUERY][0].fill_(torch.nan))
     (tmp_path / "job.py").write_text(IN_TWO_PROCESSES)
-    done = subprocess.run(
+    done = programs.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(tmp_path / "job.py"), str(other), str(broken)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]

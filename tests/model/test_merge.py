@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from model.lora import PRESETS, Lora
 from model.merge import merge, rewrite_checkpoint
 from model.peft_format import load_lora, save_lora
 from model.sampling_weights import for_sampling
+from tests.helpers import programs
 from tests.helpers.adapters import TOKENS, ask_peft, distance, random_lora
 from tests.helpers.shards import split
 
@@ -213,7 +213,7 @@ def test_killed_merge_leaves_nothing_under_the_name(tiny_llama_dir, tmp_path):
     tensors = sum(len(load_file(file)) for file in source.glob("*.safetensors"))
     for moment in (0, tensors // 2, tensors - 1):
         command = [sys.executable, "-c", KILLED, str(source), str(out), str(moment)]
-        assert subprocess.run(command, cwd=ROOT).returncode == -9
+        assert programs.run(command, cwd=ROOT).returncode == -9
         assert not out.exists()
     rewrite_checkpoint(source, out, lambda name, tensor: tensor)
     expected = Llama.from_pretrained(source).logits(TOKENS)
@@ -230,7 +230,7 @@ def test_the_merge_script_merges_once_and_refuses_the_rest(tiny_llama_dir, tmp_p
     def run(model_dir):
         paths = ["--model", model_dir, "--adapter", tmp_path / "adapter", "--out", out]
         command = [sys.executable, ROOT / "scripts" / "merge.py", *paths]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return programs.run(command, cwd=tmp_path)
 
     refused = run(tmp_path / "nowhere")
     assert refused.returncode == 2 and refused.stderr.startswith("error: ")

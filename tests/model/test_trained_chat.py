@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from model.merge import merge
 from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import FILE, OWN, TrainedChat, common_system
+from tests.helpers import programs
 from tests.helpers.adapters import random_lora
 from tests.helpers.tokenizer_dirs import FLAGS, golden_checkpoint, tiny_sentencepiece, write_json
 
@@ -176,7 +176,7 @@ def test_scripts_prompt_an_adapter_as_it_was_trained(adapter, base, tmp_path, sc
     command += ["--temperature", "0", "--max-new-tokens", "8", "--dtype", "float32"]
     if script != "retention":
         command += ["--system", "Be kind."]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.run(command, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "chat format chatml: as the adapter was trained (its chat.json)" in done.stdout
     assert "WARNING" not in done.stdout
@@ -239,7 +239,7 @@ def test_adapters_of_several_formats_are_not_mixed(adapter, base, tmp_path):
 def merged(adapter, base, tmp_path) -> Path:
     command = [sys.executable, str(ROOT / "scripts" / "merge.py"), "--model", str(base)]
     command += ["--adapter", str(adapter), "--out", str(tmp_path / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = programs.run(command, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "with it: chat format chatml, answers end with '<|im_end|>'" in done.stdout
     assert "system message 'Be kind.'" in done.stdout

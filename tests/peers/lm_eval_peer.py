@@ -14,8 +14,9 @@ found = simple_evaluate(
     "hf",
     model_args={"pretrained": model, "dtype": "float32", "device": "cpu"},
     tasks=names.split(","),
-    task_manager=TaskManager(include_path=tasks),
+    task_manager=TaskManager(include_path=tasks, include_defaults=False),
     batch_size=4,
+    bootstrap_iters=0,  # standard errors are not compared
 )
 answers = {
     name: [s["filtered_resps"] for s in sorted(found["samples"][name], key=lambda s: s["doc_id"])]

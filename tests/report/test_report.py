@@ -8,7 +8,6 @@ import html
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from engine.report.findings import findings, norms_table, result_table, tables_o
 from engine.report.load import load_run, load_runs
 from engine.report.page import Html, inline_json, report_job, tag, write_report
 from engine.runtime.files import read_jsonl, write_json, write_jsonl
+from tests.helpers import programs
 from tests.helpers.made_run import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,15 +37,14 @@ def test_the_script_writes_the_page_again_or_of_several_runs(tmp_path):
     a = make_run(tmp_path / "x" / "run", 12)
     b = make_run(tmp_path / "y" / "run", 12, seed=1)
     command = [sys.executable, str(ROOT / "scripts" / "report.py")]
-    quiet = {"cwd": tmp_path, "capture_output": True, "text": True}
-    said = subprocess.run([*command, a], check=True, **quiet)
+    said = programs.run([*command, a], check=True, cwd=tmp_path)
     assert f"report: {a / 'report.html'}" in said.stdout and "12 rows" in said.stdout
-    subprocess.run([*command, a, b], check=True, **quiet)
+    programs.run([*command, a, b], check=True, cwd=tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count("5ha256") == 2 and "kernels.adamw.adamw_" in page
     assert "x/run" in page and "y/run" in page and "Settings in which the runs differ" in page
     assert "over 2 seeds" in page  # they differ in nothing else
-    wrong = subprocess.run([*command, tmp_path], **quiet)
+    wrong = programs.run([*command, tmp_path], cwd=tmp_path)
     assert wrong.returncode == 2 and "holds no summary.json; expected the --out" in wrong.stderr
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +34,7 @@ from model.peft_format import load_lora
 from model.sharded import carries_by_gloo
 from model.tape import POLICIES
 from model.tokenizer import load_tokenizer
+from tests.helpers import programs
 from tests.helpers.adapters import new_lora
 from tests.helpers.distributed_job import lines, weighted_steps
 from tests.helpers.sessions import session_of
@@ -102,12 +102,8 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             str(ROOT / "tests" / "helpers" / "distributed_job.py"),
             str(tmp_path / "job.json"),
         ]
-        done = subprocess.run(
-            [*torchrun, "--nproc-per-node", str(size), *script],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=ROOT,
+        done = programs.run(
+            [*torchrun, "--nproc-per-node", str(size), *script], timeout=240, cwd=ROOT
         )
         assert (tmp_path / "found").exists(), done.stderr[-3000:]
         found = load_file(tmp_path / "found")
@@ -187,7 +183,7 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
         command = [sys.executable, *(torchrun if processes > 1 else [])]
         command += [ROOT / "scripts" / name, "--model", path, "--data", data, *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+        return programs.run(command, env=env, timeout=120)
 
     looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
     done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
@@ -221,7 +217,7 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
         ("ended", r"is gone \(rank 1 has ended\)"),
     ],
 )
-def test_a_busy_process_is_waited_for_and_a_lost_one_is_not(deed, said):
+def test_a_busy_process_is_waited_for_and_a_lost_one_is_not(deed, said, tmp_path):
     """A busy one is waited for beyond every time-out; one that is stopped, or dead, is not."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
@@ -229,16 +225,20 @@ def test_a_busy_process_is_waited_for_and_a_lost_one_is_not(deed, said):
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "waiting_job.py"), deed]
 
+    spoken = [tmp_path / "rank 0", tmp_path / "rank 1"]  # their standard error
+
     def start_rank(rank):
         env = os.environ | job | {"RANK": str(rank)}
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        with spoken[rank].open("w") as stderr:
+            return programs.start(command, env=env, stderr=stderr)
 
     waiting, other = start_rank(0), start_rank(1)
     try:
-        _, errors = waiting.communicate(timeout=120)
+        waiting.wait(timeout=120)
     finally:
         other.kill()
-    _, other_errors = other.communicate()
+    other.wait()
+    errors, other_errors = spoken[0].read_text(), spoken[1].read_text()
     assert "joined" in errors and "joined" in other_errors, errors + other_errors
     if deed == "busy":
         assert "through" in errors and waiting.returncode == 0, errors

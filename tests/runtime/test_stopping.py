@@ -18,6 +18,7 @@ from engine.session import Session
 from model import merge as merge_module
 from model.llama import Llama
 from model.peft_format import save_lora
+from tests.helpers import programs
 from tests.helpers.adapters import new_lora
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,7 +273,7 @@ def test_all_processes_of_a_job_stop_when_one_is_asked(chat_dir, tmp_path):
     job = tmp_path / "job.py"
     job.write_text(AGREEING.format(root=str(ROOT), model=str(chat_dir), out=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(job)], capture_output=True, text=True, timeout=300)
+    done = programs.run([*command, job], timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         said = (tmp_path / f"distill{rank}").read_text()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.peft_format import load_lora
 from model.tokenizer import load_tokenizer
+from tests.helpers import programs
 from tests.helpers.adapters import new_lora
 from tests.helpers.sessions import session_of
 from tests.helpers.training import LORA, SMALL, examples, metrics_lines, run_training
@@ -308,7 +308,7 @@ def test_killed_and_resumed_is_the_undisturbed_run_bit_for_bit(tiny_llama_dir, t
             script = KILLED.replace("resume=True", "resume=False").format(kill=kill, **go_on)
         else:
             script = KILLED.format(kill=kill, **go_on)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        done = programs.run([sys.executable, "-c", script])
         assert done.returncode == (-9 if kill else 0), done.stderr[-2000:]
     assert torch.equal(load_lora(out).params, whole.params)
     assert metrics_lines(out) == metrics_lines(tmp_path / "whole")
@@ -388,7 +388,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_is_resumed(tiny_llama_dir, tmp
     for kill, resume in ((4, False), *last):
         names = {"root": str(ROOT), "model": str(path), "out": str(out)}
         text = script.format(kill=kill, resume=resume, **names)
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        done = programs.run([sys.executable, "-c", text])
         assert done.returncode == (128 + by if kill else 0), done.stderr[-2000:]
         assert ("went on" in done.stdout) == (not kill)
         assert "Traceback" not in done.stderr
@@ -657,9 +657,7 @@ def test_the_script_shows_trains_validates_and_publishes_the_best(tiny_llama_dir
     script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--model", path, "--data", data]
 
     def run(*flags):
-        done = subprocess.run(
-            [*script, *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120
-        )
+        done = programs.run([*script, *flags], cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
