@@ -54,7 +54,7 @@ from model.chat_formats import (
     checkpoint_template,
     embedding_rows,
 )
-from model.chat_tools import CallEdges, ToolProbes
+from model.chat_tools import CallEdges, ToolProbes, check_stops
 from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
 from model.messages import (
     Message,
@@ -75,7 +75,8 @@ class Target:
 
     prompt: list[int]  # everything that the template writes before a finished answer
     answer: list[int]  # the answer and the text that the template puts around it, no end token
-    as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
+    # False: the template leaves part of the answer out; here it is whole, but for text beside calls
+    as_rendered: bool
 
 
 class Chat:
@@ -234,7 +235,8 @@ class Chat:
 
         The template may trim it or set other space around its parts. Where it leaves some of the
         answer's text out (the reasoning of an answer that is no longer the last), the whole
-        answer stands in its place. ValueError for calls that the template does not write.
+        answer stands in its place; beside calls it is left out. ValueError for calls that the
+        template does not write.
         """
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
@@ -268,19 +270,31 @@ class Chat:
 
     def _target_of_calls(self, turns: list[dict[str, Any]], stand_ins: dict[str, str]) -> Target:
         """`target` for an answer that calls tools, the last of the masked turns."""
-        edges = self._call_edges
+        before, rendered = self._prompt_and_calls(turns)
+        answer_ids = self._encode_pieces(rendered, stand_ins, continues=True)
+        content = "".join(turns[-1]["content"].split())
+        as_rendered = content in "".join(rendered.split())
+        return Target(self._encode(before, stand_ins), answer_ids, as_rendered)
+
+    def _prompt_and_calls(self, turns: list[dict[str, Any]]) -> tuple[str, str]:
+        """The text before an answer that calls tools, the last of the masked turns, and its text.
+
+        Where the template writes the context otherwise once it is answered, the text is that of the
+        answer to a question alone.
+        """
         prompt = self._text(turns[:-1], add_generation_prompt=True)
         whole = self._text(turns, add_generation_prompt=False)
         before = self._common(prompt, whole)
-        if len(prompt) - len(before) > len(self._header):  # nothing in common after the question
+        if len(prompt) - len(before) <= len(self._header):
+            return before, self._call_edges.answer_in(whole[len(before) :])
+        question = {"role": "user", "content": QUESTION}  # else nothing in common after it
+        if turns[:-1] == [question]:
             raise ValueError(
                 f"the {self.name} chat template writes tool calls in another conversation than it "
                 "prompts for: they cannot be trained on"
             )
-        answer_ids = self._encode_pieces(
-            edges.answer_in(whole[len(before) :]), stand_ins, continues=True
-        )
-        return Target(self._encode(before, stand_ins), answer_ids, True)
+        _, rendered = self._prompt_and_calls([question, turns[-1]])
+        return prompt, rendered
 
     def end_id_of(self, answer: Message) -> int:
         """The token that closes an answer: `end_id`, or that of an answer that calls tools."""
@@ -299,16 +313,10 @@ class Chat:
     @cached_property
     def _call_edges(self) -> CallEdges:
         """How the template writes an answer that calls tools; ValueError where it writes none."""
-        pattern = self.tokenizer.special_pattern
-        edges = self._tool_probes.call_edges(pattern, self._closing, self._after)
+        special = self.tokenizer.special
+        edges = self._tool_probes.call_edges(special, self._closing, self._after)
         if edges.closing:
-            end_id = self.tokenizer.special[edges.closing]
-            if end_id not in self.end_ids:
-                raise ValueError(
-                    f"the {self.name} chat template closes tool calls with {edges.closing!r}, at "
-                    f"which sampling would not stop: add its id {end_id} to eos_token_id in "
-                    "generation_config.json"
-                )
+            check_stops(edges.closing, special[edges.closing], self.end_ids, self.name)
         return edges
 
     def _rendered_answer(self, before: str, whole: str, answer: str) -> str | None:

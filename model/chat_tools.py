@@ -10,14 +10,14 @@ tools; what a model would learn from it is an answer from nowhere.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from model.control_tokens import QUESTION, Render
 from model.messages import Messages, calls_of, tools_of
 from model.template import TemplateStopped
+from model.tokenizer_base import any_of
 
 # the texts of the conversation that probes a template
 TOOL = "a_probing_tool"
@@ -91,8 +91,8 @@ class ToolProbes:
         if any(turn["role"] == "tool" for turn in messages) and self._why_results_are_lost:
             raise ValueError(self._why_results_are_lost)
 
-    def call_edges(self, special: re.Pattern[str], closing: str, after: str) -> CallEdges:
-        """Where an answer that calls tools ends; `special` finds the tokens that may close it.
+    def call_edges(self, special: Iterable[str], closing: str, after: str) -> CallEdges:
+        """Where an answer that calls tools ends; `special` are the tokens that may close it.
 
         closing: the token that closes an answer of text, taken where it closes calls too; else the
         last special token does. after: the text behind an answer of text that nothing closes.
@@ -102,7 +102,7 @@ class ToolProbes:
             raise ValueError(self._why_calls_are_lost)
         whole = self._render([_ASKING, _CALLING], False)
         behind = whole.rpartition(VALUE)[2]  # the value
-        tokens = special.findall(behind)
+        tokens = any_of(special).findall(behind)
         if not tokens:
             return CallEdges("", 0, "", after if behind.endswith(after) else "")
         if closing not in tokens:
@@ -140,3 +140,15 @@ class ToolProbes:
         if any(text not in rendered for text in texts):
             return f"{error} leaves out {part}; {advice}"
         return None
+
+
+def check_stops(closing: str, id: int, end_ids: Sequence[int], name: str) -> None:
+    """ValueError where sampling does not stop at the token that closes tool calls.
+
+    closing, id: its spelling and its id. end_ids: at which sampling stops. name: of the template.
+    """
+    if id not in end_ids:
+        raise ValueError(
+            f"the {name} chat template closes tool calls with {closing!r}, at which sampling would "
+            f"not stop: add its id {id} to eos_token_id in generation_config.json"
+        )

@@ -157,6 +157,32 @@ def test_calls_end_with_the_token_that_the_template_closes_them_with(directories
         Chat(closed_by_other, tokenizer).target(with_tools([QUESTION]), PARALLEL)
 
 
+def test_text_beside_calls_that_the_template_leaves_out_is_known(chats):
+    """Llama 3.1's template writes calls alone."""
+    beside = calling(call("get_weather", city="Oslo"), content="I look it up.")
+    for style in TEMPLATES:
+        target = chats[style].target(with_tools([QUESTION]), beside)
+        written = chats[style].tokenizer.decode(target.answer)
+        assert target.as_rendered == ("I look it up." in written) == (style != "llama31")
+
+
+def test_calls_behind_a_context_that_is_written_otherwise_when_answered(chats):
+    """Mistral's templates put the system message into the last message, if that is the user's."""
+    source = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+        "{{ messages[0].content + '\n' }}{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = Chat(source, chats["hermes"].tokenizer)
+    context = [{"role": "system", "content": "Be brief."}, QUESTION]
+    answer = calling(call("get_weather", city="Oslo"))
+    target = chat.target(context, answer)
+    assert target.prompt == chat.prompt_ids(context) and target.as_rendered
+    assert json.loads(chat.tokenizer.decode(target.answer)) == answer["tool_calls"][0]["function"]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
