@@ -52,8 +52,10 @@ from model.chat_formats import (
     check_turns,
     checkpoint_eos_ids,
     checkpoint_template,
+    checkpoint_tool_template,
     embedding_rows,
 )
+from model.chat_notice import notice_of_prompt
 from model.chat_tools import CallEdges, ToolProbes, check_stops
 from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
 from model.messages import (
@@ -82,6 +84,7 @@ class Target:
 class Chat:
     """A chat format with its tokenizer.
 
+    template  Jinja; tool_template is another for conversations that have tools, None: the same
     name      "checkpoint", or that of a built-in format
     tokenizer to which all tokens that the template writes around turns are special
     end_id    the token that closes an assistant turn (<|im_end|>, </s>, <|eot_id|>)
@@ -98,6 +101,7 @@ class Chat:
         template: str,
         tokenizer: Tokenizer,
         *,
+        tool_template: str | None = None,
         name: str = "checkpoint",
         eos_ids: Sequence[int] = (),
         now: datetime | None = None,
@@ -108,7 +112,9 @@ class Chat:
         self.now = now or datetime.now()
         self.rows = rows
         self._source = template
-        self._template = ChatTemplate(template, name, self.now)
+        self._template = self._tool_template = ChatTemplate(template, name, self.now)
+        if tool_template is not None:
+            self._tool_template = ChatTemplate(tool_template, name, self.now)
         self._variables = dict(tokenizer.named)
         self._bos = ""
         self._opening = ""
@@ -143,8 +149,10 @@ class Chat:
         ends an answer lies beyond the embeddings (config.json's vocab_size).
         """
         path = Path(path)
+        tool_template = None
         if chat_format is None:
             name, template = "checkpoint", checkpoint_template(path)
+            tool_template = checkpoint_tool_template(path)
         elif chat_format in FORMATS:
             name, template = chat_format, TEMPLATES[chat_format]
         else:
@@ -154,6 +162,7 @@ class Chat:
         return cls(
             template,
             tokenizer,
+            tool_template=tool_template,
             name=name,
             eos_ids=checkpoint_eos_ids(path),
             now=now,
@@ -383,10 +392,12 @@ class Chat:
     def _template_text(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Masked messages rendered by the template, nothing added."""
         length = sum(len(text) for turn in turns for text in texts_of(turn))
-        return self._template.render(
+        tools = tools_of(turns)
+        template = self._template if tools is None else self._tool_template
+        return template.render(
             length,
             messages=[without_tools(turn) for turn in turns],
-            tools=tools_of(turns),
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._variables,
@@ -430,30 +441,10 @@ class Chat:
         self._header = prompt.rpartition(QUESTION)[2]
         common = self._common(prompt, before)
         self._before = before[len(common) :]
-        self.notice = self._difference(prompt, common, whole)
+        self.notice = notice_of_prompt(self.name, self._header, prompt, common, whole)
         self._find_closing()
         self._encode(whole, {})  # ValueError for a token beyond the embeddings
         self._encode(prompt, {})
-
-    def _difference(self, prompt: str, common: str, whole: str) -> str | None:
-        """A line for the user where a finished answer does not begin as the prompt ends."""
-        if len(common) == len(prompt):
-            return None
-        if len(prompt) - len(common) <= len(self._header):
-            prompt_end = self._header
-            answered = whole.rpartition(QUESTION)[2]
-            effect = (
-                "the references are trained on as it writes them, the model's own answers as they "
-                "were sampled"
-            )
-        else:
-            prompt_end = prompt
-            answered = whole
-            effect = "answers are trained on behind the prompt, which it would not write so"
-        return (
-            f"the {self.name} chat template ends a prompt with {prompt_end!r} and writes a "
-            f"finished answer as {answered!r}: {effect}"
-        )
 
     def _find_closing(self) -> None:
         """Find the token that closes an answer, and the text before it (see above)."""
