@@ -40,7 +40,7 @@ LAYER_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
     stem = name.removesuffix(".weight")
     if stem in OUTER_NAMES:
@@ -49,13 +49,27 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{LAYER_NAMES[module]}.weight"
 
 
+def halves_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * d, D) of q or k from GGUF's order into Hugging Face's."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[1])  # (heads, d/2, 2, D)
+    halves = pairs.swapaxes(1, 2)  # (heads, 2, d/2, D)
+    return np.ascontiguousarray(halves).reshape(rows.shape)
+
+
+def pairs_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * d, D) of q or k from Hugging Face's order into GGUF's."""
+    halves = rows.reshape(heads, 2, -1, rows.shape[1])  # (heads, 2, d/2, D)
+    pairs = halves.swapaxes(1, 2)  # (heads, d/2, 2, D)
+    return np.ascontiguousarray(pairs).reshape(rows.shape)
+
+
 def write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
     """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values.
 
     ValueError where tensors are missing, unknown, or of another shape than `config` states.
     """
     shapes = checkpoint_shapes(config)  # Hugging Face name -> shape
-    hf_names = {_gguf_name(name): name for name in shapes}  # by GGUF name
+    hf_names = {gguf_name(name): name for name in shapes}  # by GGUF name
     _check_tensors(shapes, hf_names, tensors, source)
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -103,11 +117,8 @@ def _blocks(tensor: Any, permuted_heads: int | None) -> Iterator[np.ndarray]:
     permuted_heads: number of heads of q or k, None for other tensors.
     """
     if permuted_heads is not None:
-        hidden = tensor.shape[0]  # D
         rows = dequantised(tensor, slice(None))  # (heads * d, D)
-        pairs = rows.reshape(permuted_heads, -1, 2, hidden)  # (heads, d/2, 2, D)
-        halves = pairs.swapaxes(1, 2)  # (heads, 2, d/2, D)
-        yield np.ascontiguousarray(halves)
+        yield halves_of_heads(rows, permuted_heads)
         return
     for start in range(0, len(tensor.data), BLOCK_ROWS):
         yield dequantised(tensor, slice(start, start + BLOCK_ROWS))
