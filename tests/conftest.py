@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,35 @@ def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Cal
         )
         assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict, dict]]:
+    """`run_llama_cpp(gguf, job)` gives llama.cpp a job and returns its answer and its arrays.
+
+    The job is described in tests/peers/llama_cpp_peer.py. The interpreter is this one, or that of
+    LLAMA_CPP_PYTHON, where the package xllamacpp is installed.
+    """
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    if python is None:
+        _need("xllamacpp")
+        python = sys.executable
+
+    def run(gguf: Path | str, job: dict) -> tuple[dict, dict]:
+        folder = tmp_path_factory.mktemp("llama_cpp")
+        (folder / "job.json").write_text(json.dumps(job))
+        peer = ROOT / "tests" / "peers" / "llama_cpp_peer.py"
+        command = [python, str(peer), str(gguf), str(folder / "job.json"), str(folder / "out.npz")]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
+        with np.load(folder / "out.npz") as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        return json.loads(done.stdout.strip().splitlines()[-1]), found
 
     return run
 
