@@ -56,10 +56,13 @@ def neighbours_first(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[order]
 
 
-def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=(), **extra) -> dict:
+def write_gguf(
+    path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=(), blocks=None, **extra
+) -> dict:
     """Write the model in `hf_dir` as a GGUF; returns its tensors in Hugging Face's names and order.
 
-    `extra` adds or replaces metadata (None removes) and, where the value is an array, tensors.
+    `extra` adds or replaces metadata (None removes) and, where the value is an array, tensors;
+    `blocks` are quantised matrices by their GGUF names, (bytes, type), written as they are.
     """
     config = json.loads((hf_dir / "config.json").read_text())
     weights = load_file(hf_dir / "model.safetensors")
@@ -109,6 +112,10 @@ def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=()
         expected[name] = weight
         if gguf_name(name) in drop:
             continue
+        if blocks and gguf_name(name) in blocks:
+            stored, stored_kind = blocks[gguf_name(name)]
+            writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
+            continue
         if weight.ndim == 1 or quantised == gguf.GGMLQuantizationType.F32:
             stored_kind, stored = gguf.GGMLQuantizationType.F32, weight
         else:
@@ -150,3 +157,33 @@ def texts() -> list[str]:
         "x = {\r\n}\r\n",
     ]
     return edges + code + words + made
+
+
+def split_gguf(path: Path, count: int) -> list[Path]:
+    """Write the tensors of a GGUF into `count` parts, as llama-gguf-split does; returns them.
+
+    The first part has all metadata; every part has its number, the count and that of all tensors.
+    """
+    reader = gguf.GGUFReader(path)
+    tensors = reader.tensors
+    parts = []
+    for number in range(count):
+        part = path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}.gguf")
+        writer = gguf.GGUFWriter(part, "llama")
+        if number == 0:
+            for key, field in reader.fields.items():
+                if key.startswith("GGUF.") or key == "general.architecture":
+                    continue
+                kind, *inner = field.types
+                writer.add_key_value(key, field.contents(), kind, *inner[-1:])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return parts
