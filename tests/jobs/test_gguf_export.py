@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.jobs.gguf_export import export_adapter, export_model
 from engine.jobs.gguf_import import import_gguf
+from kernels.registry import TORCH
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
