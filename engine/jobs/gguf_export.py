@@ -53,7 +53,7 @@ def export_model(
     config = checkpoint.config
     if lora is not None:
         lora.check_fits(config)
-        check_copies(lora, config, lambda name: _whole(checkpoint, name))
+        check_copies(lora, config, lambda name: [(_tensor(checkpoint, name), 0)])
     metadata = {
         "general.type": "model",
         "general.name": model_dir.resolve().name,
@@ -123,7 +123,7 @@ def _model_tensors(checkpoint: Checkpoint, lora: Lora | None, model_dir: Path) -
 
     def of(name: str) -> Callable[[], np.ndarray]:
         def values() -> np.ndarray:
-            (weight, _), *_ = _whole(checkpoint, name)
+            weight = _tensor(checkpoint, name)
             check_finite(weight, name, model_dir)
             weight = weight.float()
             delta = None if lora is None else lora.delta(name)  # (N, K), as the weight
@@ -153,11 +153,11 @@ def permuted_heads(config: LlamaConfig) -> dict[str, int]:
     return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
 
 
-def _whole(checkpoint: Checkpoint, name: str) -> Iterator[tuple[torch.Tensor, int]]:
-    """A tensor in one part, with the number of its first row; a tied head is the embedding."""
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A whole tensor in the dtype in which it is stored; a tied head is the embedding."""
     stored = name if name in checkpoint.files else EMBEDDING
-    rows, *_ = checkpoint_shapes(checkpoint.config)[stored]
-    yield checkpoint.rows(stored, 0, rows), 0
+    shape = checkpoint_shapes(checkpoint.config)[stored]
+    return checkpoint.rows(stored, 0, shape[0])
 
 
 def export_adapter(lora: Lora, config: LlamaConfig, out: Path, kind: str) -> dict[str, str]:

@@ -44,7 +44,9 @@ def find_model(name: str) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return _imported(path)
     match = HUB_ID.fullmatch(name)
-    if match is None or path.exists() or path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.exists():
+        raise ValueError(f"model {name}: there is no such file")
+    if match is None or path.exists():
         # the checks of a model's directory say best what is wrong with it
         return path
     return _cached(name, match)

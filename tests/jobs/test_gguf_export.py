@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from model.llama import Llama
 from model.lora import Lora, LoraConfig
 from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
+from model.trained_chat import TrainedChat
 from tests.helpers.adapters import random_lora
 from tests.helpers.llama_dirs import CHATML
 from tests.helpers.tokenizer_dirs import train_sentencepiece, write_json
@@ -395,25 +396,65 @@ def test_merges_that_are_no_sentencepiece_models_are_refused(tmp_path, tiny_llam
 # The script
 
 
-def test_the_script_writes_model_and_adapter_and_refuses_what_it_cannot(tmp_path, tiny_llama_dir):
-    path = bpe_dir(tmp_path, tiny_llama_dir)
-    save_lora(random_lora(opened(path), "qv"), tmp_path / "adapter")
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(*flags)` runs scripts/export_gguf.py in this process: exit code, printed text."""
 
     def run(*flags):
-        script = [sys.executable, ROOT / "scripts" / "export_gguf.py", "--model", path, *flags]
-        return subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["export_gguf.py", *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / "export_gguf.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return code, out + err
 
-    merged = run("--adapter", "adapter", "--type", "q8_0", "--out", "merged.gguf")
-    assert merged.returncode == 0, merged.stderr
-    assert "5 tensors in F32, 16 tensors in Q8_0" in merged.stdout
-    alone = run("--adapter", "adapter", "--adapter-only", "--out", "lora.gguf")
-    assert alone.returncode == 0, alone.stderr
+    return run
+
+
+def test_the_script_writes_model_and_adapter_and_refuses_what_it_cannot(
+    tmp_path, tiny_llama_dir, script
+):
+    path = bpe_dir(tmp_path, tiny_llama_dir)
+    adapter = tmp_path / "adapter"
+    save_lora(random_lora(opened(path), "qv"), adapter)
+    both = ("--model", path, "--adapter", adapter)
+    merged = tmp_path / "merged.gguf"
+    code, said = script(*both, "--type", "q8_0", "--out", merged)
+    assert code == 0 and "5 tensors in F32, 16 tensors in Q8_0" in said, said
+    code, said = script(*both, "--adapter-only", "--out", tmp_path / "lora.gguf")
+    assert code == 0, said
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     assert reader.fields["adapter.type"].contents() == "lora"
     names = {tensor.name for tensor in reader.tensors}
     assert "blk.1.attn_v.weight.lora_b" in names and len(names) == 8
-    again = run("--adapter", "adapter", "--out", "merged.gguf")
-    assert again.returncode == 2 and "exists already" in again.stderr
-    scaled = run("--adapter", "adapter", "--adapter-only", "--scale", "0", "--out", "zero.gguf")
-    assert scaled.returncode == 2 and "at scale 0 the adapter does nothing" in scaled.stderr
-    assert run("--adapter-only", "--out", "x.gguf").returncode == 2
+    for flags, reason in (
+        ((*both, "--out", merged), "exists already"),
+        (
+            (*both, "--adapter-only", "--scale", "0", "--out", tmp_path / "zero.gguf"),
+            "at scale 0 the adapter does nothing",
+        ),
+        (("--model", path, "--adapter-only", "--out", "x"), "--adapter-only needs --adapter"),
+        (("--model", path, "--scale", "0.5", "--out", "x"), "no --adapter to scale"),
+    ):
+        code, said = script(*flags)
+        assert code == 2 and reason in said, said
+    assert not (tmp_path / "zero.gguf").exists()
+
+
+def test_the_chat_format_of_the_training_is_written(tmp_path, tiny_llama_dir, script):
+    """Template and end token, as the merged directory of scripts/merge.py has them."""
+    path = bpe_dir(tmp_path, tiny_llama_dir)
+    adapter = tmp_path / "adapter"
+    save_lora(random_lora(opened(path), "qv"), adapter)
+    write_json(path / "generation_config.json", {"eos_token_id": 1})
+    template = "{{ messages[0]['content'] }}<|turn|>"
+    record = TrainedChat("alpaca", template, "0" * 64, 2, "<|turn|>", "Be kind.")
+    record.write(adapter)
+    out = tmp_path / "m.gguf"
+    code, said = script("--model", path, "--adapter", adapter, "--out", out)
+    assert code == 0 and "trained with the system message 'Be kind.'" in said, said
+    fields = gguf.GGUFReader(out).fields
+    assert fields["tokenizer.chat_template"].contents() == template
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == 2

@@ -1,8 +1,8 @@
 """Adapters of every PEFT version since 0.6, of unsloth and LLaMA-Factory: loaded, or refused by key.
 
-A version is told here by the keys that it added to adapter_config.json, each with the value that it
-writes where the setting is not used: as in published adapters (unsloth/llama-2-7b, Meta-Llama-3.1,
-Llama-3.2-1B and others on the hub), and for the newest in tests/golden/peft, which peft wrote.
+A version is told here by the keys that it added to adapter_config.json (those of its LoraConfig at
+huggingface/peft's tags v0.6.0 to v0.20.0; versions that are not listed added none), each with the
+value that it writes where the setting is not used. peft 0.21.2 itself wrote tests/golden/peft.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ ADDED = {
     "0.10": {"layer_replication": None},
     "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
     "0.15": {"corda_config": None, "trainable_token_indices": None},
-    "0.17": {"qalora_group_size": 16, "target_parameters": None, "use_qalora": False},
+    "0.16": {"qalora_group_size": 16, "use_qalora": False},
+    "0.17": {"target_parameters": None},
     "0.18": {
         "alora_invocation_tokens": None,
         "arrow_config": None,
@@ -54,12 +55,8 @@ ADDED = {
         "peft_version": "0.18.0",
     },
     "0.19": {"lora_ga_config": None, "peft_version": "0.19.1", "use_bdlora": None},
-    "0.21": {
-        "kasa_config": None,
-        "monteclora_config": None,
-        "peft_version": "0.21.2",
-        "velora_config": None,
-    },
+    "0.20": {"monteclora_config": None, "peft_version": "0.20.0", "velora_config": None},
+    "0.21": {"kasa_config": None, "peft_version": "0.21.2"},
 }
 ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -111,10 +108,12 @@ REFUSED = {
     "0.10": [{"layer_replication": [[0, 1], [0, 2]]}],
     "0.14": [{"lora_bias": True}, {"init_lora_weights": "olora"}],
     "0.15": [{"trainable_token_indices": [5]}, {"init_lora_weights": "corda"}],
-    "0.17": [{"target_parameters": ["feed_forward.experts"]}, {"use_qalora": True}],
+    "0.16": [{"use_qalora": True}],
+    "0.17": [{"target_parameters": ["feed_forward.experts"]}],
     "0.18": [{"alora_invocation_tokens": [1, 2]}, {"arrow_config": {"top_k": 2}}],
     "0.19": [{"use_bdlora": {"nblocks": 2}}, {"init_lora_weights": "lora_ga"}],
-    "0.21": [{"monteclora_config": {"mc_samples": 2}}, {"kasa_config": {"beta": 1e-4}}],
+    "0.20": [{"monteclora_config": {"mc_samples": 2}}],
+    "0.21": [{"kasa_config": {"beta": 1e-4}}],
 }
 CASES = [(version, setting) for version, settings in REFUSED.items() for setting in settings]
 
