@@ -107,6 +107,12 @@ def _named(directory: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     ends = [id for id in checkpoint_eos_ids(directory) if id != tokenizer.eos_id]
     eom = [id for id in ends if "eom" in tokenizer.piece(id)]
     eot = [id for id in ends if id not in eom]
+    unnamed = [tokenizer.piece(id) for id in eot[1:] + eom[1:]]
+    if unnamed:
+        print(
+            f"end tokens: a GGUF names eos, eot and eom; {', '.join(unnamed)} end an answer too, which "
+            "llama.cpp knows only if it knows their spelling"
+        )
     try:
         template = checkpoint_template(directory)
     except ValueError as error:
