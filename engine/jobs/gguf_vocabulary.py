@@ -110,8 +110,8 @@ def _named(directory: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     unnamed = [tokenizer.piece(id) for id in eot[1:] + eom[1:]]
     if unnamed:
         print(
-            f"end tokens: a GGUF names eos, eot and eom; {', '.join(unnamed)} end an answer too, which "
-            "llama.cpp knows only if it knows their spelling"
+            f"end tokens: a GGUF names eos, eot and eom; {', '.join(unnamed)} end an answer too, "
+            "and llama.cpp knows them only by their spelling"
         )
     try:
         template = checkpoint_template(directory)
