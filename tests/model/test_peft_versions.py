@@ -1,4 +1,4 @@
-"""Adapters of every PEFT version since 0.6, of unsloth and LLaMA-Factory: loaded, or refused by key.
+"""Adapters of every PEFT version since 0.6, unsloth and LLaMA-Factory: loaded, or refused by key.
 
 A version is told here by the keys that it added to adapter_config.json (those of its LoraConfig at
 huggingface/peft's tags v0.6.0 to v0.20.0; versions that are not listed added none), each with the
