@@ -112,7 +112,9 @@ def merged_weight(weight: Tensor, lora: Lora | None, name: str) -> Tensor:
 
 
 def restore_weights(model: Llama) -> None:
-    """Unpack, bit for bit, the matrices that `for_sampling` released."""
+    """Unpack, bit for bit, the matrices that `for_sampling` released; sharded ones never are."""
+    if model.is_sharded:
+        return
     weights = model.weights
     tied = model.config.tie_embeddings
     for name, weight in weights.items():

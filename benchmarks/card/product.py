@@ -39,7 +39,7 @@ from benchmarks.clock import figure, machine, record
 from benchmarks.compare_runs import loss_differences, read_lines
 from model.config import read_json
 
-# the quickstart's flags (scripts/quickstart.sh)
+# the quickstart's flags on word problems (scripts/quickstart.sh --word-problems)
 JOB = (
     "--verify number --template gsm8k --temperature 0 --max-new-tokens 160 --lr 1e-3 --epochs 2 "
     "--rank 8 --modules qv --dropout 0 --eval-max-new 160 --retention-max-new 64 "

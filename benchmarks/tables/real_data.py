@@ -132,28 +132,62 @@ def _setting(found: dict[str, Any] | None) -> str:
 
 
 def quickstart(records: list[Record]) -> Table:
-    record = newest(of_kind(records, "quickstart"), "the quickstart")
+    """The word problems."""
+    record = newest(of_kind(records, "quickstart"), "the quickstart's word problems")
     header = ["", "target (number)", "95 % interval", "held-out NLL", "KL to seed", "KL from seed"]
     header += ["same top-1", "train loss", "train s"]
     rows = []
     for arm, label in ARMS.items():
         found = record["arms"][arm]
-        low, high = found["interval"]
-        loss = found["train_loss"]
-        rows.append(
-            [
-                label,
-                f"{found['right']}/{found['items']} = {100 * found['right'] / found['items']:.1f}%",
-                f"{low:.1f}% - {high:.1f}%",
-                fixed(found["nll"], 3),
-                fixed(found["kl_to_seed"], 4),
-                fixed(found["kl_from_seed"], 4),
-                f"{found['same_top1_percent']:.1f}%",
-                "-" if loss is None else f"{loss[0]:.3f} -> {loss[1]:.3f}",
-                fixed(found["train_seconds"]),
-            ]
-        )
+        cells = [
+            fixed(found["nll"], 3),
+            fixed(found["kl_to_seed"], 4),
+            fixed(found["kl_from_seed"], 4),
+            f"{found['same_top1_percent']:.1f}%",
+            *_training_cells(found),
+        ]
+        rows.append([label, *_target_cells(found), *cells])
     return Table(header, rows, [record])
+
+
+def quickstart_desk(records: list[Record]) -> Table:
+    """The questions at the desk, the quickstart's default."""
+    record = newest(of_kind(records, "quickstart_desk"), "the quickstart")
+    header = ["", "right answers", "95 % interval", "KL to seed", "95 % interval", "same top-1"]
+    header += ["KL to seed, task", "update norm", "train loss", "train s"]
+    rows = []
+    for arm, label in ARMS.items():
+        found = record["arms"][arm]
+        interval = "-"
+        if "kl_to_seed_interval" in found:
+            low, high = found["kl_to_seed_interval"]
+            interval = f"{low:.3f} - {high:.3f}"
+        cells = [
+            fixed(found["kl_to_seed"], 3),
+            interval,
+            f"{found['same_top1_percent']:.1f}%",
+            fixed(found["task_kl"], 3),
+            fixed(found["update_norm"], 2),
+            *_training_cells(found),
+        ]
+        rows.append([label, *_target_cells(found), *cells])
+    return Table(header, rows, [record])
+
+
+def _target_cells(found: dict[str, Any]) -> list[str]:
+    """Right answers and their interval."""
+    low, high = found["interval"]
+    share = 100 * found["right"] / found["items"]
+    return [f"{found['right']}/{found['items']} = {share:.1f}%", f"{low:.1f}% - {high:.1f}%"]
+
+
+def _training_cells(found: dict[str, Any]) -> list[str]:
+    """First and last loss of the training, and its seconds."""
+    loss = found["train_loss"]
+    return [
+        "-" if loss is None else f"{loss[0]:.3f} -> {loss[1]:.3f}",
+        fixed(found["train_seconds"]),
+    ]
 
 
 DEFINITIONS = {
@@ -161,5 +195,6 @@ DEFINITIONS = {
     "real-data": Definition("four data sets, all arms and measures", real_data),
     "real-data-differences": Definition("SDFT - SFT on them, with tests", differences),
     "real-data-settings": Definition("rates, modules and ranks on two of them", settings),
-    "quickstart": Definition("the three arms of the quickstart", quickstart),
+    "quickstart-desk": Definition("the three arms of the quickstart", quickstart_desk),
+    "quickstart": Definition("the three arms of its word problems", quickstart),
 }

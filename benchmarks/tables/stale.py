@@ -36,6 +36,7 @@ MEASURED_PATHS = {
     "busy": [*COMPUTING, "engine/sampling", "engine/train", "engine/runtime/cores.py"],
     "real_data": [*PIPELINE, "engine/jobs/study.py"],
     "real_data_settings": [*PIPELINE, "engine/jobs/study.py"],
+    "quickstart_desk": [*PIPELINE, "engine/jobs/sdft.py", "engine/jobs/demo_desk.py"],
     "quickstart": [*PIPELINE, "engine/jobs/sdft.py", "engine/jobs/demo.py"],
 }
 

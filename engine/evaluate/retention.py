@@ -25,7 +25,13 @@ from engine.data.config import DataConfig
 from engine.data.encode import template_takes
 from engine.data.rows import Rows, listing
 from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line, tuned
-from engine.evaluate.task_retention import row_answers, task_retention, task_retention_table
+from engine.evaluate.task_retention import (
+    DRIFT_COLUMNS,
+    drift_cells,
+    row_answers,
+    task_retention,
+    task_retention_table,
+)
 from engine.measure.answer_missing import answer_missing
 from engine.measure.divergence import compare, hidden_states, mean_drift
 from engine.measure.general_prompts import PROMPTS
@@ -253,21 +259,11 @@ def retention_metas(out: Path) -> list[Path]:
 
 def retention_table(drift: dict[str, dict[str, Any]]) -> str:
     """The means of all arms as a table, with a note on the columns."""
-    head = ["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]
     any_arm = list(drift)[0]
     categories = list(drift[any_arm]["categories"])
-    lines = [head + [f"KL {category}" for category in categories]]
+    lines = [DRIFT_COLUMNS + [f"KL {category}" for category in categories]]
     for arm, means in drift.items():
-        low, high = means["kl_interval"]
-        cells = [
-            arm,
-            f"{means['kl']:.4f}",
-            f"{low:.4f} - {high:.4f}",
-            f"{means['reverse_kl']:.4f}",
-            f"{means['agreement']:.1%}",
-            f"{means['nll']:.3f}",
-            f"{means['seed_nll']:.3f}",
-        ]
+        cells = drift_cells(arm, means)
         for category in categories:
             kl = means["categories"][category]["kl"]
             cells.append(f"{kl:.4f}")

@@ -45,6 +45,8 @@ TASK_DRIFT = {"arm": str, "id": str, "tokens": int, "agree": int}
 TASK_DRIFT |= dict.fromkeys(("kl", "reverse_kl", "nll", "seed_nll"), _NUMBER)
 SEED_LINE = {"id": str, "answer": str, "ids": list, "finish": str}
 by_arm_and_id = itemgetter("arm", "id")
+# of a table of drift
+DRIFT_COLUMNS = ["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]
 
 
 @dataclass(frozen=True)
@@ -172,24 +174,27 @@ def _lines(model: Llama, answer: RowAnswer, adapters: Arms) -> Iterator[dict[str
         yield line | dataclasses.asdict(drift)
 
 
+def drift_cells(arm: str, means: dict[str, Any]) -> list[str]:
+    """An arm's line of a table of drift, under DRIFT_COLUMNS."""
+    low, high = means["kl_interval"]
+    return [
+        arm,
+        f"{means['kl']:.4f}",
+        f"{low:.4f} - {high:.4f}",
+        f"{means['reverse_kl']:.4f}",
+        f"{means['agreement']:.1%}",
+        f"{means['nll']:.3f}",
+        f"{means['seed_nll']:.3f}",
+    ]
+
+
 def task_retention_table(drift: dict[str, dict[str, Any]]) -> str:
     """The means of all arms as a table, with a note on the columns."""
-    lines = [["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]]
+    lines = [DRIFT_COLUMNS]
     rows = 0
     for arm, means in drift.items():
-        low, high = means["kl_interval"]
         rows = means["prompts"]
-        lines.append(
-            [
-                arm,
-                f"{means['kl']:.4f}",
-                f"{low:.4f} - {high:.4f}",
-                f"{means['reverse_kl']:.4f}",
-                f"{means['agreement']:.1%}",
-                f"{means['nll']:.3f}",
-                f"{means['seed_nll']:.3f}",
-            ]
-        )
+        lines.append(drift_cells(arm, means))
     return (
         f"{table(lines)}\non the seed's own answers to {rows} held-out prompts of the task, nats "
         "per token; intervals: bootstrap over prompts"

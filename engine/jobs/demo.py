@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from engine.runtime.files import write_text
 
@@ -155,19 +156,29 @@ def write_demo(out_dir: Path, n_train: int, n_test: int, seed: int = 0) -> tuple
 
     Rows are {"id", "question", "answer"}; the same arguments give the same bytes.
     """
-    made = problems(n_train + n_test, seed)
+    return write_splits(out_dir, problems(n_train + n_test, seed), n_train)
+
+
+class Question(Protocol):
+    """A row of made data: a question with its reference answer."""
+
+    question: str
+    answer: str
+
+
+def write_splits(out_dir: Path, made: Sequence[Question], n_train: int) -> tuple[Path, Path]:
+    """Write the first `n_train` rows to train.json and the others to test.json, in `out_dir`."""
     out_dir.mkdir(parents=True, exist_ok=True)
     train = _write_split(out_dir, "train", made[:n_train])
     test = _write_split(out_dir, "test", made[n_train:])
     return train, test
 
 
-def _write_split(out_dir: Path, split: str, made: Sequence[Problem]) -> Path:
+def _write_split(out_dir: Path, split: str, made: Sequence[Question]) -> Path:
     """Write OUT_DIR/SPLIT.json and return its path."""
     rows = []
-    for i, problem in enumerate(made):
-        row = {"id": f"{split}-{i:04d}", "question": problem.question, "answer": problem.answer}
-        rows.append(row)
+    for i, row in enumerate(made):
+        rows.append({"id": f"{split}-{i:04d}", "question": row.question, "answer": row.answer})
     path = out_dir / f"{split}.json"
     write_text(path, json.dumps(rows, indent=1) + "\n")
     return path

@@ -12,13 +12,11 @@ held-out rows ask about known errands in other words.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.runtime.files import write_text
+from engine.jobs.demo import write_splits
 
 TABLE = Path(__file__).with_name("demo_desk.txt")
 NOTE = "Window {window}"  # the form of a reference
@@ -86,19 +84,4 @@ def write_desk(out_dir: Path, n_train: int, n_test: int, seed: int = 0) -> tuple
 
     Rows are {"id", "question", "answer"}; the same arguments give the same bytes.
     """
-    made = visits(n_train + n_test, seed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    train = _write_split(out_dir, "train", made[:n_train])
-    test = _write_split(out_dir, "test", made[n_train:])
-    return train, test
-
-
-def _write_split(out_dir: Path, split: str, made: Sequence[Visit]) -> Path:
-    """Write OUT_DIR/SPLIT.json and return its path."""
-    rows = []
-    for i, visit in enumerate(made):
-        row = {"id": f"{split}-{i:04d}", "question": visit.question, "answer": visit.answer}
-        rows.append(row)
-    path = out_dir / f"{split}.json"
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-    return path
+    return write_splits(out_dir, visits(n_train + n_test, seed), n_train)

@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.runtime.process_memory import first_line
+from engine.runtime.process_memory import first_line, share_gpu
 
 GLOO = "gloo"  # for tensors on CPUs, and on GPUs through host memory
 GLOO_AND_NCCL = "cpu:gloo,cuda:nccl"
@@ -270,6 +270,7 @@ def _join(kind: str, timeouts: Timeouts) -> tuple[Placement, Heartbeat]:
     """Join the process group, once, until this process ends."""
     if kind == "cuda":
         placement = _join_on_gpus(timeouts)
+        share_gpu(placement.ranks_on_device(dist.get_rank()))
     else:
         if not dist.is_initialized():
             dist.init_process_group(GLOO, timeout=timeouts.collective)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+_processes_on_gpu = 1  # processes of the job on this one's GPU, itself included
+
 # options of mallopt, from glibc's malloc.h
 M_TRIM_THRESHOLD = -1  # bytes free at the end of the heap before they are returned to the system
 M_TOP_PAD = -2  # bytes by which the heap grows beyond a request
@@ -102,10 +104,19 @@ def held_memory(device: str | torch.device) -> int:
     return _status("VmRSS")
 
 
+def share_gpu(processes: int) -> None:
+    """Say how many processes of the job are on this one's GPU: each plans for an equal share."""
+    global _processes_on_gpu
+    _processes_on_gpu = processes
+
+
 def total_memory(device: str | torch.device) -> int:
-    """Bytes of a GPU's memory, whatever holds them, or of the machine's."""
+    """Bytes of a GPU's memory, whatever holds them, or of the machine's.
+
+    Of a GPU that several processes of the job are on, the share of one (`share_gpu`).
+    """
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.get_device_properties(device).total_memory // _processes_on_gpu
     total = _kilobytes_line(Path("/proc/meminfo"), "MemTotal")
     assert total is not None, "/proc/meminfo has no line MemTotal"
     return total
@@ -115,12 +126,16 @@ def free_memory(device: str | torch.device) -> int:
     """Bytes that this process can still allocate, as the system or the GPU's driver reports them.
 
     On a GPU, the memory that torch has cached and does not use is added: the driver counts it as
-    in use.
+    in use. Of a GPU that processes of the job share, no more than is left of this one's share.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
+        held = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - held
+        if _processes_on_gpu == 1:
+            return free + cached
+        left_of_share = max(0, total_memory(device) - held)
+        return min(free + cached, left_of_share)
     available = _kilobytes_line(Path("/proc/meminfo"), "MemAvailable")
     assert available is not None, "/proc/meminfo has no line MemAvailable"
     return available

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -214,15 +215,18 @@ def test_the_halves_are_joined_from_two_calls(folders, tmp_path):
         checkpoint.join_halves(tmp_path / "joined")
 
 
-def test_the_job_is_the_quickstarts():
+def test_the_job_is_the_quickstarts_on_word_problems():
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
-    block = script[script.index("SDFT_FLAGS=(") : script.index("make_venv")]
-    flags = block[block.index("(") + 1 : block.index("\n)")].split()
-    for name in ("--data", "--eval-data", "--out"):
-        at = flags.index(name)
-        del flags[at : at + 2]
-    assert flags == product.JOB
-    counts = tuple(int(n) for n in re.findall(r"^\w+_ROWS=(\d+)$", script, re.M))
+    _, word_problems = script.split("--word-problems)\n")
+    word_problems, common = word_problems.split("\n    ;;\n", 1)
+    flags = shlex.split(re.search(r"SDFT_FLAGS=\((.*?)\)", word_problems, re.S)[1])
+    assert "--verify number" in common
+    job = list(product.JOB)
+    at = job.index("--verify")
+    assert job[at : at + 2] == ["--verify", "number"]
+    del job[at : at + 2]
+    assert job == flags
+    counts = tuple(int(n) for n in re.findall(r"^ *\w+_ROWS=(\d+)$", word_problems, re.M))
     assert counts == product.ROWS[False]
 
 

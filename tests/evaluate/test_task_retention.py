@@ -42,9 +42,14 @@ def generator(tiny, max_new):
 
 @pytest.fixture
 def judged(tiny, rows, tmp_path):
-    """evaluation.jsonl: the seed's answers, of nine tokens at most."""
+    """evaluation.jsonl: answers of the seed and of an adapter, of nine tokens at most."""
+    model, _ = tiny
+    other = new_lora(model, modules="all")
+    other.params.add_(0.2)
     file = tmp_path / "evaluation.jsonl"
-    evaluate(generator(tiny, 9), rows, "number", {"seed": None}, file, {})
+    evaluate(generator(tiny, 9), rows, "number", {"seed": None, "other": other}, file, {})
+    answers = {(line["arm"], line["id"]): line["ids"] for line in read_jsonl(file)}
+    assert all(answers["seed", row.id] != answers["other", row.id] for row in rows)
     return file
 
 

@@ -94,17 +94,19 @@ def test_the_main_job_takes_arms_and_further_ones_join_it(inputs, tmp_path):
     assert "at equal" not in first  # two scales of one way are no two ways
     before = {name: (out / name).read_bytes() for name in ("sft/adapter_model.safetensors",)}
     lines = read_jsonl(out / "retention.jsonl")
-    printed = run_script("sdft", *flags, "--arms", "sft,dft,sft@0.5,rft%5e-3")
+    longer = ["--arms", "sft,dft,sft@0.5,rft%5e-3", "--scales", "0.5"]
+    printed = run_script("sdft", *flags, *longer)
     assert {name: (out / name).read_bytes() for name in before} == before
     # the lines of the first arms are kept, and those of the others stand beside them
     after = read_jsonl(out / "retention.jsonl")
-    assert [line for line in after if line in lines] == lines and len(after) == 2 * len(lines)
+    assert [line for line in after if line in lines] == lines and len(after) == 3 * len(lines)
     result = json.loads((out / "summary.json").read_text())
-    names = ["sft", "dft", "sft@0.5", "rft%0.005"]
+    names = ["sft", "dft", "sft@0.5", "rft%0.005", "dft@0.5", "rft@0.5%0.005"]
     assert list(result["retention"]) == list(result["update_norms"]) == names
     assert list(result["evaluation"]) == ["seed", *names]
     assert list(result["training"]) == list(result["costs"]) == ["sft", "dft", "rft%0.005"]
-    assert list(result["arms"].values()) == ["seed", "SFT", "DFT", "SFT x0.5", "RFT lr 0.005"]
+    titles = ["seed", "SFT", "DFT", "SFT x0.5", "RFT lr 0.005", "DFT x0.5", "RFT x0.5 lr 0.005"]
+    assert list(result["arms"].values()) == titles
     halves = [result["update_norms"][arm]["norm"] for arm in ("sft@0.5", "sft")]
     assert halves[0] == pytest.approx(halves[1] / 2)
     metas = [json.loads((out / arm / "meta.json").read_text()) for arm in ("sft", "dft")]
@@ -117,7 +119,7 @@ def test_the_main_job_takes_arms_and_further_ones_join_it(inputs, tmp_path):
         assert "at equal held-out NLL" in text and "10,000 bootstrap draws" in text
     goal = result["equal_target"]["nll"]
     assert [way["way"] for way in goal["ways"]] == ["sft", "dft", "rft"]
-    assert goal["ways"][0]["points"] == 2
+    assert [way["points"] for way in goal["ways"]] == [2, 2, 2] and goal["untested"] == []
     page = (out / "report.html").read_text()
     assert "At equal held-out NLL" in page and "What each arm costs alone" in page
     assert '["sft@0.5","SFT x0.5","sft"]' in page and '["dft","DFT","arm1"]' in page

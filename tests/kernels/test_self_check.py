@@ -104,6 +104,7 @@ def forked(request):
     if pid == 0:
         try:
             faulthandler.disable()  # pytest's would print the test's stack
+            torch.set_num_threads(1)  # a fork lacks OpenMP's threads and would wait for them
             os.close(ours)
             with open(theirs, "w", encoding="utf-8") as lines:
                 program.serve(request, lines)
@@ -269,6 +270,7 @@ def test_one_of_several_processes_checks_and_the_others_find_its_results(monkeyp
         if pid:
             return pid
         try:
+            torch.set_num_threads(1)  # as in `forked`
             ops = table(swiglu_forward=wrong_swiglu, rope_=right_rope)
             real = select_ops.why_failing
 
@@ -293,6 +295,7 @@ def test_a_killed_check_loses_no_result_and_holds_no_lock(monkeypatch, cache):
     """What was found is on disk at once; the lock goes with the process."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # as in `forked`
         select_ops.why_failing = lambda spec, *_: spec.name == "swiglu" and time.sleep(60) or None
         ops = table(swiglu_forward=right_swiglu, rope_=right_rope)
         select_ops.with_fallback(ops, TORCH, CPU, BF16, None, [].append)

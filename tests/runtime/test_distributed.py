@@ -23,6 +23,7 @@ from engine.runtime import distributed
 from engine.runtime.distributed import Heartbeat, World, discard_stdout, shares, start
 from engine.runtime.files import read_jsonl
 from engine.session import ModelConfig, Session
+from engine.train import loop
 from engine.train.loop import Run
 from engine.train.metrics import Metrics, PendingStep
 from engine.train.step import SINGLE_PROCESS, step_gradients
@@ -114,9 +115,13 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             assert error < 1e-9 * grads.abs().max()
         for name, tensor in weighted.items():
             assert (found[name] - tensor).abs().max() < 1e-9 * tensor.abs().max(), name
-        for file in (tmp_path / "seed 1").glob("*.jsonl"):
-            of_processes = tmp_path / f"seed {size}" / file.name
-            assert of_processes.read_bytes() == file.read_bytes(), "the seed's likelihoods"
+        for file in (tmp_path / "seed 1").glob("*.jsonl"):  # the seed's likelihoods
+            of_one_process = read_jsonl(file)
+            of_processes = read_jsonl(tmp_path / f"seed {size}" / file.name)
+            for line, other in zip(of_one_process, of_processes, strict=True):
+                assert line["id"] == other["id"]
+                # torchrun gives each process one thread, which may round sums otherwise
+                assert other["nll"] == pytest.approx(line["nll"], rel=1e-12)
         if kill:
             assert done.returncode != 0
             # torchrun asks rank 0 to stop as soon as it sees the death: either may come first
@@ -377,7 +382,7 @@ def test_which_backend_carries_the_tensors_of_a_device():
     assert not carries_by_gloo("cpu:gloo,cuda:nccl", "cuda")
 
 
-def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_path):
+def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_path, monkeypatch):
     """No sum is read before the device has finished it."""
     asked = []
 
@@ -402,12 +407,13 @@ def test_metrics_wait_for_the_device_and_ranks_wait_for_a_long_validation(tmp_pa
     world = Recorded(1, 2)
     with Metrics(tmp_path / "m.jsonl", "m", [], 1, world) as metrics:
         line = {"step": 2, "tokens": 3}
-        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None)
+        result = SimpleNamespace(loss=Number(), norm=Number(), gradients=None, weighted=None)
         metrics.pending.append(PendingStep(line, result, []))
         metrics.flush()
     assert asked == ["wait cuda", "item", "item"]
     asked.clear()
-    looking = SimpleNamespace(names=["nll"], config=SimpleNamespace(best="last"))
+    monkeypatch.setattr(loop, "has_learned", lambda lora: True)
+    looking = SimpleNamespace(names=["nll"], config=ValidateConfig())
     model = SimpleNamespace(is_sharded=False)
     run = Run(
         model=model,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.runtime.process_memory import free_memory, give_back_freed_memory
+from engine.runtime import process_memory
+from engine.runtime.process_memory import free_memory, give_back_freed_memory, total_memory
 from engine.sampling import page_pool
 from engine.sampling.page_pool import PagePool
 from engine.sampling.requests import Request, SamplerConfig
@@ -117,6 +118,19 @@ def test_memory_of_other_programs_is_not_available(card):
     card.take(5 * GB)
     card.others = 8 * GB
     assert available("cuda") == 16 * GB and free_memory("cuda") == 10.5 * GB
+
+
+def test_processes_on_one_card_plan_for_equal_shares_of_it(card, monkeypatch):
+    """The first of two does not take what the second will need."""
+    properties = types.SimpleNamespace(total_memory=24 * GB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(process_memory, "_processes_on_gpu", 1)  # again 1 after the test
+    assert total_memory("cuda") == 24 * GB and free_memory("cuda") == 23.5 * GB
+    process_memory.share_gpu(2)
+    assert total_memory("cuda") == 12 * GB
+    assert free_memory("cuda") == 11.5 * GB and available("cuda") == 12 * GB
+    card.others = 20 * GB  # the other process took more than its share
+    assert free_memory("cuda") == 3.5 * GB
 
 
 def test_every_sampler_of_a_job_gets_as_much_memory_as_the_first(card, llama_7b):

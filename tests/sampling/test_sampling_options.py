@@ -220,11 +220,11 @@ def test_a_row_whose_token_is_among_its_first_is_not_searched(monkeypatch):
 @pytest.mark.skipif(not triton_launch.INTERPRETED, reason="runs in the interpreter")
 @pytest.mark.parametrize("kept", [{"top_p": 0.6}, {"top_p": 0.5}, {"min_p": 0.59}, {"min_p": 0.61}])
 def test_triton_keeps_as_many_tokens_as_the_reference(kept):
-    """Of 0.5, 0.3, 0.2: 24 draws meet every token that is kept."""
+    """Of 0.5, 0.3, 0.2: 12 draws meet every token that is kept."""
     interpreter.install()
-    logits = torch.full((24, 20), NEVER)
+    logits = torch.full((12, 20), NEVER)
     logits[:, [7, 3, 11]] = torch.tensor([0.5, 0.3, 0.2]).log()
-    wanted = rows(24, temperature=1.0, **kept)
+    wanted = rows(12, temperature=1.0, **kept)
     tokens, _ = TRITON.sample(logits, wanted)
     assert torch.equal(tokens, REFERENCE.sample(logits, wanted)[0])
     assert set(tokens.tolist()) == ({7} if kept in ({"top_p": 0.5}, {"min_p": 0.61}) else {7, 3})

@@ -442,6 +442,29 @@ def test_arms_over_the_same_examples_share_one_file(tiny, tmp_path, monkeypatch)
     shutil.rmtree(shared)
 
 
+def test_likelihoods_under_the_seed_are_computed_in_halves_where_memory_is_short(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    rows = examples(9)
+    whole = nll_under_seed(tiny, rows, tmp_path / "whole", "h")
+    of_examples = seed_nll_module._nll_of
+    computed = []
+
+    def small_machine(model, batch_examples):
+        if len(batch_examples) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        computed.extend(example.id for example in batch_examples)
+        return of_examples(model, batch_examples)
+
+    monkeypatch.setattr(seed_nll_module, "_nll_of", small_machine)
+    halves = nll_under_seed(tiny, rows, tmp_path / "halves", "h")
+    assert "seed likelihoods: out of memory with" in capsys.readouterr().out
+    assert sorted(computed) == sorted(example.id for example in rows), "each once"
+    assert list(halves) == list(whole)
+    for example_id, nll in whole.items():
+        torch.testing.assert_close(halves[example_id], nll, rtol=1e-5, atol=1e-6)
+
+
 def test_two_examples_of_one_id_are_refused_where_the_seed_is_needed(tiny, tmp_path):
     rows = examples(3) + examples(1)
     run_training(tiny, tmp_path / "dft", dataclasses.replace(SMALL, loss="dft"), rows)
