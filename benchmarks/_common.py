@@ -61,7 +61,7 @@ def typed(
     """A copy of a spec's inputs in training's dtypes: optimizer state and gradients in fp32."""
     master = accumulate_dtype(dtype)
     inputs = cast(inputs, master if spec.name == "adamw" else dtype, device)
-    if spec.name == "rope":
+    if spec.name in ("rope", "norm_rope"):
         inputs["cos_sin"] = inputs["cos_sin"].to(master)
     if spec.name == "lora_linear":
         group = inputs["group"]

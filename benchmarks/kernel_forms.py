@@ -16,7 +16,7 @@ from kernels.spec import check
 
 # operations whose torch form reads nothing on the host, so that it can be captured as a CUDA graph
 # (engine/sampling/cuda_graphs.py); a capture that fails would end all further ones
-CAPTURED_IN_TORCH = ("rms_norm", "rope", "swiglu", "lora_linear", "linear", "sample")
+CAPTURED_IN_TORCH = ("rms_norm", "rope", "norm_rope", "swiglu", "lora_linear", "linear", "sample")
 
 
 def compiled(operation: str) -> Ops:

@@ -164,6 +164,25 @@ def rope_backward(ops: Ops, inputs: Inputs, saved: Saved) -> Any:
     return rope(ops, inputs, inverse=True)
 
 
+def norm_rope_arguments(inputs: Inputs) -> tuple:
+    names = ("qkv", "norms", "eps", "positions", "cos_sin", "H", "G")
+    return tuple(inputs[name] for name in names)
+
+
+def norm_rope_forward(ops: Ops, inputs: Inputs, saved: Saved = None) -> Any:
+    return ops.norm_rope_forward(*norm_rope_arguments(inputs))
+
+
+def norm_rope_backward(ops: Ops, inputs: Inputs, saved: Saved) -> Any:
+    return ops.norm_rope_backward_(inputs["dqkv"], *norm_rope_arguments(inputs))
+
+
+def norm_rope_graph(ops: Ops, inputs: Inputs) -> Graph:
+    qkv, *others = norm_rope_arguments(inputs)
+    qkv = leaf(qkv)
+    return ops.norm_rope_forward(qkv, *others), (qkv,), inputs["dqkv"]
+
+
 def swiglu_forward(ops: Ops, inputs: Inputs, saved: Saved = None) -> Any:
     return ops.swiglu_forward(inputs["gate_up"])
 
@@ -290,6 +309,8 @@ CALLS: dict[tuple[str, str], Call] = {
     ),
     ("rope", "forward"): Call(rope_forward),
     ("rope", "backward"): Call(rope_backward),
+    ("norm_rope", "forward"): Call(norm_rope_forward),
+    ("norm_rope", "backward"): Call(norm_rope_backward, graph=norm_rope_graph),
     ("swiglu", "forward"): Call(swiglu_forward),
     ("swiglu", "backward"): Call(swiglu_backward, graph=swiglu_graph),
     ("lora_linear", "forward"): Call(lora_linear_forward),

@@ -38,6 +38,16 @@ def rope(t: int, h: int, g: int, d: int, e: int) -> Work:
     return 3 * rotated, 2 * rotated * e
 
 
+def norm_rope_forward(t: int, h: int, g: int, d: int, e: int) -> Work:
+    normed = t * (h + g) * d  # elements of q and k
+    return 7 * normed, 2 * t * (h + 2 * g) * d * e
+
+
+def norm_rope_backward(t: int, h: int, g: int, d: int, e: int) -> Work:
+    normed = t * (h + g) * d  # elements of q and k
+    return 13 * normed, 3 * normed * e
+
+
 def swiglu_forward(t: int, f: int, e: int) -> Work:
     return 6 * t * f, 3 * t * f * e
 
@@ -139,6 +149,8 @@ WORK: dict[tuple[str, str], Callable[..., Work]] = {
     ("rms_norm", "add backward"): add_rms_norm_backward,
     ("rope", "forward"): rope,
     ("rope", "backward"): rope,
+    ("norm_rope", "forward"): norm_rope_forward,
+    ("norm_rope", "backward"): norm_rope_backward,
     ("swiglu", "forward"): swiglu_forward,
     ("swiglu", "backward"): swiglu_backward,
     ("lora_linear", "forward"): lora_linear_forward,

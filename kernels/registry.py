@@ -22,6 +22,7 @@ from kernels import (
     cached_attention,
     linear_cross_entropy,
     lora_linear,
+    norm_rope,
     rms_norm,
     rope,
     sampling,
@@ -58,6 +59,8 @@ class Ops:
     add_rms_norm_forward: Callable
     add_rms_norm_backward: Callable
     rope_: Callable
+    norm_rope_forward: Callable
+    norm_rope_backward_: Callable
     swiglu_forward: Callable
     swiglu_backward: Callable
     lora_linear_forward: Callable
@@ -73,7 +76,8 @@ class Ops:
     sample: Callable
     shares_prefix: tuple[str, ...] = ()  # device types whose attention supports Packed.prefix
     packs: str = ""  # "panels": products take weights as kernels/cpu/panels.py packs them
-    # (weights, number of layers) -> a callable for all layers over a cache (FusedLayers)
+    # (weights, number of layers, layers that are not rotated) -> a callable for all layers over a
+    # cache (FusedLayers)
     layers: Callable | None = None
     sampled: Ops | None = None  # the table of a sampling run; None: this one
 
@@ -94,6 +98,8 @@ REFERENCE = Ops(
     add_rms_norm_forward=rms_norm.add_rms_norm_reference,
     add_rms_norm_backward=rms_norm.add_rms_norm_reference_backward,
     rope_=rope.rope_reference,
+    norm_rope_forward=norm_rope.norm_rope_reference,
+    norm_rope_backward_=norm_rope.norm_rope_reference_backward_,
     swiglu_forward=swiglu.swiglu_reference,
     swiglu_backward=swiglu.swiglu_reference_backward,
     lora_linear_forward=lora_linear_reference.lora_linear_reference,
@@ -116,6 +122,8 @@ TORCH = Ops(
     add_rms_norm_forward=rms_norm.add_rms_norm_forward,
     add_rms_norm_backward=rms_norm.add_rms_norm_backward,
     rope_=rope.rope_,
+    norm_rope_forward=norm_rope.norm_rope_forward,
+    norm_rope_backward_=norm_rope.norm_rope_backward_,
     swiglu_forward=swiglu.swiglu_forward,
     swiglu_backward=swiglu.swiglu_backward,
     lora_linear_forward=lora_linear_torch.lora_linear_forward,
@@ -140,6 +148,7 @@ NATIVE = dataclasses.replace(
     rms_norm_forward=rms_norm.rms_norm_forward_native,
     add_rms_norm_forward=rms_norm.add_rms_norm_forward_native,
     rope_=rope.rope_native_,
+    norm_rope_forward=norm_rope.norm_rope_forward_native,
     swiglu_forward=swiglu.swiglu_forward_native,
     linear=prepack.linear_native,
     kv_write_=cached_attention_native.kv_write_native_,
@@ -155,6 +164,8 @@ TRITON = dataclasses.replace(
     add_rms_norm_forward=rms_norm.add_rms_norm_forward_triton,
     add_rms_norm_backward=rms_norm.add_rms_norm_backward_triton,
     rope_=rope.rope_triton_,
+    norm_rope_forward=norm_rope.norm_rope_forward_triton,
+    norm_rope_backward_=norm_rope.norm_rope_backward_triton_,
     swiglu_forward=swiglu.swiglu_forward_triton,
     swiglu_backward=swiglu.swiglu_backward_triton,
     lora_linear_forward=lora_linear_triton.lora_linear_forward_triton,
@@ -175,6 +186,7 @@ OPS = {"reference": REFERENCE, "torch": TORCH, "native": NATIVE, "triton": TRITO
 OPERATION_MODULES = (
     rms_norm,
     rope,
+    norm_rope,
     swiglu,
     lora_linear,
     lora_linear_batch_invariant,
@@ -189,7 +201,7 @@ SPECS: dict[str, Spec] = {module.SPEC.name: module.SPEC for module in OPERATION_
 
 # The operations of sampling besides matrix products. Their Triton forms are batch-invariant; their
 # torch forms on a GPU may give a row other bits for another number of rows.
-SAMPLING = ("rms_norm", "rope", "swiglu", "cached_attention", "sample")
+SAMPLING = ("rms_norm", "rope", "norm_rope", "swiglu", "cached_attention", "sample")
 
 
 def functions(ops: Ops, spec: Spec) -> tuple[Callable, ...]:

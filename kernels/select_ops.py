@@ -171,6 +171,7 @@ def with_fallback(
         name
         for name, spec in SPECS.items()
         if functions(candidate, spec) != functions(fallback, spec)
+        and (widths is None or spec.used_by(widths))
     ]
     reasons = {name: why for name, why in results_of(wanted, differ, say).items() if why}
     replaced = {}

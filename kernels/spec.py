@@ -43,6 +43,7 @@ class Widths:
     G: int  # key/value heads
     d: int  # head size
     V: int  # vocabulary
+    qk_norm: bool = False  # whether each head of q and k is normalised (kernels/norm_rope.py)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Spec:
     prefix_shapes: tuple[tuple[int, ...], ...] = ()  # with a shared prefix: TORCH and REFERENCE
     # few tokens at a model's own widths: `--ops auto` checks them beside test_shapes
     model_shapes: Callable[[Widths], tuple[tuple[int, ...], ...]] = lambda widths: ()
+    # whether a model uses it: for one that does not, `--ops auto` does not check it
+    used_by: Callable[[Widths], bool] = lambda widths: True
 
 
 MODELS = {

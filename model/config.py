@@ -1,4 +1,4 @@
-"""A Llama checkpoint's config.json, and the refusal of everything that is not computed here."""
+"""A checkpoint's config.json, and the refusal of everything that is not computed here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.spec import Widths
+from model.families import Family, family_of
 from model.file_checks import check_file, check_links
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
@@ -44,7 +45,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model, from its config.json."""
+    """The shape of a model, from its config.json, and what its family adds to a Llama."""
 
     vocab_size: int  # V
     hidden_size: int  # D, model width
@@ -60,6 +61,11 @@ class LlamaConfig:
     max_position: int = 2048  # tokens the model was made for; longer rows are refused
     tie_embeddings: bool = False  # lm_head is the embedding matrix
     quantised: str = ""  # the method that quantization_config names; the tensors tell if it is true
+    # facts of the family (model/families.py); a Llama has none of them
+    qkv_bias: bool = False  # q, k and v = W x + b
+    qk_norm: bool = False  # each head of q and k is normalised before the rotation
+    unrotated_layers: tuple[int, ...] = ()  # layers whose q and k are not rotated
+    window: int = 0  # the sliding window, in tokens, that max_position was cut to; 0: it was not
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
@@ -78,6 +84,7 @@ class LlamaConfig:
             G=self.num_kv_heads,
             d=self.head_dim,
             V=self.vocab_size,
+            qk_norm=self.qk_norm,
         )
 
     @classmethod
@@ -95,7 +102,8 @@ class LlamaConfig:
                 "*.safetensors, tokenizer.json or tokenizer.model)"
             )
         raw = read_json(file)
-        _check_architecture(file, raw)
+        family = _check_architecture(file, raw)
+        raw = family.assumed | raw
         heads = _integer(file, raw, "num_attention_heads")
         kv_heads = _integer(file, raw, "num_key_value_heads", default=heads)
         hidden = _integer(file, raw, "hidden_size")
@@ -105,13 +113,16 @@ class LlamaConfig:
                 f"{file}: {heads} query heads over {kv_heads} key/value heads of size {head_dim}; "
                 "expected whole groups of an even head size"
             )
-        theta, scaling = _rope(file, raw)
+        theta, scaling = _rope(file, raw, family.rope_theta)
         eps = raw.get("rms_norm_eps")
         if eps is None:
             eps = 1e-6
         longest = _integer(file, raw, "max_position_embeddings", default=2048)
         if scaling["rope_type"] == "linear":
             longest = _scaled_context(file, raw, longest, scaling["factor"])
+        window = _window(file, raw, family)
+        if window >= longest:
+            window = 0  # no row is as long as that
         return cls(
             vocab_size=_integer(file, raw, "vocab_size"),
             hidden_size=hidden,
@@ -123,9 +134,14 @@ class LlamaConfig:
             rms_norm_eps=_positive_number(file, "rms_norm_eps", eps),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position=longest,
+            # rows within the window are those of a model without it; longer ones are refused
+            max_position=window or longest,
             tie_embeddings=_boolean(file, raw, "tie_word_embeddings"),
             quantised=_quantisation(raw.get("quantization_config")),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+            unrotated_layers=_unrotated_layers(file, raw, family),
+            window=window,
         )
 
 
@@ -199,25 +215,85 @@ def _scaled_context(file: Path, raw: dict[str, Any], longest: int, factor: float
     return max(longest, min(longest_named, longest_scaled))
 
 
-def _check_architecture(file: Path, raw: dict[str, Any]) -> None:
-    """ValueError for a setting with which the model would compute something that we do not."""
-    model_type = raw.get("model_type")
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    is_listed = isinstance(architectures, list) and "LlamaForCausalLM" in architectures
-    if model_type != "llama" or not is_listed:
-        raise ValueError(
-            f"{file}: model_type {model_type!r}, architectures {architectures}; only Llama "
-            "(LlamaForCausalLM: Llama 2 and 3, TinyLlama, SmolLM2, ...) is supported"
-        )
+def _check_architecture(file: Path, raw: dict[str, Any]) -> Family:
+    """The family; ValueError for what the model would compute and we do not."""
+    try:
+        family = family_of(raw.get("model_type"), raw.get("architectures"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     for key in ("attention_bias", "mlp_bias"):
-        if _boolean(file, raw, key):
-            raise ValueError(f"{file}: {key} is true; Llama models with biases are not supported")
+        # a family that always has q, k and v biases has no such key: transformers ignores it there
+        is_read = not (key == "attention_bias" and family.qkv_bias)
+        if is_read and _boolean(file, raw, key):
+            raise ValueError(
+                f"{file}: {key} is true; biases on o_proj and on the feed-forward are not "
+                "supported (those on q_proj, k_proj and v_proj alone are: Qwen2)"
+            )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"{file}: hidden_act {activation!r}; only 'silu' is supported")
+    return family
 
 
-def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+def _window(file: Path, raw: dict[str, Any], family: Family) -> int:
+    """Tokens of the sliding window: a token attends to that many, itself included; 0: to all.
+
+    It counts as every layer's where it is that of some (`max_window_layers`, `layer_types`): rows
+    within the window do not depend on it.
+    """
+    if family.window == "ignored" or raw.get("sliding_window") is None:
+        return 0
+    window = _integer(file, raw, "sliding_window")
+    if family.window == "always":
+        return window
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"{file}: layer_types is {layer_types!r}, expected a list of names")
+    for layer_type in layer_types:
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"{file}: attention of type {layer_type!r} is not supported")
+    has_sliding_layers = "sliding_attention" in layer_types
+    if not _boolean(file, raw, "use_sliding_window"):
+        if has_sliding_layers:
+            raise ValueError(
+                f"{file}: layer_types has sliding_attention, but use_sliding_window is not true; "
+                "correct the wrong one"
+            )
+        return 0
+    if layer_types:
+        return window if has_sliding_layers else 0
+    layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
+    first_sliding_layer = raw.get("max_window_layers")
+    # a family that skips rotations slides in those layers, and reads no such key
+    is_read = isinstance(first_sliding_layer, int) and not family.skips_rotation
+    if is_read and first_sliding_layer >= layers:
+        return 0
+    return window
+
+
+def _unrotated_layers(file: Path, raw: dict[str, Any], family: Family) -> tuple[int, ...]:
+    """The layers whose q and k are not rotated.
+
+    An entry 1 of `no_rope_layers` means, whatever its name says, that its layer is rotated, and 0
+    that it is not. Without the list it is every `no_rope_layer_interval`-th layer that is not.
+    """
+    if not family.skips_rotation:
+        return ()
+    layers = _integer(file, raw, "num_hidden_layers", largest=LARGEST_LAYERS)
+    rotated = raw.get("no_rope_layers")
+    if rotated is None:
+        interval = _integer(file, raw, "no_rope_layer_interval")
+        return tuple(range(interval - 1, layers, interval))
+    is_list = isinstance(rotated, list) and len(rotated) >= layers
+    if not is_list or any(entry not in (0, 1) for entry in rotated):
+        raise ValueError(
+            f"{file}: no_rope_layers is {rotated!r}, expected a list of 1 (rotated) and 0 (not "
+            f"rotated) for each of {layers} layers"
+        )
+    return tuple(i for i in range(layers) if rotated[i] == 0)
+
+
+def _rope(file: Path, raw: dict[str, Any], default_theta: float) -> tuple[float, dict[str, Any]]:
     """theta and scaling, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
 
     Exporters write both spellings on purpose: where both are there, their meanings must be equal.
@@ -232,7 +308,7 @@ def _rope(file: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any]]:
         raise ValueError(
             f"{file}: partial_rotary_factor {rotated!r}; only heads rotated whole are supported"
         )
-    theta = _rope_theta(file, raw, new, old)
+    theta = _rope_theta(file, raw, new, old) or default_theta
     meanings = [_scaling(file, raw, spelling) for spelling in (new, old) if spelling]
     if not meanings:
         return theta, {"rope_type": "default"}
@@ -249,7 +325,7 @@ def _rope_theta(
     new: dict[str, Any],  # rope_parameters
     old: dict[str, Any],  # rope_scaling
 ) -> float:
-    """The base of the rotary frequencies, 10000 where none is stated; ValueError for two bases."""
+    """The base of the rotary frequencies, 0 where none is stated; ValueError for two bases."""
     places = {
         "rope_parameters.rope_theta": new.get("rope_theta"),
         "rope_scaling.rope_theta": old.get("rope_theta"),
@@ -258,7 +334,7 @@ def _rope_theta(
     stated = {key: value for key, value in places.items() if value is not None}
     thetas = [_positive_number(file, key, value) for key, value in stated.items()]
     if not thetas:
-        return 10000.0
+        return 0.0
     if any(theta != thetas[0] for theta in thetas):
         statements = ", ".join(f"{key} {value!r}" for key, value in stated.items())
         raise ValueError(f"{file} gives the rotation two bases: {statements}; remove the wrong one")

@@ -125,6 +125,11 @@ def locate(path: Path, config: LlamaConfig) -> Checkpoint:
             f"{first} {shapes[first]}"
         )
         raise _unusable(path, config, reason)
+    if config.window > 0:
+        print(
+            f"weights: {path / 'config.json'} has a sliding window of {config.window:,} tokens: "
+            "rows up to that length are computed as the model does, longer ones are refused"
+        )
     if config.quantised:
         print(
             f"weights: {path / 'config.json'} has a quantization_config ({config.quantised}), but "

@@ -11,7 +11,9 @@ computes them all:
     down       down_proj                   swiglu (T, F)         (D, F)
 
 Our names    embed, norm, head and, for each layer i, i.attn_norm, i.qkv, i.o, i.mlp_norm,
-             i.gate_up, i.down
+             i.gate_up, i.down; in families with biases (model/families.py) also i.qkv_bias, those
+             of q, k and v one after the other ((H + 2G) d,); in families with norms of the q and k
+             heads also i.qk_norm, the weight of q's and then that of k's (2d,)
 On disk      the unfused names of Hugging Face: model.layers.0.self_attn.q_proj.weight, ...
 """
 
@@ -38,6 +40,7 @@ GROUPS = {  # group -> members in the order of the group's matrix
     "down": ("mlp.down_proj",),
 }
 MODULES = tuple(member for members in GROUPS.values() for member in members)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")  # of each q and each k head, where they are
 GROUP_OF = {member: group for group, members in GROUPS.items() for member in members}
 
 
@@ -77,6 +80,16 @@ def group_shapes(config: LlamaConfig) -> dict[str, GroupShape]:
     }
 
 
+def biased_groups(config: LlamaConfig) -> tuple[str, ...]:
+    """The groups whose members have a bias beside their matrix."""
+    return ("qkv",) if config.qkv_bias else ()
+
+
+def bias_name(layer: int | str, group: str) -> str:
+    """Our name of a group's bias: "3.qkv_bias"."""
+    return f"{layer}.{group}_bias"
+
+
 def module_name(layer: int, module: str) -> str:
     """The full name of a layer's module: "model.layers.3.self_attn.q_proj"."""
     return f"model.layers.{layer}.{module}"
@@ -100,6 +113,11 @@ def checkpoint_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
                 for member, outputs in zip(GROUPS[group], shape.outputs, strict=True):
                     module = module_name(layer, member)
                     shapes[f"{module}.weight"] = (outputs, shape.inputs)
+                    if group in biased_groups(config):
+                        shapes[f"{module}.bias"] = (outputs,)
+        if config.qk_norm:
+            for head_norm in HEAD_NORMS:
+                shapes[f"{module_name(layer, head_norm)}.weight"] = (config.head_dim,)
     if not config.tie_embeddings:
         shapes[HEAD] = (V, D)
     return shapes
@@ -117,6 +135,10 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             for group in branch.groups:
                 shape = groups[group]
                 shapes[f"{layer}.{group}"] = (sum(shape.outputs), shape.inputs)
+                if group in biased_groups(config):
+                    shapes[bias_name(layer, group)] = (sum(shape.outputs),)
+        if config.qk_norm:
+            shapes[f"{layer}.qk_norm"] = (len(HEAD_NORMS) * config.head_dim,)
     if not config.tie_embeddings:
         shapes["head"] = (V, D)
     return shapes
@@ -139,11 +161,15 @@ def place_of(name: str, config: LlamaConfig) -> Place:
     """The place of a checkpoint tensor, given its Hugging Face name."""
     if name in OUR_NAMES:
         return Place(OUR_NAMES[name], 0)
-    _, _, layer, module = name.removesuffix(".weight").split(".", 3)  # model, layers, 3, ...
+    stem, _, kind = name.rpartition(".")  # kind: weight or bias
+    _, _, layer, module = stem.split(".", 3)  # model, layers, 3, ...
     for branch in BRANCHES:
         if module == branch.norm_on_disk:
             return Place(f"{layer}.{branch.norm}", 0)
+    if module in HEAD_NORMS:
+        return Place(f"{layer}.qk_norm", HEAD_NORMS.index(module) * config.head_dim)
     group = GROUP_OF[module]
     members_before = GROUPS[group].index(module)
     outputs_before = group_shapes(config)[group].outputs[:members_before]
-    return Place(f"{layer}.{group}", sum(outputs_before))
+    our_name = bias_name(layer, group) if kind == "bias" else f"{layer}.{group}"
+    return Place(our_name, sum(outputs_before))

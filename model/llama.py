@@ -1,10 +1,11 @@
-"""Llama, forward and backward, written out.
+"""Llama, forward and backward, written out; other families add a few facts (model/families.py).
 
     h = embed(tokens)                     (T, D)   residual stream
     in every layer
         y1 = rms_norm(h)                  (T, D)
-        qkv = y1 Wqkv^T                   (T, (H + 2G) d)
-        rope(qkv)                         queries and keys rotated by their positions
+        qkv = y1 Wqkv^T                   (T, (H + 2G) d)   + bias, where the family has one
+        rope(qkv)                         queries and keys rotated by their positions; there may be
+                                          a norm of each head before, or layers without rotation
         o = attention(qkv)                (T, H d)
         a = o Wo^T                        (T, D)
         h_mid = h + a                     (T, D)
@@ -46,7 +47,7 @@ from kernels.select_ops import choose
 from model.config import LlamaConfig
 from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
-from model.layout import GROUPS, place_of
+from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
 from model.rope import cos_sin_table
@@ -87,13 +88,14 @@ class Llama:
         if self.device.type == "cuda":
             sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
+        self.biased_groups = biased_groups(config)
         # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
         # CUDA graph must keep a reference to the table that it reads
         self.cos_sin: Tensor | None = None
         # for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
         self.fused_layers = None
         if self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor):
-            self.fused_layers = self.ops.layers(weights, config.num_layers)
+            self.fused_layers = self.ops.layers(weights, config.num_layers, config.unrotated_layers)
 
     @classmethod
     def from_pretrained(
@@ -279,8 +281,8 @@ class Llama:
         G = self.config.num_kv_heads
 
         # 1. attention
-        qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
-        qkv = ops.rope_(qkv, context.positions, self.cos_sin, H, G)
+        plain_qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
+        qkv = self._rotate(i, plain_qkv, context.positions)  # (T, (H + 2G) d)
         lse = None
         if cache is None:
             o, lse = ops.attention_forward(qkv, context, H, G)  # (T, H d), (T, H)
@@ -303,7 +305,7 @@ class Llama:
             x, s_down = self._linear(i, "down", m, adapters)  # (T, D), (T, R)
 
         if saved is not None:
-            saved.qkv = qkv
+            saved.qkv = plain_qkv if self.config.qk_norm else qkv
             saved.o = o
             saved.lse = lse
             saved.h_mid = h_mid
@@ -312,16 +314,54 @@ class Llama:
             saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up, "down": s_down}
         return x, h_mid
 
+    def _rotate(self, i: int, qkv: Tensor, positions: Tensor) -> Tensor:
+        """qkv (T, (H + 2G) d) with the queries and keys of layer i rotated.
+
+        In place, where TORCH or kernels do it; but where the heads are normalised before it, qkv
+        stays as it is, for the backward.
+        """
+        H = self.config.num_heads
+        G = self.config.num_kv_heads
+        if self.config.qk_norm:
+            qk_norm = self.weights[f"{i}.qk_norm"]  # (2d,)
+            eps = self.config.rms_norm_eps
+            return self.ops.norm_rope_forward(qkv, qk_norm, eps, positions, self.cos_sin, H, G)
+        if i in self.config.unrotated_layers:
+            return qkv
+        return self.ops.rope_(qkv, positions, self.cos_sin, H, G)
+
+    def _rotate_backward(
+        self, i: int, dqkv: Tensor, plain_qkv: Tensor, positions: Tensor
+    ) -> Tensor:
+        """The gradient of the input of `_rotate` from that of its result, dqkv, in place.
+
+        plain_qkv is that input; it is read where the heads are normalised.
+        """
+        H = self.config.num_heads
+        G = self.config.num_kv_heads
+        if self.config.qk_norm:
+            qk_norm = self.weights[f"{i}.qk_norm"]  # (2d,)
+            eps = self.config.rms_norm_eps
+            return self.ops.norm_rope_backward_(
+                dqkv, plain_qkv, qk_norm, eps, positions, self.cos_sin, H, G
+            )
+        if i in self.config.unrotated_layers:
+            return dqkv
+        return self.ops.rope_(dqkv, positions, self.cos_sin, H, G, inverse=True)
+
     def _linear(
         self, i: int, group: str, x: Tensor, adapters: Adapters
     ) -> tuple[Tensor, Tensor | None]:
         """One product of layer i: W x + s B A x (T, N) of x (T, K), and A x (T, R) of its adapter.
 
-        Without an adapter it is W x, and None.
+        Without an adapter it is W x, and None. Where the group has a bias, that is added.
         """
         weight = self.weights[f"{i}.{group}"]  # (N, K)
         adapter = adapters[group]
-        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout)
+        bias = None
+        if group in self.biased_groups:
+            bias = self.weights[bias_name(i, group)]  # (N,)
+        return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout, bias)
 
     def _grow_rope_table(self, context: Packed | Cached) -> None:
         """Make `cos_sin` long enough for this forward; built once and doubled when outgrown."""
@@ -404,9 +444,13 @@ class Llama:
         do = self._linear_backward(i, "o", dh, saved.o, saved, need_dx)  # (T, H d)
         if not need_dx:
             return None
+        qkv = saved.qkv  # (T, (H + 2G) d)
+        if self.config.qk_norm:  # the plain ones were kept
+            qkv = self._rotate(i, qkv, packed.positions)
         # (T, (H + 2G) d)
-        dqkv = ops.attention_backward(do, saved.qkv, saved.o, saved.lse, packed, H, G)
-        dqkv = ops.rope_(dqkv, packed.positions, self.cos_sin, H, G, inverse=True)
+        dqkv = ops.attention_backward(do, qkv, saved.o, saved.lse, packed, H, G)
+        del qkv  # free memory before the next product
+        dqkv = self._rotate_backward(i, dqkv, saved.qkv, packed.positions)
         need_dx = stop_at != "qkv"
         dy = self._linear_backward(i, "qkv", dqkv, y1, saved, need_dx)  # (T, D) of y1
         if not need_dx:

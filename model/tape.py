@@ -47,7 +47,9 @@ class Saved:
     adapters: Adapters  # of this layer
     h: Tensor | None = None  # (T, D) residual stream at the layer's entry
     rstd1: Tensor | None = None  # (T,) 1 / root mean square of h
-    qkv: Tensor | None = None  # (T, (H + 2G) d) queries and keys rotated
+    # (T, (H + 2G) d) queries and keys rotated; where their heads are normalised first, as they
+    # were before: the backward needs those, and computes the others again from them
+    qkv: Tensor | None = None
     o: Tensor | None = None  # (T, H d) output of attention
     lse: Tensor | None = None  # (T, H) log-sum-exp of each query's scores
     h_mid: Tensor | None = None  # (T, D) residual stream after attention

@@ -95,6 +95,18 @@ _SWIGLU = (
     (1, 512, 4),
 )
 
+_HEADS = (
+    (1, 16, 2),
+    (4, 4, 2),
+    (2, 8, 2),
+    (1, 8, 2),
+    (2, 8, 4),
+    (4, 4, 4),
+    (1, 16, 4),
+    (1, 4, 1),
+    (4, 8, 4),
+)
+
 # By kernel and, after a space, the beginning of a shape class.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     # elementwise and by rows: bandwidth
@@ -138,6 +150,8 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         (8, 8, 8),
         (16, 4, 4),
     ),
+    "norm_rope_forward_kernel": configs("BT BH w", *_HEADS),
+    "norm_rope_backward_kernel": configs("BT BH w", *_HEADS),
     "swiglu_forward_kernel": configs("BT BF w", *_SWIGLU),
     "swiglu_backward_kernel": configs("BT BF w", *_SWIGLU),
     "adamw_kernel": configs(
@@ -338,6 +352,7 @@ WORTH = (
     "rms_norm",
     "swiglu",
     "rope",
+    "norm_rope",
     "cached_decode",
     "lora_down",
     "lora_up",

@@ -16,9 +16,11 @@ import numpy as np
 
 from engine.jobs.gguf_reader import dequantised, need
 from model.config import LlamaConfig
+from model.families import FAMILIES
 from model.rope import inverse_frequencies
 
-# The keys under `llama.` that this importer understands; any other could change the result
+# The keys under the architecture's name that this importer understands; any other could change the
+# result
 KNOWN_KEYS = {
     "block_count",
     "context_length",
@@ -37,50 +39,66 @@ KNOWN_KEYS = {
     "rope.scaling.original_context_length",
     "tensor_data_layout",
 }
+# what a config.json of each architecture states beside the common keys. llama.cpp computes no
+# sliding window for these, and rotates all layers of a SmolLM3 but every fourth: no key says so
+OWN_KEYS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"attention_bias": False, "use_sliding_window": False},
+    "smollm3": {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "no_rope_layer_interval": 4,
+    },
+}
 
 
-def llama_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
+def model_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) -> dict[str, Any]:
     """config.json of the model, from the metadata and the names of the tensors.
 
-    ValueError for a key that is missing or unknown, and for a shape that no Llama has.
+    ValueError for a key that is missing or unknown, and for a shape that no such model has.
     """
-    llama = {}  # the values under `llama.`
+    architecture = meta["general.architecture"]
+    stated = {}  # the values under `llama.`
     for key, value in meta.items():
-        if key.startswith("llama."):
-            llama[key.removeprefix("llama.")] = value
-    unknown = sorted(set(llama) - KNOWN_KEYS)
+        if key.startswith(f"{architecture}."):
+            stated[key.removeprefix(f"{architecture}.")] = value
+    unknown = sorted(set(stated) - KNOWN_KEYS)
     if unknown:
-        raise ValueError(f"{source}: llama.{unknown[0]} = {llama[unknown[0]]} is not supported")
+        key = unknown[0]
+        raise ValueError(f"{source}: {architecture}.{key} = {stated[key]} is not supported")
 
-    def of_llama(key: str) -> Any:
-        return need(meta, f"llama.{key}", source)
+    def of_model(key: str) -> Any:
+        return need(meta, f"{architecture}.{key}", source)
 
-    hidden = of_llama("embedding_length")
-    heads = of_llama("attention.head_count")
-    kv_heads = llama.get("attention.head_count_kv", heads)
+    hidden = of_model("embedding_length")
+    heads = of_model("attention.head_count")
+    kv_heads = stated.get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ValueError(f"{source}: head counts differ from layer to layer; not supported")
-    head_dim = llama.get("attention.key_length", hidden // heads)
+    head_dim = stated.get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if llama.get(key, head_dim) != head_dim:
-            raise ValueError(f"{source}: llama.{key} = {llama[key]}, not the head size {head_dim}")
+        if stated.get(key, head_dim) != head_dim:
+            raise ValueError(
+                f"{source}: {architecture}.{key} = {stated[key]}, not the head size {head_dim}"
+            )
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[architecture].architecture],
+        "model_type": architecture,
         "hidden_size": hidden,
-        "intermediate_size": of_llama("feed_forward_length"),
-        "num_hidden_layers": of_llama("block_count"),
+        "intermediate_size": of_model("feed_forward_length"),
+        "num_hidden_layers": of_model("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": len(need(meta, "tokenizer.ggml.tokens", source)),
-        "max_position_embeddings": of_llama("context_length"),
-        "rms_norm_eps": _shortest(of_llama("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(llama.get("rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(llama, tensors, source),
+        "max_position_embeddings": of_model("context_length"),
+        "rms_norm_eps": _shortest(of_model("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(stated.get("rope.freq_base", 10000.0)),
+        "rope_scaling": _rope_scaling(architecture, stated, tensors, source),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **OWN_KEYS[architecture],
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": "float32",
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
@@ -94,14 +112,14 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-    llama: dict[str, Any], tensors: dict[str, Any], source: Path
+    architecture: str, stated: dict[str, Any], tensors: dict[str, Any], source: Path
 ) -> dict[str, Any] | None:
     """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
-    kind = llama.get("rope.scaling.type", "none")
+    kind = stated.get("rope.scaling.type", "none")
     divisors = tensors.get("rope_freqs.weight")
     if kind == "none" and divisors is None:
         return None
-    if kind == "none":
+    if kind == "none" and architecture == "llama":
         # the largest divisor is the factor itself, that of the slowest frequencies
         factor = dequantised(divisors, slice(None)).max()
         # the other numbers are the same in every Llama 3 release; check_rope_divisors shows whether
@@ -114,11 +132,11 @@ def _rope_scaling(
             "original_max_position_embeddings": 8192,
         }
     if kind == "linear" and divisors is None:
-        return {"rope_type": "linear", "factor": _shortest(llama.get("rope.scaling.factor", 0))}
+        return {"rope_type": "linear", "factor": _shortest(stated.get("rope.scaling.factor", 0))}
     beside = "without" if divisors is None else "with"
     raise ValueError(
-        f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight; only Llama 3's "
-        "(rope_freqs.weight alone), 'linear' and 'none' are supported"
+        f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight in a {architecture}; only "
+        "'none', 'linear' and, in a llama, Llama 3's (rope_freqs.weight alone) are supported"
     )
 
 

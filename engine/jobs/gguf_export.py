@@ -5,7 +5,8 @@
     export_adapter    the matrices A and B alone, which llama.cpp adds to the GGUF of the base
                       (llama-server --lora FILE)
 
-Names and the order of the rows of q and k are those that gguf_weights.py reads. A GGUF has one
+Names and the order of the rows of q and k are those that gguf_weights.py reads. Which architecture
+of llama.cpp a model is (llama, qwen2, qwen3, smollm3) follows from what it computes. A GGUF has one
 alpha for all modules, and llama.cpp computes alpha / r with the rank r of each matrix. Where the
 scale of a module differs from that (`alpha_pattern`), B is multiplied by the quotient.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from engine.jobs.gguf_vocabulary import vocabulary
-from engine.jobs.gguf_weights import gguf_name, pairs_of_heads
+from engine.jobs.gguf_weights import gguf_name, pairs_of_heads, permuted_heads
 from engine.jobs.gguf_writer import FILE_TYPES, Tensor, write_gguf
 from model.config import LlamaConfig
 from model.hf_checkpoint import Checkpoint, check_finite, locate
@@ -36,6 +37,7 @@ from model.rope import inverse_frequencies
 from model.trained_chat import TrainedChat
 
 ROPE_DIVISORS = "rope_freqs.weight"
+UNROTATED_INTERVAL = 4  # llama.cpp leaves every fourth layer of a SmolLM3 unrotated; no key says so
 
 
 def export_model(
@@ -46,7 +48,7 @@ def export_model(
     kind: F32, F16, BF16 or Q8_0. tokenizer_dir: where the tokenizer, its chat template and the end
     tokens are read, if not in the model's directory. The sum W + s B A is made in fp32 and rounded
     once. Returns the number format of every tensor. ValueError where llama.cpp has no form of the
-    tokenizer, the adapter does not fit, or a number is not finite.
+    model or of its tokenizer, the adapter does not fit, or a number is not finite.
     """
     stated = LlamaConfig.from_dir(model_dir)
     checkpoint = locate(model_dir, stated)
@@ -62,7 +64,8 @@ def export_model(
         **config_metadata(config),
         **vocabulary(tokenizer_dir or model_dir, config.vocab_size),
     }
-    return write_gguf(out, metadata, _model_tensors(checkpoint, lora, model_dir), kind)
+    tensors = _model_tensors(checkpoint, lora, model_dir)
+    return write_gguf(out, architecture_of(config), metadata, tensors, kind)
 
 
 # the files of a directory from which its tokenizer, chat template and end tokens are read
@@ -93,8 +96,40 @@ def with_trained_chat(model_dir: Path, trained: TrainedChat | None, folder: Path
     return folder
 
 
+def architecture_of(config: LlamaConfig) -> str:
+    """llama.cpp's name for what a model of this `config` computes.
+
+    ValueError where llama.cpp computes it under no name.
+    """
+    if config.qk_norm:
+        architecture = "qwen3"
+    elif config.qkv_bias:
+        architecture = "qwen2"
+    elif config.unrotated_layers:
+        architecture = "smollm3"
+    else:
+        architecture = "llama"
+    computed = tuple(range(UNROTATED_INTERVAL - 1, config.num_layers, UNROTATED_INTERVAL))
+    if architecture == "smollm3" and config.unrotated_layers != computed:
+        raise ValueError(
+            f"the layers {list(config.unrotated_layers)} are not rotated; llama.cpp computes a "
+            f"SmolLM3 with every fourth layer unrotated, {list(computed)}, and no other"
+        )
+    if config.rope_scaling["rope_type"] == "llama3" and architecture != "llama":
+        raise ValueError(
+            f"rope type 'llama3' in a {architecture}; llama.cpp computes that scaling for a Llama "
+            "only"
+        )
+    return architecture
+
+
 def config_metadata(config: LlamaConfig) -> dict[str, Any]:
-    """The keys `llama.*` of a model."""
+    """The keys of a model under its architecture's name (`llama.*`).
+
+    The context is that of the sliding window, where there is one: llama.cpp has no window for these
+    architectures, and within it there is no difference.
+    """
+    architecture = architecture_of(config)
     scaling = config.rope_scaling
     stated = {
         "vocab_size": config.vocab_size,
@@ -113,13 +148,13 @@ def config_metadata(config: LlamaConfig) -> dict[str, Any]:
     if scaling["rope_type"] == "linear":
         stated["rope.scaling.type"] = "linear"
         stated["rope.scaling.factor"] = float(scaling["factor"])
-    return {f"llama.{key}": value for key, value in stated.items()}
+    return {f"{architecture}.{key}": value for key, value in stated.items()}
 
 
 def _model_tensors(checkpoint: Checkpoint, lora: Lora | None, model_dir: Path) -> Iterator[Tensor]:
     """Every tensor of the file, in the order of the layers."""
     config = checkpoint.config
-    heads = permuted_heads(config)
+    heads = permuted_heads(architecture_of(config), config)
 
     def of(name: str) -> Callable[[], np.ndarray]:
         def values() -> np.ndarray:
@@ -148,11 +183,6 @@ def rope_divisors(config: LlamaConfig) -> np.ndarray:
     return (plain / inverse_frequencies(config)).float().numpy()
 
 
-def permuted_heads(config: LlamaConfig) -> dict[str, int]:
-    """The modules whose rows a GGUF orders otherwise, and the number of their heads."""
-    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-
-
 def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A whole tensor in the dtype in which it is stored; a tied head is the embedding."""
     stored = name if name in checkpoint.files else EMBEDDING
@@ -179,12 +209,13 @@ def export_adapter(lora: Lora, config: LlamaConfig, out: Path, kind: str) -> dic
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    return write_gguf(out, metadata, _adapter_tensors(lora, config, alpha), kind)
+    tensors = _adapter_tensors(lora, config, alpha)
+    return write_gguf(out, architecture_of(config), metadata, tensors, kind)
 
 
 def _adapter_tensors(lora: Lora, config: LlamaConfig, alpha: float) -> Iterator[Tensor]:
     """lora_a (r, K) and lora_b (N, r) of every adapted module, at the module's own rank."""
-    heads = permuted_heads(config)
+    heads = permuted_heads(architecture_of(config), config)
 
     def numbers(matrix: torch.Tensor) -> np.ndarray:
         return matrix.detach().cpu().float().numpy()

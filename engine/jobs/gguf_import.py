@@ -1,10 +1,11 @@
 """Import of a llama.cpp GGUF file as a Hugging Face directory.
 
-The Llama in a GGUF becomes the files that every other tool reads: `model.safetensors` in fp32 with
-Hugging Face names, `config.json`, `tokenizer.json` or `tokenizer.model`, `tokenizer_config.json`
-with the chat template, `generation_config.json`. A model in several parts is named by any of them.
-Tensors are dequantised and written some rows at a time, so memory does not grow with the model.
-`gguf_import.json` records the source's hash and is written last: a directory with it is complete.
+The Llama, Mistral, Qwen or SmolLM3 in a GGUF becomes the files that every other tool reads:
+`model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json` or
+`tokenizer.model`, `tokenizer_config.json` with the chat template, `generation_config.json`. A model
+in several parts is named by any of them. Tensors are dequantised and written some rows at a time,
+so memory does not grow with the model. `gguf_import.json` records the source's hash and is written
+last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
@@ -19,10 +20,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-from engine.jobs.gguf_config import check_rope_divisors, llama_config, write_stated
+from engine.jobs.gguf_config import check_rope_divisors, model_config, write_stated
 from engine.jobs.gguf_reader import parts_of, read_gguf
 from engine.jobs.gguf_tokenizer import vocabulary_file, write_token_settings
-from engine.jobs.gguf_weights import write_weights
+from engine.jobs.gguf_weights import permuted_heads, write_weights
 from model.config import LlamaConfig
 from model.durable import directory_beside
 from model.file_checks import check_file
@@ -57,9 +58,9 @@ def import_gguf(source: Path, out: Path) -> bool:
     Returns True when it was written and False when `out` already holds the complete import of a
     file with the same hash. The directory is written beside `out` and renamed.
 
-    ValueError for a file that is not a plain Llama with a byte-level BPE or sentencepiece
-    vocabulary, and for an `out` that holds anything else; ImportError when `gguf` or `tokenizers`
-    is missing.
+    ValueError for a file that is not one of the ARCHITECTURES of gguf_reader.py with a byte-level
+    BPE or sentencepiece vocabulary, and for an `out` that holds anything else; ImportError when
+    `gguf` or `tokenizers` is missing.
     """
     out = out.resolve()
     check_file(source)
@@ -71,13 +72,14 @@ def import_gguf(source: Path, out: Path) -> bool:
         return False
     meta, tensors = read_gguf(source)
     vocabulary = vocabulary_file(meta, source)
-    settings = llama_config(meta, tensors, source)
+    settings = model_config(meta, tensors, source)
     try:
         with directory_beside(out) as beside:
             write_stated(beside / "config.json", settings)
             config = LlamaConfig.from_dir(beside)
             check_rope_divisors(config, tensors, source)
-            write_weights(beside / "model.safetensors", config, tensors, source)
+            heads = permuted_heads(meta["general.architecture"], config)
+            write_weights(beside / "model.safetensors", config, tensors, source, heads)
             (beside / vocabulary.name).write_bytes(vocabulary.content)
             write_token_settings(beside, meta, config.max_position)
             if vocabulary.name == "tokenizer.model":

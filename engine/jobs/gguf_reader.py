@@ -38,6 +38,9 @@ LONGEST_KEY = 1 << 16  # bytes
 # the name of one file of a model in several
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
+# values of general.architecture, which are model_types of config.json too (model/families.py)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
+
 
 def optional(package: str) -> Any:
     """Import `gguf` or `tokenizers`; ImportError says how to install it."""
@@ -74,13 +77,16 @@ def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata values by key, and the memory-mapped tensors of the package `gguf` by name.
 
     Of a model in several parts the metadata are those of the first part. ValueError for a damaged
-    or missing file, and for a model that is no Llama.
+    or missing file, and for a model of another architecture.
     """
     parts = parts_of(source)
     meta, tensors = _read_file(parts[0])
     architecture = meta.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{source}: architecture {architecture!r}; only 'llama' can be imported")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: architecture {architecture!r}; only {', '.join(ARCHITECTURES)} can be "
+            "imported (Mistral is stored as llama)"
+        )
     _check_part(parts[0], meta, 0, len(parts))
     for number, part in enumerate(parts[1:], start=1):
         of_part, further = _read_file(part)

@@ -36,12 +36,14 @@ LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
+# Qwen2 cuts as Llama 3, but every digit by itself; the text is normalised to NFC before
+QWEN2_PIECES = LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # The values of tokenizer.ggml.pre that are known here; a vocabulary is exported under the first
 # that cuts text as its tokenizer.json does
 GPT2 = "gpt-2"
-PRE_TOKENIZERS = ("smollm", *LLAMA3_NAMES, EARLY_LLAMA3, GPT2)
+QWEN2 = "qwen2"
+PRE_TOKENIZERS = ("smollm", QWEN2, *LLAMA3_NAMES, EARLY_LLAMA3, GPT2)
 
 
 class VocabularyFile(NamedTuple):
@@ -116,6 +118,9 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     # Llama 3 takes a whole word that is in the vocabulary, even where merges give other tokens
     bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
     tokenizer = tk.Tokenizer(bpe)
+    normalizer = make_normalizer(tk, pre)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = tk.decoders.ByteLevel()
 
@@ -145,9 +150,15 @@ def make_pre_tokenizer(tk: Any, pre: str) -> Any:
         digits = cut.Digits(individual_digits=True)
         byte_level = cut.ByteLevel(add_prefix_space=False)
         return cut.Sequence([digits, byte_level])
-    pieces = cut.Split(tk.Regex(LLAMA3_PIECES), behavior="isolated")
+    pattern = QWEN2_PIECES if pre == QWEN2 else LLAMA3_PIECES
+    pieces = cut.Split(tk.Regex(pattern), behavior="isolated")
     byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
     return cut.Sequence([pieces, byte_level])
+
+
+def make_normalizer(tk: Any, pre: str) -> Any:
+    """The `tokenizers` object that is applied to a text before it is cut; None for none."""
+    return tk.normalizers.NFC() if pre == QWEN2 else None
 
 
 def _check_pre(pre: str | None, source: Path) -> None:

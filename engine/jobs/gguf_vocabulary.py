@@ -7,7 +7,8 @@
     tokenizer.model                      model "llama": its own pieces, scores and types
 
 llama.cpp puts a space before the text after every special token of a sentencepiece vocabulary.
-Where the checkpoint does not (`legacy` false, as in Llama 2's own files), chats differ by that.
+Where the checkpoint does not (`legacy` false, as in Llama 2's own files), chats differ by that. It
+does not normalise text to NFC, which the tokenizers of Qwen2 and Qwen3 do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.jobs.gguf_tokenizer import (
     LLAMA3_NAMES,
     PRE_TOKENIZERS,
     SENTENCEPIECE,
+    make_normalizer,
     make_pre_tokenizer,
 )
 from engine.jobs.sentencepiece_file import (
@@ -178,25 +180,33 @@ def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
 def _pre_name(file: Path, document: dict[str, Any]) -> str:
     """llama.cpp's name for the way in which a byte-level tokenizer.json cuts text before BPE."""
     tk = optional("tokenizers")
-    normalizer = document.get("normalizer")
-    found = _plain(document.get("pre_tokenizer"))
+    found = _steps(document)
     ignores_merges = bool(document["model"].get("ignore_merges"))
     for name in PRE_TOKENIZERS:
-        same_cut = found == _plain(_document_of(tk, make_pre_tokenizer(tk, name)))
-        if normalizer is None and same_cut and ignores_merges == (name in LLAMA3_NAMES):
+        same_cut = found == _steps(_document_of(tk, name))
+        if same_cut and ignores_merges == (name in LLAMA3_NAMES):
             return name
     raise ValueError(
-        f"{file} cuts text in a way that has no name here (normalizer {normalizer}, pre-tokenizer "
-        f"{json.dumps(document.get('pre_tokenizer'))[:200]}); those of SmolLM2, Llama 3 and GPT-2 "
-        "can be exported"
+        f"{file} cuts text in a way that has no name here (normalizer "
+        f"{document.get('normalizer')}, pre-tokenizer "
+        f"{json.dumps(document.get('pre_tokenizer'))[:200]}); those of SmolLM2, Llama 3, SmolLM3, "
+        "Qwen2, Qwen3 and GPT-2 can be exported"
     )
 
 
-def _document_of(tk: Any, pre_tokenizer: Any) -> dict[str, Any]:
-    """A pre-tokenizer as tokenizer.json spells it."""
+def _document_of(tk: Any, name: str) -> dict[str, Any]:
+    """The tokenizer.json of a vocabulary that cuts text as llama.cpp's `name` says."""
     tokenizer = tk.Tokenizer(tk.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    return json.loads(tokenizer.to_str())["pre_tokenizer"]
+    normalizer = make_normalizer(tk, name)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = make_pre_tokenizer(tk, name)
+    return json.loads(tokenizer.to_str())
+
+
+def _steps(document: dict[str, Any]) -> tuple[Any, Any]:
+    """What a tokenizer.json does to a text before BPE: normalisation and cuts."""
+    return document.get("normalizer"), _plain(document.get("pre_tokenizer"))
 
 
 def _plain(step: Any) -> Any:

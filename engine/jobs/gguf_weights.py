@@ -2,7 +2,7 @@
 
 RoPE rotates pairs of rows of q and k. In a GGUF the rows of a pair are neighbours, (2i, 2i + 1) of
 their head; in Hugging Face's layout they are (i, i + d/2), d the head size. So the rows of every
-head go from (d/2, 2) to (2, d/2).
+head go from (d/2, 2) to (2, d/2). In a GGUF of a Qwen they stand in Hugging Face's order already.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -41,12 +43,23 @@ LAYER_NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    stem = name.removesuffix(".weight")
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight; a bias likewise"""
+    stem, _, kind = name.rpartition(".")  # kind: weight or bias
     if stem in OUTER_NAMES:
-        return f"{OUTER_NAMES[stem]}.weight"
+        return f"{OUTER_NAMES[stem]}.{kind}"
     layer, _, module = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{LAYER_NAMES[module]}.weight"
+    return f"blk.{layer}.{LAYER_NAMES[module]}.{kind}"
+
+
+# the architectures whose rows of q and k llama.cpp's converter reorders
+ROWS_IN_PAIRS = ("llama", "smollm3")
+
+
+def permuted_heads(architecture: str, config: LlamaConfig) -> dict[str, int]:
+    """The modules whose rows a GGUF of that architecture orders otherwise, and their heads."""
+    if architecture not in ROWS_IN_PAIRS:
+        return {}
+    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
 
 
 def halves_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -63,7 +76,13 @@ def pairs_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs).reshape(rows.shape)
 
 
-def write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], source: Path) -> None:
+def write_weights(
+    path: Path,
+    config: LlamaConfig,
+    tensors: dict[str, Any],
+    source: Path,
+    heads: dict[str, int],  # of q and k where their rows are reordered: permuted_heads
+) -> None:
     """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values.
 
     ValueError where tensors are missing, unknown, or of another shape than `config` states.
@@ -81,13 +100,12 @@ def write_weights(path: Path, config: LlamaConfig, tensors: dict[str, Any], sour
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start on a multiple of 8
 
-    permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, hf_name in hf_names.items():
             module = hf_name.split(".")[-2]  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-            for block in _blocks(tensors[name], permuted_heads.get(module)):
+            for block in _blocks(tensors[name], heads.get(module)):
                 file.write(block.astype("<f4", copy=False).data)
 
 
@@ -102,8 +120,8 @@ def _check_tensors(
     unexpected = sorted(set(tensors) - set(hf_names) - {"rope_freqs.weight"})
     if missing or unexpected:
         raise ValueError(
-            f"{source}: not a plain Llama: missing tensors {missing[:4]}, unexpected "
-            f"{unexpected[:4]} (biases and mixtures of experts are not supported)"
+            f"{source}: not a plain model: missing tensors {missing[:4]}, unexpected "
+            f"{unexpected[:4]} (further biases and mixtures of experts are not supported)"
         )
     for name, hf_name in hf_names.items():
         shape = tuple(int(n) for n in reversed(tensors[name].shape))  # GGUF: fastest first

@@ -38,13 +38,13 @@ class Tensor:
 
 
 def write_gguf(
-    out: Path, metadata: Mapping[str, Any], tensors: Iterable[Tensor], kind: str
+    out: Path, architecture: str, metadata: Mapping[str, Any], tensors: Iterable[Tensor], kind: str
 ) -> dict[str, str]:
     """Write the file `out`, beside its name first; one tensor is in memory at a time.
 
-    kind: the number format of the matrices, a key of FILE_TYPES. A value of the metadata that is
-    None is left out. Returns the format of every tensor by its name. ValueError where `out` exists,
-    and for a number that is not finite in its format.
+    architecture: llama.cpp's name of the model. kind: the number format of the matrices, a key of
+    FILE_TYPES. A value of the metadata that is None is left out. Returns the format of every tensor
+    by its name. ValueError where `out` exists, and for a number that is not finite in its format.
     """
     gguf = optional("gguf")
     if out.exists():
@@ -52,7 +52,7 @@ def write_gguf(
     tensors = list(tensors)
     formats = {tensor.name: format_of(tensor.shape, kind) for tensor in tensors}
     with file_beside(out) as beside:
-        writer = gguf.GGUFWriter(beside, "llama")
+        writer = gguf.GGUFWriter(beside, architecture)
         try:
             for key, value in metadata.items():
                 if value is not None:

@@ -58,6 +58,7 @@ STEP_OPERATIONS = (
     "rms_norm_forward",
     "add_rms_norm_forward",
     "rope_",
+    "norm_rope_forward",
     "swiglu_forward",
     "lora_linear_forward",
     "linear",

@@ -43,6 +43,7 @@ LIBRARIES = {"cpu": 250 << 20, "cuda": 0}
 CPU_MICRO_TOKENS = 1024
 GPU_MICRO_TOKENS = (16384, 8192, 4096, 2048, 1024)
 GPU_SHARE = 0.9  # of a GPU's memory to plan for; the driver and gaps take the rest
+NORM_TEMPORARIES = 4  # of the size of q and k, in torch's form of kernels/norm_rope.py
 SLACK = 1.05  # an allocator's loss to the gaps between tensors of changing sizes
 
 
@@ -159,6 +160,13 @@ def _layer_work(
     block = min(size.longest, PACKED_BLOCK[device])
     scores = 3 * config.num_heads * block * size.longest * max(4, itemsize)
     attention = one_column * (6 * D + heads_width + qkv_width) + scores
+    if config.qk_norm:
+        # q and k are rotated again from the plain ones; torch's form of their norm has temporaries,
+        # when the scores are gone
+        attention += one_column * qkv_width
+        if device == "cpu":
+            normed = size.tokens * (qkv_width - config.qkv_sizes[2]) * max(4, itemsize)
+            attention += max(0, NORM_TEMPORARIES * normed - scores)
 
     recomputed_width = {
         "none": 0,

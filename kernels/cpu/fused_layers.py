@@ -28,10 +28,18 @@ Sizes = c_long * 12  # T, B, P, H, G, d, page size, pages, D, F, L, n: native/la
 class FusedLayers:
     """The packed weights of a model, as a table of addresses for the C function."""
 
-    def __init__(self, weights: Mapping[str, Tensor | Panels], layers: int) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor | Panels],
+        layers: int,
+        unrotated_layers: tuple[int, ...] = (),  # those whose q and k are not rotated
+    ) -> None:
         self.weights = weights  # kept, for the table points into their memory
-        addresses = [_layer_addresses(weights, layer) for layer in range(layers)]
-        self.addresses = torch.tensor(addresses, dtype=torch.int64)  # (L, 10)
+        table = []
+        for layer in range(layers):
+            is_rotated = layer not in unrotated_layers
+            table.append([*_layer_addresses(weights, layer), int(is_rotated)])
+        self.addresses = torch.tensor(table, dtype=torch.int64)  # (L, 13)
         self.F = weights["0.down"].shape[1]
         self.workspace = torch.empty(0)  # fp32; kept between calls, grown when too small
 
@@ -101,7 +109,8 @@ class FusedLayers:
 
 def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list[int]:
     """A layer's weights by address, in the order that they are used; then each matrix's bytes per
-    number, by which its packed form is read."""
+    number, by which its packed form is read; then, by address or 0 for none, the bias of q, k and v
+    and the norms of the q and k heads."""
     attn_norm = weights[f"{layer}.attn_norm"]
     qkv = weights[f"{layer}.qkv"]
     o = weights[f"{layer}.o"]
@@ -117,7 +126,11 @@ def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list
         down.pointer,
     ]
     bytes_per_number = [qkv.bytes, o.bytes, gate_up.bytes, down.bytes]
-    return addresses + bytes_per_number
+    bias = weights.get(f"{layer}.qkv_bias")  # (N,)
+    bias_address = 0 if bias is None else at(bias)
+    qk_norm = weights.get(f"{layer}.qk_norm")  # (2d,)
+    qk_norm_address = 0 if qk_norm is None else at(qk_norm)
+    return [*addresses, *bytes_per_number, bias_address, qk_norm_address]
 
 
 def _check_indices(logits_indices: Tensor, T: int) -> None:

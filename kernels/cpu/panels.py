@@ -1,13 +1,13 @@
 """A weight packed for products on a CPU in C: panels of rows, in as few bytes as hold it exactly
 
-    y = x W^T      every y a sum of chains of 128 fused multiply-adds, in fp32 (native/linear.c)
+    y = x W^T + b  every y a sum of chains of 128 fused multiply-adds, in fp32 (native/linear.c)
 
 The product is batch-invariant: row i of it is the same bits for any number of rows and threads. It
 multiplies the weight's fp32 numbers; where their low bits are all 0, these are not stored. A number
 takes two bytes for a checkpoint in bf16 (as nearly all are), three for one in fp16 or with most
 4-bit quantised weights, four for one in fp32 or with an adapter merged into it.
 
-shapes     x (T, K)    weight (N, K)    y (T, N), fp32
+shapes     x (T, K)    weight (N, K)    bias (N,), or none    y (T, N), fp32
 traffic    T K + T N elements and W once per 528 tokens (264 with AVX2)
 """
 
@@ -88,12 +88,17 @@ class Panels:
         """The weight (N, K), bit for bit: packing only moves numbers."""
         return self[torch.arange(self.shape[0])]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (T, K) times the weight transposed: (T, N), fp32."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (T, K) times the weight transposed, plus bias (N,): (T, N), fp32."""
         N, K = self.shape
         assert x.dim() == 2 and x.shape[1] == K, f"x {tuple(x.shape)} does not fit {N} x {K}"
         x = x.contiguous()
         T = x.shape[0]
         y = torch.empty(T, N)
-        self._product(native.at(x), self.pointer, y.data_ptr(), self.bytes, T, K, N)
+        bias_pointer = None  # a null pointer: no bias
+        if bias is not None:
+            assert bias.shape == (N,), f"bias {tuple(bias.shape)} of {N} outputs"
+            bias_pointer = native.at(bias)
+        pointers = (native.at(x), self.pointer, bias_pointer, y.data_ptr())
+        self._product(*pointers, self.bytes, T, K, N)
         return y

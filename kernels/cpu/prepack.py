@@ -89,8 +89,14 @@ class Prepacked:
         """The weight (N, K), bit for bit: packing only moves numbers."""
         return self.packed.to_dense()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (T, K) times the weight transposed: (T, N), fp32."""
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (T, K) times the weight transposed, plus bias (N,): (T, N), fp32."""
+        y = self._any_rows(x)
+        # not by oneDNN, whose product was measured batch-invariant without a bias
+        return y if bias is None else y.add_(bias)
+
+    def _any_rows(self, x: Tensor) -> Tensor:
+        """The product of any number of rows: fewer than `min_rows` are padded to it."""
         rows = x.shape[0]
         if rows >= self.min_rows:
             return self._product(x.contiguous())
@@ -113,11 +119,11 @@ def prepack(weight: Tensor, panels: bool = False) -> Tensor | PackedWeight:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """x (T, K) times weight (N, K) transposed: (T, N)."""
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (T, K) times weight (N, K) transposed, plus bias (N,): (T, N)."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    return weight(x)
+        return F.linear(x, weight, bias)
+    return weight(x, bias)
 
 
 def linear_native(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:

@@ -1,12 +1,16 @@
 """Linear layer with low-rank adapters, for a group of matrices that share their input
 
+A frozen bias may be added: Qwen2's q, k and v have one. The backward does not depend on it.
+
     S   = x^ A^T                      x^ = dropout(x); A (R, K): the members' A, one below the other
-    y_i = x W_i^T + s S_i B_i^T       for every member i of the group (q, k, v; o; gate, up; down)
+    y_i = x W_i^T + s S_i B_i^T (+ bias_i)
+                                      for every member i of the group (q, k, v; o; gate, up; down)
 
 backward   dS_i = s dy_i B_i          dB_i += s dy_i^T S_i         dA += dS^T x^
            dx   = dy W + mask * (dS A)
-           W is frozen: no gradient. dx is skipped where nothing below needs it.
+           W and the bias are frozen: no gradient. dx is skipped where nothing below needs it.
 shapes     x, dx (T, K)    weight (N, K): the members' weights, one below the other    y, dy (T, N)
+           bias (N,): the members' biases, one after the other
            S, dS (T, R), R = rank * adapted members    B_i (N_i, rank)
 precision  products accumulate in at least fp32; dA and dB are added to fp32 buffers
 traffic    T K + N K + T N elements and T R for S, forward; the backward reads dy, x, W and S again
@@ -68,11 +72,12 @@ def _make_inputs(shape: tuple[int, ...], g: torch.Generator) -> dict:
     weight = normal(N, K) / K**0.5
     x = normal(T, K)
     dy = normal(T, N)
-    return {"x": x, "w": weight, "dy": dy, "group": group, "drop": dropout}
+    bias = normal(N)
+    return {"x": x, "w": weight, "dy": dy, "group": group, "drop": dropout, "bias": bias}
 
 
 def _run(ops, i: dict) -> dict[str, Tensor]:
-    """Without adapters, with them, and with dropout; gradients on top of ones."""
+    """Without adapters, with them, and with dropout; gradients on top of ones. y with a bias."""
     x = i["x"]
     dy = i["dy"]
     weight = i["w"]
@@ -80,13 +85,16 @@ def _run(ops, i: dict) -> dict[str, Tensor]:
     y, _ = ops.lora_linear_forward(x, weight)
     dx = ops.lora_linear_backward(dy, x, weight)
     outputs = {"y_plain": y, "dx_plain": dx}
+    outputs["y_plain_bias"], _ = ops.lora_linear_forward(x, weight, bias=i["bias"])
     for suffix, dropout in (("", None), ("_drop", i["drop"])):
         y, s = ops.lora_linear_forward(x, weight, group, dropout)
+        biased, _ = ops.lora_linear_forward(x, weight, group, dropout, i["bias"])
         for grad in (group.da, *group.db):
             if grad is not None:
                 grad.fill_(1.0)  # gradients are added to what the buffer holds
         dx = ops.lora_linear_backward(dy, x, weight, s, group, dropout=dropout)
         outputs[f"y{suffix}"] = y
+        outputs[f"y_bias{suffix}"] = biased
         outputs[f"s{suffix}"] = s
         outputs[f"dx{suffix}"] = dx
         outputs[f"da{suffix}"] = group.da.clone()

@@ -1,7 +1,9 @@
 """Products that are batch-invariant on a GPU: the operation `linear`, and a form of lora_linear
 
     y   = x W^T                        the model's head; W is frozen
-    y_i = x W_i^T + s (x A^T)_i B_i^T  a group of matrices with or without adapters, as lora_linear
+    y_i = x W_i^T + s (x A^T)_i B_i^T + bias_i
+                                       a group of matrices with or without adapters and a bias, as
+                                       lora_linear
 
 A library picks its kernel by the number of rows: other tiles, another instruction, the sum over K
 cut into parts. Here a row's result is one fixed chain of roundings, because
@@ -58,7 +60,7 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fixed_tiles(
-    x: Tensor, weight: Tensor, group: LoraGroup | None
+    x: Tensor, weight: Tensor, group: LoraGroup | None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """y (T, N), and S (T, R) with a group."""
     T, K = x.shape
@@ -98,9 +100,10 @@ def _fixed_tiles(
     programs = tiles
     launch(
         lora_linear_kernel, (programs,),
-        x, weight, a, b0, b1, b2, s, y, T, K, scale, tiles, programs, K=K, **members,
+        x, weight, a, b0, b1, b2, s, bias, y, T, K, scale, tiles, programs, K=K, **members,
         # by pointers, a program per tile: only aligned tensors have descriptors
-        FUSED=True, DESCRIPTORS=False, PERSISTENT=False, BR=padded_rank, **config,
+        FUSED=True, DESCRIPTORS=False, BIAS=bias is not None, PERSISTENT=False,
+        BR=padded_rank, **config,
     )  # fmt: skip
     return y, s
 
@@ -112,15 +115,19 @@ def linear_invariant_triton(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def lora_linear_forward_invariant_triton(
-    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, batch-invariant.
 
     Sampling uses no dropout; with dropout this is the split form, which is not batch-invariant.
     """
     if group is not None and dropout is not None:
-        return lora_linear_forward_split_triton(x, weight, group, dropout)
-    return _fixed_tiles(x, weight, group)
+        return lora_linear_forward_split_triton(x, weight, group, dropout, bias)
+    return _fixed_tiles(x, weight, group, bias)
 
 
 # ---- contract

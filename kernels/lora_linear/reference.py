@@ -15,10 +15,16 @@ from kernels.spec import autograd
 
 
 def lora_linear_reference(
-    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y (T, N) and S (T, R); differentiable in x and, through the group's views, in A and B."""
     y = x @ weight.T  # (T, N)
+    if bias is not None:
+        y = y + bias
     if group is None:
         return y, None
     x_hat = x if dropout is None else x * dropout.mask(x.shape[1], x.dtype)  # (T, K)

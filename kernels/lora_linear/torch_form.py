@@ -18,12 +18,13 @@ def lora_linear_forward(
     weight: Tensor | PackedWeight,
     group: LoraGroup | None = None,
     dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y (T, N) and, with a group, S (T, R) for the backward."""
+    """y (T, N) and, with a group, S (T, R) for the backward; bias (N,)."""
     assert x.dim() == 2 and x.shape[1] == weight.shape[1], (
         f"x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}"
     )
-    y = linear(x, weight)  # (T, N)
+    y = linear(x, weight, bias)  # (T, N)
     if group is None:
         return y, None
     assert sum(group.sizes) == weight.shape[0], f"{group.sizes} do not add to {weight.shape[0]}"

@@ -1,5 +1,7 @@
 """The Triton kernels of lora_linear's forward, in three forms
 
+A bias is added to the fp32 accumulator at the end, too (BIAS).
+
 fused   one launch. One K loop with two accumulators: a tile of x is loaded once for x W^T and for
         x A^T; the adapter is added to the fp32 accumulator at the end, and S is written once.
 split   two launches: S first, then the K loop and S B^T on top of its accumulator
@@ -127,8 +129,8 @@ def linear_tile(
     pid,
     # operands: x (T, K) and w (N, K) as descriptors or pointers; A (R, K), B_i (N_i, RANK)
     x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr,
-    # S (T, R), written if FUSED, else read; the result y (T, N)
-    s_ptr, y_ptr,
+    # S (T, R), written if FUSED, else read; the bias (N,), read if BIAS; the result y (T, N)
+    s_ptr, bias_ptr, y_ptr,
     # sizes that vary, and the adapters' factor s
     T, x_stride, scale,
     # the width of x
@@ -139,13 +141,13 @@ def linear_tile(
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     # the width of S, and of one member's part of it
     R: tl.constexpr, RANK: tl.constexpr,
-    # the form: S made on the way; operands read through descriptors
-    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    # the form: S made on the way; operands read through descriptors; a bias added
+    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS: tl.constexpr,
     # the tile configuration
     GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y (BM, BN) inside one member: y_i = x W_i^T + s S_i B_i^T."""
+    """One tile of y (BM, BN) inside one member: y_i = x W_i^T + s S_i B_i^T, + bias_i if BIAS."""
     # 1. The member that the tile belongs to, and the tile's place in it.
     tiles0 = (N0 + BN - 1) // BN  # tiles across member 0
     tiles1 = (N1 + BN - 1) // BN
@@ -210,7 +212,13 @@ def linear_tile(
         s_scaled = (s * scale).to(b.dtype)
         acc = tl.dot(s_scaled, b.T, acc, input_precision="ieee")
 
-    # 5. The result.
+    # 5. The bias.
+    if BIAS:
+        bias_at = bias_ptr + start + tl.where(cols < size, cols, 0)
+        bias = tl.load(bias_at).to(tl.float32)  # (BN,)
+        acc += bias[None, :]
+
+    # 6. The result.
     y_rows = tokens.to(tl.int64)[:, None] * (N0 + N1 + N2)
     y_offsets = y_rows + (start + cols)[None, :]
     y_mask = (tokens < T)[:, None] & (cols < size)[None, :]
@@ -221,7 +229,7 @@ def linear_tile(
 def lora_linear_kernel(
     # as in `linear_tile`
     x_ptr, w_ptr, a_ptr, b0_ptr, b1_ptr, b2_ptr,
-    s_ptr, y_ptr,
+    s_ptr, bias_ptr, y_ptr,
     T, x_stride, scale,
     # tiles of y, and programs that make them
     tiles, programs,
@@ -230,11 +238,11 @@ def lora_linear_kernel(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
     R: tl.constexpr, RANK: tl.constexpr,
-    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIPTORS: tl.constexpr, BIAS: tl.constexpr, PERSISTENT: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y_i = x W_i^T + s S_i B_i^T; FUSED makes S_i on the way.
+    """y_i = x W_i^T + s S_i B_i^T, + bias_i if BIAS; FUSED makes S_i on the way.
 
     RANK 0: no member has an adapter. PERSISTENT: a program makes every `programs`-th of the tiles,
     with descriptors made once. That loop has one stage: for a K of one step triton would else keep
@@ -249,13 +257,15 @@ def lora_linear_kernel(
     if PERSISTENT:
         for pid in tl.range(tl.program_id(0), tiles, programs, num_stages=1):
             linear_tile(
-                pid, x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, y_ptr, T, x_stride, scale,
-                K, N0, N1, N2, S0, S1, S2, R, RANK, FUSED, DESCRIPTORS, GROUP, BM, BN, BK, BR,
+                pid, x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, bias_ptr, y_ptr, T, x_stride,
+                scale, K, N0, N1, N2, S0, S1, S2, R, RANK, FUSED, DESCRIPTORS, BIAS, GROUP,
+                BM, BN, BK, BR,
             )  # fmt: skip
     else:
         linear_tile(
-            tl.program_id(0), x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, y_ptr, T, x_stride, scale,
-            K, N0, N1, N2, S0, S1, S2, R, RANK, FUSED, DESCRIPTORS, GROUP, BM, BN, BK, BR,
+            tl.program_id(0), x, w, a_ptr, b0_ptr, b1_ptr, b2_ptr, s_ptr, bias_ptr, y_ptr, T,
+            x_stride, scale, K, N0, N1, N2, S0, S1, S2, R, RANK, FUSED, DESCRIPTORS, BIAS, GROUP,
+            BM, BN, BK, BR,
         )  # fmt: skip
 
 
@@ -338,11 +348,16 @@ def _launch_down(
 
 
 def _forward_kernels(
-    x: Tensor, weight: Tensor, group: LoraGroup | None, dropout: Dropout | None, fused: bool
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None,
+    dropout: Dropout | None,
+    bias: Tensor | None,
+    fused: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The fused form, without dropout, or the split one."""
     if group is None:
-        return lora_linear_forward(x, weight)
+        return lora_linear_forward(x, weight, bias=bias)
     T, K = x.shape
     N = weight.shape[0]
     assert group.a.shape[1] == K == weight.shape[1] and sum(group.sizes) == N, (
@@ -365,25 +380,33 @@ def _forward_kernels(
     programs, persistent = programs_for(tiles, x, descriptors)
     launch(
         lora_linear_kernel, (programs,),
-        x, weight, a, b0, b1, b2, s, y, T, x.stride(0), group.scale, tiles, programs,
-        K=K, **members, FUSED=fused, DESCRIPTORS=descriptors, PERSISTENT=persistent,
-        BR=power_of_two(group.rank), **config,
+        x, weight, a, b0, b1, b2, s, bias, y, T, x.stride(0), group.scale, tiles, programs,
+        K=K, **members, FUSED=fused, DESCRIPTORS=descriptors, BIAS=bias is not None,
+        PERSISTENT=persistent, BR=power_of_two(group.rank), **config,
     )  # fmt: skip
     return y, s
 
 
 def lora_linear_forward_fused_triton(
-    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, in one launch; with dropout in two (the split form)."""
-    return _forward_kernels(x, weight, group, dropout, fused=dropout is None)
+    return _forward_kernels(x, weight, group, dropout, bias, fused=dropout is None)
 
 
 def lora_linear_forward_split_triton(
-    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, in two launches: S, then the product with the adapter added."""
-    return _forward_kernels(x, weight, group, dropout, fused=False)
+    return _forward_kernels(x, weight, group, dropout, bias, fused=False)
 
 
 FORWARD_FORMS = {
@@ -394,10 +417,14 @@ FORWARD_FORMS = {
 
 
 def lora_linear_forward_triton(
-    x: Tensor, weight: Tensor, group: LoraGroup | None = None, dropout: Dropout | None = None
+    x: Tensor,
+    weight: Tensor,
+    group: LoraGroup | None = None,
+    dropout: Dropout | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `lora_linear_forward`, in the form that the tile configuration names."""
     if group is None:
-        return lora_linear_forward(x, weight)
+        return lora_linear_forward(x, weight, bias=bias)
     config = tile_config("lora_linear_forward", x.device, *shape_classes(x, group.rank))
-    return FORWARD_FORMS[config["form"]](x, weight, group, dropout)
+    return FORWARD_FORMS[config["form"]](x, weight, group, dropout, bias)

@@ -1,4 +1,4 @@
-"""GGUF files for tests, written from random small Llamas with gguf's own writer.
+"""GGUF files for tests, written from random small models with gguf's own writer.
 
 The rows of q and k are put into GGUF's order by an index computed here.
 """
@@ -23,6 +23,8 @@ PARTS = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -38,11 +40,11 @@ def vocabulary() -> list[str]:
 
 def gguf_name(hf_name: str) -> str:
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem = hf_name.removesuffix(".weight")
+    stem, _, kind = hf_name.rpartition(".")
     if stem in top:
-        return f"{top[stem]}.weight"
+        return f"{top[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{PARTS[part]}.weight"
+    return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
 def neighbours_first(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -92,7 +94,11 @@ def write_gguf(
         "tokenizer.ggml.unknown_token_id": 0,
         **{key: value for key, value in extra.items() if not isinstance(value, np.ndarray)},
     }
-    architecture = metadata.pop("general.architecture", "llama")
+    model_type = config["model_type"]
+    is_llama = model_type in ("llama", "mistral")
+    architecture = metadata.pop("general.architecture", "llama" if is_llama else model_type)
+    if not is_llama:  # the keys of another architecture bear its name
+        metadata = {key.replace("llama.", f"{model_type}."): v for key, v in metadata.items()}
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         if isinstance(value, bool):
@@ -106,6 +112,7 @@ def write_gguf(
         elif value is not None:
             writer.add_array(key, value)
     quantised = gguf.GGMLQuantizationType[kind]
+    is_reordered = is_llama or model_type == "smollm3"
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     expected = {}
     for name, weight in weights.items():
@@ -123,7 +130,7 @@ def write_gguf(
             stored_kind, stored = quantised, gguf.quantize(weight, quantised)
             expected[name] = gguf.dequantize(stored, quantised)
         module = name.split(".")[-2]
-        if module in heads:
+        if is_reordered and module in heads:
             stored = neighbours_first(stored, heads[module])
         writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
     for name, value in extra.items():

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.families import FAMILIES
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -33,12 +35,16 @@ def write_llama(
 ) -> Path:
     """Write a random Llama into the directory `path` and return it.
 
-    The arguments are those of the fixture `tiny_llama_dir` (tests/conftest.py).
+    With a `model_type` among the further settings it is a model of that family, with the tensors
+    that the family has. The arguments are those of the fixture `tiny_llama_dir`
+    (tests/conftest.py).
     """
     hidden = hidden or heads * head_dim
+    model_type = str(config.get("model_type", "llama"))
+    family = FAMILIES.get(model_type, FAMILIES["llama"])
     settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
@@ -75,6 +81,16 @@ def write_llama(
         # Norms near one, matrices keeping the variance: logits neither flat nor spiky.
         tensor = 1 + 0.1 * noise if len(shape) == 1 else noise / shape[-1] ** 0.5
         weights[f"{name}.weight"] = tensor.to(dtype)
+    if family.qkv_bias:
+        for name, shape in shapes.items():
+            if name.endswith(("q_proj", "k_proj", "v_proj")):
+                bias = torch.randn(shape[0], generator=generator)  # as large as what it is added to
+                weights[f"{name}.bias"] = bias.to(dtype)
+    if family.qk_norm:
+        for i in range(layers):
+            for name in ("q_norm", "k_norm"):
+                weight = 1 + 0.3 * torch.randn(head_dim, generator=generator)
+                weights[f"model.layers.{i}.self_attn.{name}.weight"] = weight.to(dtype)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         _write_byte_tokenizer(path)

@@ -139,6 +139,7 @@ def _sample(rng):
 RANDOM_SHAPE = {
     "rms_norm": _rms_norm,
     "rope": _rope,
+    "norm_rope": _rope,
     "swiglu": _swiglu,
     "lora_linear": _lora_linear,
     "linear": _linear,

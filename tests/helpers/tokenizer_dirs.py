@@ -150,6 +150,130 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return merges
 
 
+# merges of tiny_qwen2, in rank order: a digit merge never applies, for digits are cut one by one
+QWEN2_MERGES = "Ġ t,h e,Ġt he,1 2,i n,o x,Ġ f,Ġf ox,Ċ Ċ,Ã ©,Ġ Ġ,a n,e r".split(",")
+QWEN2_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}"
+    "{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'user' or (message.role == 'system' and not loop.first) "
+    "or message.role == 'assistant' %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+def tiny_qwen2(path: Path) -> Path:
+    """A tokenizer.json of Qwen2's shape: NFC, its cut with every digit alone, special tokens after
+    the vocabulary, no bos; a chat template that puts a system message of its own first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spellings = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+    spellings += [merge.replace(" ", "") for merge in QWEN2_MERGES]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = []
+    for n, spelling in enumerate(special):
+        added.append({"id": len(spellings) + n, "content": spelling, "special": True, **FLAGS})
+    pieces = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    cut = {"type": "Split", "pattern": {"Regex": pieces}, "behavior": "Isolated", "invert": False}
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {spelling: id for id, spelling in enumerate(spellings)},
+            "merges": QWEN2_MERGES,
+        },
+    }
+    write_json(path / "tokenizer.json", document)
+    declared = {str(token["id"]): {**token, "id": None} for token in added}
+    for token in declared.values():
+        del token["id"]
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "added_tokens_decoder": declared,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "split_special_tokens": False,
+        "chat_template": QWEN2_TEMPLATE,
+    }
+    write_json(path / "tokenizer_config.json", settings)
+    return path
+
+
+MISTRAL_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system_message = messages[0]['content'] %}"
+    "{%- set turns = messages[1:] %}"
+    "{%- else %}"
+    "{%- set turns = messages %}"
+    "{%- endif %}"
+    "{{- bos_token }}"
+    "{%- for message in turns %}"
+    "{%- if message['role'] == 'user' %}"
+    "{%- if loop.first and system_message is defined %}"
+    "{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+    "{%- else %}"
+    "{{- '[INST] ' + message['content'] + '[/INST]' }}"
+    "{%- endif %}"
+    "{%- else %}"
+    "{{- ' ' + message['content'] | trim + eos_token }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+)
+
+
+def tiny_mistral(path: Path) -> Path:
+    """A tokenizer.json of Mistral v0.3's shape: a converted sentencepiece model with a space before
+    the text only, and [INST], [/INST] as control tokens beside <s> and </s>."""
+    tiny_converted(path)
+    document = json.loads((path / "tokenizer.json").read_text())
+    vocab = document["model"]["vocab"]
+    for spelling in ("[INST]", "[/INST]"):
+        token = {"id": len(vocab), "content": spelling, "special": True, **FLAGS}
+        vocab[spelling] = len(vocab)
+        document["added_tokens"].append(token)
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}
+    document |= {"normalizer": None, "pre_tokenizer": {**metaspace, "split": False}}
+    write_json(path / "tokenizer.json", document)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    write_json(path / "tokenizer_config.json", settings | {"chat_template": MISTRAL_TEMPLATE})
+    return path
+
+
 def tiny_unigram(path: Path) -> Path:
     """A trained Unigram model as transformers converts one: a tokenizer.json alone."""
     path.mkdir()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
 import shutil
 import sys
+import tempfile
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 from engine.jobs.gguf_export import export_adapter, export_model
 from engine.jobs.gguf_import import import_gguf
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
 from kernels.registry import TORCH
+from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
@@ -23,7 +30,7 @@ from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import TrainedChat
 from tests.helpers.adapters import random_lora
-from tests.helpers.llama_dirs import CHATML
+from tests.helpers.llama_dirs import CHATML, write_llama
 from tests.helpers.tokenizer_dirs import train_sentencepiece, write_json
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `demo`)")
@@ -32,6 +39,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokeniz
 from tests.helpers.gguf_files import texts, vocabulary, write_gguf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+QUESTIONS = ["Why is the sky blue?", "Write a haiku about the sea.", "What is 12 + 30?"]
 IDS = [0, 5, 40, 99, 260, 3, 17, 8, 200, 31]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,15 +50,27 @@ LLAMA3 = {
 }
 
 
-def bpe_dir(tmp_path: Path, tiny_llama_dir, pre: str = "llama-bpe", **settings) -> Path:
-    """A random Llama with a byte-level BPE tokenizer cut like `pre`, and a chat template."""
+@functools.cache
+def tokenizer_files(pre: str) -> dict[str, bytes]:
+    """The files of a byte-level BPE tokenizer cut like `pre`, as an import writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "small"
+        small.mkdir()
+        write_llama(small, vocab=len(vocabulary()))
+        write_gguf(Path(folder) / "m.gguf", small, pre=pre)
+        import_gguf(Path(folder) / "m.gguf", Path(folder) / "out")
+        files = {file.name: file.read_bytes() for file in (Path(folder) / "out").iterdir()}
+    for name in ("config.json", "model.safetensors", "gguf_import.json"):
+        del files[name]
+    return files
+
+
+def bpe_dir(tiny_llama_dir, pre: str = "llama-bpe", **settings) -> Path:
+    """A random model with a byte-level BPE tokenizer cut like `pre`, and a chat template."""
     settings = {"head_dim": 32, "kv_heads": 2, "tied": False} | settings
     model = tiny_llama_dir(vocab=len(vocabulary()), **settings)
-    write_gguf(tmp_path / "source.gguf", tiny_llama_dir(vocab=len(vocabulary())), pre=pre)
-    import_gguf(tmp_path / "source.gguf", tmp_path / "source")
-    for file in (tmp_path / "source").iterdir():
-        if file.name not in ("config.json", "model.safetensors", "gguf_import.json"):
-            shutil.copy(file, model)
+    for name, content in tokenizer_files(pre).items():
+        (model / name).write_bytes(content)
     (model / "chat_template.jinja").write_text(CHATML)
     config = json.loads((model / "config.json").read_text())
     write_json(model / "config.json", config | {"bos_token_id": 0, "eos_token_id": 1})
@@ -84,7 +104,7 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_an_exported_model_comes_back_as_its_format_rounds_it(tmp_path, tiny_llama_dir, kind):
-    model = bpe_dir(tmp_path, tiny_llama_dir, intermediate=96 if kind == "Q8_0" else 100)
+    model = bpe_dir(tiny_llama_dir, intermediate=96 if kind == "Q8_0" else 100)
     formats = export_model(model, None, tmp_path / "m.gguf", kind)
     assert set(formats.values()) == {"F32", kind}
     import_gguf(tmp_path / "m.gguf", tmp_path / "back")
@@ -99,7 +119,7 @@ def test_an_exported_model_comes_back_as_its_format_rounds_it(tmp_path, tiny_lla
 
 
 def test_rows_that_q8_0_cannot_cut_are_f16(tmp_path, tiny_llama_dir):
-    model = bpe_dir(tmp_path, tiny_llama_dir, intermediate=100)
+    model = bpe_dir(tiny_llama_dir, intermediate=100)
     formats = export_model(model, None, tmp_path / "m.gguf", "Q8_0")
     assert {name for name, kind in formats.items() if kind == "F16"} == {
         "blk.0.ffn_down.weight",
@@ -110,7 +130,7 @@ def test_rows_that_q8_0_cannot_cut_are_f16(tmp_path, tiny_llama_dir):
 @pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "linear", "factor": 2.5}])
 def test_rope_scaling_and_tied_embeddings_come_back(tmp_path, tiny_llama_dir, scaling):
     model = bpe_dir(
-        tmp_path, tiny_llama_dir, tied=True, head_dim=64, rope_scaling=scaling, rope_theta=500000.0
+        tiny_llama_dir, tied=True, head_dim=64, rope_scaling=scaling, rope_theta=500000.0
     )
     export_model(model, None, tmp_path / "m.gguf", "F32")
     import_gguf(tmp_path / "m.gguf", tmp_path / "back")
@@ -120,16 +140,16 @@ def test_rope_scaling_and_tied_embeddings_come_back(tmp_path, tiny_llama_dir, sc
     assert torch.equal(opened(tmp_path / "back").logits(IDS), ours)
 
 
-@pytest.mark.parametrize("pre", ["smollm", "smaug-bpe", "gpt-2"])
+@pytest.mark.parametrize("pre", ["smollm", "smaug-bpe", "gpt-2", "qwen2"])
 def test_the_way_of_cutting_text_is_recognised(tmp_path, tiny_llama_dir, pre):
-    model = bpe_dir(tmp_path, tiny_llama_dir, pre)
+    model = bpe_dir(tiny_llama_dir, pre)
     export_model(model, None, tmp_path / "m.gguf", "F16")
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == pre
 
 
 def test_an_adapter_is_merged_at_its_strength(tmp_path, tiny_llama_dir):
-    path = bpe_dir(tmp_path, tiny_llama_dir)
+    path = bpe_dir(tiny_llama_dir)
     model = opened(path)
     lora = random_lora(model, "all").scaled(0.5)
     export_model(path, lora, tmp_path / "m.gguf", "F32")
@@ -138,6 +158,60 @@ def test_an_adapter_is_merged_at_its_strength(tmp_path, tiny_llama_dir):
     expected = model.logits(IDS, lora)
     assert (merged - expected).abs().max() < 2e-5
     assert (merged - model.logits(IDS)).abs().max() > 1e-2, "the adapter did nothing"
+
+
+# Other families than Llama
+
+FAMILIES = {  # model_type -> settings, way of cutting text, architecture in llama.cpp
+    "mistral": ({"sliding_window": 256}, "llama-bpe", "llama"),
+    "qwen2": ({"tied": True}, "qwen2", "qwen2"),
+    "qwen3": ({"hidden": 96, "rope_theta": 1e6}, "qwen2", "qwen3"),
+    "smollm3": ({"layers": 5, "rope_theta": 2e6}, "smaug-bpe", "smollm3"),
+}
+
+
+def family_dir(tiny_llama_dir, family: str) -> Path:
+    settings, pre, _ = FAMILIES[family]
+    return bpe_dir(tiny_llama_dir, pre, model_type=family, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_another_family_comes_back_as_it_was(tmp_path, tiny_llama_dir, family):
+    model = family_dir(tiny_llama_dir, family)
+    export_model(model, None, tmp_path / "m.gguf", "F32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    architecture = FAMILIES[family][2]
+    assert fields["general.architecture"].contents() == architecture
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    expected = load_file(model / "model.safetensors")
+    assert set(found) == set(expected)
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+    # a window is stated as the context: llama.cpp has no key for it in a llama
+    assert LlamaConfig.from_dir(tmp_path / "back") == replace(LlamaConfig.from_dir(model), window=0)
+    back, original = load_tokenizer(tmp_path / "back"), load_tokenizer(model)
+    assert [back.encode(text) for text in texts()] == [original.encode(text) for text in texts()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model_type": "smollm3", "layers": 5, "no_rope_layers": [0, 1, 1, 1, 0]},
+            r"the layers \[0, 4\] are not rotated; .* every fourth layer unrotated, \[3\]",
+        ),
+        ({"model_type": "qwen3", "rope_scaling": LLAMA3}, "rope type 'llama3' in a qwen3"),
+    ],
+)
+def test_arithmetic_that_llama_cpp_has_not_is_refused(tmp_path, tiny_llama_dir, settings, message):
+    model = bpe_dir(tiny_llama_dir, **settings)
+    with pytest.raises(ValueError, match=message):
+        export_model(model, None, tmp_path / "m.gguf", "F32")
+    lora = random_lora(opened(model), "qv")
+    with pytest.raises(ValueError, match=message):
+        export_adapter(lora, LlamaConfig.from_dir(model), tmp_path / "m.gguf", "F32")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 # What cannot be exported
@@ -170,7 +244,7 @@ def no_merges(document: dict) -> None:
     ],
 )
 def test_tokenizers_that_a_gguf_cannot_state_are_refused(tmp_path, tiny_llama_dir, change, message):
-    model = bpe_dir(tmp_path, tiny_llama_dir)
+    model = bpe_dir(tiny_llama_dir)
     change_json(model / "tokenizer.json", change)
     with pytest.raises(ValueError, match=message):
         export_model(model, None, tmp_path / "m.gguf", "F16")
@@ -178,7 +252,7 @@ def test_tokenizers_that_a_gguf_cannot_state_are_refused(tmp_path, tiny_llama_di
 
 
 def test_numbers_beyond_a_format_are_refused_and_nothing_is_left(tmp_path, tiny_llama_dir):
-    model = bpe_dir(tmp_path, tiny_llama_dir)
+    model = bpe_dir(tiny_llama_dir)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     save_file(tensors, model / "model.safetensors")
@@ -194,7 +268,7 @@ def test_numbers_beyond_a_format_are_refused_and_nothing_is_left(tmp_path, tiny_
 def test_tokens_without_a_row_are_named_and_rows_without_a_token_too(
     tmp_path, tiny_llama_dir, capsys
 ):
-    model = bpe_dir(tmp_path, tiny_llama_dir)
+    model = bpe_dir(tiny_llama_dir)
     size = len(vocabulary())
     change_json(
         model / "tokenizer_config.json",
@@ -227,9 +301,7 @@ def test_llama_cpp_computes_our_logits_and_cuts_text_as_we_do(
     tmp_path, tiny_llama_dir, run_llama_cpp, pre
 ):
     """F32: logits to rounding. Grouped queries, Llama 3's rope scaling, an end token of turns."""
-    model = bpe_dir(
-        tmp_path, tiny_llama_dir, pre, head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3
-    )
+    model = bpe_dir(tiny_llama_dir, pre, head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
     export_model(model, None, tmp_path / "m.gguf", "F32")
     answer, logits = in_llama_cpp(run_llama_cpp, tmp_path / "m.gguf")
     ours = opened(model).logits(IDS).numpy()
@@ -249,12 +321,70 @@ def test_llama_cpp_computes_a_smaller_format_as_closely_as_its_products_are(
     tmp_path, tiny_llama_dir, run_llama_cpp, kind, allowed
 ):
     """It rounds the inputs of a product to the format of the matrix too; ours computes in fp32."""
-    model = bpe_dir(tmp_path, tiny_llama_dir)
+    model = bpe_dir(tiny_llama_dir)
     export_model(model, None, tmp_path / "m.gguf", kind)
     import_gguf(tmp_path / "m.gguf", tmp_path / "back")
     _, logits = in_llama_cpp(run_llama_cpp, tmp_path / "m.gguf")
     ours = opened(tmp_path / "back").logits(IDS).numpy()
     assert np.abs(logits - ours).max() <= allowed * np.abs(ours).max()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_every_family_and_its_adapters_as_we_do(
+    tmp_path, tiny_llama_dir, run_llama_cpp, family
+):
+    """F32: the model's logits, and those with an adapter beside it and merged into it.
+
+    So the order of the rows of q and k, in files that are exported and imported, is llama.cpp's.
+    Text that is not in NFC is left out of the comparison for Qwen: llama.cpp does not normalise.
+    """
+    path = family_dir(tiny_llama_dir, family)
+    model = opened(path)
+    export_model(path, None, tmp_path / "m.gguf", "F32")
+    answer, logits = in_llama_cpp(run_llama_cpp, tmp_path / "m.gguf")
+    plain = model.logits(IDS).numpy()
+    assert np.abs(logits - plain).max() <= 2e-5 * np.abs(plain).max()
+    tokenizer = load_tokenizer(path)
+    for text, theirs in zip(texts(), answer["tokens"], strict=True):
+        if "qwen" not in family or unicodedata.is_normalized("NFC", text):
+            assert theirs == tokenizer.encode(text), repr(text)
+    lora = random_lora(model, "all")
+    export_adapter(lora, model.config, tmp_path / "lora.gguf", "F32")
+    export_model(path, lora, tmp_path / "merged.gguf", "F32")
+    ours = model.logits(IDS, lora).numpy()
+    assert np.abs(ours - plain).max() > 1e-2, "the adapter did nothing"
+    for file, adapter in (("m.gguf", str(tmp_path / "lora.gguf")), ("merged.gguf", None)):
+        _, logits = in_llama_cpp(run_llama_cpp, tmp_path / file, lora=adapter)
+        assert np.abs(logits - ours).max() <= 5e-5 * np.abs(ours).max(), file
+
+
+@pytest.mark.peers
+def test_llama_cpp_answers_greedily_as_the_demo_model_does(tmp_path, smollm2_dir, run_llama_cpp):
+    """The real model in F32: prompts in its chat format, 40 tokens each, token by token.
+
+    llama.cpp is given prompt and answer: its likeliest token after each must be the next one.
+    """
+    path = tmp_path / "demo.gguf"
+    export_model(smollm2_dir, None, path, "F32")
+    tokenizer = load_tokenizer(smollm2_dir)
+    chat = Chat.from_dir(smollm2_dir, tokenizer)
+    prompts = {}
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        prompts[question] = chat.prompt_ids(messages)
+    model = Llama.from_pretrained(smollm2_dir)
+    config = SamplerConfig(max_new_tokens=40)
+    requests = [Request(question, ids) for question, ids in prompts.items()]
+    with Sampler(model, tokenizer.decode, chat.end_ids, config) as sampler:
+        answers = {answer.id: answer for answer in sampler.run(requests)}
+    whole = [[*prompts[question], *answers[question].ids] for question in QUESTIONS]
+    _, arrays = run_llama_cpp(path, {"ids": whole})
+    for n, question in enumerate(QUESTIONS):
+        likeliest = arrays[f"logits{n}"].argmax(axis=1).tolist()
+        *theirs, after = likeliest[len(prompts[question]) - 1 :]
+        assert theirs == answers[question].ids, question
+        assert (after in chat.end_ids) == (answers[question].finish == "stop"), question
 
 
 def odd_adapter(path: Path, model: Llama) -> Lora:
@@ -300,7 +430,7 @@ ADAPTERS = {
 def test_llama_cpp_adds_an_exported_adapter_as_we_do(
     tmp_path, tiny_llama_dir, run_llama_cpp, case, strength
 ):
-    path = bpe_dir(tmp_path, tiny_llama_dir)
+    path = bpe_dir(tiny_llama_dir)
     model = opened(path)
     if case == "patterns":
         lora = odd_adapter(tmp_path / "adapter", model)
@@ -416,7 +546,7 @@ def script(monkeypatch, capsys):
 def test_the_script_writes_model_and_adapter_and_refuses_what_it_cannot(
     tmp_path, tiny_llama_dir, script
 ):
-    path = bpe_dir(tmp_path, tiny_llama_dir)
+    path = bpe_dir(tiny_llama_dir)
     adapter = tmp_path / "adapter"
     save_lora(random_lora(opened(path), "qv"), adapter)
     both = ("--model", path, "--adapter", adapter)
@@ -445,7 +575,7 @@ def test_the_script_writes_model_and_adapter_and_refuses_what_it_cannot(
 
 def test_the_chat_format_of_the_training_is_written(tmp_path, tiny_llama_dir, script):
     """Template and end token, as the merged directory of scripts/merge.py has them."""
-    path = bpe_dir(tmp_path, tiny_llama_dir)
+    path = bpe_dir(tiny_llama_dir)
     adapter = tmp_path / "adapter"
     save_lora(random_lora(opened(path), "qv"), adapter)
     write_json(path / "generation_config.json", {"eos_token_id": 1})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -52,6 +53,38 @@ def test_the_main_job_measures_both_arms_and_a_second_run_changes_nothing(
     # another setting is refused by name
     printed = script("sdft", *args, "--template", "refer", code=2)
     assert "distill.template: 'using' -> 'refer'" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("mistral", {"sliding_window": 480}), ("qwen3", {})]
+)
+def test_the_main_job_runs_on_another_family_and_continues(
+    tiny_llama_dir, problems, tmp_path, family, settings
+):
+    """Prompts fit inside the window. What a kill took is made again: half of the answers, and the
+    second arm with all that followed."""
+    model = tiny_llama_dir(tokenizer=True, model_type=family, **settings)
+    out = tmp_path / "run"
+    args = ["--model", model, "--data", problems / "train.json", "--out", out, *FLAGS]
+    args += ["--eval-data", problems / "test.json", "--verify", "number"]
+    printed = script("sdft", *args)
+    assert ("a sliding window of 480 tokens" in printed) == (family == "mistral")
+    assert f"report: {out}/report.html" in printed and (out / "report.html").exists()
+    answers = (out / "evaluation.jsonl").read_bytes()
+    adapter = (out / "sdft" / "adapter_model.safetensors").read_bytes()
+    result = json.loads((out / "summary.json").read_text())
+    (out / "evaluation.jsonl").write_bytes(answers[: len(answers) // 2])  # as a kill leaves it
+    shutil.rmtree(out / "sdft")
+    (out / "summary.json").unlink()
+    script("sdft", *args)
+    assert sorted((out / "evaluation.jsonl").read_bytes().splitlines()) == sorted(
+        answers.splitlines()
+    )
+    assert (out / "sdft" / "adapter_model.safetensors").read_bytes() == adapter
+    again = json.loads((out / "summary.json").read_text())
+    assert again["evaluation"] == result["evaluation"]
+    for arm in ("sft", "sdft"):
+        Llama.from_pretrained(model).bind(load_lora(out / arm))
 
 
 def test_both_arms_are_validated_and_keep_their_best(chat_dir, problems, tmp_path):

@@ -47,16 +47,18 @@ def adapters(k, sizes, rank, dtype):
 
 
 def product_of(form, k, sizes, dtype):
-    """x (rows, k) -> x W^T with W (sum of sizes, k): of the head, plain, or with adapters."""
+    """x (rows, k) -> x W^T with W (sum of sizes, k): of the head, plain, or with adapters; with a
+    bias, plain or adapted."""
     weight = normal(sum(sizes), k, seed=1, dtype=dtype)
     if form == "head":
         return lambda x: OPS.linear(x, weight)
-    group = adapters(k, sizes, 20, dtype) if form == "adapted" else None
-    return lambda x: OPS.lora_linear_forward(x, weight, group)[0]
+    group = adapters(k, sizes, 20, dtype) if "adapted" in form else None
+    bias = normal(sum(sizes), seed=4, dtype=dtype) if "biased" in form else None
+    return lambda x: OPS.lora_linear_forward(x, weight, group, None, bias)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["head", "plain", "adapted"])
+@pytest.mark.parametrize("form", ["head", "plain", "adapted", "biased", "biased adapted"])
 def test_products_are_batch_invariant(form, dtype):
     """One row alone, and at the first, the last and any place among large and small rows."""
     if ON_GPU:

@@ -104,6 +104,7 @@ def test_native_operations_equal_the_reference_at_every_width():
         check(SPECS["rms_norm"], NATIVE, REFERENCE, (2, width))
         check(SPECS["swiglu"], NATIVE, REFERENCE, (2, width))
         check(SPECS["rope"], NATIVE, REFERENCE, (2, 2, 1, 2 * width))
+        check(SPECS["norm_rope"], NATIVE, REFERENCE, (2, 2, 1, 2 * width))
         check(SPECS["linear"], NATIVE, REFERENCE, (3, 5 + width % 4, width))
         check(SPECS["linear"], NATIVE, REFERENCE, (width, width % 7 + 1, 3))
 
@@ -328,8 +329,12 @@ def test_guards_of_products(count, threads):
         assert bitwise(found, weight[rows])
         for T in (1, 2, 5, 6, 7, 11, 12, 13, 48, 49, 97, 200):
             x = normal(T, k, seed=T)
-            (y,) = guarded("linear", x, bits, fresh(T, n), count, T, k, n, written=[2])
-            assert bitwise(y, Panels(weight)(x))
+            plain = Panels(weight)(x)
+            (y,) = guarded("linear", x, bits, None, fresh(T, n), count, T, k, n, written=[2])
+            assert bitwise(y, plain)
+            bias = normal(n, seed=T)
+            (y,) = guarded("linear", x, bits, bias, fresh(T, n), count, T, k, n, written=[3])
+            assert bitwise(y, plain + bias), "the bias is added last, in one rounding"
 
 
 def test_guards_of_norms_swiglu_and_rotation(threads):
@@ -357,6 +362,14 @@ def test_guards_of_norms_swiglu_and_rotation(threads):
             want = NATIVE.rope_(qkv.clone(), positions, angles, H, G, inverse=sign < 0)
             assert bitwise(turned, want)
             assert bitwise(turned[:, (H + G) * d :], qkv[:, (H + G) * d :]), "values are not turned"
+        norms = normal(2 * d, seed=3)
+        (z,) = guarded(
+            "norm_rope", qkv, norms, positions, angles, fresh(*qkv.shape), T, H, G, d, 1e-5,
+            written=[4],
+        )  # fmt: skip
+        want = NATIVE.norm_rope_forward(qkv, norms, 1e-5, positions, angles, H, G)
+        assert bitwise(z, want)
+        assert bitwise(z[:, (H + G) * d :], qkv[:, (H + G) * d :]), "values are copied"
 
 
 DRAWN = (  # temperature, top_k, top_p, min_p
@@ -486,19 +499,26 @@ def test_a_product_is_chains_of_128(count):
 
 
 def test_norms_swiglu_and_rotation_are_batch_invariant(threads):
-    """Norms, SwiGLU and rotation, where threads share the work and where they do not."""
+    """Norms, SwiGLU and rotation, where threads share the work and where they do not.
+
+    torch's form of the norm of heads too, on which a CPU without a C compiler samples.
+    """
     T, D, H, G, d = 500, 65, 2, 1, 22
     x, residual, w = normal(T, D), normal(T, D, seed=1), normal(D, seed=2)
     gate_up, qkv = normal(T, 2 * D, seed=3), normal(T, (H + 2 * G) * d, seed=4)
     positions, angles = torch.randint(50, (T,)), normal(50, d, seed=5)
+    norms = normal(2 * d, seed=6)
 
     def all_of(rows):
+        rotation = (norms, 1e-5, positions[rows], angles, H, G)
         turned = NATIVE.rope_(qkv[rows].clone(), positions[rows], angles, H, G)
         return (
             *NATIVE.rms_norm_forward(x[rows], w, 1e-5),
             *NATIVE.add_rms_norm_forward(x[rows], residual[rows], w, 1e-5),
             NATIVE.swiglu_forward(gate_up[rows]),
             turned,
+            NATIVE.norm_rope_forward(qkv[rows], *rotation),
+            TORCH.norm_rope_forward(qkv[rows], *rotation),
         )
 
     together = all_of(slice(None))
@@ -653,7 +673,7 @@ def test_heads_that_are_no_whole_vectors_are_refused():
 def test_a_product_without_memory_raises_and_writes_nothing(threads):
     x, y = torch.ones(1, 8), fresh(1, 8)
     bits, count = packed(torch.ones(8, 8))
-    places = x.data_ptr(), bits.data_ptr(), y.data_ptr()
+    places = x.data_ptr(), bits.data_ptr(), None, y.data_ptr()
     with pytest.raises(MemoryError, match="no memory for a thread's buffers in the native linear"):
         native.library().linear(*places, count, 1, 2**50, 8)  # of so many inputs
     assert y.isnan().all()

@@ -184,7 +184,7 @@ def test_torch_gives_the_same_bits_twice(name, shape):
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "swiglu", "attention", "linear_cross_entropy", "rope"]
+    "name", ["rms_norm", "swiglu", "attention", "linear_cross_entropy", "rope", "norm_rope"]
 )
 def test_torch_writes_into_no_input(name):
     """Nor into a saved tensor or an incoming gradient."""

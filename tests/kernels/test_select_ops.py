@@ -245,7 +245,9 @@ def clone(tmp_path, monkeypatch):
     ("file", "changed"),
     [
         ("swiglu.py", {"swiglu"}),
-        ("rope.py", {"rope"}),
+        # the norm of heads and their rotation in one pass calls the rotation in its torch form
+        ("rope.py", {"rope", "norm_rope"}),
+        ("norm_rope.py", {"norm_rope"}),
         ("attention/triton_backward.py", {"attention"}),
         # of the forward pass the cached one takes a constant
         ("attention/triton_forward.py", {"attention", "cached_attention"}),
@@ -288,7 +290,7 @@ def test_of_the_tiles_only_the_own_rows_for_this_card_count(clone):
 
     assert edited("sm_80", num_warps=16) == set()
     assert edited("sm_90", **{"from": "somewhere else"}) == set()
-    assert edited("sm_90", num_warps=16) == {"rope"}
+    assert edited("sm_90", num_warps=16) == {"rope", "norm_rope"}
 
 
 def test_every_import_and_every_kernel_is_seen():

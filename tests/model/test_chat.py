@@ -20,6 +20,8 @@ from tests.helpers.tokenizer_dirs import (
     golden_checkpoint,
     real_texts,
     spelled,
+    tiny_mistral,
+    tiny_qwen2,
     tiny_sentencepiece,
     write_json,
 )
@@ -56,6 +58,9 @@ def system(text: str) -> dict[str, str]:
     return {"role": "system", "content": text}
 
 
+FAMILIES = {"qwen2": tiny_qwen2, "mistral": tiny_mistral}  # files of their shapes
+
+
 @pytest.fixture(scope="module")
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -79,6 +84,9 @@ def directory(
             if kind == "llama3_lines":
                 cut_as_llama3(path / "tokenizer.json")
             return path
+        if kind in FAMILIES:
+            pytest.importorskip("tokenizers")
+            return FAMILIES[kind](path)
         return tiny_sentencepiece(path, chat_template=LLAMA2_TEMPLATE)
 
     def get(kind: str) -> Path:
@@ -140,7 +148,7 @@ def test_text_and_ids_equal_apply_chat_template(load, kind):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["smollm2", "llama2", "llama3", "tiny"])
+@pytest.mark.parametrize("kind", ["smollm2", "llama2", "llama3", "tiny", *FAMILIES])
 def test_text_and_ids_equal_apply_chat_template_live(load, directory, run_peer, tmp_path, kind):
     chat = load(kind)
     conversations = [case["messages"] for case in CASES if case["directory"] == "smollm2"]
@@ -586,6 +594,18 @@ CLOSES_THINKING = (
 )
 # The prompt closes it too: an answer is not to think. A finished one that thought is kept.
 CLOSED_THINKING = CLOSES_THINKING.replace("assistant\n<think>\n", "assistant\n<think></think>")
+# SmolLM3's: a first turn with date and mode; /no_think closes a block in prompt and answer alike.
+SWITCHES_THINKING = (
+    "{% set ns = namespace(block='') %}"
+    "{% if messages[0].role == 'system' and '/no_think' in messages[0].content %}"
+    "{% set ns.block = '<think>\n\n</think>\n' %}{% endif %}"
+    "{{ '<|im_start|>system\nToday Date: ' ~ strftime_now('%d %B %Y') ~ '<|im_end|>\n' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ '<|im_start|>assistant\n' + ns.block + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% elif m.role == 'user' %}"
+    "{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ns.block }}{% endif %}"
+)
 # Prompt and answer begin with the same letters, and with the same part of an added token.
 ANOTHER_WORD = (
     "{% for m in messages %}{{ ('Answer: ' if m.role == 'assistant' else 'Q: ') + m.content }}"
@@ -650,6 +670,22 @@ def test_a_target_is_the_answer_as_rendered(smollm2_chat, source, answer, prompt
     joined = spelled_out(chat, [*target.prompt, *target.answer, chat.end_id])
     kept_whole = source == OPENS_THINKING and "<think>" in answer
     assert whole.startswith(joined) != kept_whole == (not target.as_rendered)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "prompt_ends"),
+    [("Be brief.", "assistant\n"), ("/no_think", "assistant\n<think>\n\n</think>\n")],
+)
+def test_a_system_message_may_close_the_think_block_of_the_prompt(
+    smollm2_chat, instruction, prompt_ends
+):
+    """The target is the answer alone either way."""
+    chat = smollm2_chat(SWITCHES_THINKING, now=datetime(2026, 1, 1))
+    target = chat.target([system(instruction), user("2 + 2?")], "It is 4.")
+    prompt = spelled_out(chat, target.prompt)
+    assert prompt.endswith(prompt_ends) and "Today Date: 01 January 2026" in prompt
+    assert spelled_out(chat, target.answer) == "It is 4." and target.as_rendered
+    assert chat.tells_date and chat.notice is None
 
 
 def test_prompts_that_open_a_think_block_do_not_teach_answers_inside_it(smollm2_chat):

@@ -63,7 +63,8 @@ LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fact
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "'mistral'"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "'mixtral'"),
+        ({"model_type": "mistral"}, "expected MistralForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": "LlamaForCausalLM"}, "architectures LlamaForCausalLM"),
         ({"model_type": ...}, "model_type None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tests.helpers.tokenizer_dirs import (
     real_texts,
     spelled,
     tiny_converted,
+    tiny_mistral,
+    tiny_qwen2,
     tiny_sentencepiece,
     tiny_unigram,
     train_sentencepiece,
@@ -29,6 +32,8 @@ from tests.helpers.tokenizer_dirs import (
 LINES = list(golden("tokenizer.jsonl"))
 TEXTS = [line["text"] for line in LINES]
 KINDS = ["smollm2", "llama2", "llama3", "tiny_sentencepiece", "tiny_legacy", "tiny_converted"]
+FAMILIES = {"tiny_qwen2": tiny_qwen2, "tiny_mistral": tiny_mistral}  # of their files' shapes
+KINDS += FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,9 @@ def directory(
         if kind == "tiny_converted":
             pytest.importorskip("tokenizers")
             return tiny_converted(path)
+        if kind in FAMILIES:
+            pytest.importorskip("tokenizers")
+            return FAMILIES[kind](path)
         return tiny_sentencepiece(path, legacy=kind == "tiny_legacy")
 
     def get(kind: str) -> Path:
@@ -219,15 +227,26 @@ def test_vocabulary_that_forges_a_special_token_is_refused(tiny_llama_dir):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_gives_back_the_encoded_text(load, kind):
-    """Exactly, but that sentencepiece has one spelling for a space and for U+2581."""
+    """Exactly, but that sentencepiece has one spelling for a space and for U+2581, and that Qwen2
+    composes characters (NFC) before it encodes them."""
     tokenizer = load(kind)
     for text in TEXTS:
         wanted = text
-        if kind not in ("smollm2", "llama3"):
+        if kind == "tiny_qwen2":
+            wanted = unicodedata.normalize("NFC", text)
+        if kind not in ("smollm2", "llama3", "tiny_qwen2"):
             wanted = text.replace("\u2581", " ")
-        if kind not in ("smollm2", "llama3", "tiny_converted"):
+        if kind not in ("smollm2", "llama3", "tiny_qwen2", "tiny_converted"):
             wanted = wanted.removeprefix(" ")  # a text that begins with a space gets no second one
         assert tokenizer.decode(tokenizer.encode(text)) == wanted
+
+
+def test_qwen2_composes_characters_and_cuts_every_digit(load):
+    tokenizer = load("tiny_qwen2")
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
+    assert len(tokenizer.encode("12")) == 2, "1 2 is a merge, but the cut comes before it"
+    assert tokenizer.bos_id is None and not tokenizer.add_bos
+    assert tokenizer.eos_id == tokenizer.special["<|im_end|>"]
 
 
 def test_bytes_without_a_token_are_left_out(load):

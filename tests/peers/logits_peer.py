@@ -3,9 +3,11 @@
     python logits_peer.py jobs.json out.safetensors
 
 jobs.json   {"logits": {name: {"dir", "tokens", "keep"}},          keep: positions to report
-             "greedy": {name: {"dir", "prompts", "new", "follow"}}}   prompts: one user message each
+             "greedy": {name: {"dir", "prompts", "new", "follow"}},   prompts: one user message each
+             "continue": {name: {"dir", "prompts", "new"}}}           prompts: ids
 out         NAME/fp32 and NAME/fp64 (kept positions, V), NAME/inv_freq (d / 2,) as the model uses it
-last line   {NAME: {"prompts": ids, "continuations": ids}} of the greedy jobs
+last line   {NAME: {"prompts": ids, "continuations": ids}} of the greedy jobs, {NAME: continuations}
+            of the others
 
 Run in a process of its own, outside the clone.
 """
@@ -19,25 +21,24 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # pytorch issue 188792: else, now and then, the first call is wrong for one thread's share
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.rsqrt):
     function(torch.ones(16))
 
 
-def load(path: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def load(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a directory, in fp64 truly so."""
-    model = LlamaForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     if dtype == torch.float64:
         for module in model.modules():
-            if isinstance(module, LlamaRMSNorm):
+            if type(module).__name__.endswith("RMSNorm"):
                 module.forward = types.MethodType(norm_in_its_own_dtype, module)
     return model
 
 
-def norm_in_its_own_dtype(self: LlamaRMSNorm, h: torch.Tensor) -> torch.Tensor:
+def norm_in_its_own_dtype(self: torch.nn.Module, h: torch.Tensor) -> torch.Tensor:
     """transformers' norm goes through fp32 even in an fp64 model, which would be no truth."""
     return self.weight * (h * torch.rsqrt(h.square().mean(-1, True) + self.variance_epsilon))
 
@@ -80,6 +81,25 @@ def greedy(dir: str, prompts: list[str], new: int, follow: list[list[int]] | Non
     return {"prompts": ids, "continuations": out[:, batch["input_ids"].shape[1] :].tolist()}
 
 
+@torch.no_grad()
+def continuations(dir: str, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The `new` greedy tokens after each prompt, an end or not, by transformers' own cache."""
+    model = load(dir, torch.float32)
+    model.generation_config.eos_token_id = None
+    texts = []
+    for prompt in prompts:
+        tokens = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=new,
+            pad_token_id=0,
+        )
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
 def main() -> None:
     jobs, tensors = json.loads(Path(sys.argv[1]).read_text()), {}
     for name, job in jobs.get("logits", {}).items():
@@ -90,7 +110,9 @@ def main() -> None:
             if dtype == torch.float32:
                 tensors[f"{name}/inv_freq"] = model.model.rotary_emb.inv_freq.clone()
     save_file(tensors, sys.argv[2])
-    print(json.dumps({name: greedy(**job) for name, job in jobs.get("greedy", {}).items()}))
+    texts = {name: greedy(**job) for name, job in jobs.get("greedy", {}).items()}
+    texts |= {name: continuations(**job) for name, job in jobs.get("continue", {}).items()}
+    print(json.dumps(texts))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     With sharded weights rank 1 of the three is killed in step 10, and one process, which holds
     them whole, does that step.
     """
-    sizes = {"tied": False, "intermediate": 16} if shard else {}  # embedding and head in two parts
+    sizes = {}
+    if shard:  # embedding and head in two parts, and a bias
+        sizes = {"model_type": "qwen2", "tied": False, "intermediate": 16}
     path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
@@ -172,8 +174,12 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
 
 
 def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
-    """train.py validates and publishes; distill.py scores what is distilled, samples nothing."""
-    path, data, out = tiny_llama_dir(tokenizer=True), tmp_path / "rows.json", tmp_path / "run"
+    """train.py validates and publishes; distill.py scores what is distilled, samples nothing.
+
+    The model is a Qwen3, whose layers have norms of heads too.
+    """
+    path = tiny_llama_dir(tokenizer=True, model_type="qwen3")
+    data, out = tmp_path / "rows.json", tmp_path / "run"
     data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
 
     def script(name, *flags, processes=2):

@@ -3,8 +3,9 @@
    functions for each layer than some of them take, and because one workspace for all layers is less
    memory than a tensor for each of their results.
 
-   table (L, 10): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then the bytes
-   of a number of qkv, o, gate_up and down
+   table (L, 13): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then the bytes
+   of a number of qkv, o, gate_up and down, then the address of the bias of qkv, 0 for none, and of
+   the norms of the q and k heads, 0 for none, and whether q and k are rotated
    h (T, D): the residual stream, changed in place    x (T, D): the last layer's output, to be added
    indices (n), rising, or NULL for all: the tokens that results are needed of. The last layer
    computes no others after its keys and values; the results are the first n rows of h and x
@@ -44,11 +45,15 @@ static void all_layers(worker *me, const void *what) {
     attention.qkv = qkv;
     attention.o = o;
     for (long i = 0; i < s->L; i++) {
-        const int64_t *w = a->table + 10 * i, *rows = NULL;
+        const int64_t *w = a->table + 13 * i, *rows = NULL;
         float *k = a->k + i * s->pages * G * s->page * d, *v = a->v + (k - a->k), *next = h;
         share_rms_norm(me, i ? x : h, i ? h : NULL, NULL, (float *)w[0], y, h, rstd, T, D, a->eps);
-        share_linear(me, y, (char *)w[1], qkv, w[6], T, D, N);
-        share_rope(me, qkv, a->positions, a->cos_sin, T, H, G, d, 1);
+        share_linear(me, y, (char *)w[1], (float *)w[10], qkv, w[6], T, D, N);
+        if (w[11])
+            share_norm_rope(me, qkv, (float *)w[11], a->positions, a->cos_sin, qkv, T, H, G, d,
+                            a->eps);
+        else if (w[12])
+            share_rope(me, qkv, a->positions, a->cos_sin, T, H, G, d, 1);
         share_kv_write(me, qkv, k, v, a->write_page, a->write_offset, T, H, G, d, s->page);
         attention.k = k;
         attention.v = v;
@@ -59,11 +64,11 @@ static void all_layers(worker *me, const void *what) {
             next = a->kept;
         }
         share_attention(me, &attention);
-        share_linear(me, o, (char *)w[2], y, w[7], T, H * d, D);
+        share_linear(me, o, (char *)w[2], NULL, y, w[7], T, H * d, D);
         share_rms_norm(me, y, h, rows, (float *)w[3], x, next, rstd, T, D, a->eps);
-        share_linear(me, x, (char *)w[4], gate_up, w[8], T, D, 2 * F);
+        share_linear(me, x, (char *)w[4], NULL, gate_up, w[8], T, D, 2 * F);
         share_swiglu(me, gate_up, m, T, F);
-        share_linear(me, m, (char *)w[5], x, w[9], T, F, D);
+        share_linear(me, m, (char *)w[5], NULL, x, w[9], T, F, D);
     }
 }
 

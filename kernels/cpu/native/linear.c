@@ -1,4 +1,4 @@
-/* Products with packed weights      y (T, N) = x (T, K) W^T
+/* Products with packed weights      y (T, N) = x (T, K) W^T + bias (N), or without where it is NULL
 
    W (N, K) is stored in panels of PANEL of its rows: all numbers of a panel for k = 0, then those
    for k = 1, ... so that a product reads a panel once, from front to back. The last panel is filled
@@ -9,9 +9,9 @@
        4   fp32
 
    Every y is a sum of chains: a chain is CHAIN fused multiply-adds over successive k, beginning
-   with 0, and the chains are added in order. So the bits of y do not depend on T, on the position
-   of its row, or on the number of threads. (One chain over all of K would double the rounding
-   error.)
+   with 0, and the chains are added in order, then the bias. So the bits of y do not depend on T, on
+   the position of its row, or on the number of threads. (One chain over all of K would double the
+   rounding error.)
    A chunk of work is a panel: each column of y is computed by one thread.
 
    T = tokens, K = inputs, N = outputs, P = panels */
@@ -160,6 +160,7 @@ static void widen(const char *panel, long bytes, float *wide, long K) {
 typedef struct {
     const float *x;
     const char *w;
+    const float *bias;
     float *y;
     long bytes, first, end, K, N;
 } product;
@@ -200,9 +201,25 @@ static void compute_panel(worker *me, const void *what, long p) {
     }
 }
 
+/* As put_panel, with the bias added */
+static void put_biased(const product *a, const float *out, long p, long width) {
+    const float *bias = a->bias + p * PANEL;
+    vec b0 = load_some(bias, least(width, LANES)), b1 = all(0);
+    if (width > LANES) b1 = load_some(bias + LANES, width - LANES);
+    for (long t = a->first; t < a->end; t++, out += PANEL) {
+        float *y = a->y + t * a->N + p * PANEL;
+        store_some(y, add(load(out), b0), least(width, LANES));
+        if (width > LANES) store_some(y + LANES, add(load(out + LANES), b1), width - LANES);
+    }
+}
+
 static void put_panel(const worker *me, const void *what, long p) {
     const product *a = what;
     long width = least(PANEL, a->N - p * PANEL);
+    if (a->bias) {
+        put_biased(a, me->own, p, width);
+        return;
+    }
     for (long t = a->first; t < a->end; t++) {
         const float *out = me->own + (t - a->first) * PANEL;
         float *y = a->y + t * a->N + p * PANEL;
@@ -211,20 +228,21 @@ static void put_panel(const worker *me, const void *what, long p) {
     }
 }
 
-void share_linear(worker *me, const float *x, const char *w, float *y, long bytes, long T, long K,
-                  long N) {
+void share_linear(worker *me, const float *x, const char *w, const float *bias, float *y,
+                  long bytes, long T, long K, long N) {
     for (long first = 0; first < T; first += BLOCK) {
-        product a = {x, w, y, bytes, first, least(first + BLOCK, T), K, N};
+        product a = {x, w, bias, y, bytes, first, least(first + BLOCK, T), K, N};
         share(me, (N + PANEL - 1) / PANEL, compute_panel, put_panel, &a);
     }
 }
 
 static void all_of(worker *me, const void *what) {
     const product *a = what;
-    share_linear(me, a->x, a->w, a->y, a->bytes, a->end, a->K, a->N);
+    share_linear(me, a->x, a->w, a->bias, a->y, a->bytes, a->end, a->K, a->N);
 }
 
-int linear(const float *x, const char *w, float *y, long bytes, long T, long K, long N) {
-    product a = {x, w, y, bytes, 0, T, K, N};
+int linear(const float *x, const char *w, const float *bias, float *y, long bytes, long T, long K,
+           long N) {
+    product a = {x, w, bias, y, bytes, 0, T, K, N};
     return together(0, linear_room(T, K), all_of, &a);
 }

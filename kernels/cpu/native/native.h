@@ -14,21 +14,26 @@
 long panel_columns(void);
 void pack(const uint32_t *w, char *out, long bytes, long N, long K);
 void look_up(char *w, long bytes, const int64_t *rows, uint32_t *y, long n, long K);
-int linear(const float *x, const char *w, float *y, long bytes, long T, long K, long N);
+int linear(const float *x, const char *w, const float *bias, float *y, long bytes, long T, long K,
+           long N);
 long linear_room(long T, long K);
-void share_linear(worker *me, const float *x, const char *w, float *y, long bytes, long T, long K,
-                  long N);
+void share_linear(worker *me, const float *x, const char *w, const float *bias, float *y,
+                  long bytes, long T, long K, long N);
 
 int rms_norm(const float *x, const float *residual, const float *w, float *y, float *h, float *rstd,
              long T, long D, float eps);
 int rope(float *qkv, const int64_t *positions, const float *cos_sin, long T, long H, long G, long d,
          float sign);
+int norm_rope(const float *qkv, const float *norms, const int64_t *positions, const float *cos_sin,
+              float *z, long T, long H, long G, long d, float eps);
 int swiglu(const float *gate_up, float *h, long T, long F);
 long rowwise_room(long width);
 void share_rms_norm(worker *me, const float *x, const float *residual, const int64_t *rows,
                     const float *w, float *y, float *h, float *rstd, long T, long D, float eps);
 void share_rope(worker *me, float *qkv, const int64_t *positions, const float *cos_sin, long T,
                 long H, long G, long d, float sign);
+void share_norm_rope(worker *me, const float *qkv, const float *norms, const int64_t *positions,
+                     const float *cos_sin, float *z, long T, long H, long G, long d, float eps);
 void share_swiglu(worker *me, const float *gate_up, float *h, long T, long F);
 
 int kv_write(const float *qkv, float *k, float *v, const int64_t *pages, const int64_t *offsets,

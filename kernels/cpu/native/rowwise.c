@@ -1,7 +1,8 @@
-/* Operations that treat each token by itself: norm, rotation, SwiGLU
+/* Operations that treat each token by itself: norm, rotation, both of heads, SwiGLU
 
-   The mathematics stands in rms_norm.py, rope.py and swiglu.py. A row is computed by one thread, in
-   an order of additions that follows from its length alone. A chunk of work is a number of rows.
+   The mathematics stands in rms_norm.py, rope.py, norm_rope.py and swiglu.py. A row is computed by
+   one thread, in an order of additions that follows from its length alone. A chunk of work is a
+   number of rows.
 
    T = tokens, D = model width, F = feed-forward width, H = query heads, G = key/value heads,
    d = head size */
@@ -179,6 +180,94 @@ int rope(float *qkv, const int64_t *positions, const float *cos_sin, long T, lon
     rotation a = {qkv, positions, cos_sin, T, H, G, d, sign};
     long width = (H + G) * d;
     return together(chunks_of(T, width) <= 1, rowwise_room(width), all_rotations, &a);
+}
+
+/* ---- norm of the q and k heads, and their rotation */
+
+typedef struct {
+    const float *qkv, *norms;
+    const int64_t *positions;
+    const float *cos_sin;
+    float *z;
+    long T, H, G, d;
+    float eps;
+} normed_rotation;
+
+static void compute_normed_rotation(worker *me, const void *what, long chunk) {
+    const normed_rotation *a = what;
+    long d = a->d;
+    long half = d / 2;
+    long heads = a->H + a->G; /* q and k, the first of a row of qkv */
+    long count = rows_of(heads * d);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    float *z = me->own; /* (count, heads, d) */
+    for (long t = first; t < end; t++) {
+        const float *row = a->qkv + t * (heads + a->G) * d;
+        const float *angles = a->cos_sin + a->positions[t] * d;
+        for (long head = 0; head < heads; head++) {
+            const float *from = row + head * d;
+            const float *w = head < a->H ? a->norms : a->norms + d;
+
+            /* rstd */
+            vec squares = all(0);
+            for (long i = 0; i < d; i += LANES) {
+                vec x = load_some(from + i, least(LANES, d - i));
+                squares = fma3(x, x, squares);
+            }
+            float mean_square = sum(squares) / d;
+            vec r = all(1 / sqrtf(mean_square + a->eps));
+
+            /* z = (x rstd w) rotated */
+            for (long i = 0; i < half; i += LANES) {
+                long n = least(LANES, half - i);
+                vec y1 = mul(mul(load_some(from + i, n), r), load_some(w + i, n));
+                vec y2 = mul(mul(load_some(from + half + i, n), r), load_some(w + half + i, n));
+                vec c = load_some(angles + i, n);
+                vec s = load_some(angles + half + i, n);
+                store_some(z + i, minus3(y2, s, mul(y1, c)), n);
+                store_some(z + half + i, fma3(y1, s, mul(y2, c)), n);
+            }
+            z += d;
+        }
+    }
+}
+
+static void put_normed_rotation(const worker *me, const void *what, long chunk) {
+    const normed_rotation *a = what;
+    long width = (a->H + a->G) * a->d; /* q and k of a token */
+    long v_width = a->G * a->d;
+    long row_width = width + v_width;
+    long count = rows_of(width);
+    long first = chunk * count;
+    long end = least(first + count, a->T);
+    for (long t = first; t < end; t++) {
+        const float *v = a->qkv + t * row_width + width;
+        float *z = a->z + t * row_width;
+        memcpy(z, me->own + (t - first) * width, width * sizeof(float));
+        if (a->z != a->qkv) memcpy(z + width, v, v_width * sizeof(float));
+    }
+}
+
+static void all_normed_rotations(worker *me, const void *what) {
+    const normed_rotation *a = what;
+    long width = (a->H + a->G) * a->d;
+    share(me, chunks_of(a->T, width), compute_normed_rotation, put_normed_rotation, a);
+}
+
+/* z (T, (H + 2G) d) = qkv with its q and k heads normalised and rotated; z may be qkv itself.
+   norms (2d): the weight of q, then that of k. cos_sin (positions, d): cos, then sin. */
+void share_norm_rope(worker *me, const float *qkv, const float *norms, const int64_t *positions,
+                     const float *cos_sin, float *z, long T, long H, long G, long d, float eps) {
+    normed_rotation a = {qkv, norms, positions, cos_sin, z, T, H, G, d, eps};
+    all_normed_rotations(me, &a);
+}
+
+int norm_rope(const float *qkv, const float *norms, const int64_t *positions, const float *cos_sin,
+              float *z, long T, long H, long G, long d, float eps) {
+    normed_rotation a = {qkv, norms, positions, cos_sin, z, T, H, G, d, eps};
+    long width = (H + G) * d;
+    return together(chunks_of(T, width) <= 1, rowwise_room(width), all_normed_rotations, &a);
 }
 
 /* ---- SwiGLU */
