@@ -19,10 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.jobs.gguf_export import export_adapter, export_model
 from engine.jobs.gguf_import import import_gguf
-from engine.sampling.requests import Request, SamplerConfig
-from engine.sampling.sampler import Sampler
 from kernels.registry import TORCH
-from model.chat import Chat
 from model.config import LlamaConfig
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
@@ -39,7 +36,6 @@ tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokeniz
 from tests.helpers.gguf_files import texts, vocabulary, write_gguf  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS = ["Why is the sky blue?", "Write a haiku about the sea.", "What is 12 + 30?"]
 IDS = [0, 5, 40, 99, 260, 3, 17, 8, 200, 31]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -361,30 +357,22 @@ def test_llama_cpp_computes_every_family_and_its_adapters_as_we_do(
 
 @pytest.mark.peers
 def test_llama_cpp_answers_greedily_as_the_demo_model_does(tmp_path, smollm2_dir, run_llama_cpp):
-    """The real model in F32: prompts in its chat format, 40 tokens each, token by token.
+    """The real model, in F32: 64 tokens for each of two prompts in its chat format.
 
-    llama.cpp is given prompt and answer: its likeliest token after each must be the next one.
+    They are those of tests/golden, which tests/model/test_llama.py compares with our own and with
+    transformers' greedy text. llama.cpp is given prompt and answer: the likeliest token after each
+    must be the next one.
     """
-    path = tmp_path / "demo.gguf"
-    export_model(smollm2_dir, None, path, "F32")
-    tokenizer = load_tokenizer(smollm2_dir)
-    chat = Chat.from_dir(smollm2_dir, tokenizer)
-    prompts = {}
-    for question in QUESTIONS:
-        messages = [{"role": "user", "content": question}]
-        prompts[question] = chat.prompt_ids(messages)
-    model = Llama.from_pretrained(smollm2_dir)
-    config = SamplerConfig(max_new_tokens=40)
-    requests = [Request(question, ids) for question, ids in prompts.items()]
-    with Sampler(model, tokenizer.decode, chat.end_ids, config) as sampler:
-        answers = {answer.id: answer for answer in sampler.run(requests)}
-    whole = [[*prompts[question], *answers[question].ids] for question in QUESTIONS]
-    _, arrays = run_llama_cpp(path, {"ids": whole})
-    for n, question in enumerate(QUESTIONS):
-        likeliest = arrays[f"logits{n}"].argmax(axis=1).tolist()
-        *theirs, after = likeliest[len(prompts[question]) - 1 :]
-        assert theirs == answers[question].ids, question
-        assert (after in chat.end_ids) == (answers[question].finish == "stop"), question
+    golden = json.loads((ROOT / "tests" / "golden" / "smollm2.json").read_text())
+    prompts, answers = golden["prompts"][:2], golden["continuations"][:2]
+    export_model(smollm2_dir, None, tmp_path / "demo.gguf", "F32")
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    _, arrays = run_llama_cpp(tmp_path / "demo.gguf", {"ids": whole})
+    (tmp_path / "demo.gguf").unlink()  # pytest would keep half a gigabyte
+    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        likeliest = arrays[f"logits{n}"].argmax(axis=1)  # (T,)
+        assert len(answer) == 64
+        assert likeliest[len(prompt) - 1 : -1].tolist() == answer, n
 
 
 def odd_adapter(path: Path, model: Llama) -> Lora:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from engine.jobs import gguf_import as gguf_module
 from engine.jobs.gguf_import import demo_gguf, import_gguf
+from kernels.registry import TORCH
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
 
@@ -72,8 +73,8 @@ def test_a_qwen2_is_imported_with_its_biases_and_its_order_of_rows(tmp_path, tin
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("qwen2", ["Qwen2ForCausalLM"])
     tokens = torch.arange(20)
-    imported = Llama.from_pretrained(tmp_path / "out").logits(tokens)
-    assert torch.equal(imported, Llama.from_pretrained(path).logits(tokens))
+    imported = Llama.from_pretrained(tmp_path / "out", ops=TORCH).logits(tokens)
+    assert torch.equal(imported, Llama.from_pretrained(path, ops=TORCH).logits(tokens))
     tokenizer = load_tokenizer(tmp_path / "out")
     digits = tokenizer.encode("12 123")
     assert len(digits) == 6, "every digit by itself, though 12 and 123 are in the vocabulary"
@@ -95,9 +96,10 @@ def test_a_qwen3_and_a_smollm3_are_imported(tmp_path, tiny_llama_dir, family, pr
     for name, weight in expected.items():
         np.testing.assert_array_equal(found[name], weight, err_msg=name)
     tokens = torch.arange(20)
-    imported = Llama.from_pretrained(tmp_path / "out")
+    imported = Llama.from_pretrained(tmp_path / "out", ops=TORCH)
     assert imported.config.unrotated_layers == ((3,) if family == "smollm3" else ())
-    assert torch.equal(imported.logits(tokens), Llama.from_pretrained(path).logits(tokens))
+    original = Llama.from_pretrained(path, ops=TORCH)
+    assert torch.equal(imported.logits(tokens), original.logits(tokens))
 
 
 def test_embeddings_are_tied_without_an_output_matrix(tmp_path, tiny_llama_dir):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 CONTEXT = 512  # tokens
 F32, F16 = 0, 1  # of enum ggml_type
 DISABLED = 0  # of enum llama_flash_attn_type
+DEFAULT_THREADS = 4
 
 
 class Options(ctypes.Structure):
@@ -96,7 +98,7 @@ def tokenised(lib, vocab, text: str, special: bool) -> list[int]:
 
 
 def context_options(lib) -> Options:
-    """The default options with room for CONTEXT tokens, keys and values in F32, plain attention.
+    """Default options but room for CONTEXT tokens, keys and values in F32, plain attention.
 
     Fields that move from version to version are found by their defaults.
     """
@@ -109,6 +111,9 @@ def context_options(lib) -> Options:
     # the types of rope scaling, pooling, attention and flash attention are four times -1
     fours = [at for at in range(4, 60) if list(numbers[at : at + 4]) == [-1] * 4]
     assert len(pairs) == len(fours) == 1, f"the options have another form: {list(numbers)}"
+    # the numbers of threads are the first neighbours that are 4; beyond the processors they wait
+    threads = next(at for at in range(4, 12) if numbers[at] == numbers[at + 1] == DEFAULT_THREADS)
+    numbers[threads] = numbers[threads + 1] = min(2, len(os.sched_getaffinity(0)))
     numbers[pairs[0]] = numbers[pairs[0] + 1] = F32
     numbers[fours[0] + 3] = DISABLED
     return options
