@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -98,11 +99,32 @@ def test_the_cache_lies_where_huggingface_hub_puts_it(monkeypatch):
     assert hub_cache() == Path("/home/me/hub")
 
 
-def test_a_script_says_what_is_missing(cache, tmp_path):
-    command = [sys.executable, ROOT / "scripts" / "generate.py", "--model", "org/none"]
-    done = subprocess.run([*command, "--prompt", "Hi"], capture_output=True, text=True)
-    assert done.returncode == 2 and "hf download org/none" in done.stderr
-    assert "Traceback" not in done.stderr
+SCRIPTS = "sdft distill train evaluate retention generate pareto preflight audit merge".split()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "export_gguf"])
+def test_every_script_finds_its_model_by_name(cache, tmp_path, monkeypatch, capsys, name):
+    """Each says what is missing, and how to download it, before any work."""
+    others = {
+        "sdft": "--data d.json --eval-data e.json --out o",
+        "distill": "--data d.json --out o.jsonl",
+        "train": "--data d.json --out o",
+        "evaluate": "--data d.json --out o.jsonl",
+        "retention": "--out o.jsonl --adapter a",
+        "generate": "--prompt Hi",
+        "pareto": "--data d.json --eval-data e.json --out o",
+        "preflight": "--data d.json",
+        "audit": "--out o",
+        "merge": "--adapter a --out o",
+        "export_gguf": "--out o.gguf",
+    }
+    flags = ["--model", "org/none", *others[name].split()]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert end.value.code == 2 and "hf download org/none" in said.err, said.out + said.err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == []
 
 
 # GGUF files
