@@ -22,7 +22,7 @@ from engine.jobs.gguf_import import import_gguf
 from kernels.registry import TORCH
 from model.config import LlamaConfig
 from model.llama import Llama
-from model.lora import Lora, LoraConfig
+from model.lora import Lora, LoraConfig, a_name, b_name
 from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
 from model.trained_chat import TrainedChat
@@ -432,6 +432,19 @@ def test_llama_cpp_adds_an_exported_adapter_as_we_do(
     ours = model.logits(IDS, lora).numpy()
     assert np.abs(logits - ours).max() <= 5e-5 * np.abs(ours).max()
     assert np.abs(logits - model.logits(IDS).numpy()).max() > 1e-2, "the adapter did nothing"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_matrices_of_an_exported_adapter_are_as_trained(tmp_path, tiny_llama_dir, rslora):
+    """Where one alpha says the scale of all modules, no number of A or B is changed."""
+    model = opened(bpe_dir(tiny_llama_dir))
+    lora = random_lora(model, "all", rslora=rslora).scaled(0.5)
+    export_adapter(lora, model.config, tmp_path / "lora.gguf", "F32")
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    assert len(stored) == 2 * 7 * 2
+    for part, name in (("a", a_name), ("b", b_name)):
+        trained = lora.view(lora.params, name("model.layers.1.mlp.down_proj")).numpy()
+        np.testing.assert_array_equal(stored[f"blk.1.ffn_down.weight.lora_{part}"], trained)
 
 
 def converted(directory: Path) -> None:
