@@ -17,7 +17,7 @@ class Family:
 
     models: str  # models that are of it, for messages and tables
     architecture: str  # the class that `architectures` has to list
-    adds: str  # what is added to Llama's arithmetic, for README's table
+    adds: str  # what is added to Llama's arithmetic, for model/README.md
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     qk_norm: bool = False  # each head of q and k is normalised before its rotation
     skips_rotation: bool = False  # `no_rope_layers` names layers whose q and k are not rotated

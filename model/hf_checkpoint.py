@@ -121,7 +121,7 @@ def locate(path: Path, config: LlamaConfig) -> Checkpoint:
         where = str(files[0]) if len(files) == 1 else f"the {len(files)} files of {path}"
         first = missing[0]
         reason = (
-            f"{where}: {len(missing)} tensors of a Llama of this config.json are missing, first "
+            f"{where}: {len(missing)} tensors of a model of this config.json are missing, first "
             f"{first} {shapes[first]}"
         )
         raise _unusable(path, config, reason)
@@ -180,7 +180,7 @@ def _why_unusable(
 ) -> str | None:
     """Why a stored tensor is not one of the model's, None if it is; `shapes` are the model's."""
     if name not in shapes:
-        return f"{file} holds {name} {shape}, which a Llama of this config.json does not have"
+        return f"{file} holds {name} {shape}, which a model of this config.json does not have"
     if shape != shapes[name]:
         return f"{file}: {name} is {shape}, but config.json asks for {shapes[name]}"
     if dtype not in DTYPES:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from kernels.cached import Cached
-from kernels.dtypes import accumulate_dtype, sum_products_in_fp32
+from kernels.dtypes import sum_products_in_fp32
 from kernels.packed import Packed
 from kernels.philox import Dropout, mix
 from kernels.registry import Ops
@@ -50,7 +50,7 @@ from model.kv_cache import KVCache
 from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
-from model.rope import cos_sin_table
+from model.rotation import Rotation
 from model.tape import Adapters, GroupAdapter, Saved, Tape
 from model.weights import Weights, load_weights
 
@@ -89,9 +89,7 @@ class Llama:
             sum_products_in_fp32()
         self.ops = ops or choose("auto", self.device, self.dtype, config.widths)
         self.biased_groups = biased_groups(config)
-        # the rotary table (positions, d), grown on demand: a longer row replaces it, so a captured
-        # CUDA graph must keep a reference to the table that it reads
-        self.cos_sin: Tensor | None = None
+        self.rotation = Rotation(config)
         # for packed weights: all layers in one call (kernels/cpu/fused_layers.py)
         self.fused_layers = None
         if self.ops.layers is not None and not isinstance(weights["0.qkv"], Tensor):
@@ -206,11 +204,11 @@ class Llama:
             if lora.strength == 0:
                 lora = None  # the seed's own path, so that every bit is the seed's
         eps = self.config.rms_norm_eps
-        self._grow_rope_table(context)
+        self.rotation.grow(context, self.device, self.dtype)
         h = self.weights.embed(tokens)  # (T, D)
         if self.fused_layers is not None and cache is not None and lora is None:
             x, h = self.fused_layers(
-                h, context, self.cos_sin, cache.k, cache.v, eps, logits_indices
+                h, context, self.rotation.cos_sin, cache.k, cache.v, eps, logits_indices
             )  # (n, D), (n, D)
         else:
             inputs = ForwardInputs(context, cache, logits_indices)
@@ -282,7 +280,7 @@ class Llama:
 
         # 1. attention
         plain_qkv, s_qkv = self._linear(i, "qkv", y1, adapters)  # (T, (H + 2G) d), (T, R)
-        qkv = self._rotate(i, plain_qkv, context.positions)  # (T, (H + 2G) d)
+        qkv = self.rotation.forward(ops, w, i, plain_qkv, context.positions)  # (T, (H + 2G) d)
         lse = None
         if cache is None:
             o, lse = ops.attention_forward(qkv, context, H, G)  # (T, H d), (T, H)
@@ -314,41 +312,6 @@ class Llama:
             saved.s = {"qkv": s_qkv, "o": s_o, "gate_up": s_gate_up, "down": s_down}
         return x, h_mid
 
-    def _rotate(self, i: int, qkv: Tensor, positions: Tensor) -> Tensor:
-        """qkv (T, (H + 2G) d) with the queries and keys of layer i rotated.
-
-        In place, where TORCH or kernels do it; but where the heads are normalised before it, qkv
-        stays as it is, for the backward.
-        """
-        H = self.config.num_heads
-        G = self.config.num_kv_heads
-        if self.config.qk_norm:
-            qk_norm = self.weights[f"{i}.qk_norm"]  # (2d,)
-            eps = self.config.rms_norm_eps
-            return self.ops.norm_rope_forward(qkv, qk_norm, eps, positions, self.cos_sin, H, G)
-        if i in self.config.unrotated_layers:
-            return qkv
-        return self.ops.rope_(qkv, positions, self.cos_sin, H, G)
-
-    def _rotate_backward(
-        self, i: int, dqkv: Tensor, plain_qkv: Tensor, positions: Tensor
-    ) -> Tensor:
-        """The gradient of the input of `_rotate` from that of its result, dqkv, in place.
-
-        plain_qkv is that input; it is read where the heads are normalised.
-        """
-        H = self.config.num_heads
-        G = self.config.num_kv_heads
-        if self.config.qk_norm:
-            qk_norm = self.weights[f"{i}.qk_norm"]  # (2d,)
-            eps = self.config.rms_norm_eps
-            return self.ops.norm_rope_backward_(
-                dqkv, plain_qkv, qk_norm, eps, positions, self.cos_sin, H, G
-            )
-        if i in self.config.unrotated_layers:
-            return dqkv
-        return self.ops.rope_(dqkv, positions, self.cos_sin, H, G, inverse=True)
-
     def _linear(
         self, i: int, group: str, x: Tensor, adapters: Adapters
     ) -> tuple[Tensor, Tensor | None]:
@@ -363,17 +326,6 @@ class Llama:
             bias = self.weights[bias_name(i, group)]  # (N,)
         return self.ops.lora_linear_forward(x, weight, adapter.lora, adapter.dropout, bias)
 
-    def _grow_rope_table(self, context: Packed | Cached) -> None:
-        """Make `cos_sin` long enough for this forward; built once and doubled when outgrown."""
-        longest = _longest_row(context)
-        most = self.config.max_position
-        assert longest <= most, f"a row of {longest} tokens, but the model was made for {most}"
-        have = 0 if self.cos_sin is None else self.cos_sin.shape[0]
-        if self.cos_sin is None or longest > have:
-            positions = min(max(longest, 2 * have, 512), most)
-            dtype = accumulate_dtype(self.dtype)
-            self.cos_sin = cos_sin_table(self.config, positions, self.device, dtype)
-
     # ---- backward
 
     def backward(self, dhidden: Tensor, tape: Tape) -> None:
@@ -384,7 +336,7 @@ class Llama:
         """
         lora = tape.lora
         assert lora is not None and tape.h is not None, "the tape has no adapted forward"
-        self._grow_rope_table(tape.packed)
+        self.rotation.grow(tape.packed, self.device, self.dtype)
         dh = self.ops.rms_norm_backward(dhidden, tape.h, self.weights["norm"], tape.rstd)  # (T, D)
         tape.h = None
         first_layer, first_group = self._first_adapter(lora)
@@ -446,11 +398,11 @@ class Llama:
             return None
         qkv = saved.qkv  # (T, (H + 2G) d)
         if self.config.qk_norm:  # the plain ones were kept
-            qkv = self._rotate(i, qkv, packed.positions)
+            qkv = self.rotation.forward(ops, w, i, qkv, packed.positions)
         # (T, (H + 2G) d)
         dqkv = ops.attention_backward(do, qkv, saved.o, saved.lse, packed, H, G)
         del qkv  # free memory before the next product
-        dqkv = self._rotate_backward(i, dqkv, saved.qkv, packed.positions)
+        dqkv = self.rotation.backward(ops, w, i, dqkv, saved.qkv, packed.positions)
         need_dx = stop_at != "qkv"
         dy = self._linear_backward(i, "qkv", dqkv, y1, saved, need_dx)  # (T, D) of y1
         if not need_dx:
@@ -545,12 +497,3 @@ class Llama:
         """
         with self.weights.head() as head:  # (V, D)
             return self.ops.linear_cross_entropy(hidden, head, targets, need_grad, entropy)
-
-
-def _longest_row(context: Packed | Cached) -> int:
-    """Tokens of the longest row of a forward, those before the forward included; 0 without rows."""
-    if isinstance(context, Packed):
-        lengths = [end - start for start, end in context.rows]
-        return max(lengths, default=0) + context.prefix
-    pairs = zip(context.context_lens, context.query_lens, strict=True)
-    return max((before + new for before, new in pairs), default=0)

@@ -301,7 +301,7 @@ class DecodeGraphs:
             self.failed.add(graph, self.model.device, self.memory_pool)
             raise
         step.graph = graph
-        step.angles = self.model.cos_sin
+        step.angles = self.model.rotation.cos_sin
 
     def clear(self) -> None:
         """Free all graphs and their memory, once they have run."""

@@ -110,9 +110,13 @@ def test_another_tile_gives_other_bits():
 @pytest.fixture
 def model(tiny_llama_dir):
     """Three query heads to a key head, so that a tile decodes 5 of 13 draft tokens."""
+    return made(tiny_llama_dir)
+
+
+def made(tiny_llama_dir, layers=2, **family):
     sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
     special = {"bos_token_id": 68, "eos_token_id": 69}
-    path = tiny_llama_dir(layers=2, tied=False, **sizes, **special)
+    path = tiny_llama_dir(layers=layers, tied=False, **sizes, **special, **family)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     return Llama.from_pretrained(path, device=DEVICE, dtype=dtype, ops=TRITON)
 
@@ -179,6 +183,17 @@ def test_sampled_texts_are_batch_invariant(model):
     plain, _ = texts(model, batch[:1], None, rows=1)
     assert plain != {("q0", 0): together["q0", 0]}, "the adapter changes nothing"
     assert all(model.weights[name] is weight for name, weight in before.items())
+
+
+def test_sampled_texts_of_a_qwen3_are_batch_invariant(tiny_llama_dir):
+    """Its norm of heads and their rotation are one kernel."""
+    model = made(tiny_llama_dir, layers=1, model_type="qwen3")
+    lora = adapter(model)
+    batch = [dataclasses.replace(request, max_new_tokens=3) for request in requests()[2:4]]
+    together, _ = texts(model, batch, lora, rows=2, draft="off")
+    drafts = {key: ids[:2] for key, (ids, _) in together.items()}
+    drafted, stats = texts(model, batch[::-1], lora, drafts, rows=1, draft="always")
+    assert drafted == together and stats.accepted_tokens > 0
 
 
 def test_the_check_on_a_card_finds_a_product_that_depends_on_the_batch(model):

@@ -81,7 +81,7 @@ def test_only_the_operation_that_fails_falls_back():
     assert ops.swiglu_forward is TORCH.swiglu_forward and ops.rope_ is plain_rope
     assert any(line.startswith("ops: swiglu runs in its torch form") for line in said)
     text = select_ops.parts_of(ops, [TORCH, table], reasons)
-    assert text.startswith("torch (rms_norm, swiglu: check failed: swiglu h")
+    assert text.startswith("torch (rms_norm, norm_rope, swiglu: check failed: swiglu h")
     assert text.endswith("triton (rope)")
 
 

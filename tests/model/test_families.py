@@ -30,6 +30,7 @@ from model.peft_format import load_lora, save_lora
 from model.sampling_weights import for_sampling, restore_weights
 from model.tape import POLICIES, Tape
 from tests.helpers.adapters import new_lora
+from tests.model.test_llama import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 # model_type -> three random models: arguments of tiny_llama_dir. Tied and untied embeddings,
@@ -244,7 +245,7 @@ def test_gradients_equal_autograd_under_every_policy(tiny_llama_dir, family, num
         assert_same_gradients(lora.views(lora.grads), lora.views(gradient))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
 @pytest.mark.parametrize("ops", [TORCH, NATIVE], ids=["torch", "native"])
 def test_texts_do_not_depend_on_the_batch_or_on_drafts(tiny_llama_dir, family, ops):
     """Tokens and log-probabilities, bit for bit; with an adapter merged into packed weights too."""
@@ -405,16 +406,22 @@ def test_a_missing_or_unexpected_bias_is_refused(tiny_llama_dir):
         Llama.from_pretrained(llama)
 
 
-def test_every_family_has_three_models_here():
-    """The table of families in model/README.md says what this file compares with transformers."""
-    compared = {"llama": 8} | {family: len(models) for family, models in MODELS.items()}
+def test_every_family_has_three_models_and_its_row_in_the_table():
+    """model/README.md says how many are compared with transformers; README names them all."""
+    compared = {"llama": len(TINY)}
+    for family, models in MODELS.items():
+        compared[family] = len(models)
     assert compared.keys() == FAMILIES.keys()
     page = (ROOT / "model" / "README.md").read_text()
+    table = page[page.index("| models | `model_type` |") :].split("\n\n")[0].splitlines()
+    rows = []
     for model_type, family in FAMILIES.items():
         count = compared[model_type]
         assert count >= 3
-        row = f"| {family.models} | `{model_type}` | {family.adds} | {count} |"
-        assert row in page, f"model/README.md has no row {row!r}"
+        rows.append(f"| {family.models} | `{model_type}` | {family.adds} | {count} |")
+    assert table[2:] == rows
+    first_page = " ".join((ROOT / "README.md").read_text().split())
+    assert ", ".join(family.models for family in FAMILIES.values()) in first_page
 
 
 def test_a_llama_has_no_fact_of_another_family(tiny_llama_dir):

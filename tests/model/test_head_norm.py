@@ -37,6 +37,7 @@ if triton_launch.INTERPRETED:
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 QWEN3 = {"model_type": "qwen3", "head_dim": 24, "hidden": 64, "heads": 4, "kv_heads": 2}
+QWEN2 = {"model_type": "qwen2"}
 SMOLLM3 = {"model_type": "smollm3", "layers": 3, "no_rope_layers": [1, 0, 1]}
 FAMILIES = [pytest.param(QWEN3, id="qwen3"), pytest.param(SMOLLM3, id="smollm3")]
 
@@ -106,9 +107,9 @@ def test_a_layer_without_rotation_knows_no_order(tiny_llama_dir):
     assert differences[0] < 1e-12 and differences[1] > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [QWEN3, QWEN2], ids=lambda family: family["model_type"])
 def test_a_training_step_on_triton_equals_torchs(tiny_llama_dir, family):
-    """Everything that can be is computed again in the backward."""
+    """Everything that can be is computed again in the backward. A bias is added in the products."""
     path = tiny_llama_dir(**family, intermediate=40)
     model = Llama.from_pretrained(path, device=DEVICE, dtype=torch.float32, ops=TORCH)
     lora = new_lora(model, rank=4, alpha=8, modules="all", seed=3)
@@ -150,7 +151,8 @@ def test_the_memory_plan_counts_the_second_rotation(tiny_llama_dir):
     configs.append(dataclasses.replace(configs[0], qk_norm=False))
     lora = new_lora(Llama.from_pretrained(tiny_llama_dir()), rank=2).config
     for policy in POLICIES:
-        normed, plain = [predict(config, lora, policy, size, "cuda") for config in configs]
+        normed = predict(configs[0], lora, policy, size, "cuda")
+        plain = predict(configs[1], lora, policy, size, "cuda")
         assert normed.saved == plain.saved
         qkv = sum(configs[0].qkv_sizes)
         assert normed.work - plain.work in range(2 * 1024 * qkv + 1)

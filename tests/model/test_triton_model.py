@@ -111,10 +111,22 @@ def test_ten_optimizer_steps_equal_those_of_torch(model):
 
 @pytest.mark.parametrize("decoding", [{}, {"temperature": 0.9, "top_k": 30, "top_p": 0.9}], ids=str)
 def test_the_sampler_gives_the_same_tokens(model, decoding):
+    assert_same_tokens(model, (1, 5, 23), 8, decoding)
+
+
+def test_the_sampler_gives_the_same_tokens_of_a_qwen3(tiny_llama_dir):
+    sizes = {"heads": 3, "kv_heads": 1, "intermediate": 24, "vocab": 260}
+    path = tiny_llama_dir(model_type="qwen3", head_dim=24, hidden=40, **sizes)
+    model = Llama.from_pretrained(path, device=DEVICE, dtype=torch.float32, ops=TORCH)
+    assert_same_tokens(model, (1, 11), 4, {"temperature": 0.9})
+
+
+def assert_same_tokens(model, prompt_lengths, new_tokens, decoding):
+    """Prompts of random tokens, sampled two rows at a time over TORCH and over TRITON."""
     generator = torch.Generator().manual_seed(1)
     requests = []
-    for i, length in enumerate((1, 5, 23)):
-        requests.append(Request(f"q{i}", random_ids(length, generator), 8))
+    for i, length in enumerate(prompt_lengths):
+        requests.append(Request(f"q{i}", random_ids(length, generator), new_tokens))
     config = SamplerConfig(rows=2, page_size=8, **decoding)
     texts = []
     for ops in (TORCH, TRITON):

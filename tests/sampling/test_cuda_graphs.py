@@ -67,6 +67,9 @@ MIXED = dataclasses.replace(
 )
 PENALISED = {"temperature": 1.2, "top_k": 60, "min_p": 0.1, "repetition_penalty": 1.3}
 END = 7
+QWEN2 = {"model_type": "qwen2"}
+QWEN3 = {"model_type": "qwen3"}
+SMOLLM3 = {"model_type": "smollm3", "no_rope_layers": [1, 0]}
 
 
 @pytest.fixture(autouse=True)
@@ -79,11 +82,11 @@ def here(monkeypatch):
         )
 
 
-@pytest.fixture
-def model(tiny_llama_dir):
+def made(tiny_llama_dir, **family):
+    """A random model of two layers, of a family that its settings name."""
     sizes = {"heads": 3, "kv_heads": 1, "head_dim": 16, "intermediate": 24, "vocab": 70}
     special = {"bos_token_id": 68, "eos_token_id": 69}
-    path = tiny_llama_dir(layers=2, tied=False, max_position=128, **sizes, **special)
+    path = tiny_llama_dir(layers=2, tied=False, max_position=128, **sizes, **special, **family)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     model = Llama.from_pretrained(
         path, device=DEVICE, dtype=dtype, ops=TRITON if ON_GPU else MIRRORED
@@ -91,6 +94,11 @@ def model(tiny_llama_dir):
     if not ON_GPU and not Prepacked.available(model.weights["embed"]):
         pytest.skip("this CPU's torch has no oneDNN")
     return model
+
+
+@pytest.fixture
+def model(tiny_llama_dir):
+    return made(tiny_llama_dir)
 
 
 def adapter(model):
@@ -156,6 +164,20 @@ def test_captured_steps_write_the_same_texts(model, decoding):
     assert f"of {stats.captured} graphs captured" in stats.text()
     again, stats = write(model, wanted[::-1], rows=18, steps=3, **decoding)
     assert again == base and stats.replayed == stats.steps and stats.captured > 3
+
+
+@pytest.mark.parametrize("family", [QWEN2, QWEN3, SMOLLM3], ids=lambda f: f["model_type"])
+def test_captured_steps_of_other_families_write_the_same_texts(tiny_llama_dir, family):
+    """With a bias, norms of heads, and a layer without rotation; with and without an adapter."""
+    model = made(tiny_llama_dir, **family)
+    wanted = unique(requests(7))
+    written = []
+    for lora in (None, adapter(model)):
+        base, _ = write(model, wanted, lora, rows=5, graphs=False, **SAMPLED)
+        got, stats = write(model, wanted, lora, rows=5, **SAMPLED)
+        assert got == base and stats.replayed == stats.steps > 8, stats.why_not_captured
+        written.append({key: completion.ids for key, completion in got.items()})
+    assert written[0] != written[1], "the adapter changes nothing"
 
 
 def test_a_stop_string_may_end_a_sequence_at_any_of_several_steps(model):
@@ -268,8 +290,18 @@ class HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("decoding", [{}, PENALISED], ids=["greedy", "penalised"])
 def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypatch):
     """It would end a capture on a GPU; found without one. The adapter is not merged here."""
+    assert_no_host_reads(Llama(model.config, model.weights, ops), decoding, monkeypatch)
+
+
+@pytest.mark.parametrize("ops", [MIXED, TRITON], ids=lambda ops: ops.name)
+def test_a_step_with_norms_of_heads_never_does(tiny_llama_dir, ops, monkeypatch):
+    model = made(tiny_llama_dir, **QWEN3)
+    assert_no_host_reads(Llama(model.config, model.weights, ops), {}, monkeypatch)
+
+
+def assert_no_host_reads(plain, decoding, monkeypatch):
+    """One step of a bucket of two sequences, with an adapter that is not merged."""
     config = SamplerConfig(page_size=8, rows=2, **decoding)
-    plain = Llama(model.config, model.weights, ops)
     lora, pool, stats = adapter(plain), PagePool(plain, 8, 0.0), SamplerStats()
     cuda_graphs.DecodeGraphs(plain, lora, pool, config, stats)
     pool.ensure_pages(4, 2)
@@ -280,7 +312,7 @@ def test_a_step_never_synchronises_with_the_host(model, ops, decoding, monkeypat
             launch(*args, **options)
 
     for operation in cuda_graphs.STEP_OPERATIONS:
-        module = sys.modules[getattr(ops, operation).__module__]
+        module = sys.modules[getattr(plain.ops, operation).__module__]
         if hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", unwatched)
     bucket = Bucket(sequences=2, pages=2, temperature=config.temperature)
