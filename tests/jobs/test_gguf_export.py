@@ -440,7 +440,8 @@ def test_matrices_of_an_exported_adapter_are_as_trained(tmp_path, tiny_llama_dir
     model = opened(bpe_dir(tiny_llama_dir))
     lora = random_lora(model, "all", rslora=rslora).scaled(0.5)
     export_adapter(lora, model.config, tmp_path / "lora.gguf", "F32")
-    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora.gguf").tensors}
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
     assert len(stored) == 2 * 7 * 2
     for part, name in (("a", a_name), ("b", b_name)):
         trained = lora.view(lora.params, name("model.layers.1.mlp.down_proj")).numpy()
