@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,14 +84,24 @@ def peers_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+def vllm_python() -> str:
+    """The interpreter that has vLLM: that of VLLM_PYTHON, or this one."""
+    python = os.environ.get("VLLM_PYTHON")
+    if python is None and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here, and VLLM_PYTHON names no interpreter that has it")
+    return python or sys.executable
+
+
+@pytest.fixture(scope="session")
+def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`run_peer("x_peer.py", *args)` runs tests/peers/x_peer.py and returns its last line as JSON.
 
-    The process starts outside the clone with nothing of it on the path, and offline.
+    `python`: another interpreter than the one that has transformers and peft. The process starts
+    outside the clone with nothing of it on the path, and offline.
     """
 
-    def run(script: str, *args: object, timeout: float = 600) -> dict:
-        command = [peers_python, str(ROOT / "tests" / "peers" / script), *map(str, args)]
+    def run(script: str, *args: object, timeout: float = 600, python: str = peers_python) -> Any:
+        command = [python, str(ROOT / "tests" / "peers" / script), *map(str, args)]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         cwd = tmp_path_factory.mktemp("peer")
