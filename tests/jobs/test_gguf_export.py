@@ -357,22 +357,19 @@ def test_llama_cpp_computes_every_family_and_its_adapters_as_we_do(
 
 @pytest.mark.peers
 def test_llama_cpp_answers_greedily_as_the_demo_model_does(tmp_path, smollm2_dir, run_llama_cpp):
-    """The real model, in F32: 64 tokens for each of two prompts in its chat format.
+    """The real model, in F32: 40 tokens after a prompt in its chat format.
 
     They are those of tests/golden, which tests/model/test_llama.py compares with our own and with
     transformers' greedy text. llama.cpp is given prompt and answer: the likeliest token after each
     must be the next one.
     """
     golden = json.loads((ROOT / "tests" / "golden" / "smollm2.json").read_text())
-    prompts, answers = golden["prompts"][:2], golden["continuations"][:2]
+    prompt, answer = golden["prompts"][0], golden["continuations"][0][:40]
     export_model(smollm2_dir, None, tmp_path / "demo.gguf", "F32")
-    whole = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    _, arrays = run_llama_cpp(tmp_path / "demo.gguf", {"ids": whole})
+    _, arrays = run_llama_cpp(tmp_path / "demo.gguf", {"ids": [prompt + answer]})
     (tmp_path / "demo.gguf").unlink()  # pytest would keep half a gigabyte
-    for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        likeliest = arrays[f"logits{n}"].argmax(axis=1)  # (T,)
-        assert len(answer) == 64
-        assert likeliest[len(prompt) - 1 : -1].tolist() == answer, n
+    likeliest = arrays["logits0"].argmax(axis=1)  # (T,)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == answer
 
 
 def odd_adapter(path: Path, model: Llama) -> Lora:
@@ -413,8 +410,9 @@ ADAPTERS = {
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("case", ADAPTERS)
-@pytest.mark.parametrize("strength", [1.0, 0.25])
+@pytest.mark.parametrize(
+    ("case", "strength"), [("plain", 1.0), ("plain", 0.25), ("rslora", 1.0), ("patterns", 0.25)]
+)
 def test_llama_cpp_adds_an_exported_adapter_as_we_do(
     tmp_path, tiny_llama_dir, run_llama_cpp, case, strength
 ):
