@@ -76,8 +76,8 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
     them whole, does that step.
     """
     sizes = {}
-    if shard:  # embedding and head in two parts, and a bias
-        sizes = {"model_type": "qwen2", "tied": False, "intermediate": 16}
+    if shard:  # embedding and head in two parts, and norms of heads
+        sizes = {"model_type": "qwen3", "tied": False, "intermediate": 16}
     path, out = tiny_llama_dir(tokenizer=True, **sizes), tmp_path / "run"
     model = Llama.from_pretrained(path, dtype=torch.float64)
     lora = new_lora(model, rank=3, modules="all", dropout=0.2, seed=1)
@@ -176,9 +176,9 @@ def assert_sharded_is_whole(path, model, lora, size, found, held_out, scores):
 def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
     """train.py validates and publishes; distill.py scores what is distilled, samples nothing.
 
-    The model is a Qwen3, whose layers have norms of heads too.
+    The model is a Qwen2, whose layers have a bias too.
     """
-    path = tiny_llama_dir(tokenizer=True, model_type="qwen3")
+    path = tiny_llama_dir(tokenizer=True, model_type="qwen2")
     data, out = tmp_path / "rows.json", tmp_path / "run"
     data.write_text(json.dumps([{"instruction": f"Say {i}", "output": f"{i}"} for i in range(6)]))
 
