@@ -41,7 +41,8 @@ LOAD_LESS = "--dtype bfloat16 takes half of float32; else a smaller model, or a 
 class ModelConfig:
     """Which model, and how it runs."""
 
-    model: str  # directory of a Llama model (Hugging Face layout, safetensors)
+    model: str  # a Llama model: its directory (Hugging Face layout, safetensors), a .gguf file, or
+    #   ORG/NAME in the local Hugging Face cache (nothing is downloaded)
     device: str = "auto"  # auto, cpu or cuda: where to compute; auto takes a GPU if there is one
     dtype: str = "auto"  # float32, bfloat16 or float64: number format of weights and activations
     #   [default: auto (bfloat16 on a GPU that computes in it; else float32)]

@@ -22,6 +22,7 @@ HARMLESS = {
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
+    "loftq_config",  # read by init_lora_weights "loftq" alone, which is refused
     "lora_ga_config",
     "megatron_core",
     "peft_version",

@@ -14,6 +14,7 @@ zeros and scales B, and writing undoes both.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from model.peft_config import Patterns, read_peft_config
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in an adapter's file
+# the end of a snapshot's path in the Hugging Face cache
+CACHED = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})")
 MAY_BE_COPIED = (EMBEDDING, HEAD)  # the base's matrices that peft may copy into an adapter's file
 
 # ---- writing
@@ -55,7 +58,7 @@ def write_lora(lora: Lora, directory: Path, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        **_named_base(base),
         "r": lora.config.rank,
         "lora_alpha": lora.config.alpha,
         "lora_dropout": lora.config.dropout,
@@ -73,6 +76,18 @@ def write_lora(lora: Lora, directory: Path, base: str) -> None:
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2) + "\n"
     (directory / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _named_base(base: str) -> dict[str, str]:
+    """The base as adapter_config.json names it: by its path, or by its hub id and commit.
+
+    The latter for a snapshot in the Hugging Face cache, whose path means nothing elsewhere.
+    """
+    match = CACHED.fullmatch("/".join(Path(base).parts[-3:]))
+    if match is None:
+        return {"base_model_name_or_path": str(base)}
+    hub_id = f"{match['org']}/{match['name']}"
+    return {"base_model_name_or_path": hub_id, "revision": match["commit"]}
 
 
 def _without_padding(lora: Lora, name: str, view: Tensor) -> Tensor:

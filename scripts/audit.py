@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.jobs.audit import AuditConfig, audit_job, restart_interpreted
+from engine.jobs.model_names import with_model_found
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.session import ModelConfig
 
@@ -36,7 +37,7 @@ def main() -> None:
     args = parse_args()
     restart_interpreted(args.ops, args.device)
     config = from_flags(AuditConfig, args)
-    model = from_flags(ModelConfig, args)
+    model = with_model_found(from_flags(ModelConfig, args))
     violations = audit_job(config, model, args.out)
     if violations:
         sys.exit(1)

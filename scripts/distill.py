@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.distill.distill import distill_file
+from engine.jobs.model_names import with_model_found
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = from_flags(ModelConfig, args)
+    model = with_model_found(from_flags(ModelConfig, args))
     data = from_flags(DataConfig, args)
     distilling = from_flags(DistillConfig, args)
     sampling = from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens)

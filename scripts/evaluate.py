@@ -20,6 +20,7 @@ from engine.data.config import DataConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig, harness_job
 from engine.evaluate.target_task import evaluate_job, nll_file
 from engine.evaluate.tasks.run import TaskConfig, tasks_job
+from engine.jobs.model_names import with_model_found
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory, lock_file
 from engine.runtime.published_adapter import refuse_scale
@@ -70,7 +71,7 @@ def main() -> None:
     absent = [args.data, args.task, args.lm_eval].count(None)
     if absent != 2:
         raise ValueError("give one of --data FILE (rows and a verifier), --task and --lm-eval")
-    model = from_flags(ModelConfig, args)
+    model = with_model_found(from_flags(ModelConfig, args))
     sampling = from_flags(SamplerConfig, args)
     scales = parse_scales(args.scale)
     refuse_scale(args.scale, args.model, args.adapter)

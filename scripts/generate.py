@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.jobs.generate import generate_job
+from engine.jobs.model_names import with_model_found
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.runtime.published_adapter import refuse_scale
@@ -58,7 +59,7 @@ def main() -> None:
     scale = 1.0 if args.scale is None else args.scale
     check_strength(scale)
     refuse_scale(args.scale, args.model, adapters)
-    model = as_trained(from_flags(ModelConfig, args), adapters)
+    model = as_trained(with_model_found(from_flags(ModelConfig, args)), adapters)
     with lock_file(args.out):
         generate_job(
             Session.open(model),

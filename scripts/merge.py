@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.jobs.model_names import find_model
 from engine.runtime.flags import make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.runtime.published_adapter import published, refuse_damaged, refuse_scale
@@ -28,7 +29,12 @@ from model.trained_chat import TrainedChat
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True, type=Path, help="Hugging Face model directory")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="Hugging Face model directory, a .gguf file, or ORG/NAME in the local Hugging Face "
+        "cache",
+    )
     parser.add_argument("--adapter", required=True, type=Path, help="PEFT adapter directory")
     parser.add_argument(
         "--scale",
@@ -45,17 +51,18 @@ def main() -> None:
     args = parse_args()
     scale = 1.0 if args.scale is None else args.scale
     check_strength(scale)
-    refuse_scale(args.scale, args.model, [args.adapter])
+    model = find_model(args.model)
+    refuse_scale(args.scale, model, [args.adapter])
     with lock_file(args.out):
         refuse_damaged(args.adapter)
         lora = load_lora(args.adapter).scaled(scale)
         trained = TrainedChat.read(args.adapter)
         install_chat = None if trained is None else trained.install
         (weights_hash,) = published(args.adapter).values()
-        left_out = merge(args.model, lora, args.out, finish=install_chat, adapter=weights_hash)
+        left_out = merge(model, lora, args.out, finish=install_chat, adapter=weights_hash)
     at_scale = "" if scale == 1 else f" at scale {scale:g}"
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
-    print(f"{args.out} written: {args.model} with {modules} of {args.adapter} merged in{at_scale}")
+    print(f"{args.out} written: {model} with {modules} of {args.adapter} merged in{at_scale}")
     if trained is None:
         print(
             "the adapter has no chat.json, so its chat format is unknown: chat template and "

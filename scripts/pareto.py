@@ -25,6 +25,7 @@ from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.job_config import JobConfig
+from engine.jobs.model_names import with_model_found
 from engine.jobs.study import study_job
 from engine.jobs.study_config import StudyConfig
 from engine.presets import parse
@@ -55,7 +56,7 @@ def main() -> None:
     args = parse_args()
     study_job(
         JobConfig(
-            model=from_flags(ModelConfig, args),
+            model=with_model_found(from_flags(ModelConfig, args)),
             data=from_flags(DataConfig, args),
             job=from_flags(StudyConfig, args),
             distill=from_flags(DistillConfig, args),

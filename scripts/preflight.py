@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.jobs.job_config import JobConfig
+from engine.jobs.model_names import with_model_found
 from engine.jobs.preflight import PreflightConfig, preflight
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = JobConfig(
-        model=from_flags(ModelConfig, args),
+        model=with_model_found(from_flags(ModelConfig, args)),
         data=from_flags(DataConfig, args),
         job=from_flags(PreflightConfig, args),
         distill=from_flags(DistillConfig, args),

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
 from engine.evaluate.retention import retention_job, retention_metas
+from engine.jobs.model_names import with_model_found
 from engine.runtime.flags import InWords, add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.runtime.published_adapter import refuse_scale
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = from_flags(ModelConfig, args)
+    model = with_model_found(from_flags(ModelConfig, args))
     sampling = from_flags(SamplerConfig, args)
     scales = parse_scales(args.scale)
     refuse_scale(args.scale, args.model, args.adapter)

@@ -24,6 +24,7 @@ from engine.data.config import DataConfig
 from engine.distill.config import PAPER_SAMPLING, DistillConfig
 from engine.evaluate.tasks.run import TaskConfig
 from engine.jobs.job_config import JobConfig
+from engine.jobs.model_names import with_model_found
 from engine.jobs.sdft import SdftConfig, sdft_job
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
@@ -55,7 +56,7 @@ def main() -> None:
     args = parse_args()
     sdft_job(
         JobConfig(
-            model=from_flags(ModelConfig, args),
+            model=with_model_found(from_flags(ModelConfig, args)),
             data=from_flags(DataConfig, args),
             job=from_flags(SdftConfig, args),
             distill=from_flags(DistillConfig, args),

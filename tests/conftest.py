@@ -13,7 +13,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,20 +130,59 @@ def peers_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+def vllm_python() -> str:
+    """The interpreter that has vLLM: that of VLLM_PYTHON, or this one."""
+    python = os.environ.get("VLLM_PYTHON")
+    if python is None and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed here, and VLLM_PYTHON names no interpreter that has it")
+    return python or sys.executable
+
+
+@pytest.fixture(scope="session")
+def run_peer(peers_python: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """`run_peer("x_peer.py", *args)` runs tests/peers/x_peer.py and returns its last line as JSON.
 
-    The process starts outside the clone with nothing of it on the path, and offline.
+    `python`: another interpreter than the one that has transformers and peft. The process starts
+    outside the clone with nothing of it on the path, and offline.
     """
 
-    def run(script: str, *args: object, timeout: float = 600) -> dict:
-        command = [peers_python, str(ROOT / "tests" / "peers" / script), *map(str, args)]
+    def run(script: str, *args: object, timeout: float = 600, python: str = peers_python) -> Any:
+        command = [python, str(ROOT / "tests" / "peers" / script), *map(str, args)]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         cwd = tmp_path_factory.mktemp("peer")
         done = programs.run(command, kind="peers", cwd=cwd, env=env, timeout=timeout)
         assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict, dict]]:
+    """`run_llama_cpp(gguf, job)` gives llama.cpp a job and returns its answer and its arrays.
+
+    The job is described in tests/peers/llama_cpp_peer.py. The interpreter is this one, or that of
+    LLAMA_CPP_PYTHON, where the package xllamacpp is installed.
+    """
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    if python is None:
+        _need("xllamacpp")
+        python = sys.executable
+
+    def run(gguf: Path | str, job: dict) -> tuple[dict, dict]:
+        folder = tmp_path_factory.mktemp("llama_cpp")
+        (folder / "job.json").write_text(json.dumps(job))
+        peer = ROOT / "tests" / "peers" / "llama_cpp_peer.py"
+        command = [python, str(peer), str(gguf), str(folder / "job.json"), str(folder / "out.npz")]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
+        with np.load(folder / "out.npz") as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        return json.loads(done.stdout.strip().splitlines()[-1]), found
 
     return run
 

@@ -96,7 +96,7 @@ def model_config(meta: dict[str, Any], tensors: dict[str, Any], source: Path) ->
         "max_position_embeddings": of_model("context_length"),
         "rms_norm_eps": _shortest(of_model("attention.layer_norm_rms_epsilon")),
         "rope_theta": _shortest(stated.get("rope.freq_base", 10000.0)),
-        "rope_scaling": _rope_scaling(stated, tensors, source),
+        "rope_scaling": _rope_scaling(architecture, stated, tensors, source),
         "hidden_act": "silu",
         **OWN_KEYS[architecture],
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -112,14 +112,14 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(
-    stated: dict[str, Any], tensors: dict[str, Any], source: Path
+    architecture: str, stated: dict[str, Any], tensors: dict[str, Any], source: Path
 ) -> dict[str, Any] | None:
     """config.json's rope_scaling: None, linear, or llama3 where there is a tensor rope_freqs."""
     kind = stated.get("rope.scaling.type", "none")
     divisors = tensors.get("rope_freqs.weight")
     if kind == "none" and divisors is None:
         return None
-    if kind == "none":
+    if kind == "none" and architecture == "llama":
         # the largest divisor is the factor itself, that of the slowest frequencies
         factor = dequantised(divisors, slice(None)).max()
         # the other numbers are the same in every Llama 3 release; check_rope_divisors shows whether
@@ -135,8 +135,8 @@ def _rope_scaling(
         return {"rope_type": "linear", "factor": _shortest(stated.get("rope.scaling.factor", 0))}
     beside = "without" if divisors is None else "with"
     raise ValueError(
-        f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight; only Llama 3's "
-        "(rope_freqs.weight alone), 'linear' and 'none' are supported"
+        f"{source}: rope scaling {kind!r} {beside} rope_freqs.weight in a {architecture}; only "
+        "'none', 'linear' and, in a llama, Llama 3's (rope_freqs.weight alone) are supported"
     )
 
 

@@ -1,10 +1,11 @@
 """Import of a llama.cpp GGUF file as a Hugging Face directory.
 
 The Llama, Mistral, Qwen or SmolLM3 in a GGUF becomes the files that every other tool reads:
-`model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json`,
-`tokenizer_config.json` with the chat template, `generation_config.json`. Tensors are dequantised
-and written some rows at a time, so memory does not grow with the model. `gguf_import.json` records
-the source's hash and is written last: a directory with it is complete.
+`model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json` or
+`tokenizer.model`, `tokenizer_config.json` with the chat template, `generation_config.json`. A model
+in several parts is named by any of them. Tensors are dequantised and written some rows at a time,
+so memory does not grow with the model. `gguf_import.json` records the source's hash and is written
+last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
@@ -20,12 +21,13 @@ import json
 from pathlib import Path
 
 from engine.jobs.gguf_config import check_rope_divisors, model_config, write_stated
-from engine.jobs.gguf_reader import read_gguf
-from engine.jobs.gguf_tokenizer import byte_level_bpe, write_token_settings
-from engine.jobs.gguf_weights import write_weights
+from engine.jobs.gguf_reader import parts_of, read_gguf
+from engine.jobs.gguf_tokenizer import vocabulary_file, write_token_settings
+from engine.jobs.gguf_weights import permuted_heads, write_weights
 from model.config import LlamaConfig
 from model.durable import directory_beside
 from model.file_checks import check_file
+from model.tokenizer import load_tokenizer
 
 IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
 RECORD = "gguf_import.json"
@@ -56,29 +58,32 @@ def import_gguf(source: Path, out: Path) -> bool:
     Returns True when it was written and False when `out` already holds the complete import of a
     file with the same hash. The directory is written beside `out` and renamed.
 
-    ValueError for a file that is not a plain Llama or Qwen2 with a byte-level BPE vocabulary, and
-    for an `out` that holds anything else; ImportError when `gguf` or `tokenizers` is missing.
+    ValueError for a file that is not one of the ARCHITECTURES of gguf_reader.py with a byte-level
+    BPE or sentencepiece vocabulary, and for an `out` that holds anything else; ImportError when
+    `gguf` or `tokenizers` is missing.
     """
     out = out.resolve()
     check_file(source)
     if not source.exists():
         raise ValueError(f"{source} is not a file; name a .gguf file (or `demo`)")
-    record = {"source": source.name, "sha256": _sha256(source), "importer": IMPORTER}
+    parts = parts_of(source)
+    record = {"source": parts[0].name, "sha256": _sha256(parts), "importer": IMPORTER}
     if _is_complete(out, record):
         return False
     meta, tensors = read_gguf(source)
-    tokenizer = byte_level_bpe(meta, source)
+    vocabulary = vocabulary_file(meta, source)
     settings = model_config(meta, tensors, source)
     try:
         with directory_beside(out) as beside:
             write_stated(beside / "config.json", settings)
             config = LlamaConfig.from_dir(beside)
             check_rope_divisors(config, tensors, source)
-            # llama.cpp's converter reorders the rows of q and k of a Llama and of a SmolLM3
-            reordered = meta["general.architecture"] in ("llama", "smollm3")
-            write_weights(beside / "model.safetensors", config, tensors, source, reordered)
-            tokenizer.save(str(beside / "tokenizer.json"))
+            heads = permuted_heads(meta["general.architecture"], config)
+            write_weights(beside / "model.safetensors", config, tensors, source, heads)
+            (beside / vocabulary.name).write_bytes(vocabulary.content)
             write_token_settings(beside, meta, config.max_position)
+            if vocabulary.name == "tokenizer.model":
+                load_tokenizer(beside)  # sentencepiece says here what it does not accept
             sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
             write_stated(beside / RECORD, {**record, "files": sizes})
     except OSError:
@@ -114,9 +119,11 @@ def _is_complete(out: Path, record: dict) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
+def _sha256(parts: list[Path]) -> str:
+    """The hash of the files' contents, one after the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in parts:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -6,12 +6,15 @@ The package `gguf` is optional and imported where it is used.
 from __future__ import annotations
 
 import importlib
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from model.file_checks import check_file
 
 # The value types of GGUF metadata: bytes of each scalar type, then the two others
 SCALAR_BYTES = {
@@ -32,6 +35,8 @@ ARRAY = 9  # the type of its elements (uint32), their number (uint64), then the 
 LARGEST_ARRAY = 1 << 24  # elements: no vocabulary has as many
 DEEPEST_ARRAY = 4  # levels of arrays in arrays
 LONGEST_KEY = 1 << 16  # bytes
+# the name of one file of a model in several
+PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 # values of general.architecture, which are model_types of config.json too (model/families.py)
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "smollm3")
@@ -48,11 +53,63 @@ def optional(package: str) -> Any:
         ) from None
 
 
+def parts_of(source: Path) -> list[Path]:
+    """The files of a model: `source`, or all its parts in order.
+
+    One of several parts has a name like NAME-00001-of-00003.gguf. ValueError naming the first part
+    that is missing.
+    """
+    match = PART.fullmatch(source.name)
+    if match is None:
+        return [source]
+    count = int(match["count"])
+    parts = []
+    for number in range(1, count + 1):
+        part = source.with_name(f"{match['name']}-{number:05d}-of-{count:05d}.gguf")
+        if not part.exists():
+            raise ValueError(f"{part} is missing: {source.name} is one of {count} parts")
+        check_file(part)
+        parts.append(part)
+    return parts
+
+
 def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata values by key, and the memory-mapped tensors of the package `gguf` by name.
 
-    ValueError for a damaged file, one part of several, and a model of another architecture.
+    Of a model in several parts the metadata are those of the first part. ValueError for a damaged
+    or missing file, and for a model of another architecture.
     """
+    parts = parts_of(source)
+    meta, tensors = _read_file(parts[0])
+    architecture = meta.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{source}: architecture {architecture!r}; only {', '.join(ARCHITECTURES)} can be "
+            "imported (Mistral is stored as llama)"
+        )
+    _check_part(parts[0], meta, 0, len(parts))
+    for number, part in enumerate(parts[1:], start=1):
+        of_part, further = _read_file(part)
+        _check_part(part, of_part, number, len(parts))
+        twice = sorted(set(further) & set(tensors))
+        if twice:
+            raise ValueError(f"{part}: the tensor {twice[0]} is in another part too")
+        tensors |= further
+    return meta, tensors
+
+
+def _check_part(part: Path, meta: dict[str, Any], number: int, count: int) -> None:
+    """ValueError unless the metadata say that this is part `number` (from 0) of `count`."""
+    stated = (meta.get("split.no", 0), max(1, meta.get("split.count", 1)))
+    if stated != (number, count):
+        raise ValueError(
+            f"{part} says that it is part {stated[0] + 1} of {stated[1]}, its name says part "
+            f"{number + 1} of {count}; give the parts their names back (NAME-00001-of-0000N.gguf)"
+        )
+
+
+def _read_file(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors of one file."""
     gguf = optional("gguf")
     try:
         check_lengths(source)
@@ -60,16 +117,6 @@ def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise ValueError(f"{source} is not a readable GGUF file: {error}") from error
     meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta.get("split.count", 1) > 1:
-        raise ValueError(
-            f"{source} is one of {meta['split.count']} parts; merge them with llama-gguf-split"
-        )
-    architecture = meta.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{source}: architecture {architecture!r}; only {', '.join(ARCHITECTURES)} can be "
-            "imported (Mistral is stored as llama)"
-        )
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 

@@ -1,21 +1,35 @@
-"""The tokenizer of a GGUF file: tokenizer.json and the small files that name special tokens."""
+"""The tokenizer of a GGUF file: its vocabulary and the small files that name special tokens.
+
+    tokenizer.ggml.model    "gpt2", byte-level BPE: a tokenizer.json
+                            "llama", sentencepiece: a tokenizer.model, pieces merged by score
+
+A GGUF does not say whether a sentencepiece vocabulary puts a space after special tokens too
+(`legacy`). It is imported without, as in the files of Llama 2 and TinyLlama on the hub.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.jobs.gguf_config import write_stated
 from engine.jobs.gguf_reader import need, optional
+from engine.jobs.sentencepiece_file import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    write_model,
+)
+
+SENTENCEPIECE = "llama"  # a value of tokenizer.ggml.model
 
 # The values of tokenizer.ggml.pre for Llama 3, three names of one pre-tokenizer
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 # A tokenizer.json of Llama 3's first weeks: it cuts text in the same way, but does not say that a
 # whole word of the vocabulary is one token, without merges
 EARLY_LLAMA3 = "smaug-bpe"
-# values of tokenizer.ggml.token_type
-CONTROL = 3
-USER_DEFINED = 4
 # Llama 3 cuts text into these pieces before byte-level BPE: contractions, words with one leading
 # mark, at most three digits, punctuation, line ends, spaces
 LLAMA3_PIECES = (
@@ -25,21 +39,76 @@ LLAMA3_PIECES = (
 # Qwen2 cuts as Llama 3, but every digit by itself; the text is normalised to NFC before
 QWEN2_PIECES = LLAMA3_PIECES.replace(r"\p{N}{1,3}", r"\p{N}")
 
+# The values of tokenizer.ggml.pre that are known here; a vocabulary is exported under the first
+# that cuts text as its tokenizer.json does
+GPT2 = "gpt-2"
+QWEN2 = "qwen2"
+PRE_TOKENIZERS = ("smollm", QWEN2, *LLAMA3_NAMES, EARLY_LLAMA3, GPT2)
+
+
+class VocabularyFile(NamedTuple):
+    """The file of a vocabulary."""
+
+    name: str  # tokenizer.json or tokenizer.model
+    content: bytes
+
+
+def vocabulary_file(meta: dict[str, Any], source: Path) -> VocabularyFile:
+    """The vocabulary of a GGUF as the file that Hugging Face directories have.
+
+    ValueError for another kind of vocabulary, and for one that is damaged.
+    """
+    kind = meta.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        text = byte_level_bpe(meta, source).to_str(pretty=True)
+        return VocabularyFile("tokenizer.json", text.encode())
+    if kind == SENTENCEPIECE:
+        return VocabularyFile("tokenizer.model", sentencepiece_model(meta, source))
+    raise ValueError(
+        f"{source}: vocabulary of type {kind!r}; byte-level BPE ('gpt2') and sentencepiece "
+        f"({SENTENCEPIECE!r}) are imported"
+    )
+
+
+def sentencepiece_model(meta: dict[str, Any], source: Path) -> bytes:
+    """The content of tokenizer.model for a GGUF's sentencepiece vocabulary.
+
+    ValueError where pieces lack a score or type, are spelled alike, or are not those of a Llama.
+    """
+    tokens = need(meta, "tokenizer.ggml.tokens", source)
+    scores = need(meta, "tokenizer.ggml.scores", source)
+    kinds = need(meta, "tokenizer.ggml.token_type", source)
+    if not len(tokens) == len(scores) == len(kinds):
+        raise ValueError(
+            f"{source}: {len(tokens)} tokens with {len(scores)} scores and {len(kinds)} types"
+        )
+    if len(set(tokens)) != len(tokens):
+        raise ValueError(f"{source}: the vocabulary spells two tokens the same way")
+    pieces = [Piece(*fields) for fields in zip(tokens, scores, kinds, strict=True)]
+    unknown = kinds.count(UNKNOWN)
+    byte_pieces = kinds.count(BYTE)
+    if unknown != 1 or byte_pieces not in (0, 256):
+        raise ValueError(
+            f"{source}: {unknown} tokens of type unknown and {byte_pieces} of type byte; a "
+            "sentencepiece vocabulary has one and 256"
+        )
+    return write_model(
+        pieces,
+        space_before=meta.get("tokenizer.ggml.add_space_prefix", True),
+        bos=meta.get("tokenizer.ggml.bos_token_id"),
+        eos=meta.get("tokenizer.ggml.eos_token_id"),
+    )
+
 
 def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     """The `tokenizers` object for a GGUF's byte-level BPE vocabulary and pre-tokenizer.
 
-    ValueError for another kind of vocabulary, and where the pre-tokenizer is unknown or not stated.
+    ValueError where the pre-tokenizer is unknown or not stated.
     """
-    kind = meta.get("tokenizer.ggml.model")
     pre = meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise ValueError(
-            f"{source}: vocabulary of type {kind!r}; only byte-level BPE ('gpt2') is imported, so "
-            "take the model's Hugging Face directory, with its tokenizer.model, instead"
-        )
     tk = optional("tokenizers")
-    pre_tokenizer = _pre_tokenizer(tk, pre, source)
+    _check_pre(pre, source)
+    pre_tokenizer = make_pre_tokenizer(tk, pre)
     tokens = meta["tokenizer.ggml.tokens"]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -49,8 +118,9 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     # Llama 3 takes a whole word that is in the vocabulary, even where merges give other tokens
     bpe = tk.models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
     tokenizer = tk.Tokenizer(bpe)
-    if pre == "qwen2":
-        tokenizer.normalizer = tk.normalizers.NFC()
+    normalizer = make_normalizer(tk, pre)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = tk.decoders.ByteLevel()
 
@@ -71,28 +141,38 @@ def byte_level_bpe(meta: dict[str, Any], source: Path) -> Any:
     return tokenizer
 
 
-def _pre_tokenizer(tk: Any, pre: str | None, source: Path) -> Any:
-    """The `tokenizers` object that cuts text before BPE; `pre` is tokenizer.ggml.pre."""
+def make_pre_tokenizer(tk: Any, pre: str) -> Any:
+    """The `tokenizers` object that cuts text before BPE; `pre` is one of PRE_TOKENIZERS."""
     cut = tk.pre_tokenizers
+    if pre == GPT2:
+        return cut.ByteLevel(add_prefix_space=False)
     if pre == "smollm":
         digits = cut.Digits(individual_digits=True)
         byte_level = cut.ByteLevel(add_prefix_space=False)
         return cut.Sequence([digits, byte_level])
-    if pre == "qwen2" or pre in LLAMA3_NAMES or pre == EARLY_LLAMA3:
-        pattern = QWEN2_PIECES if pre == "qwen2" else LLAMA3_PIECES
-        pieces = cut.Split(tk.Regex(pattern), behavior="isolated")
-        byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
-        return cut.Sequence([pieces, byte_level])
+    pattern = QWEN2_PIECES if pre == QWEN2 else LLAMA3_PIECES
+    pieces = cut.Split(tk.Regex(pattern), behavior="isolated")
+    byte_level = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+    return cut.Sequence([pieces, byte_level])
+
+
+def make_normalizer(tk: Any, pre: str) -> Any:
+    """The `tokenizers` object that is applied to a text before it is cut; None for none."""
+    return tk.normalizers.NFC() if pre == QWEN2 else None
+
+
+def _check_pre(pre: str | None, source: Path) -> None:
+    """ValueError where tokenizer.ggml.pre, `pre`, is absent or unknown."""
     if pre is None:
         raise ValueError(
             f"{source}: tokenizer.ggml.pre is absent: the file was made before May 2024 and does "
             "not say how text is cut before BPE; take a newer file, or, if the model is a Llama 3, "
             "write the key: gguf-new-metadata --pre-tokenizer llama-bpe OLD NEW (package gguf)"
         )
-    raise ValueError(
-        f"{source}: pre-tokenizer {pre!r}; supported are smollm, qwen2, {EARLY_LLAMA3}, "
-        f"{', '.join(LLAMA3_NAMES)}"
-    )
+    if pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{source}: pre-tokenizer {pre!r}; supported are {', '.join(PRE_TOKENIZERS)}"
+        )
 
 
 def _added_tokens(meta: dict[str, Any]) -> dict[int, bool]:
@@ -103,6 +183,19 @@ def _added_tokens(meta: dict[str, Any]) -> dict[int, bool]:
         if kind in (CONTROL, USER_DEFINED):
             added[token_id] = kind == CONTROL
     return added
+
+
+def _sentencepiece_settings(meta: dict[str, Any]) -> dict[str, Any]:
+    """Settings of tokenizer_config.json that a tokenizer.model needs; none for another kind."""
+    if meta.get("tokenizer.ggml.model") != SENTENCEPIECE:
+        return {}
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": meta.get("tokenizer.ggml.add_bos_token", True),
+        "add_eos_token": False,
+        "add_prefix_space": meta.get("tokenizer.ggml.add_space_prefix", True),
+    }
 
 
 def write_token_settings(out: Path, meta: dict[str, Any], max_length: int) -> None:
@@ -125,6 +218,7 @@ def write_token_settings(out: Path, meta: dict[str, Any], max_length: int) -> No
     settings = {
         # not the checkpoint's own class: transformers 5 rebuilds those and drops the digit split
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **_sentencepiece_settings(meta),
         "added_tokens_decoder": added_tokens,
         **named,
         "model_max_length": max_length,

@@ -42,7 +42,7 @@ LAYER_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight; a bias likewise"""
     stem, _, kind = name.rpartition(".")  # kind: weight or bias
     if stem in OUTER_NAMES:
@@ -51,19 +51,44 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{LAYER_NAMES[module]}.{kind}"
 
 
+# the architectures whose rows of q and k llama.cpp's converter reorders
+ROWS_IN_PAIRS = ("llama", "smollm3")
+
+
+def permuted_heads(architecture: str, config: LlamaConfig) -> dict[str, int]:
+    """The modules whose rows a GGUF of that architecture orders otherwise, and their heads."""
+    if architecture not in ROWS_IN_PAIRS:
+        return {}
+    return {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+
+
+def halves_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * d, D) of q or k from GGUF's order into Hugging Face's."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[1])  # (heads, d/2, 2, D)
+    halves = pairs.swapaxes(1, 2)  # (heads, 2, d/2, D)
+    return np.ascontiguousarray(halves).reshape(rows.shape)
+
+
+def pairs_of_heads(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows (heads * d, D) of q or k from Hugging Face's order into GGUF's."""
+    halves = rows.reshape(heads, 2, -1, rows.shape[1])  # (heads, 2, d/2, D)
+    pairs = halves.swapaxes(1, 2)  # (heads, d/2, 2, D)
+    return np.ascontiguousarray(pairs).reshape(rows.shape)
+
+
 def write_weights(
     path: Path,
     config: LlamaConfig,
     tensors: dict[str, Any],
     source: Path,
-    are_pairs_neighbours: bool,  # whether the rows of q and k stand in GGUF's order of pairs
+    heads: dict[str, int],  # of q and k where their rows are reordered: permuted_heads
 ) -> None:
     """Write model.safetensors: an 8-byte header length, a JSON header, the fp32 values.
 
     ValueError where tensors are missing, unknown, or of another shape than `config` states.
     """
     shapes = checkpoint_shapes(config)  # Hugging Face name -> shape
-    hf_names = {_gguf_name(name): name for name in shapes}  # by GGUF name
+    hf_names = {gguf_name(name): name for name in shapes}  # by GGUF name
     _check_tensors(shapes, hf_names, tensors, source)
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -75,15 +100,12 @@ def write_weights(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start on a multiple of 8
 
-    permuted_heads = {}  # module -> its heads
-    if are_pairs_neighbours:
-        permuted_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, hf_name in hf_names.items():
             module = hf_name.split(".")[-2]  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-            for block in _blocks(tensors[name], permuted_heads.get(module)):
+            for block in _blocks(tensors[name], heads.get(module)):
                 file.write(block.astype("<f4", copy=False).data)
 
 
@@ -113,11 +135,8 @@ def _blocks(tensor: Any, permuted_heads: int | None) -> Iterator[np.ndarray]:
     permuted_heads: number of heads of q or k, None for other tensors.
     """
     if permuted_heads is not None:
-        hidden = tensor.shape[0]  # D
         rows = dequantised(tensor, slice(None))  # (heads * d, D)
-        pairs = rows.reshape(permuted_heads, -1, 2, hidden)  # (heads, d/2, 2, D)
-        halves = pairs.swapaxes(1, 2)  # (heads, 2, d/2, D)
-        yield np.ascontiguousarray(halves)
+        yield halves_of_heads(rows, permuted_heads)
         return
     for start in range(0, len(tensor.data), BLOCK_ROWS):
         yield dequantised(tensor, slice(start, start + BLOCK_ROWS))

@@ -11,7 +11,7 @@ GROUPS = {
     "Presets": "preset",
     "Audit": "what tiny",
     "Input": "gguf runs",
-    "Model": "model adapter scale chat-format date",
+    "Model": "model adapter adapter-only scale chat-format date",
     "Data": "data columns prompt system verify limit sample skip-bad drop-long thinking prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """
@@ -29,7 +29,7 @@ GROUPS = {
         device dtype ops threads shard rows kv-memory prefill-tokens page-size draft
         batch-invariant graphs overlap steps micro-tokens recompute memory-gb""",
     "Output and reproducibility": """
-        out resume seed show open save-every keep no-score report-rows report-answers""",
+        out type resume seed show open save-every keep no-score report-rows report-answers""",
     "Help": "help help-all",
 }
 

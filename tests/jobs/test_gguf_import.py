@@ -1,7 +1,6 @@
 """Import of GGUF files: weights bit for bit, configuration, tokenizer, and refused files.
 
-The files are written from random small Llamas with gguf's own writer; the rows of q and k are put
-into GGUF's order by an index computed here. The demo model is the real one.
+The files are those of tests/helpers/gguf_files.py. The demo model is the real one.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -23,161 +21,21 @@ from safetensors.numpy import load_file, save_file
 
 from engine.jobs import gguf_import as gguf_module
 from engine.jobs.gguf_import import demo_gguf, import_gguf
+from kernels.registry import TORCH
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `demo`)")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers (extra `bpe`)")
 
+from tests.helpers.gguf_files import texts, vocabulary, write_gguf  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
-SPECIAL = ["<|begin|>", "<|end|>", "<|turn|>"]
-# Merges in rank order. "12" and "123" only ever form where digits are not split one by one; "hello"
-# has a token without merges that lead to it.
-MERGES = "Ġ t,h e,Ġt he,1 2,12 3,i n,in g,a n,d o,do n,Ġ Ġ,ĠĠ Ġ,e r,Ġ 1,Ã ©,Ċ Ċ".split(",")
-PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def vocabulary() -> list[str]:
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    return SPECIAL + alphabet + [merge.replace(" ", "") for merge in MERGES] + ["hello"]
-
-
-def gguf_name(hf_name: str) -> str:
-    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem, _, kind = hf_name.rpartition(".")
-    if stem in top:
-        return f"{top[stem]}.{kind}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{PARTS[part]}.{kind}"
-
-
-def neighbours_first(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows in GGUF's order: of each head first row 0 and row d/2, then 1 and d/2 + 1, ..."""
-    d = weight.shape[0] // heads
-    order = []
-    for head in range(heads):
-        for i in range(d // 2):
-            first = head * d + i
-            order += [first, first + d // 2]
-    return weight[order]
-
-
-def write_gguf(path: Path, hf_dir: Path, *, kind="F32", pre="llama-bpe", drop=(), **extra) -> dict:
-    """Write the model in `hf_dir` as a GGUF; returns its tensors in Hugging Face's names and order.
-
-    `extra` adds or replaces metadata (None removes) and, where the value is an array, tensors.
-    """
-    config = json.loads((hf_dir / "config.json").read_text())
-    weights = load_file(hf_dir / "model.safetensors")
-    vocab = vocabulary()
-    normal = len(vocab) - len(SPECIAL)
-    metadata = {
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.key_length": config["head_dim"],
-        "llama.attention.value_length": config["head_dim"],
-        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "llama.rope.freq_base": config["rope_theta"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.vocab_size": config["vocab_size"],
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": vocab,
-        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * normal,
-        "tokenizer.ggml.merges": MERGES,
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.eot_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        **{key: value for key, value in extra.items() if not isinstance(value, np.ndarray)},
-    }
-    model_type = config["model_type"]
-    is_llama = model_type in ("llama", "mistral")
-    architecture = metadata.pop("general.architecture", "llama" if is_llama else model_type)
-    if not is_llama:  # the keys of another architecture bear its name
-        metadata = {key.replace("llama.", f"{model_type}."): v for key, v in metadata.items()}
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            writer.add_array(key, value)
-    quantised = gguf.GGMLQuantizationType[kind]
-    is_reordered = is_llama or model_type == "smollm3"
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    expected = {}
-    for name, weight in weights.items():
-        expected[name] = weight
-        if gguf_name(name) in drop:
-            continue
-        if weight.ndim == 1 or quantised == gguf.GGMLQuantizationType.F32:
-            stored_kind, stored = gguf.GGMLQuantizationType.F32, weight
-        else:
-            # quantised along a row, so the order of rows changes nothing about the values
-            stored_kind, stored = quantised, gguf.quantize(weight, quantised)
-            expected[name] = gguf.dequantize(stored, quantised)
-        module = name.split(".")[-2]
-        if is_reordered and module in heads:
-            stored = neighbours_first(stored, heads[module])
-        writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_kind)
-    for name, value in extra.items():
-        if isinstance(value, np.ndarray):
-            writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
 
 
 @pytest.fixture
 def hf_dir(tiny_llama_dir):
     return tiny_llama_dir(vocab=len(vocabulary()), head_dim=32, kv_heads=2, tied=False)
-
-
-def texts() -> list[str]:
-    """A few hundred texts: languages, emoji, digits, spaces and line ends in every position."""
-    words = (
-        "the The don't I'LL we're hello Hello naïve café Straße Привет мир 你好 世界 こんにちは "
-        "مرحبا 🎉 👩‍👩‍👧 ½ ² ٣ Ⅷ 1 12 123 2024 3.14 1,000 -7 +x == != /* */ {a:b} [0] _x_ "
-        "snake_case camelCase URL https://a.b/c?d=1 e\u0301 ﬁ \u200b \u00a0 \ufeff … — « » 𝒳 Ω"
-    ).split(" ")
-    gaps = [" ", "  ", "   ", "\n", "\n\n", " \n", "\t", "\t\t", "\r\n", "", ".", ", ", "'"]
-    draw = random.Random(7)
-    made = []
-    for _ in range(260):
-        text = ""
-        for _ in range(draw.randint(1, 12)):
-            text += draw.choice(words) + draw.choice(gaps)
-        made.append(text)
-    edges = ["a", " a", "  a", "a ", "a  ", "\n", "\n\n\n", " \n \n", "\t5", "  5", " 5 5", "5  5"]
-    code = [
-        "for i in range(10):\n    print(i, 'x')\n\n\nif a  == 22:\n\treturn\n",
-        "x = {\r\n}\r\n",
-    ]
-    return edges + code + words + made
 
 
 # Weights and configuration
@@ -215,8 +73,8 @@ def test_a_qwen2_is_imported_with_its_biases_and_its_order_of_rows(tmp_path, tin
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("qwen2", ["Qwen2ForCausalLM"])
     tokens = torch.arange(20)
-    imported = Llama.from_pretrained(tmp_path / "out").logits(tokens)
-    assert torch.equal(imported, Llama.from_pretrained(path).logits(tokens))
+    imported = Llama.from_pretrained(tmp_path / "out", ops=TORCH).logits(tokens)
+    assert torch.equal(imported, Llama.from_pretrained(path, ops=TORCH).logits(tokens))
     tokenizer = load_tokenizer(tmp_path / "out")
     digits = tokenizer.encode("12 123")
     assert len(digits) == 6, "every digit by itself, though 12 and 123 are in the vocabulary"
@@ -238,9 +96,10 @@ def test_a_qwen3_and_a_smollm3_are_imported(tmp_path, tiny_llama_dir, family, pr
     for name, weight in expected.items():
         np.testing.assert_array_equal(found[name], weight, err_msg=name)
     tokens = torch.arange(20)
-    imported = Llama.from_pretrained(tmp_path / "out")
+    imported = Llama.from_pretrained(tmp_path / "out", ops=TORCH)
     assert imported.config.unrotated_layers == ((3,) if family == "smollm3" else ())
-    assert torch.equal(imported.logits(tokens), Llama.from_pretrained(path).logits(tokens))
+    original = Llama.from_pretrained(path, ops=TORCH)
+    assert torch.equal(imported.logits(tokens), original.logits(tokens))
 
 
 def test_embeddings_are_tied_without_an_output_matrix(tmp_path, tiny_llama_dir):
@@ -318,14 +177,15 @@ REFUSED = {
         r"missing tensors \['blk.1.ffn_up.weight'",
     ),
     "misshapen": ({"llama.feed_forward_length": 32}, "has shape .* expected"),
-    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "vocabulary of type 'llama'"),
+    "vocabulary": ({"tokenizer.ggml.model": "t5"}, "vocabulary of type 't5'"),
+    "no scores": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores is missing"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "chatglm-bpe"}, "pre-tokenizer 'chatglm-bpe'"),
     "no pre-tokenizer": (
         {"tokenizer.ggml.pre": None},
         "before May 2024 .* gguf-new-metadata --pre-tokenizer llama-bpe",
     ),
     "no merges": ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges is missing"),
-    "split file": ({"split.count": 3}, "one of 3 parts"),
+    "split file": ({"split.count": 3}, "part 1 of 3, its name says part 1 of 1"),
 }
 
 

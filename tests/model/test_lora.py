@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.adamw import AdamW
 from kernels.packed import Packed
+from kernels.registry import TORCH
 from model.layout import GROUPS
 from model.llama import Llama
 from model.lora import PRESETS
@@ -312,6 +313,22 @@ def test_saved_adapter_is_the_same_adapter(tiny_llama_dir, tmp_path, modules):
     assert config["base_model_name_or_path"] == "somewhere"
     with pytest.raises(ValueError, match="exists already"):
         save_lora(lora, tmp_path / "adapter")
+
+
+def test_a_base_in_the_hugging_face_cache_is_recorded_by_its_hub_id(tiny_llama_dir, tmp_path):
+    lora = random_lora(Llama.from_pretrained(tiny_llama_dir(), ops=TORCH), "qv")
+    commit = "0123abcd" * 5
+    snapshot = f"/home/me/hub/models--org--tiny-1B/snapshots/{commit}"
+    for base, name, revision in (
+        (snapshot, "org/tiny-1B", commit),
+        (f"{snapshot}/inner", f"{snapshot}/inner", None),
+        ("models/mine", "models/mine", None),
+    ):
+        path = tmp_path / f"adapter-{len(base)}"
+        save_lora(lora, path, base=base)
+        config = json.loads((path / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config.get("revision")) == (name, revision)
+        assert torch.equal(load_lora(path).params, lora.params)
 
 
 def edited(tmp_path, change_config=None, change_tensors=None):

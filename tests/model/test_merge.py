@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.sampling.requests import Request, SamplerConfig
+from engine.sampling.sampler import Sampler
+from kernels.registry import TORCH
 from model.llama import Llama
 from model.lora import PRESETS, Lora
 from model.merge import merge, rewrite_checkpoint
@@ -65,6 +68,32 @@ def test_merged_models_in_transformers(smollm2_dir, tiny_llama_dir, run_peer, tm
         unit = distance(made[yardstick], truth)
         print(f"{name}: merged {error:.3g} from base and adapter, {yardstick} {unit:.3g}")
         assert error <= 2 * unit
+
+
+@pytest.mark.peers
+def test_vllm_answers_greedily_as_we_do(tiny_llama_dir, run_peer, vllm_python, tmp_path):
+    """From a merged checkpoint (Llama, Qwen3), and from an adapter beside its model (Llama)."""
+    prompts = [[5, 9, 200, 31, 7], [17, 3, 88, 120, 64, 250, 11]]
+    config = SamplerConfig(max_new_tokens=32, ignore_eos=True)
+    ours, jobs = [], []
+    for family, settings in (("llama", {}), ("qwen3", {"hidden": 96})):
+        source = tiny_llama_dir(model_type=family, head_dim=32, **settings)
+        model = Llama.from_pretrained(source, ops=TORCH)
+        lora = random_lora(model, "all")
+        save_lora(lora, tmp_path / f"{family}-lora")
+        merge(source, lora, tmp_path / f"{family}-merged")
+        requests = [Request(str(n), ids) for n, ids in enumerate(prompts)]
+        with Sampler(model, str, [], config, lora=lora) as sampler:
+            texts = {made.id: made.ids for made in sampler.run(requests)}
+        places = [{"dir": str(tmp_path / f"{family}-merged")}]
+        if family == "llama":
+            places.append({"dir": str(source), "adapter": str(tmp_path / f"{family}-lora")})
+        for place in places:
+            ours.append([texts[request.id] for request in requests])
+            jobs.append({**place, "prompts": prompts, "new": config.max_new_tokens})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    theirs = run_peer("vllm_peer.py", tmp_path / "jobs.json", python=vllm_python)
+    assert theirs == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

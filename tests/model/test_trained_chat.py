@@ -272,6 +272,7 @@ def test_transformers_prompts_a_merged_model_as_it_was_trained(
     assert theirs["ends"] == [END, OLD]
     assert theirs["prompts"] == [chat.prompt_ids(messages) for messages in conversations]
     assert theirs["answers"][0] == [*chat.response_ids("hi hi"), END]
+    assert theirs["texts"][0] == "hi hi", "its pipeline"
 
 
 def test_an_adapter_in_the_models_own_format_changes_no_file(tiny_llama_dir, tmp_path):

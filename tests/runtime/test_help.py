@@ -33,7 +33,8 @@ from model.lora import LoraConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = ["sdft", "distill", "train", "evaluate", "retention", "generate", "pareto", "preflight"]
-SMALL = ["merge", "report", "import_gguf", "audit"]  # few flags: `--help` shows all of them
+# few flags: `--help` shows all of them
+SMALL = ["merge", "report", "import_gguf", "export_gguf", "audit"]
 USUAL = 16  # flags in a short help, at most
 CONFIGS = [
     ModelConfig,

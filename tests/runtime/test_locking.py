@@ -77,6 +77,7 @@ def test_the_second_start_of_a_script_is_refused(chat_dir, problems, tmp_path, s
         ("generate", [*model, *train]),
         ("merge", [*model, "--adapter", "x"]),
         ("import_gguf", ["--gguf", "x"]),
+        ("export_gguf", model),
     ):
         for lock in (lock_directory, lock_file):
             shutil.rmtree(out, ignore_errors=True)
