@@ -27,13 +27,7 @@ sys.exit(3)
 """
 
 
-@pytest.fixture(autouse=True)
-def forks():
-    """Skips the test where no program is forked."""
-    program = programs.start([sys.executable, "-c", ""])
-    program.wait()
-    if not isinstance(program, programs.Program):
-        pytest.skip("here every program is started")
+pytestmark = pytest.mark.skipif("programs.are_real", reason="here every program is started")
 
 
 def outcome(done):
@@ -49,6 +43,8 @@ def test_a_forked_program_sees_what_a_started_one_does(tmp_path, form):
     how = {"cwd": tmp_path, "env": os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1"}}
     started = subprocess.run(command, capture_output=True, text=True, **how)
     assert outcome(programs.run(command, **how)) == outcome(started)
+    program = programs.start(command, **how, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert isinstance(program, programs.Program) and program.wait() == 3
 
 
 def test_it_is_another_process_with_torch_imported_and_no_thread_but_its_own():
