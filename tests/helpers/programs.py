@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -52,7 +53,14 @@ class Kind(NamedTuple):
 
 
 SCRIPTS = tuple(str(path) for path in sorted((ROOT / "scripts").glob("*.py")))
-OURS = (*SCRIPTS, "tokenizers", "sentencepiece", "torch.distributed.run")
+# what the scripts import when they need it
+LATER = (
+    "tokenizers",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_svg",
+    "torch.distributed.run",
+)
+OURS = (*SCRIPTS, *LATER)
 TRANSFORMERS = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
@@ -64,6 +72,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 KINDS = {
     "torch": Kind(("torch",), {}, False, servers=1),
     "ours": Kind(OURS, {}, True, servers=2),
+    "sharded": Kind((*OURS, "model.sharded"), {}, True, servers=1),
     "harness": Kind((*OURS, "lm_eval.evaluator", "lm_eval.tasks"), OFFLINE, True, servers=1),
     "peers": Kind(TRANSFORMERS, OFFLINE | {"TOKENIZERS_PARALLELISM": "false"}, False, servers=1),
 }
@@ -80,7 +89,8 @@ class Server:
         for name in ("PYTHONPATH", INTERPRETER):
             self.environment.pop(name, None)
         root = ROOT if kind.has_ours else self.folder
-        command = [sys.executable, HELPERS / "fork_server.py", self.address, root, *kind.needed]
+        needed = [name for name in kind.needed if _is_there(name)]
+        command = [sys.executable, HELPERS / "fork_server.py", self.address, root, *needed]
         self.process = subprocess.Popen(
             command, cwd=self.folder, env=self.environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -105,12 +115,17 @@ class Server:
         return all(variables.get(name) == self.environment.get(name) for name in names)
 
 
+def _is_there(name: str) -> bool:
+    """Whether it is a file, or a module of an installed package."""
+    return name.endswith(".py") or find_spec(name.partition(".")[0]) is not None
+
+
 # State of this process. `_server` changes it: the servers by kind, the next one to ask first.
 running: dict[str, list[Server]] = {}
 # tests/conftest.py changes these: the environment that pytest began with, and whether every program
 # is started anew. A fork cannot use CUDA where its parent asked for it.
 environment = dict(os.environ)
-are_real = torch.cuda.is_available() or not hasattr(socket, "send_fds")
+are_real = torch.cuda.is_available() or sys.platform != "linux"
 
 
 def _server(kind: str) -> Server:

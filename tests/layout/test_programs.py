@@ -27,13 +27,7 @@ sys.exit(3)
 """
 
 
-@pytest.fixture(autouse=True)
-def forks():
-    """Skips the test where no program is forked."""
-    program = programs.start([sys.executable, "-c", ""])
-    program.wait()
-    if not isinstance(program, programs.Program):
-        pytest.skip("here every program is started")
+pytestmark = pytest.mark.skipif("programs.are_real", reason="here every program is started")
 
 
 def outcome(done):
@@ -49,6 +43,8 @@ def test_a_forked_program_sees_what_a_started_one_does(tmp_path, form):
     how = {"cwd": tmp_path, "env": os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1"}}
     started = subprocess.run(command, capture_output=True, text=True, **how)
     assert outcome(programs.run(command, **how)) == outcome(started)
+    program = programs.start(command, **how, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert isinstance(program, programs.Program) and program.wait() == 3
 
 
 def test_it_is_another_process_with_torch_imported_and_no_thread_but_its_own():
@@ -86,11 +82,10 @@ def test_it_can_be_watched_killed_and_timed_out():
 
 def test_two_programs_in_turn_hash_strings_differently():
     code = "print(hash('a'), __import__('random').random())"
-    first, second, third = [
-        programs.run([sys.executable, "-c", code]).stdout.split() for _ in range(3)
-    ]
-    assert first[0] != second[0]
-    assert len({first[1], second[1], third[1]}) == 3, "they share a state of random"
+    said = [programs.run([sys.executable, "-c", code]).stdout.split() for _ in range(3)]
+    hashes, drawn = zip(*said, strict=True)
+    assert hashes[0] != hashes[1]
+    assert len(set(drawn)) == 3, "they share a state of random"
 
 
 def test_a_program_whose_imports_may_read_another_environment_is_started(monkeypatch):

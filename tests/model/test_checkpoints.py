@@ -370,6 +370,7 @@ def test_sharded_weights_are_checked_in_every_process(tiny_llama_dir, tmp_path):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         + [str(tmp_path / "job.py"), str(other), str(broken)],
         cwd=ROOT,
+        kind="sharded",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=240,
     )

@@ -103,7 +103,10 @@ def test_two_and_three_processes_equal_one(tiny_llama_dir, tmp_path, shard):
             str(tmp_path / "job.json"),
         ]
         done = programs.run(
-            [*torchrun, "--nproc-per-node", str(size), *script], timeout=240, cwd=ROOT
+            [*torchrun, "--nproc-per-node", str(size), *script],
+            kind="sharded",
+            timeout=240,
+            cwd=ROOT,
         )
         assert (tmp_path / "found").exists(), done.stderr[-3000:]
         found = load_file(tmp_path / "found")
@@ -183,7 +186,7 @@ def test_scripts_with_sharded_weights(tiny_llama_dir, tmp_path):
         command = [sys.executable, *(torchrun if processes > 1 else [])]
         command += [ROOT / "scripts" / name, "--model", path, "--data", data, *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        return programs.run(command, env=env, timeout=120)
+        return programs.run(command, kind="sharded", env=env, timeout=120)
 
     looking = ["--val-every", "1", "--val-data", data, "--val-prompts", "1", "--best", "nll"]
     done = script("train.py", "--shard", "--out", out, "--max-steps", "2", *looking)
@@ -230,7 +233,7 @@ def test_a_busy_process_is_waited_for_and_a_lost_one_is_not(deed, said, tmp_path
     def start_rank(rank):
         env = os.environ | job | {"RANK": str(rank)}
         with spoken[rank].open("w") as stderr:
-            return programs.start(command, env=env, stderr=stderr)
+            return programs.start(command, kind="sharded", env=env, stderr=stderr)
 
     waiting, other = start_rank(0), start_rank(1)
     try:
