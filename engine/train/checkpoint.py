@@ -1,6 +1,8 @@
 """Run directories: what lies in one, and how a killed run is resumed from it
 
     RUN/meta.json                 settings, hashes of model and data; at the end the summary
+    RUN/examples/                 the encoded rows of scripts/train.py (data/example_store.py);
+                                  may be deleted, and is then made again
     RUN/metrics.jsonl             one line per optimizer step
     RUN/validation.jsonl          one line per validation
     RUN/checkpoints/step-000050/  adapter_model.safetensors, adapter_config.json (PEFT's layout),
@@ -43,6 +45,7 @@ from model.lora import Lora
 from model.peft_format import load_lora, write_lora
 from model.trained_chat import TrainedChat
 
+EXAMPLES = "examples"  # the directory of the encoded rows
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
@@ -65,20 +68,12 @@ def open_run(
     under other settings.
     """
     meta_file = out / "meta.json"
-    # hidden files alone: a run that was killed before its first file was renamed
-    is_new = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
-    if is_new:
+    if is_new_run(out, resume):
         meta = {"settings": settings, "finished": False}
         if date:
             meta["date"] = date
         write_json(meta_file, meta)
         return meta
-    if not resume:
-        raise ValueError(f"{out} exists already; choose another --out, or --resume to continue")
-    if not meta_file.exists():
-        raise ValueError(
-            f"{out} exists but has no meta.json: it is not a run; choose another --out"
-        )
     meta = _read_meta(meta_file)
     begun = dict(meta["settings"])
     if isinstance(begun.get("train"), dict):
@@ -92,6 +87,25 @@ def open_run(
             "these:\n  " + "\n  ".join(changes)
         )
     return meta
+
+
+def is_new_run(out: Path, resume: bool) -> bool:
+    """Whether a run in `out` would be a new one; ValueError where none may be begun or continued.
+
+    A run that was killed before its meta.json was written has hidden files or examples alone.
+    """
+    if not out.exists():
+        return True
+    found = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if not found or found == [EXAMPLES]:
+        return True
+    if not resume:
+        raise ValueError(f"{out} exists already; choose another --out, or --resume to continue")
+    if not (out / "meta.json").exists():
+        raise ValueError(
+            f"{out} exists but has no meta.json: it is not a run; choose another --out"
+        )
+    return False
 
 
 def _read_meta(meta_file: Path) -> dict[str, Any]:

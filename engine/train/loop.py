@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from engine.data.encode import Example
+from engine.data.encode import Example, sizes
 from engine.runtime.distributed import World
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import held_memory, peak_memory
@@ -34,6 +36,7 @@ from engine.train.optim import Optimizer, learning_rate
 from engine.train.step import Gradients, step_gradients, step_update
 from engine.train.validate import Validator
 from engine.train.weighted_loss import WeightedLoss
+from kernels.integers import cdiv
 from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
@@ -48,19 +51,27 @@ class Batch(NamedTuple):
     indices: list[int]  # into the examples of the run
 
 
-def batches(count: int, config: TrainConfig) -> Iterator[Batch]:
-    """The batches of all optimizer steps over `count` examples; each epoch has its own order."""
-    steps_left = config.steps(count)
-    epoch = 0
-    while steps_left:
-        epoch_seed = mix("order", config.seed, epoch) >> 1  # 63 bits: manual_seed takes no more
-        generator = torch.Generator().manual_seed(epoch_seed)
-        order = torch.randperm(count, generator=generator).tolist()
-        rows_of_epoch = min(count, steps_left * config.batch_rows)
-        for start in range(0, rows_of_epoch, config.batch_rows):
-            yield Batch(epoch, order[start : start + config.batch_rows])
-            steps_left -= 1
-        epoch += 1
+def batches(count: int, config: TrainConfig, done: int = 0) -> Iterator[Batch]:
+    """The batches of the optimizer steps over `count` examples that follow the first `done`.
+
+    Each epoch has its own order, which takes 8 bytes an example.
+    """
+    steps_per_epoch = cdiv(count, config.batch_rows)
+    order = torch.empty(0, dtype=torch.int64)
+    epoch = -1  # whose order it is
+    for step in range(done, config.steps(count)):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            order = _order_of_epoch(count, config.seed, epoch)
+        start = step % steps_per_epoch * config.batch_rows
+        yield Batch(epoch, order[start : start + config.batch_rows].tolist())
+
+
+def _order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
+    """(count,) int64: the examples in the order in which an epoch takes them."""
+    epoch_seed = mix("order", seed, epoch) >> 1  # 63 bits: manual_seed takes no more
+    generator = torch.Generator().manual_seed(epoch_seed)
+    return torch.randperm(count, generator=generator)
 
 
 @dataclass
@@ -98,15 +109,14 @@ class Run:
         ValueError for a step that the guards refuse (metrics.py), or that does not fit the memory.
         Raises `Stopped` after a checkpoint where `stop` was asked on any rank.
         """
-        schedule = list(batches(len(self.examples), self.config))
-        steps = len(schedule)
+        steps = self.config.steps(len(self.examples))
         self._restore_state()
         plan = self.plan_memory()
         print(plan.text())
         self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
         with Metrics(metrics_file, self.out.name, metrics_so_far, steps, self.world) as metrics:
-            for batch in self._steps_left(schedule):
+            for batch in self._steps_left():
                 step = self.optimizer.step + 1
                 self.train_step(step, steps, batch, plan.policy, metrics)
 
@@ -131,9 +141,11 @@ class Run:
             metrics.flush()
         self.count_time()
 
-    def _steps_left(self, schedule: list[Batch]) -> list[Batch]:
+    def _steps_left(self) -> Iterable[Batch]:
         """The batches of the steps that are left: none where the run has stopped early."""
-        return [] if self.state["stopped"] else schedule[self.optimizer.step :]
+        if self.state["stopped"]:
+            return []
+        return batches(len(self.examples), self.config, done=self.optimizer.step)
 
     def train_step(
         self, step: int, steps: int, batch: Batch, policy: str, metrics: Metrics
@@ -254,11 +266,15 @@ class Run:
 
     def _largest_micro_batch(self) -> StepSize:
         """The size that decides a step's peak: of the fullest micro-batch that may occur."""
-        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
-        all_tokens = sum(lengths)
-        all_response = all_tokens - sum(example.n_prompt for example in self.examples)
-        longest = lengths[0]
-        tokens_of_step = sum(lengths[: self.config.batch_rows])  # at most
+        all_tokens = 0
+        all_response = 0
+        for size in sizes(self.examples):
+            all_tokens += size.tokens
+            all_response += size.tokens - size.n_prompt
+        lengths = (size.tokens for size in sizes(self.examples))
+        longest_of_step = heapq.nlargest(self.config.batch_rows, lengths)  # at most
+        longest = longest_of_step[0]
+        tokens_of_step = sum(longest_of_step)
         tokens = min(max(self.state["micro_tokens"], longest), tokens_of_step)
         return StepSize(
             tokens=tokens,

@@ -10,6 +10,7 @@ hold the same adapter; rank 0 writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,15 @@ from typing import Any
 import torch
 
 from engine.data.config import DataConfig
-from engine.data.encode import Example, check_examples, fingerprint
+from engine.data.encode import (
+    EncodeRules,
+    Example,
+    check_examples,
+    fingerprint,
+    names,
+    sizes,
+)
+from engine.data.example_store import ExampleStore, JoinedExamples
 from engine.data.show import show
 from engine.measure.likelihood import nll
 from engine.measure.seed_nll import nll_under_seed
@@ -35,7 +44,8 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import Session
 from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.examples import encode_examples, rows_to_train_on
+from engine.train.examples import encode_rules
+from engine.train.file_examples import FileExamples, common_system_of, stored_examples
 from engine.train.loop import Run
 from engine.train.losses import Loss, Tokens
 from engine.train.memory_plan import Job, automatic_micro_tokens
@@ -55,7 +65,7 @@ from engine.train.weighted_loss import WeightedLoss
 from model.layout import parameter_count
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
-from model.trained_chat import TrainedChat, common_system
+from model.trained_chat import TrainedChat
 
 # settings that may change when a run is resumed: the result does not depend on them
 FREE_TO_CHANGE = ("save_every", "keep", "memory_gb")
@@ -124,9 +134,7 @@ def train_job(
     config.check()
     if show_rows is not None and show_rows < 1:
         raise ValueError(f"--show {show_rows}: expected at least 1 row")
-    rows = rows_to_train_on(session, config.data)
-    examples = encode_examples(
-        rows,
+    rules = encode_rules(
         session,
         config.data,
         config.encode,
@@ -134,27 +142,53 @@ def train_job(
         skip_refused=config.data.skip_bad,
     )
     if show_rows is not None:
-        print_examples(session, examples[:show_rows])
+        print_examples(session, _first_examples(session, config.data, rules, show_rows))
         return None
+    with lock_directory(out):
+        if session.world.is_rank0:
+            checkpoint.is_new_run(out, resume)  # ValueError before hours of encoding
+        with contextlib.closing(stored_examples(session, config.data, rules, out)) as stored:
+            summary = _train_on(session, config, out, stored, resume)
+    if session.world.is_rank0:
+        print(summary_text(summary, out))
+    return summary
+
+
+def _first_examples(
+    session: Session, data: DataConfig, rules: EncodeRules, count: int
+) -> list[Example]:
+    """The first examples of the file, all of which is read and encoded; prints how many it has."""
+    of_file = FileExamples(session, data, rules)
+    first: list[Example] = []
+    for example in of_file:
+        if len(first) < count:
+            first.append(example)
+    print(*of_file.text, sep="\n")
+    check_examples(first)
+    return first
+
+
+def _train_on(
+    session: Session, config: TrainJobConfig, out: Path, stored: ExampleStore, resume: bool
+) -> dict[str, Any]:
+    """Train on the examples of the file, and on replay where that is asked for."""
+    examples: Sequence[Example] = stored
     if config.replay.replay is not None:
-        examples = [*examples, *_replay(session, config, out, len(examples))]
+        examples = JoinedExamples(stored, _replay(session, config, out, len(stored)))
     config.train.highest_rate(len(examples))  # ValueError before the validator's work
     validator = None
     if config.validate.val_every:
         validator = Validator(config.validate, config.data, session)
-    system = common_system([row.messages for row in rows])
     _, summary = train(
         FrozenModel.of(session),
         examples,
         config.lora,
         config.train,
         out,
-        chat=TrainedChat.of(session.chat, system),
+        chat=TrainedChat.of(session.chat, common_system_of(stored)),
         validator=validator,
         resume=resume,
     )
-    if session.world.is_rank0:
-        print(summary_text(summary, out))
     return summary
 
 
@@ -331,7 +365,7 @@ def with_micro_tokens(
         model=model.config,
         lora=lora_config,
         dtype=model.dtype,
-        longest=max(len(example.ids) for example in examples),
+        longest=max(size.tokens for size in sizes(examples)),
         batch_rows=config.batch_rows,
         recompute=config.recompute,
     )
@@ -362,8 +396,8 @@ def run_settings(
     """
     train_settings = dataclasses.asdict(config)
     train_settings["loss"] = str(Loss.parse(config.loss))  # eaft, eaft:1 and eaft:1.0 are one loss
-    for name in FREE_TO_CHANGE:
-        del train_settings[name]
+    for setting in FREE_TO_CHANGE:
+        del train_settings[setting]
     settings = {
         "train": train_settings,
         "lora": dataclasses.asdict(lora_config),
@@ -373,13 +407,13 @@ def run_settings(
     }
     replayed = replayed_prompts(examples)
     if replayed:  # retention refuses to be measured over them
-        rows = sum(is_replay(example) for example in examples)
+        rows = sum(is_replay(name) for name in names(examples))
         settings["replay"] = {"rows": rows, "prompts": replayed}
     if validator is not None:
         settings["validate"] = dataclasses.asdict(validator.config)
-        for name in ("patience", "stop_kl"):  # runs of older versions do not have them
-            if not settings["validate"][name]:
-                del settings["validate"][name]
+        for setting in ("patience", "stop_kl"):  # runs of older versions do not have them
+            if not settings["validate"][setting]:
+                del settings["validate"][setting]
     return settings
 
 
