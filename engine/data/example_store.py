@@ -122,10 +122,15 @@ class _HashedFile:
 
 
 def read_account(directory: Path) -> Account | None:
-    """What meta.json of a directory says; None where it is no directory of examples."""
+    """What meta.json of a directory says; None where another version wrote it.
+
+    ValueError where it is no directory of examples.
+    """
     record = read_json(directory / META, {})
     names = {part.name for part in dataclasses.fields(Account)}
-    if record.get("format") != FORMAT or not names <= record.keys():
+    if "format" not in record:
+        raise ValueError(f"{directory} holds something else than examples; choose another --out")
+    if record["format"] != FORMAT or not names <= record.keys():
         return None
     return Account(**{name: record[name] for name in names})
 
@@ -146,13 +151,16 @@ def why_damaged(directory: Path, account: Account) -> str | None:
 
 
 class ExampleStore(ExamplesOnDisk):
-    """The examples of a directory, as a sequence; each is read when it is asked for."""
+    """The examples of a directory, as a sequence; each is read when it is asked for.
+
+    A context manager, which closes the files.
+    """
 
     def __init__(self, directory: Path) -> None:
         """ValueError where the directory does not hold examples as they were written."""
         account = read_account(directory)
         if account is None:
-            raise ValueError(f"{directory} holds no examples: its {META} is not what was written")
+            raise ValueError(f"{directory / META} was written by another version")
         self.directory = directory
         self.account = account
         opened: list[BinaryIO] = []
@@ -171,6 +179,12 @@ class ExampleStore(ExamplesOnDisk):
         """Close the files."""
         for file in (self._tokens, self._names, self._index):
             file.close()
+
+    def __enter__(self) -> ExampleStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self.account.count

@@ -28,13 +28,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from engine.runtime.files import cut_torn_line, read_jsonl, sha256, write_json, write_jsonl
+from engine.runtime.files import (
+    cut_torn_line,
+    each_of_jsonl,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_jsonl,
+)
 from engine.runtime.published_adapter import WEIGHTS
 from engine.runtime.run_record import differing
 from engine.train.optim import Optimizer
@@ -214,13 +221,21 @@ def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> N
             )
 
 
-def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
-    """Set metrics.jsonl back to a checkpoint (None: to the start); returns its lines."""
-    lines = []
-    if saved is not None:
-        lines = read_jsonl(saved / "metrics.jsonl", METRICS)
-    write_jsonl(out / "metrics.jsonl", lines)
-    return lines
+def restore_metrics(out: Path, saved: Path | None) -> list[float]:
+    """Set metrics.jsonl back to a checkpoint (None: to the start); returns the losses of its lines.
+
+    The lines are copied one by one: there is one for every step.
+    """
+    losses: list[float] = []
+
+    def lines() -> Iterator[dict[str, Any]]:
+        if saved is not None:
+            for line in each_of_jsonl(saved / "metrics.jsonl", METRICS):
+                losses.append(line["loss"])
+                yield line
+
+    write_jsonl(out / "metrics.jsonl", lines())
+    return losses
 
 
 # ---- checkpoints

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,12 @@ from engine.data.example_store import ExampleStore, ExampleWriter, read_account,
 from engine.data.rows import Row
 from engine.data.sources import Source, open_source
 from engine.data.turns import References, check_target
+from engine.runtime.run_record import differing
 from engine.runtime.terminal import progress
 from engine.session import Session
 from engine.train.checkpoint import EXAMPLES
 from engine.train.examples import counts_text
-from model.durable import directory_beside
+from model.durable import directory_beside, remove_directory
 from model.trained_chat import CommonSystem
 
 # files of a checkpoint on which token ids depend, beside the chat template
@@ -72,11 +72,11 @@ class FileExamples:
         self.sha256 = ""
 
     def __iter__(self) -> Iterator[Example]:
-        source = open_source(self.data.data)
-        if isinstance(source, DataFile) and is_distilled(source):
-            yield from self._of_lines(source)
-        else:
-            yield from self._of_rows(source)
+        with open_source(self.data.data) as source:
+            if isinstance(source, DataFile) and is_distilled(source):
+                yield from self._of_lines(source)
+            else:
+                yield from self._of_rows(source)
 
     def _of_rows(self, source: Source) -> Iterator[Example]:
         """The examples of plain rows."""
@@ -181,7 +181,7 @@ def common_system_of(store: ExampleStore) -> str | None:
 
 
 def _made_in(session: Session, data: DataConfig, rules: EncodeRules) -> dict[str, Any]:
-    """Everything but the file on which its examples depend, as JSON has it."""
+    """Everything but the file on which its examples depend."""
     read = dataclasses.asdict(data)
     del read["data"]  # the file may be moved
     return {
@@ -208,24 +208,30 @@ def _are_there(directory: Path, made_in: dict[str, Any], data: DataConfig) -> bo
     """Whether the directory holds the examples of the file; one that holds others is removed."""
     if not directory.exists():
         return False
-    account = read_account(directory)
-    if account is None:
-        raise ValueError(
-            f"{directory} was not written by this version of this program; choose another --out, "
-            "or delete it"
-        )
-    why = "they were made in another way"
-    if account.key == made_in | {"data": account.key.get("data")}:
-        why = f"{data.data} has changed"
-        with open_source(data.data) as source:
-            sha256 = source.sha256()
-        if sha256 == account.key["data"]:
-            why = why_damaged(directory, account)
+    why = _why_others(directory, made_in, data)
     if why is None:
         return True
     print(f"examples: those in {directory} are made again: {why}")
-    shutil.rmtree(directory)
+    remove_directory(directory)
     return False
+
+
+def _why_others(directory: Path, made_in: dict[str, Any], data: DataConfig) -> str | None:
+    """Why a directory does not hold the examples of the file, None where it does.
+
+    ValueError where it holds something else than examples.
+    """
+    account = read_account(directory)
+    if account is None:
+        return "another version wrote them"
+    changes = differing(account.key, made_in | {"data": account.key.get("data")})
+    if changes:
+        return ", ".join(changes)
+    with open_source(data.data) as source:
+        sha256 = source.sha256()
+    if sha256 != account.key["data"]:
+        return f"{data.data} has changed"
+    return why_damaged(directory, account)
 
 
 def _make(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.data.encode import Example, sizes
 from engine.runtime.distributed import World
-from engine.runtime.files import read_jsonl
+from engine.runtime.files import each_of_jsonl
 from engine.runtime.process_memory import held_memory, peak_memory
 from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.stopping import Stopping
@@ -103,8 +103,8 @@ class Run:
 
     # ---- the steps
 
-    def loop(self, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
-        """Do the steps that are left; `metrics_so_far` are the metrics of the finished ones.
+    def loop(self, losses_so_far: list[float], stop: Stopping) -> None:
+        """Do the steps that are left; `losses_so_far` are the losses of the finished ones.
 
         ValueError for a step that the guards refuse (metrics.py), or that does not fit the memory.
         Raises `Stopped` after a checkpoint where `stop` was asked on any rank.
@@ -115,7 +115,7 @@ class Run:
         print(plan.text())
         self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
-        with Metrics(metrics_file, self.out.name, metrics_so_far, steps, self.world) as metrics:
+        with Metrics(metrics_file, self.out.name, losses_so_far, steps, self.world) as metrics:
             for batch in self._steps_left():
                 step = self.optimizer.step + 1
                 self.train_step(step, steps, batch, plan.policy, metrics)
@@ -401,9 +401,14 @@ class Run:
 
     def _summary(self) -> dict[str, Any]:
         """Losses, speed, memory and sizes of the whole run, as meta.json keeps them."""
-        lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
-        losses = [line["loss"] for line in lines]
-        tenth = max(1, len(lines) // 10)  # steps whose mean is the first and the last loss
+        losses: list[float] = []
+        tokens = 0
+        response_tokens = 0
+        for line in each_of_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS):
+            losses.append(line["loss"])
+            tokens += line["tokens"]
+            response_tokens += line["response_tokens"]
+        tenth = max(1, len(losses) // 10)  # steps whose mean is the first and the last loss
         spent = self.spent
         seconds = spent["seconds"]
         adapted = sum(".lora_A." in name for name in self.lora.slots)
@@ -411,9 +416,9 @@ class Run:
         on_gpu = self.model.device.type == "cuda"
         return {
             "examples": len(self.examples),
-            "steps": len(lines),
-            "tokens": sum(line["tokens"] for line in lines),
-            "response_tokens": sum(line["response_tokens"] for line in lines),
+            "steps": len(losses),
+            "tokens": tokens,
+            "response_tokens": response_tokens,
             "first_loss": sum(losses[:tenth]) / tenth,
             "last_loss": sum(losses[-tenth:]) / tenth,
             "best": self.state["best"],

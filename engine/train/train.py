@@ -10,7 +10,6 @@ hold the same adapter; rank 0 writes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ def train_job(
     with lock_directory(out):
         if session.world.is_rank0:
             checkpoint.is_new_run(out, resume)  # ValueError before hours of encoding
-        with contextlib.closing(stored_examples(session, config.data, rules, out)) as stored:
+        with stored_examples(session, config.data, rules, out) as stored:
             summary = _train_on(session, config, out, stored, resume)
     if session.world.is_rank0:
         print(summary_text(summary, out))
@@ -271,10 +270,10 @@ def train(
         if meta["finished"]:
             run.load_finished(meta)
             return lora, meta["summary"]
-        metrics_so_far = _restore(run)
+        losses_so_far = _restore(run)
         run.weighted = weighted_loss(frozen, examples, config, out)
         with Stopping("the running step is finished and a checkpoint written") as stop:
-            _do_steps(run, metrics_so_far, stop)
+            _do_steps(run, losses_so_far, stop)
             summary = run.finish()
             if world.is_rank0:
                 _write_finished(out, meta, summary)
@@ -322,8 +321,8 @@ def _fresh(model: Llama, lora_config: LoraConfig, config: TrainConfig) -> tuple[
     return lora, Optimizer.fresh(lora, config.weight_decay)
 
 
-def _restore(run: Run) -> list[dict[str, Any]]:
-    """Put the last checkpoint, if there is one, into the run; returns its metrics (rank 0)."""
+def _restore(run: Run) -> list[float]:
+    """Put the last checkpoint, if there is one, into the run; returns its losses (rank 0)."""
     saved = _last_checkpoint(run.out)
     if saved is not None:
         run.state = checkpoint.load_checkpoint(saved, run.lora, run.optimizer)
@@ -332,11 +331,11 @@ def _restore(run: Run) -> list[dict[str, Any]]:
     return checkpoint.restore_metrics(run.out, saved)
 
 
-def _do_steps(run: Run, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
+def _do_steps(run: Run, losses_so_far: list[float], stop: Stopping) -> None:
     """Do the steps that are left; a ValueError is raised again with the last good checkpoint."""
     try:
         with run.world.report_lost_rank():
-            run.loop(metrics_so_far, stop)
+            run.loop(losses_so_far, stop)
     except ValueError as error:
         saved = _last_checkpoint(run.out)
         kept = "no checkpoint was written yet"
