@@ -1,6 +1,5 @@
 """The training loop: `Run.loop`, and the methods that it calls
 
-batches            the order of the examples, fixed by the seed
 Run.loop           for each step: train_step, then validation and a checkpoint where they are due
 Run.train_step     gradients, update, metrics
 Run.finish         publishes the last or the best adapter, and returns the summary
@@ -12,13 +11,12 @@ import dataclasses
 import functools
 import heapq
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.data.encode import Example, sizes
 from engine.runtime.distributed import World
@@ -33,45 +31,14 @@ from engine.train.memory_plan import MemoryPlan, StepSize, choose_policy
 from engine.train.metrics import Metrics
 from engine.train.mfu import step_operations
 from engine.train.optim import Optimizer, learning_rate
+from engine.train.order import Batch, batches
 from engine.train.step import Gradients, step_gradients, step_update
 from engine.train.validate import Validator
 from engine.train.weighted_loss import WeightedLoss
-from kernels.integers import cdiv
-from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
 from model.tape import POLICIES
 from model.trained_chat import TrainedChat
-
-
-class Batch(NamedTuple):
-    """The examples of one optimizer step."""
-
-    epoch: int  # counts from 0
-    indices: list[int]  # into the examples of the run
-
-
-def batches(count: int, config: TrainConfig, done: int = 0) -> Iterator[Batch]:
-    """The batches of the optimizer steps over `count` examples that follow the first `done`.
-
-    Each epoch has its own order, which takes 8 bytes an example.
-    """
-    steps_per_epoch = cdiv(count, config.batch_rows)
-    order = torch.empty(0, dtype=torch.int64)
-    epoch = -1  # whose order it is
-    for step in range(done, config.steps(count)):
-        if step // steps_per_epoch != epoch:
-            epoch = step // steps_per_epoch
-            order = _order_of_epoch(count, config.seed, epoch)
-        start = step % steps_per_epoch * config.batch_rows
-        yield Batch(epoch, order[start : start + config.batch_rows].tolist())
-
-
-def _order_of_epoch(count: int, seed: int, epoch: int) -> Tensor:
-    """(count,) int64: the examples in the order in which an epoch takes them."""
-    epoch_seed = mix("order", seed, epoch) >> 1  # 63 bits: manual_seed takes no more
-    generator = torch.Generator().manual_seed(epoch_seed)
-    return torch.randperm(count, generator=generator)
 
 
 @dataclass
