@@ -206,6 +206,7 @@ DEFINITIONS = {
     "cpu-training": Definition("each run beside transformers + peft on a CPU", cpu_training),
     "memory-plan": Definition("the memory plan of Llama-2-7B and Llama-3-8B", memory_plan),
     "memory-measured": Definition("predicted and measured peak on a CPU", memory_measured),
+    "rows-memory": Definition("reading files of rows, on disk and in memory", rows_memory),
     "sharded-memory": Definition("memory of two processes, sharded and whole", sharded_memory),
     "soak": Definition("2,000 steps, killed three times", soak),
 }

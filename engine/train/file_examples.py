@@ -187,6 +187,7 @@ def _made_in(session: Session, data: DataConfig, rules: EncodeRules) -> dict[str
     return {
         "read": read,
         "rules": dataclasses.asdict(rules),
+        "model": session.fingerprint,
         "chat": session.chat.name,
         "template": session.chat.source_hash,
         "date": session.settings.get("date"),
