@@ -13,7 +13,8 @@ added token that the template writes around turns, whether the checkpoint marks 
 control token that a message spells is replaced by a private-use character (its stand-in) before
 rendering, so that the template trims and joins as usual, and is afterwards encoded as plain text
 between the pieces around it. (A template that edited texts otherwise could still compose such a
-spelling. Other added tokens, as <think>, are text like any other.)
+spelling. Other added tokens, as <tool_call>, are text like any other; so are <think> and </think>
+in any case.)
 
 Targets. An answer that is to be learnt is encoded as the template renders it (`target`), so that it
 is the same text as an earlier answer in a context: trimmed where the template trims. The generation

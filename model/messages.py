@@ -10,6 +10,9 @@ A message is a dict:
     tools         of one message of the conversation, usually its first: the tools that may be
                   called, [{"type": "function", "function": {"name", "description", "parameters"}}]
 
+A thought is a part of the assistant's content, between THOUGHT_TAGS at its beginning. Its tags are
+text: a tokenizer that has them as tokens never treats them as control tokens.
+
 The tools stand in a message because whatever is made of a conversation (a prompt, a context, a line
 of a file) begins with its first message: no copy of it can lose them. A chat template is handed
 them apart from the messages, as `tools`.
@@ -24,6 +27,7 @@ Message = Mapping[str, Any]
 Messages = Sequence[Message]
 
 ROLES = ("system", "user", "assistant", "tool")
+THOUGHT_TAGS = ("<think>", "</think>")  # around a thought, with which an answer may begin
 
 
 def tools_of(messages: Messages) -> list[dict] | None:

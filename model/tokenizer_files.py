@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import read_json
+from model.messages import THOUGHT_TAGS
 
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LARGEST_ID = 1 << 28  # no vocabulary is that large
@@ -75,13 +76,14 @@ class TokenizerFiles:
         special = set(control)
         special |= {spelling for spelling in named.values() if spelling}
         special |= {_spelling(token) for token in _extra_special_tokens(spellings)}
+        special -= set(THOUGHT_TAGS)
 
         # 3. the added tokens, some of which are special too
         added: dict[int, dict[str, Any]] = {}
         declared = settings.get("added_tokens_decoder")
         if declared is not None:
             for id, token in declared.items():
-                added[_added_id(id)] = token
+                added[_added_id(id)] = _as_text(token)
         else:
             for spelling, id in listed.items():
                 added[_added_id(id)] = {"content": spelling, "special": spelling in special}
@@ -149,6 +151,16 @@ class TokenizerFiles:
                         "supported with a tokenizer.model; save the tokenizer as tokenizer.json"
                     )
         return {token["content"]: id for id, token in self.added.items() if id not in pieces}
+
+
+def _as_text(token: dict[str, Any]) -> dict[str, Any]:
+    """An entry of an added token, not special where it is a tag of thoughts.
+
+    Decoding leaves special tokens out, and a thought would then look like the answer behind it.
+    """
+    if token["content"] in THOUGHT_TAGS:
+        return {**token, "special": False}
+    return token
 
 
 def role_ids(file: Path, role: str) -> list[int]:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from model.config import read_json
+from model.messages import THOUGHT_TAGS
 from model.tokenizer_base import SPACE, Tokenizer, bytes_of_piece
 from model.tokenizer_files import TokenizerFiles
 
@@ -35,6 +36,8 @@ class JsonTokenizer(Tokenizer):
         # `encode_special_tokens` is a switch on the object; an object for each setting keeps
         # encoding a pure function.
         text = file.read_text(encoding="utf-8")
+        if _make_thought_tags_text(document):
+            text = json.dumps(document)
         self._template = _build(package, text, files, file, plain=False)
         added: dict[int, Any] = self._template.get_added_tokens_decoder()  # id -> AddedToken
         special = {token.content: id for id, token in added.items() if token.special}
@@ -162,6 +165,17 @@ def _byte_of_character() -> dict[str, int]:
     for n, byte in enumerate(others):
         byte_of[chr(256 + n)] = byte
     return byte_of
+
+
+def _make_thought_tags_text(document: dict[str, Any]) -> bool:
+    """Make the tags of thoughts tokens of text in a tokenizer.json; returns whether any was not."""
+    changed = False
+    for token in document.get("added_tokens") or []:
+        is_tag = isinstance(token, dict) and token.get("content") in THOUGHT_TAGS
+        if is_tag and token.get("special"):
+            token["special"] = False
+            changed = True
+    return changed
 
 
 def _hide_pieces(document: dict[str, Any], special: Collection[str]) -> set[str]:

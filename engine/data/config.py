@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine.data.record_shapes import parse_columns
 from engine.data.rows import ReadRules, Row, Rows, RowStream
 from engine.data.sources import DirectoryOfFiles, Source, open_source
+from engine.data.table_file import TableFile
 from engine.data.thinking import MODES
 from engine.runtime.limits import MOST, check_numbers
 
@@ -85,6 +86,9 @@ class DataConfig:
             text += f", of {len(source.files)} files"
             if source.not_read:
                 text += f" (not read: {', '.join(source.not_read)})"
+        if isinstance(source, TableFile | DirectoryOfFiles) and source.columns_with_gaps:
+            columns = ", ".join(sorted(source.columns_with_gaps))
+            text += f", keys without a value left out in {columns}"
         lines = [text]
         if stream.context_only:
             lines.append(

@@ -166,6 +166,8 @@ def _message_of_assistant(entry: dict, number: int) -> dict:
     where = f"message {number}"
     content = entry.get("content", entry.get("value"))
     if entry.get("from") in CALLING or entry.get("role") in CALLING:
+        if any(entry.get(key) for key in CALLS):
+            raise ValueError(f"{where} has calls in its text and calls beside it; keep one")
         calls = calls_of_text(content, where)
         content = None
     else:

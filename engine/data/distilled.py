@@ -21,7 +21,7 @@ from engine.data.fields import kind, message
 from engine.data.json_records import json_lines
 from engine.data.rows import FirstFaults, Rows
 from engine.data.sources import Place
-from engine.data.thinking import end_of_thoughts
+from engine.data.thinking import thinks
 from model.messages import ROLES, calls_of, check_messages
 
 KEPT = ("accepted", "identical")  # the statuses whose target is the response, not the reference
@@ -133,7 +133,7 @@ def check_without_thoughts(line: Distilled, path: Path) -> None:
     for entry in line.messages:
         if entry["role"] == "assistant":
             answers.append(entry["content"])
-    if any(end_of_thoughts(answer) for answer in answers):
+    if any(thinks(answer) for answer in answers):
         raise ValueError(
             f"{path}: {line.id} has thoughts, and its rewrites were made with them; "
             "--thinking strip must be given to scripts/distill.py already"

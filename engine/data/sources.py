@@ -58,6 +58,7 @@ class DirectoryOfFiles:
                 f"{within}"
             )
         self.not_read += [f"{name}/" for name in folders]
+        self.columns_with_gaps: set[str] = set()  # of its tables (TableFile)
         self._hashes: dict[Path, str] = {}  # of the files that were read
 
     def __enter__(self) -> DirectoryOfFiles:
@@ -72,6 +73,8 @@ class DirectoryOfFiles:
             with open_source(file) as source:
                 yield from source_records(source)
                 self._hashes[file] = source.sha256()
+                if isinstance(source, TableFile):
+                    self.columns_with_gaps |= source.columns_with_gaps
 
     def sha256(self) -> str:
         """A hash of the names and the bytes of all files, as hex digits."""

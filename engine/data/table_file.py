@@ -43,10 +43,14 @@ def is_table(path: Path) -> bool:
 
 
 class TableFile:
-    """An open table: its rows as dicts, and the hash of the bytes of its files."""
+    """An open table: its rows as dicts, and the hash of the bytes of its files.
+
+    columns_with_gaps    the columns in whose objects keys without a value were left out so far
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.columns_with_gaps: set[str] = set()
         self._pyarrow = _pyarrow(path)
         self._files = [path]
         if path.is_dir():
@@ -88,7 +92,20 @@ class TableFile:
                 batches = self._pyarrow.ipc.open_stream(opened)
             for batch in batches:
                 for row in batch.to_pylist():
-                    yield {name: _value(value) for name, value in row.items()}
+                    yield {name: self._cell(name, value) for name, value in row.items()}
+
+    def _cell(self, column: str, value: Any) -> Any:
+        """A cell as JSON would have it: keys without a value left out, numbers with their text."""
+        if isinstance(value, dict):
+            given = {key: part for key, part in value.items() if part is not None}
+            if len(given) < len(value):
+                self.columns_with_gaps.add(column)
+            return {key: self._cell(column, part) for key, part in given.items()}
+        if isinstance(value, list | tuple):
+            return [self._cell(column, part) for part in value]
+        if isinstance(value, float):
+            return Number(repr(value))
+        return value
 
     def sha256(self) -> str:
         """The hash of the bytes of all files, as hex digits."""
@@ -127,14 +144,3 @@ def _files_of_saved(path: Path) -> list[Path]:
         if file.parent != path or not file.is_file():
             raise ValueError(f"{state} lists {file.name!r}, which is not in {path}")
     return files
-
-
-def _value(value: Any) -> Any:
-    """A cell as JSON would have it: keys without a value left out, numbers with their text."""
-    if isinstance(value, dict):
-        return {key: _value(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list | tuple):
-        return [_value(part) for part in value]
-    if isinstance(value, float):
-        return Number(repr(value))
-    return value

@@ -7,17 +7,20 @@
     answer-only    they stay in prompts and references and carry no loss; a verdict looks at what
                    follows them
 
-An answer may begin with several thoughts. Where the chat template's prompt opens the thought, an
-answer begins inside it: then all up to its first </think> is the thought.
+An answer may begin with several thoughts. An empty one, with which a chat template opens answers
+that are not to think, is a thought for `answer-only` and none for `strip`. Where the chat
+template's prompt opens the thought, an answer begins inside it: then all up to its first </think>
+is the thought.
 """
 
 from __future__ import annotations
 
 import re
 
+from model.messages import THOUGHT_TAGS
+
 MODES = ("keep", "strip", "answer-only")
-OPENS = "<think>"
-CLOSES = "</think>"
+OPENS, CLOSES = THOUGHT_TAGS
 _WHOLE = re.compile(r"\s*(?:<think>.*?</think>\s*)+", re.DOTALL)
 
 
@@ -48,6 +51,14 @@ def end_of_thoughts(text: str) -> int:
 def without_thoughts(text: str) -> str:
     """What follows the thoughts of an answer: all of it where it begins with none."""
     return text[end_of_thoughts(text) :]
+
+
+def thinks(text: str) -> bool:
+    """Whether an answer begins with a thought that is not empty."""
+    thoughts = text[: end_of_thoughts(text)]
+    for tag in THOUGHT_TAGS:
+        thoughts = thoughts.replace(tag, "")
+    return bool(thoughts.strip())
 
 
 def check_thoughts(text: str, where: str) -> None:

@@ -125,3 +125,9 @@ def calls_as_text(message: dict[str, Any]) -> str:
         source = json.dumps(call["function"], ensure_ascii=False)
         parts.append(f"<tool_call>\n{source}\n</tool_call>")
     return "\n".join(parts)
+
+
+def tools_as_text(tools: list[dict[str, Any]]) -> str:
+    """Tools for a reader: the definition of one a line, as JSON."""
+    definitions = [tool.get("function", tool) for tool in tools]
+    return "\n".join(json.dumps(each, ensure_ascii=False) for each in definitions)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.data.rows import Row
+from engine.data.thinking import thinks, without_thoughts
 from engine.measure.likelihood import Scorer, ScoringRequest
 from model.chat import Chat
 from model.messages import calls_of
@@ -127,10 +128,14 @@ class AssistantTurn:
         return self.row.messages[self.row.turns[self.number]]
 
     def shown_reference(self, chat: Chat) -> str:
-        """The answer of the data as text, its calls as the chat template writes them."""
-        if calls_of(self.answer):
-            return chat.text_of_calls(self.context, self.answer)
-        return self.reference
+        """The answer of the data as text, its calls as the chat template writes them.
+
+        An empty thought that the template puts before calls is left out.
+        """
+        if not calls_of(self.answer):
+            return self.reference
+        text = chat.text_of_calls(self.context, self.answer)
+        return text if thinks(text) else without_thoughts(text)
 
     @property
     def is_last(self) -> bool:

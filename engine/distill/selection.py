@@ -34,7 +34,7 @@ from functools import lru_cache
 from engine.data.rows import Row
 from engine.verify.refusals import refuses
 from engine.verify.verifiers import Verifier
-from model.messages import last_of_user
+from model.messages import last_of_user, texts_of
 
 PROMPT_WORDS = 12
 
@@ -100,7 +100,7 @@ def _why_incomplete(
     messages: Sequence[dict[str, str]], reference: str, response: str, finish: str
 ) -> str | None:
     """The status of a response that is not a complete text; None for one that is."""
-    seen = [message["content"] for message in messages]
+    seen = [text for message in messages for text in texts_of(message)]
     context = "\n".join([*seen, reference])
     if why_garbled(response, context) is not None:
         return "garbled"

@@ -11,13 +11,13 @@ unasked_line.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, NOT_ASKED, OPTIONAL, Distilled
 from engine.data.fit import answer_ids
-from engine.data.thinking import end_of_thoughts, without_thoughts
+from engine.data.thinking import thinks, without_thoughts
 from engine.distill.cascade import REFERENCE, AssistantTurn, Attempt, TurnAttempts
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import prompt
@@ -26,7 +26,7 @@ from engine.measure.likelihood import Scorer
 from engine.runtime.resumable import ResumedLines
 from engine.sampling.requests import Completion, Request
 from engine.sampling.sampler import Sampler
-from engine.verify.tool_calls import verify_written_calls
+from engine.verify.tool_calls import verifier_of_calls
 from engine.verify.verifiers import get_verifier
 from model.chat import Chat
 from model.messages import calls_of
@@ -177,6 +177,8 @@ def judged_attempt(
         ids = [*chat.prefix_ids(prefix), *ids]
     text = chat.tokenizer.decode(ids).strip()
     status = status_of_text(chat, config, turn, text, completion.finish)
+    if status in KEPT and not _has_control_tokens_of_calls(chat, turn, ids):
+        status = "notation"
     return Attempt(
         sample=completion.sample,
         ids=ids,
@@ -188,28 +190,39 @@ def judged_attempt(
     )
 
 
+def _has_control_tokens_of_calls(chat: Chat, turn: AssistantTurn, ids: Sequence[int]) -> bool:
+    """Whether sampled ids have the control tokens of the turn's calls, which no text shows.
+
+    True for a turn without calls.
+    """
+    if not calls_of(turn.answer):
+        return True
+    control = set(chat.tokenizer.special.values())
+    wanted = answer_ids(chat, turn.context, turn.answer)
+    return [id for id in ids if id in control] == [id for id in wanted if id in control]
+
+
 def status_of_text(
     chat: Chat, config: DistillConfig, turn: AssistantTurn, text: str, finish: str
 ) -> str:
     """The status of a response (selection.py).
 
-    An answer that calls tools is judged by its calls, whatever verifier the settings name. Under
+    An answer that calls tools is judged by its calls, unless the verifier is the user's own. Under
     `--thinking answer-only` what follows the thoughts is judged; under `strip` a response with a
     thought is `thinks`, since sampled ids are kept as they are or not at all.
     """
-    reference = turn.shown_reference(chat)
-    verifier = get_verifier(config.verifier)
     thinking = turn.row.thinking
-    if calls_of(turn.answer):
-        bare = {**turn.answer, "content": ""}
-        alone = chat.text_of_calls(turn.context, bare)
-        has_text = bool(without_thoughts(turn.answer["content"]).strip())
-        verifier = partial(verify_written_calls, calls_of(turn.answer), alone, has_text)
-    if thinking == "strip" and end_of_thoughts(text):
+    if thinking == "strip" and thinks(text):
         return "thinks"
-    if thinking == "answer-only":
+    reference = turn.shown_reference(chat)
+    if thinking != "keep":
         reference = without_thoughts(reference)
         text = without_thoughts(text)
+    verifier = get_verifier(config.verifier)
+    if calls_of(turn.answer):
+        bare = {**turn.answer, "content": ""}
+        written = chat.text_of_calls(turn.context, bare)
+        verifier = verifier_of_calls(verifier, turn.answer, written)
     return judge(
         turn.context, reference, text, finish, verifier, rules=config.rules, tests=turn.tests
     )

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import CONTEXT, KEPT, load_distilled
-from engine.data.tool_calls import calls_as_text
+from engine.data.tool_calls import calls_as_text, tools_as_text
 from engine.evaluate.arm_grammar import Arm, way_of
 from engine.evaluate.arms import ARM_NAMES, TUNED
 from engine.evaluate.target_task import Score
 from engine.runtime.files import read_jsonl
 from model.config import read_json
+from model.messages import tools_of
 
 # fields that the lines of a run must have to be shown, with their types
 _NUMBER = (float, int)
@@ -195,8 +196,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _shown(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Messages as the page shows them: a role and a text, calls of tools as text."""
-    return [{"role": turn["role"], "content": calls_as_text(turn)} for turn in messages]
+    """Messages as the page shows them: a role and a text, calls of tools as text.
+
+    The tools that may be called come first.
+    """
+    shown = [{"role": turn["role"], "content": calls_as_text(turn)} for turn in messages]
+    tools = tools_of(messages)
+    if tools:
+        shown.insert(0, {"role": "tools", "content": tools_as_text(tools)})
+    return shown
 
 
 def _tokens(line: dict[str, Any]) -> dict[str, Any]:

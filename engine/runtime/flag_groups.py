@@ -12,7 +12,7 @@ GROUPS = {
     "Audit": "what tiny",
     "Input": "gguf runs",
     "Model": "model adapter scale chat-format date",
-    "Data": "data columns prompt system verify limit sample skip-bad drop-long prefix",
+    "Data": "data columns prompt system verify limit sample skip-bad drop-long thinking prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """
         max-new-tokens temperature samples top-k top-p min-p repetition-penalty stop ignore-eos""",

@@ -294,7 +294,7 @@ def _meanings_of_calls(value: Any) -> Iterator[object]:
 
 def meaning_of_call(call: Mapping[str, Any]) -> object:
     """A hashable value that is equal for equal calls {"name", "arguments"}."""
-    return (call["name"], _json_meaning(_arguments(call["arguments"])))
+    return (call["name"], json_meaning(_arguments(call["arguments"])))
 
 
 def _arguments(given: Any) -> Any:
@@ -307,13 +307,13 @@ def _arguments(given: Any) -> Any:
     return given
 
 
-def _json_meaning(value: Any) -> object:
+def json_meaning(value: Any) -> object:
     """A JSON value as nested tuples and frozensets; numbers of equal value are equal."""
     match value:
         case dict():
-            return ("object", frozenset((key, _json_meaning(v)) for key, v in value.items()))
+            return ("object", frozenset((key, json_meaning(v)) for key, v in value.items()))
         case list():
-            return ("list", tuple(map(_json_meaning, value)))
+            return ("list", tuple(map(json_meaning, value)))
         case bool() | None:
             return ("constant", value)
         case int() | float():

@@ -351,6 +351,11 @@ def _users_verifier(name: str, module: str, function: str) -> Verifier:
     return partial(_checked, name, verify)
 
 
+def is_users(verifier: Verifier) -> bool:
+    """Whether a verifier of `get_verifier` is a user's own function."""
+    return isinstance(verifier, partial) and verifier.func is _checked
+
+
 def _checked(name: str, verify: Verifier, row: Row, text: str) -> tuple[bool, str]:
     """The answer of a user's verifier; ValueError where it raises or answers something else."""
     try:

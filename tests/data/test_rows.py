@@ -182,6 +182,10 @@ BAD += [  # texts that would be lost, or trained on although the row says otherw
     (said(function_call={"name": "f", "arguments": "{"}), "the arguments of 'f': not valid JSON"),
     (said(function_call={"name": "f", "arguments": [1]}), "the arguments of 'f' are a list"),
     (said(tool_calls=[{"name": "f"}], function_call={"name": "f"}), "has both 'tool_calls' and"),
+    (
+        said(role="function_call", content='{"name": "f"}', tool_calls=[{"name": "f"}]),
+        "message 2 has calls in its text and calls beside it",
+    ),
     (said(reasoning_content=["Hm."]), "message 2: 'reasoning_content' is a list, expected text"),
     (said(thinking="Hm.", reasoning="Ah."), "message 2: reasoning, thinking contradict each other"),
     (said(content="<think>a</think>b", thinking="c"), "one thought in its text and another"),

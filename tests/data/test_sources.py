@@ -66,7 +66,7 @@ def test_bad_rows_of_a_table_are_named_by_their_number(pyarrow, tmp_path):
         load_rows(path)
 
 
-def test_tools_in_a_table_have_no_keys_of_other_calls(pyarrow, tmp_path):
+def test_tools_in_a_table_have_no_keys_of_other_calls(pyarrow, tmp_path, capsys):
     """A table gives every object the keys of all: those without a value are left out."""
     calls = calling(call("f", city="Oslo")), calling(call("g", zone="CET"))
     turns = [user("x"), calls[0], result("1"), calls[1], result("2"), bot("y")]
@@ -75,6 +75,9 @@ def test_tools_in_a_table_have_no_keys_of_other_calls(pyarrow, tmp_path):
     (row,) = load_rows(write_parquet(pyarrow, tmp_path / "a.parquet", [record]))
     assert row.messages == plain.messages
     assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    for path in (tmp_path / "a.parquet", tmp_path):  # the directory has the same row twice
+        DataConfig(str(path)).load()
+        assert "keys without a value left out in messages\n" in capsys.readouterr().out
 
 
 def test_a_saved_data_set_is_read_file_after_file(pyarrow, tmp_path):

@@ -10,17 +10,26 @@ from engine.data.distilled import load_distilled
 from engine.data.encode import EncodeRules, encode
 from engine.data.rows import Row, load_rows
 from engine.distill import writer as writer_module
-from engine.distill.cascade import AssistantTurn
+from engine.distill.cascade import AssistantTurn, TurnAttempts
 from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import TEMPLATES, prompt
-from engine.distill.writer import status_of_text
+from engine.distill.writer import judged_attempt, status_of_text
 from engine.runtime.files import read_jsonl
+from engine.sampling.requests import Completion
 from model.chat import Chat
 from model.tokenizer import load_tokenizer
 from tests.helpers.data_files import bot, jsonl, system, user
 from tests.helpers.distillation import CONFIG, run_distillation
 from tests.helpers.llama_dirs import write_llama
-from tests.helpers.tool_templates import CONVERSATION, HERMES, TOOLS, call, calling, result
+from tests.helpers.tool_templates import (
+    CONVERSATION,
+    HERMES,
+    THINKING,
+    TOOLS,
+    call,
+    calling,
+    result,
+)
 
 CALL = call("get_weather", city="Oslo")
 MESSAGES = [user("Weather?"), calling(CALL), result("18"), bot("It is 18 degrees.")]
@@ -91,6 +100,49 @@ def status(chat, row, number, text, verify="none", finish="stop"):
 @pytest.mark.parametrize("verify", ["none", "number"])
 def test_a_rewrite_of_a_call_must_make_the_same_call(chat, text, expected, verify):
     assert status(chat, Row("r", WITH_TOOLS), 0, text, verify) == expected
+
+
+def test_a_users_own_verifier_judges_calls_itself(chat):
+    own = "tests.verify.test_tool_calls:makes_a_call"
+    assert status(chat, Row("r", WITH_TOOLS), 0, "no call at all", own) == "accepted"
+
+
+def test_a_thought_before_a_call_is_no_text_beside_it(chat):
+    """Under keep it is kept; a call in a thought is none."""
+    thought = "<think>\nOslo it is.\n</think>\n\n"
+    for mode, text, expected in (
+        ("keep", thought + WRITTEN, "accepted"),
+        ("keep", f"<think>{WRITTEN}</think>", "no_call"),
+        ("answer-only", thought + WRITTEN, "identical"),
+        ("strip", thought + WRITTEN, "thinks"),
+        ("strip", "<think>\n\n</think>\n\n" + WRITTEN, "identical"),
+        ("keep", "Oslo it is.\n" + WRITTEN, "notation"),
+    ):
+        row = Row("r", WITH_TOOLS, thinking=mode)
+        assert status(chat, row, 0, text) == expected, (mode, text)
+
+
+def test_an_empty_thought_of_the_template_is_not_shown_as_a_reference(chat):
+    thinking = Chat(THINKING, chat.tokenizer)
+    turn = AssistantTurn.first(Row("r", WITH_TOOLS))
+    assert turn.shown_reference(thinking) == WRITTEN
+    assert status(thinking, turn.row, 0, WRITTEN) == "identical"
+
+
+def test_control_tokens_of_calls_must_be_sampled_too(chat):
+    """Mistral's templates put one before calls, which no text shows."""
+    with_control = HERMES.replace("'\\n<tool_call>", "'\\n<|endoftext|><tool_call>")
+    marked = Chat(with_control, chat.tokenizer)
+    turn = AssistantTurn.first(Row("r", WITH_TOOLS))
+    ids = marked.target(turn.context, turn.answer).answer
+    control = marked.tokenizer.special["<|endoftext|>"]
+    assert ids.count(control) == 1
+    without = [id for id in ids if id != control]
+    config = DistillConfig(verify="none")
+    for sampled, expected in ((ids, "identical"), (without, "notation")):
+        attempts = TurnAttempts(turn, config.stages)
+        completion = Completion("r/0", 0, sampled, "", "stop", [], 9)
+        assert judged_attempt(marked, config, attempts, completion).status == expected
 
 
 def test_an_answer_after_a_result_is_judged_by_the_verifier(chat):

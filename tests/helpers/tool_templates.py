@@ -1,4 +1,4 @@
-"""Chat templates with tools, written here in the style of two that checkpoints have, and a
+"""Chat templates with tools, written here in the style of those that checkpoints have, and a
 conversation with tools."""
 
 from __future__ import annotations
@@ -87,7 +87,72 @@ HERMES = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
 """
-TEMPLATES = {"llama31": LLAMA31, "hermes": HERMES}
+
+# Qwen3's style: as Hermes', and answers behind the user's last message keep their thoughts; the
+# last answer gets an empty one where it has none.
+THINKING = r"""
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{% endif %}
+    {{- '# Tools\n\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + tool | tojson }}{% endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set last = namespace(question=0) %}
+{%- for message in messages if message.role == 'user' %}
+    {%- set last.question = messages.index(message) %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set parts = message.content.split('</think>') %}
+        {%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}
+        {%- set text = parts[-1].lstrip('\n') %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > last.question and (loop.last or thought) %}
+            {{- '<think>\n' + thought + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- text }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if text or not loop.first %}{{- '\n' }}{% endif %}
+            {{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson + '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
+"""
+
+# Calls in tags, as Qwen3-Coder has them; no thoughts, and results as the user's text.
+TAGS = r"""
+{%- for message in messages %}
+    {{- '<|im_start|>' + (message.role if message.role != 'tool' else 'user') + '\n' }}
+    {%- if loop.first %}
+        {%- for tool in tools or [] %}{{- tool.function | tojson + '\n' }}{% endfor %}
+    {%- endif %}
+    {{- message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '<tool_call>\n<function=' + call.function.name + '>\n' }}
+        {%- for name, value in call.function.arguments | items %}
+            {%- if value is mapping or (value is sequence and value is not string) %}
+                {%- set value = value | tojson %}
+            {%- endif %}
+            {{- '<parameter=' + name + '>\n' + value | string + '\n</parameter>\n' }}
+        {%- endfor %}
+        {{- '</function>\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}
+"""
+TEMPLATES = {"llama31": LLAMA31, "hermes": HERMES, "thinking": THINKING, "tags": TAGS}
 
 
 def tool(name: str, parameter: str) -> dict:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from engine.data.distilled import load_distilled
+from engine.report.load import load_run
 from engine.runtime.files import read_jsonl
 from model.llama import Llama
 from model.peft_format import load_lora
@@ -73,6 +74,8 @@ def test_the_main_job_on_a_file_with_tool_calls(tool_dir, tmp_path):
     assert result_of_job["training"]["sft"]["steps"] == 1
     shown = read_jsonl(tmp_path / "run" / "tokens.jsonl")
     assert any("<tool_call>" in "".join(line["sft"]["pieces"]) for line in shown)
+    first = load_run(tmp_path / "run", "run").rows[0]  # as the report shows it
+    assert first["messages"][0] == {"role": "tools", "content": json.dumps(WEATHER["function"])}
 
 
 def test_the_main_job_on_a_file_with_thoughts(tool_dir, tmp_path):

@@ -65,9 +65,12 @@ def test_text_and_ids_with_tools_equal_apply_chat_template(
     for whole in (CONVERSATION, CONVERSATION[1:]):
         conversations += [with_tools(whole[:count]) for count in range(2, len(whole) + 1)]
         conversations.append(whole)  # calls without a list of tools
-    if style == "hermes":
+    if style != "llama31":
         conversations.append(with_tools([QUESTION, PARALLEL, result("4"), result("21")]))
         conversations.append(with_tools([QUESTION, {**PARALLEL, "content": "I look it up."}]))
+    if style == "thinking":
+        thinking = {**PARALLEL, "content": "<think>\nTwo.\n</think>\n\n"}
+        conversations.append(with_tools([QUESTION, thinking, result("4"), result("21")]))
     asked = []
     for messages in conversations:
         tools = messages[0].get("tools")
@@ -92,6 +95,23 @@ WRITTEN = {  # style -> what the model learns to write for each of the conversat
         '{"name": "get_weather", "parameters": {"city": "Orléans", "days": 2, "exact": true}}',
         "It is 18.5 degrees.",
         '{"name": "get_time", "parameters": {"zone": "Europe/Paris"}}',
+        "Half past twelve.",
+    ],
+    "thinking": [
+        '<think>\n\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"city": "Orléans", "days": 2, "exact": true}}\n</tool_call>',
+        "<think>\n\n</think>\n\nIt is 18.5 degrees.",
+        '<think>\n\n</think>\n\n<tool_call>\n{"name": "get_time", "arguments": '
+        '{"zone": "Europe/Paris"}}\n</tool_call>',
+        "<think>\n\n</think>\n\nHalf past twelve.",
+    ],
+    "tags": [
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOrléans\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n<parameter=exact>\nTrue\n</parameter>\n"
+        "</function>\n</tool_call>",
+        "It is 18.5 degrees.",
+        "<tool_call>\n<function=get_time>\n<parameter=zone>\nEurope/Paris\n</parameter>\n"
+        "</function>\n</tool_call>",
         "Half past twelve.",
     ],
     "hermes": [
@@ -189,7 +209,8 @@ def test_tools_calls_and_results_cannot_forge_a_control_token(chats, style):
         [{**QUESTION, "tools": [WEATHER]}, calling(call("f", a=forged))],
         add_generation_prompt=False,
     )
-    assert json.dumps(forged)[1:-1] in rendered
+    written = forged if style == "tags" else json.dumps(forged)[1:-1]
+    assert written in rendered
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ SAME = [
     ),
     '[{"type": "function", "function": ' + AS_TEMPLATE + "}]",
     'I look: find(price=10, city="Oslo", open=True)',
+    "<function=find>\n<parameter=open>\ntrue\n</parameter>\n<parameter=city>Oslo</parameter>\n"
+    "<parameter=price>\n10.0\n</parameter></function>",
+    "<think>" + AS_TEMPLATE + "</think>" + AS_TEMPLATE,
 ]
 OTHER = {
     AS_TEMPLATE.replace("Oslo", "oslo"): "mismatch",
@@ -39,6 +42,9 @@ OTHER = {
     "It is 18 degrees.": "no_call",
     'find("Oslo", 10, True)': "no_call",
     AS_TEMPLATE[:-1]: "no_call",
+    "<function=find><parameter=city>Rome</parameter></function>": "mismatch",
+    "<function=find><parameter=city>Oslo</parameter>": "no_call",
+    "<think>" + AS_TEMPLATE + "</think>I do not know.": "no_call",
 }
 
 
@@ -53,14 +59,37 @@ def test_other_calls_are_rejected(text, reason):
 
 
 def test_the_order_of_parallel_calls_does_not_count_and_their_number_does():
-    first, second = (json.dumps(call["function"]) for call in PAIR)
+    first = json.dumps(PAIR[0]["function"])
+    second = json.dumps(PAIR[1]["function"])
     assert verify_tool_calls(PAIR, second + "\n" + first)[0]
     assert not verify_tool_calls(PAIR, first)[0]
     assert not verify_tool_calls(PAIR, first + second + second)[0]
     assert sum(calls_in(first + first).values()) == 2
 
 
+def test_arguments_in_tags_are_compared_by_what_they_can_be_read_as():
+    values = ("2", 2, 2.0, True, None, [1, {"a": "b"}], "two\nlines", "None", "<b>x</b>", "")
+    calls = [call("f", a=value) for value in values]
+    written = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    for value, text in zip(calls, written, strict=True):
+        in_tags = f"<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>"
+        assert verify_tool_calls([value], in_tags) == (True, "ok")
+        assert verify_tool_calls([value], in_tags.replace("=a>", "=b>")) == (False, "mismatch")
+        twice = (False, "mismatch")
+        assert verify_tool_calls([value], in_tags + in_tags) == twice
+    text = "<function=f><parameter=a>x</parameter></function>"
+    in_json = [call("write", code=text)]
+    assert verify_tool_calls(in_json, json.dumps(in_json[0]["function"])) == (True, "ok")
+    endless = "<function=f>" * 20000 + "<parameter=a>" * 20000
+    assert verify_tool_calls(in_json, endless) == (False, "no_call")
+
+
 HERMES = '<tool_call>\n{"name": "find", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+TAGS = (
+    "<tool_call>\n<function=find>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>"
+)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +110,11 @@ HERMES = '<tool_call>\n{"name": "find", "arguments": {"city": "Oslo"}}\n</tool_c
         (HERMES, 'find(city="Oslo")', False, "notation"),
         ('[find(city="Oslo")]', '[find(city = "Oslo")]', False, "ok"),
         ('[find(city="Oslo")]', '```find(city = "Oslo")```', False, "notation"),
+        (TAGS, TAGS.replace("\n", ""), False, "ok"),
+        (TAGS, TAGS.replace("tool_call", "call"), False, "notation"),
+        (TAGS, HERMES, False, "notation"),
+        (HERMES, TAGS, False, "notation"),
+        (HERMES, "<think>Oslo?</think>\n" + HERMES, False, "ok"),
         (HERMES, HERMES.replace("Oslo", "Rome"), False, "mismatch"),
     ],
 )
@@ -92,8 +126,13 @@ def test_a_call_must_be_written_as_the_template_writes_it(alone, text, has_text,
 
 def test_notation_is_what_stands_around_calls():
     assert notation(HERMES) == "<tool_call>{arguments,name:text}</tool_call>"
-    assert notation('x [find(city="Oslo"), f()] y') == "x[find(),f()]y"
+    assert notation('x [find(city="Oslo"), f()] y') == "x[(),()]y"
     assert notation("{1, 2} and [3]") == "{1,2}and[3]"
+
+
+def makes_a_call(row, text):
+    """A user's verifier: the row's answer is a message with calls."""
+    return bool(row.messages[-1]["tool_calls"]), "asked"
 
 
 def test_a_verdict_looks_at_calls_and_behind_thoughts():
@@ -108,6 +147,8 @@ def test_a_verdict_looks_at_calls_and_behind_thoughts():
         assert verdict(number, Row("", thinking, thinking=mode), text) == (False, "mismatch")
         right = text.replace("5", "4")
         assert verdict(number, Row("", thinking, thinking=mode), right) == (True, "ok")
+    own = get_verifier("tests.verify.test_tool_calls:makes_a_call")
+    assert verdict(own, row, "anything") == (True, "asked")
     exact = get_verifier("exact")
     assert verdict(exact, Row("", thinking, thinking="answer-only"), "It is 4.") == (True, "ok")
     assert verdict(exact, Row("", thinking), "It is 4.") == (False, "mismatch")
