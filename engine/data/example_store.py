@@ -51,9 +51,22 @@ class Account:
     fingerprint: str  # of all examples (encode.py)
     count: int
     token_bytes: int  # of a token id: 2 or 4
-    notes: dict[str, Any] = field(default_factory=dict)  # the caller's own
+    text: list[str]  # what to print of them: how many rows there were, what was cut or left out
+    system: str | None  # the system message of all rows, if they have the same
     sha256: dict[str, str] = field(default_factory=dict)  # of FILES, by name
     size: dict[str, int] = field(default_factory=dict)  # bytes of FILES, by name
+
+
+ACCOUNT_TYPES: dict[str, Any] = {  # of the values in meta.json
+    "key": dict,
+    "fingerprint": str,
+    "count": int,
+    "token_bytes": int,
+    "text": list,
+    "system": str | None,
+    "sha256": dict,
+    "size": dict,
+}
 
 
 class ExampleWriter:
@@ -80,15 +93,16 @@ class ExampleWriter:
         self.fingerprint.add(example)
         self.count += 1
 
-    def finish(self, key: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Write the end of the index, and meta.json."""
+    def finish(self, key: dict[str, Any], text: list[str], system: str | None) -> None:
+        """Write the end of the index, and meta.json; the arguments as in `Account`."""
         self._write_line(0)
         account = Account(
             key=key,
             fingerprint=self.fingerprint.hexdigest(),
             count=self.count,
             token_bytes=self._token_bytes,
-            notes=notes,
+            text=text,
+            system=system,
         )
         for name, file in zip(FILES, (self._tokens, self._names, self._index), strict=True):
             file.close()
@@ -122,17 +136,22 @@ class _HashedFile:
 
 
 def read_account(directory: Path) -> Account | None:
-    """What meta.json of a directory says; None where another version wrote it.
+    """What meta.json of a directory says; None where it is not what this version writes.
 
     ValueError where it is no directory of examples.
     """
     record = read_json(directory / META, {})
-    names = {part.name for part in dataclasses.fields(Account)}
     if "format" not in record:
         raise ValueError(f"{directory} holds something else than examples; choose another --out")
-    if record["format"] != FORMAT or not names <= record.keys():
+    if record["format"] != FORMAT:
         return None
-    return Account(**{name: record[name] for name in names})
+    for name, kind in ACCOUNT_TYPES.items():
+        if name not in record or not isinstance(record[name], kind):
+            return None
+    account = Account(**{name: record[name] for name in ACCOUNT_TYPES})
+    index_bytes = (account.count + 1) * LINE.size
+    is_whole = account.size.get("index.bin") == index_bytes and account.token_bytes in TOKEN_TYPES
+    return account if is_whole else None
 
 
 def why_damaged(directory: Path, account: Account) -> str | None:
@@ -160,7 +179,7 @@ class ExampleStore(ExamplesOnDisk):
         """ValueError where the directory does not hold examples as they were written."""
         account = read_account(directory)
         if account is None:
-            raise ValueError(f"{directory / META} was written by another version")
+            raise ValueError(f"{directory / META} is not what this version writes")
         self.directory = directory
         self.account = account
         opened: list[BinaryIO] = []

@@ -170,14 +170,9 @@ def stored_examples(
             _make(directory, session, data, rules, made_in)
     session.world.barrier()
     store = ExampleStore(directory)
-    for line in store.account.notes["text"]:
+    for line in store.account.text:
         print(line)
     return store
-
-
-def common_system_of(store: ExampleStore) -> str | None:
-    """The system message of all rows of which the examples were made (`FileExamples.system`)."""
-    return store.account.notes["system"]
 
 
 def _made_in(session: Session, data: DataConfig, rules: EncodeRules) -> dict[str, Any]:
@@ -224,7 +219,7 @@ def _why_others(directory: Path, made_in: dict[str, Any], data: DataConfig) -> s
     """
     account = read_account(directory)
     if account is None:
-        return "another version wrote them"
+        return "their meta.json is not what this version writes"
     changes = differing(account.key, made_in | {"data": account.key.get("data")})
     if changes:
         return ", ".join(changes)
@@ -251,5 +246,4 @@ def _make(
         if not writer.count:
             print(*examples.text, sep="\n")
             check_examples([])  # ValueError: there is nothing to train on
-        notes = {"text": examples.text, "system": examples.system}
-        writer.finish(made_in | {"data": examples.sha256}, notes)
+        writer.finish(made_in | {"data": examples.sha256}, examples.text, examples.system)

@@ -44,7 +44,7 @@ from engine.session import Session
 from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.examples import encode_rules
-from engine.train.file_examples import FileExamples, common_system_of, stored_examples
+from engine.train.file_examples import FileExamples, stored_examples
 from engine.train.loop import Run
 from engine.train.losses import Loss, Tokens
 from engine.train.memory_plan import Job, automatic_micro_tokens
@@ -184,7 +184,7 @@ def _train_on(
         config.lora,
         config.train,
         out,
-        chat=TrainedChat.of(session.chat, common_system_of(stored)),
+        chat=TrainedChat.of(session.chat, stored.account.system),
         validator=validator,
         resume=resume,
     )

@@ -1,6 +1,7 @@
 """Examples on disk: the same sequence as a list of them; damage is seen; ids are exact."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def stored(directory: Path, examples: list[Example], vocabulary: int = 65_536) -
     writer = ExampleWriter(directory, vocabulary)
     for example in examples:
         writer.add(example)
-    writer.finish({"data": "d"}, {"system": None})
+    writer.finish({"data": "d"}, ["3 rows"], None)
     return ExampleStore(directory)
 
 
@@ -92,9 +93,17 @@ def test_a_store_of_another_version_or_of_somebody_else_is_none_of_ours(tmp_path
     stored(tmp_path / "s", made_examples(2)).close()
     monkeypatch.setattr(example_store, "FORMAT", 2)
     assert read_account(tmp_path / "s") is None
-    with pytest.raises(ValueError, match="another version"):
+    with pytest.raises(ValueError, match="not what this version writes"):
         ExampleStore(tmp_path / "s")
-    (tmp_path / "s" / "meta.json").write_text("{}")
+    monkeypatch.undo()
+    meta = tmp_path / "s" / "meta.json"
+    record = json.loads(meta.read_text())
+    for name in record.keys() - {"format"}:
+        meta.write_text(json.dumps(record | {name: 3.5}))
+        assert read_account(tmp_path / "s") is None, name
+    meta.write_text(json.dumps(record | {"count": 3}))
+    assert read_account(tmp_path / "s") is None
+    meta.write_text("{}")
     with pytest.raises(ValueError, match="something else than examples"):
         read_account(tmp_path / "s")
 

@@ -379,5 +379,5 @@ def test_a_training_holds_less_than_100_bytes_a_row(session, tmp_path, monkeypat
         return most
 
     peak(50)  # what is made once: templates, caches
-    small, large = peak(200), peak(1200)
-    assert (large - small) / 1000 < 100
+    small, large = peak(100), peak(600)
+    assert (large - small) / 500 < 100
