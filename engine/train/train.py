@@ -20,7 +20,6 @@ import torch
 
 from engine.data.config import DataConfig
 from engine.data.encode import (
-    EncodeRules,
     Example,
     check_examples,
     fingerprint,
@@ -28,8 +27,6 @@ from engine.data.encode import (
     sizes,
 )
 from engine.data.example_store import ExampleStore, JoinedExamples
-from engine.data.show import show
-from engine.measure.likelihood import nll
 from engine.measure.seed_nll import nll_under_seed
 from engine.runtime import published_adapter
 from engine.runtime.distributed import World
@@ -44,7 +41,7 @@ from engine.session import Session
 from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.examples import encode_rules
-from engine.train.file_examples import FileExamples, stored_examples
+from engine.train.file_examples import stored_examples
 from engine.train.loop import Run
 from engine.train.losses import Loss, Tokens
 from engine.train.memory_plan import Job, automatic_micro_tokens
@@ -58,6 +55,7 @@ from engine.train.replay import (
     replay_pool,
     replayed_prompts,
 )
+from engine.train.show_examples import show_examples
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
 from engine.train.weighted_loss import WeightedLoss
@@ -141,7 +139,7 @@ def train_job(
         skip_refused=config.data.skip_bad,
     )
     if show_rows is not None:
-        print_examples(session, _first_examples(session, config.data, rules, show_rows))
+        show_examples(session, config.data, rules, show_rows)
         return None
     with lock_directory(out):
         if session.world.is_rank0:
@@ -151,20 +149,6 @@ def train_job(
     if session.world.is_rank0:
         print(summary_text(summary, out))
     return summary
-
-
-def _first_examples(
-    session: Session, data: DataConfig, rules: EncodeRules, count: int
-) -> list[Example]:
-    """The first examples of the file, all of which is read and encoded; prints how many it has."""
-    of_file = FileExamples(session, data, rules)
-    first: list[Example] = []
-    for example in of_file:
-        if len(first) < count:
-            first.append(example)
-    print(*of_file.text, sep="\n")
-    check_examples(first)
-    return first
 
 
 def _train_on(
@@ -204,16 +188,6 @@ def _replay(session: Session, config: TrainJobConfig, out: Path, rows: int) -> l
         seed=config.train.seed,
         sampling=SamplerConfig(seed=config.train.seed, **DECODING),
     )
-
-
-def print_examples(session: Session, examples: Sequence[Example]) -> None:
-    """Print every token of the examples, those with loss with their nats under the seed."""
-    losses = []
-    for example in examples:
-        prompt = example.ids[: example.n_prompt]
-        answer = example.ids[example.n_prompt :]
-        losses.append(nll(session.model, prompt, answer).tolist())
-    print(show(examples, session.chat.tokenizer, len(examples), losses))
 
 
 # ---- a run directory from beginning to end
