@@ -52,9 +52,11 @@ from model.chat_formats import (
     check_turns,
     checkpoint_eos_ids,
     checkpoint_template,
+    checkpoint_tool_template,
     embedding_rows,
 )
-from model.chat_tools import CallEdges, ToolProbes
+from model.chat_notice import notice_of_prompt
+from model.chat_tools import CallEdges, ToolProbes, check_stops
 from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
 from model.messages import (
     Message,
@@ -75,12 +77,14 @@ class Target:
 
     prompt: list[int]  # everything that the template writes before a finished answer
     answer: list[int]  # the answer and the text that the template puts around it, no end token
-    as_rendered: bool  # False: the template leaves part of the answer out; here it is whole
+    # False: the template leaves part of the answer out; here it is whole, but for text beside calls
+    as_rendered: bool
 
 
 class Chat:
     """A chat format with its tokenizer.
 
+    template  Jinja; tool_template is another for conversations that have tools, None: the same
     name      "checkpoint", or that of a built-in format
     tokenizer to which all tokens that the template writes around turns are special
     end_id    the token that closes an assistant turn (<|im_end|>, </s>, <|eot_id|>)
@@ -97,6 +101,7 @@ class Chat:
         template: str,
         tokenizer: Tokenizer,
         *,
+        tool_template: str | None = None,
         name: str = "checkpoint",
         eos_ids: Sequence[int] = (),
         now: datetime | None = None,
@@ -107,7 +112,9 @@ class Chat:
         self.now = now or datetime.now()
         self.rows = rows
         self._source = template
-        self._template = ChatTemplate(template, name, self.now)
+        self._template = self._tool_template = ChatTemplate(template, name, self.now)
+        if tool_template is not None:
+            self._tool_template = ChatTemplate(tool_template, name, self.now)
         self._variables = dict(tokenizer.named)
         self._bos = ""
         self._opening = ""
@@ -142,8 +149,10 @@ class Chat:
         ends an answer lies beyond the embeddings (config.json's vocab_size).
         """
         path = Path(path)
+        tool_template = None
         if chat_format is None:
             name, template = "checkpoint", checkpoint_template(path)
+            tool_template = checkpoint_tool_template(path)
         elif chat_format in FORMATS:
             name, template = chat_format, TEMPLATES[chat_format]
         else:
@@ -153,6 +162,7 @@ class Chat:
         return cls(
             template,
             tokenizer,
+            tool_template=tool_template,
             name=name,
             eos_ids=checkpoint_eos_ids(path),
             now=now,
@@ -234,7 +244,8 @@ class Chat:
 
         The template may trim it or set other space around its parts. Where it leaves some of the
         answer's text out (the reasoning of an answer that is no longer the last), the whole
-        answer stands in its place. ValueError for calls that the template does not write.
+        answer stands in its place; beside calls it is left out. ValueError for calls that the
+        template does not write.
         """
         if isinstance(answer, str):
             answer = {"role": "assistant", "content": answer}
@@ -268,19 +279,31 @@ class Chat:
 
     def _target_of_calls(self, turns: list[dict[str, Any]], stand_ins: dict[str, str]) -> Target:
         """`target` for an answer that calls tools, the last of the masked turns."""
-        edges = self._call_edges
+        before, rendered = self._prompt_and_calls(turns)
+        answer_ids = self._encode_pieces(rendered, stand_ins, continues=True)
+        content = "".join(turns[-1]["content"].split())
+        as_rendered = content in "".join(rendered.split())
+        return Target(self._encode(before, stand_ins), answer_ids, as_rendered)
+
+    def _prompt_and_calls(self, turns: list[dict[str, Any]]) -> tuple[str, str]:
+        """The text before an answer that calls tools, the last of the masked turns, and its text.
+
+        Where the template writes the context otherwise once it is answered, the text is that of the
+        answer to a question alone.
+        """
         prompt = self._text(turns[:-1], add_generation_prompt=True)
         whole = self._text(turns, add_generation_prompt=False)
         before = self._common(prompt, whole)
-        if len(prompt) - len(before) > len(self._header):  # nothing in common after the question
+        if len(prompt) - len(before) <= len(self._header):
+            return before, self._call_edges.answer_in(whole[len(before) :])
+        question = {"role": "user", "content": QUESTION}  # else nothing in common after it
+        if turns[:-1] == [question]:
             raise ValueError(
                 f"the {self.name} chat template writes tool calls in another conversation than it "
                 "prompts for: they cannot be trained on"
             )
-        answer_ids = self._encode_pieces(
-            edges.answer_in(whole[len(before) :]), stand_ins, continues=True
-        )
-        return Target(self._encode(before, stand_ins), answer_ids, True)
+        _, rendered = self._prompt_and_calls([question, turns[-1]])
+        return prompt, rendered
 
     def end_id_of(self, answer: Message) -> int:
         """The token that closes an answer: `end_id`, or that of an answer that calls tools."""
@@ -299,16 +322,10 @@ class Chat:
     @cached_property
     def _call_edges(self) -> CallEdges:
         """How the template writes an answer that calls tools; ValueError where it writes none."""
-        pattern = self.tokenizer.special_pattern
-        edges = self._tool_probes.call_edges(pattern, self._closing, self._after)
+        special = self.tokenizer.special
+        edges = self._tool_probes.call_edges(special, self._closing, self._after)
         if edges.closing:
-            end_id = self.tokenizer.special[edges.closing]
-            if end_id not in self.end_ids:
-                raise ValueError(
-                    f"the {self.name} chat template closes tool calls with {edges.closing!r}, at "
-                    f"which sampling would not stop: add its id {end_id} to eos_token_id in "
-                    "generation_config.json"
-                )
+            check_stops(edges.closing, special[edges.closing], self.end_ids, self.name)
         return edges
 
     def _rendered_answer(self, before: str, whole: str, answer: str) -> str | None:
@@ -375,10 +392,12 @@ class Chat:
     def _template_text(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
         """Masked messages rendered by the template, nothing added."""
         length = sum(len(text) for turn in turns for text in texts_of(turn))
-        return self._template.render(
+        tools = tools_of(turns)
+        template = self._template if tools is None else self._tool_template
+        return template.render(
             length,
             messages=[without_tools(turn) for turn in turns],
-            tools=tools_of(turns),
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._variables,
@@ -422,30 +441,10 @@ class Chat:
         self._header = prompt.rpartition(QUESTION)[2]
         common = self._common(prompt, before)
         self._before = before[len(common) :]
-        self.notice = self._difference(prompt, common, whole)
+        self.notice = notice_of_prompt(self.name, self._header, prompt, common, whole)
         self._find_closing()
         self._encode(whole, {})  # ValueError for a token beyond the embeddings
         self._encode(prompt, {})
-
-    def _difference(self, prompt: str, common: str, whole: str) -> str | None:
-        """A line for the user where a finished answer does not begin as the prompt ends."""
-        if len(common) == len(prompt):
-            return None
-        if len(prompt) - len(common) <= len(self._header):
-            prompt_end = self._header
-            answered = whole.rpartition(QUESTION)[2]
-            effect = (
-                "the references are trained on as it writes them, the model's own answers as they "
-                "were sampled"
-            )
-        else:
-            prompt_end = prompt
-            answered = whole
-            effect = "answers are trained on behind the prompt, which it would not write so"
-        return (
-            f"the {self.name} chat template ends a prompt with {prompt_end!r} and writes a "
-            f"finished answer as {answered!r}: {effect}"
-        )
 
     def _find_closing(self) -> None:
         """Find the token that closes an answer, and the text before it (see above)."""

@@ -108,14 +108,10 @@ def checkpoint_template(path: Path) -> str:
     """The source of the checkpoint's default chat template; ValueError where it has none."""
     file = path / "chat_template.jinja"  # takes precedence over tokenizer_config.json
     if file.exists():
-        check_file(file)
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None
+        return _read_template(file)
     template = read_json(path / "tokenizer_config.json", {}).get("chat_template")
-    if isinstance(template, list) and all(_is_named_template(entry) for entry in template):
-        named = {str(entry["name"]): entry["template"] for entry in template}
+    named = _named_templates(template)
+    if named is not None:
         if "default" not in named:
             raise ValueError(
                 f"{path} has the chat templates {sorted(named)} but no 'default'; "
@@ -133,6 +129,35 @@ def checkpoint_template(path: Path) -> str:
             "expected the text of a template, or a list of named ones"
         )
     return template
+
+
+def checkpoint_tool_template(path: Path) -> str | None:
+    """The source of the chat template "tool_use", which Hermes' checkpoints have beside the default
+    one, for conversations with tools; None where there is none."""
+    file = path / "additional_chat_templates" / "tool_use.jinja"
+    if file.exists():
+        return _read_template(file)
+    if (path / "chat_template.jinja").exists():
+        return None
+    named = _named_templates(read_json(path / "tokenizer_config.json", {}).get("chat_template"))
+    template = (named or {}).get("tool_use")
+    return template if isinstance(template, str) else None
+
+
+def _read_template(file: Path) -> str:
+    """The text of a template's file; ValueError where it is not UTF-8."""
+    check_file(file)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+
+
+def _named_templates(template: object) -> dict[str, object] | None:
+    """{name: source} of a list of named chat templates; None for any other value."""
+    if not isinstance(template, list) or not all(_is_named_template(each) for each in template):
+        return None
+    return {str(each["name"]): each["template"] for each in template}
 
 
 def _is_named_template(entry: object) -> bool:

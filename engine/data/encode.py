@@ -101,6 +101,7 @@ class EncodeCounts:
     mixed: int = 0  # kept rewrites whose reference was taken, as --mix asks
     rejected: int = 0  # left out: every rewrite of theirs was rejected (--drop-rejected)
     unrendered: int = 0  # the chat template leaves part of the answer out: trained on the whole
+    #   answer, but where it calls tools on what the template writes
     thought: int = 0  # tokens of answers without a loss: thoughts, as --thinking answer-only asks
     special: int = 0  # their text spells a special token, encoded as plain text
 

@@ -157,6 +157,58 @@ def test_calls_end_with_the_token_that_the_template_closes_them_with(directories
         Chat(closed_by_other, tokenizer).target(with_tools([QUESTION]), PARALLEL)
 
 
+@pytest.mark.parametrize("as_files", [False, True])
+def test_conversations_with_tools_take_the_template_for_them(directories, tmp_path, as_files):
+    """Hermes' checkpoints have two; in a list, or as files of newer versions of transformers."""
+    path = shutil.copytree(directories["hermes"], tmp_path / "both")
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}"
+    plain += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    if as_files:
+        (path / "chat_template.jinja").write_text(plain)
+        (path / "additional_chat_templates").mkdir()
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES)
+    else:
+        (path / "chat_template.jinja").unlink()
+        config = json.loads((path / "tokenizer_config.json").read_text())
+        named = {"default": plain, "tool_use": HERMES}
+        templates = [{"name": name, "template": source} for name, source in named.items()]
+        write_json(path / "tokenizer_config.json", {**config, "chat_template": templates})
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    rendered = chat.render([QUESTION], add_generation_prompt=True)
+    assert rendered == f"<|im_start|>user{QUESTION['content']}<|im_end|><|im_start|>assistant"
+    target = chat.target(with_tools([QUESTION]), PARALLEL)
+    whole = Chat.from_dir(directories["hermes"], chat.tokenizer)
+    assert target == whole.target(with_tools([QUESTION]), PARALLEL)
+    with pytest.raises(ValueError, match="leaves out the assistant's tool calls"):
+        chat.target([QUESTION], PARALLEL)  # transformers takes the default one here too
+
+
+def test_text_beside_calls_that_the_template_leaves_out_is_known(chats):
+    """Llama 3.1's template writes calls alone."""
+    beside = calling(call("get_weather", city="Oslo"), content="I look it up.")
+    for style in TEMPLATES:
+        target = chats[style].target(with_tools([QUESTION]), beside)
+        written = chats[style].tokenizer.decode(target.answer)
+        assert target.as_rendered == ("I look it up." in written) == (style != "llama31")
+
+
+def test_calls_behind_a_context_that_is_written_otherwise_when_answered(chats):
+    """Mistral's templates put the system message into the last message, if that is the user's."""
+    source = (
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}"
+        "{{ messages[0].content + '\n' }}{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = Chat(source, chats["hermes"].tokenizer)
+    context = [{"role": "system", "content": "Be brief."}, QUESTION]
+    answer = calling(call("get_weather", city="Oslo"))
+    target = chat.target(context, answer)
+    assert target.prompt == chat.prompt_ids(context) and target.as_rendered
+    assert json.loads(chat.tokenizer.decode(target.answer)) == answer["tool_calls"][0]["function"]
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
