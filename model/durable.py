@@ -108,6 +108,14 @@ def file_beside(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Delete a directory; a kill leaves it whole or gone, and what is left of it hidden."""
+    beside = _beside(path)
+    shutil.rmtree(beside, ignore_errors=True)
+    os.replace(path, beside)
+    shutil.rmtree(beside)
+
+
 @contextlib.contextmanager
 def directory_beside(out: Path) -> Iterator[Path]:
     """A hidden new directory, renamed to `out` at the end, once all its files are on the disk.

@@ -130,14 +130,31 @@ class TrainedChat:
 
 def common_system(conversations: Iterable[Sequence[Mapping[str, str]]]) -> str | None:
     """The system message that all conversations begin with, None where they differ or have none."""
-    systems: set[str | None] = set()
+    common = CommonSystem()
     for messages in conversations:
-        first = messages[0]
-        systems.add(first["content"] if first["role"] == "system" else None)
-    if len(systems) != 1:
-        return None
-    (system,) = systems
-    return system
+        common.add(messages)
+    return common.text
+
+
+class CommonSystem:
+    """`common_system` of conversations that come one after the other."""
+
+    def __init__(self) -> None:
+        self._systems: set[str | None] = set()  # the first two different ones
+
+    def add(self, messages: Sequence[Mapping[str, str]]) -> None:
+        """Add a conversation."""
+        if len(self._systems) < 2:
+            first = messages[0]
+            self._systems.add(first["content"] if first["role"] == "system" else None)
+
+    @property
+    def text(self) -> str | None:
+        """The system message of all conversations so far, None where they differ or have none."""
+        if len(self._systems) != 1:
+            return None
+        (system,) = self._systems
+        return system
 
 
 def _set_end_ids(directory: Path, end_ids: list[int]) -> None:

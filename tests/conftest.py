@@ -10,6 +10,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path

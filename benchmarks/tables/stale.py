@@ -29,6 +29,7 @@ MEASURED_PATHS = {
     "product": PIPELINE,
     "train": [*COMPUTING, "engine/train", "engine/data/pack.py"],
     "memory": [*COMPUTING, "engine/train/memory_plan.py", "engine/train/step.py"],
+    "rows": ["engine/data", "engine/train/file_examples.py", "engine/train/order.py"],
     "sharded": [*COMPUTING, "engine/train", "engine/runtime/distributed.py"],
     "soak": [*COMPUTING, "engine/train"],
     "sampler": [*COMPUTING, "engine/sampling", "engine/measure/likelihood.py"],

@@ -158,6 +158,26 @@ def memory_measured(records: list[Record]) -> Table:
     return Table(header, rows, [record])
 
 
+def rows_memory(records: list[Record]) -> Table:
+    """Peak memory of reading files of rows, kept on disk and in memory."""
+    record = newest(of_kind(records, "rows"), "reading rows")
+    header = ["rows", "kept", "file MB", "peak MB", "bytes a row", "encoding, CPU s"]
+    rows = []
+    for result in record["results"]:
+        peak = result["peak_bytes"]
+        rows.append(
+            [
+                fixed(result["rows"]),
+                {"disk": "on disk", "memory": "in memory"}[result["form"]],
+                fixed(result["file_bytes"] / 1e6, 1),
+                fixed(peak / 1e6, 1),
+                fixed(peak / result["rows"]),
+                fixed(result["seconds"]),
+            ]
+        )
+    return Table(header, rows, [record])
+
+
 def sharded_memory(records: list[Record]) -> Table:
     record = newest(of_kind(records, "sharded"), "sharded training")
     header = ["frozen weights", "MB resident after loading", "MB at the peak of a step"]
@@ -186,6 +206,7 @@ DEFINITIONS = {
     "cpu-training": Definition("each run beside transformers + peft on a CPU", cpu_training),
     "memory-plan": Definition("the memory plan of Llama-2-7B and Llama-3-8B", memory_plan),
     "memory-measured": Definition("predicted and measured peak on a CPU", memory_measured),
+    "rows-memory": Definition("reading files of rows, on disk and in memory", rows_memory),
     "sharded-memory": Definition("memory of two processes, sharded and whole", sharded_memory),
     "soak": Definition("2,000 steps, killed three times", soak),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.data.record_shapes import parse_columns
-from engine.data.rows import Row, Rows, load_rows
+from engine.data.rows import ReadRules, Row, Rows, RowStream
 from engine.data.sources import DirectoryOfFiles, Source, open_source
 from engine.data.table_file import TableFile
 from engine.data.thinking import MODES
@@ -42,18 +42,27 @@ class DataConfig:
         need_reference: bool = True,
         *,
         check: Callable[[Row], None] | None = None,
-        opened: Source | None = None,
     ) -> Rows:
         """The rows; prints how many there are, and what was left out or not used.
 
         check: raises ValueError for a row that cannot be used, as `template_takes` does for one
-        that the chat template refuses. opened: the file, if it is open already.
+        that the chat template refuses.
         """
-        columns = parse_columns(self.columns) if self.columns else None
-        source = open_source(self.data if opened is None else opened)
-        rows = load_rows(
-            source,
-            columns=columns,
+        stream = self.stream(open_source(self.data), need_reference, check)
+        rows = stream.load()
+        for line in self.account(stream):
+            print(line)
+        return rows
+
+    def stream(
+        self,
+        source: Source,
+        need_reference: bool = True,
+        check: Callable[[Row], None] | None = None,
+    ) -> RowStream:
+        """The rows of an open source one after the other, read as `load` reads the file."""
+        rules = ReadRules(
+            columns=parse_columns(self.columns) if self.columns else None,
             skip_bad=self.skip_bad,
             limit=self.limit,
             need_reference=need_reference,
@@ -61,13 +70,18 @@ class DataConfig:
             thinking=self.thinking,
             check=check,
         )
-        text = f"data: {len(rows)} rows from {self.data}"
-        if rows.bad:
-            text += f", {len(rows.bad)} unusable rows left out"
-        if rows.inputs:
-            text += f", {', '.join(map(repr, rows.inputs))} read as input"
-        if rows.unused:
-            text += f", fields not used: {', '.join(rows.unused)}"
+        return RowStream(source, rules)
+
+    def account(self, stream: RowStream) -> list[str]:
+        """What to print of a stream whose rows have all been read, line by line."""
+        text = f"data: {stream.count} rows from {self.data}"
+        if stream.bad_count:
+            text += f", {stream.bad_count} unusable rows left out"
+        if stream.inputs:
+            text += f", {', '.join(map(repr, stream.inputs))} read as input"
+        if stream.unused:
+            text += f", fields not used: {', '.join(stream.unused)}"
+        source = stream.source
         if isinstance(source, DirectoryOfFiles):
             text += f", of {len(source.files)} files"
             if source.not_read:
@@ -75,11 +89,13 @@ class DataConfig:
         if isinstance(source, TableFile | DirectoryOfFiles) and source.columns_with_gaps:
             columns = ", ".join(sorted(source.columns_with_gaps))
             text += f", keys without a value left out in {columns}"
-        print(text)
-        context_only = sum(len(row.context_only) for row in rows)
-        if context_only:
-            print(f"data: {context_only} of the assistant's messages are context only, as they ask")
-        return rows
+        lines = [text]
+        if stream.context_only:
+            lines.append(
+                f"data: {stream.context_only} of the assistant's messages are context only, as "
+                "they ask"
+            )
+        return lines
 
     def beside(self, file: str, limit: int | None) -> DataConfig:
         """Another file read in the same way: held-out rows, validation."""

@@ -7,16 +7,20 @@ on is what was written.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from engine.data.conversation import check_turns
 from engine.data.data_file import DataFile, lines
+from engine.data.disk_tables import SeenIds
 from engine.data.fields import kind, message
 from engine.data.json_records import json_lines
-from engine.data.rows import Rows, listing
+from engine.data.rows import FirstFaults, Rows
+from engine.data.sources import Place
 from engine.data.thinking import thinks
 from model.messages import ROLES, calls_of, check_messages
 
@@ -78,43 +82,62 @@ def load_distilled(path: str | Path | DataFile, limit: int | None = None) -> Row
     The result's `sha256` is that of the whole file. limit: stop after so many lines; the rest is
     not checked. A torn last line breaks the rules: `distill.py --resume` completes a killed run.
     """
-    loaded: list[Distilled] = []
-    bad: list[str] = []
-    seen: dict[str, int] = {}
-    with DataFile.of(path) as file:
-        for number, record in json_lines(lines(file)):
-            try:
-                line = _distilled(record)
-                if line.id in seen:
-                    raise ValueError(f"id {line.id!r} is taken by line {seen[line.id]}")
-            except ValueError as error:
-                bad.append(f"{file.path}:{number}: {error}")
-                continue
-            seen[line.id] = number
-            loaded.append(line)
-            if len(loaded) == limit:
-                break
-        sha256 = file.sha256()
-    if bad:
-        fault = f"{file.path}: {len(bad)} lines are no distilled data"
-        raise ValueError(listing(fault, bad, "a killed run is completed by distill.py --resume"))
-    if not loaded:
-        raise ValueError(f"{file.path} holds no line; expected distilled data (scripts/distill.py)")
-    return Rows(loaded, file.path, sha256)
+    stream = DistilledStream(DataFile.of(path), limit)
+    loaded = list(stream)
+    return Rows(loaded, stream.file.path, stream.sha256)
 
 
-def check_without_thoughts(lines: Rows) -> None:
-    """ValueError where an answer in distilled data has thoughts, which cannot be removed now."""
-    for line in lines:
-        answers = [line.reference, line.target]
-        for entry in line.messages:
-            if entry["role"] == "assistant":
-                answers.append(entry["content"])
-        if any(thinks(answer) for answer in answers):
+class DistilledStream:
+    """The lines of an open distilled file, one after the other: none is kept in memory.
+
+    To be iterated once. ValueError, as `load_distilled` raises it, at the end of the file. From
+    then on `count` is the number of lines and `sha256` the hash of the whole file.
+    """
+
+    def __init__(self, file: DataFile, limit: int | None = None) -> None:
+        self.file = file
+        self.limit = limit
+        self.count = 0
+        self.sha256 = ""
+
+    def __iter__(self) -> Iterator[Distilled]:
+        bad = FirstFaults()
+        with self.file as file, contextlib.closing(SeenIds()) as seen:
+            for number, record in json_lines(lines(file)):
+                try:
+                    line = _distilled(record)
+                    taken_by = seen.place_of(line.id)
+                    if taken_by is not None:
+                        raise ValueError(f"id {line.id!r} is taken by line {taken_by.line}")
+                except ValueError as error:
+                    bad.add(f"{file.path}:{number}: {error}")
+                    continue
+                seen.add(line.id, Place(file.path, number))
+                self.count += 1
+                yield line
+                if self.count == self.limit:
+                    break
+            self.sha256 = file.sha256()
+        if bad.count:
+            fault = f"{file.path}: {bad.count} lines are no distilled data"
+            raise ValueError(bad.listing(fault, "a killed run is completed by distill.py --resume"))
+        if not self.count:
             raise ValueError(
-                f"{lines.path}: {line.id} has thoughts, and its rewrites were made with them; "
-                "--thinking strip must be given to scripts/distill.py already"
+                f"{file.path} holds no line; expected distilled data (scripts/distill.py)"
             )
+
+
+def check_without_thoughts(line: Distilled, path: Path) -> None:
+    """ValueError where an answer in a line of `path` has thoughts, which cannot be removed now."""
+    answers = [line.reference, line.target]
+    for entry in line.messages:
+        if entry["role"] == "assistant":
+            answers.append(entry["content"])
+    if any(thinks(answer) for answer in answers):
+        raise ValueError(
+            f"{path}: {line.id} has thoughts, and its rewrites were made with them; "
+            "--thinking strip must be given to scripts/distill.py already"
+        )
 
 
 def _distilled(record: object) -> Distilled:

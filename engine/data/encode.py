@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from engine.data.distilled import CONTEXT, Distilled
 from engine.data.fit import EncodedTurn, Fit
-from engine.data.rows import Row, listing
-from engine.data.turns import TrainedTurn, check_target, turns_to_train_on
+from engine.data.rows import FirstFaults, Row
+from engine.data.turns import References, TrainedTurn, check_target, turns_to_train_on
 from model.messages import calls_of
 
 if TYPE_CHECKING:
@@ -144,99 +145,133 @@ def encode(
     ValueError, naming the turns, where the rules refuse their length, where an answer has no token,
     and where the chat template refuses a conversation (but for `skip_refused`).
     """
-    check_target(rows, rules.target, rules.mix)
-    fit = Fit(chat, rules.max_length, rules.truncate, rules.in_proportion, rules.answer_only)
-    too_long_elsewhere: frozenset[str] = frozenset()
-    if rules.leaves_out_long:
-        too_long_elsewhere = _too_long_as_some_target(rows, fit, rules.seed)
-    counts = EncodeCounts(context=_count_context_only(rows))
-    rejected: frozenset[str] = frozenset()
+    are_plain = any(isinstance(row, Row) for row in rows[:1])  # rows are all of one kind
+    check_target(rules.target, rules.mix, are_plain)
+    references: dict[str, str] = {}
+    if not are_plain:
+        references = {line.id: line.reference for line in rows}
     if rules.drop_rejected:
-        rejected = rejected_turns(rows)
-        counts.rejected = len(rejected)
-    faults = _Faults()
-    examples = []
-    for turn in turns_to_train_on(rows, rules.target, rules.mix, rules.seed):
-        if turn.id in rejected:
-            continue
+        check_some_are_left(rows)
+    encoding = Encoding(chat, rules, references)
+    examples: list[Example] = []
+    for row in rows:
+        examples += encoding.examples(row)
+    return examples, encoding.finish()
+
+
+class Encoding:
+    """`encode` for rows that come one after the other: none is kept in memory.
+
+    `examples` of every row, then `finish`. `check_target` and `check_some_are_left` come before.
+    """
+
+    def __init__(self, chat: Chat, rules: EncodeRules, references: References) -> None:
+        """references: those of all lines of distilled data (turns.py)."""
+        self.rules = rules
+        self.references = references
+        self.counts = EncodeCounts()
+        self._faults = _Faults()
+        self._fit = Fit(
+            chat, rules.max_length, rules.truncate, rules.in_proportion, rules.answer_only
+        )
+
+    def examples(self, row: Row | Distilled) -> Iterator[Example]:
+        """The examples of a row, or the one of a line of distilled data."""
+        rules = self.rules
+        is_plain = isinstance(row, Row)
+        if is_plain:
+            self.counts.context += len(row.context_only)
+        elif row.status == CONTEXT:
+            self.counts.context += 1
+        elif rules.drop_rejected and row.is_rejected:
+            self.counts.rejected += 1
+            return
+        too_long_elsewhere = False
+        if rules.leaves_out_long and not is_plain:
+            too_long_elsewhere = self._is_too_long_as_some_target(row)
+        for turn in self._turns(row, rules.target, rules.mix):
+            example = self._example(turn, too_long_elsewhere)
+            if example is not None:
+                yield example
+
+    def finish(self) -> EncodeCounts:
+        """The counts of all rows; ValueError as `encode` raises it."""
+        self.counts.refused = self._faults.refused.count
+        self._faults.raise_first(self.rules)
+        return self.counts
+
+    def _turns(self, row: Row | Distilled, target: str, mix: float) -> Iterator[TrainedTurn]:
+        return turns_to_train_on(row, target, mix, self.rules.seed, self.references)
+
+    def _example(self, turn: TrainedTurn, too_long_elsewhere: bool) -> Example | None:
+        """The example of a turn, which is counted; None for one that is left out or faulty."""
+        fit = self._fit
         try:
             encoded = fit.encode(turn)
         except ValueError as error:  # the chat template refuses this conversation
-            faults.refused.append(f"{turn.id}: {error}")
-            continue
+            self._faults.refused.add(f"{turn.id}: {error}")
+            return None
         if not encoded.answer:
-            faults.empty.append(f"{_named(turn)}: no token to train on")
-            continue
+            self._faults.empty.add(f"{_named(turn)}: no token to train on")
+            return None
         cut = fit.cut(turn, encoded)
-        if rules.leaves_out_long and (cut is None or turn.id in too_long_elsewhere):
-            counts.dropped += 1
-            continue
+        if self.rules.leaves_out_long and (cut is None or too_long_elsewhere):
+            self.counts.dropped += 1
+            return None
         if cut is None:
-            faults.add_too_long(turn, encoded, rules.max_length)
-            continue
+            self._faults.add_too_long(turn, encoded, self.rules.max_length)
+            return None
         example = Example(turn.id, cut.ids, cut.n_prompt)
-        examples.append(example)
-        counts.add(example, turn, encoded, fit)
-    counts.refused = len(faults.refused)
-    faults.raise_first(rules)
-    return examples, counts
+        self.counts.add(example, turn, encoded, fit)
+        return example
+
+    def _is_too_long_as_some_target(self, line: Distilled) -> bool:
+        """Whether the turn of a line is too long as a reference or as a rewrite, mixed or not.
+
+        It is left out for every target, so that all arms train on the same turns.
+        """
+        every_target = (("reference", 0.0), ("target", 0.0), ("target", 1.0))  # (target, mix)
+        for target, mix in every_target:
+            for turn in self._turns(line, target, mix):
+                try:
+                    encoded = self._fit.encode(turn)
+                except ValueError:  # refused by the template: `_example` reports it
+                    continue
+                if encoded.answer and self._fit.cut(turn, encoded) is None:
+                    return True
+        return False
 
 
-def rejected_turns(rows: Sequence[Row] | Sequence[Distilled]) -> frozenset[str]:
-    """Ids of the turns of distilled data whose rewrites were all rejected.
+def check_some_are_left(rows: Iterable[Row] | Iterable[Distilled]) -> None:
+    """ValueError where --drop-rejected leaves no turn to train on: every rewrite was rejected.
 
-    ValueError for plain rows, of which nothing was rewritten, and where no other turn is left.
+    ValueError too for plain rows, of which nothing was rewritten.
     """
-    if not rows or isinstance(rows[0], Row):
-        raise ValueError(
-            "--drop-rejected: these rows have no rewrites that could be rejected; expected "
-            "distilled data (scripts/distill.py makes it)"
-        )
-    rejected = [line for line in rows if line.is_rejected]
-    others = [line for line in rows if not line.is_rejected and line.status != CONTEXT]
-    if not others:
-        reasons = Counter(line.status for line in rejected)
-        listed = ", ".join(f"{status} {count}" for status, count in reasons.most_common())
-        raise ValueError(
-            f"--drop-rejected: all {len(rejected)} rewrites were rejected ({listed}), so nothing "
-            "is left to train on; leave out --drop-rejected (the references are then trained on), "
-            "or distil again with more tries (--cascade unguided:4,guided:4)"
-        )
-    return frozenset(line.id for line in rejected)
+    rejected: Counter[str] = Counter()  # status -> lines
+    others = 0
+    for line in rows:
+        if isinstance(line, Row):
+            refuse_plain_rows()
+        if line.is_rejected:
+            rejected[line.status] += 1
+        elif line.status != CONTEXT:
+            others += 1
+    if others:
+        return
+    listed = ", ".join(f"{status} {count}" for status, count in rejected.most_common())
+    raise ValueError(
+        f"--drop-rejected: all {rejected.total()} rewrites were rejected ({listed}), so nothing "
+        "is left to train on; leave out --drop-rejected (the references are then trained on), "
+        "or distil again with more tries (--cascade unguided:4,guided:4)"
+    )
 
 
-def _count_context_only(rows: Sequence[Row] | Sequence[Distilled]) -> int:
-    """Assistant turns that are context only."""
-    count = 0
-    for row in rows:
-        if isinstance(row, Row):
-            count += len(row.context_only)
-        elif row.status == CONTEXT:
-            count += 1
-    return count
-
-
-def _too_long_as_some_target(
-    rows: Sequence[Row] | Sequence[Distilled], fit: Fit, seed: int
-) -> frozenset[str]:
-    """Ids of the turns of distilled data that are too long as a reference or as a rewrite, mixed
-    or not.
-
-    They are left out for every target, so that all arms train on the same turns.
-    """
-    if not rows or isinstance(rows[0], Row):
-        return frozenset()
-    too_long = set()
-    every_target = (("reference", 0.0), ("target", 0.0), ("target", 1.0))  # (target, mix)
-    for target, mix in every_target:
-        for turn in turns_to_train_on(rows, target, mix, seed):
-            try:
-                encoded = fit.encode(turn)
-            except ValueError:  # refused by the template: `encode` reports it
-                continue
-            if encoded.answer and fit.cut(turn, encoded) is None:
-                too_long.add(turn.id)
-    return frozenset(too_long)
+def refuse_plain_rows() -> NoReturn:
+    """ValueError for --drop-rejected with rows that are no distilled data."""
+    raise ValueError(
+        "--drop-rejected: these rows have no rewrites that could be rejected; expected "
+        "distilled data (scripts/distill.py makes it)"
+    )
 
 
 def _named(turn: TrainedTurn) -> str:
@@ -249,39 +284,39 @@ def _named(turn: TrainedTurn) -> str:
 class _Faults:
     """Turns that cannot be trained on, by reason; each as one line of an error."""
 
-    refused: list[str] = field(default_factory=list)  # by the chat template
-    empty: list[str] = field(default_factory=list)
-    no_room: list[str] = field(default_factory=list)  # the prompt alone fills max_length
-    too_long: list[str] = field(default_factory=list)
+    refused: FirstFaults = field(default_factory=FirstFaults)  # by the chat template
+    empty: FirstFaults = field(default_factory=FirstFaults)
+    no_room: FirstFaults = field(default_factory=FirstFaults)  # the prompt alone fills max_length
+    too_long: FirstFaults = field(default_factory=FirstFaults)
 
     def add_too_long(self, turn: TrainedTurn, encoded: EncodedTurn, max_length: int) -> None:
         """Note a turn that does not fit."""
         n_prompt = len(encoded.prompt)
         n_answer = len(encoded.answer)
         if n_prompt >= max_length:
-            self.no_room.append(f"{_named(turn)}: {n_prompt} prompt tokens leave no room")
+            self.no_room.add(f"{_named(turn)}: {n_prompt} prompt tokens leave no room")
         else:
-            self.too_long.append(f"{_named(turn)}: {n_prompt} + {n_answer} tokens")
+            self.too_long.add(f"{_named(turn)}: {n_prompt} + {n_answer} tokens")
 
     def raise_first(self, rules: EncodeRules) -> None:
         """ValueError with the turns of the first reason there is, and what to do about them."""
         max_length = rules.max_length
-        if self.refused and not rules.skip_refused:
-            fault = f"{len(self.refused)} turns are refused by the chat template"
+        if self.refused.count and not rules.skip_refused:
+            fault = f"{self.refused.count} turns are refused by the chat template"
             way_out = "change them, or leave them out with --skip-bad"
-            raise ValueError(listing(fault, self.refused, way_out))
-        if self.empty:
-            fault = f"{len(self.empty)} turns have no answer to train on"
-            raise ValueError(listing(fault, self.empty, "remove them"))
-        if self.no_room:
-            fault = f"{len(self.no_room)} turns cannot be trained on with max_length={max_length}"
+            raise ValueError(self.refused.listing(fault, way_out))
+        if self.empty.count:
+            fault = f"{self.empty.count} turns have no answer to train on"
+            raise ValueError(self.empty.listing(fault, "remove them"))
+        if self.no_room.count:
+            fault = f"{self.no_room.count} turns cannot be trained on with max_length={max_length}"
             way_out = _way_out("leave them out with --drop-long", rules)
-            raise ValueError(listing(fault, self.no_room, way_out))
-        if self.too_long:
-            fault = f"{len(self.too_long)} turns are longer than max_length={max_length}"
+            raise ValueError(self.no_room.listing(fault, way_out))
+        if self.too_long.count:
+            fault = f"{self.too_long.count} turns are longer than max_length={max_length}"
             otherwise = "--truncate answers, or leave them out with --drop-long"
             way_out = _way_out(otherwise, rules)
-            raise ValueError(listing(fault, self.too_long, way_out))
+            raise ValueError(self.too_long.listing(fault, way_out))
 
 
 def _way_out(otherwise: str, rules: EncodeRules) -> str:
@@ -324,18 +359,76 @@ def check_examples(examples: Sequence[Example]) -> None:
     if not examples:
         raise ValueError("there is nothing to train on: no example (all turns were left out)")
     empty = []
-    for example in examples:
-        has_both = 0 < example.n_prompt < len(example.ids)
+    for number, size in enumerate(sizes(examples)):
+        has_both = 0 < size.n_prompt < size.tokens
         if not has_both:
-            empty.append(example.id)
+            empty.append(examples[number].id)
     if empty:
         raise ValueError(f"{len(empty)} rows have no prompt or no response token: {empty[:10]}")
 
 
+class ExampleSize(NamedTuple):
+    """The tokens of an example."""
+
+    tokens: int
+    n_prompt: int  # of these, those without a loss
+
+
+class ExamplesOnDisk(Sequence[Example]):
+    """Examples that are not in memory; what is known of them without reading their tokens."""
+
+    @abstractmethod
+    def sizes(self) -> Iterator[ExampleSize]:
+        """The size of every example, in their order."""
+
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """The id of every example, in their order."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """As `fingerprint` of a list of the same examples."""
+
+
+def sizes(examples: Sequence[Example]) -> Iterator[ExampleSize]:
+    """The size of every example, in their order."""
+    if isinstance(examples, ExamplesOnDisk):
+        yield from examples.sizes()
+        return
+    for example in examples:
+        yield ExampleSize(len(example.ids), example.n_prompt)
+
+
+def names(examples: Sequence[Example]) -> Iterator[str]:
+    """The id of every example, in their order."""
+    if isinstance(examples, ExamplesOnDisk):
+        yield from examples.names()
+        return
+    for example in examples:
+        yield example.id
+
+
+class Fingerprint:
+    """A hash of examples, which are added one after the other: ids, tokens, where loss begins."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, example: Example) -> None:
+        """Add the next example."""
+        text = json.dumps([example.id, example.ids, example.n_prompt])
+        self._digest.update(text.encode())
+
+    def hexdigest(self) -> str:
+        """The hash of the examples so far, as hex digits."""
+        return self._digest.hexdigest()
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash of the examples: ids, tokens, and where the loss begins."""
-    digest = hashlib.sha256()
+    if isinstance(examples, ExamplesOnDisk):
+        return examples.fingerprint()
+    digest = Fingerprint()
     for example in examples:
-        text = json.dumps([example.id, example.ids, example.n_prompt])
-        digest.update(text.encode())
+        digest.add(example)
     return digest.hexdigest()

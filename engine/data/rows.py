@@ -17,15 +17,18 @@ assistant last. Nothing is dropped or guessed silently:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.data.conversation import context_only_turns, conversation_of
+from engine.data.disk_tables import SeenIds
 from engine.data.fields import SURROGATE, is_given, kind, message
 from engine.data.record_shapes import (
     check_columns,
@@ -37,6 +40,8 @@ from engine.data.sources import Place, Source, open_source, source_records
 from engine.data.thinking import MODES, check_thoughts, without_thoughts
 from engine.data.tool_calls import calls_as_text
 from model.messages import calls_of
+
+SHOWN_FAULTS = 10  # in the message of an error
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,13 @@ class Row:
 
         ValueError if only the prompt was loaded.
         """
+        self.require_reference()
+        return calls_as_text(self.messages[-1])
+
+    def require_reference(self) -> None:
+        """ValueError if only the prompt was loaded."""
         if self.messages[-1]["role"] != "assistant":
             raise ValueError(f"row {self.id} has no reference: it was loaded as a prompt only")
-        return calls_as_text(self.messages[-1])
 
     @property
     def turns(self) -> list[int]:
@@ -149,68 +158,140 @@ def load_rows(
     the second and third copy of a row get `-2` and `-3`. So an id never depends on other rows,
     except on earlier copies of the same one. An id used twice makes the later row unusable.
     """
-    if columns is not None:
-        check_columns(columns, need_reference)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}; expected at least 1, or None for every row")
-    if thinking not in MODES:
-        raise ValueError(f"thinking={thinking!r}; expected one of {', '.join(MODES)}")
-    with open_source(path) as source:
-        reader = _Reader(source.path, columns, need_reference, system, thinking, check)
-        for place, record in source_records(source):
-            reader.read(place, record)
-            if len(reader.rows) == limit:
-                break
-        sha256 = source.sha256()
-    reader.stop_for_bad_rows(skip_bad)
-    if system:
-        sha256 = hashlib.sha256(f"{sha256} {system}".encode()).hexdigest()
-    if thinking != "keep":
-        sha256 = hashlib.sha256(f"{sha256} thinking {thinking}".encode()).hexdigest()
-    return Rows(reader.rows, source.path, sha256, reader.bad, reader.unused, reader.inputs)
+    rules = ReadRules(columns, skip_bad, limit, need_reference, system, thinking, check)
+    return RowStream(open_source(path), rules).load()
+
+
+@dataclass(frozen=True)
+class ReadRules:
+    """How rows are read: the arguments of `load_rows`."""
+
+    columns: dict[str, str] | None = None
+    skip_bad: bool | None = False
+    limit: int | None = None
+    need_reference: bool = True
+    system: str | None = None
+    thinking: str = "keep"
+    check: Callable[[Row], None] | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError for values with which nothing can be read."""
+        if self.columns is not None:
+            check_columns(self.columns, self.need_reference)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}; expected at least 1, or None for every row")
+        if self.thinking not in MODES:
+            raise ValueError(f"thinking={self.thinking!r}; expected one of {', '.join(MODES)}")
+
+
+class RowStream:
+    """The usable rows of an open source, one after the other: none is kept in memory.
+
+    To be iterated once. ValueError, as `load_rows` raises it, at the end of the file: for rows that
+    cannot be used, and where there is no other. From then on it has what `Rows` says of a file:
+
+    sha256, bad, unused, inputs    as in `Rows`; of the unusable rows only the first `keep_bad`
+    file_sha256                    the hash of the file's bytes alone
+    count, bad_count               the usable and the unusable rows
+    context_only                   the assistant's messages that are context only
+    """
+
+    def __init__(self, source: Source, rules: ReadRules, keep_bad: int = SHOWN_FAULTS) -> None:
+        self.source = source
+        self.rules = rules
+        self.sha256 = ""
+        self.file_sha256 = ""
+        self.count = 0
+        self.context_only = 0
+        self._reader = _Reader(source.path, rules, keep_bad)
+
+    @property
+    def bad(self) -> list[BadRow]:
+        """The first unusable rows."""
+        return self._reader.bad
+
+    @property
+    def bad_count(self) -> int:
+        """How many rows are unusable."""
+        return self._reader.faults.total()
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the fields that contribute to no row."""
+        return sorted(self._reader.unused)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the fields, other than `input`, that were read as input."""
+        return sorted(self._reader.inputs)
+
+    def __iter__(self) -> Iterator[Row]:
+        rules = self.rules
+        with self.source as source, contextlib.closing(self._reader):
+            for place, record in source_records(source):
+                row = self._reader.read(place, record)
+                if row is None:
+                    continue
+                self.count += 1
+                self.context_only += len(row.context_only)
+                yield row
+                if self.count == rules.limit:
+                    break
+            self.file_sha256 = source.sha256()
+        self._reader.stop_for_bad_rows(rules.skip_bad, self.count)
+        sha256 = self.file_sha256
+        if rules.system:
+            sha256 = hashlib.sha256(f"{sha256} {rules.system}".encode()).hexdigest()
+        if rules.thinking != "keep":
+            text = f"{sha256} thinking {rules.thinking}"
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+        self.sha256 = sha256
+
+    def load(self) -> Rows:
+        """All rows in memory, with all the unusable ones."""
+        self._reader.keep_bad = sys.maxsize
+        rows = list(self)
+        return Rows(rows, self.source.path, self.sha256, self.bad, self.unused, self.inputs)
 
 
 class _Reader:
-    """Makes rows of records, one after the other; collects `rows`, `bad`, `unused`, `inputs`."""
+    """Makes rows of records, one after the other; collects `bad`, `unused`, `inputs`."""
 
-    def __init__(
-        self,
-        path: Path,
-        columns: dict[str, str] | None,
-        need_reference: bool,
-        system: str | None,
-        thinking: str,
-        check: Callable[[Row], None] | None,
-    ) -> None:
+    def __init__(self, path: Path, rules: ReadRules, keep_bad: int) -> None:
         self.path = path
-        self.columns = columns or {}  # {role: field}
-        self.need_reference = need_reference
-        self.system = system
-        self.thinking = thinking
-        self.check = check
-        self.rows: list[Row] = []
-        self.bad: list[BadRow] = []
+        self.columns = rules.columns or {}  # {role: field}
+        self.need_reference = rules.need_reference
+        self.system = rules.system
+        self.thinking = rules.thinking
+        self.check = rules.check
+        self.keep_bad = keep_bad
+        self.bad: list[BadRow] = []  # the first `keep_bad`
+        self.faults: Counter[str] = Counter()  # of all unusable rows: BadRow.fault
         self.unused: set[str] = set()
         self.inputs: set[str] = set()
         self.count = 0  # records so far, usable or not
-        self._place_of_id: dict[str, Place] = {}
-        self._copies: Counter[str] = Counter()  # hash of messages -> rows with it so far
+        self._seen = SeenIds()
 
-    def read(self, place: Place, record: object) -> None:
-        """Add a record to `rows`, or to `bad` with the reason."""
+    def close(self) -> None:
+        """Forget the ids of the rows."""
+        self._seen.close()
+
+    def read(self, place: Place, record: object) -> Row | None:
+        """The row of a record; None for one that is unusable, which is added to `bad`."""
         self.count += 1
         try:
-            row = self._row(place, record)
+            return self._row(place, record)
         except ValueError as error:
             fault = ""
             if isinstance(record, ValueError):
                 fault = "syntax"
             elif isinstance(error, _DuplicateId):
                 fault = "id"
-            file = "" if place.file == self.path else str(place.file)
-            self.bad.append(BadRow(place.line, str(error), self.count, fault, file))
-        else:
-            self.rows.append(row)
+            self.faults[fault] += 1
+            if len(self.bad) < self.keep_bad:
+                file = "" if place.file == self.path else str(place.file)
+                self.bad.append(BadRow(place.line, str(error), self.count, fault, file))
+            return None
 
     def _row(self, place: Place, record: object) -> Row:
         """The row of a record; ValueError where it has none."""
@@ -232,12 +313,11 @@ class _Reader:
             context_only = context_only_turns(turns)
 
         # 2. the id (without the added system message, so that it stays the same), and the tests
-        row_id = _row_id(record, shape.get("id", "id"), messages, self._copies)
+        row_id = _row_id(record, shape.get("id", "id"), messages, self._seen)
         tests = _tests(record, shape)
-        if row_id in self._place_of_id:
-            raise _DuplicateId(
-                f"id {row_id!r} is taken by {self._named(self._place_of_id[row_id])}"
-            )
+        taken_by = self._seen.place_of(row_id)
+        if taken_by is not None:
+            raise _DuplicateId(f"id {row_id!r} is taken by {self._named(taken_by)}")
 
         # 3. the row
         if self.system and messages[0]["role"] != "system":
@@ -248,7 +328,7 @@ class _Reader:
         row = Row(row_id, messages, tests, context_only, self.thinking)
         if self.check is not None:
             self.check(row)
-        self._place_of_id[row_id] = place
+        self._seen.add(row_id, place)
         self._note_fields(record, shape, found_shape, tests)
         self.unused |= unused_keys
         return row
@@ -273,28 +353,28 @@ class _Reader:
         if input_name != "input" and is_given(record, shape, "input"):
             self.inputs.add(input_name)
 
-    def stop_for_bad_rows(self, skip_bad: bool | None) -> None:
+    def stop_for_bad_rows(self, skip_bad: bool | None, usable: int) -> None:
         """ValueError for bad rows that are not to be skipped, or if there is no usable row."""
         listed = []
-        for bad in self.bad:
+        for bad in self.bad[:SHOWN_FAULTS]:
             listed.append(f"{bad.file or self.path}:{bad.line} (row {bad.row}): {bad.reason}")
-        faults = Counter(bad.fault for bad in self.bad)
+        bad_count = self.faults.total()
         for common in _COMMON_FAULTS:
-            count = faults[common.fault]
+            count = self.faults[common.fault]
             if count > 1 and 2 * count > self.count:
                 error = f"{self.path}: {count} of {self.count} rows {common.text}"
-                raise ValueError(listing(error, listed, common.advice))
-        if self.bad and not skip_bad:
-            error = f"{self.path}: {len(self.bad)} unusable rows"
-            raise ValueError(listing(error, listed, self._way_out(faults, skip_bad)))
-        if not self.rows:
+                raise ValueError(listing(error, listed, common.advice, bad_count))
+        if bad_count and not skip_bad:
+            error = f"{self.path}: {bad_count} unusable rows"
+            raise ValueError(listing(error, listed, self._way_out(skip_bad), bad_count))
+        if not usable:
             first = f"; the first: {listed[0]}" if listed else ""
             raise ValueError(
-                f"{self.path} holds no usable row ({len(self.bad)} unusable); expected at least "
+                f"{self.path} holds no usable row ({bad_count} unusable); expected at least "
                 f"one{first}"
             )
 
-    def _way_out(self, faults: Counter[str], skip_bad: bool | None) -> str:
+    def _way_out(self, skip_bad: bool | None) -> str:
         """Advice for the bad rows: repair or skip them, make other ids of them, or both."""
         repair = "repair them"
         if skip_bad is False:  # None: the script has no such flag
@@ -303,9 +383,9 @@ class _Reader:
             "if the ids name sources and not rows, give --columns id= (with the roles that you "
             "named): ids are then made of the texts"
         )
-        if not faults["id"]:
+        if not self.faults["id"]:
             return repair
-        if faults["id"] == len(self.bad):
+        if self.faults["id"] == self.faults.total():
             return rename
         return f"{rename}; {repair}"
 
@@ -335,12 +415,34 @@ _COMMON_FAULTS = (
 )
 
 
-def listing(error: str, faults: list[str], way_out: str) -> str:
-    """The text of an error: what is wrong, what to do, the first ten faults and how many more."""
-    lines = [f"{error}; {way_out}:", *faults[:10]]
-    if len(faults) > 10:
-        lines.append(f"... and {len(faults) - 10} more")
+def listing(error: str, faults: Sequence[str], way_out: str, count: int | None = None) -> str:
+    """The text of an error: what is wrong, what to do, the first ten faults and how many more.
+
+    count: of all faults, where `faults` holds only the first of them.
+    """
+    count = len(faults) if count is None else count
+    lines = [f"{error}; {way_out}:", *faults[:SHOWN_FAULTS]]
+    if count > SHOWN_FAULTS:
+        lines.append(f"... and {count - SHOWN_FAULTS} more")
     return "\n  ".join(lines)
+
+
+class FirstFaults:
+    """The first faults of many, as texts, and their count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, fault: str) -> None:
+        """Count a fault, and keep it where it is one of the first."""
+        self.count += 1
+        if len(self.first) < SHOWN_FAULTS:
+            self.first.append(fault)
+
+    def listing(self, error: str, way_out: str) -> str:
+        """The text of an error (`listing`)."""
+        return listing(error, self.first, way_out, self.count)
 
 
 def _without_flag(turn: dict) -> dict:
@@ -383,7 +485,7 @@ def _tests(record: dict, shape: dict[str, str]) -> str:
     return ""
 
 
-def _row_id(record: dict, name: str, messages: tuple[dict, ...], copies: Counter[str]) -> str:
+def _row_id(record: dict, name: str, messages: tuple[dict, ...], seen: SeenIds) -> str:
     """The id in the field `name`, else a hash of the messages and which copy of them this is."""
     given = record.get(name) if name else None
     if given is not None:
@@ -397,7 +499,7 @@ def _row_id(record: dict, name: str, messages: tuple[dict, ...], copies: Counter
         return row_id
     text = json.dumps(messages, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    copies[digest] += 1
-    if copies[digest] == 1:
+    copy = seen.copies_of(digest)
+    if copy == 1:
         return digest
-    return f"{digest}-{copies[digest]}"
+    return f"{digest}-{copy}"

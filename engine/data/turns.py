@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from engine.data.distilled import CONTEXT, KEPT, TARGETS, Distilled
 from engine.data.rows import Row
@@ -36,11 +36,20 @@ class TrainedTurn:
         return self.calling or {"role": "assistant", "content": self.text}
 
 
-def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float) -> None:
-    """ValueError for a target that is not known, and for a mix that these rows cannot give."""
+class References(Protocol):
+    """The references of distilled lines: a dict, or a table on disk (disk_tables.py)."""
+
+    def get(self, name: str, /) -> str | None:
+        """The reference of the line with this id, None where there is no such line."""
+
+
+def check_target(target: str, mix: float, are_plain: bool) -> None:
+    """ValueError for a target that is not known, and for a mix that the rows cannot give.
+
+    are_plain: whether they are plain rows, and not lines of distilled data.
+    """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}; expected one of {', '.join(TARGETS)}")
-    are_plain = any(isinstance(row, Row) for row in rows[:1])  # rows are all of one kind
     can_mix = not mix or (target == "target" and not are_plain)
     if not 0 <= mix <= 1 or not can_mix:
         raise ValueError(
@@ -50,24 +59,23 @@ def check_target(rows: Sequence[Row] | Sequence[Distilled], target: str, mix: fl
 
 
 def turns_to_train_on(
-    rows: Sequence[Row] | Sequence[Distilled], target: str, mix: float, seed: int
+    row: Row | Distilled, target: str, mix: float, seed: int, references: References
 ) -> Iterator[TrainedTurn]:
-    """The turns in their order, but for those that are context only.
+    """The turns of a row, or the one of a line, but for those that are context only.
 
-    target, mix and seed as in `encode` (encode.py); ValueError where plain rows are asked for a
-    response, which they do not have.
+    target, mix and seed as in `encode` (encode.py). references: of every line, by its id.
+    ValueError where a plain row is asked for a response, which it does not have.
     """
-    references = {row.id: row.reference for row in rows}
-    for row in rows:
-        if isinstance(row, Row):
-            if target == "response":
-                raise ValueError(
-                    f"row {row.id} has no response, only its reference: target='response' needs "
-                    "distilled data (scripts/distill.py makes it)"
-                )
-            yield from _turns_of_row(row)
-        elif row.status != CONTEXT:
-            yield _turn_of_line(row, target, mix, seed, references)
+    if isinstance(row, Row):
+        row.require_reference()
+        if target == "response":
+            raise ValueError(
+                f"row {row.id} has no response, only its reference: target='response' needs "
+                "distilled data (scripts/distill.py makes it)"
+            )
+        yield from _turns_of_row(row)
+    elif row.status != CONTEXT:
+        yield _turn_of_line(row, target, mix, seed, references)
 
 
 def _turns_of_row(row: Row) -> Iterator[TrainedTurn]:
@@ -84,7 +92,7 @@ def _turns_of_row(row: Row) -> Iterator[TrainedTurn]:
 
 
 def _turn_of_line(
-    line: Distilled, target: str, mix: float, seed: int, references: dict[str, str]
+    line: Distilled, target: str, mix: float, seed: int, references: References
 ) -> TrainedTurn:
     """The turn of a distilled line, with the answer that `target` and `mix` ask for.
 
@@ -117,7 +125,7 @@ def _uniform(row_id: str, seed: int) -> float:
     return philox.mix("mix", seed, row_id) / 2**64
 
 
-def _with_references(line: Distilled, references: dict[str, str]) -> list[dict[str, Any]]:
+def _with_references(line: Distilled, references: References) -> list[dict[str, Any]]:
     """The line's context as the data file had it: earlier answers are references again.
 
     Those that call tools always are.
@@ -128,10 +136,11 @@ def _with_references(line: Distilled, references: dict[str, str]) -> list[dict[s
     for message in line.messages:
         if message["role"] == "assistant":
             earlier = f"{row}/{turn}"
-            if earlier not in references:
+            reference = references.get(earlier)
+            if reference is None:
                 raise ValueError(f"{line.id}: the line of its earlier turn {earlier} is absent")
             if not calls_of(message):
-                message = {"role": "assistant", "content": references[earlier]}
+                message = {"role": "assistant", "content": reference}
             turn += 1
         messages.append(message)
     return messages

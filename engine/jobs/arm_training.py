@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import Distilled
-from engine.data.encode import Example, fingerprint, rejected_turns
+from engine.data.encode import Example, check_some_are_left, fingerprint
 from engine.data.rows import Rows
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
@@ -91,7 +91,7 @@ def make_material(
     """
     if any(arm.method == "rft" for arm in arms):
         try:
-            rejected_turns(report.lines)
+            check_some_are_left(report.lines)
         except ValueError as error:  # nothing is left
             raise ValueError(f"arm rft, which is sdft with {error}") from None
     unguided = None

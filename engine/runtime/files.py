@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line, the whole file written beside and renamed."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_text(path, "".join(lines))
+    with file_beside(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 Kinds = Mapping[str, Any]  # field that a line must have -> its type, or a tuple of types
@@ -42,23 +43,36 @@ def read_jsonl(path: Path, fields: Kinds | None = None) -> list[dict[str, Any]]:
     A torn last line, which a kill leaves, is ignored. ValueError with file and line for one that is
     broken, or lacks one of `fields`.
     """
-    # only b"\n" ends a line: splitlines would also cut at U+2028, which a model may write
-    *lines, _ = whole_lines(path).split(b"\n")  # nothing follows the last newline
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
-            raise _damaged(path, number, f"is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise _damaged(path, number, f"is no object but a {type(record).__name__}")
-        for name, kind in (fields or {}).items():
-            value = record.get(name)
-            if not _is_of_kind(value, kind):
-                fault = f"is {value!r:.60}" if name in record else "is missing"
-                raise _damaged(path, number, f"is damaged: {name} {fault}")
-        records.append(record)
-    return records
+    return list(each_of_jsonl(path, fields))
+
+
+def each_of_jsonl(path: Path, fields: Kinds | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file one after the other, as `read_jsonl` reads them."""
+    check_file(path)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        # only b"\n" ends a line: a text file's lines would also end at a lone "\r"
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            yield _parsed(path, number, line, fields or {})
+
+
+def _parsed(path: Path, number: int, line: bytes, fields: Kinds) -> dict[str, Any]:
+    """The object of a line; ValueError where it is broken, or lacks one of `fields`."""
+    try:
+        record = json.loads(line.removesuffix(b"\n").decode())
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested too deeply
+        raise _damaged(path, number, f"is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise _damaged(path, number, f"is no object but a {type(record).__name__}")
+    for name, kind in fields.items():
+        value = record.get(name)
+        if not _is_of_kind(value, kind):
+            fault = f"is {value!r:.60}" if name in record else "is missing"
+            raise _damaged(path, number, f"is damaged: {name} {fault}")
+    return record
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

@@ -1,6 +1,8 @@
 """Run directories: what lies in one, and how a killed run is resumed from it
 
     RUN/meta.json                 settings, hashes of model and data; at the end the summary
+    RUN/examples/                 the encoded rows of scripts/train.py (data/example_store.py);
+                                  may be deleted, and is then made again
     RUN/metrics.jsonl             one line per optimizer step
     RUN/validation.jsonl          one line per validation
     RUN/checkpoints/step-000050/  adapter_model.safetensors, adapter_config.json (PEFT's layout),
@@ -26,13 +28,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from engine.runtime.files import cut_torn_line, read_jsonl, sha256, write_json, write_jsonl
+from engine.runtime.files import (
+    cut_torn_line,
+    each_of_jsonl,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_jsonl,
+)
 from engine.runtime.published_adapter import WEIGHTS
 from engine.runtime.run_record import differing
 from engine.train.optim import Optimizer
@@ -43,6 +52,7 @@ from model.lora import Lora
 from model.peft_format import load_lora, write_lora
 from model.trained_chat import TrainedChat
 
+EXAMPLES = "examples"  # the directory of the encoded rows
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
@@ -65,20 +75,12 @@ def open_run(
     under other settings.
     """
     meta_file = out / "meta.json"
-    # hidden files alone: a run that was killed before its first file was renamed
-    is_new = not out.exists() or all(path.name.startswith(".") for path in out.iterdir())
-    if is_new:
+    if is_new_run(out, resume):
         meta = {"settings": settings, "finished": False}
         if date:
             meta["date"] = date
         write_json(meta_file, meta)
         return meta
-    if not resume:
-        raise ValueError(f"{out} exists already; choose another --out, or --resume to continue")
-    if not meta_file.exists():
-        raise ValueError(
-            f"{out} exists but has no meta.json: it is not a run; choose another --out"
-        )
     meta = _read_meta(meta_file)
     begun = dict(meta["settings"])
     if isinstance(begun.get("train"), dict):
@@ -92,6 +94,25 @@ def open_run(
             "these:\n  " + "\n  ".join(changes)
         )
     return meta
+
+
+def is_new_run(out: Path, resume: bool) -> bool:
+    """Whether a run in `out` would be a new one; ValueError where none may be begun or continued.
+
+    A run that was killed before its meta.json was written has hidden files or examples alone.
+    """
+    if not out.exists():
+        return True
+    found = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+    if not found or found == [EXAMPLES]:
+        return True
+    if not resume:
+        raise ValueError(f"{out} exists already; choose another --out, or --resume to continue")
+    if not (out / "meta.json").exists():
+        raise ValueError(
+            f"{out} exists but has no meta.json: it is not a run; choose another --out"
+        )
+    return False
 
 
 def _read_meta(meta_file: Path) -> dict[str, Any]:
@@ -200,13 +221,21 @@ def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> N
             )
 
 
-def restore_metrics(out: Path, saved: Path | None) -> list[dict[str, Any]]:
-    """Set metrics.jsonl back to a checkpoint (None: to the start); returns its lines."""
-    lines = []
-    if saved is not None:
-        lines = read_jsonl(saved / "metrics.jsonl", METRICS)
-    write_jsonl(out / "metrics.jsonl", lines)
-    return lines
+def restore_metrics(out: Path, saved: Path | None) -> list[float]:
+    """Set metrics.jsonl back to a checkpoint (None: to the start); returns the losses of its lines.
+
+    The lines are copied one by one: there is one for every step.
+    """
+    losses: list[float] = []
+
+    def lines() -> Iterator[dict[str, Any]]:
+        if saved is not None:
+            for line in each_of_jsonl(saved / "metrics.jsonl", METRICS):
+                losses.append(line["loss"])
+                yield line
+
+    write_jsonl(out / "metrics.jsonl", lines())
+    return losses
 
 
 # ---- checkpoints

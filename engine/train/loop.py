@@ -1,6 +1,5 @@
 """The training loop: `Run.loop`, and the methods that it calls
 
-batches            the order of the examples, fixed by the seed
 Run.loop           for each step: train_step, then validation and a checkpoint where they are due
 Run.train_step     gradients, update, metrics
 Run.finish         publishes the last or the best adapter, and returns the summary
@@ -10,17 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from engine.data.encode import Example
+from engine.data.encode import Example, sizes
 from engine.runtime.distributed import World
-from engine.runtime.files import read_jsonl
+from engine.runtime.files import each_of_jsonl
 from engine.runtime.process_memory import held_memory, peak_memory
 from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.stopping import Stopping
@@ -31,36 +31,14 @@ from engine.train.memory_plan import MemoryPlan, StepSize, choose_policy
 from engine.train.metrics import Metrics
 from engine.train.mfu import step_operations
 from engine.train.optim import Optimizer, learning_rate
+from engine.train.order import Batch, batches
 from engine.train.step import Gradients, step_gradients, step_update
 from engine.train.validate import Validator
 from engine.train.weighted_loss import WeightedLoss
-from kernels.philox import mix
 from model.llama import Llama
 from model.lora import Lora
 from model.tape import POLICIES
 from model.trained_chat import TrainedChat
-
-
-class Batch(NamedTuple):
-    """The examples of one optimizer step."""
-
-    epoch: int  # counts from 0
-    indices: list[int]  # into the examples of the run
-
-
-def batches(count: int, config: TrainConfig) -> Iterator[Batch]:
-    """The batches of all optimizer steps over `count` examples; each epoch has its own order."""
-    steps_left = config.steps(count)
-    epoch = 0
-    while steps_left:
-        epoch_seed = mix("order", config.seed, epoch) >> 1  # 63 bits: manual_seed takes no more
-        generator = torch.Generator().manual_seed(epoch_seed)
-        order = torch.randperm(count, generator=generator).tolist()
-        rows_of_epoch = min(count, steps_left * config.batch_rows)
-        for start in range(0, rows_of_epoch, config.batch_rows):
-            yield Batch(epoch, order[start : start + config.batch_rows])
-            steps_left -= 1
-        epoch += 1
 
 
 @dataclass
@@ -92,21 +70,20 @@ class Run:
 
     # ---- the steps
 
-    def loop(self, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
-        """Do the steps that are left; `metrics_so_far` are the metrics of the finished ones.
+    def loop(self, losses_so_far: list[float], stop: Stopping) -> None:
+        """Do the steps that are left; `losses_so_far` are the losses of the finished ones.
 
         ValueError for a step that the guards refuse (metrics.py), or that does not fit the memory.
         Raises `Stopped` after a checkpoint where `stop` was asked on any rank.
         """
-        schedule = list(batches(len(self.examples), self.config))
-        steps = len(schedule)
+        steps = self.config.steps(len(self.examples))
         self._restore_state()
         plan = self.plan_memory()
         print(plan.text())
         self.counted_until = time.perf_counter()
         metrics_file = self.out / "metrics.jsonl"
-        with Metrics(metrics_file, self.out.name, metrics_so_far, steps, self.world) as metrics:
-            for batch in self._steps_left(schedule):
+        with Metrics(metrics_file, self.out.name, losses_so_far, steps, self.world) as metrics:
+            for batch in self._steps_left():
                 step = self.optimizer.step + 1
                 self.train_step(step, steps, batch, plan.policy, metrics)
 
@@ -131,9 +108,11 @@ class Run:
             metrics.flush()
         self.count_time()
 
-    def _steps_left(self, schedule: list[Batch]) -> list[Batch]:
+    def _steps_left(self) -> Iterable[Batch]:
         """The batches of the steps that are left: none where the run has stopped early."""
-        return [] if self.state["stopped"] else schedule[self.optimizer.step :]
+        if self.state["stopped"]:
+            return []
+        return batches(len(self.examples), self.config, done=self.optimizer.step)
 
     def train_step(
         self, step: int, steps: int, batch: Batch, policy: str, metrics: Metrics
@@ -254,11 +233,15 @@ class Run:
 
     def _largest_micro_batch(self) -> StepSize:
         """The size that decides a step's peak: of the fullest micro-batch that may occur."""
-        lengths = sorted((len(example.ids) for example in self.examples), reverse=True)
-        all_tokens = sum(lengths)
-        all_response = all_tokens - sum(example.n_prompt for example in self.examples)
-        longest = lengths[0]
-        tokens_of_step = sum(lengths[: self.config.batch_rows])  # at most
+        all_tokens = 0
+        all_response = 0
+        for size in sizes(self.examples):
+            all_tokens += size.tokens
+            all_response += size.tokens - size.n_prompt
+        lengths = (size.tokens for size in sizes(self.examples))
+        longest_of_step = heapq.nlargest(self.config.batch_rows, lengths)  # at most
+        longest = longest_of_step[0]
+        tokens_of_step = sum(longest_of_step)
         tokens = min(max(self.state["micro_tokens"], longest), tokens_of_step)
         return StepSize(
             tokens=tokens,
@@ -385,9 +368,14 @@ class Run:
 
     def _summary(self) -> dict[str, Any]:
         """Losses, speed, memory and sizes of the whole run, as meta.json keeps them."""
-        lines = read_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS)
-        losses = [line["loss"] for line in lines]
-        tenth = max(1, len(lines) // 10)  # steps whose mean is the first and the last loss
+        losses: list[float] = []
+        tokens = 0
+        response_tokens = 0
+        for line in each_of_jsonl(self.out / "metrics.jsonl", checkpoint.METRICS):
+            losses.append(line["loss"])
+            tokens += line["tokens"]
+            response_tokens += line["response_tokens"]
+        tenth = max(1, len(losses) // 10)  # steps whose mean is the first and the last loss
         spent = self.spent
         seconds = spent["seconds"]
         adapted = sum(".lora_A." in name for name in self.lora.slots)
@@ -395,9 +383,9 @@ class Run:
         on_gpu = self.model.device.type == "cuda"
         return {
             "examples": len(self.examples),
-            "steps": len(lines),
-            "tokens": sum(line["tokens"] for line in lines),
-            "response_tokens": sum(line["response_tokens"] for line in lines),
+            "steps": len(losses),
+            "tokens": tokens,
+            "response_tokens": response_tokens,
             "first_loss": sum(losses[:tenth]) / tenth,
             "last_loss": sum(losses[-tenth:]) / tenth,
             "best": self.state["best"],

@@ -46,13 +46,13 @@ class Metrics:
         self,
         file: Path,
         name: str,
-        finished: Sequence[dict[str, Any]],
+        finished: Sequence[float],
         steps: int,
         world: World,
     ) -> None:
-        """name: of the run, for the bar. finished: lines of the finished steps. steps: of the whole
-        run. Only rank 0 writes and shows."""
-        self.losses = [line["loss"] for line in finished]
+        """name: of the run, for the bar. finished: losses of the finished steps. steps: of the
+        whole run. Only rank 0 writes and shows."""
+        self.losses = list(finished)
         self.log = AppendedLines(file) if world.is_rank0 else None
         self.bar = progress(
             total=steps,

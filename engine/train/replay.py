@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.data.config import DataConfig
-from engine.data.encode import Example, template_takes
+from engine.data.encode import Example, names, template_takes
 from engine.data.rows import listing
 from engine.data.tool_calls import calls_as_text
 from engine.measure.answer_missing import answer_missing
@@ -283,13 +283,13 @@ def _replay_text(
 def replayed_prompts(examples: Sequence[Example]) -> list[str]:
     """The keys of the prompts of the replay rows among the examples, sorted, each once."""
     keys = set()
-    for example in examples:
-        found = _ID.fullmatch(example.id)
+    for name in names(examples):
+        found = _ID.fullmatch(name)
         if found is not None:
             keys.add(found[1])
     return sorted(keys)
 
 
-def is_replay(example: Example) -> bool:
-    """Whether an example is a replay row."""
-    return _ID.fullmatch(example.id) is not None
+def is_replay(name: str) -> bool:
+    """Whether the example with this id is a replay row."""
+    return _ID.fullmatch(name) is not None

@@ -19,9 +19,14 @@ from typing import Any
 import torch
 
 from engine.data.config import DataConfig
-from engine.data.encode import Example, check_examples, fingerprint
-from engine.data.show import show
-from engine.measure.likelihood import nll
+from engine.data.encode import (
+    Example,
+    check_examples,
+    fingerprint,
+    names,
+    sizes,
+)
+from engine.data.example_store import ExampleStore, JoinedExamples
 from engine.measure.seed_nll import nll_under_seed
 from engine.runtime import published_adapter
 from engine.runtime.distributed import World
@@ -35,7 +40,8 @@ from engine.sampling.requests import SamplerConfig
 from engine.session import Session
 from engine.train import checkpoint
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.examples import encode_examples, rows_to_train_on
+from engine.train.examples import encode_rules
+from engine.train.file_examples import stored_examples
 from engine.train.loop import Run
 from engine.train.losses import Loss, Tokens
 from engine.train.memory_plan import Job, automatic_micro_tokens
@@ -49,13 +55,14 @@ from engine.train.replay import (
     replay_pool,
     replayed_prompts,
 )
+from engine.train.show_examples import show_examples
 from engine.train.step import SINGLE_PROCESS
 from engine.train.validate import ValidateConfig, Validator
 from engine.train.weighted_loss import WeightedLoss
 from model.layout import parameter_count
 from model.llama import Llama
 from model.lora import Lora, LoraConfig
-from model.trained_chat import TrainedChat, common_system
+from model.trained_chat import TrainedChat
 
 # settings that may change when a run is resumed: the result does not depend on them
 FREE_TO_CHANGE = ("save_every", "keep", "memory_gb")
@@ -124,9 +131,7 @@ def train_job(
     config.check()
     if show_rows is not None and show_rows < 1:
         raise ValueError(f"--show {show_rows}: expected at least 1 row")
-    rows = rows_to_train_on(session, config.data)
-    examples = encode_examples(
-        rows,
+    rules = encode_rules(
         session,
         config.data,
         config.encode,
@@ -134,27 +139,39 @@ def train_job(
         skip_refused=config.data.skip_bad,
     )
     if show_rows is not None:
-        print_examples(session, examples[:show_rows])
+        show_examples(session, config.data, rules, show_rows)
         return None
+    with lock_directory(out):
+        if session.world.is_rank0:
+            checkpoint.is_new_run(out, resume)  # ValueError before hours of encoding
+        with stored_examples(session, config.data, rules, out) as stored:
+            summary = _train_on(session, config, out, stored, resume)
+    if session.world.is_rank0:
+        print(summary_text(summary, out))
+    return summary
+
+
+def _train_on(
+    session: Session, config: TrainJobConfig, out: Path, stored: ExampleStore, resume: bool
+) -> dict[str, Any]:
+    """Train on the examples of the file, and on replay where that is asked for."""
+    examples: Sequence[Example] = stored
     if config.replay.replay is not None:
-        examples = [*examples, *_replay(session, config, out, len(examples))]
+        examples = JoinedExamples(stored, _replay(session, config, out, len(stored)))
     config.train.highest_rate(len(examples))  # ValueError before the validator's work
     validator = None
     if config.validate.val_every:
         validator = Validator(config.validate, config.data, session)
-    system = common_system([row.messages for row in rows])
     _, summary = train(
         FrozenModel.of(session),
         examples,
         config.lora,
         config.train,
         out,
-        chat=TrainedChat.of(session.chat, system),
+        chat=TrainedChat.of(session.chat, stored.account.system),
         validator=validator,
         resume=resume,
     )
-    if session.world.is_rank0:
-        print(summary_text(summary, out))
     return summary
 
 
@@ -171,16 +188,6 @@ def _replay(session: Session, config: TrainJobConfig, out: Path, rows: int) -> l
         seed=config.train.seed,
         sampling=SamplerConfig(seed=config.train.seed, **DECODING),
     )
-
-
-def print_examples(session: Session, examples: Sequence[Example]) -> None:
-    """Print every token of the examples, those with loss with their nats under the seed."""
-    losses = []
-    for example in examples:
-        prompt = example.ids[: example.n_prompt]
-        answer = example.ids[example.n_prompt :]
-        losses.append(nll(session.model, prompt, answer).tolist())
-    print(show(examples, session.chat.tokenizer, len(examples), losses))
 
 
 # ---- a run directory from beginning to end
@@ -237,10 +244,10 @@ def train(
         if meta["finished"]:
             run.load_finished(meta)
             return lora, meta["summary"]
-        metrics_so_far = _restore(run)
+        losses_so_far = _restore(run)
         run.weighted = weighted_loss(frozen, examples, config, out)
         with Stopping("the running step is finished and a checkpoint written") as stop:
-            _do_steps(run, metrics_so_far, stop)
+            _do_steps(run, losses_so_far, stop)
             summary = run.finish()
             if world.is_rank0:
                 _write_finished(out, meta, summary)
@@ -309,8 +316,8 @@ def _fresh(model: Llama, lora_config: LoraConfig, config: TrainConfig) -> tuple[
     return lora, Optimizer.fresh(lora, config.weight_decay)
 
 
-def _restore(run: Run) -> list[dict[str, Any]]:
-    """Put the last checkpoint, if there is one, into the run; returns its metrics (rank 0)."""
+def _restore(run: Run) -> list[float]:
+    """Put the last checkpoint, if there is one, into the run; returns its losses (rank 0)."""
     saved = _last_checkpoint(run.out)
     if saved is not None:
         run.state = checkpoint.load_checkpoint(saved, run.lora, run.optimizer)
@@ -319,11 +326,11 @@ def _restore(run: Run) -> list[dict[str, Any]]:
     return checkpoint.restore_metrics(run.out, saved)
 
 
-def _do_steps(run: Run, metrics_so_far: list[dict[str, Any]], stop: Stopping) -> None:
+def _do_steps(run: Run, losses_so_far: list[float], stop: Stopping) -> None:
     """Do the steps that are left; a ValueError is raised again with the last good checkpoint."""
     try:
         with run.world.report_lost_rank():
-            run.loop(metrics_so_far, stop)
+            run.loop(losses_so_far, stop)
     except ValueError as error:
         saved = _last_checkpoint(run.out)
         kept = "no checkpoint was written yet"
@@ -352,7 +359,7 @@ def with_micro_tokens(
         model=model.config,
         lora=lora_config,
         dtype=model.dtype,
-        longest=max(len(example.ids) for example in examples),
+        longest=max(size.tokens for size in sizes(examples)),
         batch_rows=config.batch_rows,
         recompute=config.recompute,
     )
@@ -383,8 +390,8 @@ def run_settings(
     """
     train_settings = dataclasses.asdict(config)
     train_settings["loss"] = str(Loss.parse(config.loss))  # eaft, eaft:1 and eaft:1.0 are one loss
-    for name in FREE_TO_CHANGE:
-        del train_settings[name]
+    for setting in FREE_TO_CHANGE:
+        del train_settings[setting]
     settings = {
         "train": train_settings,
         "lora": dataclasses.asdict(lora_config),
@@ -394,13 +401,13 @@ def run_settings(
     }
     replayed = replayed_prompts(examples)
     if replayed:  # retention refuses to be measured over them
-        rows = sum(is_replay(example) for example in examples)
+        rows = sum(is_replay(name) for name in names(examples))
         settings["replay"] = {"rows": rows, "prompts": replayed}
     if validator is not None:
         settings["validate"] = dataclasses.asdict(validator.config)
-        for name in ("patience", "stop_kl"):  # runs of older versions do not have them
-            if not settings["validate"][name]:
-                del settings["validate"][name]
+        for setting in ("patience", "stop_kl"):  # runs of older versions do not have them
+            if not settings["validate"][setting]:
+                del settings["validate"][setting]
     return settings
 
 

@@ -231,8 +231,8 @@ def test_distilled_data_with_thoughts_cannot_be_stripped_afterwards(tmp_path):
 
     thinking = line(reference="<think>a</think>b")
     with pytest.raises(ValueError, match="r/0 has thoughts.*--thinking strip must be given"):
-        check_without_thoughts(load_distilled(jsonl(tmp_path / "d.jsonl", thinking)))
-    check_without_thoughts(load_distilled(jsonl(tmp_path / "e.jsonl", line())))
+        check_without_thoughts(load_distilled(jsonl(tmp_path / "d.jsonl", thinking))[0], tmp_path)
+    check_without_thoughts(load_distilled(jsonl(tmp_path / "e.jsonl", line()))[0], tmp_path)
 
 
 def test_conversations_with_tools_load_as_they_are_written(tmp_path):
