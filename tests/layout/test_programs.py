@@ -82,11 +82,10 @@ def test_it_can_be_watched_killed_and_timed_out():
 
 def test_two_programs_in_turn_hash_strings_differently():
     code = "print(hash('a'), __import__('random').random())"
-    first, second, third = [
-        programs.run([sys.executable, "-c", code]).stdout.split() for _ in range(3)
-    ]
-    assert first[0] != second[0]
-    assert len({first[1], second[1], third[1]}) == 3, "they share a state of random"
+    said = [programs.run([sys.executable, "-c", code]).stdout.split() for _ in range(3)]
+    hashes, drawn = zip(*said, strict=True)
+    assert hashes[0] != hashes[1]
+    assert len(set(drawn)) == 3, "they share a state of random"
 
 
 def test_a_program_whose_imports_may_read_another_environment_is_started(monkeypatch):
