@@ -25,7 +25,6 @@ from engine.jobs.model_names import find_model
 from engine.runtime.flags import make_parser, run_main
 from engine.runtime.locking import lock_file
 from engine.runtime.published_adapter import refuse_damaged, refuse_scale
-from model.config import LlamaConfig
 from model.lora import check_strength
 from model.peft_format import load_lora
 from model.trained_chat import TrainedChat
@@ -80,7 +79,7 @@ def main() -> None:
             lora = load_lora(adapter).scaled(scale)
             trained = TrainedChat.read(adapter)
         if args.adapter_only:
-            formats = export_adapter(lora, LlamaConfig.from_dir(model), args.out, kind)
+            formats = export_adapter(lora, model, args.out, kind)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer = with_trained_chat(model, trained, Path(folder))

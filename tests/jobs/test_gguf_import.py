@@ -102,6 +102,15 @@ def test_a_qwen3_and_a_smollm3_are_imported(tmp_path, tiny_llama_dir, family, pr
     assert torch.equal(imported.logits(tokens), original.logits(tokens))
 
 
+def test_divisors_of_llama3_in_another_architecture_are_refused(tmp_path, tiny_llama_dir):
+    """llama.cpp reads rope_freqs of a llama only."""
+    path = tiny_llama_dir(model_type="qwen2", vocab=len(vocabulary()))
+    divisors = np.ones(8, dtype=np.float32)
+    write_gguf(tmp_path / "m.gguf", path, pre="qwen2", **{"rope_freqs.weight": divisors})
+    with pytest.raises(ValueError, match="with rope_freqs.weight in a qwen2"):
+        import_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def test_embeddings_are_tied_without_an_output_matrix(tmp_path, tiny_llama_dir):
     write_gguf(tmp_path / "m.gguf", tiny_llama_dir(vocab=len(vocabulary()), tied=True))
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
