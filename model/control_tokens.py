@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from model.messages import THOUGHT_TAGS, Messages, texts_of, with_texts
+from model.messages import Messages, texts_of, with_texts
 from model.template import TemplateStopped
 from model.tokenizer_base import any_of
 
@@ -55,13 +55,12 @@ def mask(messages: Messages, pattern: re.Pattern[str], source: str) -> Masked:
 def turn_tokens(render: Render, added: Iterable[str]) -> set[str]:
     """Added tokens that the template writes around finished turns, special or not.
 
-    Those that are blank, a plain word or a tag of thoughts are not taken for control tokens.
+    Those that are blank or a plain word are not taken for control tokens.
     """
     candidates = []
     for spelling in added:
         stripped = spelling.strip()
-        is_word = not stripped or stripped.isalnum()
-        if not is_word and stripped not in THOUGHT_TAGS:
+        if stripped and not stripped.isalnum():
             candidates.append(spelling)
     pattern = any_of(candidates)
     system = {"role": "system", "content": QUESTION}

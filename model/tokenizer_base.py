@@ -60,7 +60,8 @@ class Tokenizer(ABC):
         self._never_plain = set(special.values()) - {unk_id}
 
     def with_control(self, spellings: Iterable[str]) -> Tokenizer:
-        """This tokenizer with the added tokens `spellings` special, however the files mark them.
+        """This tokenizer with the added tokens `spellings` special, however the files mark them;
+        tags of thoughts (model/messages.py) never are.
 
         They are then recognised only where a chat template writes them; plain text that spells
         them is encoded as its characters.

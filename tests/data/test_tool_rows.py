@@ -17,7 +17,15 @@ from model.messages import calls_of, tools_of
 from model.tokenizer import load_tokenizer
 from tests.helpers.data_files import bot, jsonl, system, user, write
 from tests.helpers.llama_dirs import write_llama
-from tests.helpers.tool_templates import HERMES, TOOLS, WEATHER, call, calling, result
+from tests.helpers.tool_templates import (
+    HERMES,
+    LLAMA31,
+    TOOLS,
+    WEATHER,
+    call,
+    calling,
+    result,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = {"city": "Oslo", "days": 2}
@@ -195,6 +203,10 @@ def test_calls_are_trained_on_and_results_are_not(chat, tmp_path):
     assert second == "It is 18."
     assert examples[1].n_prompt == len(chat.prompt_ids(rows[0].messages[:3]))
     assert counts.examples == 2
+    llama = Chat(LLAMA31, chat.tokenizer)
+    examples, _ = encode(rows, llama, EncodeRules(max_length=4000))
+    call_of_llama = '{"name": "get_weather", "parameters": {"city": "Oslo", "days": 2}}'
+    assert trained(llama, examples) == [call_of_llama, "It is 18."]
 
 
 def test_weights_leave_calls_and_answers_out(chat, tmp_path):

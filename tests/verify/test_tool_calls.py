@@ -77,6 +77,9 @@ def test_arguments_in_tags_are_compared_by_what_they_can_be_read_as():
         assert verify_tool_calls([value], in_tags.replace("=a>", "=b>")) == (False, "mismatch")
         twice = (False, "mismatch")
         assert verify_tool_calls([value], in_tags + in_tags) == twice
+    python_style = "<function=f><parameter=a>True</parameter></function>"
+    assert verify_tool_calls([call("f", a=True)], python_style) == (True, "ok")
+    assert verify_tool_calls([call("f", a=1)], python_style) == (False, "mismatch")
     text = "<function=f><parameter=a>x</parameter></function>"
     in_json = [call("write", code=text)]
     assert verify_tool_calls(in_json, json.dumps(in_json[0]["function"])) == (True, "ok")
