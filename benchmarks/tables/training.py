@@ -159,11 +159,11 @@ def memory_measured(records: list[Record]) -> Table:
 
 
 def rows_memory(records: list[Record]) -> Table:
-    """Peak memory of reading files of rows, kept on disk and in memory."""
-    record = newest(of_kind(records, "rows"), "reading rows")
+    """Peak memory of reading files of rows, kept on disk and in memory: all records."""
+    measured = of_kind(records, "rows")
     header = ["rows", "kept", "file MB", "peak MB", "bytes a row", "encoding, CPU s"]
     rows = []
-    for result in record["results"]:
+    for result in (result for record in measured for result in record["results"]):
         peak = result["peak_bytes"]
         rows.append(
             [
@@ -175,7 +175,7 @@ def rows_memory(records: list[Record]) -> Table:
                 fixed(result["seconds"]),
             ]
         )
-    return Table(header, rows, [record])
+    return Table(header, rows, measured)
 
 
 def sharded_memory(records: list[Record]) -> Table:

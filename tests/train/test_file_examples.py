@@ -361,7 +361,7 @@ def test_batches_are_slices_of_a_seeded_permutation_from_any_step_on():
 def test_a_training_holds_less_than_100_bytes_a_row(session, tmp_path, monkeypatch):
     """Python's memory at the peak of a whole training, with two sizes of file.
 
-    Rows in memory with their token lists take 50 times as much. (SQLite's cache and the order of
+    Rows in memory with their token lists take far more. (SQLite's cache and the order of
     an epoch, 8 MB and 8 bytes a row, are not Python's: benchmarks/rows.py measures the process.)
     Files are read in pieces, which are made small here so that both sizes have many.
     """
