@@ -87,11 +87,11 @@ def parse_args() -> argparse.Namespace:
 def command_of(args: argparse.Namespace, out: Path) -> list[str]:
     """The study's command."""
     chosen = SETS[args.set]
-    command = [sys.executable, str(ROOT / "scripts" / "pareto.py"), "--model", args.model]
+    command = [sys.executable, "scripts/pareto.py", "--model", args.model]
     command += ["--data", str(args.data_dir / chosen.train)]
     command += ["--eval-data", str(args.data_dir / chosen.test), *chosen.flags]
     command += ["--limit", args.limit, "--arms", args.arms, "--scales", args.scales]
-    return [*command, "--lr", args.lr, "--seeds", args.seeds, "--out", str(out)]
+    return [*command, "--lr", args.lr, "--seeds", args.seeds, "--out", str(out.relative_to(ROOT))]
 
 
 def run_study(command: list[str]) -> int:
