@@ -298,7 +298,8 @@ def goal_words(goal: Goal, costs: Mapping[str, Cost], with_seconds: bool) -> lis
         if not pair.is_seen:
             unseen.setdefault(pair.less, []).append(pair.more)
     for way, others in unseen.items():
-        sentences.append(f"No difference seen between {title_of(way)} and {_listed(others)}.")
+        each = "each of " if len(others) > 1 else ""
+        sentences.append(f"No difference seen between {title_of(way)} and {each}{_listed(others)}.")
     sentences += _cautions(goal)
     out = [way for way in goal.ways if way not in goal.reaching()]
     if out:
