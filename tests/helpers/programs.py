@@ -38,7 +38,7 @@ HELPERS = ROOT / "tests" / "helpers"
 # and those that the server takes care of. Hugging Face's are read by the kinds that set them alone.
 OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 OF_SERVERS = {"PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"}
-SET_BY_IMPORTS = {"TRITON_DEFAULT_FP_FUSION", "GOMP_SPINCOUNT"}  # of ours, here and in a server
+SET_BY_IMPORTS = {"TRITON_DEFAULT_FP_FUSION", "GOMP_SPINCOUNT", "TORCHINDUCTOR_CACHE_DIR"}
 INTERPRETER = "TRITON_INTERPRET"  # of the tests alone: a person runs a program without it
 HARMLESS = OF_RANKS | OF_SERVERS | SET_BY_IMPORTS | {"PYTEST_CURRENT_TEST"}
 

@@ -378,9 +378,11 @@ def test_a_warmup_as_long_as_the_run_is_reported_before_it(chat_dir, problems, t
     for name in ("sdft", "train"):
         own = args[:4] + args[6:] if name == "train" else args
         said = script(name, *own, code=2)
-        assert "the warm-up is the whole run (1 steps)" in said and not (tmp_path / "run").exists()
-    for warmup, warned in (("0.9", True), ("0.5", False)):
-        said = script("train", *args[:4], "--out", tmp_path / warmup, "--warmup", warmup,
+        assert "the warm-up is the whole run (1 steps)" in said
+        kept = [file.name for file in (tmp_path / "run").glob("*")]
+        assert kept == ([] if name == "sdft" else ["examples"])  # encoded: no run has begun
+    for warmup, out, warned in (("0.9", "run", True), ("0.5", "other", False)):
+        said = script("train", *args[:4], "--out", tmp_path / out, "--warmup", warmup,
                       "--max-steps", "2")  # fmt: skip
         assert ("WARNING: the warm-up (--warmup 0.9) takes the whole run" in said) == warned
 
@@ -391,7 +393,7 @@ def test_every_script_names_a_file_of_another_format(chat_dir, tmp_path):
         args = ["--model", chat_dir, "--data", tmp_path / "a.json"]
         args += [] if name == "preflight" else ["--out", tmp_path / "x"]
         said = script(name, *args, code=2)
-        assert "a.json is a Parquet file" in said and "Traceback" not in said
+        assert "a.json cannot be read as a table: Parquet" in said and "Traceback" not in said
 
 
 def test_the_interval_of_a_score_is_wilsons():
