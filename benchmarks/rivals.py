@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import RESULTS, machine, record
+from engine.runtime.files import read_jsonl
 from engine.runtime.published_adapter import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,10 +115,10 @@ def document(study_dir: Path, name: str) -> dict[str, Any]:
     """The record of a finished study: every point, and the comparisons at equal target."""
     study = json.loads((study_dir / "study.json").read_text(encoding="utf-8"))
     written = datetime.fromtimestamp((study_dir / "study.json").stat().st_mtime, timezone.utc)
+    items = len(read_jsonl(study_dir / "seed" / "evaluation.jsonl"))
     points = []
     for point in study["points"]:
         first = point["by_seed"][0]
-        items = sum(1 for _ in (study_dir / "seed" / "evaluation.jsonl").open(encoding="utf-8"))
         points.append(
             {
                 "setting": point["setting"],
