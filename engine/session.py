@@ -22,6 +22,7 @@ from engine.runtime.published_adapter import refuse_damaged
 from engine.runtime.run_record import model_fingerprint
 from kernels.select_ops import choose
 from model.chat import Chat
+from model.chat_sources import THINKING, spelled
 from model.config import LlamaConfig, read_json
 from model.layout import checkpoint_shapes
 from model.llama import Llama, default_dtype, has_bf16_units
@@ -53,6 +54,9 @@ class ModelConfig:
     #   [default: auto (torch's choice, at most the cores that a container may use)]
     chat_format: str | None = None  # prompt format: chatml, llama2, llama3, alpaca, or own (the
     #   model's chat template) [default: what the adapter was trained with; else own]
+    enable_thinking: str | None = None  # true or false: told to the model's chat template, where it
+    #   reads enable_thinking (Qwen3, SmolLM3: false closes the thoughts before an answer); default:
+    #   the template decides [default: what the adapter was trained with; else default]
     shard: bool = False  # under torchrun, split the weights over the processes (FSDP2), for a model
     #   too large for one device; training and scoring only
     date: str | None = None  # day (YYYY-MM-DD) for chat templates that write the date into prompts
@@ -65,6 +69,10 @@ class ModelConfig:
         check_numbers(self, threads=(0, most_threads))
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r}: expected auto or one of {', '.join(DTYPES)}")
+        if self.enable_thinking is not None and self.enable_thinking not in THINKING:
+            raise ValueError(
+                f"enable_thinking {self.enable_thinking!r}: expected one of {', '.join(THINKING)}"
+            )
 
 
 class ScaledAdapter(NamedTuple):
@@ -153,10 +161,9 @@ class Session:
         settings = {
             "model": model_fingerprint(path),
             "dtype": str(model.dtype),
-            "chat": chat.name,
-            "template": chat.source_hash,
+            **chat.sources.settings,
         }
-        if chat.tells_date:
+        if chat.sources.tells_date:
             settings["date"] = now.date().isoformat()
         session = cls(config, model, chat, settings["model"], settings, world)
         session.announce(time.perf_counter() - started)
@@ -176,6 +183,7 @@ class Session:
             "ops": model.ops.name,
             "ops_table": model.ops.table(),
             "chat_format": self.chat.name,
+            **self.chat.sources.variables,
             "fingerprint": self.fingerprint,
         }
 
@@ -202,6 +210,8 @@ class Session:
             f"{threads}, ops {facts['ops']}, chat format {facts['chat_format']}; loaded in "
             f"{seconds:.1f} s"
         )
+        if self.chat.sources.enable_thinking is not None:
+            text += f"; enable_thinking {spelled(self.chat.sources.enable_thinking)}"
         print(visible(text))
 
     def adapters(self, paths: Sequence[str], scales: Sequence[float] = (1.0,)) -> dict[str, Lora]:
@@ -294,33 +304,51 @@ def open_chat(config: ModelConfig, now: datetime) -> Chat:
     """The chat format over the checkpoint's tokenizer."""
     path = Path(config.model)
     name = None if config.chat_format == OWN else config.chat_format
-    return Chat.from_dir(path, load_tokenizer(path), name, now=now)
+    thinks = THINKING[config.enable_thinking or "default"]
+    return Chat.from_dir(path, load_tokenizer(path), name, now=now, enable_thinking=thinks)
 
 
 def as_trained(config: ModelConfig, adapters: Sequence[str]) -> ModelConfig:
-    """The config with the chat format that the adapters were trained with, unless one was typed.
+    """The config with the chat format that the adapters were trained with, and whether the model
+    was told to think; a typed value stays.
 
     ValueError where they were trained with several.
     """
     formats: dict[str, str] = {}  # by adapter directory
+    thinking: dict[str, str] = {}
     for path in adapters:
         trained = TrainedChat.read(path)
         if trained is not None:
             formats[path] = trained.chat_format
-    if config.chat_format is not None or not formats:
+            thinking[path] = trained.thinking
+    if not formats:
         return config
+    if config.chat_format is None:
+        name = _the_same(formats, "chat formats", "one format for all with --chat-format")
+        if name != OWN:
+            print(f"chat format {name}: as the adapter was trained (its {FILE})")
+        config = dataclasses.replace(config, chat_format=name)
+    if config.enable_thinking is None and config.chat_format == OWN:
+        value = _the_same(thinking, "enable_thinking", "one value for all with --enable-thinking")
+        if value != "default":
+            print(f"enable_thinking {value}: as the adapter was trained (its {FILE})")
+            config = dataclasses.replace(config, enable_thinking=value)
+    return config
 
-    names = sorted(set(formats.values()))
-    if len(names) > 1:
-        listed = ", ".join(f"{path}: {name}" for path, name in formats.items())
+
+def _the_same(values: dict[str, str], what: str, advice: str) -> str:
+    """The value with which all adapters were trained; ValueError where they differ.
+
+    values: by adapter directory, not empty. what: of the training, for the message.
+    """
+    found = set(values.values())
+    if len(found) > 1:
+        listed = ", ".join(f"{path}: {value}" for path, value in values.items())
         raise ValueError(
-            f"the adapters were trained with different chat formats ({listed}); run them "
-            "separately, or name one format for all with --chat-format"
+            f"the adapters were trained with different {what} ({listed}); run them separately, or "
+            f"name {advice}"
         )
-    name = names[0]
-    if name != OWN:
-        print(f"chat format {name}: as the adapter was trained (its {FILE})")
-    return dataclasses.replace(config, chat_format=name)
+    return found.pop()
 
 
 def as_begun(config: ModelConfig, *metas: Path) -> ModelConfig:

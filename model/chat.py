@@ -34,7 +34,6 @@ before the weights are used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -56,6 +55,7 @@ from model.chat_formats import (
     embedding_rows,
 )
 from model.chat_notice import notice_of_prompt
+from model.chat_sources import ChatSources, with_default
 from model.chat_tools import CallEdges, ToolProbes, check_stops
 from model.control_tokens import ANSWER, QUESTION, Masked, mask, turn_tokens
 from model.messages import (
@@ -67,7 +67,6 @@ from model.messages import (
     tools_of,
     without_tools,
 )
-from model.template import ChatTemplate
 from model.tokenizer_base import Tokenizer, any_of
 
 
@@ -85,6 +84,7 @@ class Chat:
     """A chat format with its tokenizer.
 
     template  Jinja; tool_template is another for conversations that have tools, None: the same
+    enable_thinking  told to the templates; None: they decide (model/chat_sources.py)
     name      "checkpoint", or that of a built-in format
     tokenizer to which all tokens that the template writes around turns are special
     end_id    the token that closes an assistant turn (<|im_end|>, </s>, <|eot_id|>)
@@ -102,6 +102,7 @@ class Chat:
         tokenizer: Tokenizer,
         *,
         tool_template: str | None = None,
+        enable_thinking: bool | None = None,
         name: str = "checkpoint",
         eos_ids: Sequence[int] = (),
         now: datetime | None = None,
@@ -111,11 +112,9 @@ class Chat:
         self.tokenizer = tokenizer
         self.now = now or datetime.now()
         self.rows = rows
-        self._source = template
-        self._template = self._tool_template = ChatTemplate(template, name, self.now)
-        if tool_template is not None:
-            self._tool_template = ChatTemplate(tool_template, name, self.now)
-        self._variables = dict(tokenizer.named)
+        self.sources = ChatSources(name, template, tool_template, enable_thinking)
+        self._template, self._tool_template = self.sources.compiled(self.now)
+        self._variables = tokenizer.named | self.sources.variables
         self._bos = ""
         self._opening = ""
         if name in FORMATS:
@@ -141,12 +140,14 @@ class Chat:
         chat_format: str | None = None,
         *,
         now: datetime | None = None,
+        enable_thinking: bool | None = None,
     ) -> Chat:
         """The chat format of the checkpoint directory `path`, or the built-in `chat_format`.
 
         ValueError when there is none, when the format is unknown or needs tokens that the tokenizer
-        lacks, when nothing in it closes an assistant turn, and when a token that it writes or that
-        ends an answer lies beyond the embeddings (config.json's vocab_size).
+        lacks, when nothing in it closes an assistant turn, when a token that it writes or that ends
+        an answer lies beyond the embeddings (config.json's vocab_size), and when `enable_thinking`
+        is set and the template does not read it.
         """
         path = Path(path)
         tool_template = None
@@ -163,6 +164,7 @@ class Chat:
             template,
             tokenizer,
             tool_template=tool_template,
+            enable_thinking=enable_thinking,
             name=name,
             eos_ids=checkpoint_eos_ids(path),
             now=now,
@@ -170,25 +172,17 @@ class Chat:
         )
 
     @property
-    def source_hash(self) -> str:
-        """A hash of the template: a resumed run must not change its prompts."""
-        return hashlib.sha256(self._source.encode()).hexdigest()[:16]
-
-    @property
-    def tells_date(self) -> bool:
-        """Whether the template asks for the date, so that prompts differ from day to day."""
-        return "strftime_now" in self._source
-
-    @property
     def portable_source(self) -> str:
         """The template for programs that give it the tokenizer's own bos_token and eos_token.
 
-        A built-in format gets those that it is rendered with here, and the bos that it opens with.
+        Where they do not say whether to think, it does as here. A built-in format gets the tokens
+        that it is rendered with here, and the bos that it opens with.
         Where bos is followed by plain text, the space that is put before a text is written out:
         other programs encode the rendering as one text.
         """
+        source = self.sources.template
         if self.name not in FORMATS:
-            return self._source
+            return with_default(source, self.sources.enable_thinking)
         bos_token = self._bos
         eos_token = self.tokenizer.named.get("eos_token", "")
         opening = ""
@@ -201,7 +195,7 @@ class Chat:
                 bos_token += " "
         set_bos = f"{{%- set bos_token = {json.dumps(bos_token)} %}}"
         set_eos = f"{{%- set eos_token = {json.dumps(eos_token)} %}}"
-        return set_bos + set_eos + opening + self._source
+        return set_bos + set_eos + opening + source
 
     def check_ids(self, ids: Sequence[int], note: str = "") -> None:
         """ValueError naming the first of `ids` that lies beyond the model's embeddings.
@@ -475,7 +469,7 @@ class Chat:
 
     def _mask(self, messages: Messages) -> Masked:
         """The messages with stand-ins for the control tokens that they spell."""
-        return mask(messages, self.tokenizer.special_pattern, self._source)
+        return mask(messages, self.tokenizer.special_pattern, self.sources.all_text)
 
     def _encode(self, text: str, stand_ins: dict[str, str]) -> list[int]:
         """Ids of a rendered conversation; `stand_ins` come from `_masked`."""

@@ -13,8 +13,11 @@ A built-in format takes an optional system message, then user and assistant in t
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from model.config import read_json
 from model.file_checks import check_file
@@ -64,6 +67,7 @@ TEMPLATES = {
 {%- endfor %}""",
 }
 FORMATS = tuple(TEMPLATES)
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # a checkpoint's directory: NAME.jinja
 
 
 def check_turns(format_name: str, messages: Messages, add_generation_prompt: bool) -> None:
@@ -134,7 +138,7 @@ def checkpoint_template(path: Path) -> str:
 def checkpoint_tool_template(path: Path) -> str | None:
     """The source of the chat template "tool_use", which Hermes' checkpoints have beside the default
     one, for conversations with tools; None where there is none."""
-    file = path / "additional_chat_templates" / "tool_use.jinja"
+    file = path / ADDITIONAL_TEMPLATES / "tool_use.jinja"
     if file.exists():
         return _read_template(file)
     if (path / "chat_template.jinja").exists():
@@ -142,6 +146,33 @@ def checkpoint_tool_template(path: Path) -> str | None:
     named = _named_templates(read_json(path / "tokenizer_config.json", {}).get("chat_template"))
     template = (named or {}).get("tool_use")
     return template if isinstance(template, str) else None
+
+
+def change_templates(path: Path, change: Callable[[str], str]) -> None:
+    """Put `change(source)` in the place of every chat template of a checkpoint's directory."""
+    for file in (path / "chat_template.jinja", *(path / ADDITIONAL_TEMPLATES).glob("*.jinja")):
+        if file.exists():
+            file.write_text(change(_read_template(file)), encoding="utf-8")
+    settings_file = path / "tokenizer_config.json"
+    settings = read_json(settings_file, {})
+    template = settings.get("chat_template")
+    named = _named_templates(template)
+    if isinstance(template, str):
+        settings["chat_template"] = change(template)
+    elif named is not None:
+        changed = {name: change(str(source)) for name, source in named.items()}
+        settings["chat_template"] = [
+            {"name": name, "template": source} for name, source in changed.items()
+        ]
+    else:
+        return
+    write_settings(settings_file, settings)
+
+
+def write_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Write one of the small JSON files of a checkpoint's directory."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def _read_template(file: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.chat_formats import ADDITIONAL_TEMPLATES
 from model.config import LlamaConfig, read_json
 from model.durable import directory_beside
 from model.file_checks import leads_out
@@ -93,8 +94,8 @@ def rewrite_checkpoint(
     Shards, names, dtypes and every other file stay as they are; one shard is in memory at a time.
     `settings` go into config.json (None removes a key); then `finish(directory)` may change files
     before the directory appears as `out`. `facts` go into merge.json, beside the source. Returns
-    the names of files that were not copied, with reasons: directories, weights in other forms,
-    links out of the directory.
+    the names of files that were not copied, with reasons: directories (but for that of further chat
+    templates), weights in other forms, links out of the directory.
     """
     shards = checkpoint_files(source)
     is_sharded = source / "model.safetensors" not in shards
@@ -104,10 +105,12 @@ def rewrite_checkpoint(
             _rewrite_shard(shard, beside / shard.name, change)
         for file in sorted(set(source.iterdir()) - set(shards)):
             reason = _why_not_copied(file, is_sharded)
-            if reason is None:
-                shutil.copyfile(file, beside / file.name)
-            else:
+            if reason is not None:
                 left_out.append(f"{file.name} ({reason})")
+            elif file.is_dir():
+                left_out += _copy_templates(file, beside / file.name)
+            else:
+                shutil.copyfile(file, beside / file.name)
         if settings:
             config = read_json(source / "config.json") | settings
             config = {key: value for key, value in config.items() if value is not None}
@@ -132,6 +135,19 @@ def _rewrite_shard(source: Path, out: Path, change: Callable[[str, Tensor], Tens
     save_file(tensors, out, metadata=metadata)
 
 
+def _copy_templates(source: Path, out: Path) -> list[str]:
+    """Copy a directory of chat templates; returns the names of other files there, with reasons."""
+    left_out = []
+    out.mkdir()
+    for file in sorted(source.iterdir()):
+        is_template = file.suffix == ".jinja" and file.is_file() and leads_out(file) is None
+        if is_template:
+            shutil.copyfile(file, out / file.name)
+        else:
+            left_out.append(f"{source.name}/{file.name} (no chat template, or a link)")
+    return left_out
+
+
 def _why_not_copied(file: Path, is_sharded: bool) -> str | None:
     """Why a file beside the weights is not copied into a rewritten directory, None where it is.
 
@@ -141,7 +157,7 @@ def _why_not_copied(file: Path, is_sharded: bool) -> str | None:
     if target is not None:
         return f"a link to {target}"
     if file.is_dir():
-        return "a directory"
+        return None if file.name == ADDITIONAL_TEMPLATES else "a directory"
     if not file.is_file():
         return "a broken link, a pipe or a device"
     if file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"):

@@ -24,6 +24,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -51,6 +52,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, name: str, now: datetime) -> None:
         self.name = name
+        self._source = source
         self._environment = _environment(now)
         try:
             self._template = self._environment.from_string(source)
@@ -58,6 +60,11 @@ class ChatTemplate:
             raise ValueError(
                 f"the {name} chat template is not valid Jinja: {_reason(error)}"
             ) from error
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template reads a variable that it is given, rather than one of its own."""
+        tree = self._environment.parse(self._source)
+        return variable in jinja2.meta.find_undeclared_variables(tree)
 
     def render(self, length: int, **variables: Any) -> str:
         """The text; `length` is that of the conversation, in characters.

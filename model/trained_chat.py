@@ -1,4 +1,4 @@
-"""The chat format, end token and system message that an adapter was trained with.
+"""The chat format, end token, system message and `enable_thinking` of an adapter's training.
 
     ADAPTER/chat.json    written by training beside adapter_model.safetensors; other readers of
                          PEFT's layout ignore it. Older adapters have none
@@ -12,18 +12,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.chat import Chat
-from model.chat_formats import FORMATS, checkpoint_eos_ids
+from model.chat_formats import (
+    ADDITIONAL_TEMPLATES,
+    FORMATS,
+    change_templates,
+    checkpoint_eos_ids,
+    write_settings,
+)
+from model.chat_sources import spelled, with_default
 from model.config import read_json
 from model.durable import file_beside
 
 FILE = "chat.json"
 OWN = "own"  # the value of --chat-format for the checkpoint's own template
+# keys that the file has only where they say something; older files have none of them
+ADDED_LATER = ("tool_template_hash", "enable_thinking")
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,9 @@ class TrainedChat:
     end_id: int  # the token that answers were trained to end with
     end_token: str
     system: str | None  # the system message of every row, if all had the same
+    # of the template for conversations with tools; None: it is the same, or the file is older
+    tool_template_hash: str | None = None
+    enable_thinking: bool | None = None  # told to the template; None: nothing was
 
     @classmethod
     def of(cls, chat: Chat, system: str | None) -> TrainedChat:
@@ -43,7 +56,9 @@ class TrainedChat:
         return cls(
             chat_format=chat.name if chat.name in FORMATS else OWN,
             template=chat.portable_source,
-            template_hash=chat.source_hash,
+            template_hash=chat.sources.hash,
+            tool_template_hash=chat.sources.tool_hash,
+            enable_thinking=chat.sources.enable_thinking,
             end_id=chat.end_id,
             end_token=chat.tokenizer.piece(chat.end_id),
             system=system,
@@ -64,6 +79,8 @@ class TrainedChat:
             "end_id": int,
             "end_token": str,
             "system": (str, type(None)),
+            "tool_template_hash": (str, type(None)),
+            "enable_thinking": (bool, type(None)),
         }
         for name, expected in types.items():
             if not isinstance(record.get(name), expected):
@@ -77,11 +94,20 @@ class TrainedChat:
                 f"{file}: chat format {record['chat_format']!r}; expected one of "
                 f"{', '.join(known_formats)}"
             )
-        return cls(**{name: record[name] for name in types})
+        return cls(**{name: record.get(name) for name in types})
+
+    @property
+    def thinking(self) -> str:
+        """`enable_thinking` as --enable-thinking spells it."""
+        return spelled(self.enable_thinking)
 
     def write(self, directory: Path) -> None:
         """Put the record into a directory: written beside, then renamed."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        record = dataclasses.asdict(self)
+        for name in ADDED_LATER:
+            if record[name] is None:
+                del record[name]
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         with file_beside(directory / FILE) as beside:
             beside.write_text(text, encoding="utf-8")
 
@@ -93,7 +119,16 @@ class TrainedChat:
                 f"it was trained with --chat-format {self.chat_format}, this run uses {used}: its "
                 "answers will not be what training made them"
             )
-        if chat.source_hash != self.template_hash:
+        thinking = spelled(chat.sources.enable_thinking)
+        if thinking != self.thinking:
+            return (
+                f"it was trained with --enable-thinking {self.thinking}, this run uses {thinking}: "
+                "its answers will not be what training made them"
+            )
+        is_other = chat.sources.hash != self.template_hash
+        if self.tool_template_hash is not None:
+            is_other = is_other or chat.sources.tool_hash != self.tool_template_hash
+        if is_other:
             return (
                 "it was trained with another chat template than the model's directory has now: its "
                 "answers will not be what training made them"
@@ -107,22 +142,30 @@ class TrainedChat:
         return None
 
     def install(self, directory: Path) -> None:
-        """Give the model in `directory` the chat template and the end token of its training."""
+        """Give the model in `directory` the chat template and the end token of its training.
+
+        Its own templates think as they were told to, where a program does not say so.
+        """
         known_ids = checkpoint_eos_ids(directory)
         end_ids = list(dict.fromkeys([self.end_id, *known_ids]))  # each once, the trained one first
         if end_ids != known_ids:
             _set_end_ids(directory, end_ids)
         if self.chat_format == OWN:
+            if self.enable_thinking is not None:
+                change_templates(directory, lambda text: with_default(text, self.enable_thinking))
             return
+        shutil.rmtree(directory / ADDITIONAL_TEMPLATES, ignore_errors=True)
         (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         settings_file = directory / "tokenizer_config.json"  # older programs look here
         settings = read_json(settings_file, {})
         if settings:
-            _write(settings_file, settings | {"chat_template": self.template})
+            write_settings(settings_file, settings | {"chat_template": self.template})
 
     def text(self) -> str:
         """A line for the user of the model."""
         text = f"chat format {self.chat_format}, answers end with {self.end_token!r}"
+        if self.enable_thinking is not None:
+            text += f", enable_thinking {self.thinking} where a request does not set it"
         if self.system:
             text += f", trained with the system message {self.system!r} (give it in every request)"
         return text
@@ -166,10 +209,5 @@ def _set_end_ids(directory: Path, end_ids: list[int]) -> None:
     inherited = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
     generation = read_json(generation_file, inherited)
     stops = {"eos_token_id": end_ids if len(end_ids) > 1 else end_ids[0]}
-    _write(generation_file, generation | stops)
-    _write(config_file, config | stops)
-
-
-def _write(file: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    file.write_text(text, encoding="utf-8")
+    write_settings(generation_file, generation | stops)
+    write_settings(config_file, config | stops)

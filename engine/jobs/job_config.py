@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -10,9 +11,10 @@ from typing import Any, Generic, TypeVar
 from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
 from engine.evaluate.tasks.run import TaskConfig
+from engine.runtime.locking import lock_directory
 from engine.runtime.resumable import meta_file
 from engine.sampling.requests import SamplerConfig
-from engine.session import ModelConfig, as_begun
+from engine.session import ModelConfig, Session, as_begun
 from engine.train.config import EncodeConfig, TrainConfig
 from engine.train.replay import ReplayConfig
 from engine.train.validate import ValidateConfig
@@ -20,6 +22,7 @@ from engine.verify.verifiers import get_verifier
 from model.lora import LoraConfig
 
 J = TypeVar("J")  # SdftConfig, StudyConfig or PreflightConfig
+T = TypeVar("T")  # what a job returns
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,15 @@ class JobConfig(Generic[J]):
         """Class name -> field -> value, as summary.json and study.json hold them."""
         return {type(part).__name__: dataclasses.asdict(part) for part in self.parts()}
 
-    def as_begun(self, distilled: Path) -> JobConfig[J]:
-        """A copy with the date and dtype that the job of this distilled file was started with."""
-        model = as_begun(self.model, meta_file(distilled))
-        return dataclasses.replace(self, model=model)
+    def run_locked(self, run: Callable[[Session, JobConfig[J], Path], T]) -> T:
+        """Load the model and run the job under the lock of its directory.
+
+        A job that continues has the date and dtype that it was started with.
+        """
+        out = Path(self.job.out)
+        with lock_directory(out):
+            model = as_begun(self.model, meta_file(out / "distilled.jsonl"))
+            return run(Session.open(model), dataclasses.replace(self, model=model), out)
 
     def as_published(self) -> JobConfig[J]:
         """A copy in which --paper-exact cuts long examples as the published code does."""

@@ -57,7 +57,6 @@ from engine.report.collect import token_nll, tuned_answers
 from engine.report.page import write_report
 from engine.runtime.files import write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
-from engine.runtime.locking import lock_directory
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from engine.session import Session
@@ -125,10 +124,7 @@ Config = JobConfig[SdftConfig]
 
 def sdft_job(config: Config) -> dict[str, Any]:
     """Load the model and run the job under the lock of its directory."""
-    out = Path(config.job.out)
-    with lock_directory(out):
-        config = config.as_begun(out / "distilled.jsonl")
-        return run(Session.open(config.model), config, out)
+    return config.run_locked(run)
 
 
 def run(session: Session, config: Config, out: Path) -> dict[str, Any]:

@@ -50,7 +50,6 @@ from engine.jobs.study_measure import Measure, weights_deleted
 from engine.jobs.study_plot import draw
 from engine.measure.seed_answers import SeedAnswer, seed_answers
 from engine.runtime.files import read_jsonl, write_json, write_text
-from engine.runtime.locking import lock_directory
 from engine.runtime.run_record import environment
 from engine.runtime.terminal import table
 from engine.sampling.chat_generator import ChatGenerator
@@ -67,10 +66,7 @@ Config = JobConfig[StudyConfig]
 
 def study_job(config: Config) -> dict[str, Any]:
     """Load the model and run the study under the lock of its directory."""
-    out = Path(config.job.out)
-    with lock_directory(out):
-        config = config.as_begun(out / "distilled.jsonl")
-        return study(Session.open(config.model), config, out)
+    return config.run_locked(study)
 
 
 def study(session: Session, config: Config, out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ GROUPS = {
     "Presets": "preset",
     "Audit": "what tiny",
     "Input": "gguf runs",
-    "Model": "model adapter adapter-only scale chat-format date",
+    "Model": "model adapter adapter-only scale chat-format enable-thinking date",
     "Data": "data columns prompt system verify limit sample skip-bad drop-long thinking prefix",
     "Rewriting the answers": "template cascade choose paper-exact",
     "Sampling": """

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# settings that files of older versions lack: what they were is not known, so they are not compared
+NOT_IN_OLDER_FILES = frozenset({"tool_template"})
 
 
 def model_fingerprint(path: str | Path) -> str:
@@ -65,10 +67,15 @@ def _commit() -> str | None:
 
 
 def differing(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """'name: old -> new' for every setting that differs; nested names are joined by dots."""
+    """'name: old -> new' for every setting that differs; nested names are joined by dots.
+
+    was: as a file has them, perhaps one of an older version.
+    """
     now = json.loads(json.dumps(now))  # tuples become lists, as in `was`, which is from a file
     changes = []
     for name in sorted(was.keys() | now.keys()):
+        if name in NOT_IN_OLDER_FILES and name not in was:
+            continue
         old = was.get(name)
         new = now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

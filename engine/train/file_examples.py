@@ -183,8 +183,7 @@ def _made_in(session: Session, data: DataConfig, rules: EncodeRules) -> dict[str
         "read": read,
         "rules": dataclasses.asdict(rules),
         "model": session.fingerprint,
-        "chat": session.chat.name,
-        "template": session.chat.source_hash,
+        **session.chat.sources.settings,
         "date": session.settings.get("date"),
         "tokenizer": _tokenizer_hash(Path(session.config.model)),
     }

@@ -86,10 +86,11 @@ def test_a_step_on_other_operations_is_as_clean(ops, tmp_path, monkeypatch):
         launched = {name for name, record in trace.records.items() if record.launches}
         assert launched == trace.kernels and len(launched) >= 10
         assert "kernels.adamw.adamw_kernel" in launched
-        assert_quoted("a step, `--ops triton`", trace)  # of four rows; one takes the same way
+        # quoted of four rows; one takes nearly the same way
+        assert_quoted("a step, `--ops triton`", trace)
 
 
-def assert_quoted(work, trace, within=0.1):
+def assert_quoted(work, trace, within=0.03):
     """README.md has the counts of this work, so near: scripts/audit.py prints the present ones."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     number = r"([\d,]+)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.jobs import gguf_import, model_names
+from engine.jobs import gguf_import, gguf_source, model_names
 from engine.jobs.model_names import find_model, hub_cache, with_model_found
 from engine.session import ModelConfig
 from model.llama import Llama
@@ -156,6 +157,85 @@ def test_another_file_under_the_same_name_is_not_taken_for_the_first(gguf_file):
     gguf_file.write_bytes(gguf_file.read_bytes() + b"\0")
     with pytest.raises(ValueError, match="is another import: .* delete it"):
         find_model(str(gguf_file))
+
+
+@pytest.fixture
+def settled_file(gguf_file, monkeypatch) -> Path:
+    """An imported GGUF file that was last changed long ago, as far as the import can tell."""
+    monkeypatch.setattr(gguf_source, "SETTLED_NS", -1)
+    find_model(str(gguf_file))
+    return gguf_file
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[Path]:
+    """The files that are hashed from now on."""
+    files: list[Path] = []
+
+    def counting(parts):
+        files.extend(parts)
+        return gguf_source.sha256_of(parts)
+
+    monkeypatch.setattr(gguf_import, "sha256_of", counting)
+    return files
+
+
+def test_a_file_in_the_state_of_its_import_is_not_hashed_again(settled_file, hashed):
+    out = find_model(str(settled_file))
+    assert hashed == []
+    before = settled_file.stat()
+    os.utime(settled_file)  # touched: hashed once, and its new state recorded
+    assert settled_file.stat().st_mtime_ns != before.st_mtime_ns
+    assert find_model(str(settled_file)) == find_model(str(settled_file)) == out
+    assert hashed == [settled_file]
+
+
+def test_an_import_of_an_older_version_is_hashed_once(settled_file, hashed):
+    record = settled_file.with_name("m.gguf.imported") / gguf_import.RECORD
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({key: kept[key] for key in kept if key != "source_files"}))
+    find_model(str(settled_file))
+    find_model(str(settled_file))
+    assert hashed == [settled_file] and json.loads(record.read_text()) == kept
+
+
+def test_a_file_changed_within_its_size_and_put_back_in_time_is_noticed(settled_file, hashed):
+    before = settled_file.stat()
+    content = bytearray(settled_file.read_bytes())
+    content[-1] ^= 1
+    settled_file.write_bytes(content)
+    os.utime(settled_file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = settled_file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size, before.st_mtime_ns, before.st_ino,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="is another import: .* delete it"):
+        find_model(str(settled_file))
+
+
+def test_a_file_that_was_just_changed_is_hashed_until_its_clock_has_moved_on(
+    gguf_file, hashed, monkeypatch
+):
+    out = find_model(str(gguf_file))
+    find_model(str(gguf_file))
+    assert hashed == [gguf_file] * 2
+    assert "source_files" not in json.loads((out / gguf_import.RECORD).read_text())
+    monkeypatch.setattr(gguf_source, "SETTLED_NS", -1)
+    find_model(str(gguf_file))
+    find_model(str(gguf_file))
+    assert hashed == [gguf_file] * 3
+
+
+def test_an_import_that_cannot_be_written_is_still_found(settled_file, hashed, monkeypatch):
+    os.utime(settled_file)
+
+    def read_only(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(gguf_import, "file_beside", read_only)
+    find_model(str(settled_file))
+    find_model(str(settled_file))
+    assert hashed == [settled_file] * 2
 
 
 def test_of_a_model_in_parts_any_part_names_the_same_import(gguf_file):

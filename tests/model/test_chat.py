@@ -467,7 +467,7 @@ def test_a_jinja_file_comes_before_the_default_template_of_the_config(tmp_path):
         return Chat.from_dir(path, tokenizer).render([user("")], add_generation_prompt=False)
 
     assert tail() == "</s>config"
-    first = Chat.from_dir(path, tokenizer).source_hash
+    first = Chat.from_dir(path, tokenizer).sources.hash
     named = [{"name": name, "template": source % name} for name in ("tool_use", "default")]
     write_json(path / "tokenizer_config.json", {"chat_template": named})
     assert tail() == "</s>default"
@@ -476,7 +476,7 @@ def test_a_jinja_file_comes_before_the_default_template_of_the_config(tmp_path):
         tail()
     (path / "chat_template.jinja").write_text(source % "jinja")
     assert tail() == "</s>jinja"
-    assert Chat.from_dir(path, tokenizer).source_hash != first
+    assert Chat.from_dir(path, tokenizer).sources.hash != first
 
 
 def test_no_template_lists_the_formats(tmp_path):
@@ -503,7 +503,7 @@ def test_a_template_has_the_helpers_and_whitespace_rules_of_transformers(from_te
         "{{ strftime_now('%d %b %Y') }} {{ tools is none }} {{ bos_token }}{{ pad_token }}\n",
         now=datetime(2024, 7, 26),
     )
-    assert chat.tells_date and not load("tiny").tells_date
+    assert chat.sources.tells_date and not load("tiny").sources.tells_date
     text = chat.render([system("x"), user("hi")], add_generation_prompt=False)
     assert text == 'hi\n{"a": "<é>"} [\n 1,\n 2\n]\n26 Jul 2024 True <s>'
 
@@ -685,7 +685,7 @@ def test_a_system_message_may_close_the_think_block_of_the_prompt(
     prompt = spelled_out(chat, target.prompt)
     assert prompt.endswith(prompt_ends) and "Today Date: 01 January 2026" in prompt
     assert spelled_out(chat, target.answer) == "It is 4." and target.as_rendered
-    assert chat.tells_date and chat.notice is None
+    assert chat.sources.tells_date and chat.notice is None
 
 
 def test_prompts_that_open_a_think_block_do_not_teach_answers_inside_it(smollm2_chat):

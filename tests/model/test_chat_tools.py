@@ -7,8 +7,15 @@ import shutil
 
 import pytest
 
+from engine.runtime.resumable import ResumedLines, meta_file
+from engine.session import ModelConfig, Session
 from model.chat import Chat
+from model.llama import Llama
+from model.merge import merge
+from model.peft_format import load_lora, save_lora
 from model.tokenizer import load_tokenizer
+from model.trained_chat import TrainedChat
+from tests.helpers.adapters import random_lora
 from tests.helpers.llama_dirs import write_llama
 from tests.helpers.tokenizer_dirs import write_json
 from tests.helpers.tool_templates import (
@@ -157,22 +164,31 @@ def test_calls_end_with_the_token_that_the_template_closes_them_with(directories
         Chat(closed_by_other, tokenizer).target(with_tools([QUESTION]), PARALLEL)
 
 
-@pytest.mark.parametrize("as_files", [False, True])
-def test_conversations_with_tools_take_the_template_for_them(directories, tmp_path, as_files):
-    """Hermes' checkpoints have two; in a list, or as files of newer versions of transformers."""
-    path = shutil.copytree(directories["hermes"], tmp_path / "both")
-    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}"
-    plain += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
+
+def write_templates(path, plain, tool_use, as_files):
+    """Give a checkpoint two templates: as files of newer versions of transformers, or in a list."""
     if as_files:
         (path / "chat_template.jinja").write_text(plain)
-        (path / "additional_chat_templates").mkdir()
-        (path / "additional_chat_templates" / "tool_use.jinja").write_text(HERMES)
-    else:
-        (path / "chat_template.jinja").unlink()
-        config = json.loads((path / "tokenizer_config.json").read_text())
-        named = {"default": plain, "tool_use": HERMES}
-        templates = [{"name": name, "template": source} for name, source in named.items()]
-        write_json(path / "tokenizer_config.json", {**config, "chat_template": templates})
+        (path / "additional_chat_templates").mkdir(exist_ok=True)
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+        return
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    named = {"default": plain, "tool_use": tool_use}
+    templates = [{"name": name, "template": source} for name, source in named.items()]
+    write_json(path / "tokenizer_config.json", {**config, "chat_template": templates})
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_conversations_with_tools_take_the_template_for_them(directories, tmp_path, as_files):
+    """Hermes' checkpoints have two."""
+    path = shutil.copytree(directories["hermes"], tmp_path / "both")
+    write_templates(path, PLAIN, HERMES, as_files)
     chat = Chat.from_dir(path, load_tokenizer(path))
     rendered = chat.render([QUESTION], add_generation_prompt=True)
     assert rendered == f"<|im_start|>user{QUESTION['content']}<|im_end|><|im_start|>assistant"
@@ -181,6 +197,72 @@ def test_conversations_with_tools_take_the_template_for_them(directories, tmp_pa
     assert target == whole.target(with_tools([QUESTION]), PARALLEL)
     with pytest.raises(ValueError, match="leaves out the assistant's tool calls"):
         chat.target([QUESTION], PARALLEL)  # transformers takes the default one here too
+
+
+@pytest.mark.parametrize("as_files", [False, True])
+def test_a_run_is_not_continued_under_another_template_for_tools(
+    tiny_llama_dir, tmp_path, as_files
+):
+    """One that changed, one that is gone and one that is new; a run of an older version goes on."""
+    path = tiny_llama_dir(tokenizer=True)
+    file = tmp_path / "answers.jsonl"
+
+    def begin_or_continue():
+        with ResumedLines(file, Session.open(ModelConfig(str(path))).settings) as lines:
+            lines.write({"id": str(len(lines.done))})
+
+    write_templates(path, PLAIN, HERMES, as_files)
+    begin_or_continue()
+    begin_or_continue()
+    write_templates(path, PLAIN, HERMES + " ", as_files)
+    with pytest.raises(ValueError, match="tool_template: '[0-9a-f]{16}' -> '[0-9a-f]{16}'$"):
+        begin_or_continue()
+    shutil.rmtree(path / "additional_chat_templates", ignore_errors=True)
+    (path / "chat_template.jinja").write_text(PLAIN)
+    with pytest.raises(ValueError, match="tool_template: '[0-9a-f]{16}' -> None$"):
+        begin_or_continue()
+
+    meta = json.loads(meta_file(file).read_text())
+    write_json(meta_file(file), {**meta, "tool_template": None})
+    begin_or_continue()
+    write_templates(path, PLAIN, HERMES, as_files=True)
+    with pytest.raises(ValueError, match="tool_template: None -> '[0-9a-f]{16}'$"):
+        begin_or_continue()
+    del meta["tool_template"]
+    write_json(meta_file(file), meta)
+    begin_or_continue()
+    assert json.loads(meta_file(file).read_text())["tool_template"] is not None
+
+
+def test_a_date_that_the_template_for_tools_tells_is_known(chats):
+    tells = HERMES + "{{ strftime_now('%Y') }}"
+    assert Chat(PLAIN, chats["hermes"].tokenizer, tool_template=tells).sources.tells_date
+    assert not Chat(PLAIN, chats["hermes"].tokenizer, tool_template=HERMES).sources.tells_date
+
+
+def test_an_adapter_knows_the_template_for_tools_and_its_merged_model_has_it(
+    tiny_llama_dir, tmp_path
+):
+    path = tiny_llama_dir(tokenizer=True)
+    write_templates(path, PLAIN, HERMES, as_files=True)
+    (path / "additional_chat_templates" / "notes.txt").write_text("no template")
+    chat = Chat.from_dir(path, load_tokenizer(path))
+    save_lora(random_lora(Llama.from_pretrained(path), "qv"), tmp_path / "own")
+    TrainedChat.of(chat, None).write(tmp_path / "own")
+    trained = TrainedChat.read(tmp_path / "own")
+    assert trained == TrainedChat.of(chat, None) and trained.why_other(chat) is None
+    other = Chat(PLAIN, chat.tokenizer, tool_template=HERMES + " ")
+    assert "another chat template" in trained.why_other(other)
+
+    lora = load_lora(tmp_path / "own")
+    left_out = merge(path, lora, tmp_path / "merged", finish=trained.install)
+    assert left_out == ["additional_chat_templates/notes.txt (no chat template, or a link)"]
+    merged = Chat.from_dir(tmp_path / "merged", chat.tokenizer)
+    assert merged.sources.settings == chat.sources.settings
+    assert merged.sources.tool_template == HERMES
+    chatml = Chat.from_dir(path, chat.tokenizer, "chatml")
+    TrainedChat.of(chatml, None).install(tmp_path / "merged")
+    assert Chat.from_dir(tmp_path / "merged", chat.tokenizer).sources.tool_template is None
 
 
 def test_text_beside_calls_that_the_template_leaves_out_is_known(chats):

@@ -1,9 +1,9 @@
 """What transformers' apply_chat_template says: python chat_peer.py DIR CONVERSATIONS.json
 
-CONVERSATIONS.json is a list of lists of messages, or of {"messages", "tools"}. Prints, per
-conversation, the text and the ids, each without and with the generation prompt ("text", "ids",
-"prompt_text", "prompt_ids"); special tokens that a message spells are encoded as text
-("sanitize_control_tokens").
+CONVERSATIONS.json is a list of lists of messages, or of {"messages", "tools", "enable_thinking"},
+the last two where the template is passed them. Prints, per conversation, the text and the ids, each
+without and with the generation prompt ("text", "ids", "prompt_text", "prompt_ids"); special tokens
+that a message spells are encoded as text ("sanitize_control_tokens").
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def answers(path: Path, conversations: list[list[dict] | dict]) -> list[dict]:
     tokenizer = tokenizer_peer.load(path)
 
     def apply(asked: list[dict] | dict, generate: bool, tokenize: bool) -> str | list[int]:
-        messages = asked["messages"] if isinstance(asked, dict) else asked
-        tools = asked["tools"] if isinstance(asked, dict) else None
+        given = asked if isinstance(asked, dict) else {"messages": asked}
+        variables = {name: value for name, value in given.items() if name != "messages"}
         return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
+            given["messages"],
+            **variables,
             add_generation_prompt=generate,
             tokenize=tokenize,
             return_dict=False,

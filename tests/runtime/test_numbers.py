@@ -10,6 +10,7 @@ from engine.data.config import DataConfig
 from engine.distill.config import DistillConfig
 from engine.evaluate.lm_eval_harness import HarnessConfig
 from engine.evaluate.tasks.run import TaskConfig
+from engine.jobs.adapted_model import AdaptedModelConfig
 from engine.jobs.audit import AuditConfig
 from engine.jobs.preflight import PreflightConfig
 from engine.jobs.sdft import SdftConfig
@@ -30,6 +31,7 @@ REQUIRED = {
     StudyConfig: {"out": "x", "eval_data": "y"},
     ModelConfig: {"model": "x"},
     DataConfig: {"data": "x"},
+    AdaptedModelConfig: {"model": "x"},
 }
 CONFIGS = [
     ModelConfig,
@@ -47,6 +49,7 @@ CONFIGS = [
     AuditConfig,
     TaskConfig,
     HarnessConfig,
+    AdaptedModelConfig,
 ]
 
 

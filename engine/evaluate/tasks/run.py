@@ -249,8 +249,7 @@ def _answer(
     generator = decoding.generator
     chat = generator.chat
     settings = session.settings | {
-        "chat": chat.name,
-        "template": chat.source_hash,
+        **chat.sources.settings,
         "task": task.name,
         "data": loaded.digest,
         "items": len(items),
