@@ -50,9 +50,10 @@ from model.kv_cache import KVCache
 from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
 from model.peft_format import check_copies
+from model.quantised_file import find_quantised
 from model.rotation import Rotation
 from model.tape import Adapters, GroupAdapter, Saved, Tape
-from model.weights import Weights, load_weights
+from model.weights import Weights, load_packed_weights, load_weights
 
 NO_ADAPTERS: Adapters = {group: GroupAdapter(None, None) for group in GROUPS}  # the seed model's
 
@@ -67,6 +68,16 @@ def has_bf16_units(device: str | torch.device) -> bool:
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """bf16 on a GPU with bf16 units, else fp32 (a CPU's text is then the same on every CPU run)."""
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
+
+
+def _samples_from_panels(
+    config: LlamaConfig, ops: Ops | None, device: str | torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether sampling with this table (None: the one that is chosen) packs matrices in panels."""
+    if ops is None:
+        ops = choose("auto", device, dtype, config.widths)
+    sampled = ops.sampled or ops
+    return sampled.packs == "panels" and dtype == torch.float32
 
 
 @dataclass(frozen=True)
@@ -104,19 +115,27 @@ class Llama:
         dtype: torch.dtype | None = None,
         ops: Ops | None = None,
         shard: bool = False,
+        packed: bool = False,
     ) -> Llama:
         """Load a Hugging Face directory: config.json and F32/F16/BF16 safetensors.
 
         dtype None is bf16 on a device with bf16 units, else fp32. With `shard` the processes of
-        the job share the weights out. Raises ValueError naming the file for anything that is not
-        a plain Llama (see model/config.py, model/hf_checkpoint.py).
+        the job share the weights out. `packed`, for sampling alone: where it would pack the
+        matrices in panels, they are packed as they are read, and never held in fp32 together.
+        Raises ValueError naming the file for anything that is not a plain Llama (see
+        model/config.py, model/hf_checkpoint.py).
         """
         path = Path(path)
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype {dtype}: expected float32, bfloat16 or float64")
         checkpoint = locate(path, LlamaConfig.from_dir(path))
-        weights = load_weights(checkpoint, device, dtype, shard)
+        quantised = find_quantised(path, checkpoint.config)
+        if packed and _samples_from_panels(checkpoint.config, ops, device, dtype):
+            weights = load_packed_weights(checkpoint, quantised)
+        else:
+            weights = load_weights(checkpoint, device, dtype, shard)
+            weights.quantised = quantised
         return cls(checkpoint.config, weights, ops)
 
     @property
