@@ -32,9 +32,11 @@ class QuantisedFile:
     formats: dict[str, str]  # tensor -> name of its format
 
     def matrix(self, name: str) -> Quantised | None:
-        """A matrix (N, K) by our name; None where the file lacks it, or a part of it."""
+        """A matrix (N, K) by our name; None where the file lacks it or a part of it, or is gone."""
         members = self.members.get(name, ())
         if not members or any(member not in self.formats for member in members):
+            return None
+        if not self.path.exists():
             return None
         parts = []
         with open_safetensors(self.path) as opened:
