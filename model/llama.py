@@ -49,8 +49,8 @@ from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
 from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
+from model.packed_weights import samples_from_panels
 from model.peft_format import check_copies
-from model.quantised_file import find_quantised
 from model.rotation import Rotation
 from model.tape import Adapters, GroupAdapter, Saved, Tape
 from model.weights import Weights, load_packed_weights, load_weights
@@ -68,16 +68,6 @@ def has_bf16_units(device: str | torch.device) -> bool:
 def default_dtype(device: str | torch.device) -> torch.dtype:
     """bf16 on a GPU with bf16 units, else fp32 (a CPU's text is then the same on every CPU run)."""
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
-
-
-def _samples_from_panels(
-    config: LlamaConfig, ops: Ops | None, device: str | torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether sampling with this table (None: the one that is chosen) packs matrices in panels."""
-    if ops is None:
-        ops = choose("auto", device, dtype, config.widths)
-    sampled = ops.sampled or ops
-    return sampled.packs == "panels" and dtype == torch.float32
 
 
 @dataclass(frozen=True)
@@ -130,12 +120,12 @@ class Llama:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype {dtype}: expected float32, bfloat16 or float64")
         checkpoint = locate(path, LlamaConfig.from_dir(path))
-        quantised = find_quantised(path, checkpoint.config)
-        if packed and _samples_from_panels(checkpoint.config, ops, device, dtype):
-            weights = load_packed_weights(checkpoint, quantised)
+        if packed:
+            ops = ops or choose("auto", device, dtype, checkpoint.config.widths)
+        if packed and not shard and samples_from_panels(ops, dtype):
+            weights = load_packed_weights(checkpoint)
         else:
             weights = load_weights(checkpoint, device, dtype, shard)
-            weights.quantised = quantised
         return cls(checkpoint.config, weights, ops)
 
     @property

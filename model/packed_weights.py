@@ -16,10 +16,17 @@ from torch import Tensor
 from kernels.cpu.panels import Panels
 from kernels.cpu.prepack import PackedWeight, prepack
 from kernels.cpu.quantised_panels import QuantisedPanels
+from kernels.registry import Ops
 from model.layout import GROUPS
 from model.quantised_file import QuantisedFile
 
 ROWS_AT_ONCE = 4096  # rows of a matrix that are compared at a time
+
+
+def samples_from_panels(ops: Ops, dtype: torch.dtype) -> bool:
+    """Whether sampling with this table of operations takes matrices in panels."""
+    sampled = ops.sampled or ops
+    return sampled.packs == "panels" and dtype == torch.float32
 
 
 def has_packed_form(name: str, uses_panels: bool) -> bool:

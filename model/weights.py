@@ -25,7 +25,7 @@ from kernels.cpu.prepack import PackedWeight
 from model.hf_checkpoint import Checkpoint, why_not_finite
 from model.layout import checkpoint_shapes, place_of, weight_shapes
 from model.packed_weights import has_packed_form, packed_form
-from model.quantised_file import QuantisedFile
+from model.quantised_file import QuantisedFile, find_quantised
 
 if TYPE_CHECKING:  # torch's FSDP takes a second to import
     from model.sharded import ShardedWeights
@@ -100,12 +100,14 @@ def load_weights(
                 first_fault = fault
     if weights.is_sharded:
         weights.refuse(first_fault)
-    elif config.tie_embeddings:
+        return weights
+    weights.quantised = find_quantised(checkpoint.directory, config)
+    if config.tie_embeddings:
         weights["head"] = weights["embed"]
     return weights
 
 
-def load_packed_weights(checkpoint: Checkpoint, quantised: QuantisedFile | None) -> PlainWeights:
+def load_packed_weights(checkpoint: Checkpoint) -> PlainWeights:
     """All weights of a checkpoint in fp32 on the CPU, each matrix packed as soon as it is read.
 
     For sampling alone, in panels (packed_weights.py). The largest matrix is read first, so that the
@@ -113,6 +115,7 @@ def load_packed_weights(checkpoint: Checkpoint, quantised: QuantisedFile | None)
     `load_weights`.
     """
     config = checkpoint.config
+    quantised = find_quantised(checkpoint.directory, config)
     shapes = weight_shapes(config)
     on_disk = checkpoint_shapes(config)
     stored: dict[str, list[str]] = {name: [] for name in shapes}  # the tensors of each weight

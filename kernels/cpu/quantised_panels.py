@@ -83,9 +83,11 @@ class QuantisedPanels(Panels):
         )
         has_minima = weight.minima is not None
         code_bits = _code_bits(weight.codes, has_minima)
-        numbers_a_block = 2 if has_minima else 1
-        bits = code_bits + numbers_a_block * SCALE_BITS // block
-        form = block * 16 + code_bits + int(has_minima)
+        bits = code_bits + SCALE_BITS // block
+        form = block * 16 + code_bits  # native/panel.h
+        if has_minima:
+            bits += SCALE_BITS // block
+            form += 1
         self._allocate((N, K), form, bits)
         minima = None  # a null pointer
         if weight.minima is not None:

@@ -140,7 +140,7 @@ def test_every_matrix_stays_quantised_for_sampling_and_comes_back_bit_for_bit(im
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_texts_are_those_of_the_fp32_import(imported, plain_copy, rows):
-    """Tokens and log-probabilities, bit for bit; in one C call for all layers, and by operations."""
+    """Tokens and log-probabilities, bit for bit; of the model loaded packed too."""
     want = written(loaded(plain_copy), rows=2)
     assert any(ids for ids, _ in want.values())
     assert written(loaded(imported), rows=rows) == want

@@ -5,7 +5,8 @@
 
        2, 3, 4    the upper bytes of the fp32 values, as many as hold all of them exactly (linear.c)
        others     quantised: codes of 4 or 8 bits, with a scale for every block of 16 or 32 inputs
-                  and in some a minimum (quantised.c); block * 16 + bits, + 1 where there are minima */
+                  and in some a minimum (quantised.c). The form is block * 16 + bits, and 1 more
+                  where there are minima */
 
 #pragma once
 
