@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.cpu.panels import Panels
 from kernels.cpu.prepack import PackedWeight, prepack
-from kernels.cpu.quantised_panels import QuantisedPanels
+from kernels.cpu.quantised_panels import QuantisedPanels, has_right_products
 from kernels.registry import Ops
 from model.layout import GROUPS
 from model.quantised_file import QuantisedFile
@@ -51,11 +51,17 @@ def packed_form(
 def _quantised_panels(
     name: str, weight: Tensor, quantised: QuantisedFile
 ) -> QuantisedPanels | None:
-    """The matrix from its blocks; None where there are none, or they hold other numbers."""
+    """The matrix from its blocks; None, saying why, where they cannot stand for it."""
     matrix = quantised.matrix(name)
     if matrix is None:
         return None
     panels = QuantisedPanels(matrix)
+    if not has_right_products(panels.form):
+        print(
+            f"weights: products with the quantised {name} are wrong here (form {panels.form}): it "
+            "is packed as it is in fp32"
+        )
+        return None
     if _holds(panels, weight):
         return panels
     print(

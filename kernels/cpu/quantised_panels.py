@@ -26,6 +26,8 @@ from kernels.cpu.panels import Panels
 
 BLOCKS = (16, 32)  # inputs that have a scale in common
 SCALE_BITS = 32
+TRIED = (65, 160)  # the matrix (N, K) on which a form is tried
+TRIED_ROWS = (1, 5, 50)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,51 @@ class QuantisedPanels(Panels):
         native.library().pack_quantised(codes, scales, minima, self.pointer, form, N, K)
 
 
+# (library, form) -> whether its products are right: found once per process
+_is_right: dict[tuple[str, int], bool] = {}
+
+
+def has_right_products(form: int) -> bool:
+    """Whether products in this form are those of `Panels`, bit for bit, on this machine.
+
+    Tried once, on a small matrix, at a row, a whole tile and so many rows that panels are decoded
+    first: as the other C kernels are checked before they are used (kernels/select_ops.py).
+    """
+    key = (native.name(), form)
+    if key not in _is_right:
+        _is_right[key] = _try_products(form)
+    return _is_right[key]
+
+
+def _try_products(form: int) -> bool:
+    """As `has_right_products`, tried now."""
+    block = form // 16
+    has_minima = form % 2 == 1
+    is_long = form & 8 != 0  # codes of 8 bits, else of 4
+    lowest, highest = (-128, 127) if is_long else _range_of_4_bits(has_minima)
+    generator = torch.Generator().manual_seed(0)
+    N, K = TRIED
+    codes = torch.randint(lowest, highest + 1, (N, K), generator=generator, dtype=torch.int8)
+    codes[0, 0] = highest
+    codes[0, 1] = lowest
+    scales = torch.randn(N, K // block, generator=generator)
+    minima = torch.randn(N, K // block, generator=generator) if has_minima else None
+    weight = Quantised(codes, scales, minima)
+    packed = QuantisedPanels(weight)
+    assert packed.form == form, f"form {packed.form}, expected {form}"
+    plain = Panels(weight.decoded())
+    x = torch.randn(max(TRIED_ROWS), K, generator=generator)
+    return all(torch.equal(packed(x[:rows]), plain(x[:rows])) for rows in TRIED_ROWS)
+
+
+def _range_of_4_bits(has_minima: bool) -> tuple[int, int]:
+    """The least and the greatest code of 4 bits: with minima they have no sign."""
+    return (0, 15) if has_minima else (-8, 7)
+
+
 def _code_bits(codes: Tensor, has_minima: bool) -> int:
     """4 where all codes fit: those with minima have no sign, the others have one."""
-    lowest, highest = (0, 15) if has_minima else (-8, 7)
+    lowest, highest = _range_of_4_bits(has_minima)
     if codes.numel() == 0:
         return 4
     fit = int(codes.min()) >= lowest and int(codes.max()) <= highest

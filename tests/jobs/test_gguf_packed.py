@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import shutil
 
@@ -261,6 +262,34 @@ def test_damaged_blocks_are_refused_by_name(imported, tmp_path, case):
     with pytest.raises(ValueError, match=message) as refused:
         loaded(path)
     assert FILE in str(refused.value)
+
+
+class WrongProducts:
+    """The C library, with an error in every product with a weight quantised in one form."""
+
+    def __init__(self, library, form):
+        self.library = library
+        self.form = form
+        self._name = "wrong"
+
+    def __getattr__(self, name):
+        return getattr(self.library, name)
+
+    def linear(self, x, w, bias, y, form, T, K, N):
+        self.library.linear(x, w, bias, y, form, T, K, N)
+        if form == self.form and T > 5:
+            ctypes.c_float.from_address(y).value += 1
+
+
+def test_a_form_whose_products_are_wrong_here_is_not_used(imported, capsys):
+    """Of one form, in tiles that a step of one row does not reach: found before it is used."""
+    form = 32 * 16 + 4 + 1  # Q4_K's
+    library = WrongProducts(native.library(), form)
+    with native.loading_by(Loader(loaded=Loaded(library))):
+        sampling, _ = for_sampling(loaded(imported, ops=NATIVE))
+    assert "products with the quantised 0.o are wrong here" in capsys.readouterr().out
+    assert sampling.weights["0.o"].bits == sampling.weights["1.gate_up"].bits == 32
+    assert isinstance(sampling.weights["0.down"], QuantisedPanels)
 
 
 def test_without_c_kernels_an_import_is_sampled_as_ever(imported, plain_copy):
