@@ -6,7 +6,7 @@
    as many bytes as hold every number of its weight exactly:
        2   bf16: the upper half of the fp32 value; rows j and j + LANES of a panel share a word,
            and one instruction makes either of them fp32
-       3   the upper three bytes: enough for fp16 and most 4-bit quantised weights
+       3   the upper three bytes: enough for fp16
        4   fp32
 
    Every y is a sum of chains: a chain is CHAIN fused multiply-adds over successive k, beginning
