@@ -127,8 +127,10 @@ class Session:
     world: World = World()  # the processes of the job
 
     @classmethod
-    def open(cls, config: ModelConfig) -> Session:
+    def open(cls, config: ModelConfig, *, packed: bool = False) -> Session:
         """Load the model and print where it runs.
+
+        packed: for jobs that only sample. A CPU then holds the matrices packed from the start.
 
         ValueError, before the weights are loaded, for a file that is missing and for a setting
         that is unknown or cannot run here.
@@ -155,7 +157,7 @@ class Session:
         chat = open_chat(config, now)
         with memory_for("loading the weights", LOAD_LESS):
             model = Llama.from_pretrained(
-                path, device=device, dtype=dtype, ops=ops, shard=config.shard
+                path, device=device, dtype=dtype, ops=ops, shard=config.shard, packed=packed
             )
 
         settings = {
@@ -202,6 +204,8 @@ class Session:
         place = f"{facts['dtype']} on {facts['device']}"
         if self.model.is_sharded:
             place += f", split over {self.world.size} processes"
+        if not self.model.is_sharded and self.model.weights.stays_packed:
+            place += f", {self.model.weights.nbytes / 1e9:.2f} GB packed"
         threads = f"{torch.get_num_threads()} threads"
         if waiting():
             threads += f" ({waiting()})"

@@ -99,6 +99,11 @@ class Checkpoint:
     config: LlamaConfig  # of config.json; tie_embeddings as the tensors show it, quantised empty
     files: dict[str, StoredTensor]  # checkpoint name -> its place on disk
 
+    @property
+    def directory(self) -> Path:
+        """The model's directory: all its tensors lie in it."""
+        return self.files[EMBEDDING].file.parent
+
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """Rows first .. end - 1 of a tensor, in the dtype in which it is stored."""
         stored = self.files[name]

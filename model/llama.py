@@ -49,10 +49,11 @@ from model.hf_checkpoint import locate
 from model.kv_cache import KVCache
 from model.layout import GROUPS, bias_name, biased_groups, place_of
 from model.lora import Lora
+from model.packed_weights import samples_from_panels
 from model.peft_format import check_copies
 from model.rotation import Rotation
 from model.tape import Adapters, GroupAdapter, Saved, Tape
-from model.weights import Weights, load_weights
+from model.weights import Weights, load_packed_weights, load_weights
 
 NO_ADAPTERS: Adapters = {group: GroupAdapter(None, None) for group in GROUPS}  # the seed model's
 
@@ -104,19 +105,27 @@ class Llama:
         dtype: torch.dtype | None = None,
         ops: Ops | None = None,
         shard: bool = False,
+        packed: bool = False,
     ) -> Llama:
         """Load a Hugging Face directory: config.json and F32/F16/BF16 safetensors.
 
         dtype None is bf16 on a device with bf16 units, else fp32. With `shard` the processes of
-        the job share the weights out. Raises ValueError naming the file for anything that is not
-        a plain Llama (see model/config.py, model/hf_checkpoint.py).
+        the job share the weights out. `packed`, for sampling alone: where it would pack the
+        matrices in panels, they are packed as they are read, and never held in fp32 together.
+        Raises ValueError naming the file for anything that is not a plain Llama (see
+        model/config.py, model/hf_checkpoint.py).
         """
         path = Path(path)
         dtype = dtype or default_dtype(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(f"dtype {dtype}: expected float32, bfloat16 or float64")
         checkpoint = locate(path, LlamaConfig.from_dir(path))
-        weights = load_weights(checkpoint, device, dtype, shard)
+        if packed:
+            ops = ops or choose("auto", device, dtype, checkpoint.config.widths)
+        if packed and not shard and samples_from_panels(ops, dtype):
+            weights = load_packed_weights(checkpoint)
+        else:
+            weights = load_weights(checkpoint, device, dtype, shard)
         return cls(checkpoint.config, weights, ops)
 
     @property

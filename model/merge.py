@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model import quantised_file
 from model.chat_formats import ADDITIONAL_TEMPLATES
 from model.config import LlamaConfig, read_json
 from model.durable import directory_beside
@@ -160,7 +161,8 @@ def _why_not_copied(file: Path, is_sharded: bool) -> str | None:
         return None if file.name == ADDITIONAL_TEMPLATES else "a directory"
     if not file.is_file():
         return "a broken link, a pipe or a device"
-    if file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"):
+    holds_weights = file.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt")
+    if holds_weights or file.name == quantised_file.FILE:
         return "other weights, without the adapter"
     is_index_of_the_shards = is_sharded and file.name == INDEX
     if file.name.endswith(".index.json") and not is_index_of_the_shards:

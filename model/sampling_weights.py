@@ -7,9 +7,8 @@ for the whole run. `for_sampling` chooses among three cases:
     batch-invariant  a GPU with `invariant`: plain matrices, products with fixed tiles
     plain            otherwise: the model as it is
 
-A packed matrix, the embedding too, is in panels for our own C (kernels/cpu/panels.py) where the
-table of operations reads them. Otherwise it is in oneDNN's layout (kernels/cpu/prepack.py), and the
-embedding stays plain.
+model/packed_weights.py has the packed form of a matrix. A model may also be loaded packed
+(model/weights.py), and then stays so.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from kernels import registry
-from kernels.cpu.prepack import Prepacked, prepack
+from kernels.cpu.prepack import PackedWeight, Prepacked, prepack
 from kernels.registry import TORCH, Ops
 from model.layout import GROUPS, module_name
 from model.llama import Llama
 from model.lora import Lora
+from model.packed_weights import has_packed_form, packed_form
 from model.weights import PlainWeights
 
 
@@ -74,35 +74,50 @@ def pack_weights(model: Llama, ops: Ops, lora: Lora | None, release: bool) -> Ll
     names = [name for name in model.weights if name != "embed"]
     packed = PlainWeights()
     for name in [*names, "embed"]:  # the embedding last: if tied, it is the packed head
-        weight = model.weights[name]
-        assert lora is None or isinstance(weight, Tensor), f"{name} is released: restore it first"
         if name == "embed" and uses_panels and tied:
             packed[name] = packed["head"]
-        elif isinstance(weight, Tensor) and _has_packed_form(name, uses_panels):
-            packed[name] = prepack(merged_weight(weight, lora, name), uses_panels)
         else:
-            packed[name] = weight
+            packed[name] = _packed_weight(model.weights, name, lora, uses_panels)
         if release and lora is None:
             model.weights[name] = packed[name]
     return Llama(model.config, packed, ops)
 
 
-def _has_packed_form(name: str, uses_panels: bool) -> bool:
-    """Whether a weight of this name is packed: the embedding only in panels, norms never."""
-    if name == "embed":
-        return uses_panels
-    _, _, parameter = name.partition(".")
-    return name == "head" or parameter in GROUPS
+def _packed_weight(
+    weights: PlainWeights, name: str, lora: Lora | None, uses_panels: bool
+) -> Tensor | PackedWeight:
+    """A weight as the products of sampling take it, `lora` merged into it.
+
+    A sum is not quantised: a matrix with an adapter takes four bytes a number.
+    """
+    weight = weights[name]
+    if not has_packed_form(name, uses_panels):
+        return weight
+    is_packed = not isinstance(weight, Tensor)
+    assert lora is None or not is_packed or weights.stays_packed, (
+        f"{name} is released: restore it first"
+    )
+    if not _is_adapted(lora, name):
+        return weight if is_packed else packed_form(name, weight, uses_panels, weights.quantised)
+    if is_packed:
+        weight = weight.unpack()
+    return prepack(merged_weight(weight, lora, name), uses_panels)
+
+
+def _is_adapted(lora: Lora | None, name: str) -> bool:
+    """Whether the adapter changes the weight of this name."""
+    layer, _, group_name = name.partition(".")
+    if lora is None or group_name not in GROUPS:
+        return False
+    return lora.group(int(layer), group_name) is not None
 
 
 def merged_weight(weight: Tensor, lora: Lora | None, name: str) -> Tensor:
     """W + s B A (N, K) for a weight W (N, K) by our name, W itself where it has no adapter."""
+    if not _is_adapted(lora, name):
+        return weight
     layer, _, group_name = name.partition(".")
-    if lora is None or group_name not in GROUPS:
-        return weight
     group = lora.group(int(layer), group_name)
-    if group is None:
-        return weight
     merged = []
     members = weight.split(group.sizes)  # (N_i, K) each
     for module, part in zip(GROUPS[group_name], members, strict=True):
@@ -112,10 +127,13 @@ def merged_weight(weight: Tensor, lora: Lora | None, name: str) -> Tensor:
 
 
 def restore_weights(model: Llama) -> None:
-    """Unpack, bit for bit, the matrices that `for_sampling` released; sharded ones never are."""
-    if model.is_sharded:
-        return
+    """Unpack, bit for bit, the matrices that `for_sampling` released.
+
+    Sharded ones never are, and those of a model that was loaded packed stay as they are.
+    """
     weights = model.weights
+    if weights.is_sharded or weights.stays_packed:
+        return
     tied = model.config.tie_embeddings
     for name, weight in weights.items():
         is_second_name = tied and name == "head"  # of the embedding

@@ -24,6 +24,8 @@ from torch import Tensor
 from kernels.cpu.prepack import PackedWeight
 from model.hf_checkpoint import Checkpoint, why_not_finite
 from model.layout import checkpoint_shapes, place_of, weight_shapes
+from model.packed_weights import has_packed_form, packed_form
+from model.quantised_file import QuantisedFile, find_quantised
 
 if TYPE_CHECKING:  # torch's FSDP takes a second to import
     from model.sharded import ShardedWeights
@@ -34,6 +36,14 @@ class PlainWeights(dict[str, "Tensor | PackedWeight"]):
 
     is_sharded = False
     gather_bytes = 0
+    stays_packed = False  # loaded packed, for sampling alone: no plain matrices come back
+    quantised: QuantisedFile | None = None  # the matrices as the GGUF has them that they are from
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that they take; what stands under two names counts once."""
+        by_identity = {id(weight): weight.nbytes for weight in self.values()}
+        return sum(by_identity.values())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The rows of the embedding (T, D) that belong to tokens (T,)."""
@@ -90,7 +100,42 @@ def load_weights(
                 first_fault = fault
     if weights.is_sharded:
         weights.refuse(first_fault)
-    elif config.tie_embeddings:
+        return weights
+    weights.quantised = find_quantised(checkpoint.directory, config)
+    if config.tie_embeddings:
+        weights["head"] = weights["embed"]
+    return weights
+
+
+def load_packed_weights(checkpoint: Checkpoint) -> PlainWeights:
+    """All weights of a checkpoint in fp32 on the CPU, each matrix packed as soon as it is read.
+
+    For sampling alone, in panels (packed_weights.py). The largest matrix is read first, so that the
+    peak is little more than the packed weights, or that matrix in fp32. ValueError as for
+    `load_weights`.
+    """
+    config = checkpoint.config
+    quantised = find_quantised(checkpoint.directory, config)
+    shapes = weight_shapes(config)
+    on_disk = checkpoint_shapes(config)
+    stored: dict[str, list[str]] = {name: [] for name in shapes}  # the tensors of each weight
+    for name in on_disk:
+        stored[place_of(name, config).name].append(name)
+    loaded: dict[str, Tensor | PackedWeight] = {}
+    for name in sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True):
+        weight = torch.empty(shapes[name], dtype=torch.float32)
+        for part in stored[name]:
+            begin = place_of(part, config).first_row
+            end = begin + on_disk[part][0]
+            fault = _read_into(weight, 0, checkpoint, part, begin, end)
+            if fault is not None:
+                raise ValueError(fault)
+        if has_packed_form(name, uses_panels=True):
+            weight = packed_form(name, weight, True, quantised)
+        loaded[name] = weight
+    weights = PlainWeights({name: loaded[name] for name in shapes})
+    weights.stays_packed = True
+    if config.tie_embeddings:
         weights["head"] = weights["embed"]
     return weights
 

@@ -53,7 +53,7 @@ def main() -> None:
     sampling = from_flags(SamplerConfig, args, max_new_tokens=SamplerConfig.max_new_tokens)
     with lock_file(args.out):
         distill_file(
-            Session.open(as_begun(model, meta_file(args.out))),
+            Session.open(as_begun(model, meta_file(args.out)), packed=True),
             data,
             args.out,
             distilling,

@@ -92,7 +92,7 @@ def main() -> None:
         job = harness_job
     with lock_directory(args.out):
         model = as_begun(model, *sorted(args.out.glob("*.meta.json")))
-        session = Session.open(as_trained(model, args.adapter))
+        session = Session.open(as_trained(model, args.adapter), packed=True)
         job(session, config, args.adapter, args.out, sampling, scales)
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     model = as_trained(with_model_found(from_flags(ModelConfig, args)), adapters)
     with lock_file(args.out):
         generate_job(
-            Session.open(model),
+            Session.open(model, packed=True),
             prompts,
             sampling,
             adapter=ScaledAdapter(args.adapter, scale) if args.adapter else None,

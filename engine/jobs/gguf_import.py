@@ -4,8 +4,9 @@ The Llama, Mistral, Qwen or SmolLM3 in a GGUF becomes the files that every other
 `model.safetensors` in fp32 with Hugging Face names, `config.json`, `tokenizer.json` or
 `tokenizer.model`, `tokenizer_config.json` with the chat template, `generation_config.json`. A model
 in several parts is named by any of them. Tensors are dequantised and written some rows at a time,
-so memory does not grow with the model. `gguf_import.json` records the source's hash and is written
-last: a directory with it is complete.
+so memory does not grow with the model. The quantised matrices are kept too, in `model.gguf_blocks`,
+so that a CPU samples from them (model/quantised_file.py). `gguf_import.json` records the source's
+hash and is written last: a directory with it is complete.
 
     gguf_reader.py      metadata and tensors        gguf_weights.py      model.safetensors
     gguf_config.py      config.json                 gguf_tokenizer.py    the tokenizer's files
@@ -25,13 +26,16 @@ from engine.jobs.gguf_config import check_rope_divisors, model_config, write_sta
 from engine.jobs.gguf_reader import parts_of, read_gguf
 from engine.jobs.gguf_source import are_settled, sha256_of, states_of
 from engine.jobs.gguf_tokenizer import vocabulary_file, write_token_settings
-from engine.jobs.gguf_weights import permuted_heads, write_weights
+from engine.jobs.gguf_weights import permuted_heads, write_quantised, write_weights
+from model import quantised_file
 from model.config import LlamaConfig
 from model.durable import directory_beside, file_beside
 from model.file_checks import check_file
 from model.tokenizer import load_tokenizer
 
-IMPORTER = 1  # raised when the same GGUF would give other files: older directories are refused
+# raised when the same GGUF would give another model: older directories are refused. Those without
+# `model.gguf_blocks` are not: they sample the same texts, from more memory
+IMPORTER = 1
 RECORD = "gguf_import.json"
 # what reading a record that is missing, or is not what was written, may raise
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -89,6 +93,7 @@ def import_gguf(source: Path, out: Path) -> bool:
             check_rope_divisors(config, tensors, source)
             heads = permuted_heads(meta["general.architecture"], config)
             write_weights(beside / "model.safetensors", config, tensors, source, heads)
+            write_quantised(beside / quantised_file.FILE, config, tensors, heads)
             (beside / vocabulary.name).write_bytes(vocabulary.content)
             write_token_settings(beside, meta, config.max_position)
             if vocabulary.name == "tokenizer.model":

@@ -1,5 +1,7 @@
 """The weights of a GGUF file: dequantised to fp32, renamed, written as model.safetensors.
 
+The quantised matrices are kept beside them, for sampling on a CPU: model.gguf_blocks.
+
 RoPE rotates pairs of rows of q and k. In a GGUF the rows of a pair are neighbours, (2i, 2i + 1) of
 their head; in Hugging Face's layout they are (i, i + d/2), d the head size. So the rows of every
 head go from (d/2, 2) to (2, d/2). In a GGUF of a Qwen they stand in Hugging Face's order already.
@@ -11,12 +13,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from engine.jobs.gguf_reader import dequantised
 from model.config import LlamaConfig
+from model.ggml_blocks import FORMATS
 from model.layout import checkpoint_shapes
 
 BLOCK_ROWS = 4096  # rows of a matrix that are dequantised and written at a time
@@ -91,22 +94,65 @@ def write_weights(
     hf_names = {gguf_name(name): name for name in shapes}  # by GGUF name
     _check_tensors(shapes, hf_names, tensors, source)
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries = [(name, "F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()]
+    with path.open("wb") as file:
+        _write_header(file, entries, {"format": "pt"})
+        for name, hf_name in hf_names.items():
+            for block in _blocks(tensors[name], _heads_of(hf_name, heads)):
+                file.write(block.astype("<f4", copy=False).data)
+
+
+def write_quantised(
+    path: Path, config: LlamaConfig, tensors: dict[str, Any], heads: dict[str, int]
+) -> None:
+    """Write the quantised matrices as they are, for sampling (model/quantised_file.py).
+
+    Those in a format that sampling reads, in the rows of model.safetensors. Nothing is written
+    where there are none.
+    """
+    entries = []
+    formats = {}
+    for name, shape in checkpoint_shapes(config).items():
+        tensor = tensors[gguf_name(name)]
+        format_name = tensor.tensor_type.name
+        if len(shape) == 2 and format_name in FORMATS:
+            formats[name] = format_name
+            entries.append((name, "U8", tensor.data.shape, tensor.data.nbytes))
+    if not formats:
+        return
+    with path.open("wb") as file:
+        _write_header(file, entries, formats)
+        for name in formats:
+            rows = tensors[gguf_name(name)].data  # (N, bytes of a row)
+            permuted_heads = _heads_of(name, heads)
+            if permuted_heads is not None:
+                rows = halves_of_heads(rows, permuted_heads)
+            for start in range(0, len(rows), BLOCK_ROWS):
+                file.write(np.ascontiguousarray(rows[start : start + BLOCK_ROWS]).data)
+
+
+def _write_header(
+    file: BinaryIO,
+    entries: list[tuple[str, str, tuple[int, ...], int]],  # name, dtype, shape, bytes
+    metadata: dict[str, str],
+) -> None:
+    """Write the header of a safetensors file: its length in 8 bytes, and JSON."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     start = 0  # byte offset in the values
-    for hf_name, shape in shapes.items():
-        end = start + 4 * math.prod(shape)
-        header[hf_name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    for name, dtype, shape, size in entries:
+        end = start + size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start on a multiple of 8
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
 
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name, hf_name in hf_names.items():
-            module = hf_name.split(".")[-2]  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
-            for block in _blocks(tensors[name], heads.get(module)):
-                file.write(block.astype("<f4", copy=False).data)
+
+def _heads_of(hf_name: str, heads: dict[str, int]) -> int | None:
+    """The heads by which the rows of a tensor are reordered, None where they are not."""
+    module = hf_name.split(".")[-2]  # "q_proj" of "model.layers.0.self_attn.q_proj.weight"
+    return heads.get(module)
 
 
 def _check_tensors(

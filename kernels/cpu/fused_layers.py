@@ -108,8 +108,8 @@ class FusedLayers:
 
 
 def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list[int]:
-    """A layer's weights by address, in the order that they are used; then each matrix's bytes per
-    number, by which its packed form is read; then, by address or 0 for none, the bias of q, k and v
+    """A layer's weights by address, in the order that they are used; then the form of each
+    matrix, by which its panels are read; then, by address or 0 for none, the bias of q, k and v
     and the norms of the q and k heads."""
     attn_norm = weights[f"{layer}.attn_norm"]
     qkv = weights[f"{layer}.qkv"]
@@ -125,12 +125,12 @@ def _layer_addresses(weights: Mapping[str, Tensor | Panels], layer: int) -> list
         gate_up.pointer,
         down.pointer,
     ]
-    bytes_per_number = [qkv.bytes, o.bytes, gate_up.bytes, down.bytes]
+    forms = [qkv.form, o.form, gate_up.form, down.form]
     bias = weights.get(f"{layer}.qkv_bias")  # (N,)
     bias_address = 0 if bias is None else at(bias)
     qk_norm = weights.get(f"{layer}.qk_norm")  # (2d,)
     qk_norm_address = 0 if qk_norm is None else at(qk_norm)
-    return [*addresses, *bytes_per_number, bias_address, qk_norm_address]
+    return [*addresses, *forms, bias_address, qk_norm_address]
 
 
 def _check_indices(logits_indices: Tensor, T: int) -> None:

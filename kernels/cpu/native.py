@@ -38,7 +38,7 @@ from torch import Tensor
 from kernels import disk_cache
 
 FOLDER = Path(__file__).resolve().parent / "native"
-SOURCES = ("share.c", "linear.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
+SOURCES = ("share.c", "linear.c", "quantised.c", "attention.c", "rowwise.c", "sample.c", "layers.c")
 # -O3 unrolls and inlines. Nothing may reorder a sum, so none of -ffast-math is in it, and no
 # compiler fuses a product and a sum into one rounding (gcc would, of intrinsics too).
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
@@ -63,6 +63,7 @@ class Signature(NamedTuple):
 SIGNATURES = {
     "panel_columns": Signature(Long, []),
     "pack": Signature(None, [Pointer, Pointer, Long, Long, Long]),
+    "pack_quantised": Signature(None, [Pointer] * 4 + [Long] * 3),
     "look_up": Signature(None, [Pointer, Long, Pointer, Pointer, Long, Long]),
     "linear": Signature(Status, [Pointer] * 4 + [Long] * 4),
     "rms_norm": Signature(Status, [Pointer] * 6 + [Long, Long, Float]),

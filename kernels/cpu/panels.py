@@ -4,8 +4,9 @@
 
 The product is batch-invariant: row i of it is the same bits for any number of rows and threads. It
 multiplies the weight's fp32 numbers; where their low bits are all 0, these are not stored. A number
-takes two bytes for a checkpoint in bf16 (as nearly all are), three for one in fp16 or with most
-4-bit quantised weights, four for one in fp32 or with an adapter merged into it.
+takes two bytes for a checkpoint in bf16 (as nearly all are), three for one in fp16, four for one in
+fp32 or with an adapter merged into it. A quantised weight stays quantised: 5 to 12 bits a number
+(quantised_panels.py).
 
 shapes     x (T, K)    weight (N, K)    bias (N,), or none    y (T, N), fp32
 traffic    T K + T N elements and W once per 528 tokens (264 with AVX2)
@@ -42,20 +43,27 @@ class Panels:
     """A weight (N, K) in panels. Calling it multiplies; indexing it returns rows, unpacked."""
 
     def __init__(self, weight: Tensor) -> None:
-        library = native.library()
         weight = weight.contiguous()
-        self.shape = weight.shape
-        self.dtype = weight.dtype
-        self.device = weight.device
         self.bytes = bytes_needed(weight)  # per number
+        self._allocate(weight.shape, self.bytes, 8 * self.bytes)
         N, K = weight.shape
+        native.library().pack(native.at(weight), self.pointer, self.bytes, N, K)
+
+    def _allocate(self, shape: tuple[int, int], form: int, bits: int) -> None:
+        """Set every field but `bytes`; memory for panels of so many bits a number."""
+        library = native.library()
+        self.shape = torch.Size(shape)
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self.form = form  # how the numbers are stored (native/panel.h)
+        self.bits = bits  # of a number, with its part of a scale and a minimum
+        N, K = shape
         panel_rows = library.panel_columns()  # rows of the weight, columns of y
         padded_rows = cdiv(N, panel_rows) * panel_rows
-        size = padded_rows * K * self.bytes + PADDING
+        size = padded_rows * K * bits // 8 + PADDING
         self.packed = torch.empty(size, dtype=torch.uint8)
         self.pointer = self.packed.data_ptr()
         self._product = library.linear
-        library.pack(native.at(weight), self.pointer, self.bytes, N, K)
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +89,7 @@ class Panels:
         assert lowest >= 0 and highest < N, f"rows {lowest} to {highest} of {N}"
         rows = rows.contiguous()
         indices = native.at(rows, torch.int64)
-        native.library().look_up(self.pointer, self.bytes, indices, y.data_ptr(), n, K)
+        native.library().look_up(self.pointer, self.form, indices, y.data_ptr(), n, K)
         return y
 
     def unpack(self) -> Tensor:
@@ -100,5 +108,5 @@ class Panels:
             assert bias.shape == (N,), f"bias {tuple(bias.shape)} of {N} outputs"
             bias_pointer = native.at(bias)
         pointers = (native.at(x), self.pointer, bias_pointer, y.data_ptr())
-        self._product(*pointers, self.bytes, T, K, N)
+        self._product(*pointers, self.form, T, K, N)
         return y

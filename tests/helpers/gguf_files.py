@@ -166,6 +166,23 @@ def texts() -> list[str]:
     return edges + code + words + made
 
 
+def random_blocks(kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Rows of a quantised matrix, of random bytes; blocks whose numbers are not finite are redrawn.
+
+    Every pattern of bytes is a block: scales, minima and quantised numbers of any size.
+    """
+    numbers, size = gguf.GGML_QUANT_SIZES[kind]
+    draw = np.random.default_rng(seed)
+    blocks = draw.integers(0, 256, (rows * columns // numbers, size), dtype=np.uint8)
+    while True:
+        with np.errstate(all="ignore"):
+            values = gguf.dequantize(blocks, kind).reshape(len(blocks), numbers)
+            bad = ~(np.abs(values).max(axis=1) < 1e30)  # "not <": NaN too
+        if not bad.any():
+            return blocks.reshape(rows, -1)
+        blocks[bad] = draw.integers(0, 256, (int(bad.sum()), size), dtype=np.uint8)
+
+
 def split_gguf(path: Path, count: int) -> list[Path]:
     """Write the tensors of a GGUF into `count` parts, as llama-gguf-split does; returns them.
 

@@ -21,6 +21,7 @@ pytest.importorskip("tokenizers", reason="needs the package tokenizers (extra `b
 
 from tests.helpers.gguf_files import (  # noqa: E402
     gguf_name,
+    random_blocks,
     split_gguf,
     texts,
     vocabulary,
@@ -161,23 +162,6 @@ def table_of_quantisations() -> dict[str, str]:
 def quantised_kinds() -> list:
     """The formats that the package gguf can dequantise, besides plain floating-point numbers."""
     return [kind for kind in gguf.quants._type_traits if kind.name != "BF16"]
-
-
-def random_blocks(kind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Rows of a quantised matrix, of random bytes; blocks whose numbers are not finite are redrawn.
-
-    Every pattern of bytes is a block: scales, minima and quantised numbers of any size.
-    """
-    numbers, size = gguf.GGML_QUANT_SIZES[kind]
-    draw = np.random.default_rng(seed)
-    blocks = draw.integers(0, 256, (rows * columns // numbers, size), dtype=np.uint8)
-    while True:
-        with np.errstate(all="ignore"):
-            values = gguf.dequantize(blocks, kind).reshape(len(blocks), numbers)
-            bad = ~(np.abs(values).max(axis=1) < 1e30)  # "not <": NaN too
-        if not bad.any():
-            return blocks.reshape(rows, -1)
-        blocks[bad] = draw.integers(0, 256, (int(bad.sum()), size), dtype=np.uint8)
 
 
 def test_the_page_lists_every_quantisation_that_is_imported():

@@ -21,6 +21,7 @@ from kernels.cached import Cached
 from kernels.cpu import native, panels
 from kernels.cpu.native import Loaded, Loader
 from kernels.cpu.panels import Panels, bytes_needed
+from kernels.cpu.quantised_panels import Quantised, QuantisedPanels
 from kernels.integers import cdiv
 from kernels.registry import NATIVE, REFERENCE, SPECS, TORCH, functions
 from kernels.spec import cast, check
@@ -335,6 +336,55 @@ def test_guards_of_products(count, threads):
             bias = normal(n, seed=T)
             (y,) = guarded("linear", x, bits, bias, fresh(T, n), count, T, k, n, written=[3])
             assert bitwise(y, plain + bias), "the bias is added last, in one rounding"
+
+
+def quantised(n, k, bits, block, has_minima):
+    """A weight with codes from the lowest to the highest, some scales and minima 0 or below."""
+    lowest, highest = (-128, 127) if bits == 8 else (-8, 7)
+    if has_minima and bits == 4:
+        lowest, highest = 0, 15
+    generator = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(lowest, highest + 1, (n, k), generator=generator, dtype=torch.int8)
+    codes[0, 0], codes[-1, -1] = lowest, highest
+    scales = torch.randn(n, k // block, generator=generator)
+    scales[::5] = 0
+    minima = None
+    if has_minima:
+        minima = torch.randn(n, k // block, generator=generator)
+        minima[::3] = 0
+    return Quantised(codes, scales, minima)
+
+
+FORMS = [(bits, block, minima) for bits in (4, 8) for block in (16, 32) for minima in (False, True)]
+
+
+@pytest.mark.parametrize(("bits", "block", "has_minima"), FORMS)
+def test_guards_of_products_with_quantised_weights(bits, block, has_minima, threads):
+    """And that they are the products of the decoded weight, for tiles of every height."""
+    for n, k in ((1, block), (lanes() + 1, 160), (2 * lanes(), 128), (5 * lanes() - 1, 288)):
+        weight = quantised(n, k, bits, block, has_minima)
+        decoded = weight.decoded()
+        made, plain = QuantisedPanels(weight), Panels(decoded)
+        columns = native.library().panel_columns()
+        packed = made.packed[: cdiv(n, columns) * columns * k * made.bits // 8].clone()
+        minimum_bits = 32 // block if has_minima else 0
+        assert made.bits == bits + 32 // block + minimum_bits
+        parts = (weight.codes, weight.scales, weight.minima)
+        place = 3 if has_minima else 2  # of the packed weight among the tensors
+        (again,) = guarded(
+            "pack_quantised", *parts, fresh(len(packed), dtype=torch.uint8), made.form, n, k,
+            written=[place],
+        )  # fmt: skip
+        assert torch.equal(again, packed)
+        rows = torch.cat((torch.arange(n), torch.randint(n, (70,))))
+        (found,) = guarded(
+            "look_up", packed, made.form, rows, fresh(len(rows), k), len(rows), k, written=[2]
+        )
+        assert bitwise(found, decoded[rows])
+        for T in (*range(1, 8), 12, 13, 19, 49):
+            x = normal(T, k, seed=T)
+            (y,) = guarded("linear", x, packed, None, fresh(T, n), made.form, T, k, n, written=[2])
+            assert bitwise(y, plain(x)), f"{T} rows"
 
 
 def test_guards_of_norms_swiglu_and_rotation(threads):

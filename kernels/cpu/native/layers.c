@@ -3,8 +3,8 @@
    functions for each layer than some of them take, and because one workspace for all layers is less
    memory than a tensor for each of their results.
 
-   table (L, 13): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then the bytes
-   of a number of qkv, o, gate_up and down, then the address of the bias of qkv, 0 for none, and of
+   table (L, 13): a layer's attn_norm, qkv, o, mlp_norm, gate_up, down as addresses, then the forms
+   of qkv, o, gate_up and down (panel.h), then the address of the bias of qkv, 0 for none, and of
    the norms of the q and k heads, 0 for none, and whether q and k are rotated
    h (T, D): the residual stream, changed in place    x (T, D): the last layer's output, to be added
    indices (n), rising, or NULL for all: the tokens that results are needed of. The last layer

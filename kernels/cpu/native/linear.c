@@ -2,10 +2,11 @@
 
    W (N, K) is stored in panels of PANEL of its rows: all numbers of a panel for k = 0, then those
    for k = 1, ... so that a product reads a panel once, from front to back. The last panel is filled
-   up with rows of 0. A number takes as many bytes as hold every number of its weight exactly:
+   up with rows of 0. A quantised weight is stored as quantised.c says; of any other a number takes
+   as many bytes as hold every number of its weight exactly:
        2   bf16: the upper half of the fp32 value; rows j and j + LANES of a panel share a word,
            and one instruction makes either of them fp32
-       3   the upper three bytes: enough for fp16 and most 4-bit quantised weights
+       3   the upper three bytes: enough for fp16
        4   fp32
 
    Every y is a sum of chains: a chain is CHAIN fused multiply-adds over successive k, beginning
@@ -16,19 +17,10 @@
 
    T = tokens, K = inputs, N = outputs, P = panels */
 
-#include "native.h"
-#include "vec.h"
+#include "panel.h"
 
-#define PANEL (2 * LANES)
-#if LANES == 16
-#define ROWS 12 /* x 2 vectors of sums, of 32 registers */
-#else
-#define ROWS 6 /* of 16 */
-#endif
-#define CHAIN 128
 #define BLOCK (44 * ROWS) /* tokens multiplied by a panel while it is in the cache */
 #define WIDENED 4 /* from so many tiles on, converting a panel to fp32 once is faster */
-#define AHEAD 4096 /* bytes; the hardware's own prefetch leaves a third of the bandwidth unused */
 
 long panel_columns(void) { return PANEL; }
 
@@ -59,15 +51,19 @@ void pack(const uint32_t *w, char *out, long bytes, long N, long K) {
 }
 
 /* y (n, K) fp32, as words: rows rows[i] of W, bit for bit. For embeddings, and for unpacking. */
-void look_up(char *w, long bytes, const int64_t *rows, uint32_t *y, long n, long K) {
+void look_up(char *w, long form, const int64_t *rows, uint32_t *y, long n, long K) {
 #pragma omp parallel for schedule(static) if (n > 64)
     for (long i = 0; i < n; i++) {
-        char *panel = w + rows[i] / PANEL * K * PANEL * bytes;
+        char *panel = w + rows[i] / PANEL * panel_bytes(form, K);
         long j = rows[i] % PANEL;
+        if (block_of(form)) {
+            quantised_row(panel, form, j, (float *)(y + i * K), K);
+            continue;
+        }
         for (long k = 0; k < K; k++) {
             uint32_t word = 0;
-            char *upper = (char *)&word + 4 - bytes;
-            memcpy(upper, place(panel, bytes, j, k), bytes);
+            char *upper = (char *)&word + 4 - form;
+            memcpy(upper, place(panel, form, j, k), form);
             y[i * K + k] = word;
         }
     }
@@ -144,10 +140,14 @@ FORM(3)
 FORM(4)
 
 /* A panel converted to fp32 */
-static void widen(const char *panel, long bytes, float *wide, long K) {
+static void widen(const char *panel, long form, float *wide, long K) {
+    if (block_of(form)) {
+        widen_quantised(panel, form, wide, K);
+        return;
+    }
     for (long k = 0; k < K; k++) {
         vec a, b;
-        if (bytes == 2)
+        if (form == 2)
             numbers(2, panel, k, &a, &b);
         else
             numbers(3, panel, k, &a, &b);
@@ -162,7 +162,7 @@ typedef struct {
     const char *w;
     const float *bias;
     float *y;
-    long bytes, first, end, K, N;
+    long form, first, end, K, N;
 } product;
 
 /* A thread's own memory: a panel's columns of y, and a panel as fp32 */
@@ -172,12 +172,12 @@ static void compute_panel(worker *me, const void *what, long p) {
     const product *a = what;
     long T = a->end - a->first;
     long tiles = (T + ROWS - 1) / ROWS;
-    long size = a->K * PANEL * a->bytes; /* bytes of a panel */
+    long size = panel_bytes(a->form, a->K);
     const char *panel = a->w + p * size;
     float *wide = NULL; /* the panel in fp32, after the results in this thread's memory */
-    if (a->bytes < 4 && tiles >= WIDENED) {
+    if (a->form != 4 && tiles >= WIDENED) {
         wide = me->own + T * PANEL;
-        widen(panel, a->bytes, wide, a->K);
+        widen(panel, a->form, wide, a->K);
     }
     long t = a->first;
     for (long i = 0; i < tiles && !late(me); i++) {
@@ -188,12 +188,14 @@ static void compute_panel(worker *me, const void *what, long p) {
         /* A single tile prefetches its own panel; several prefetch a part each of the next one. */
         ahead next;
         next.at = panel + (tiles == 1 ? AHEAD : size + size / tiles * i);
-        next.step = (PANEL * a->bytes + tiles - 1) / tiles;
+        next.step = (size / a->K + tiles - 1) / tiles;
         if (wide)
             tiles4(next, m, in, (char *)wide, out, a->K);
-        else if (a->bytes == 2)
+        else if (block_of(a->form))
+            quantised_tile(a->form, m, in, panel, out, a->K);
+        else if (a->form == 2)
             tiles2(next, m, in, panel, out, a->K);
-        else if (a->bytes == 3)
+        else if (a->form == 3)
             tiles3(next, m, in, panel, out, a->K);
         else
             tiles4(next, m, in, panel, out, a->K);
@@ -229,20 +231,20 @@ static void put_panel(const worker *me, const void *what, long p) {
 }
 
 void share_linear(worker *me, const float *x, const char *w, const float *bias, float *y,
-                  long bytes, long T, long K, long N) {
+                  long form, long T, long K, long N) {
     for (long first = 0; first < T; first += BLOCK) {
-        product a = {x, w, bias, y, bytes, first, least(first + BLOCK, T), K, N};
+        product a = {x, w, bias, y, form, first, least(first + BLOCK, T), K, N};
         share(me, (N + PANEL - 1) / PANEL, compute_panel, put_panel, &a);
     }
 }
 
 static void all_of(worker *me, const void *what) {
     const product *a = what;
-    share_linear(me, a->x, a->w, a->bias, a->y, a->bytes, a->end, a->K, a->N);
+    share_linear(me, a->x, a->w, a->bias, a->y, a->form, a->end, a->K, a->N);
 }
 
-int linear(const float *x, const char *w, const float *bias, float *y, long bytes, long T, long K,
+int linear(const float *x, const char *w, const float *bias, float *y, long form, long T, long K,
            long N) {
-    product a = {x, w, bias, y, bytes, 0, T, K, N};
+    product a = {x, w, bias, y, form, 0, T, K, N};
     return together(0, linear_room(T, K), all_of, &a);
 }

@@ -13,12 +13,14 @@
 
 long panel_columns(void);
 void pack(const uint32_t *w, char *out, long bytes, long N, long K);
-void look_up(char *w, long bytes, const int64_t *rows, uint32_t *y, long n, long K);
-int linear(const float *x, const char *w, const float *bias, float *y, long bytes, long T, long K,
+void pack_quantised(const int8_t *codes, const float *scales, const float *minima, char *out,
+                    long form, long N, long K);
+void look_up(char *w, long form, const int64_t *rows, uint32_t *y, long n, long K);
+int linear(const float *x, const char *w, const float *bias, float *y, long form, long T, long K,
            long N);
 long linear_room(long T, long K);
 void share_linear(worker *me, const float *x, const char *w, const float *bias, float *y,
-                  long bytes, long T, long K, long N);
+                  long form, long T, long K, long N);
 
 int rms_norm(const float *x, const float *residual, const float *w, float *y, float *h, float *rstd,
              long T, long D, float eps);

@@ -58,7 +58,14 @@ INLINE vec power_of_two(vec n) {
 typedef __m512i bits;
 INLINE bits load_bits(const void *p) { return _mm512_loadu_si512(p); }
 INLINE bits up(bits a, int n) { return _mm512_slli_epi32(a, n); }
+INLINE bits down(bits a, int n) { return _mm512_srli_epi32(a, n); }
+INLINE bits down_signed(bits a, int n) { return _mm512_srai_epi32(a, n); }
 INLINE bits upper_half(bits a) { return _mm512_and_si512(a, _mm512_set1_epi32((int)0xffff0000)); }
+INLINE bits lower_4(bits a) { return _mm512_and_si512(a, _mm512_set1_epi32(15)); }
+/* LANES bytes as integers, and integers as the nearest fp32 numbers */
+INLINE bits signed_bytes(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+INLINE bits unsigned_bytes(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+INLINE vec as_floats(bits a) { return _mm512_cvtepi32_ps(a); }
 INLINE vec as_vec(bits a) { return _mm512_castsi512_ps(a); }
 INLINE vec load3(const char *p) { /* LANES numbers of three bytes; reads 64 */
 #ifdef __AVX512VBMI__
@@ -113,7 +120,13 @@ INLINE vec power_of_two(vec n) {
 typedef __m256i bits;
 INLINE bits load_bits(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 INLINE bits up(bits a, int n) { return _mm256_slli_epi32(a, n); }
+INLINE bits down(bits a, int n) { return _mm256_srli_epi32(a, n); }
+INLINE bits down_signed(bits a, int n) { return _mm256_srai_epi32(a, n); }
 INLINE bits upper_half(bits a) { return _mm256_and_si256(a, _mm256_set1_epi32((int)0xffff0000)); }
+INLINE bits lower_4(bits a) { return _mm256_and_si256(a, _mm256_set1_epi32(15)); }
+INLINE bits signed_bytes(const void *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+INLINE bits unsigned_bytes(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+INLINE vec as_floats(bits a) { return _mm256_cvtepi32_ps(a); }
 INLINE vec as_vec(bits a) { return _mm256_castsi256_ps(a); }
 INLINE vec load3(const char *p) { /* reads 28 bytes */
     const __m256i from = _mm256_set_epi8(THREES(0), THREES(0));
