@@ -80,12 +80,17 @@ def _room_is_needed() -> Iterator[None]:
         ) from None
 
 
+def temporary_folder() -> str:
+    """The folder for temporary files."""
+    for folder in (os.environ.get("TMPDIR"), "/var/tmp"):
+        if folder and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return tempfile.gettempdir()
+
+
 def temporary_file() -> BinaryIO:
     """An open file without a name, unbuffered; the system deletes it when it is closed."""
-    folders = (os.environ.get("TMPDIR"), "/var/tmp")
-    usable = [folder for folder in folders if folder and os.access(folder, os.W_OK | os.X_OK)]
-    folder = usable[0] if usable else None
-    file: Any = tempfile.TemporaryFile(buffering=0, dir=folder)  # None: Python's own choice
+    file: Any = tempfile.TemporaryFile(buffering=0, dir=temporary_folder())
     return file
 
 

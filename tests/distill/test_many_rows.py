@@ -94,7 +94,11 @@ from pathlib import Path
 from benchmarks.rows import distil, session_without_weights, write_rows
 from engine.data import data_file, row_store
 from engine.distill import turn_feed
+from engine.data.config import DataConfig
 from engine.runtime import temporary
+from engine.runtime.process_memory import peak_memory
+from engine.train.config import EncodeConfig
+from engine.train.temporary_examples import temporary_examples
 # what is held is of a size of its own: a small one, so that few rows show whether it grows
 turn_feed.TURNS_AT_ONCE = 64
 data_file.CHUNK_BYTES = row_store.WRITTEN_AT_ONCE = 1 << 14
@@ -106,14 +110,19 @@ for count in {counts}:
     with contextlib.redirect_stdout(io.StringIO()):
         figures = distil(session, Path({folder!r}) / f"{{count}}.jsonl")
     assert figures["rows"] == count
-    peaks.append(figures["peak_bytes"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = DataConfig(str(Path({folder!r}) / f"{{count}}.jsonl")).stored()
+        examples = temporary_examples(rows, session, DataConfig("d"), EncodeConfig())
+    assert len(examples) == count
+    peaks.append(peak_memory("cpu"))
 print(*peaks)
 """
 
 
 def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
-    """The whole of distill.py but sampling. With rows, prompts and lines in memory it grew by 5,900
-    bytes a row; the tokenizer's own cache of words takes a few hundred."""
+    """The whole of distill.py but sampling, and the examples of the main job. With rows, prompts
+    and lines in memory it grew by 5,900 bytes a row; the tokenizer's own cache of words takes a
+    few hundred."""
     counts = (150, 900)
     script = GROWTH.format(root=str(ROOT), model=str(tiny), folder=str(tmp_path), counts=counts)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
