@@ -1,13 +1,19 @@
-"""Reading a file of rows for a training: peak memory and seconds, kept on disk and in memory.
+"""Reading a file of rows for a training, and distilling it: peak memory and seconds.
 
     python -m benchmarks.rows --model MODEL_DIR --rows 10000,100000
+    python -m benchmarks.rows --model MODEL_DIR --rows 10000,100000 --forms distill --words 5
 
 Of every number of rows a file of made conversations is written, and read by processes of their own:
-`disk` encodes it into the files that scripts/train.py trains from, then reads all examples once in
-the order of an epoch; `memory` loads its rows and encodes them into a list, as the main job does.
+
+    disk       encodes it into the files that scripts/train.py trains from, then reads all examples
+               once in the order of an epoch
+    memory     loads its rows and encodes them into a list; the examples must be those of `disk`
+    distill    all that scripts/distill.py does but sampling (instant_sampler.py) and scoring: reads
+               and checks the rows, encodes the prompts, judges and writes the lines, sorts them
+
 The peak is the growth of the resident set over that of the process with its tokenizer; the model's
 weights are not loaded. Seconds are those of one processor, which other processes do not change. The
-examples of both must be the same. The last line is JSON.
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,10 +30,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.clock import machine, record
+from benchmarks.instant_sampler import answered_at_once
 from engine.data.config import DataConfig
 from engine.data.encode import EncodeRules, encode, fingerprint, template_takes
+from engine.distill.config import DistillConfig
+from engine.distill.distill import distill_file
 from engine.runtime.process_memory import give_back_freed_memory, held_memory, peak_memory
 from engine.runtime.terminal import table
+from engine.sampling.requests import SamplerConfig
 from engine.session import ModelConfig, Session
 from engine.train.config import TrainConfig
 from engine.train.file_examples import stored_examples
@@ -36,7 +46,7 @@ from model.chat import Chat
 from model.config import LlamaConfig
 from model.tokenizer import load_tokenizer
 
-FORMS = ("disk", "memory")
+FORMS = ("disk", "memory", "distill")
 RULES = EncodeRules(max_length=1024)
 WORDS = "the a of in water light paper seven city river open quick green letter small why".split()
 
@@ -45,19 +55,24 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="its tokenizer and chat template are used")
     parser.add_argument("--rows", default="10000,100000", help="sizes of files, joined by commas")
-    parser.add_argument("--forms", default=",".join(FORMS), help="disk, memory or both")
+    parser.add_argument("--forms", default=",".join(FORMS), help="of disk, memory and distill")
+    parser.add_argument("--words", type=int, default=40, help="words of a row, about")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results")
     parser.add_argument("--worker", nargs=2, metavar=("FORM", "FILE"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def write_rows(path: Path, count: int) -> None:
-    """A file of `count` made rows, one message and its answer each, no two of them alike."""
+def write_rows(path: Path, count: int, words: int) -> None:
+    """A file of `count` made rows, one message and its answer each, no two of them alike.
+
+    words: of a row; three of eight are in the message, and a number before them.
+    """
+    of_question = words * 3 // 8
     made = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            question = " ".join(made.choices(WORDS, k=15))
-            answer = " ".join(made.choices(WORDS, k=25))
+            question = " ".join(made.choices(WORDS, k=of_question))
+            answer = " ".join(made.choices(WORDS, k=words - of_question))
             row = {"instruction": f"{number}: {question}?", "output": f"{answer}."}
             file.write(json.dumps(row) + "\n")
 
@@ -69,32 +84,76 @@ def session_without_weights(path: str) -> Session:
     return Session(ModelConfig(path), model, chat, fingerprint="", settings={})
 
 
-def worker(model: str, form: str, file: str) -> None:
+def worker(model: str, form: str, file: Path) -> None:
     """Read the file in one form; print its figures as JSON."""
     session = session_without_weights(model)
-    data = DataConfig(file)
     session.chat.target([{"role": "user", "content": "a"}], "b")  # what is made once
     give_back_freed_memory("cpu")  # what loading the tokenizer took and gave back
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     held = held_memory("cpu")
+    figures = FORM_WORKERS[form](session, file)
+    # `peak_memory` was read before the hash of all examples was taken
+    figures["peak_bytes"] -= held
+    print(json.dumps({"form": form} | figures))
+
+
+def read_into_memory(session: Session, file: Path) -> dict[str, Any]:
+    """Figures of reading the rows and their examples into memory."""
     started = time.process_time()
-    figures: dict[str, Any] = {"form": form}
-    if form == "memory":
-        rows = data.load(check=template_takes(session.chat))
-        examples, _ = encode(rows, session.chat, RULES)
-        figures["seconds"] = time.process_time() - started
-    else:
-        run = Path(file).with_suffix(".run")
-        examples = stored_examples(session, data, RULES, run)
-        figures["seconds"] = time.process_time() - started
-        figures["disk_bytes"] = sum(examples.account.size.values())
-        started = time.process_time()
-        for batch in batches(len(examples), TrainConfig(epochs=1)):
-            for number in batch.indices:
-                examples[number]
-        figures["epoch_seconds"] = time.process_time() - started
-    figures["peak_bytes"] = peak_memory("cpu") - held  # before the hash of all is taken
-    print(json.dumps(figures | {"rows": len(examples), "examples": fingerprint(examples)}))
+    rows = DataConfig(str(file)).load(check=template_takes(session.chat))
+    examples, _ = encode(rows, session.chat, RULES)
+    return {
+        "seconds": time.process_time() - started,
+        "peak_bytes": peak_memory("cpu"),
+        "rows": len(examples),
+        "examples": fingerprint(examples),
+    }
+
+
+def read_onto_disk(session: Session, file: Path) -> dict[str, Any]:
+    """Figures of reading the rows into a store of examples, and of reading those once."""
+    started = time.process_time()
+    examples = stored_examples(session, DataConfig(str(file)), RULES, file.with_suffix(".run"))
+    figures: dict[str, Any] = {"seconds": time.process_time() - started}
+    figures["disk_bytes"] = sum(examples.account.size.values())
+    started = time.process_time()
+    for batch in batches(len(examples), TrainConfig(epochs=1)):
+        for number in batch.indices:
+            examples[number]
+    figures["epoch_seconds"] = time.process_time() - started
+    figures["peak_bytes"] = peak_memory("cpu")
+    return figures | {"rows": len(examples), "examples": fingerprint(examples)}
+
+
+def distil(session: Session, file: Path) -> dict[str, Any]:
+    """Figures of a distillation whose every answer is there at once."""
+    out = file.with_suffix(".distilled.jsonl")
+    started = time.process_time()
+    with answered_at_once():
+        distill_file(
+            session,
+            DataConfig(str(file)),
+            out,
+            DistillConfig(),
+            SamplerConfig(),
+            scoring=False,
+            resume=False,
+        )
+    seconds = time.process_time() - started
+    peak_bytes = peak_memory("cpu")
+    with out.open("rb") as lines:
+        count = sum(1 for _ in lines)
+    disk_bytes = out.stat().st_size
+    out.unlink()
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes,
+        "rows": count,
+        "disk_bytes": disk_bytes,
+    }
+
+
+FORM_WORKERS = {"disk": read_onto_disk, "memory": read_into_memory, "distill": distil}
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,25 +163,27 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     for count in map(int, args.rows.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.jsonl"
-            write_rows(file, count)
-            made = set()
+            write_rows(file, count, args.words)
+            made = set()  # fingerprints of examples
             for form in args.forms.split(","):
                 worker_command = [*command, "--worker", form, str(file)]
                 done = subprocess.run(worker_command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{form}, {count} rows:\n{done.stderr[-2000:]}")
                 figures = json.loads(done.stdout.splitlines()[-1])
-                made.add(figures.pop("examples"))
+                if "examples" in figures:
+                    made.add(figures.pop("examples"))
                 results.append(figures | {"file_bytes": file.stat().st_size})
                 print(f"{form}, {count:,} rows: {json.dumps(results[-1])}", file=sys.stderr)
-            assert len(made) == 1, f"{count} rows: the examples differ"
+            assert len(made) <= 1, f"{count} rows: the examples differ"
     return results
 
 
 def main() -> None:
     args = parse_args()
     if args.worker:
-        return worker(args.model, *args.worker)
+        form, file = args.worker
+        return worker(args.model, form, Path(file))
     results = measured(args)
     lines = [["kept", "rows", "file MB", "peak MB", "bytes a row", "encoding s", "an epoch s"]]
     for result in results:
@@ -133,7 +194,7 @@ def main() -> None:
         lines.append([result["form"], *cells])
     print(table(lines))
     document = {"benchmark": "rows", "environment": machine("cpu"), "results": results}
-    record(document | {"model": Path(args.model).name}, args.record)
+    record(document | {"model": Path(args.model).name, "words": args.words}, args.record)
 
 
 if __name__ == "__main__":

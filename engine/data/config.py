@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.data.record_shapes import parse_columns
+from engine.data.row_store import StoredRows
 from engine.data.rows import ReadRules, Row, Rows, RowStream
 from engine.data.sources import DirectoryOfFiles, Source, open_source
 from engine.data.table_file import TableFile
@@ -50,6 +51,14 @@ class DataConfig:
         """
         stream = self.stream(open_source(self.data), need_reference, check)
         rows = stream.load()
+        for line in self.account(stream):
+            print(line)
+        return rows
+
+    def stored(self, check: Callable[[Row], None] | None = None) -> StoredRows:
+        """The rows as `load` reads them, kept on disk instead of in memory; prints the same."""
+        stream = self.stream(open_source(self.data), check=check)
+        rows = StoredRows(stream)
         for line in self.account(stream):
             print(line)
         return rows

@@ -192,11 +192,12 @@ class ExampleStore(ExamplesOnDisk):
                     f"{directory / name} has {size} bytes, expected {account.size.get(name)}; "
                     f"delete {directory}, and the same command makes it again"
                 )
+        self.files = tuple(opened)
         self._tokens, self._names, self._index = opened
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._tokens, self._names, self._index):
+        for file in self.files:
             file.close()
 
     def __enter__(self) -> ExampleStore:

@@ -33,25 +33,71 @@ def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     if micro_tokens < 1:
         raise ValueError(f"micro_tokens={micro_tokens}; expected at least 1")
     batches: list[list[int]] = []
-    free: list[int] = []  # tokens that each batch can still take
+    free = _FreeTokens()
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for index in longest_first:
-        number = _first_with_room(free, lengths[index])
+        number = free.first_with(lengths[index])
         if number is None:
             number = len(batches)
             batches.append([])
-            free.append(micro_tokens)
+            free.add(micro_tokens)
         batches[number].append(index)
-        free[number] -= lengths[index]
+        free.take(number, lengths[index])
     return [sorted(batch) for batch in batches]
 
 
-def _first_with_room(free: Sequence[int], length: int) -> int | None:
-    """The first batch that can still take `length` tokens."""
-    for number, room in enumerate(free):
-        if length <= room:
-            return number
-    return None
+class _FreeTokens:
+    """The tokens that each batch can still take; the first with room is found in log(batches).
+
+    A binary tree in one list: node i has the children 2 i and 2 i + 1, and holds the most of any
+    batch below it. The batches are the leaves, from node `_leaves` on; NO_BATCH where there is none
+    yet.
+    """
+
+    NO_BATCH = -1
+
+    def __init__(self) -> None:
+        self._count = 0  # batches
+        self._leaves = 1
+        self._most = [self.NO_BATCH, self.NO_BATCH]
+
+    def add(self, free: int) -> None:
+        """Add a batch."""
+        if self._count == self._leaves:
+            self._double()
+        self._set(self._count, free)
+        self._count += 1
+
+    def take(self, number: int, tokens: int) -> None:
+        """A batch can take so many tokens less; below 0 for an example that is longer than it."""
+        free = self._most[self._leaves + number]
+        self._set(number, free - tokens)
+
+    def first_with(self, length: int) -> int | None:
+        """The first batch that can still take `length` tokens."""
+        if self._most[1] < length:
+            return None
+        node = 1
+        while node < self._leaves:
+            node = 2 * node
+            if self._most[node] < length:
+                node += 1
+        return node - self._leaves
+
+    def _set(self, number: int, free: int) -> None:
+        node = self._leaves + number
+        self._most[node] = free
+        while node > 1:
+            node //= 2
+            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
+
+    def _double(self) -> None:
+        """Make room for twice as many batches."""
+        free = self._most[self._leaves :]
+        self._leaves *= 2
+        self._most = [self.NO_BATCH] * (2 * self._leaves)
+        for number, of_batch in enumerate(free):
+            self._set(number, of_batch)
 
 
 def shared_prompt_prefix(examples: Sequence[Example]) -> int:

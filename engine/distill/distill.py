@@ -21,33 +21,36 @@ order of the data: it does not depend on how many sequences or processes ran tog
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.data.config import DataConfig
-from engine.data.distilled import Distilled
 from engine.data.encode import MAX_LENGTH, prompts_of, template_takes
-from engine.data.rows import Row, Rows, listing
+from engine.data.row_store import StoredRows
+from engine.data.rows import FirstFaults, Row, Rows
 from engine.distill.cascade import AssistantTurn, check_temperature
 from engine.distill.config import DistillConfig
 from engine.distill.distill_report import DistillReport
 from engine.distill.rewrite_prompts import prompt
 from engine.distill.seed_likelihoods import LikelihoodSums, score
+from engine.distill.turn_feed import Share, TurnFeed, TurnIds, unfinished_turns
 from engine.distill.writer import LINE_FIELDS, DistilledWriter, distilled_line
 from engine.measure.likelihood import Scorer
 from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
-from engine.runtime.resumable import ResumedLines
 from engine.runtime.stopping import Stopping
+from engine.runtime.stored_lines import ResumedOnDisk
 from engine.runtime.terminal import progress
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig, SamplerStats
 from engine.session import Session
 from model.chat import Chat
 from model.messages import calls_of
+
+SHOW_AFTER = 2  # seconds after which a check of all rows shows its progress
 
 
 def distill_file(
@@ -65,14 +68,14 @@ def distill_file(
     scoring: whether to score the lines too. resume: whether to continue `out` where it exists.
     """
     config.check()
-    rows = data.load(check=can_be_asked(session.chat, config))
+    rows = data.stored(check=can_be_asked(session.chat, config))
     _print_long_prompts(session, rows)
     distill_job(session, rows, out, config, sampling, scoring=scoring, resume=resume)
 
 
 def distill_job(
     session: Session,
-    rows: Rows,
+    rows: Rows | StoredRows,
     out: Path,
     config: DistillConfig,
     sampling: SamplerConfig,
@@ -87,7 +90,7 @@ def distill_job(
     model, chat = session.model, session.chat
     world = session.world
     settings = distill_settings(session, rows, config, sampling)
-    check_rows(chat, rows)
+    check_rows(chat, rows, not world.is_rank0)
     generator = ChatGenerator(model, chat, sampling)
     report = distill(generator, rows, out, config, settings=settings, resume=resume, world=world)
     print(report.text())
@@ -130,51 +133,33 @@ def distill(
     check_temperature(config.stages, generator.sampling.temperature)
     world = world or World()
     work = SamplingWork(SamplerStats(), seconds=0.0, written=0)
+    turn_ids = TurnIds(rows)
     with (
         lock_file(out),
-        ResumedLines(out, settings, resume=resume, wanted=LINE_FIELDS, world=world) as file,
+        ResumedOnDisk(out, settings, resume=resume, wanted=LINE_FIELDS, world=world) as file,
         Stopping("the running rows are finished and kept") as stop,
     ):
-        finished = {name: distilled_line(record) for name, record in file.done.items()}
-        turn_ids = _turn_ids(rows)
-        own_rows = file.mine(list(rows))
-        turns = list(_unfinished_turns(own_rows, finished))
-        if turns:
-            work = _rewrite(generator, turns, config, file, stop)
+        before = len(file.done)
+        own_rows = Share(rows, world)
+        unfinished = sum(name not in file.done for name in TurnIds(own_rows))
+        if unfinished:
+            turns = unfinished_turns(own_rows, file.done)
+            work = _rewrite(generator, turns, unfinished, config, file, stop)
         world.barrier()  # another process may have hours of rows left
         if world.any_rank(stop.asked):
             stop.end(_kept_text(out, turn_ids, file))
-        stop.kept = f"all {len(turn_ids)} turns are in {out}"
-        records = file.finish(turn_ids)
-        lines = [distilled_line(record) for record in records]
+        stop.kept = f"all turns are in {out}"
+        file.put_in_order(turn_ids)
+        count = sum(1 for _ in turn_ids)
+        lines = file.lines(count, distilled_line)
     return DistillReport(
         lines,
         stats=work.stats,
         seconds=work.seconds,
         written=work.written,
-        before=len(finished),
+        before=before,
         cut_at=config.rules.cut_prompts,
     )
-
-
-def _turn_ids(rows: Sequence[Row]) -> list[str]:
-    """The ids of all assistant turns, in the order of the data."""
-    ids = []
-    for row in rows:
-        ids += [f"{row.id}/{number}" for number in range(len(row.turns))]
-    return ids
-
-
-def _unfinished_turns(
-    rows: Sequence[Row], finished: dict[str, Distilled]
-) -> Iterator[AssistantTurn]:
-    """The first turn without a line of every row that has such a turn."""
-    for row in rows:
-        turn: AssistantTurn | None = AssistantTurn.first(row)
-        while turn is not None and turn.id in finished:
-            turn = turn.following(finished[turn.id].target)
-        if turn is not None:
-            yield turn
 
 
 class SamplingWork(NamedTuple):
@@ -187,13 +172,16 @@ class SamplingWork(NamedTuple):
 
 def _rewrite(
     generator: ChatGenerator,
-    turns: Sequence[AssistantTurn],
+    turns: Iterator[AssistantTurn],
+    unfinished: int,
     config: DistillConfig,
-    file: ResumedLines,
+    file: ResumedOnDisk,
     stop: Stopping,
 ) -> SamplingWork:
-    """Rewrite these turns and those that follow them in their rows, and write their lines."""
-    total = sum(len(turn.row.turns) - turn.number for turn in turns)
+    """Rewrite these turns and those that follow them in their rows, and write their lines.
+
+    turns: taken as the sampler gets room for them. unfinished: turns without a line, for the bar.
+    """
     has_choice = any(stage.tries > 1 for stage in config.stages)
     needs_scorer = config.choose == "likelihood" and has_choice
     invariant = generator.sampling.invariant
@@ -204,25 +192,21 @@ def _rewrite(
     with (
         generator.sampler() as sampler,
         candidate_scorer as scorer,
-        progress(total=total, desc="distill", unit="turn", disable=is_quiet) as bar,
+        progress(total=unfinished, desc="distill", unit="turn", disable=is_quiet) as bar,
     ):
         if scorer is not None:
             scorer.make_room = sampler.begin_again
         stop.finish = sampler.drain  # called at the first Ctrl-C or SIGTERM
         writer = DistilledWriter(generator.chat, config, sampler, scorer, file)
-        # 1. submit the first stage of every turn
-        for turn in turns:
-            writer.start(turn)
-        if writer.no_room:
-            print(
-                f"NOTE: of {len(turns)} requests {writer.no_room} leave no room for an answer in "
-                f"the model's {writer.context_tokens} tokens: their references stay "
-                "(prompt_too_long)"
-            )
-        # 2. sample; judge every finished attempt, write decided lines, submit what follows them
+        # 1. submit the first stage of as many turns as are held at a time
+        feed = TurnFeed(turns, writer, stop)
+        feed.fill()
+        # 2. sample; judge every finished attempt, write decided lines, submit what follows them,
+        #    and the first stage of further turns
         started = time.perf_counter()
         for completion in sampler.run():
             writer.take(completion)
+            feed.fill()
             tokens_per_second = sampler.stats.new_tokens / (time.perf_counter() - started)
             running = len(sampler.scheduler.running)
             speed = f"{tokens_per_second:.0f} tokens/s, {running} running"
@@ -232,16 +216,21 @@ def _rewrite(
         return SamplingWork(sampler.stats, seconds, writer.written)
 
 
-def _kept_text(out: Path, turn_ids: Sequence[str], file: ResumedLines) -> str:
+def _kept_text(out: Path, turn_ids: Iterable[str], file: ResumedOnDisk) -> str:
     """The message of a run that was stopped: how many turns are in the file."""
     if file.world.size > 1:
         return f"the finished turns are in {out} and its parts"
-    finished = [name for name in turn_ids if name in file.done]
-    return f"{len(finished)} of {len(turn_ids)} turns are in {out}"
+    total = 0
+    finished = 0
+    for name in turn_ids:
+        total += 1
+        if name in file.done:
+            finished += 1
+    return f"{finished} of {total} turns are in {out}"
 
 
 def distill_settings(
-    session: Session, rows: Rows, config: DistillConfig, sampling: SamplerConfig
+    session: Session, rows: Rows | StoredRows, config: DistillConfig, sampling: SamplerConfig
 ) -> dict[str, Any]:
     """The content of FILE.meta.json: the settings and data on which the distilled file depends."""
     data = {
@@ -290,36 +279,49 @@ def can_be_asked(chat: Chat, config: DistillConfig) -> Callable[[Row], None]:
     return check
 
 
-def check_rows(chat: Chat, rows: Rows) -> None:
-    """ValueError naming the turns that cannot be encoded as training examples."""
-    faults = []
-    for row in rows:
+def check_rows(chat: Chat, rows: Iterable[Row], quiet: bool = False) -> None:
+    """ValueError naming the turns that cannot be encoded as training examples.
+
+    quiet: show no progress.
+    """
+    faults = FirstFaults()
+    for row in _shown(rows, "check", quiet):
         for number, position in enumerate(row.turns):
             try:
                 chat.target(row.messages[:position], row.messages[position])
             except ValueError as error:
-                faults.append(f"{row.id}/{number}: {error}")
-    if faults:
-        fault = f"{len(faults)} turns cannot be encoded for this model"
-        raise ValueError(listing(fault, faults, "remove or change them"))
+                faults.add(f"{row.id}/{number}: {error}")
+    if faults.count:
+        fault = f"{faults.count} turns cannot be encoded for this model"
+        raise ValueError(faults.listing(fault, "remove or change them"))
 
 
-def _print_long_prompts(session: Session, rows: Sequence[Row]) -> None:
+def _shown(rows: Iterable[Row], what: str, quiet: bool) -> Iterable[Row]:
+    """The rows, with a progress bar where reading them takes long."""
+    return progress(rows, desc=what, unit="row", leave=False, delay=SHOW_AFTER, disable=quiet)
+
+
+def _print_long_prompts(session: Session, rows: Iterable[Row]) -> None:
     """Print how many turns training will refuse for the length of their prompts."""
     context_tokens = session.model.config.max_position
     limit = min(MAX_LENGTH, context_tokens)
-    lengths: list[int] = []  # tokens of the prompt of every turn
-    for row in rows:
+    turns = 0
+    too_long = 0
+    filling = 0
+    for row in _shown(rows, "measure", not session.world.is_rank0):
         for messages in prompts_of(row):
-            lengths.append(len(session.chat.prompt_ids(messages)))
-    too_long = [length for length in lengths if length >= limit]
+            length = len(session.chat.prompt_ids(messages))
+            turns += 1
+            if length >= limit:
+                too_long += 1
+            if length >= context_tokens:
+                filling += 1
     if not too_long:
         return
-    filling = [length for length in lengths if length >= context_tokens]
     longer = "a higher --max-length, " if context_tokens > MAX_LENGTH else ""
     print(
-        f"NOTE: {len(too_long)} of {len(lengths)} turns have prompts of {limit} tokens or more "
-        f"({len(filling)} of them fill the model's {context_tokens}): scripts/train.py stops at "
+        f"NOTE: {too_long} of {turns} turns have prompts of {limit} tokens or more "
+        f"({filling} of them fill the model's {context_tokens}): scripts/train.py stops at "
         f"them, except under {longer}--drop-long (which --preset yang2024-* sets) or "
         "--cut-in-proportion"
     )

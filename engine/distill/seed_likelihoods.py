@@ -12,9 +12,10 @@ An answer that is empty, or too long for the model, has nll null and 0 tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from engine.data.distilled import CONTEXT, Distilled
 from engine.measure.likelihood import (
     BATCH_TOKENS,
+    PackedScorer,
+    Scorer,
     ScoringRequest,
     collective_rounds,
     scorer_for,
@@ -30,11 +33,12 @@ from engine.measure.likelihood import (
 from engine.runtime.distributed import World
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
-from engine.runtime.resumable import ResumedLines
+from engine.runtime.stored_lines import ResumedOnDisk
 from engine.runtime.terminal import print_once, progress
 from model.chat import Chat
 from model.llama import Llama
 
+REQUESTS_FOR_PREFIX = 4096  # whose prompts tell which beginning is computed once for all
 NATS = (float, int, type(None))
 SCORE_FIELDS = {  # name -> type, beside the id
     "reference_nll": NATS,
@@ -82,7 +86,7 @@ class LikelihoodSums:
 def score(
     model: Llama,
     chat: Chat,
-    lines: Sequence[Distilled],
+    lines: Iterable[Distilled],
     out: Path,
     settings: dict[str, Any],
     world: World | None = None,
@@ -91,61 +95,127 @@ def score(
     """Score every line that is trained on into `out` (FILE.scores.jsonl); returns the sums.
 
     Lines that are in `out` already are kept. settings: those of the distilled file; ValueError
-    where `out` was begun under others. invariant: a score does not depend on those beside it on a
-    GPU either. Where memory is short, fewer lines are scored together.
+    where `out` was begun under others. lines: iterated several times. invariant: a score does not
+    depend on those beside it on a GPU either. Where memory is short, fewer lines are scored
+    together.
     """
-    trained = [line for line in lines if line.status != CONTEXT]
+    trained = TrainedLines(lines)
     sums = LikelihoodSums()
     started = time.perf_counter()
     with (
         lock_file(out),
-        ResumedLines(out, settings, resume=True, wanted=SCORE_FIELDS, world=world) as file,
+        ResumedOnDisk(out, settings, resume=True, wanted=SCORE_FIELDS, world=world) as file,
     ):
-        missing = [line for line in file.mine(trained) if line.id not in file.done]
-        requests = [_scoring_request(model, chat, line) for line in missing]
-        with_answers = []
-        for request in requests:
-            if any(request.answers):
-                with_answers.append(request)
-            else:  # nothing to score: its prompt may not even fit the model
-                file.write(_score_record(request, request.answers))
-        sums.scored = _score_requests(model, with_answers, file, invariant)
+        sums.scored = _score_missing(model, chat, MissingLines(trained, file), invariant)
         sums.seconds = time.perf_counter() - started
-        for record in file.finish([line.id for line in trained]):
-            sums.add(record)
+        file.put_in_order(trained.ids)
+        for name in trained.ids:
+            sums.add(file.done[name])
     return sums
 
 
-def _score_requests(
-    model: Llama, requests: Sequence[ScoringRequest], file: ResumedLines, invariant: bool
-) -> int:
-    """Score the requests and write their records; returns the answer tokens scored."""
+class TrainedLines:
+    """The lines that are trained on: all but those that are context only.
+
+    They and their ids may be iterated several times, and are not kept.
+    """
+
+    def __init__(self, lines: Iterable[Distilled]) -> None:
+        self.lines = lines
+        self.ids = _Ids(self)
+
+    def __iter__(self) -> Iterator[Distilled]:
+        for line in self.lines:
+            if line.status != CONTEXT:
+                yield line
+
+
+class _Ids:
+    """The ids of lines."""
+
+    def __init__(self, lines: Iterable[Distilled]) -> None:
+        self.lines = lines
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            yield line.id
+
+
+class MissingLines:
+    """The trained lines of this process that its file of scores lacks; may be iterated several
+    times."""
+
+    def __init__(self, trained: Iterable[Distilled], file: ResumedOnDisk) -> None:
+        self.trained = trained
+        self.file = file
+
+    def __iter__(self) -> Iterator[Distilled]:
+        world = self.file.world
+        for line in itertools.islice(self.trained, world.rank, None, world.size):
+            if line.id not in self.file.done:
+                yield line
+
+
+def _score_missing(model: Llama, chat: Chat, missing: MissingLines, invariant: bool) -> int:
+    """Score the lines and write their records; returns the answer tokens scored."""
+    file = missing.file
     most_tokens = BATCH_TOKENS[model.device.type]
-    batches = list(scoring_batches(requests, most_tokens))
-    if batches and model.device.type != "cpu":
-        print_once(f"scoring: up to {most_tokens} tokens at a time (automatic)")
-    rounds = collective_rounds(model, file.world, len(batches))
-    while len(batches) < rounds:
-        batches.append([])  # this rank has no work left, but joins the others' collectives
-    if not batches:
+    rounds = 0  # forwards that all ranks make, where they make them together
+    if model.is_sharded:
+        requests = _answered_requests(model, chat, missing, None)
+        own = sum(1 for _ in scoring_batches(requests, most_tokens))
+        rounds = collective_rounds(model, file.world, own)
+    requests = _answered_requests(model, chat, missing, file)
+    first = list(itertools.islice(requests, REQUESTS_FOR_PREFIX))
+    if not first and not rounds:
         return 0
+    if first and model.device.type != "cpu":
+        print_once(f"scoring: up to {most_tokens} tokens at a time (automatic)")
     scored = 0
-    prompts = [request.prompt for request in requests]
+    prompts = [request.prompt for request in first]
     is_quiet = not file.world.is_rank0
+    count = sum(1 for _ in missing)
     with (
         file.world.report_lost_rank(),
         scorer_for(model, prompts, invariant) as scorer,
-        progress(total=len(requests), desc="score", unit="turn", disable=is_quiet) as bar,
+        progress(total=count, desc="score", unit="turn", disable=is_quiet) as bar,
     ):
-        for batch in batches:
-            all_losses = scorer.losses(batch)  # [request][answer][token], nats
-            for request, losses in zip(batch, all_losses, strict=True):
-                answer_losses = []
-                for nats, prompt_tokens in zip(losses, request.skip, strict=True):
-                    answer_losses.append(nats[prompt_tokens:])
-                file.write(_score_record(request, answer_losses))
-                scored += sum(len(nats) for nats in answer_losses)
-                bar.update()
+        for batch in scoring_batches(itertools.chain(first, requests), most_tokens):
+            scored += _score_batch(scorer, batch, file)
+            rounds -= 1
+            bar.update(len(batch))
+        for _ in range(rounds):  # this rank has no work left, but joins the others' collectives
+            scorer.losses([])
+    return scored
+
+
+def _answered_requests(
+    model: Llama, chat: Chat, lines: Iterable[Distilled], file: ResumedOnDisk | None
+) -> Iterator[ScoringRequest]:
+    """The requests of the lines, but for those without an answer to score.
+
+    Their records are written to `file` at once; None: they are not written.
+    """
+    for line in lines:
+        request = _scoring_request(model, chat, line)
+        if any(request.answers):
+            yield request
+        elif file is not None:  # its prompt may not even fit the model
+            file.write(_score_record(request, request.answers))
+
+
+def _score_batch(
+    scorer: Scorer | PackedScorer, batch: Sequence[ScoringRequest], file: ResumedOnDisk
+) -> int:
+    """Score requests together and write their records; returns their answer tokens."""
+    scored = 0
+    all_losses = scorer.losses(batch)  # [request][answer][token], nats
+    for request, losses in zip(batch, all_losses, strict=True):
+        answer_losses = []
+        for nats, prompt_tokens in zip(losses, request.skip, strict=True):
+            answer_losses.append(nats[prompt_tokens:])
+        file.write(_score_record(request, answer_losses))
+        scored += sum(len(nats) for nats in answer_losses)
     return scored
 
 

@@ -23,7 +23,7 @@ from engine.distill.config import DistillConfig
 from engine.distill.rewrite_prompts import prompt
 from engine.distill.selection import judge
 from engine.measure.likelihood import Scorer
-from engine.runtime.resumable import ResumedLines
+from engine.runtime.stored_lines import ResumedOnDisk
 from engine.sampling.requests import Completion, Request
 from engine.sampling.sampler import Sampler
 from engine.verify.tool_calls import verifier_of_calls
@@ -55,7 +55,7 @@ class DistilledWriter:
     config: DistillConfig
     sampler: Sampler
     scorer: Scorer | None  # finds the likeliest of several accepted attempts; None: the first wins
-    file: ResumedLines
+    file: ResumedOnDisk
     sampling: dict[str, TurnAttempts] = field(default_factory=dict)  # turns by request id
     written: int = 0  # lines
     no_room: int = 0  # stages whose prompt fills the model's context

@@ -15,14 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.data.distilled import Distilled
-from engine.data.encode import Example, check_some_are_left, fingerprint
-from engine.data.rows import Rows
+from engine.data.encode import (
+    Example,
+    ExamplesOnDisk,
+    check_some_are_left,
+    fingerprint,
+    sizes,
+)
+from engine.data.example_store import ExampleStore
+from engine.data.row_store import StoredRows
+from engine.data.rows import Row
+from engine.data.subset import FirstItems
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.evaluate.arm_grammar import PLAIN, Arm
@@ -30,15 +39,16 @@ from engine.jobs.costs import Cost, StageSeconds
 from engine.jobs.job_config import JobConfig
 from engine.jobs.stages import encode_rows, replay_config, replay_rows
 from engine.measure.seed_nll import nll_under_seed
-from engine.runtime.files import read_jsonl
+from engine.runtime.files import each_of_jsonl, read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
 from engine.train.losses import Loss
 from engine.train.replay import replay_pool
+from engine.train.temporary_examples import joined
 from engine.train.train import FrozenModel, finished_summary, train
 from engine.train.validate import Validator
 from model.lora import Lora
-from model.trained_chat import TrainedChat, common_system
+from model.trained_chat import TrainedChat
 
 # methods that are trained on rewrites shown the reference, and so need distilled.jsonl
 GUIDED = ("sdft", "rft")
@@ -51,18 +61,14 @@ class Material:
     """What the arms are trained on."""
 
     folder: Path  # of the seed's likelihoods per token
-    lines: Sequence[Distilled]  # references, and rewrites that were shown them
+    lines: Sequence[Distilled]  # references, and rewrites that were shown them; on disk
     unguided: Sequence[Distilled] | None = None  # for `self`; None where no arm needs them
 
-    def of_rows(self, names: set[str]) -> Material:
-        """The material of the rows with these ids."""
-        unguided = None if self.unguided is None else _turns_of(self.unguided, names)
-        return Material(self.folder, _turns_of(self.lines, names), unguided)
-
-
-def _turns_of(lines: Sequence[Distilled], names: set[str]) -> list[Distilled]:
-    """The turns of those rows; a line's id is "row/turn"."""
-    return [line for line in lines if line.id.rpartition("/")[0] in names]
+    def of_rows(self, rows: Iterable[Row]) -> Material:
+        """The material of these rows, which are the first ones of all."""
+        turns = sum(len(row.turns) for row in rows)  # each has a line, in the order of the rows
+        unguided = None if self.unguided is None else FirstItems(self.unguided, turns)
+        return Material(self.folder, FirstItems(self.lines, turns), unguided)
 
 
 def check_arms(session: Session, config: JobConfig[Any], arms: Sequence[Arm]) -> None:
@@ -79,7 +85,7 @@ def check_arms(session: Session, config: JobConfig[Any], arms: Sequence[Arm]) ->
 def make_material(
     session: Session,
     config: JobConfig[Any],
-    rows: Rows,
+    rows: StoredRows,
     report: DistillReport,
     arms: Sequence[Arm],
     out: Path,
@@ -104,7 +110,7 @@ def make_material(
 
 
 def unguided_report(
-    session: Session, config: JobConfig[Any], rows: Rows, file: Path
+    session: Session, config: JobConfig[Any], rows: StoredRows, file: Path
 ) -> DistillReport:
     """The seed's own answers to the plain prompts, verified like rewrites, in `file`."""
     unguided = config.distill.unguided()
@@ -124,9 +130,14 @@ class TrainedArm:
 
     lora: Lora | None  # None: its weights were deleted after the training (`finished_arm`)
     summary: dict[str, Any]  # of the training: counts, losses, seconds
-    examples: list[Example]  # of the task, without replay
+    examples: ExampleStore  # of the task, without replay
     replay: list[Example]
     loss: str  # that it was trained with
+
+    @property
+    def all_examples(self) -> ExamplesOnDisk:
+        """The examples of the task and those of replay, as they were trained on."""
+        return joined(self.examples, self.replay)
 
 
 def train_arm(
@@ -144,17 +155,16 @@ def train_arm(
     trained on the same ones in the same order; only the answers differ.
     """
     examples, replay, config = _prepared(session, config, arm, material, stages)
-    trained_on = [*examples, *replay]
+    trained_on = joined(examples, replay)
     if Loss.parse(config.train.loss).needs_seed:
         _score(session, trained_on, material.folder, stages)
-    system = common_system([line.messages for line in material.lines])
     lora, summary = train(
         FrozenModel.of(session, material.folder),
         trained_on,
         config.lora,
         config.train,
         out,
-        chat=TrainedChat.of(session.chat, system),
+        chat=TrainedChat.of(session.chat, examples.account.system),
         validator=validator,
         resume=out.exists(),
     )
@@ -175,7 +185,7 @@ def finished_arm(
     """
     examples, replay, config = _prepared(session, config, arm, material, stages)
     frozen = FrozenModel.of(session, material.folder)
-    trained_on = [*examples, *replay]
+    trained_on = joined(examples, replay)
     summary = finished_summary(frozen, trained_on, config.lora, config.train, out)
     return TrainedArm(None, summary, examples, replay, config.train.loss)
 
@@ -186,7 +196,7 @@ def _prepared(
     arm: Arm,
     material: Material,
     stages: StageSeconds,
-) -> tuple[list[Example], list[Example], JobConfig[Any]]:
+) -> tuple[ExampleStore, list[Example], JobConfig[Any]]:
     """The examples of an arm's task, those of replay, and the settings of its training."""
     examples = examples_of(session, config, arm, material)
     replay = _replay(session, config, arm, len(examples), stages)
@@ -196,7 +206,7 @@ def _prepared(
 
 def examples_of(
     session: Session, config: JobConfig[Any], arm: Arm, material: Material
-) -> list[Example]:
+) -> ExampleStore:
     """The examples of an arm, without replay; prints how many were encoded, cut and left out."""
     seed = config.train.seed
     if arm.method in ("sft", "replay"):
@@ -271,7 +281,10 @@ def _score_stage(examples: Sequence[Example]) -> str:
 
 def _scored_lines(folder: Path) -> int:
     """The examples that are scored in a folder so far."""
-    return sum(len(read_jsonl(file)) for file in folder.glob("seed-nll-*.jsonl"))
+    count = 0
+    for file in folder.glob("seed-nll-*.jsonl"):
+        count += sum(1 for _ in each_of_jsonl(file))
+    return count
 
 
 # ---- cost
@@ -301,8 +314,8 @@ def arm_cost(
         known = generate_seconds is not None and each is not None
         generate_seconds = generate_seconds + each * len(trained.replay) if known else None
     if Loss.parse(trained.loss).needs_seed:
-        examples = [*trained.examples, *trained.replay]
-        scored = sum(len(example.ids) for example in examples)
+        examples = trained.all_examples
+        scored = sum(size.tokens for size in sizes(examples))
         score_seconds = stages.of(_score_stage(examples))
     return Cost(
         generated=generated,

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from engine.data.distilled import KEPT, Distilled
-from engine.data.encode import Example, prompts_of
+from engine.data.encode import Example, prompts_of, sizes
+from engine.data.row_store import StoredRows
 from engine.data.rows import Row, Rows
 from engine.data.subset import evenly_spaced
 from engine.distill.config import DistillConfig
@@ -89,7 +90,7 @@ def preflight(session: Session, config: Config) -> dict[str, Any]:
     config.check()
     started = time.perf_counter()
     config = config.as_published()
-    rows = config.data.load(check=can_be_asked(session.chat, config.distill))
+    rows = config.data.stored(check=can_be_asked(session.chat, config.distill))
     examples = encode_rows(session, config, rows, "reference")  # ValueError for a row too long
     config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
     sample = sample_of(rows, config.job.sample)
@@ -130,7 +131,7 @@ def preflight(session: Session, config: Config) -> dict[str, Any]:
     return figures
 
 
-def sample_of(rows: Rows, count: int) -> Rows:
+def sample_of(rows: StoredRows, count: int) -> Rows:
     """`count` rows spread over the file; of a conversation the part up to its first answer."""
     sample = []
     for row in evenly_spaced(rows, count):
@@ -406,7 +407,7 @@ def disk_bytes(session: Session, config: Config, distilled_bytes: float) -> floa
 
 
 def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.ids) for example in examples)
+    return sum(size.tokens for size in sizes(examples))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,13 +19,16 @@ command continues. The weights are loaded once.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.encode import Example
+from engine.data.disk_tables import TextsById
+from engine.data.encode import Example, names
+from engine.data.row_store import StoredRows
 from engine.data.rows import Rows
 from engine.data.subset import evenly_spaced
 from engine.distill.distill import can_be_asked, distill, distill_settings
@@ -57,6 +60,7 @@ from engine.report.collect import token_nll, tuned_answers
 from engine.report.page import write_report
 from engine.runtime.files import write_json, write_text
 from engine.runtime.limits import MOST, check_numbers
+from engine.runtime.temporary import TemporaryNumbers
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import SamplerConfig
 from engine.session import Session
@@ -197,7 +201,7 @@ def run(session: Session, config: Config, out: Path) -> dict[str, Any]:
 class Inputs:
     """The data of the job, read and checked."""
 
-    rows: Rows  # to train on
+    rows: StoredRows  # to train on
     held_out: Rows | None  # None without --eval-data
     validator: Validator | None  # None without --val-every
 
@@ -208,7 +212,7 @@ class Inputs:
 def load_inputs(session: Session, config: Config) -> Inputs:
     """Read every file; ValueError for a fault in any of them, before hours of work."""
     check_arms(session, config, parse_arms(config.job.arms))
-    rows = config.data.load(check=can_be_asked(session.chat, config.distill))
+    rows = config.data.stored(check=can_be_asked(session.chat, config.distill))
     held_out = held_out_rows(session, config, rows)
     examples = encode_rows(session, config, rows, "reference")
     config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
@@ -218,7 +222,7 @@ def load_inputs(session: Session, config: Config) -> Inputs:
     return Inputs(rows, held_out, validator)
 
 
-def distil_rows(session: Session, config: Config, out: Path, rows: Rows) -> DistillReport:
+def distil_rows(session: Session, config: Config, out: Path, rows: StoredRows) -> DistillReport:
     """Rewrite the references into OUT/distilled.jsonl."""
     return distill(
         ChatGenerator(session.model, session.chat, config.sampling),
@@ -231,7 +235,7 @@ def distil_rows(session: Session, config: Config, out: Path, rows: Rows) -> Dist
 
 
 def score_lines(
-    session: Session, config: Config, out: Path, rows: Rows, results: Results
+    session: Session, config: Config, out: Path, rows: StoredRows, results: Results
 ) -> LikelihoodSums:
     """The seed's likelihoods of references and rewrites, in OUT/distilled.jsonl.scores.jsonl."""
     settings = distill_settings(session, rows, config.distill, config.sampling)
@@ -315,11 +319,8 @@ def collect_for_report(
     settings = session.settings | {"adapters": results.hashes}
     tokenizer = session.chat.tokenizer
     references = _examples(session, config, "sft", results)
-    rewrites = {one.id: one for one in _examples(session, config, "sdft", results)}
-    # under --drop-rejected SDFT is trained on fewer rows
-    both = [example for example in references if example.id in rewrites]
-    sft = evenly_spaced(both, config.job.report_rows)
-    sdft = [rewrites[example.id] for example in sft]
+    rewrites = _examples(session, config, "sdft", results)
+    sft, sdft = same_turns(references, rewrites, config.job.report_rows)
     token_nll(session.model, tokenizer, sft, sdft, out / "tokens.jsonl", settings)
     tuned_answers(
         _general_generator(session, config),
@@ -331,7 +332,30 @@ def collect_for_report(
     )
 
 
-def _examples(session: Session, config: Config, arm: str, results: Results) -> list[Example]:
+def same_turns(
+    references: Sequence[Example], rewrites: Sequence[Example], count: int
+) -> tuple[list[Example], list[Example]]:
+    """`count` evenly spaced references that have a rewrite, and their rewrites.
+
+    Under --drop-rejected SDFT is trained on fewer rows.
+    """
+    with contextlib.closing(TextsById()) as places:  # of the rewrites, by id
+        for place, name in enumerate(names(rewrites)):
+            places.add(name, str(place))
+        of_references = TemporaryNumbers()  # places of those that have a rewrite
+        of_rewrites = TemporaryNumbers()
+        for place, name in enumerate(names(references)):
+            found = places.get(name)
+            if found is not None:
+                of_references.append(place)
+                of_rewrites.append(int(found))
+    chosen = evenly_spaced(range(len(of_references)), count)
+    sft = [references[of_references[number]] for number in chosen]
+    sdft = [rewrites[of_rewrites[number]] for number in chosen]
+    return sft, sdft
+
+
+def _examples(session: Session, config: Config, arm: str, results: Results) -> Sequence[Example]:
     """The examples of "sft" or "sdft", also where that arm is not trained."""
     if arm in results.trained:
         return results.trained[arm].examples

@@ -11,13 +11,14 @@ from typing import Any
 
 from engine.data.distilled import Distilled
 from engine.data.encode import Example
+from engine.data.example_store import ExampleStore
 from engine.data.rows import Row, Rows
 from engine.evaluate.arm_grammar import Arm, parse_arms
 from engine.evaluate.target_task import rows_to_judge
 from engine.jobs.job_config import JobConfig
 from engine.session import Session
-from engine.train.examples import encode_examples
 from engine.train.replay import OWN, ReplayConfig, replay_examples, replay_pool
+from engine.train.temporary_examples import temporary_examples
 
 
 @contextlib.contextmanager
@@ -39,7 +40,12 @@ def held_out_rows(
         return None
     data = config.data.beside(config.job.eval_data, config.job.eval_limit)
     held_out = rows_to_judge(session, data)
-    trained_prompts = {_prompt_of(row) for row in trained_on}
+    held_out_prompts = {_prompt_of(row) for row in held_out}
+    trained_prompts: set[str] = set()  # those of them that are trained on
+    for row in trained_on:
+        prompt = _prompt_of(row)
+        if prompt in held_out_prompts:
+            trained_prompts.add(prompt)
     both = [row.id for row in held_out if _prompt_of(row) in trained_prompts]
     if both:
         raise ValueError(
@@ -60,7 +66,7 @@ def encode_rows(
     rows: Sequence[Row] | Sequence[Distilled],
     target: str,
     seed: int = 0,
-) -> list[Example]:
+) -> ExampleStore:
     """Examples whose answers are the `target`; prints how many were encoded, cut and left out.
 
     target    "reference", or "target" of distilled lines (`EncodeConfig.target`)
@@ -71,7 +77,7 @@ def encode_rows(
     encoding = dataclasses.replace(config.encode, target=target)
     if target == "reference":  # SFT, and plain rows: there are no rewrites to mix or to drop
         encoding = dataclasses.replace(encoding, mix=0.0, drop_rejected=False)
-    return encode_examples(rows, session, config.data, encoding, seed=seed)
+    return temporary_examples(rows, session, config.data, encoding, seed=seed)
 
 
 def replay_config(config: JobConfig[Any], arm: Arm) -> ReplayConfig | None:

@@ -26,7 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.data.row_store import StoredRows
 from engine.data.rows import Row, Rows
+from engine.data.subset import FirstItems
 from engine.distill.distill import can_be_asked, distill_job, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.distill.seed_likelihoods import LikelihoodSums, score
@@ -106,7 +108,7 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
             print(f"run {number} of {count}: {setting.name}, seed {seed}, {arm.name}")
             place = out / setting.name / f"seed{seed}" / arm.directory
             of_run = plan.config_of(config, setting, seed)
-            of_rows = material.of_rows({row.id for row in rows[: setting.rows]})
+            of_rows = material.of_rows(FirstItems(rows, setting.rows))
             train = finished_arm if weights_deleted(place) else train_arm
             trained = train(session, of_run, arm, of_rows, place, stages)
             figures = training_figures(place, trained.summary)
@@ -133,7 +135,7 @@ def study(session: Session, config: Config, out: Path) -> dict[str, Any]:
 
 
 def _distil(
-    session: Session, config: Config, rows: Rows, file: Path, stages: StageSeconds
+    session: Session, config: Config, rows: StoredRows, file: Path, stages: StageSeconds
 ) -> tuple[DistillReport, LikelihoodSums]:
     """The rewrites in `file`, and the seed's likelihoods of them and of the references."""
     report, _ = distill_job(
@@ -181,7 +183,7 @@ def _steps_of(
     session: Session,
     config: Config,
     material: Material,
-    rows: Rows,
+    rows: StoredRows,
     settings: Sequence[Setting],
 ) -> dict[int, int]:
     """Optimizer steps by count of rows, the same for all arms; {} without --checkpoints."""
@@ -190,7 +192,7 @@ def _steps_of(
         return steps
     for setting in settings:
         if setting.rows not in steps:
-            lines = material.of_rows({row.id for row in rows[: setting.rows]}).lines
+            lines = material.of_rows(FirstItems(rows, setting.rows)).lines
             steps[setting.rows] = config.train.steps(
                 len(encode_rows(session, config, lines, "reference"))
             )
@@ -208,7 +210,7 @@ def general_answers(session: Session, config: Config, out: Path) -> list[SeedAns
 def check_inputs(
     session: Session,
     config: Config,
-    rows: Rows,
+    rows: StoredRows,
     settings: Sequence[Setting],
     arms: Sequence[Arm],
 ) -> Rows:
@@ -222,21 +224,21 @@ def check_inputs(
     assert held_out is not None, "a study has held-out rows"
     row_counts = dict.fromkeys(setting.rows for setting in settings)  # each once, in order
     for count in row_counts:
-        examples = encode_rows(session, config, rows[:count], "reference")
+        examples = encode_rows(session, config, FirstItems(rows, count), "reference")
         config.train.highest_rate(len(examples))
     return held_out
 
 
-def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
+def _rows(config: Config, check: Callable[[Row], None]) -> StoredRows:
     """As many rows as the largest count of --rows-list, or all.
 
-    check    refuses an unusable row by ValueError (`DataConfig.load`)
+    check    refuses an unusable row by ValueError (`DataConfig.stored`)
 
     ValueError where the file has fewer rows.
     """
     job, data = config.job, config.data
     if job.rows_list is None:
-        return data.load(check=check)
+        return data.stored(check=check)
     counts = job.numbers("rows_list", int)
     if data.limit is not None or min(counts) < 1:
         raise ValueError(
@@ -244,7 +246,7 @@ def _rows(config: Config, check: Callable[[Row], None]) -> Rows:
             "no --limit beside them"
         )
     most = max(counts)
-    rows = dataclasses.replace(data, limit=most).load(check=check)
+    rows = dataclasses.replace(data, limit=most).stored(check=check)
     if len(rows) < most:
         raise ValueError(f"rows_list {job.rows_list!r}: {data.data} has {len(rows)} rows")
     return rows

@@ -15,7 +15,7 @@ predicted by the last token of the prompt, and the last token of an answer predi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ class TokenScore(NamedTuple):
 
 
 def scoring_batches(
-    requests: Sequence[ScoringRequest], most_tokens: int
+    requests: Iterable[ScoringRequest], most_tokens: int
 ) -> Iterator[list[ScoringRequest]]:
     """Groups of whole requests to score together, of up to `most_tokens` tokens.
 

@@ -18,22 +18,25 @@ its first update by rounding only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.data.encode import Example, fingerprint
+from engine.data.disk_tables import SeenIds
+from engine.data.encode import Example, fingerprint, names, sizes
 from engine.data.pack import MicroBatch, pack
-from engine.data.rows import listing
+from engine.data.rows import FirstFaults
 from engine.measure.likelihood import BATCH_TOKENS, collective_rounds
 from engine.runtime.distributed import World
 from engine.runtime.files import sha256
 from engine.runtime.locking import lock_file
 from engine.runtime.process_memory import memory_for
-from engine.runtime.resumable import Line, ResumedLines
+from engine.runtime.resumable import Line
 from engine.runtime.short_memory import attempt, tried_twice
+from engine.runtime.stored_lines import ResumedOnDisk
 from engine.runtime.terminal import progress
 from kernels.dtypes import accumulate_dtype
 from model.llama import Llama
@@ -62,29 +65,39 @@ def nll_under_seed(
         "examples": fingerprint(examples),
     }
     out = directory / f"seed-nll-{sha256(repr(settings))[:12]}.jsonl"
-    with lock_file(out), ResumedLines(out, settings, wanted=FIELDS, world=world) as file:
-        _compute_missing(model, examples, file)
-        lines = file.finish([example.id for example in examples])
     dtype = accumulate_dtype(model.dtype)
     found = {}
-    for example, line in zip(examples, lines, strict=True):
-        _check_line(example, line, out)
-        found[example.id] = torch.tensor(line["nll"], dtype=dtype)
+    with lock_file(out), ResumedOnDisk(out, settings, wanted=FIELDS, world=world) as file:
+        _compute_missing(model, examples, file)
+        file.put_in_order(Names(examples))
+        for example in examples:
+            line = file.done[example.id]
+            _check_line(example, line, out)
+            found[example.id] = torch.tensor(line["nll"], dtype=dtype)
     return found
 
 
-def _compute_missing(model: Llama, examples: Sequence[Example], file: ResumedLines) -> None:
+class Names:
+    """The ids of examples; may be iterated several times."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[str]:
+        return names(self.examples)
+
+
+def _compute_missing(model: Llama, examples: Sequence[Example], file: ResumedOnDisk) -> None:
     """Compute and write the lines that the file lacks.
 
     A micro-batch of which a line is missing is computed as a whole, so that its numbers are those
     of the first time.
     """
-    lengths = [len(example.ids) for example in examples]
-    missing: list[list[Example]] = []
+    lengths = [size.tokens for size in sizes(examples)]
+    missing: list[list[int]] = []  # indices of the examples of each micro-batch
     for indices in pack(lengths, BATCH_TOKENS[model.device.type]):
-        batch_examples = [examples[i] for i in indices]
-        if any(example.id not in file.done for example in batch_examples):
-            missing.append(batch_examples)
+        if any(examples[i].id not in file.done for i in indices):
+            missing.append(indices)
     own = file.mine(missing)
     rounds = collective_rounds(model, file.world, len(own))
     is_quiet = not file.world.is_rank0 or not rounds
@@ -92,7 +105,8 @@ def _compute_missing(model: Llama, examples: Sequence[Example], file: ResumedLin
         file.world.report_lost_rank(),
         progress(total=len(own), desc="seed likelihoods", unit="batch", disable=is_quiet) as bar,
     ):
-        for batch_examples in own:
+        for indices in own:
+            batch_examples = [examples[i] for i in indices]
             of_batch = _nll_on_short_memory(model, batch_examples)
             for example, nll in zip(batch_examples, of_batch, strict=True):
                 if example.id not in file.done:
@@ -142,16 +156,15 @@ def _nll_of(model: Llama, examples: Sequence[Example]) -> list[list[float]]:
 
 def _check_ids(examples: Sequence[Example]) -> None:
     """ValueError where two examples have one id."""
-    seen = set()
-    repeated = []
-    for example in examples:
-        if example.id in seen:
-            repeated.append(example.id)
-        seen.add(example.id)
-    if repeated:
-        fault = f"{len(repeated)} examples have the id of another"
+    repeated = FirstFaults()
+    with contextlib.closing(SeenIds()) as seen:
+        for name in names(examples):
+            if seen.copies_of(name) > 1:
+                repeated.add(name)
+    if repeated.count:
+        fault = f"{repeated.count} examples have the id of another"
         way_out = "a loss that compares with the seed needs ids that differ: rename them"
-        raise ValueError(listing(fault, repeated, way_out))
+        raise ValueError(repeated.listing(fault, way_out))
 
 
 def _check_line(example: Example, line: Line, out: Path) -> None:

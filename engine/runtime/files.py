@@ -7,10 +7,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from model.durable import file_beside, sync, why, writing
 from model.file_checks import check_file
+
+BLOCK_BYTES = 1 << 16  # read at a time, from the end of a file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,15 +50,31 @@ def read_jsonl(path: Path, fields: Kinds | None = None) -> list[dict[str, Any]]:
 
 def each_of_jsonl(path: Path, fields: Kinds | None = None) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file one after the other, as `read_jsonl` reads them."""
+    for line in placed_lines(path, fields):
+        yield line.record
+
+
+class PlacedLine(NamedTuple):
+    """A line of a JSONL file, and where it stands."""
+
+    begin: int  # bytes before it
+    size: int  # its bytes, with the newline
+    record: dict[str, Any]
+
+
+def placed_lines(path: Path, fields: Kinds | None = None) -> Iterator[PlacedLine]:
+    """The lines of a JSONL file one after the other, as `read_jsonl` reads them."""
     check_file(path)
     if not path.exists():
         return
+    begin = 0
     with path.open("rb") as file:
         # only b"\n" ends a line: a text file's lines would also end at a lone "\r"
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            yield _parsed(path, number, line, fields or {})
+            yield PlacedLine(begin, len(line), _parsed(path, number, line, fields or {}))
+            begin += len(line)
 
 
 def _parsed(path: Path, number: int, line: bytes, fields: Kinds) -> dict[str, Any]:
@@ -90,23 +108,29 @@ def _damaged(path: Path, number: int, fault: str) -> ValueError:
     )
 
 
-def whole_lines(path: Path) -> bytes:
-    """The bytes of a file up to its last newline; b"" where there is no file."""
-    check_file(path)
-    if not path.exists():
-        return b""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1  # 0 where there is no newline
-    return content[:end]
-
-
 def cut_torn_line(path: Path) -> None:
     """Remove a last line without its newline, which only a kill can leave."""
+    check_file(path)
     if not path.exists():
         return
-    size = len(whole_lines(path))
-    if size < path.stat().st_size:
-        os.truncate(path, size)
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = _end_of_whole_lines(file, size)
+    if whole < size:
+        os.truncate(path, whole)
+
+
+def _end_of_whole_lines(file: BinaryIO, size: int) -> int:
+    """The bytes of a file of `size` bytes up to its last newline; reads it from its end."""
+    end = size
+    while end:
+        begin = max(0, end - BLOCK_BYTES)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
 
 
 class AppendedLines:
@@ -124,10 +148,11 @@ class AppendedLines:
             self.path = path
             self.file = path.open("ab", buffering=0)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one object."""
+    def write(self, record: dict[str, Any]) -> PlacedLine:
+        """Append one object; returns it with its place."""
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        left = memoryview(line.encode())  # bytes still to be written
+        data = line.encode()
+        left = memoryview(data)  # bytes still to be written
         before = self.file.tell()
         if not self._is_in_place():
             raise OSError(f"{self.path} is no longer there; nothing more can be kept")
@@ -140,6 +165,7 @@ class AppendedLines:
             raise OSError(
                 f"{self.path}: {why(error)}; {before:,} bytes of finished lines are kept"
             ) from None
+        return PlacedLine(before, len(data), record)
 
     def _is_in_place(self) -> bool:
         """Whether the open file is still the one at its path."""

@@ -5,7 +5,8 @@
     OUT.part<rank>   the lines of one process, where several processes write (torchrun); they are
                      merged into OUT when all processes are done
 
-A line that is on disk is never computed again, whichever process of whichever run wrote it.
+A line that is on disk is never computed again, whichever process of whichever run wrote it. The
+finished lines are held in memory; stored_lines.py does the same where they may be larger.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ by_id = itemgetter("id")
 
 
 class ResumedLines:
-    """The finished lines of OUT by key, and the open file that takes the others.
+    """The finished lines of OUT by key (`done`), and the open file that takes the others.
 
     key       the key of a line; lines of one file have different keys
     wanted    fields that a line must have, with their types
@@ -55,12 +56,16 @@ class ResumedLines:
         if self.world.is_rank0:
             self._check_settings(settings, resume)
         self.world.barrier()
-        self.done: dict[Any, Line] = {}
+        self.done = self._no_lines()
         for file in (out, *self.parts()):
             self._read(file)
         own_file = self._part(self.world.rank) if self.world.size > 1 else out
         self.file = AppendedLines(own_file)
         self.world.barrier()  # no process merges the parts before all have read them
+
+    def _no_lines(self) -> Any:
+        """What holds the finished lines by their keys, without a line."""
+        return {}
 
     def write(self, line: Line) -> None:
         """Append a finished line."""

@@ -1,14 +1,16 @@
 """From rows in memory to training examples: encode, print how many were cut or left out.
 
-file_examples.py does the same with a file whose rows do not stay in memory.
+file_examples.py does the same with a file whose rows do not stay in memory, temporary_examples.py
+with rows that lie on disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from engine.data.config import DataConfig
+from engine.data.disk_tables import TextsById
 from engine.data.distilled import Distilled
 from engine.data.encode import EncodeCounts, EncodeRules, Example, check_examples, encode
 from engine.data.rows import Row
@@ -62,6 +64,17 @@ def encode_examples(
     print(counts_text(encoding.target, counts))
     check_examples(examples)
     return examples
+
+
+def keep_references(references: TextsById, lines: Callable[[], Iterable[Distilled]]) -> None:
+    """Keep the references of all lines, where one of them has an earlier turn.
+
+    lines: gives the lines from the first one, each time it is called.
+    """
+    if all(line.id.endswith("/0") for line in lines()):
+        return
+    for line in lines():
+        references.add(line.id, line.reference)
 
 
 def counts_text(target: str, counts: EncodeCounts) -> str:

@@ -43,7 +43,7 @@ from engine.runtime.run_record import differing
 from engine.runtime.terminal import progress
 from engine.session import Session
 from engine.train.checkpoint import EXAMPLES
-from engine.train.examples import counts_text
+from engine.train.examples import counts_text, keep_references
 from model.durable import directory_beside, remove_directory
 from model.trained_chat import CommonSystem
 
@@ -98,7 +98,7 @@ class FileExamples:
         lines = DistilledStream(file, self.data.limit)
         with contextlib.closing(TextsById()) as references:
             if rules.target == "reference" or rules.leaves_out_long:
-                self._read_references(references)
+                keep_references(references, self._lines)
             yield from self._encoded(self._checked(lines), references)
         self.text = [self._account(lines), *self.text]
         self.sha256 = lines.sha256
@@ -106,13 +106,6 @@ class FileExamples:
     def _lines(self) -> DistilledStream:
         """The lines of the file, which is opened once more."""
         return DistilledStream(DataFile(self.data.data), self.data.limit)
-
-    def _read_references(self, references: TextsById) -> None:
-        """Keep the references of all lines, where one of them has an earlier turn."""
-        if all(line.id.endswith("/0") for line in self._lines()):
-            return
-        for line in self._lines():
-            references.add(line.id, line.reference)
 
     def _checked(self, lines: DistilledStream) -> Iterator[Distilled]:
         """The lines; ValueError for one with a thought where those are to be removed."""

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import random
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -435,6 +436,34 @@ def test_random_lengths_are_packed_once_each_within_the_limit_and_without_waste(
         assert batches == pack(lengths, micro_tokens)
         for one, other in itertools.combinations(tokens, 2):
             assert one + other > micro_tokens, "two batches could have been one"
+
+
+def test_packing_is_the_plain_first_fit_and_not_quadratic():
+    """The first batch with room, searched one by one; also zeros and examples over the limit. A
+    batch more costs a step of the search only where the number of batches doubles."""
+    rng = random.Random(2)
+    for _ in range(100):
+        lengths = [rng.randint(0, 30) for _ in range(rng.randint(1, 60))]
+        micro_tokens = rng.randint(1, 25)
+        expected: list[list[int]] = []
+        free: list[int] = []
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+            fitting = [number for number, room in enumerate(free) if lengths[index] <= room]
+            if not fitting:
+                fitting = [len(free)]
+                expected.append([])
+                free.append(micro_tokens)
+            expected[fitting[0]].append(index)
+            free[fitting[0]] -= lengths[index]
+        assert pack(lengths, micro_tokens) == [sorted(batch) for batch in expected]
+
+    def seconds(count: int) -> float:
+        started = time.process_time()
+        assert len(pack([60] * count, 100)) == count
+        return time.process_time() - started
+
+    ratios = [seconds(8000) / seconds(1000) for _ in range(3)]
+    assert sorted(ratios)[1] < 24, "8 times as many: 64 where every batch is looked at"
 
 
 # ---- show

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.data import disk_tables, example_store
+from engine.data import example_store
 from engine.data.disk_tables import SeenIds, TextsById
 from engine.data.encode import Example, ExampleSize, check_examples, fingerprint, names, sizes
 from engine.data.example_store import (
@@ -17,6 +17,7 @@ from engine.data.example_store import (
     why_damaged,
 )
 from engine.data.sources import Place
+from engine.runtime import temporary
 from tests.helpers.training import examples as made_examples
 
 MORE = [Example("größe\ud800/0", [65_535, 0, 7], 1), Example("", [5], 0)]
@@ -110,7 +111,7 @@ def test_a_store_of_another_version_or_of_somebody_else_is_none_of_ours(tmp_path
 
 def test_seen_ids_are_exact_and_leave_the_memory(monkeypatch):
     """More ids than the cache holds, among them such as differ in one character."""
-    monkeypatch.setattr(disk_tables, "_SETTINGS", ("PRAGMA cache_size = -64",))
+    monkeypatch.setattr(temporary, "_SETTINGS", ("PRAGMA cache_size = -64",))
     seen = SeenIds()
     first, second = Path("a"), Path("b")
     for number in range(3000):
@@ -128,8 +129,8 @@ def test_seen_ids_are_exact_and_leave_the_memory(monkeypatch):
 
 
 def test_a_full_temporary_folder_is_named(monkeypatch):
-    limited = (*disk_tables._SETTINGS, "PRAGMA max_page_count = 8")
-    monkeypatch.setattr(disk_tables, "_SETTINGS", limited)
+    limited = (*temporary._SETTINGS, "PRAGMA max_page_count = 8")
+    monkeypatch.setattr(temporary, "_SETTINGS", limited)
     seen = SeenIds()
     with pytest.raises(OSError, match="temporary files .*TMPDIR=FOLDER"):
         for number in range(10_000):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import engine.jobs.study
 from engine.measure.general_prompts import PROMPTS
-from engine.runtime.files import AppendedLines
+from engine.runtime.files import AppendedLines, PlacedLine
 from scripts import pareto
 
 KILLED = 77  # exit code of a life that was killed
@@ -42,14 +42,14 @@ class Death:
         """Count lines and renamings of this process from now on."""
         write, replace = AppendedLines.write, os.replace
 
-        def counted_write(file: AppendedLines, record: dict) -> None:
+        def counted_write(file: AppendedLines, record: dict) -> PlacedLine:
             self.lines += 1
             self.is_due = self.lines == self.at or self.is_due
             if self.is_due and self.torn:
                 line = json.dumps(record).encode()
                 file.file.write(line[: len(line) // 2])
                 self.die(file.path)
-            write(file, record)
+            return write(file, record)
 
         def counted_replace(source: str, target: str, **how: int) -> None:
             if self.is_due:
