@@ -22,7 +22,7 @@ from typing import Any
 
 from engine.data.distilled import Distilled
 from engine.data.encode import Example, check_some_are_left, fingerprint
-from engine.data.rows import Rows
+from engine.data.rows import Row, Rows
 from engine.distill.distill import distill, distill_settings
 from engine.distill.distill_report import DistillReport
 from engine.evaluate.arm_grammar import PLAIN, Arm
@@ -34,7 +34,7 @@ from engine.runtime.files import read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
 from engine.train.losses import Loss
-from engine.train.replay import replay_pool
+from engine.train.replay import refuse_held_out, replay_pool
 from engine.train.train import FrozenModel, finished_summary, train
 from engine.train.validate import Validator
 from model.lora import Lora
@@ -65,15 +65,21 @@ def _turns_of(lines: Sequence[Distilled], names: set[str]) -> list[Distilled]:
     return [line for line in lines if line.id.rpartition("/")[0] in names]
 
 
-def check_arms(session: Session, config: JobConfig[Any], arms: Sequence[Arm]) -> None:
-    """ValueError for arms that the other settings rule out, and for faulty prompts of replay."""
+def check_arms(
+    session: Session, config: JobConfig[Any], arms: Sequence[Arm], held_out: Sequence[Row]
+) -> None:
+    """ValueError for arms that the other settings rule out, and for faulty prompts of replay.
+
+    held_out    rows whose prompts must not be among those of replay
+    """
     for arm in arms:
         if arm.method == "self":
             config.distill.unguided().check()
         replay = replay_config(config, arm)
         if replay is not None:
             replay.check()
-            replay_pool(session, replay, skip_bad=config.data.skip_bad)
+            pool = replay_pool(session, replay, skip_bad=config.data.skip_bad)
+            refuse_held_out(replay, pool, held_out)
 
 
 def make_material(
