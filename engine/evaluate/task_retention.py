@@ -25,6 +25,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from engine.data.rows import Row
 from engine.evaluate.arms import Arms, arms_without_line, tuned
 from engine.evaluate.target_task import ANSWER
@@ -45,11 +47,13 @@ TASK_DRIFT = {"arm": str, "id": str, "tokens": int, "agree": int}
 TASK_DRIFT |= dict.fromkeys(("kl", "reverse_kl", "nll", "seed_nll"), _NUMBER)
 SEED_LINE = {"id": str, "answer": str, "ids": list, "finish": str}
 by_arm_and_id = itemgetter("arm", "id")
+# the seed's hidden states are kept from arm to arm where all rows together need no more than this
+KEPT_BYTES = 1 << 30
 # of a table of drift
 DRIFT_COLUMNS = ["", "KL to seed", "95 % interval", "KL from seed", "same top-1", "NLL", "seed NLL"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowAnswer:
     """The seed model's greedy answer to a held-out row."""
 
@@ -57,6 +61,19 @@ class RowAnswer:
     answer: str
     ids: list[int]  # prompt and answer, the end token included where the answer ended
     n_prompt: int  # tokens of the prompt
+    states: Tensor | None = None  # computed by `hidden`; in host memory where they are kept
+
+    def hidden(self, model: Llama, keep: bool) -> Tensor:
+        """The seed's hidden states from which the answer is predicted: (answer tokens, D).
+
+        keep    store them: the arms of a study are measured one after another on the same answers
+        """
+        if self.states is not None:
+            return self.states.to(model.device)
+        states = hidden_states(model, self.ids, self.n_prompt, None)
+        if keep:
+            self.states = states.cpu()
+        return states
 
 
 @memory_for("answering held-out rows", SAMPLE_LESS)
@@ -152,8 +169,10 @@ def task_retention(
     adapters = tuned(arms)
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=TASK_DRIFT) as file:
         missing = [a for a in answers if arms_without_line(adapters, a.id, file.done)]
+        keep = bool(missing) and _states_bytes(model, answers) <= KEPT_BYTES
         for answer in progress(missing, desc="retention: task", unit="row", disable=not missing):
-            for line in _lines(model, answer, arms_without_line(adapters, answer.id, file.done)):
+            not_done = arms_without_line(adapters, answer.id, file.done)
+            for line in _lines(model, answer, not_done, keep):
                 file.write(line)
         file.finish([(arm, answer.id) for answer in answers for arm in adapters])
         done = file.done
@@ -163,10 +182,16 @@ def task_retention(
     return drift
 
 
-def _lines(model: Llama, answer: RowAnswer, adapters: Arms) -> Iterator[dict[str, Any]]:
+def _states_bytes(model: Llama, answers: Sequence[RowAnswer]) -> int:
+    """Bytes of the seed's hidden states (N, D) of all answers."""
+    tokens = sum(len(answer.ids) - answer.n_prompt for answer in answers)
+    return tokens * model.config.hidden_size * model.dtype.itemsize
+
+
+def _lines(model: Llama, answer: RowAnswer, adapters: Arms, keep: bool) -> Iterator[dict[str, Any]]:
     """A line for each adapter: seed and tuned model compared over the N tokens of one answer."""
     answer_ids = answer.ids[answer.n_prompt :]  # N
-    before = hidden_states(model, answer.ids, answer.n_prompt, None)  # (N, D)
+    before = answer.hidden(model, keep)  # (N, D)
     for arm, lora in adapters.items():
         after = hidden_states(model, answer.ids, answer.n_prompt, lora)  # (N, D)
         drift = compare(model, before, after, answer_ids)

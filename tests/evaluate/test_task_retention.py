@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import engine.evaluate.task_retention as task_retention_module
 from engine.data.rows import load_rows
 from engine.evaluate.further_measures import further_measures
 from engine.evaluate.retention import retention
@@ -124,6 +125,28 @@ def test_a_killed_measurement_ends_with_the_same_bytes(tiny, rows, judged, tmp_p
     with pytest.raises(ValueError, match="n: 1 -> 2"):
         task_retention(model, answers, arms, out, {"n": 2})
     assert task_retention(None, [], arms, tmp_path / "none.jsonl", {}) == {}
+
+
+def test_the_seeds_states_are_computed_once_for_all_arms(tiny, rows, judged, tmp_path, monkeypatch):
+    """Arms come one after another in a study; where the states are too large, as often as asked."""
+    model, _ = tiny
+    forwards = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: forwards.append(1) or forward(*a, **k))
+    counts, contents = [], []
+    for limit in (task_retention_module.KEPT_BYTES, 0):
+        monkeypatch.setattr(task_retention_module, "KEPT_BYTES", limit)
+        answers = row_answers(generator(tiny, 5), rows, tmp_path / "t.jsonl", {}, judged)
+        for seed in (1, 2):
+            arm = new_lora(model, modules="all", seed=seed)
+            arm.params.add_(0.05)
+            before = len(forwards)
+            file = tmp_path / f"{limit}-{seed}.jsonl"
+            task_retention(model, answers, {f"arm{seed}": arm}, file, {})
+            counts.append(len(forwards) - before)
+            contents.append(file.read_bytes())
+    assert counts == [6, 3, 6, 6]  # three rows: the seed and the arm, then the arm alone
+    assert contents[:2] == contents[2:]
 
 
 def test_an_arm_without_effect_has_no_drift(tiny, rows, judged, tmp_path):
