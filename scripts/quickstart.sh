@@ -14,7 +14,7 @@ MODEL=models/smollm2-135m-instruct
 case "${1:-}" in
 "")
     OUT=runs/quickstart
-    TRAIN_ROWS=120
+    TRAIN_ROWS=200
     TEST_ROWS=40
     WHAT="visits to a made-up town hall"
     WRITE="from engine.jobs.demo_desk import write_desk as write"
@@ -23,8 +23,8 @@ case "${1:-}" in
     # high because the model is small and the steps are few.
     SDFT_FLAGS=(
         --template engine/jobs/demo_desk_template.txt --temperature 0 --max-new-tokens 48
-        --lr 1e-3 --epochs 2 --rank 8 --modules all --dropout 0 --batch-rows 4
-        --eval-max-new 32 --retention-max-new 32 --report-rows 32 --report-answers 8
+        --lr 2e-3 --epochs 1 --rank 8 --modules all --dropout 0 --batch-rows 8
+        --eval-max-new 32 --retention-max-new 24 --no-score --report-rows 12 --report-answers 4
     )
     ;;
 --word-problems)

@@ -194,6 +194,8 @@ class RowStream:
     file_sha256                    the hash of the file's bytes alone
     count, bad_count               the usable and the unusable rows
     context_only                   the assistant's messages that are context only
+
+    While it is iterated, `place` is where the last row stands.
     """
 
     def __init__(self, source: Source, rules: ReadRules, keep_bad: int = SHOWN_FAULTS) -> None:
@@ -203,6 +205,7 @@ class RowStream:
         self.file_sha256 = ""
         self.count = 0
         self.context_only = 0
+        self.place: Place | None = None
         self._reader = _Reader(source.path, rules, keep_bad)
 
     @property
@@ -234,6 +237,7 @@ class RowStream:
                     continue
                 self.count += 1
                 self.context_only += len(row.context_only)
+                self.place = place
                 yield row
                 if self.count == rules.limit:
                     break

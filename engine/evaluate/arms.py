@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from engine.runtime.files import sha256
@@ -26,6 +26,14 @@ def tuned(arms: Arms) -> dict[str, Lora]:
 def arms_without_line(arms: Arms, item: str, done: Container[tuple[str, str]]) -> Arms:
     """The arms for which `done`, the finished lines by (arm, item), holds no line of this item."""
     return {arm: lora for arm, lora in arms.items() if (arm, item) not in done}
+
+
+def arms_of_group(arms: Arms, items: Iterable[str], done: Container[tuple[str, str]]) -> Arms:
+    """The arms for which `done` lacks a line of any of these items."""
+    found: Arms = {}
+    for item in items:
+        found |= arms_without_line(arms, item, done)
+    return {arm: lora for arm, lora in arms.items() if arm in found}
 
 
 def adapter_hashes(paths: Sequence[str], scales: Sequence[float] = (1.0,)) -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
 from engine.data.rows import Rows, listing
-from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line, tuned
+from engine.evaluate.arms import Arms, adapter_hashes, arms_of_group, arms_without_line, tuned
 from engine.evaluate.task_retention import (
     DRIFT_COLUMNS,
     drift_cells,
@@ -33,16 +33,16 @@ from engine.evaluate.task_retention import (
     task_retention_table,
 )
 from engine.measure.answer_missing import answer_missing
-from engine.measure.divergence import compare, hidden_states, mean_drift
+from engine.measure.divergence import Drift, mean_drift
 from engine.measure.general_prompts import PROMPTS
 from engine.measure.intervals import bootstrap
+from engine.measure.packed_rows import drift_of_rows, groups
 from engine.measure.seed_answers import Prompts, SeedAnswer, seed_answers, seed_file
 from engine.measure.similarity import Embedder
 from engine.measure.update_norms import update_norms
 from engine.runtime.files import sha256
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines, meta_file
-from engine.runtime.short_memory import tried_twice
 from engine.runtime.terminal import progress, table
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request, SamplerConfig
@@ -50,7 +50,6 @@ from engine.session import Session
 from engine.train.replay import prompt_key
 from model.config import read_json
 from model.llama import Llama
-from model.lora import Lora
 
 by_arm_and_prompt = itemgetter("arm", "prompt")
 
@@ -76,19 +75,20 @@ def retention(
         wanted={"arm": str, "prompt": str},
         keep=lambda line: "reverse_kl" in line,  # older runs did not measure it
     ) as file:
-        missing = [a for a in answers if arms_without_line(adapters, a.prompt, file.done)]
-        for answer in progress(missing, desc="retention", unit="row", disable=not missing):
-            for arm, lora in arms_without_line(adapters, answer.prompt, file.done).items():
-                line = tried_twice(
-                    "retention",
-                    model.device,
-                    drift_line,
-                    model,
-                    answer,
-                    lora,
-                    make_room=partial(_forget_states, answers),
-                )
-                file.write({"arm": arm} | line)
+        missing = {a.prompt for a in answers if arms_without_line(adapters, a.prompt, file.done)}
+        make_room = partial(_forget_states, answers)
+        waiting = groups(answers, model.device) if missing else ()
+        with progress(total=len(missing), desc="retention", unit="row", disable=not missing) as bar:
+            for group in waiting:
+                not_done = arms_of_group(adapters, [a.prompt for a in group], file.done)
+                if not not_done:
+                    continue
+                drifts = drift_of_rows("retention", model, group, not_done, make_room=make_room)
+                for answer, of_answer in zip(group, drifts, strict=True):
+                    for arm in arms_without_line(not_done, answer.prompt, file.done):
+                        file.write(drift_line(arm, answer, of_answer[arm]))
+                    if answer.prompt in missing:
+                        bar.update()
         file.finish([(arm, answer.prompt) for answer in answers for arm in adapters])
         done = file.done
     drift = {}
@@ -104,17 +104,14 @@ def _forget_states(answers: Sequence[SeedAnswer]) -> None:
         answer.states = None
 
 
-def drift_line(model: Llama, answer: SeedAnswer, lora: Lora | None) -> dict[str, Any]:
-    """Seed and tuned model compared over one answer of N tokens; nats, summed over them."""
-    answer_ids = answer.ids[answer.n_prompt :]  # N
-    before = answer.hidden(model)  # (N, D)
-    after = hidden_states(model, answer.ids, answer.n_prompt, lora)  # (N, D)
-    drift = compare(model, before, after, answer_ids)
+def drift_line(arm: str, answer: SeedAnswer, drift: Drift) -> dict[str, Any]:
+    """Seed and arm compared over one answer; nats, summed over its tokens."""
     line = {
+        "arm": arm,
         "category": answer.category,
         "prompt": answer.prompt,
         "answer": answer.answer,
-        "tokens": len(after),
+        "tokens": len(answer.ids) - answer.n_prompt,
     }
     return line | dataclasses.asdict(drift)
 

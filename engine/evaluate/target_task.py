@@ -19,14 +19,17 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from engine.data.config import DataConfig
 from engine.data.encode import template_takes
 from engine.data.fit import thought_tokens
 from engine.data.rows import Row, Rows, listing
-from engine.evaluate.arms import Arms, adapter_hashes, arms_without_line
+from engine.evaluate.arms import Arms, adapter_hashes, arms_of_group, arms_without_line
 from engine.measure.answer_missing import answer_missing
 from engine.measure.intervals import wilson
-from engine.measure.likelihood import nll
+from engine.measure.packed_rows import AnsweredRow, groups, states_in_memory
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines
 from engine.runtime.short_memory import tried_twice
@@ -38,7 +41,6 @@ from engine.verify.tool_calls import verdict
 from engine.verify.verifiers import Verifier, get_verifier
 from model.chat import Chat
 from model.llama import Llama
-from model.lora import Lora
 
 # fields that a line of answers, and a line of likelihoods, must have, with their types
 ANSWER = {"arm": str, "id": str, "ok": bool, "finish": str, "tokens": int}
@@ -219,6 +221,18 @@ def evaluate_job(
     return scores
 
 
+@dataclass
+class _Reference(AnsweredRow):
+    """A held-out row's prompt, and its reference with the end token."""
+
+    id: str  # of the row
+
+    @property
+    def n_answer(self) -> int:
+        """Tokens of the reference."""
+        return len(self.ids) - self.n_prompt
+
+
 def nll_file(out: Path) -> Path:
     """The file with the NLL of the references, beside a file of answers."""
     return out.with_name(out.name + ".nll.jsonl")
@@ -238,16 +252,25 @@ def reference_nll(
     already are not computed again. ValueError for a row that is longer than the model's context.
     """
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=NATS) as file:
-        missing = [row for row in rows if arms_without_line(arms, row.id, file.done)]
-        # every row is encoded and checked before the first is scored
-        ids = {row.id: _fitting_prompt_and_reference(model, chat, row) for row in missing}
-        for row in progress(missing, desc="held-out NLL", unit="row", disable=not missing):
-            prompt, reference = ids[row.id]
-            for arm, lora in arms_without_line(arms, row.id, file.done).items():
-                total = tried_twice(
-                    "held-out NLL", model.device, _total_nll, model, prompt, reference, lora
-                )
-                file.write({"arm": arm, "id": row.id, "nll": total, "tokens": len(reference)})
+        missing = {row.id for row in rows if arms_without_line(arms, row.id, file.done)}
+        references: list[_Reference] = []  # every row is encoded and checked before one is scored
+        if missing:
+            references = [_reference(model, chat, row) for row in rows]
+        name = "held-out NLL"
+        with progress(total=len(missing), desc=name, unit="row", disable=not missing) as bar:
+            for group in groups(references, model.device) if missing else ():
+                not_done = arms_of_group(arms, [one.id for one in group], file.done)
+                states = {}
+                for arm, lora in not_done.items():
+                    states[arm] = states_in_memory(name, model, group, lora)
+                for place, one in enumerate(group):
+                    for arm in arms_without_line(not_done, one.id, file.done):
+                        total = tried_twice(
+                            name, model.device, _total_nll, model, one, states[arm][place]
+                        )
+                        file.write({"arm": arm, "id": one.id, "nll": total, "tokens": one.n_answer})
+                    if one.id in missing:
+                        bar.update()
         file.finish([(arm, row.id) for row in rows for arm in arms])
         done = file.done
     means = {}
@@ -259,18 +282,15 @@ def reference_nll(
     return means
 
 
-def _total_nll(
-    model: Llama, prompt: Sequence[int], answer: Sequence[int], lora: Lora | None
-) -> float:
-    """Nats of the whole answer."""
-    nats = nll(model, prompt, answer, lora)  # (len(answer),)
+def _total_nll(model: Llama, one: _Reference, states: Tensor) -> float:
+    """Nats of the whole reference, for the hidden states (N, D) that predict it."""
+    answer = torch.tensor(one.ids[one.n_prompt :], device=model.device)  # (N,)
+    nats, _ = model.nll(states, answer, need_grad=False)  # (N,)
     return nats.double().sum().item()
 
 
-def _fitting_prompt_and_reference(
-    model: Llama, chat: Chat, row: Row
-) -> tuple[list[int], list[int]]:
-    """`_prompt_and_reference`; ValueError where they are longer than the model's context."""
+def _reference(model: Llama, chat: Chat, row: Row) -> _Reference:
+    """A row's prompt and reference; ValueError where they are longer than the model's context."""
     prompt, reference = _prompt_and_reference(chat, row)
     length = len(prompt) + len(reference)
     longest = model.config.max_position
@@ -279,7 +299,7 @@ def _fitting_prompt_and_reference(
             f"held-out row {row.id} has {length} tokens; expected at most the model's {longest}; "
             "leave it out"
         )
-    return prompt, reference
+    return _Reference(row.id, ids=[*prompt, *reference], n_prompt=len(prompt))
 
 
 def summary(scores: dict[str, Score]) -> dict[str, Any]:

@@ -19,19 +19,18 @@ in evaluation.jsonl are used, and nothing is sampled again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from engine.data.rows import Row
-from engine.evaluate.arms import Arms, arms_without_line, tuned
+from engine.evaluate.arms import Arms, arms_of_group, arms_without_line, tuned
 from engine.evaluate.target_task import ANSWER
 from engine.measure.answer_missing import answer_missing
-from engine.measure.divergence import compare, hidden_states, means_per_token
+from engine.measure.divergence import Drift, means_per_token
+from engine.measure.packed_rows import SeedRow, drift_of_rows, groups
 from engine.measure.seed_answers import seed_file
 from engine.runtime.files import read_jsonl
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
@@ -54,26 +53,14 @@ DRIFT_COLUMNS = ["", "KL to seed", "95 % interval", "KL from seed", "same top-1"
 
 
 @dataclass
-class RowAnswer:
-    """The seed model's greedy answer to a held-out row."""
+class RowAnswer(SeedRow):
+    """The seed model's greedy answer to a held-out row.
+
+    Its states are kept for the arms of a study, which are measured one after another.
+    """
 
     id: str  # of the row
     answer: str
-    ids: list[int]  # prompt and answer, the end token included where the answer ended
-    n_prompt: int  # tokens of the prompt
-    states: Tensor | None = None  # computed by `hidden`; in host memory where they are kept
-
-    def hidden(self, model: Llama, keep: bool) -> Tensor:
-        """The seed's hidden states from which the answer is predicted: (answer tokens, D).
-
-        keep    store them: the arms of a study are measured one after another on the same answers
-        """
-        if self.states is not None:
-            return self.states.to(model.device)
-        states = hidden_states(model, self.ids, self.n_prompt, None)
-        if keep:
-            self.states = states.cpu()
-        return states
 
 
 @memory_for("answering held-out rows", SAMPLE_LESS)
@@ -105,7 +92,7 @@ def row_answers(
         answer = generator.answer_ids(line["ids"], line["finish"])[:limit]
         if answer:
             ids = [*prompt, *answer]
-            answers.append(RowAnswer(row.id, line["answer"], ids, len(prompt)))
+            answers.append(RowAnswer(row.id, line["answer"], ids=ids, n_prompt=len(prompt)))
     if len(answers) < len(rows):
         print(f"{len(rows) - len(answers)} held-out rows left out: the seed has no room to answer")
     return answers
@@ -168,12 +155,21 @@ def task_retention(
         return {}
     adapters = tuned(arms)
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=TASK_DRIFT) as file:
-        missing = [a for a in answers if arms_without_line(adapters, a.id, file.done)]
+        missing = {a.id for a in answers if arms_without_line(adapters, a.id, file.done)}
+        waiting = groups(answers, model.device) if missing else ()
         keep = bool(missing) and _states_bytes(model, answers) <= KEPT_BYTES
-        for answer in progress(missing, desc="retention: task", unit="row", disable=not missing):
-            not_done = arms_without_line(adapters, answer.id, file.done)
-            for line in _lines(model, answer, not_done, keep):
-                file.write(line)
+        name = "retention: task"
+        with progress(total=len(missing), desc=name, unit="row", disable=not missing) as bar:
+            for group in waiting:
+                not_done = arms_of_group(adapters, [a.id for a in group], file.done)
+                if not not_done:
+                    continue
+                drifts = drift_of_rows(name, model, group, not_done, keep)
+                for answer, of_answer in zip(group, drifts, strict=True):
+                    for arm in arms_without_line(not_done, answer.id, file.done):
+                        file.write(_line(arm, answer, of_answer[arm]))
+                    if answer.id in missing:
+                        bar.update()
         file.finish([(arm, answer.id) for answer in answers for arm in adapters])
         done = file.done
     drift = {}
@@ -188,15 +184,11 @@ def _states_bytes(model: Llama, answers: Sequence[RowAnswer]) -> int:
     return tokens * model.config.hidden_size * model.dtype.itemsize
 
 
-def _lines(model: Llama, answer: RowAnswer, adapters: Arms, keep: bool) -> Iterator[dict[str, Any]]:
-    """A line for each adapter: seed and tuned model compared over the N tokens of one answer."""
-    answer_ids = answer.ids[answer.n_prompt :]  # N
-    before = answer.hidden(model, keep)  # (N, D)
-    for arm, lora in adapters.items():
-        after = hidden_states(model, answer.ids, answer.n_prompt, lora)  # (N, D)
-        drift = compare(model, before, after, answer_ids)
-        line = {"arm": arm, "id": answer.id, "answer": answer.answer, "tokens": len(answer_ids)}
-        yield line | dataclasses.asdict(drift)
+def _line(arm: str, answer: RowAnswer, drift: Drift) -> dict[str, Any]:
+    """Seed and arm compared over one answer; nats, summed over its tokens."""
+    tokens = len(answer.ids) - answer.n_prompt
+    line = {"arm": arm, "id": answer.id, "answer": answer.answer, "tokens": tokens}
+    return line | dataclasses.asdict(drift)
 
 
 def drift_cells(arm: str, means: dict[str, Any]) -> list[str]:

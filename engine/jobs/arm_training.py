@@ -43,7 +43,7 @@ from engine.runtime.files import each_of_jsonl, read_jsonl
 from engine.sampling.chat_generator import ChatGenerator
 from engine.session import Session
 from engine.train.losses import Loss
-from engine.train.replay import replay_pool
+from engine.train.replay import refuse_held_out, replay_pool
 from engine.train.temporary_examples import joined
 from engine.train.train import FrozenModel, finished_summary, train
 from engine.train.validate import Validator
@@ -71,15 +71,21 @@ class Material:
         return Material(self.folder, FirstItems(self.lines, turns), unguided)
 
 
-def check_arms(session: Session, config: JobConfig[Any], arms: Sequence[Arm]) -> None:
-    """ValueError for arms that the other settings rule out, and for faulty prompts of replay."""
+def check_arms(
+    session: Session, config: JobConfig[Any], arms: Sequence[Arm], held_out: Sequence[Row]
+) -> None:
+    """ValueError for arms that the other settings rule out, and for faulty prompts of replay.
+
+    held_out    rows whose prompts must not be among those of replay
+    """
     for arm in arms:
         if arm.method == "self":
             config.distill.unguided().check()
         replay = replay_config(config, arm)
         if replay is not None:
             replay.check()
-            replay_pool(session, replay, skip_bad=config.data.skip_bad)
+            pool = replay_pool(session, replay, skip_bad=config.data.skip_bad)
+            refuse_held_out(replay, pool, held_out)
 
 
 def make_material(

@@ -211,9 +211,9 @@ class Inputs:
 
 def load_inputs(session: Session, config: Config) -> Inputs:
     """Read every file; ValueError for a fault in any of them, before hours of work."""
-    check_arms(session, config, parse_arms(config.job.arms))
     rows = config.data.stored(check=can_be_asked(session.chat, config.distill))
     held_out = held_out_rows(session, config, rows)
+    check_arms(session, config, parse_arms(config.job.arms), held_out or [])
     examples = encode_rows(session, config, rows, "reference")
     config.train.highest_rate(len(examples))  # ValueError where the rate stays 0
     validator = None

@@ -215,13 +215,13 @@ def check_inputs(
     arms: Sequence[Arm],
 ) -> Rows:
     """The held-out rows; ValueError for settings or files with faults, before hours of work."""
-    check_arms(session, config, arms)
     for setting in settings:
         of_run = config_of(config, setting, config.train.seed)
         for part in (of_run.encode, of_run.train, of_run.lora):
             part.check()
     held_out = held_out_rows(session, config, rows)
     assert held_out is not None, "a study has held-out rows"
+    check_arms(session, config, arms, held_out)
     row_counts = dict.fromkeys(setting.rows for setting in settings)  # each once, in order
     for count in row_counts:
         examples = encode_rows(session, config, FirstItems(rows, count), "reference")

@@ -53,28 +53,36 @@ def compare(model: Llama, seed: Tensor, tuned: Tensor, ids: Sequence[int]) -> Dr
 
     The distributions are computed in fp32 at least, the sums over positions in fp64.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=seed.device)  # in the order of Drift
+    (drift,) = compare_all(model, seed, [tuned], ids)
+    return drift
+
+
+def compare_all(
+    model: Llama, seed: Tensor, tuned: Sequence[Tensor], ids: Sequence[int]
+) -> list[Drift]:
+    """`compare` with each of several tuned models; the seed's distributions are computed once."""
+    # (tuned models, 5), in the order of Drift
+    sums = torch.zeros(len(tuned), 5, dtype=torch.float64, device=seed.device)
     targets = torch.tensor(ids, device=seed.device)[:, None]  # (N, 1)
     for start in range(0, len(seed), CHUNK):
         chunk = slice(start, start + CHUNK)
         log_p = _log_softmax(model.head(seed[chunk]))  # (C, V)
-        log_q = _log_softmax(model.head(tuned[chunk]))  # (C, V)
-        difference = log_p - log_q
-        kl = (log_p.exp() * difference).sum(-1)  # (C,)
-        reverse_kl = -(log_q.exp() * difference).sum(-1)  # (C,)
-        agree = log_p.argmax(-1) == log_q.argmax(-1)  # (C,)
-        nll = -log_q.gather(1, targets[chunk])  # (C, 1)
+        p = log_p.exp()  # (C, V)
+        likeliest = log_p.argmax(-1)  # (C,)
         seed_nll = -log_p.gather(1, targets[chunk])  # (C, 1)
-        by_position = (kl, reverse_kl, agree, nll, seed_nll)
-        sums += torch.stack([values.double().sum() for values in by_position])
-    total_kl, total_reverse_kl, total_agree, total_nll, total_seed_nll = sums.tolist()
-    return Drift(
-        kl=total_kl,
-        reverse_kl=total_reverse_kl,
-        agree=int(total_agree),
-        nll=total_nll,
-        seed_nll=total_seed_nll,
-    )
+        for number, states in enumerate(tuned):
+            log_q = _log_softmax(model.head(states[chunk]))  # (C, V)
+            difference = log_p - log_q
+            kl = (p * difference).sum(-1)  # (C,)
+            reverse_kl = -(log_q.exp() * difference).sum(-1)  # (C,)
+            agree = likeliest == log_q.argmax(-1)  # (C,)
+            nll = -log_q.gather(1, targets[chunk])  # (C, 1)
+            by_position = (kl, reverse_kl, agree, nll, seed_nll)
+            sums[number] += torch.stack([values.double().sum() for values in by_position])
+    return [
+        Drift(kl=kl, reverse_kl=reverse_kl, agree=int(agree), nll=nll, seed_nll=seed_nll)
+        for kl, reverse_kl, agree, nll, seed_nll in sums.tolist()
+    ]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

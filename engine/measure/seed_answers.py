@@ -8,38 +8,26 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from engine.measure.answer_missing import answer_missing
-from engine.measure.divergence import hidden_states
 from engine.measure.general_prompts import PROMPTS
+from engine.measure.packed_rows import SeedRow
 from engine.runtime.files import sha256
 from engine.runtime.process_memory import SAMPLE_LESS, memory_for
 from engine.runtime.resumable import ResumedLines
 from engine.sampling.chat_generator import ChatGenerator
 from engine.sampling.requests import Completion, Request
-from model.llama import Llama
 
 Prompts = Sequence[tuple[str, str]]  # (category, prompt)
 FIELDS = {"prompt": str, "answer": str, "ids": list}  # of a line
 
 
 @dataclass
-class SeedAnswer:
+class SeedAnswer(SeedRow):
     """The seed model's answer to a general prompt."""
 
     category: str
     prompt: str
     answer: str
-    ids: list[int]  # prompt and answer, the end token included where the answer ended
-    n_prompt: int  # tokens of the prompt
-    states: Tensor | None = None  # computed by `hidden` and kept
-
-    def hidden(self, model: Llama) -> Tensor:
-        """The seed's hidden states from which the answer is predicted: (answer tokens, D)."""
-        if self.states is None:
-            self.states = hidden_states(model, self.ids, self.n_prompt, None)
-        return self.states
 
 
 @memory_for("answering general prompts", SAMPLE_LESS)
@@ -76,7 +64,9 @@ def seed_answers(
             continue
         prompt_ids = requests[text].prompt
         ids = [*prompt_ids, *line["ids"]]
-        answers.append(SeedAnswer(category, text, line["answer"], ids, len(prompt_ids)))
+        answers.append(
+            SeedAnswer(category, text, line["answer"], ids=ids, n_prompt=len(prompt_ids))
+        )
     if not answers:
         raise ValueError(
             f"none of the {len(prompts)} prompts leaves room for an answer in the model's context; "

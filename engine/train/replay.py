@@ -12,6 +12,7 @@ by the job's sampling settings, in scripts/train.py by their defaults (DECODING)
     replay_pool        the prompts: ours (replay_prompts.txt) or those of a data file, whose
                        references are not used. None of them may be a prompt over which retention is
                        measured: the figure would no longer say what happens elsewhere
+    refuse_held_out    nor may one be the prompt of a held-out row, which must stay unseen
     replay_examples    draws prompts by the training seed, lets the seed model answer them, and
                        keeps every answer in a file as soon as it is finished
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,8 @@ from typing import Any, NamedTuple
 
 from engine.data.config import DataConfig
 from engine.data.encode import Example, names, template_takes
-from engine.data.rows import listing
+from engine.data.rows import Row, listing
+from engine.data.sources import open_source
 from engine.data.tool_calls import calls_as_text
 from engine.measure.answer_missing import answer_missing
 from engine.measure.general_prompts import PROMPTS, plain_words
@@ -91,6 +94,13 @@ class ReplayPrompt(NamedTuple):
 
     key: str  # hash of its words
     messages: tuple[dict[str, str], ...]  # ends with the user's
+    place: str  # FILE:LINE; "" for a prompt of ours
+
+    @property
+    def named(self) -> str:
+        """The prompt in a message of an error: where it stands, and the start of its text."""
+        text = repr(textwrap.shorten(self.messages[-1]["content"], 80))
+        return f"{self.place}: {text}" if self.place else text
 
 
 def replay_pool(
@@ -104,16 +114,20 @@ def replay_pool(
     if config.replay == OWN:
         lines = OUR_PROMPTS.read_text(encoding="utf-8").splitlines()
         texts = [line for line in lines if line and not line.startswith("#")]
-        found = [({"role": "user", "content": text},) for text in texts]
+        found = [(({"role": "user", "content": text},), "") for text in texts]
     else:
         data = DataConfig(config.replay, skip_bad=skip_bad)
-        rows = data.load(need_reference=False, check=template_takes(session.chat))
-        found = [row.messages for row in rows]
+        stream = data.stream(open_source(config.replay), False, template_takes(session.chat))
+        found = []
+        for row in stream:
+            found.append((row.messages, f"{stream.place.file}:{stream.place.line}"))
+        for line in data.account(stream):
+            print(line)
         print(f"replay: references in {config.replay} are not used, the seed model answers")
     pool: dict[str, ReplayPrompt] = {}
-    for messages in found:
+    for messages, place in found:
         key = prompt_key(messages)
-        pool.setdefault(key, ReplayPrompt(key, tuple(messages)))
+        pool.setdefault(key, ReplayPrompt(key, tuple(messages), place))
     if len(pool) < len(found):
         print(f"replay: {len(found) - len(pool)} prompts of {config.replay} occur again: left out")
     _refuse_measured(config, pool.values())
@@ -133,13 +147,43 @@ def _refuse_measured(config: ReplayConfig, pool: Sequence[ReplayPrompt]) -> None
     for prompt in pool:
         for message in prompt.messages:
             if message["role"] == "user" and plain_words(message["content"]) in measured:
-                both.append(repr(message["content"]))
+                at = f"{prompt.place}: " if prompt.place else ""
+                both.append(f"{at}{message['content']!r}")
     if both:
         error = (
             f"--replay {config.replay}: {len(both)} of its prompts are among the {len(PROMPTS)} "
             "over which retention is measured, which would then say nothing about other prompts"
         )
         raise ValueError(listing(error, both, "remove them from the file"))
+
+
+def refuse_held_out(
+    config: ReplayConfig, pool: Sequence[ReplayPrompt], held_out: Sequence[Row]
+) -> None:
+    """ValueError where a prompt is that of a held-out row; lists both.
+
+    System messages do not count: --system gives the rows one, and prompts for replay have none.
+    """
+    row_of = {_conversation_key(row.messages[:-1]): row.id for row in held_out}
+    both = []
+    for prompt in pool:
+        row_id = row_of.get(_conversation_key(prompt.messages))
+        if row_id is not None:
+            both.append(f"{prompt.named} is the prompt of held-out row {row_id}")
+    if both:
+        error = (
+            f"--replay {config.replay}: {len(both)} of its prompts are those of held-out rows, "
+            "which would then be trained on: expected none"
+        )
+        way_out = "remove them from one of the two files"
+        if config.replay == OWN:
+            way_out = "remove these held-out rows, or give --replay a file of other prompts"
+        raise ValueError(listing(error, both, way_out))
+
+
+def _conversation_key(messages: Sequence[dict[str, Any]]) -> str:
+    """`prompt_key` of the messages that are not the system's."""
+    return prompt_key([message for message in messages if message["role"] != "system"])
 
 
 # ---- the examples

@@ -163,6 +163,7 @@ def test_the_main_job_takes_arms_and_further_ones_join_it(inputs, tmp_path):
 def test_what_no_arm_can_be_is_refused_before_anything_is_made(inputs, tmp_path):
     general = tmp_path / "general.json"
     general.write_text(json.dumps([{"instruction": PROMPTS[0][1], "output": ""}]))
+    held_out = tmp_path / "test.json"  # --eval-data
     flags = [*inputs, *SMALL, "--out", tmp_path / "x"]
     for script, arms, said in (
         ("sdft", ["--arms", "sft,stm:-1"], "arm 'stm:-1': loss 'stm:-1': expected stm:TAU"),
@@ -173,6 +174,8 @@ def test_what_no_arm_can_be_is_refused_before_anything_is_made(inputs, tmp_path)
         ("pareto", ["--checkpoints", "-1"], "checkpoints -1"),
         ("pareto", ["--arms", "self", "--cascade", "guided:2"], "paper_exact with cascade"),
         ("pareto", ["--arms", "sft,replay:0.2", "--replay", general], "retention is measured"),
+        ("pareto", ["--arms", "sft,replay:0.2", "--replay", held_out], "is the prompt of held-"),
+        ("sdft", ["--replay", held_out], "4 of its prompts are those of held-out rows"),
     ):
         printed = run_script(script, *flags, *arms, code=2)
         assert said in printed and "Traceback" not in printed, printed

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import textwrap
 
 import pytest
 import torch
 
 from engine.data.config import DataConfig
+from engine.data.rows import Row
 from engine.evaluate.retention import refuse_replayed, retention_job
 from engine.measure.general_prompts import PROMPTS, plain_words
 from engine.runtime.files import read_jsonl
@@ -17,7 +19,13 @@ from engine.sampling.requests import Request, SamplerConfig
 from engine.sampling.sampler import Sampler
 from engine.session import ModelConfig, Session
 from engine.train.config import EncodeConfig, TrainConfig
-from engine.train.replay import ReplayConfig, prompt_key, replay_examples, replay_pool
+from engine.train.replay import (
+    ReplayConfig,
+    prompt_key,
+    refuse_held_out,
+    replay_examples,
+    replay_pool,
+)
 from engine.train.train import TrainJobConfig, train_job
 from engine.train.validate import ValidateConfig
 from model.lora import LoraConfig
@@ -158,6 +166,42 @@ def test_prompts_over_which_retention_is_measured_are_refused_by_name(session, p
         replay_pool(session, ReplayConfig(file))
     assert file in str(error.value) and first.upper() in str(error.value)
     assert second in str(error.value) and "Why?" not in str(error.value)
+    assert f"{file}:1: ' {first.upper()} '" in str(error.value)
+
+
+def held_out(row_id, *texts):
+    """A held-out row of a system message, questions and answers, its reference last."""
+    messages = [{"role": "system", "content": "Be brief."}]
+    for i, text in enumerate(texts):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    return Row(row_id, tuple(messages))
+
+
+def test_prompts_of_held_out_rows_are_refused_with_file_and_line(session, tmp_path):
+    """The whole prompt of a row: letter case, space and a system message make no other."""
+    file = tmp_path / "general.jsonl"
+    texts = ["Who?", "What is it?", "  HOW  far? "]
+    lines = [json.dumps({"instruction": text, "output": ""}) for text in texts]
+    file.write_text("\n".join([lines[0], "", *lines[1:]]))  # the second prompt is on line 3
+    config = ReplayConfig(str(file))
+    pool = replay_pool(session, config)
+    one, other = held_out("t1", "what is it?", "A."), held_out("t2", "How far?", "Near.")
+    longer = held_out("t3", "Who?", "I.", "Which?", "None.")
+    with pytest.raises(ValueError, match="general.jsonl: 2 of its prompts are those of held-") as e:
+        refuse_held_out(config, pool, [one, longer, other])
+    listed = str(e.value).splitlines()[1:]
+    assert [line.strip() for line in listed] == [
+        f"{file}:3: 'What is it?' is the prompt of held-out row t1",
+        f"{file}:4: 'HOW far?' is the prompt of held-out row t2",
+    ]
+    assert "remove them from one of the two files" in str(e.value)
+    refuse_held_out(config, pool, [longer])
+
+    ours = replay_pool(session, OWN)
+    text = ours[4].messages[0]["content"]
+    with pytest.raises(ValueError, match="own: 1 of its prompts.*or give --replay a file") as e:
+        refuse_held_out(OWN, ours, [held_out("t4", text, "A.")])
+    assert f"{textwrap.shorten(text, 80)!r} is the prompt of held-out row t4" in str(e.value)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.96, -0.1, float("nan")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import sys
@@ -28,7 +29,7 @@ from engine.train.loop import batches, has_learned
 from engine.train.metrics import summary_text
 from engine.train.optim import learning_rate
 from engine.train.step import micro_step
-from engine.train.train import FrozenModel, train
+from engine.train.train import FrozenModel, finished_summary, train
 from engine.train.validate import ValidateConfig, Validator
 from kernels.adamw import AdamW
 from kernels.registry import TORCH, TRITON
@@ -338,6 +339,32 @@ def test_a_run_is_refused_without_resume_or_under_other_settings(tiny, tmp_path,
     lora, _ = run_training(tiny, tmp_path / "run", dataclasses.replace(SMALL, keep=1), resume=True)
     assert len(metrics_lines(tmp_path / "run")) == 10
     assert torch.equal(lora.params, load_lora(tmp_path / "run").params)
+
+
+def test_the_summary_of_a_run_without_weights_is_of_these_settings_and_rows_alone(tiny, tmp_path):
+    """The adapter and the checkpoints may be gone; what was trained, and how, must be the same."""
+    out, rows = tmp_path / "run", examples()
+    _, summary = run_training(tiny, out)
+    for weights in out.rglob("*.safetensors"):
+        weights.unlink()
+    frozen = FrozenModel(tiny, directory="b", fingerprint="h")
+    assert finished_summary(frozen, rows, LORA, SMALL, out) == summary
+    other_model = dataclasses.replace(frozen, fingerprint="i")
+    for name, asked in (
+        ("train.lr", (frozen, rows, LORA, dataclasses.replace(SMALL, lr=4e-3))),
+        ("train.epochs", (frozen, rows, LORA, dataclasses.replace(SMALL, epochs=3))),
+        ("train.seed", (frozen, rows, LORA, dataclasses.replace(SMALL, seed=6))),
+        ("lora.alpha", (frozen, rows, dataclasses.replace(LORA, alpha=9), SMALL)),
+        ("data", (frozen, rows[:-1], LORA, SMALL)),
+        ("model", (other_model, rows, LORA, SMALL)),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings(?s:.)*\n  {re.escape(name)}: "):
+            finished_summary(*asked, out)
+
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps(meta | {"finished": False, "summary": None}))
+    with pytest.raises(ValueError, match="run is not finished; expected a run that wrote its"):
+        finished_summary(frozen, rows, LORA, SMALL, out)
 
 
 def test_rows_without_response_are_named(tiny, tmp_path):
