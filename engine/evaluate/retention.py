@@ -77,7 +77,7 @@ def retention(
     ) as file:
         missing = {a.prompt for a in answers if arms_without_line(adapters, a.prompt, file.done)}
         make_room = partial(_forget_states, answers)
-        waiting = groups(answers, model.device) if missing else ()
+        waiting = groups(answers, model, [None, *adapters.values()]) if missing else ()
         with progress(total=len(missing), desc="retention", unit="row", disable=not missing) as bar:
             for group in waiting:
                 not_done = arms_of_group(adapters, [a.prompt for a in group], file.done)

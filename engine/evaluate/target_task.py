@@ -258,7 +258,7 @@ def reference_nll(
             references = [_reference(model, chat, row) for row in rows]
         name = "held-out NLL"
         with progress(total=len(missing), desc=name, unit="row", disable=not missing) as bar:
-            for group in groups(references, model.device) if missing else ():
+            for group in groups(references, model, arms.values()) if missing else ():
                 not_done = arms_of_group(arms, [one.id for one in group], file.done)
                 states = {}
                 for arm, lora in not_done.items():

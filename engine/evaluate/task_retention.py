@@ -156,7 +156,7 @@ def task_retention(
     adapters = tuned(arms)
     with ResumedLines(out, settings, key=by_arm_and_id, wanted=TASK_DRIFT) as file:
         missing = {a.id for a in answers if arms_without_line(adapters, a.id, file.done)}
-        waiting = groups(answers, model.device) if missing else ()
+        waiting = groups(answers, model, [None, *adapters.values()]) if missing else ()
         keep = bool(missing) and _states_bytes(model, answers) <= KEPT_BYTES
         name = "retention: task"
         with progress(total=len(missing), desc=name, unit="row", disable=not missing) as bar:

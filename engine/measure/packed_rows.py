@@ -4,20 +4,17 @@ Alone, a row of 60 tokens takes nearly twice as long per token as rows of 500 to
 each computes the system message of the chat template again. On a CPU rows are laid end to end, and
 the tokens that all prompts of a group begin with are computed once (`Packed.prefix`).
 
-The states are those of the row alone: bit for bit where a product sums a row of its input in the
-same order whatever stands beside it (MKL on AVX2 does from 4 rows on), else but for rounding. A
-prefix is shared by rows of up to ONE_BLOCK tokens only: a longer one is computed in blocks of
-queries (kernels/attention/torch_form.py), which would begin at other tokens. The groups depend on
-the rows, never on what a file holds already. So a job that was killed repeats them.
-
-On other devices every row is a group of its own: their products round by the number of rows.
+The states are those of the row alone, bit for bit: whether the products of this machine allow that
+is tried first (row_invariance.py), and where they do not, every row is a group of its own; so it is
+on other devices. A prefix is shared by rows of up to ONE_BLOCK tokens only: a longer one is
+computed in blocks of queries (kernels/attention/torch_form.py), which would begin at other tokens.
 """
 
 # N = answer tokens of a row, D = hidden size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from engine.data.pack import shared_prompt_prefix
 from engine.measure.divergence import Drift, compare_all
+from engine.measure.row_invariance import LEAST_TOKENS, rows_keep_their_bits
 from engine.runtime.short_memory import attempt, tried_twice
 from kernels.packed import Packed
 from model.llama import Llama
@@ -53,13 +51,21 @@ class SeedRow(AnsweredRow):
 Row = TypeVar("Row", bound=AnsweredRow)
 
 
-def groups(rows: Sequence[Row], device: torch.device) -> Iterator[list[Row]]:
-    """Neighbouring rows whose states are computed together."""
-    most_tokens = GROUP_TOKENS if device.type == "cpu" else 0
+def groups(rows: Sequence[Row], model: Llama, loras: Iterable[Lora | None]) -> Iterator[list[Row]]:
+    """Neighbouring rows whose states are computed together.
+
+    loras    of the forwards that will be made; None stands for the seed model
+    """
+    most_tokens = 0
+    if model.device.type == "cpu" and not model.is_sharded:
+        trial = "trying the products of rows"
+        if tried_twice(trial, model.device, rows_keep_their_bits, model, list(loras)):
+            most_tokens = GROUP_TOKENS
     group: list[Row] = []
     total = 0
     for row in rows:
-        if group and total + len(row.ids) > most_tokens:
+        is_short = len(row.ids) < LEAST_TOKENS or total < LEAST_TOKENS
+        if group and (is_short or total + len(row.ids) > most_tokens):
             yield group
             group = []
             total = 0
@@ -74,7 +80,8 @@ def states_of(model: Llama, rows: Sequence[AnsweredRow], lora: Lora | None) -> l
     prefix = 0
     are_short = all(len(row.ids) <= ONE_BLOCK for row in rows)
     if are_short and model.device.type in model.ops.shares_prefix:
-        prefix = shared_prompt_prefix(rows)
+        shortest = min(len(row.ids) for row in rows)
+        prefix = max(0, min(shared_prompt_prefix(rows), shortest - LEAST_TOKENS))
     tokens: list[int] = []
     lengths: list[int] = []
     places: list[slice] = []  # by row, of its states
