@@ -5,7 +5,7 @@
 DIR is an import that has `model.gguf_blocks` (scripts/import_gguf.py). Both forms are in one
 process and take turns; their texts are compared first. A line for every number of rows: tokens a
 second of both while decoding, and quantised / panels by wall clock and by CPU seconds (medians of
-the turns). The last line is JSON.
+the turns; CPU seconds are those of a whole turn, prompts included). The last line is JSON.
 """
 
 from __future__ import annotations
