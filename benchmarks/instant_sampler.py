@@ -30,7 +30,6 @@ class InstantSampler:
         self.stats = SamplerStats()
         self.scheduler = SimpleNamespace(running=[])
         self.waiting: list[Request] = []
-        self.most_waiting = 0
 
     def __enter__(self) -> InstantSampler:
         return self
@@ -41,7 +40,6 @@ class InstantSampler:
     def submit(self, request: Request) -> None:
         """Queue a request."""
         self.waiting.append(request)
-        self.most_waiting = max(self.most_waiting, len(self.waiting))
 
     def drain(self) -> None:
         """Answer no further request."""

@@ -159,16 +159,22 @@ def memory_measured(records: list[Record]) -> Table:
 
 
 def rows_memory(records: list[Record]) -> Table:
-    """Peak memory of reading files of rows, kept on disk and in memory: all records."""
+    """Peak memory of reading and of distilling files of rows: all records."""
     measured = of_kind(records, "rows")
-    header = ["rows", "kept", "file MB", "peak MB", "bytes a row", "encoding, CPU s"]
+    forms = {
+        "disk": "read, on disk",
+        "memory": "read, in memory",
+        "distill": "distilled, on disk",
+        "distill, older": "distilled, in memory",
+    }
+    header = ["rows", "work", "file MB", "peak MB", "bytes a row", "CPU s"]
     rows = []
     for result in (result for record in measured for result in record["results"]):
         peak = result["peak_bytes"]
         rows.append(
             [
                 fixed(result["rows"]),
-                {"disk": "on disk", "memory": "in memory"}[result["form"]],
+                forms[result["form"]],
                 fixed(result["file_bytes"] / 1e6, 1),
                 fixed(peak / 1e6, 1),
                 fixed(peak / result["rows"]),
@@ -206,7 +212,7 @@ DEFINITIONS = {
     "cpu-training": Definition("each run beside transformers + peft on a CPU", cpu_training),
     "memory-plan": Definition("the memory plan of Llama-2-7B and Llama-3-8B", memory_plan),
     "memory-measured": Definition("predicted and measured peak on a CPU", memory_measured),
-    "rows-memory": Definition("reading files of rows, on disk and in memory", rows_memory),
+    "rows-memory": Definition("reading and distilling files of rows", rows_memory),
     "sharded-memory": Definition("memory of two processes, sharded and whole", sharded_memory),
     "soak": Definition("2,000 steps, killed three times", soak),
 }

@@ -74,10 +74,12 @@ class StoredRows(Sequence[Row]):
 def _written(row: Row) -> bytes:
     """A row as one JSON value."""
     values = [row.id, row.messages, row.tests, sorted(row.context_only), row.thinking]
-    return json.dumps(values).encode()
+    # JSON can write texts that UTF-8 cannot
+    return json.dumps(values, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def _read(data: bytes) -> Row:
     """The row that `_written` made a JSON value of."""
-    name, messages, tests, context_only, thinking = json.loads(data)
+    text = data.decode("utf-8", "surrogatepass")
+    name, messages, tests, context_only, thinking = json.loads(text)
     return Row(name, tuple(messages), tests, frozenset(context_only), thinking)

@@ -188,6 +188,40 @@ class AppendedLines:
         self.close()
 
 
+class GrowingHash:
+    """The hash of a file that only grows: bytes that were read once are not read again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+        self._size = 0  # bytes in `_digest`
+
+    def part(self) -> dict[str, Any]:
+        """{"bytes", "sha256"} of the file as it is now."""
+        with self.path.open("rb") as file:
+            file.seek(self._size)
+            while block := file.read(BLOCK_BYTES):
+                self._digest.update(block)
+                self._size += len(block)
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+
+def sha256_of_first(path: Path, size: int) -> str | None:
+    """The hash of the first `size` bytes of a file; None where it is missing or has fewer."""
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    left = size
+    with path.open("rb") as file:
+        while left:
+            block = file.read(min(BLOCK_BYTES, left))
+            if not block:
+                return None
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
 def sha256(data: str | bytes) -> str:
     """The hash of bytes, or of a text in UTF-8, as hex digits."""
     if isinstance(data, str):

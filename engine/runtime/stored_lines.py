@@ -172,7 +172,8 @@ class ResumedOnDisk(ResumedLines):
         if not file.exists():
             return
         number = self.done.open(file)
-        for line in placed_lines(file, self.wanted):
+        wanted = {"id": str, **(self.wanted or {})}
+        for line in placed_lines(file, wanted):
             self.done.add(number, line)
 
 

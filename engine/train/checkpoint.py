@@ -8,16 +8,16 @@
     RUN/checkpoints/step-000050/  adapter_model.safetensors, adapter_config.json (PEFT's layout),
                                   chat.json
                                   optimizer.safetensors (m, v and the masters, all fp32 or fp64)
-                                  metrics.jsonl (the lines up to this step)
                                   state.json (step, micro-batch size and where it was halved, best
                                   step so far, whether the run stops here, time spent, hashes of
-                                  the files above)
+                                  the files above, bytes and hash of metrics.jsonl up to this step)
     RUN/adapter_model.safetensors, adapter_config.json, chat.json     the finished adapter
                                   (chat.json: chat format, end token, system message of the
                                   training, model/trained_chat.py)
 
 Files and checkpoint directories are written beside their place and renamed, so one that is there is
-whole. Nothing is ever unpickled.
+whole. metrics.jsonl alone grows: a resumed run cuts off what follows its checkpoint (those of older
+versions have a copy of it). Nothing is ever unpickled.
 
 In the order of a run:  open_run -> [load_checkpoint, restore_metrics] -> save_checkpoint,
 record_validation -> publish; of a finished one: check_published.
@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from engine.runtime.files import (
     each_of_jsonl,
     read_jsonl,
     sha256,
+    sha256_of_first,
     write_json,
     write_jsonl,
 )
@@ -46,7 +48,7 @@ from engine.runtime.published_adapter import WEIGHTS
 from engine.runtime.run_record import differing
 from engine.train.optim import Optimizer
 from model.config import read_json
-from model.durable import directory_beside, file_beside
+from model.durable import directory_beside, file_beside, sync
 from model.hf_checkpoint import open_safetensors
 from model.lora import Lora
 from model.peft_format import load_lora, write_lora
@@ -54,7 +56,8 @@ from model.trained_chat import TrainedChat
 
 EXAMPLES = "examples"  # the directory of the encoded rows
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
-STATE_FILES = ("optimizer.safetensors", "metrics.jsonl")
+METRICS_FILE = "metrics.jsonl"
+STATE_FILES = ("optimizer.safetensors",)
 METRICS = {"step": int, "loss": float, "tokens": int, "response_tokens": int}  # of a line
 # settings of `train` that runs of older versions lack in meta.json -> the value that they had
 ADDED_LATER = {"loss": "sft"}
@@ -176,6 +179,9 @@ def _read_state(saved: Path) -> dict[str, Any]:
     since_step = state.get("since_step", 0)
     if not _is_spent(spent) or type(since_step) is not int:
         raise ValueError(f"{file}: spent or since_step is not what was written")
+    has_copy = METRICS_FILE in state["sha256"]  # a checkpoint of an older version
+    if not has_copy and not _is_part(state.get("metrics")):
+        raise ValueError(f"{file}: metrics is not what was written")
     out = saved.parent.parent
     if saved != checkpoint_dir(out, state["step"]) or state["micro_tokens"] < 1:
         raise ValueError(f"{file}: step or micro_tokens is not what was written")
@@ -193,6 +199,13 @@ def _is_halved(value: Any) -> bool:
         if not isinstance(entry, list) or [type(number) for number in entry] != [int, int]:
             return False
     return True
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is {"bytes", "sha256"} of a file (`GrowingHash.part`)."""
+    if not isinstance(value, dict) or set(value) != {"bytes", "sha256"}:
+        return False
+    return type(value["bytes"]) is int and value["bytes"] >= 0 and type(value["sha256"]) is str
 
 
 def _is_spent(value: Any) -> bool:
@@ -224,18 +237,31 @@ def _check_hashes(saved: Path, state: dict[str, Any], names: Sequence[str]) -> N
 def restore_metrics(out: Path, saved: Path | None) -> list[float]:
     """Set metrics.jsonl back to a checkpoint (None: to the start); returns the losses of its lines.
 
-    The lines are copied one by one: there is one for every step.
+    ValueError where the file is not what it was at the checkpoint, up to that place.
     """
-    losses: list[float] = []
+    file = out / METRICS_FILE
+    if saved is None:
+        write_jsonl(file, [])
+        return []
+    state = _read_state(saved)
+    if METRICS_FILE in state["sha256"]:  # a checkpoint of an older version, which has a copy
+        _check_hashes(saved, state, (METRICS_FILE,))
+        with file_beside(file) as beside:
+            shutil.copyfile(saved / METRICS_FILE, beside)
+    else:
+        _cut_metrics(file, saved, state["metrics"])
+    return [line["loss"] for line in each_of_jsonl(file, METRICS)]
 
-    def lines() -> Iterator[dict[str, Any]]:
-        if saved is not None:
-            for line in each_of_jsonl(saved / "metrics.jsonl", METRICS):
-                losses.append(line["loss"])
-                yield line
 
-    write_jsonl(out / "metrics.jsonl", lines())
-    return losses
+def _cut_metrics(file: Path, saved: Path, part: dict[str, Any]) -> None:
+    """Cut off the lines behind a part of a file; ValueError where that part has changed."""
+    if sha256_of_first(file, part["bytes"]) != part["sha256"]:
+        raise ValueError(
+            f"{file} is missing, or not what was written up to step {saved.name[5:]} (its hash in "
+            f"{saved / 'state.json'} differs); take it from a copy, or delete {saved} to resume "
+            "from the checkpoint before it"
+        )
+    os.truncate(file, part["bytes"])
 
 
 # ---- checkpoints
@@ -265,8 +291,8 @@ def save_checkpoint(
     """Write checkpoints/step-N, then delete all but the newest `keep` and that of `best_step`.
 
     base: the model's directory, for the adapter's config. state: the values that a resumed run
-    needs beside the tensors. best_step: 0 where no validation was the best yet. chat: written into
-    the checkpoint as chat.json.
+    needs beside the tensors, `metrics` among them (GrowingHash.part). best_step: 0 where no
+    validation was the best yet. chat: written into the checkpoint as chat.json.
     """
     saved = checkpoint_dir(out, optimizer.step)
     if not saved.exists():
@@ -276,7 +302,7 @@ def save_checkpoint(
                 chat.write(beside)
             tensors = {"m": optimizer.m.cpu(), "v": optimizer.v.cpu(), "params": lora.params.cpu()}
             save_file(tensors, beside / "optimizer.safetensors")
-            shutil.copyfile(out / "metrics.jsonl", beside / "metrics.jsonl")
+            sync(out / METRICS_FILE)  # no checkpoint is on the disk before its lines are
             hashes = {}
             for name in STATE_FILES + ADAPTER_FILES:
                 hashes[name] = sha256((beside / name).read_bytes())

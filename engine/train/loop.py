@@ -20,7 +20,7 @@ import torch
 
 from engine.data.encode import Example, sizes
 from engine.runtime.distributed import World
-from engine.runtime.files import each_of_jsonl
+from engine.runtime.files import GrowingHash, each_of_jsonl
 from engine.runtime.process_memory import held_memory, peak_memory
 from engine.runtime.short_memory import attempt, tried_twice
 from engine.runtime.stopping import Stopping
@@ -304,6 +304,7 @@ class Run:
                 "seed": self.config.seed,
                 "spent": self.spent,
                 "since_step": self.spent_since_step,
+                "metrics": self._metrics_hash.part(),
             }
             write = functools.partial(
                 checkpoint.save_checkpoint,
@@ -318,6 +319,11 @@ class Run:
             )
             tried_twice("checkpoint", self.model.device, write)
         self.world.barrier()
+
+    @functools.cached_property
+    def _metrics_hash(self) -> GrowingHash:
+        """The hash of metrics.jsonl, which is read once."""
+        return GrowingHash(self.out / checkpoint.METRICS_FILE)
 
     def _restore_state(self) -> None:
         """Begin with the state of the last checkpoint, or with that of a new run."""

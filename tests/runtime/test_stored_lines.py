@@ -52,6 +52,12 @@ def test_a_file_in_order_is_not_written_again_and_one_with_an_id_twice_is(tmp_pa
     with ResumedOnDisk(file, {"a": 1}) as lines:
         lines.put_in_order(NAMES)
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    with file.open("ab") as opened:
+        opened.write(file.read_bytes().splitlines(keepends=True)[3])
+    with ResumedOnDisk(file, {"a": 1}) as lines:
+        assert len(lines.done) == len(NAMES)
+        lines.put_in_order(NAMES)
+    assert file.stat().st_size == before.st_size, "the second of two lines with one id is gone"
     with ResumedOnDisk(file, {"a": 1}) as lines:
         lines.write({"id": NAMES[3], "text": "new"})  # the later line is the one that counts
         lines.put_in_order(NAMES)

@@ -194,7 +194,7 @@ def test_a_corrupted_run_directory_is_resumed_or_refused_by_name(tiny_llama_dir,
             "meta.json",
             f"{saved}/optimizer.safetensors",
             f"{saved}/state.json",
-            f"{saved}/metrics.jsonl",
+            "metrics.jsonl",
         ]
 
     def use(folder, out):

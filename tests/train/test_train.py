@@ -1,6 +1,7 @@
 """The training loop: micro-batches, gradients, resuming, guards, validation, a falling loss."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -462,6 +463,51 @@ def test_a_damaged_published_adapter_is_restored_or_refused(tiny, tmp_path, caps
         run_training(tiny, out, resume=True)
 
 
+def test_a_checkpoint_names_the_part_of_metrics_that_it_needs(tiny, tmp_path, monkeypatch):
+    """It has no copy of the file; one of an older version does, and is resumed from it."""
+    _, whole = run_training(tiny, tmp_path / "whole")
+    out = tmp_path / "run"
+    step = step_module.micro_step
+
+    def failing(*args):
+        if args[2].packed.step == 8:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(step_module, "micro_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tiny, out)
+    monkeypatch.undo()
+    saved = checkpoint_module.checkpoints(out)[-1]
+    assert not (saved / "metrics.jsonl").exists()
+    metrics = (out / "metrics.jsonl").read_bytes()
+    assert metrics.count(b"\n") == 7
+    state_file = saved / "state.json"
+    state = json.loads(state_file.read_text())
+    part = metrics[: state["metrics"]["bytes"]]
+    assert part.count(b"\n") == state["step"] == 6
+
+    for damaged in (metrics.replace(b'"epoch"', b'"epocj"', 1), metrics[: len(part) - 1], None):
+        other = shutil.copytree(out, tmp_path / "damaged")
+        (other / "metrics.jsonl").unlink()
+        if damaged is not None:
+            (other / "metrics.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not what was written up to step 000006"):
+            run_training(tiny, other, resume=True)
+        shutil.rmtree(other)
+
+    old = shutil.copytree(out, tmp_path / "old") / saved.relative_to(out)
+    (old / "metrics.jsonl").write_bytes(part)
+    del state["metrics"]
+    state["sha256"]["metrics.jsonl"] = hashlib.sha256(part).hexdigest()
+    (old / "state.json").write_text(json.dumps(state))
+    (tmp_path / "old" / "metrics.jsonl").write_text("")
+    for folder in (out, tmp_path / "old"):
+        _, summary = run_training(tiny, folder, resume=True)
+        assert metrics_lines(folder) == metrics_lines(tmp_path / "whole")
+        assert summary["last_loss"] == whole["last_loss"]
+
+
 def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
     """Seconds and speed of a run that was stopped and went on, and of one of an older version,
     whose checkpoints kept no account."""
@@ -480,7 +526,8 @@ def test_the_summary_covers_the_whole_run(tiny, tmp_path, monkeypatch):
     place = checkpoint_module.checkpoints(out)[-1]
     state = json.loads((place / "state.json").read_text())
     assert state["step"] == 6
-    assert state["spent"]["tokens"] == sum(x["tokens"] for x in read_jsonl(place / "metrics.jsonl"))
+    lines = (out / "metrics.jsonl").read_bytes()[: state["metrics"]["bytes"]].splitlines()
+    assert state["spent"]["tokens"] == sum(json.loads(line)["tokens"] for line in lines)
     shutil.copytree(out, tmp_path / "old")
     _, summary = run_training(tiny, out, resume=True)
     assert summary["since_step"] == 0 and summary["seconds"] > state["spent"]["seconds"]
