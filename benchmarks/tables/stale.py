@@ -38,6 +38,7 @@ MEASURED_PATHS = {
     "real_data": [*PIPELINE, "engine/jobs/study.py"],
     "real_data_settings": [*PIPELINE, "engine/jobs/study.py"],
     "rivals": [*PIPELINE, "engine/jobs/study.py", "engine/measure/equal_target.py"],
+    "instructions": [*COMPUTING, "engine/sampling", "engine/evaluate/tasks"],
     "quickstart_desk": [*PIPELINE, "engine/jobs/sdft.py", "engine/jobs/demo_desk.py"],
     "quickstart": [*PIPELINE, "engine/jobs/sdft.py", "engine/jobs/demo.py"],
 }
