@@ -58,6 +58,11 @@ def test_groups_are_neighbours_of_limited_size(model, rows, monkeypatch):
     monkeypatch.setattr(packed_rows, "rows_keep_their_bits", lambda model, loras: True)
     together = [[len(row.ids) for row in group] for group in groups(rows, model, [None])]
     assert together == [[40, 9, 100, 8, 17, 128], [300, 30], [5], [60, 12]]
+    rows = [AnsweredRow(ids=[0] * length, n_prompt=1) for length in (200, 312, 10, 600, 9)]
+    assert [len(group) for group in groups(rows, model, [None])] == [2, 1, 1, 1]
+    assert list(groups([], model, [None])) == []
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert [len(group) for group in groups(rows, model, [None])] == [1] * 5
 
 
 def depends_on_rows(operation, place):
