@@ -10,7 +10,7 @@ from engine.runtime.files import read_jsonl
 from engine.runtime.resumable import ResumedLines
 from engine.session import ModelConfig, Session, as_trained
 from model.chat import Chat
-from model.chat_sources import THINKING
+from model.chat_sources import THINKING, with_default
 from model.llama import Llama
 from model.tokenizer import load_tokenizer
 from model.trained_chat import TrainedChat
@@ -209,6 +209,19 @@ def test_adapters_told_otherwise_are_not_mixed(model_dir, tmp_path):
     assert as_trained(typed, adapters).enable_thinking == "default"
     alpaca = ModelConfig(str(path), chat_format="alpaca")
     assert as_trained(alpaca, adapters[:1]) == alpaca, "a format that has no such switch"
+
+
+@pytest.mark.parametrize("beginning", ["", "\n", "\n\n  ", "  {% if true %}\nx{% endif %}", "Hi\n"])
+def test_a_template_with_a_default_writes_what_it_wrote(tiny_llama_dir, beginning):
+    tokenizer = load_tokenizer(tiny_llama_dir(tokenizer=True))
+    source = beginning + LIKE_QWEN3.replace("{%- for", "{% for", 1)
+    for value in (True, False):
+        wanted = Chat(source, tokenizer, enable_thinking=value)
+        found = Chat(with_default(source, value), tokenizer)
+        text = found.render(ANSWERED, add_generation_prompt=False)
+        assert text == wanted.render(ANSWERED, add_generation_prompt=False)
+        assert found.prompt_ids(QUESTION) == wanted.prompt_ids(QUESTION)
+    assert with_default(source, None) == source
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
