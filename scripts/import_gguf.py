@@ -1,5 +1,7 @@
 """Turn a GGUF file into a Hugging Face directory (fp32 safetensors, tokenizer, config).
 
+The quantised matrices are kept beside the fp32 ones, for sampling on a CPU in less memory.
+
     python scripts/import_gguf.py --gguf demo --out models/smollm2-135m-instruct
     python scripts/import_gguf.py --gguf ~/Llama-3.2-1B-Instruct-Q8_0.gguf --out models/llama-3.2-1b
 
