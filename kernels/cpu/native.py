@@ -42,7 +42,7 @@ SOURCES = ("share.c", "linear.c", "quantised.c", "attention.c", "rowwise.c", "sa
 # -O3 unrolls and inlines. Nothing may reorder a sum, so none of -ffast-math is in it, and no
 # compiler fuses a product and a sum into one rounding (gcc would, of intrinsics too).
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC")
-SECONDS = 120  # a compilation takes three
+SECONDS = 120  # a compilation takes a few
 REASON = 300  # characters of a compiler's error output that are kept
 STALE = 3600  # seconds after which a half-made build of a killed process is removed
 

@@ -188,7 +188,7 @@ static void compute_panel(worker *me, const void *what, long p) {
         /* A single tile prefetches its own panel; several prefetch a part each of the next one. */
         ahead next;
         next.at = panel + (tiles == 1 ? AHEAD : size + size / tiles * i);
-        next.step = (size / a->K + tiles - 1) / tiles;
+        next.step = (input_bytes(a->form) + tiles - 1) / tiles;
         if (wide)
             tiles4(next, m, in, (char *)wide, out, a->K);
         else if (block_of(a->form))

@@ -31,10 +31,12 @@ INLINE long scale_bytes(long form) { return PANEL * sizeof(float) * (1 + has_min
 INLINE long code_bytes(long form) { return PANEL * bits_of(form) / 8; }
 INLINE long block_bytes(long form) { return scale_bytes(form) + block_of(form) * code_bytes(form); }
 
-INLINE long panel_bytes(long form, long K) {
+/* Bytes of a panel for one input, with their part of the scales and minima; and for all of K */
+INLINE long input_bytes(long form) {
     long block = block_of(form);
-    return block ? K / block * block_bytes(form) : K * PANEL * form;
+    return block ? block_bytes(form) / block : PANEL * form;
 }
+INLINE long panel_bytes(long form, long K) { return K * input_bytes(form); }
 
 /* quantised.c */
 void quantised_row(const char *panel, long form, long j, float *y, long K);
