@@ -68,7 +68,8 @@ def killed_line(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return decided_line(*args)
 writer.decided_line = killed_line
-run_distillation({model!r}, {out!r}, resume=True)
+report = run_distillation({model!r}, {out!r}, resume=True)
+print(report.before, report.written)
 """
 
 
@@ -76,14 +77,14 @@ def test_kills_while_further_turns_are_taken_lose_the_turn_in_flight_alone(tiny,
     """SIGKILL and a torn line, when only a part of the turns was started."""
     run(tiny, tmp_path / "whole.jsonl")
     out = tmp_path / "killed.jsonl"
-    finished = 0
-    for kill in (AT_ONCE + 2, 0):  # 0: not killed
+    kept = AT_ONCE + 1  # lines before the one in flight
+    for kill in (kept + 1, 0):  # 0: not killed
         script = KILLED.format(root=str(ROOT), model=str(tiny), out=str(out), kill=kill)
         done = programs.run([sys.executable, "-c", script])
         assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr[-2000:]
         if kill:
-            finished += kill - 1
-            assert out.read_bytes().count(b"\n") == finished
+            assert out.read_bytes().count(b"\n") == kept
+    assert done.stdout.splitlines()[-1] == f"{kept} {24 - kept}", "no line was made twice"
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -127,5 +128,6 @@ def test_memory_does_not_grow_with_the_rows(tiny, tmp_path):
     script = GROWTH.format(root=str(ROOT), model=str(tiny), folder=str(tmp_path), counts=counts)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    few, many = map(int, done.stdout.split())
-    assert (many - few) / (counts[1] - counts[0]) < 2000, f"{few:,} and {many:,} bytes"
+    peaks = [int(peak) for peak in done.stdout.split()]  # bytes
+    growth = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    assert growth < 2000, f"{growth:.0f} bytes a row; the peaks are {peaks}"
