@@ -19,11 +19,12 @@ case "${1:-}" in
     WHAT="visits to a made-up town hall"
     WRITE="from engine.jobs.demo_desk import write_desk as write"
     # Chosen by trial: shown "Question: ... Answer: Window 27" and asked for a complete sentence, the
-    # model keeps the number in two of three rewrites. It is asked greedily. The learning rate is
-    # high because the model is small and the steps are few.
+    # model keeps the number in seven of ten rewrites. It is asked greedily. The learning rate is
+    # high because the model is small and the steps are few: seen once, 200 rows taught SDFT 37 of
+    # 40 held-out windows. Of six errands an office instead of four it learned 29, at 1e-3 22.
     SDFT_FLAGS=(
         --template engine/jobs/demo_desk_template.txt --temperature 0 --max-new-tokens 48
-        --lr 2e-3 --epochs 1 --rank 8 --modules all --dropout 0 --batch-rows 8
+        --lr 2e-3 --epochs 1 --rank 8 --modules all --dropout 0 --batch-rows 4
         --eval-max-new 32 --retention-max-new 24 --no-score --report-rows 12 --report-answers 4
     )
     ;;
