@@ -45,9 +45,9 @@ def test_a_job_stopped_in_any_stage_is_continued_by_the_same_command(
         (sys.modules["engine.distill.seed_likelihoods"], "_score_record", "sft"),
         (sys.modules["engine.train.validate"], "compare", "sdft"),
         (sys.modules["engine.train.step"], "micro_step", "evaluation.jsonl"),
-        (sys.modules["engine.evaluate.target_task"], "nll", "evaluation.jsonl"),
+        (sys.modules["engine.evaluate.target_task"], "_total_nll", "evaluation.jsonl"),
         (Sampler, "_decode", "seed_answers.jsonl"),
-        (sys.modules["engine.evaluate.retention"], "compare", "tokens.jsonl"),
+        (sys.modules["engine.evaluate.retention"], "drift_of_rows", "tokens.jsonl"),
         (sys.modules["engine.report.collect"], "nll", "answers.jsonl"),
     ]
     for number, (place, name, next_file) in enumerate(stages):
