@@ -22,6 +22,7 @@ from engine.data.distilled import CONTEXT, Distilled
 from engine.data.fit import EncodedTurn, Fit
 from engine.data.rows import FirstFaults, Row
 from engine.data.turns import References, TrainedTurn, check_target, turns_to_train_on
+from engine.runtime.on_demand import OnDemand
 from model.messages import calls_of
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ class ExampleSize(NamedTuple):
     n_prompt: int  # of these, those without a loss
 
 
-class ExamplesOnDisk(Sequence[Example]):
+class ExamplesOnDisk(OnDemand[Example]):
     """Examples that are not in memory; what is known of them without reading their tokens."""
 
     @abstractmethod

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import operator
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -209,10 +208,7 @@ class ExampleStore(ExamplesOnDisk):
     def __len__(self) -> int:
         return self.account.count
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = _place(index, len(self))
+    def item(self, number: int) -> Example:
         both_lines = self._read(self._index, number * LINE.size, 2 * LINE.size)
         begin, end = LINE.iter_unpack(both_lines)
         return Example(self._name(begin[1], end[1]), self._ids(begin[0], end[0]), begin[2])
@@ -260,16 +256,6 @@ class ExampleStore(ExamplesOnDisk):
         return data
 
 
-def _place(index: int, count: int) -> int:
-    """The place, from 0, of an index into `count` examples; -1 is the last one."""
-    number = operator.index(index)
-    if number < 0:
-        number += count
-    if not 0 <= number < count:
-        raise IndexError(f"example {index} of {count}")
-    return number
-
-
 class JoinedExamples(ExamplesOnDisk):
     """Examples on disk, followed by others in memory."""
 
@@ -280,10 +266,7 @@ class JoinedExamples(ExamplesOnDisk):
     def __len__(self) -> int:
         return len(self.stored) + len(self.others)
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = _place(index, len(self))
+    def item(self, number: int) -> Example:
         if number < len(self.stored):
             return self.stored[number]
         return self.others[number - len(self.stored)]

@@ -12,16 +12,15 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 from engine.data.rows import BadRow, Row, RowStream
+from engine.runtime.on_demand import OnDemand
 from engine.runtime.temporary import TemporaryNumbers, temporary_file, write_temporary
 
 WRITTEN_AT_ONCE = 1 << 20  # bytes
 
 
-class StoredRows(Sequence[Row]):
+class StoredRows(OnDemand[Row]):
     """The usable rows of a file as a sequence; each is read when it is asked for.
 
     path, sha256, unused, inputs    as in `Rows`
@@ -57,16 +56,7 @@ class StoredRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._begins) - 1
 
-    def __iter__(self) -> Iterator[Row]:
-        for number in range(len(self)):
-            yield self[number]
-
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = index + len(self) if index < 0 else index
-        if not 0 <= number < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+    def item(self, number: int) -> Row:
         begin = self._begins[number]
         return _read(os.pread(self._file.fileno(), self._begins[number + 1] - begin, begin))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from engine.runtime.on_demand import OnDemand
+
 
 def evenly_spaced(items: Sequence[Any], n: int) -> list[Any]:
     """At most n of the items, evenly spaced, the first among them."""
@@ -13,7 +15,7 @@ def evenly_spaced(items: Sequence[Any], n: int) -> list[Any]:
     return [items[i * count // n] for i in range(n)]
 
 
-class FirstItems(Sequence[Any]):
+class FirstItems(OnDemand[Any]):
     """The first `count` of the items, which are not copied."""
 
     def __init__(self, items: Sequence[Any], count: int) -> None:
@@ -26,10 +28,5 @@ class FirstItems(Sequence[Any]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(self._count))]
-        number = index + self._count if index < 0 else index
-        if not 0 <= number < self._count:
-            raise IndexError(f"item {index} of {self._count}")
+    def item(self, number: int) -> Any:
         return self._items[number]

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.runtime.files import PlacedLine, placed_lines
+from engine.runtime.on_demand import OnDemand
 from engine.runtime.resumable import Line, ResumedLines
 from engine.runtime.temporary import TemporaryNumbers, TemporaryTable, as_key, of_key
 from model.durable import file_beside
@@ -177,7 +178,7 @@ class ResumedOnDisk(ResumedLines):
             self.done.add(number, line)
 
 
-class LinesOfFile(Sequence[Made]):
+class LinesOfFile(OnDemand[Made]):
     """The first `count` lines of a JSONL file; each is read when it is asked for.
 
     make    makes of the object of a line what the sequence holds
@@ -202,11 +203,6 @@ class LinesOfFile(Sequence[Made]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = index + len(self) if index < 0 else index
-        if not 0 <= number < len(self):
-            raise IndexError(f"line {index} of {len(self)}")
+    def item(self, number: int) -> Made:
         begin, end = self._begins[number], self._begins[number + 1]
         return self._make(json.loads(self._file.bytes_at(begin, end - begin)))
